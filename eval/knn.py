@@ -1,0 +1,51 @@
+"""k-nearest-neighbour classification on frozen features, as DINO and DINOv2 report it (arXiv 2104.14294, 2304.07193).
+
+Cosine similarity of the query with every gallery image; the k nearest vote with weight exp(similarity / temperature) for their class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval.features import Encoder
+from pretrain.config import Section
+
+VERSION = 1  # raised when a change could move a score
+
+
+@dataclass
+class Config(Section):
+    k: int = 10  # more than the gallery holds: all of it
+    temperature: float = 0.07
+
+
+def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
+    """{"accuracy": share of query images whose class wins the vote, "balanced_accuracy": its mean over classes}."""
+    known, asked = encoder.labelled(gallery), encoder.labelled(query)
+    names = sorted(set(known.labels))
+    classes = torch.tensor([names.index(label) for label in known.labels])
+    predicted = classify(known.features, classes, asked.features, cfg.k, cfg.temperature)
+    return accuracies(predicted, asked.labels, names)
+
+
+def classify(gallery: Tensor, classes: Tensor, query: Tensor, k: int, temperature: float, chunk: int = 1024) -> Tensor:
+    """Class numbers [Q] for query features [Q, D] from gallery features [N, D] with class numbers [N]; memory grows with `chunk` · N."""
+    gallery, k = F.normalize(gallery, dim=1), min(k, len(gallery))
+    votes = []
+    for part in F.normalize(query, dim=1).split(chunk):
+        similarity, nearest = (part @ gallery.T).topk(k)  # [chunk, k]
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        count = torch.zeros(len(part), int(classes.max()) + 1).scatter_add_(1, classes[nearest], weight)
+        votes.append(count.argmax(1))
+    return torch.cat(votes)
+
+
+def accuracies(predicted: Tensor, labels: list[str], names: list[str]) -> dict[str, float]:
+    """Accuracy and class-balanced accuracy of predicted class numbers; a label that the gallery does not know counts as wrong."""
+    right = torch.tensor([names[int(p)] == label for p, label in zip(predicted, labels, strict=True)], dtype=torch.float64)
+    per_class = [right[[i for i, label in enumerate(labels) if label == name]].mean() for name in sorted(set(labels))]
+    return {"accuracy": right.mean().item(), "balanced_accuracy": torch.stack(per_class).mean().item()}

@@ -1,0 +1,37 @@
+"""Results: one JSON row per score in results.jsonl; a row is appended, never changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]  # model, step, protocol, version, split, metric, value, gallery, query, count, left_out, seconds
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    """Add rows with one write, so that processes that score at the same time do not mix their lines."""
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, data)
+    finally:
+        os.close(handle)
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table(rows: list[Row], split: str = "test") -> str:
+    """The last accuracy of every model by protocol, as text: a line per model."""
+    rows = [r for r in rows if r["metric"] == "accuracy" and r["split"] == split]
+    protocols = list(dict.fromkeys(r["protocol"] for r in rows))
+    models = [m for m in ("pixels", "untrained", "pretrained") if any(r["model"] == m for r in rows)]
+    lines = [f"{split + ' accuracy':<16}" + "".join(f"{p:>10}" for p in protocols)]
+    for model in models:
+        last = {r["protocol"]: r["value"] for r in rows if r["model"] == model}
+        lines.append(f"{model:<16}" + "".join(f"{last[p]:>10.1%}" if p in last else f"{'-':>10}" for p in protocols))
+    return "\n".join(lines)

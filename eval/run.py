@@ -1,0 +1,49 @@
+"""Score a frozen model: `evaluate("runs/demo/export/600", ["knn", "linear"], gallery=[…], query=[…])` gives one row per metric."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.results import Row
+from pretrain import config
+from pretrain.errors import UserError, nearest
+
+PROTOCOLS = ("knn", "linear")
+
+
+def check(protocols: Sequence[str]) -> None:
+    for name in protocols:
+        if name not in PROTOCOLS:
+            raise UserError(f"{name!r}: no such protocol; {nearest(name, PROTOCOLS)}")
+
+
+def evaluate(
+    model: str | Path,
+    protocols: Sequence[str],
+    gallery: Sequence[str],
+    query: Sequence[str],
+    split: str = "test",
+    image_size: int | None = None,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> list[Row]:
+    """Rows for every metric of every protocol. `model` is an exported folder or "pixels"; `options` is {"knn": {"k": 20}}."""
+    check([*protocols, *(options or {})])
+    from eval.features import open_encoder  # imports torch
+
+    encoder, about = open_encoder(str(model), image_size)
+    rows: list[Row] = []
+    for name in protocols:
+        protocol = importlib.import_module(f"eval.{name}")
+        cfg = config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
+        start = time.perf_counter()
+        scores = protocol.run(encoder, list(gallery), list(query), cfg)
+        asked = encoder.labelled(list(query))
+        common = {"model": encoder.name, "step": about["step"], "protocol": name, "version": protocol.VERSION, "split": split}
+        data = {"gallery": list(gallery), "query": list(query), "count": len(asked.labels), "left_out": asked.left_out}
+        seconds = round(time.perf_counter() - start, 2)
+        rows += [common | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds} for metric, value in scores.items()]
+    return rows

@@ -1,0 +1,162 @@
+"""The command `unlabeled`. Each sub-command imports only what it needs when it runs, so help and config errors come at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain.errors import UserError, command
+
+
+def shards(args: argparse.Namespace) -> None:
+    from data_pipeline.shards import build
+
+    meta = build(args.source, args.target, args.shard_mb)
+    for bad in meta["bad"]:
+        print(f"left out: {bad['path']}: {bad['reason']}")
+    print(
+        f"{args.target}: {meta['samples']} images, {meta['bytes'] / 1e6:.1f} MB in {meta['shards']} shards,"
+        f" {len(meta['classes'])} classes, {len(meta['bad'])} damaged files left out"
+    )
+
+
+def train(args: argparse.Namespace) -> int:
+    from launch.local import train
+    from pretrain.recipe import load
+
+    return train(load(args.recipe, args.overrides))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from eval import results
+    from eval.run import PROTOCOLS, evaluate
+    from pretrain import config, recipe
+
+    words = [w for w in args.protocols if "=" not in w]
+    options: dict = {"gallery": [], "query": [], "image_size": None}
+    run = next((p for p in [*Path(args.model).resolve().parents, *[Path(q) for q in args.run]] if (p / "recipe.yaml").is_file()), None)
+    if run is not None:  # an export inside its run: score what the recipe scores
+        cfg = recipe.load(run).eval
+        options |= {"gallery": cfg.test_gallery or cfg.gallery, "query": cfg.test, "image_size": cfg.image_size}
+    for key, value in map(config.parse_override, [w for w in args.protocols if "=" in w]):
+        section, _, rest = key.partition(".")
+        if rest and section in PROTOCOLS:
+            options.setdefault(section, {})[rest] = value
+        elif key in ("gallery", "query", "image_size"):
+            options[key] = value if key == "image_size" or isinstance(value, list) else [value]
+        else:
+            raise UserError(f"{key!r}: no such option; write gallery=, query=, image_size= or {PROTOCOLS[0]}.OPTION=")
+    protocols = {name: options[name] for name in PROTOCOLS if name in options}
+    rows = evaluate(args.model, words or ["knn"], options["gallery"], options["query"], "test", options["image_size"], protocols)
+    for row in rows:
+        print(f"{row['model']:<12}{row['protocol']:<10}{row['metric']:<20}{row['value']:.4f}   ({row['count']} images)")
+    if run is not None:
+        results.append(run / "results.jsonl", rows)
+
+
+def export(args: argparse.Namespace) -> None:
+    from pretrain import checkpoint
+    from pretrain import export as exports
+    from pretrain.recipe import load
+    from pretrain.train import build_objective
+
+    run = Path(args.run)
+    recipe = load(run)
+    wanted = checkpoint.latest(run) if args.step is None else run / "checkpoints" / f"{args.step:09d}"
+    if wanted is None or wanted not in checkpoint.all_of(run):
+        steps = ", ".join(str(int(p.name)) for p in sorted(checkpoint.all_of(run))) or "none"
+        raise UserError(f"{run}: no checkpoint {'' if args.step is None else f'of step {args.step}'}; it has: {steps}")
+    objective = build_objective(recipe)
+    checkpoint.load_model(wanted, objective)
+    step = checkpoint.about(wanted)["step"]
+    target = Path(args.target) if args.target else run / "export" / str(step)
+    exports.save(target, objective, recipe, step)
+    print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
+
+
+def report(args: argparse.Namespace) -> None:
+    from eval.report import write
+
+    print(write(Path(args.run)))
+
+
+def recipes(_: argparse.Namespace) -> None:
+    from pretrain import objective, recipe
+
+    for name, purpose in recipe.names().items():
+        print(f"{name:<24}{purpose}")
+    print("\nobjectives")
+    for name in objective.names():
+        print(f"{name:<24}{objective.purpose(name)}")
+
+
+def doctor(_: argparse.Namespace) -> int:
+    from launch.doctor import report
+
+    return report()
+
+
+def demo(args: argparse.Namespace) -> int:
+    from launch.demo import demo
+
+    return demo(args.source, args.overrides)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser("unlabeled", description="Pretrain foundation models on unlabeled data, from a laptop to a cluster.")
+    commands = out.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable, text: str, *arguments: tuple[str, dict], under: argparse._SubParsersAction = commands) -> None:
+        sub = under.add_parser(name, help=text, description=text)
+        for flag, options in arguments:
+            sub.add_argument(flag, **options)
+        sub.set_defaults(main=run)
+
+    overrides = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "laid over the recipe, for example steps=100 optim.lr.value=1e-3"})
+    group = commands.add_parser("shards", help="make WebDataset shards").add_subparsers(required=True, metavar="COMMAND")
+    add(
+        "build",
+        shards,
+        "Write a folder of images as WebDataset shards; sub-folders give the labels, damaged files are left out and named.",
+        ("source", {"help": "folder of images"}),
+        ("target", {"help": "folder for the shards; must not exist"}),
+        ("--shard-mb", {"type": int, "default": 256, "help": "largest size of one shard (default 256)"}),
+        under=group,
+    )
+    add("train", train, "Train a recipe, or go on with it.", ("recipe", {"help": "a recipe's name, a .yaml file, or a run folder"}), overrides)
+    add(
+        "eval",
+        evaluate,
+        "Score a frozen model. Inside a run folder the recipe says on what; else write gallery=SHARDS query=SHARDS.",
+        ("model", {"help": 'an exported folder (RUN/export/STEP), or "pixels"'}),
+        ("protocols", {"nargs": "*", "metavar": "PROTOCOL|key=value", "help": "knn, linear; options such as knn.k=20"}),
+        ("--run", {"nargs": 1, "default": [], "help": "the run whose recipe says on what to score, and which gets the rows"}),
+    )
+    add(
+        "export",
+        export,
+        "Write a checkpoint's encoder as config.json + model.safetensors.",
+        ("run", {"help": "run folder"}),
+        ("target", {"nargs": "?", "help": "folder to write (default RUN/export/STEP)"}),
+        ("--step", {"type": int, "help": "which checkpoint (default: the newest)"}),
+    )
+    add("report", report, "Write RUN/report.html.", ("run", {"help": "run folder"}))
+    add("recipes", recipes, "List recipes and objectives.")
+    add("doctor", doctor, "Say what is installed, what is missing, and the command that installs it.")
+    source = ("--source", {"default": "auto", "choices": ["auto", "materials", "digits"], "help": "the images (default: materials, else digits)"})
+    add("demo", demo, "Fetch real photographs, pretrain on them without labels, score, and write a report.", source, overrides)
+    return out
+
+
+def main() -> int:
+    def run() -> int | None:
+        args = parser().parse_args()
+        return args.main(args)
+
+    return command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Score each export of a run as it appears, in a process of its own: training never waits for a score and no failed score stops it.
+
+`python -m launch.evals RUN` scores what there is and waits for more until its standard input closes, which is when the trainer has ended.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from eval import results
+from eval.run import evaluate
+from pretrain.errors import UserError, command
+from pretrain.recipe import Recipe, load
+from pretrain.run_folder import exports
+
+
+def jobs(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
+    """(model, step, split) of every evaluation that is due: val for each export, test for pixels, the first and the last export."""
+    cfg, out = recipe.eval, []
+    if cfg.test and cfg.pixels:
+        out.append(("pixels", 0, "test"))
+    for step, folder in exports(run).items():
+        if cfg.val:
+            out.append((str(folder), step, "val"))
+        if cfg.test and step in (0, recipe.steps):
+            out.append((str(folder), step, "test"))
+    return out
+
+
+def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: object) -> None:
+    """One evaluation: rows to results.jsonl, scalars to TensorBoard at the export's step."""
+    cfg = recipe.eval
+    gallery, query = (cfg.gallery, cfg.val) if split == "val" else (cfg.test_gallery or cfg.gallery, cfg.test)
+    rows = evaluate(model, cfg.periodic if split == "val" else cfg.final, gallery, query, split, cfg.image_size)
+    results.append(run / "results.jsonl", rows)
+    if model != "pixels":
+        for row in rows:
+            board.add_scalar(f"{split}/{row['protocol']}/{row['metric']}", row["value"], step)  # type: ignore[attr-defined]
+        board.flush()  # type: ignore[attr-defined]
+
+
+def watch(run: Path) -> None:
+    """Score what is due, again and again, until standard input closes and nothing is left."""
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    recipe, board = load(run), SummaryWriter(str(run / "tensorboard"))
+    names = {"pixels": "pixels", "0": "untrained"}
+    done = {(r["model"], r["step"], r["split"]) for r in results.read(run / "results.jsonl")}
+    ended = False
+    while True:
+        due = [job for job in jobs(run, recipe) if (names.get(Path(job[0]).name, "pretrained"), job[1], job[2]) not in done]
+        if not due and ended:
+            break
+        for model, step, split in due:
+            done.add((names.get(Path(model).name, "pretrained"), step, split))
+            try:
+                score(run, recipe, model, step, split, board)
+            except Exception as error:  # a score that cannot be had is said, and training goes on
+                with (run / "log.txt").open("a") as log:
+                    log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} evaluation of {model} on {split} failed: {error}\n")
+                    if not isinstance(error, UserError):
+                        traceback.print_exc(file=log)
+                print(f"evaluation of {model} on {split} failed: {error}", file=sys.stderr)
+        ended = ended or _closed(sys.stdin, wait=0.5 if not due else 0)
+    board.close()
+
+
+def _closed(stream: object, wait: float) -> bool:
+    ready, _, _ = select.select([stream], [], [], wait)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(command(lambda: watch(Path(sys.argv[1]))))

@@ -1,0 +1,100 @@
+"""Metrics: every step has its row in metrics.jsonl, but values stay on the device until `log.every` steps are read at once."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.progress import Progress
+
+
+class Clock:
+    """Where the loop's time goes: seconds by part since the last `take`."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self.began = self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Book the time since the last lap on `part`."""
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        """(seconds in all, seconds by part), and start again."""
+        now = time.perf_counter()
+        out = (now - self.began, self.parts)
+        self.parts, self.began, self.last = {}, now, now
+        return out
+
+
+class Writer:
+    """Writes metrics.jsonl and TensorBoard, and shows the progress line. Rows at or after `step` are dropped: a resumed run writes them anew."""
+
+    def __init__(self, run: Path, step: int, steps: int, every: int, batch: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run, self.every, self.batch, self.path = run, every, batch, run / "metrics.jsonl"
+        rows = [line for line in _lines(self.path) if json.loads(line)["step"] < step]
+        self.path.write_text("".join(line + "\n" for line in rows))
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self.waiting: list[tuple[int, dict[str, Any]]] = []
+        self.clock = Clock()
+        self.progress = Progress("train", steps, step)
+        self.file = self.path.open("a")
+
+    def add(self, step: int, **values: Tensor | float) -> None:
+        """One step's scalars, on whatever device they are; written when `every` rows wait."""
+        self.waiting.append((step, values))
+        if (step + 1) % self.every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read all waiting values with one copy from the device, and write them."""
+        if not self.waiting:
+            return
+        tensors = [v.detach().float().reshape(()) for _, row in self.waiting for v in row.values() if isinstance(v, Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+        rows = [
+            {"step": step} | {k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for step, row in self.waiting
+        ]
+        total, parts = self.clock.take()
+        last = rows[-1]
+        last["samples_per_second"] = round(len(rows) * self.batch / total, 2)
+        for part in ("data", "loop"):  # shares of the time: waiting for batches; the loop itself
+            last[f"{part}_share"] = round(parts.get(part, 0.0) / total, 4)
+        for row in rows:
+            self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for key in last:
+            if key != "step":
+                values = [row[key] for row in rows if key in row]
+                self.board.add_scalar(f"train/{key}", sum(values) / len(values), last["step"])
+        self._show(last)
+        self.waiting = []
+
+    def _show(self, row: dict[str, Any]) -> None:
+        text = f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_share']:.0%}"
+        scores = [json.loads(line) for line in _lines(self.run / "results.jsonl")]
+        knn = [s for s in scores if s["protocol"] == "knn" and s.get("split") == "val" and s["metric"] == "accuracy" and s["model"] != "pixels"]
+        if knn:
+            text += f"  k-NN so far {knn[-1]['value']:.1%} (step {knn[-1]['step']})"
+        final = sum({(s["model"], s["step"], s["protocol"]): s["seconds"] for s in scores if s.get("split") == "test" and s["step"] == 0}.values())
+        self.progress.update(row["step"] + 1, text, extra=final)  # the last export will be scored as the first was
+
+    def close(self) -> None:
+        self.flush()
+        self.progress.close()
+        self.board.close()
+        self.file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file that a killed process may have left half a line in."""
+    return [line for line in path.read_text().split("\n")[:-1] if line] if path.is_file() else []

@@ -1,0 +1,153 @@
+"""Parts that backbones share: what every backbone returns, the transformer block on a list of sequences, and its MLPs.
+
+Shapes: B images, N tokens, D features, H heads, d = D / H. A list of inputs of several sizes is kept as one flat sequence [T, D],
+T = Σ B·N, with `shapes` = [(B, N), …]: linear layers and norms see all tokens at once, attention sees each size by itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shapes = list[tuple[int, int]]
+Rotation = tuple[Tensor, Tensor]  # cos, sin: [N, d] or [B, 1, N, d], fp32
+
+
+class Features(NamedTuple):
+    """What every backbone returns. With `layers=n` the last n blocks' outputs stand side by side in D."""
+
+    cls: Tensor  # [B, D]     the pooled map for convolutional networks
+    tokens: Tensor  # [B, N, D]  patches, row-major
+    registers: Tensor  # [B, R, D]  R may be 0
+    grid: tuple[int, ...]  # (h, w) of the whole input, also where only some patches were kept
+
+
+class Backbone(nn.Module):
+    """forward(x, mask=None, keep=None, layers=1) -> Features; a list of inputs gives a list of Features.
+
+    x: float [B, C, H, W]. mask: bool [B, N], these patches are replaced by a learned token. keep: long [B, K], the others are dropped.
+    """
+
+    embed_dim: int
+    image_size: int
+    patch_size: int  # pixels per token along one side
+
+    def shard_units(self) -> list[nn.Module]:
+        """The modules that a sharded engine wraps, children before parents."""
+        raise NotImplementedError
+
+
+def trunc_normal(linear: nn.Module) -> None:
+    """Weights from a normal of 0.02 cut at two sigma, biases zero: the initialisation of ViT, MAE and DINO."""
+    if isinstance(linear, nn.Linear):
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary position embedding of x [B, H, N, d], half-split pairs (j, j + d/2), in fp32 and back to x's dtype."""
+    cos, sin = rotation
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over each sequence of a flat list."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None) -> Tensor:
+        out = []
+        for i, part in enumerate(self.qkv(x).split([b * n for b, n in shapes])):
+            b, n = shapes[i]
+            q, k, v = part.view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+            if rotations is not None:
+                q, k = rotate(q, rotations[i]), rotate(k, rotations[i])
+            out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b * n, -1))
+        return self.proj(torch.cat(out) if len(out) > 1 else out[0])
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) · w2 x) (arXiv 2002.05202); `hidden` is the true width of w1 and w2."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden)
+        self.w2 = nn.Linear(dim, hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per feature (arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, initial: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Leave a residual out for a random share of the images (arXiv 1603.09382), the others scaled up so that the mean stays."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        images = sum(b for b, _ in shapes)
+        factor = torch.rand(images, device=x.device).ge(self.rate).to(x.dtype) / (1 - self.rate)
+        lengths = torch.tensor([n for b, n in shapes for _ in range(b)], device=x.device)
+        return x * factor.repeat_interleave(lengths).unsqueeze(-1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (arXiv 2010.11929) on flat tokens [T, D]."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        mlp: str = "gelu",
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
+        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), shapes, rotations)), shapes)
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), shapes)

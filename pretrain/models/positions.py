@@ -1,0 +1,44 @@
+"""Position embeddings of a grid of patches: the fixed sin-cos table (MAE), interpolation of a table, and axial rotary angles (DINOv3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sincos_table(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sin-cos positions (MAE, arXiv 2111.06377): [h·w, dim], the first half for columns, the second for rows, as MAE has it."""
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
+    rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]
+    return torch.cat([f for angle in angles for f in (angle.sin(), angle.cos())], dim=1).float()
+
+
+def interpolate_table(table: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
+    """A square position table [1, N, D] resized to another grid, bicubic: [1, h·w, D] (without DINOv2's 0.1 offset)."""
+    side = math.isqrt(table.shape[1])
+    if (side, side) == tuple(grid):
+        return table
+    square = table.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(square, size=tuple(grid), mode="bicubic", antialias=antialias, align_corners=False)
+    return resized.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def rope_periods(head_dim: int, base: float) -> Tensor:
+    """base^(2k / (head_dim / 2)) for k < head_dim / 4, fp32 (arXiv 2508.10104)."""
+    if head_dim % 4:
+        raise ValueError(f"axial rope needs a head width that is a multiple of 4, not {head_dim}")
+    return base ** (2 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim / 2))
+
+
+def rope_angles(periods: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Angles [h·w, head_dim] of patch centres at coordinates in [-1, 1] on each axis: 2π·coordinate / period, rows then columns, twice."""
+    axes = [(torch.arange(n, dtype=torch.float32, device=periods.device) + 0.5) / n * 2 - 1 for n in grid]
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    angles = [2 * math.pi * axis.reshape(-1, 1) / periods for axis in (rows, columns)]  # each [h·w, head_dim/4]
+    return torch.cat([*angles, *angles], dim=1)

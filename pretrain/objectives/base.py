@@ -1,0 +1,49 @@
+"""What every objective is: see `pretrain/objective.py` for how one is found, and `mae.py` for one to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from pretrain.models.layers import Backbone
+
+Batch = dict[str, Tensor]
+Sample = dict[str, Any]  # "image": uint8 [H, W, 3]; "id", "epoch"; "slot": place in the global batch of "batch" samples at "step"; "seed"
+
+
+class Objective(nn.Module):
+    """One method: views, loss, and what happens after a step.
+
+    `forward` is a pure function of batch, step and weights: all randomness but dropout and drop path comes with the batch.
+    """
+
+    couples_batch = False  # the loss of a sample depends on others of its batch: such an objective refuses to accumulate unless told
+    pool: Literal["cls", "mean"] = "cls"  # which feature of the encoder stands for an image in evaluation
+
+    def __init__(self, cfg: Any, backbone: Callable[..., Backbone]):
+        """`backbone(**changes)` builds the recipe's model, with some of its options changed; call it once per network that is needed."""
+        super().__init__()
+        self.cfg = cfg
+
+    @staticmethod
+    def views(cfg: Any, image_size: int, patch_size: int) -> Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]:
+        """What makes one sample's part of a batch, in the data workers. uint8 arrays [..., 3, H, W] are normalised on the device."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(scalar loss, detached scalars to log)."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer's step: move the teacher, the queue."""
+
+    def encoder(self) -> Backbone:
+        """The backbone that evaluation and export see."""
+        raise NotImplementedError
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures that show what the method does, uint8 [3, H, W] by name; drawn at every export. Batch images are normalised."""
+        return {}

@@ -1,0 +1,25 @@
+"""Contrastive losses over a batch of pairs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.ops.gather import gather, world
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross-entropy (SimCLR, arXiv 2002.05709, eq. 1) of embeddings a, b [B, D] of two views.
+
+    Each of the 2·B rows must find its partner among all other rows of all processes. Returns the mean over this process's rows, so that the
+    mean over processes is the loss of the global batch; gradients flow to the other processes' rows.
+    """
+    z = F.normalize(torch.stack([a, b]).float() if a.dtype != torch.float64 else torch.stack([a, b]), dim=-1)  # [2, B, D]
+    rank, count = len(a) * world()[0], len(a) * world()[1]
+    everyone = torch.cat([gather(z[0]), gather(z[1])])  # [2·W·B, D]
+    logits = z.flatten(0, 1) @ everyone.T / temperature  # [2·B, 2·W·B]
+    own = torch.arange(rank, rank + len(a), device=a.device)
+    self_column = torch.cat([own, own + count])
+    logits = logits.scatter(1, self_column.unsqueeze(1), -torch.inf)
+    return F.cross_entropy(logits, torch.cat([own + count, own]))

@@ -1,0 +1,33 @@
+"""Heads between backbone features and a loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.models.layers import trunc_normal
+
+
+class ProjectionHead(nn.Sequential):
+    """SimCLR's g(·): linear, batch norm, ReLU, linear (arXiv 2002.05709 §2; batch norm as in its published models)."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int):
+        super().__init__(nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head (arXiv 2104.14294): three linears with GELU to a bottleneck, L2 norm, cosine with K unit prototypes → logits in [-1, 1]."""
+
+    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        self.apply(trunc_normal)
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
+        return F.linear(x, F.normalize(self.prototypes, dim=-1).to(x.dtype))

@@ -1,0 +1,171 @@
+"""Recipe: one YAML that names everything a run needs. `load("demo", ["steps=100"])` checks it whole and imports no torch.
+
+A recipe may extend another (`extends: NAME or FILE`); dotted overrides come last. The resolved recipe, every default written out, is stored in
+the run folder and reruns the run exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrain import config, objective
+from pretrain.config import ConfigError, Origin, Section
+from pretrain.errors import nearest
+from pretrain.models import presets
+from pretrain.schedules import Schedule
+
+FOLDER = Path(__file__).parent / "recipes"
+CHOSEN = {"model", "objective"}  # sections whose options depend on their name
+
+
+@dataclass
+class Data(Section):
+    """What is read. `batch` is the global batch: samples per step over all processes."""
+
+    shorthand = "train"
+    train: list[str] = field(default_factory=list)  # folders, tars or globs of WebDataset shards; local or any fsspec URL
+    batch: int = 256
+    workers: int | None = None  # data processes per trainer process; null: from the machine's cores
+    shuffle: bool = True
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of the training pixels, in [0, 1]; ImageNet's
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+
+
+@dataclass
+class Optim(Section):
+    """AdamW (arXiv 1711.05101). Weight decay falls on matrices only: not on biases, norms, scales, tokens and position tables."""
+
+    lr: Schedule = field(default_factory=lambda: Schedule(1e-3))
+    weight_decay: Schedule = field(default_factory=lambda: Schedule(0.05))
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float | None = None  # of the global gradient norm; null: none
+
+
+@dataclass
+class Parallel(Section):
+    """How the run is spread over processes."""
+
+    shorthand = "mode"
+    mode: Literal["single"] = "single"
+    micro_batch: int | None = None  # samples per process in one forward; null: all at once, no accumulation
+    accumulate_coupled: bool = False  # let an objective whose loss couples the batch see only a micro-batch of it
+
+
+@dataclass
+class Checkpoint(Section):
+    shorthand = "every"
+    every: int = 1000  # steps
+    keep: int = 2  # the newest so many stay
+
+
+@dataclass
+class Export(Section):
+    shorthand = "every"
+    every: int = 1000  # steps; the first (untrained) and the last are always written
+
+
+@dataclass
+class Log(Section):
+    shorthand = "every"
+    every: int = 10  # steps between two writes (each one waits for the device); every step has its row all the same
+
+
+@dataclass
+class Eval(Section):
+    """What is scored: labelled shards, and protocols by name. `val` is looked at while the run goes on, `test` once at its end."""
+
+    gallery: list[str] = field(default_factory=list)  # labelled shards that heads and neighbours learn from while it runs
+    val: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    test_gallery: list[str] = field(default_factory=list)  # the same for `test`; empty: `gallery`
+    periodic: list[str] = field(default_factory=lambda: ["knn"])  # for every export, on val
+    final: list[str] = field(default_factory=lambda: ["knn", "linear"])  # for the first and the last export, on test
+    image_size: int | None = None  # pixels; null: the model's
+    pixels: bool = True  # score raw pixels too, as the floor
+
+
+@dataclass
+class Recipe(Section):
+    steps: int
+    model: Section = field(metadata={"choose": presets.choose})
+    objective: Section = field(metadata={"choose": objective.config_class})
+    run: str = ""  # the run folder; empty: runs/<name of the recipe>
+    seed: int = 0
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: what is faster here, measured on the first batch
+    threads: int | None = None  # of the model's process on CPU; null: from the machine's cores
+    overwrite: bool = False  # delete what the run folder holds and start again
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    export: Export = field(default_factory=Export)
+    log: Log = field(default_factory=Log)
+    eval: Eval = field(default_factory=Eval)
+
+
+def names() -> dict[str, str]:
+    """{name: its one-line purpose (the first comment line)} of all recipes that come with the project."""
+    return {path.stem: path.read_text().partition("\n")[0].lstrip("# ") for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def find(name: str, beside: Path | None = None, where: str = "") -> Path:
+    """The file of a recipe given by path (also relative to `beside`) or by name; `where` leads the error."""
+    for candidate in (Path(name), *([beside / name] if beside else []), FOLDER / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+        if candidate.is_dir() and (candidate / "recipe.yaml").is_file():  # a run folder stands for its own recipe
+            return candidate / "recipe.yaml"
+    if name.endswith((".yaml", ".yml")):
+        raise ConfigError(f"{where}{name}: no such file")
+    raise ConfigError(f"{where}{name}: no such recipe; {nearest(name, names())} (`unlabeled recipes` lists them; a path must end in .yaml)")
+
+
+def _read(path: Path, values: dict, origin: Origin, seen: tuple[Path, ...] = ()) -> None:
+    """Lay a recipe file, and before it what it extends, over `values`."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself by way of {' → '.join(p.name for p in seen)}")
+    content = config.read_yaml(path)
+    base = content.pop("extends", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: extends = {base!r}: expected the name or the file of a recipe")
+        _read(find(base, path.parent, f"{path}: extends "), values, origin, (*seen, path))
+    config.merge(values, origin, content, str(path), CHOSEN)
+
+
+def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of that name or path with dotted overrides ("optim.lr.value=1e-3") laid over it, checked whole."""
+    path = find(str(name))
+    values: dict[str, Any] = {}
+    origin: Origin = {}
+    _read(path, values, origin)
+    for text in overrides or []:
+        key, value = config.parse_override(text)
+        config.merge(values, origin, config.nest(key, value), "command line", CHOSEN)
+    recipe = config.build(Recipe, values, origin or {"": str(path)})
+    recipe.run = vars(recipe)["run"] or f"runs/{path.stem}"
+    return resolve(recipe)
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Give every schedule the run's length where it has none, and check what one field alone cannot tell."""
+    stored = vars(recipe)
+    for section in config.sections(recipe):
+        if isinstance(section, Schedule):
+            if vars(section)["steps"] is None:
+                section.steps = stored["steps"]
+            section._defaults = {**vars(section).get("_defaults", {}), "steps": section.steps}  # known to all, so no key that nobody reads
+    for key, value in [("steps", stored["steps"]), ("data.batch", vars(stored["data"])["batch"])]:
+        if value < 1:
+            raise ConfigError(f"{key} = {value}: must be 1 or more")
+    for key in ("checkpoint", "export", "log"):
+        every = vars(stored[key])["every"]
+        if every < 1:
+            raise ConfigError(f"{key}.every = {every}: must be 1 or more steps")
+    return recipe

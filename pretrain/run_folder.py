@@ -1,0 +1,60 @@
+"""The folder of a run: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, export/, results.jsonl, pictures/, log.txt, report.html.
+
+`prepare` decides what a command means for a folder that exists: the same recipe goes on, another one is refused. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pretrain import config
+from pretrain.errors import UserError
+from pretrain.recipe import Recipe, load
+
+# keys that change no number of the training: they may differ when a run goes on
+FREE = ("run", "overwrite", "threads", "log.", "checkpoint.", "export.", "eval.", "data.workers")
+
+
+def prepare(recipe: Recipe) -> Path:
+    """The run folder, made or found fit to go on in, with the resolved recipe written to it.
+
+    A `precision: auto` takes what the folder's recipe has resolved it to. Raises UserError where the folder holds another run or no run.
+    """
+    run = Path(recipe.run)
+    stored = run / "recipe.yaml"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; choose another folder with run=FOLDER")
+    filled = run.is_dir() and any(run.iterdir())
+    if filled and not stored.is_file():
+        raise UserError(f"{run}: holds files but no run; choose another folder with run=FOLDER")
+    if filled and recipe.overwrite:
+        shutil.rmtree(run)
+        filled = False
+    if filled:
+        old = load(stored)
+        if recipe.precision == "auto":
+            recipe.precision = vars(old)["precision"]
+        changed = [d for d in config.differences(config.to_dict(old), config.to_dict(recipe)) if not d.startswith(FREE)]
+        if changed:
+            raise UserError(
+                f"{run}: holds a run of another recipe ({'; '.join(changed[:4])}{' …' if len(changed) > 4 else ''});"
+                " choose another folder with run=FOLDER, or delete that run with overwrite=true"
+            )
+    recipe.overwrite = False
+    run.mkdir(parents=True, exist_ok=True)
+    write_recipe(recipe, run)
+    return run
+
+
+def write_recipe(recipe: Recipe, run: Path) -> None:
+    """Store the resolved recipe, atomically."""
+    temporary = run / ".recipe.yaml"
+    temporary.write_text(f"# resolved; `unlabeled train {run}` goes on with it\n{config.dump(recipe)}")
+    temporary.replace(run / "recipe.yaml")
+
+
+def exports(run: Path) -> dict[int, Path]:
+    """{step: folder} of all exports, in order."""
+    found = {int(p.name): p for p in (run / "export").glob("*") if p.name.isdigit() and (p / "config.json").is_file()}
+    return dict(sorted(found.items()))

@@ -1,0 +1,53 @@
+"""A schedule is a value in a config and a pure function of the step: warm up in a straight line, then stay or fall.
+
+In a recipe: `lr: 1.0e-3` is constant; `lr: {kind: cosine, value: 1.0e-3, warmup: 0.1}` warms up over a tenth of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pretrain.config import Section
+
+
+@dataclass
+class Schedule(Section):
+    """`start` → `value` in a straight line over `warmup` steps, then `value` → `final` by `kind` until step `steps`.
+
+    `warmup` and `decay` are steps, or shares of the run where they are below 1. `kind`: constant; linear; cosine (half a cosine);
+    wsd (constant, then a straight line over the last `decay`). `steps` is the length of the run unless it is given.
+    """
+
+    value: float = 0.0
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    start: float = 0.0
+    final: float = 0.0
+    warmup: float = 0.0
+    decay: float = 0.2
+    steps: int | None = None
+
+    def __call__(self, step: int) -> float:
+        """The value at `step`, counted from 0. Warm-up reaches `value` at step `warmup`; `final` is reached at step `steps` - 1."""
+        value, kind, warmup = self.value, self.kind, self.warmup
+        if kind == "constant" and not warmup:
+            return value
+        # every field that can matter is read at every step, so that `config.unread` tells the truth after the first one
+        start = self.start if warmup else value
+        final = self.final if kind != "constant" else value
+        decay = self.decay if kind == "wsd" else 1.0
+        if self.steps is None:
+            raise ValueError("a schedule that is not constant needs `steps`, the length of the run")
+        warmup = _steps(warmup, self.steps)
+        if step < warmup:
+            return start + (value - start) * step / warmup
+        first = max(warmup, self.steps - _steps(decay, self.steps)) if kind == "wsd" else warmup
+        done = min(1.0, max(0.0, (step - first) / max(1, self.steps - 1 - first)))
+        if kind == "cosine":
+            done = 0.5 - 0.5 * math.cos(math.pi * done)
+        return value + (final - value) * done
+
+
+def _steps(length: float, total: int) -> int:
+    return round(length * total) if length < 1 else int(length)

@@ -1,0 +1,186 @@
+"""The one loop. `python -m pretrain.train RUN` trains the recipe in a run folder; from Python: `train(load("demo", ["steps=100"]))`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data_pipeline.shards import Samples
+from data_pipeline.stream import Stream, default_workers, to_device
+from pretrain import checkpoint, config, export, recipe
+from pretrain.config import ConfigError
+from pretrain.errors import command
+from pretrain.metrics import Writer
+from pretrain.models import presets
+from pretrain.objective import find
+from pretrain.objectives.base import Objective
+from pretrain.parallel.engine import Engine, accumulation, faster_precision, pick_device
+from pretrain.recipe import Recipe
+from pretrain.run_folder import prepare, write_recipe
+
+STOPPED = 75  # exit code of a run that was told to stop and wrote its checkpoint: the same command goes on
+READ_LATER = ("eval.", "checkpoint.")  # by the evaluation stage; by the first save
+
+
+class Stop:
+    """Set by SIGTERM, SIGINT or SIGUSR1: the loop ends at the next step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+
+def every(step: int, steps: int) -> bool:
+    return step > 0 and step % steps == 0
+
+
+def build_objective(cfg: Recipe) -> Objective:
+    """The recipe's objective with the weights that its seed gives, on CPU."""
+    torch.manual_seed(cfg.seed)
+    try:
+        return find(cfg.objective.name)(cfg.objective, lambda **changes: presets.build(cfg.model, **changes))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def build_stream(cfg: Recipe, objective: Objective, samples: Samples) -> Stream:
+    body = objective.encoder()
+    views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
+    workers = default_workers() if cfg.data.workers is None else cfg.data.workers
+    accumulate = accumulation(cfg, objective.couples_batch)
+    return Stream(samples, views, cfg.data.batch, cfg.seed, cfg.data.shuffle, workers, accumulate=accumulate)
+
+
+class Log:
+    """Lines for the person and for log.txt."""
+
+    def __init__(self, run: Path):
+        self.path = run / "log.txt"
+
+    def __call__(self, line: str) -> None:
+        print(line, flush=True)
+        with self.path.open("a") as file:
+            file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + line + "\n")
+
+
+def train(cfg: Recipe) -> Path:
+    """Train a recipe to its end, or on from its last checkpoint; the run folder. Exits with code 75 when it was told to stop."""
+    run = prepare(cfg)
+    say, stop = Log(run), Stop()
+    device = pick_device(cfg.device)
+    if device.type == "cpu":
+        torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
+    samples = Samples(cfg.data.train)
+    objective = build_objective(cfg)
+    stream = build_stream(cfg, objective, samples)
+    if cfg.precision == "auto":
+        cfg.precision = _measure_precision(cfg, objective, stream, device)  # type: ignore[assignment]
+        write_recipe(cfg, run)
+    engine = Engine(objective, cfg, device)
+    step = _resume(run, engine, stream, say)
+    if step >= cfg.steps:
+        say(f"{run}: has finished its {cfg.steps} steps; overwrite=true starts it again")
+        return run
+    size = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
+    say(
+        f"{run}: {cfg.objective.name} on {cfg.model.name} ({size:.1f} M parameters trained), {len(samples)} samples, batch {cfg.data.batch},"
+        f" {cfg.precision} on {device}, {torch.get_num_threads()} threads + {stream.workers} data workers"
+    )
+    writer = Writer(run, step, cfg.steps, cfg.log.every, cfg.data.batch)
+    _loop(cfg, run, step, engine, stream, writer, stop, say)
+    writer.close()
+    if stream.bad:
+        say(f"{len(stream.bad)} damaged samples were replaced by their neighbours; all are named in {run / 'log.txt'}")
+    if stop.asked:
+        say(f"{run}: stopped as asked, after a checkpoint; the same command goes on")
+        sys.exit(STOPPED)
+    return run
+
+
+def _loop(cfg: Recipe, run: Path, first: int, engine: Engine, stream: Stream, writer: Writer, stop: Stop, say: Log) -> None:
+    objective, clock = engine.objective, writer.clock
+    if first == 0:
+        export.save(run / "export" / "0", objective, cfg, step=0)  # the untrained network: what every score is compared with
+    for step in range(first, cfg.steps + 1):
+        last = step == cfg.steps or stop.asked
+        if last or every(step, cfg.checkpoint.every):
+            writer.flush()
+            checkpoint.save(run, step, engine, stream, cfg)
+        if step == cfg.steps or every(step, cfg.export.every):
+            export.save(run / "export" / str(step), objective, cfg, step)
+            _draw(cfg, run, step, engine, stream, writer)
+        if last:
+            break
+        clock.lap("save")
+        losses = []
+        for micro in range(engine.accumulate):
+            batch = next(stream)
+            clock.lap("data")
+            batch = to_device(batch, engine.device, cfg.data.mean, cfg.data.std)
+            with engine.microbatch(last=micro + 1 == engine.accumulate):
+                loss, logs = engine.forward(batch, step)
+                engine.backward(loss)
+            losses.append(loss.detach())
+            clock.lap("model")
+        lr = cfg.optim.lr(step)
+        norm = engine.step(lr, cfg.optim.weight_decay(step))
+        objective.after_step(step)
+        clock.lap("model")
+        for shard, key, reason in stream.new_bad():
+            say(f"damaged sample left out: {key} in {shard}: {reason}")
+        writer.add(step, loss=sum(losses) / engine.accumulate, grad_norm=norm, lr=lr, **logs)
+        if step == first:
+            _refuse_unread(cfg)
+        clock.lap("loop")
+
+
+def _draw(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, writer: Writer) -> None:
+    """The objective's pictures of the first batch of the run, always the same, so that one can see them change."""
+    if type(engine.objective).pictures is Objective.pictures:
+        return
+    batch = to_device(stream.first(), engine.device, cfg.data.mean, cfg.data.std)
+    for name, picture in engine.objective.pictures(batch).items():
+        path = run / "pictures" / f"{name}-{step:09d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(path)
+        writer.board.add_image(name, picture, step)
+
+
+def _resume(run: Path, engine: Engine, stream: Stream, say: Log) -> int:
+    newest = checkpoint.latest(run)
+    if newest is None:
+        return 0
+    step = checkpoint.load(newest, engine, stream)
+    say(f"{run}: goes on from step {step} ({newest})")
+    return step
+
+
+def _measure_precision(cfg: Recipe, objective: Objective, stream: Stream, device: torch.device) -> str:
+    batch = to_device(stream.first(), device, cfg.data.mean, cfg.data.std)
+    return faster_precision(objective.to(device), batch, device)
+
+
+def _refuse_unread(cfg: Recipe) -> None:
+    """A key that was set and that nothing has read by the end of the first step changes nothing: say so before hours are spent."""
+    keys = [f"{key} = {value!r}" for key, value in config.unread(cfg) if not key.startswith(READ_LATER)]
+    if keys:
+        raise ConfigError(f"{cfg.run}/recipe.yaml: nothing reads {', '.join(keys)}: with the rest of this recipe it has no effect; take it out")
+
+
+def main() -> int:
+    train(recipe.load(sys.argv[1]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,63 @@
+"""Real photographs for the tests: crops of scikit-learn's two sample pictures, as a folder of two classes and as shards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.shards import build
+from pretrain.recipe import Recipe, load
+
+# every objective at a size that trains in a second, on images of 32 pixels
+TINY = ["model=vit_micro", "model.dim=32", "model.depth=2", "model.heads=2", "model.image_size=32", "threads=1", "precision=fp32"]
+SMALL = {
+    "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1", "objective.decoder_heads=2"],
+    "simclr": ["objective.head_hidden=64", "objective.head_outputs=32"],
+    "dinov2": ["objective.prototypes=64", "objective.head_hidden=64", "objective.head_bottleneck=32", "objective.local_size=16", "objective.local_crops=2"],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 crops of 64×64 pixels: china/*.jpg and flower/*.jpg."""
+    from sklearn.datasets import load_sample_image
+
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name in ("china", "flower"):
+        (folder / name).mkdir()
+        picture = load_sample_image(f"{name}.jpg")
+        for i in range(24):
+            top, left = rng.integers(0, picture.shape[0] - 64), rng.integers(0, picture.shape[1] - 64)
+            Image.fromarray(picture[top : top + 64, left : left + 64]).save(folder / name / f"{i:02d}.jpg", quality=92)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("shards") / "all"
+    build(photos, target)
+    return target
+
+
+def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
+    """A recipe of any objective that trains in seconds; an objective without an entry in SMALL keeps its own sizes."""
+    data = [f"data.train={shards}", "data.batch=16", "data.workers=0", "steps=8", f"run={run}", "checkpoint=1000", "export=1000", "log=1"]
+    return load("demo", [f"objective={name}", *TINY, *SMALL.get(name, []), *data, "optim.lr=1e-3", *overrides])
+
+
+def unlabeled(*args: object, timeout: float = 300, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "launch.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)

@@ -1,0 +1,167 @@
+"""What every objective owes the loop. Objectives are found by their files, so a new one is tested without a line here.
+
+A new objective that does not train in seconds at the sizes of tests/conftest.py gets an entry in its SMALL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.shards import Samples
+from data_pipeline.stream import to_device
+from pretrain import config, objective
+from pretrain.config import ConfigError
+from pretrain.export import load as load_export
+from pretrain.models.layers import Backbone
+from pretrain.parallel.engine import Engine
+from pretrain.recipe import load
+from pretrain.train import build_objective, build_stream, train
+from tests.conftest import SMALL, TINY, tiny_recipe
+
+NAMES = objective.names()
+everywhere = pytest.mark.parametrize("name", NAMES)
+
+
+def setup(name: str, shards: Path, run: Path, *overrides: str):
+    cfg = tiny_recipe(name, shards, run, *overrides)
+    model = build_objective(cfg)
+    stream = build_stream(cfg, model, Samples(cfg.data.train))
+    return cfg, model, stream, to_device(stream.first(), torch.device("cpu"), cfg.data.mean, cfg.data.std)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_there_are_objectives():
+    assert {"mae", "simclr", "dinov2"} <= set(NAMES)
+
+
+@everywhere
+def test_file_says_what_it_is(name: str):
+    assert len(objective.purpose(name)) > 20 and "arXiv" in objective.purpose(name)
+    light, _ = objective.config_class(name)
+    full = objective.find(name)
+    module = __import__(full.__module__, fromlist=["Config"])
+    assert [f.name for f in dataclasses.fields(light)] == [f.name for f in dataclasses.fields(module.Config)]
+
+
+@everywhere
+def test_forward_is_finite_and_pure(name: str, shards: Path, tmp_path: Path):
+    _, model, _, batch = setup(name, shards, tmp_path / "run")
+    loss, logs = model(batch, 0)
+    again, _ = model(batch, 0)
+    assert loss.ndim == 0 and loss.isfinite() and torch.equal(loss, again)
+    assert all(value.ndim == 0 and not value.requires_grad for value in logs.values())
+
+
+@everywhere
+def test_every_trainable_parameter_gets_a_gradient(name: str, shards: Path, tmp_path: Path):
+    _, model, _, batch = setup(name, shards, tmp_path / "run")
+    model(batch, 0)[0].backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert without == []
+    assert [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None] == []
+
+
+@everywhere
+def test_views_depend_on_the_generator_alone(name: str, shards: Path, tmp_path: Path):
+    _, _, stream, batch = setup(name, shards, tmp_path / "run")
+    again = stream.batches[0]
+    assert all(torch.equal(again[k], stream.batches[0][k]) for k in batch)
+    other = stream.batches[1]
+    assert any(not torch.equal(other[k], again[k]) for k in batch if k != "id")
+
+
+@everywhere
+def test_encoder_is_a_backbone_that_exports(name: str, shards: Path, tmp_path: Path):
+    run = train(tiny_recipe(name, shards, tmp_path / "run", "steps=2"))
+    encoder, about = load_export(run / "export" / "2")
+    assert isinstance(encoder, Backbone) and about["objective"] == name and about["step"] == 2
+    untrained, _ = load_export(run / "export" / "0")
+    image = torch.randn(2, 3, 32, 32)
+    features, before = encoder(image), untrained(image)
+    assert features.cls.shape == (2, encoder.embed_dim) and features.tokens.shape == (2, 16, encoder.embed_dim) and features.grid == (4, 4)
+    assert not torch.equal(features.cls, before.cls)
+
+
+@everywhere
+def test_learns(name: str, shards: Path, tmp_path: Path):
+    """The same small set over and over: the loss falls well below where it began."""
+    run = train(tiny_recipe(name, shards, tmp_path / "run", "steps=60", "optim.lr=3e-3", "log=10"))
+    curve = losses(run)
+    assert sum(curve[-5:]) / 5 < sum(curve[:3]) / 3 - 0.02, curve
+
+
+@everywhere
+def test_resume_is_exact(name: str, shards: Path, tmp_path: Path):
+    """Stopped after a checkpoint and started again: every loss equals the uninterrupted run's, to the last bit."""
+    whole = train(tiny_recipe(name, shards, tmp_path / "whole", "model.drop_path=0.2", "checkpoint=3"))
+    part = tiny_recipe(name, shards, tmp_path / "part", "model.drop_path=0.2", "checkpoint=3")
+    train(part)
+    newest = sorted((tmp_path / "part" / "checkpoints").iterdir())
+    for folder in newest[1:]:  # what a kill after step 6 would have left
+        for file in sorted(folder.rglob("*")):
+            file.unlink()
+        folder.rmdir()
+    rows = (tmp_path / "part" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part" / "metrics.jsonl").write_text("".join(rows[:7]) + '{"step": 7, "lo')
+    resumed = train(tiny_recipe(name, shards, tmp_path / "part", "model.drop_path=0.2", "checkpoint=3"))
+    assert len(losses(whole)) == 8 and losses(resumed) == losses(whole)
+    assert torch.equal(load_export(whole / "export" / "8")[0].norm.weight, load_export(resumed / "export" / "8")[0].norm.weight)
+
+
+@everywhere
+def test_accumulation(name: str, shards: Path, tmp_path: Path):
+    """Micro-batches give the gradient of the whole batch; an objective that couples the batch refuses unless told."""
+    split = ["parallel.micro_batch=4"]
+    if objective.find(name).couples_batch:
+        with pytest.raises(ConfigError, match=f"the loss of {name} couples the samples of a batch"):
+            setup(name, shards, tmp_path / "run", *split)
+        split.append("parallel.accumulate_coupled=true")
+    gradients = []
+    for overrides in ([], split):
+        cfg, model, stream, _ = setup(name, shards, tmp_path / "run", *overrides)
+        engine = Engine(model, cfg, torch.device("cpu"))
+        assert engine.accumulate == (4 if overrides else 1)
+        for micro in range(engine.accumulate):
+            batch = to_device(next(stream), engine.device, cfg.data.mean, cfg.data.std)
+            with engine.microbatch(last=micro + 1 == engine.accumulate):
+                engine.backward(engine.forward(batch, 0)[0])
+        gradients.append(torch.cat([p.grad.flatten() for p in engine.parameters]))
+    if not model.couples_batch:
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    assert gradients[1].isfinite().all()
+
+
+@everywhere
+def test_every_option_is_checked_and_read(name: str, shards: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="no such key"):
+        load("demo", [f"objective={name}", "objective.no_such_option=1"])
+    cfg, model, _, batch = setup(name, shards, tmp_path / "run")
+    model(batch, 0)
+    model.after_step(0)
+    for field in dataclasses.fields(type(cfg.objective)):
+        assert field.name in vars(cfg.objective)["_read"], f"nothing reads objective.{field.name}"
+
+
+@everywhere
+def test_a_key_that_nothing_reads_stops_the_run(name: str, shards: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"nothing reads model.rope_base = 7"):
+        train(tiny_recipe(name, shards, tmp_path / "run", "model.rope_base=7", "model.positions=learned"))
+
+
+def test_bf16_stays_close_to_fp32(shards: Path, tmp_path: Path):
+    for name in NAMES:
+        curves = [losses(train(tiny_recipe(name, shards, tmp_path / f"{name}-{p}", f"precision={p}"))) for p in ("fp32", "bf16")]
+        assert curves[0] != curves[1] and curves[0][0] == pytest.approx(curves[1][0], rel=1e-2), name
+        assert curves[0] == pytest.approx(curves[1], rel=0.1), name  # after eight steps of rounding apart
+
+
+def test_small_entries_belong_to_objectives():
+    assert set(SMALL) <= set(NAMES) and config.to_dict(load("demo", TINY))["model"]["dim"] == 32

@@ -1,0 +1,240 @@
+"""The quick start's images: both sets, the .deb reader, and what happens without a Debian mirror."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline import demo_data
+from data_pipeline.storage import DataError
+
+MEMBER = demo_data.MEMBER
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return raw.getvalue()
+
+
+def deb(path: Path, name: str, data: bytes) -> Path:
+    """An ar archive as dpkg writes it, with an odd-sized member before the data and one after."""
+    members = {"debian-binary": b"2.0\n", "control.tar.gz": b"odd", name: data, "_gpgorigin": b"signature"}
+    with open(path, "wb") as file:
+        file.write(b"!<arch>\n")
+        for member, content in members.items():
+            file.write(f"{member:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content)
+            file.write(b"\n" * (len(content) % 2))
+    return path
+
+
+@pytest.fixture
+def apt(tmp_path, monkeypatch):
+    """Put a script in apt-get's place, alone on PATH but for `cp`; the cache is empty and nothing is installed."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "cp").symlink_to(shutil.which("cp"))
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo_data, "INSTALLED", tmp_path / "absent" / "0textures.pk3")
+
+    def write(script: str) -> None:
+        (folder / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n{script}\n')
+        (folder / "apt-get").chmod(0o755)
+
+    return write
+
+
+# ---------------------------------------------------------------- digits
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits") / "set"
+    assert demo_data.fetch(out, "digits", quiet) == "digits"
+    return out
+
+
+def test_digits_counts_and_images(digits):
+    meta = json.loads((digits / "set.json").read_text())
+    assert meta["set"] == "digits" and meta["classes"] == [str(i) for i in range(10)]
+    assert set(meta) == {"set", "classes", "counts", "package", "licence"}
+    files = {split: list((digits / split).glob("*/*.png")) for split in demo_data.SPLITS}
+    assert {split: len(found) for split, found in files.items()} == meta["counts"]
+    assert meta["counts"] == {"train": 3234, "val": 180, "test": 539}
+    for found in files.values():
+        counts = Counter(path.parent.name for path in found)
+        assert len(counts) == 10 and max(counts.values()) < 1.15 * min(counts.values())
+    for path in files["test"][:20]:
+        pixels = np.asarray(Image.open(path))
+        assert pixels.shape == (64, 64, 3) and pixels.std() > 10
+
+
+def test_digits_splits_share_no_digit(digits):
+    numbers = [{path.name[:4] for path in (digits / split).glob("*/*.png")} for split in demo_data.SPLITS]
+    assert sum(map(len, numbers)) == len(set.union(*numbers)) == 1797
+
+
+def test_digits_are_the_same_every_time(digits, tmp_path):
+    (tmp_path / "again").mkdir()  # an empty folder may be there
+    demo_data.fetch(tmp_path / "again", "digits", quiet)
+    assert digest(tmp_path / "again") == digest(digits)
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_a_set_that_is_there_is_kept(digits, monkeypatch):
+    monkeypatch.setattr(demo_data, "_write", lambda *_: pytest.fail("written again"))
+    assert demo_data.fetch(digits, "digits", quiet) == demo_data.fetch(digits, "auto", quiet) == "digits"
+    with pytest.raises(DataError, match=r'holds "digits", not "materials".*delete'):
+        demo_data.fetch(digits, "materials", quiet)
+
+
+def test_anothers_folder_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="no whole demo set"):
+        demo_data.fetch(tmp_path, "digits", quiet)
+    with pytest.raises(DataError, match="auto, materials or digits"):
+        demo_data.fetch(tmp_path / "new", "cifar", quiet)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_data, "_place", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo_data.fetch(tmp_path / "set", "digits", quiet)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the package
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("data.tar.xz", lzma.compress), ("data.tar.gz/", gzip.compress), ("data.tar", bytes)],
+)
+def test_member_of_a_deb(tmp_path, name, pack):
+    content = np.random.default_rng(0).bytes(300_001)
+    path = deb(tmp_path / "x.deb", name, pack(tar({"./etc/other": b"other", f"./{MEMBER}": content})))
+    demo_data.unpack_member(path, MEMBER, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    with pytest.raises(DataError, match="holds no usr/absent"):
+        demo_data.unpack_member(path, "usr/absent", tmp_path / "none")
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
+def test_member_of_a_zstandard_deb(tmp_path):
+    (tmp_path / "root/DEBIAN").mkdir(parents=True)
+    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: nobody <a@b>\nDescription: x\n"
+    (tmp_path / "root/DEBIAN/control").write_text(control)
+    (tmp_path / "root/a").write_bytes(b"first")
+    (tmp_path / "root/b").write_bytes(np.random.default_rng(0).bytes(3_000_000))  # left in the pipe
+    command = ["dpkg-deb", "-Zzstd", "-b", str(tmp_path / "root"), str(tmp_path / "x.deb")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this dpkg-deb writes no zstandard")
+    demo_data.unpack_member(tmp_path / "x.deb", "a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("data", [b"<html>not found</html>", b"!<arch>\n", b"!<arch>\ndebian-binary"])
+def test_what_is_no_deb(tmp_path, data):
+    (tmp_path / "x.deb").write_bytes(data)
+    with pytest.raises(DataError, match=r"x\.deb: is no whole Debian package"):
+        demo_data.unpack_member(tmp_path / "x.deb", MEMBER, tmp_path / "copy")
+
+
+def pk3(names: list[str]) -> bytes:
+    raw, rng = io.BytesIO(), np.random.default_rng(0)
+    with zipfile.ZipFile(raw, "w") as archive:
+        for name in names:
+            png = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (256, 300, 3), dtype=np.uint8)).save(png, "PNG")
+            archive.writestr(f"textures/tex_x/{name}.png", png.getvalue())
+    return raw.getvalue()
+
+
+def test_package_after_one_update(tmp_path, apt):
+    names = [f"rock{i:02d}" for i in range(12)] + ["wood01a", "wood01b", "rock_door", "rock99_nm", "poster"]
+    deb(tmp_path / "good.deb", "data.tar.xz", lzma.compress(tar({f"./{MEMBER}": pk3(names)})))
+    apt(f"""case "$*" in
+      *update) : > {tmp_path}/updated;;
+      *) test -e {tmp_path}/updated && cp {tmp_path}/good.deb x.deb && exit; echo 'E: No packages found' >&2; exit 100;;
+    esac""")
+    assert demo_data.fetch(tmp_path / "set", "auto", quiet) == "materials"
+    calls = [line.split()[4:] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls == [["download", "ufoai-textures"], ["update"], ["download", "ufoai-textures"]]
+    assert list(digest(tmp_path / "cache")) == ["ufoai-textures/0textures.pk3"]  # the .deb is gone
+    meta = json.loads((tmp_path / "set/set.json").read_text())
+    assert meta["classes"] == ["rock", "wood"] and sum(meta["counts"].values()) == 14 * 16
+    assert len({path.parent.parent for path in (tmp_path / "set").glob("*/wood/*.png")}) == 1  # variants stay together
+    demo_data.fetch(tmp_path / "again", "materials", quiet)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 3  # from the cache
+    assert digest(tmp_path / "again") == digest(tmp_path / "set")
+
+
+# ---------------------------------------------------------------- without a mirror
+def test_auto_says_why_and_takes_digits(tmp_path, apt, digits):
+    apt("echo 'E: Unable to locate package ufoai-textures' >&2; exit 100")
+    said: list[str] = []
+    assert demo_data.fetch(tmp_path / "set", "auto", said.append) == "digits"
+    line = next(line for line in said if "digits instead" in line)
+    assert "Unable to locate package" in line and "\n" not in line
+    assert digest(tmp_path / "set") == digest(digits)
+
+
+def test_materials_alone_is_an_error(tmp_path, apt):
+    apt("exit 7")
+    with pytest.raises(DataError, match=r"ufoai-textures cannot be downloaded: .*ended with 7; run .apt-get update"):
+        demo_data.fetch(tmp_path / "set", "materials", quiet)
+    assert not (tmp_path / "set").exists() and not digest(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("exec /bin/sleep 60", "more than 0.2 sec"), ("/bin/sleep 5", "more than 0.2 sec"), (None, "no apt-get here")],
+)
+def test_apt_that_hangs_or_is_absent(tmp_path, apt, monkeypatch, script, reason):
+    monkeypatch.setattr(demo_data, "APT_SECONDS", 0.2)
+    if script:
+        apt(script)
+    with pytest.raises(DataError, match=reason):
+        demo_data.textures_file(quiet)
+
+
+def test_cache_that_cannot_be_written(tmp_path, apt):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match="UNLABELED_CACHE"):
+        demo_data.textures_file(quiet)
+
+
+@pytest.mark.slow
+def test_real_materials(tmp_path):
+    """Downloads 336 MB the first time."""
+    demo_data.fetch(tmp_path / "set", "materials", quiet)
+    meta = json.loads((tmp_path / "set/set.json").read_text())
+    assert meta["counts"] == {"train": 4320, "val": 720, "test": 1808}
+    assert meta["classes"] == sorted(demo_data.KINDS)
+    names = [{path.stem[:-3] for path in (tmp_path / "set" / split).glob("*/*.png")} for split in demo_data.SPLITS]
+    assert sum(map(len, names)) == len(set.union(*names)) == 428
