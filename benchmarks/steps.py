@@ -6,10 +6,10 @@ Claims, for MAE, SimCLR and DINOv2 with ViT-S/16 at 224 px, in fp32 and under bf
     step.X.P.samples_per_cpu_second images (of any number of views) per CPU second
     step.X.P.versus_lightly         CPU seconds of the same step built from lightly's modules / ours; above 1, ours is faster
 
-A step is forward, backward, fused AdamW, zeroed gradients, and the teacher's average where there is one, through `Engine`, on a batch that the
-objective's own views made of noise. Linear FLOPs are the matrix products of linear layers and the patch convolution in forward and backward, as
+A step is that of the recipe X_vits16 with a small batch: forward, backward, gradient norm, fused AdamW, and the teacher's average where there is
+one, through `Engine`, on images that the objective's own views made of noise. Linear FLOPs are the matrix products of linear layers and the patch convolution in forward and backward, as
 `FlopCounterMode` sees them (teacher and heads included; attention's products, norms and all else count as overhead). lightly gets the same
-images, sizes and optimizer. All are timed in turn (product, ours, lightly, product, …), and each figure is the median over rounds of that round's
+images, sizes and optimizer, and the memory settings of `Engine`, which are the process's. All are timed in turn (product, ours, lightly, product, …), and each figure is the median over rounds of that round's
 ratio of CPU seconds.
 """
 
@@ -32,20 +32,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.stream import to_device
-from pretrain import config
 from pretrain.parallel.engine import Engine
-from pretrain.recipe import Recipe, resolve
+from pretrain.recipe import Recipe, load
 from pretrain.train import build_objective
 
-BATCH = {"mae": 16, "simclr": 8, "dinov2": 4}  # images per step; 1 to 4 CPU seconds each
-OPTIONS = {"mae": {}, "simclr": {}, "dinov2": {"prototypes": 4096}}
+BATCH = {"mae": 16, "simclr": 8, "dinov2": 4}  # images per step; 4 to 9 CPU seconds each
+OPTIONS = {"mae": ["parallel.micro_batch=null"], "simclr": [], "dinov2": ["objective.prototypes=4096"]}
 LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 CPU = torch.device("cpu")
 
 
 def recipe(name: str, precision: str) -> Recipe:
-    values = {"steps": 100, "model": {"name": "vit_small"}, "objective": {"name": name, **OPTIONS[name]}, "precision": precision}
-    return resolve(config.build(Recipe, {**values, "device": "cpu", "data": {"batch": BATCH[name]}}, {"": "benchmarks/steps.py"}))
+    return load(f"{name}_vits16", ["device=cpu", f"precision={precision}", f"data.batch={BATCH[name]}", *OPTIONS[name]])
 
 
 def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:

@@ -41,7 +41,7 @@ def _check_size(height: int, width: int) -> None:
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_check_size` is the cap
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         _check_size(image.height, image.width)
         image.load()
     if image.mode.startswith("I"):

@@ -11,45 +11,43 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_ODD, _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+_ODD, _MIX, _29, _32 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 29, 32))
 _MASK = (1 << 64) - 1
 
 
-def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        x = (x ^ key) * _ODD
-        x = (x ^ (x >> np.uint64(29))) * _MIX
-        return x ^ (x >> np.uint64(32))
+def _hash(x: np.ndarray, key: np.ndarray | np.uint64) -> np.ndarray:
+    x = (x ^ key) * _ODD  # uint64 arrays wrap around
+    x = (x ^ (x >> _29)) * _MIX
+    return x ^ (x >> _32)
 
 
 def fold(*numbers: int) -> int:
     """One 64-bit key from several whole numbers."""
-    key = 0
+    key = np.zeros(1, np.uint64)
     for number in numbers:
-        mixed = (key ^ (number & _MASK)) * 0x9E3779B97F4A7C15 & _MASK
-        mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9 & _MASK
-        key = mixed ^ (mixed >> 32)
-    return key
+        key = _hash(key, np.array([number & _MASK], np.uint64))
+    return int(key[0])
 
 
-def permute(index: np.ndarray, count: int, key: int, rounds: int = 6) -> np.ndarray:
-    """Where a keyed permutation of range(count) sends the integers `index`: a Feistel network on the next even number of bits, walked until
-    the result falls below `count`. O(1) memory, any element alone."""
-    out = np.asarray(index).astype(np.uint64)
+def permute(index: np.ndarray, count: int, key: int | np.ndarray, rounds: int = 6) -> np.ndarray:
+    """Where a keyed permutation of range(count) sends the integers `index` [n]; `key` is one for all, or one each [n].
+
+    A Feistel network on the next even number of bits, walked until the result falls below `count`: O(1) memory, any element alone.
+    """
+    out = np.array(index, np.uint64)
     if count <= 1:
         return out.astype(np.int64)
     half = (int(count - 1).bit_length() + 1) // 2
     shift, low = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = [np.uint64(fold(key, r)) for r in range(rounds)]
-    flat = out.reshape(-1)
-    todo = np.arange(flat.size)
+    keys = np.broadcast_to(np.array(key, np.uint64), out.shape)
+    todo = np.arange(out.size)
     while todo.size:
-        left, right = flat[todo] >> shift, flat[todo] & low
-        for k in keys:
-            left, right = right, left ^ (_hash(right, k) & low)
-        flat[todo] = (left << shift) | right
-        todo = todo[flat[todo] >= np.uint64(count)]
-    return flat.reshape(out.shape).astype(np.int64)
+        left, right = out[todo] >> shift, out[todo] & low
+        for r in range(rounds):
+            left, right = right, left ^ (_hash(right, _hash(keys[todo], np.uint64(r))) & low)
+        out[todo] = (left << shift) | right
+        todo = todo[out[todo] >= np.uint64(count)]
+    return out.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,8 @@ class Order:
             return virtual % self.count, virtual // self.count
         lane, place = slot // per_lane, step * per_lane + slot % per_lane
         block, inside = place // window, place % window
-        for one_lane, one_block in np.unique(np.stack([lane, block]), axis=1).T:
-            here = (lane == one_lane) & (block == one_block)
-            inside[here] = permute(inside[here], window, fold(self.seed, 1, int(one_lane), int(one_block)))
+        key = _hash(_hash(lane.astype(np.uint64), np.array(fold(self.seed, 1), np.uint64)), block.astype(np.uint64))
+        inside = permute(inside, window, key)
         number = (block * self.block + inside // self.chunk) * lanes + lane  # of the chunk in the run
         virtual = self._shuffled_chunk(number) * self.chunk + inside % self.chunk
         return virtual % self.count, virtual // self.count

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.decode import IMAGES, Damaged, decode_image
 from data_pipeline.storage import DataError, find_shards, open_store
@@ -106,10 +107,10 @@ class Samples:
         if data is None:
             shard, key = self.name(number)
             raise DataError(f"{shard}: {key} has no .cls member, so it has no label to score with")
-        shard = self.places[number][0]
-        if shard not in self._classes:
-            self._classes[shard] = classes(self.shards[shard].url)
-        names = self._classes[shard]
+        place = self.places[number][0]
+        if place not in self._classes:
+            self._classes[place] = classes(self.shards[place].url)
+        names = self._classes[place]
         return names[int(data)] if names else data.decode().strip()
 
     def _range(self, shard: int, offset: int, size: int) -> bytes:
@@ -195,7 +196,7 @@ def _write(source: Path, paths: list[Path], target: Path, shard_mb: int) -> dict
             if reason:
                 meta["bad"].append({"path": str(relative), "reason": reason})
                 continue
-            sample = {"__key__": f"{n:07d}-{path.stem.replace('.', '_')}", path.suffix[1:].lower(): data}
+            sample: dict[str, Any] = {"__key__": f"{n:07d}-{path.stem.replace('.', '_')}", path.suffix[1:].lower(): data}
             sample["json"] = {"path": str(relative)}
             if len(relative.parts) > 1:
                 sample["cls"] = labels[relative.parts[0]]

@@ -41,7 +41,7 @@ class _Batches(Dataset):
         batch: dict[str, Any] = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
         return batch | {"bad": bad}
 
-    def _sample(self, number: int, epoch: int, step: int, slot: int, bad: list) -> dict[str, np.ndarray]:
+    def _sample(self, number: int, epoch: int, step: int, slot: int, bad: list) -> dict[str, Any]:
         for _ in range(TRIES):
             try:
                 image = self.samples.image(number)

@@ -17,8 +17,9 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _SOLARIZE = np.where(np.arange(256) >= 128, 255 - np.arange(256), np.arange(256)).astype(np.uint8)
 
 
-def random_box(height: int, width: int, scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
+def random_box(shape: tuple[int, ...], scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop with a share of the area in `scale` and an aspect in [3/4, 4/3]: RandomResizedCrop."""
+    height, width = shape
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):
         area, aspect = height * width * rng.uniform(*scale), math.exp(rng.uniform(low, high))
@@ -48,7 +49,7 @@ def _channels_first(image: np.ndarray) -> np.ndarray:
 
 def crop_and_flip(image: np.ndarray, size: int, rng: np.random.Generator, scale: tuple[float, float]) -> np.ndarray:
     """A random resized crop, mirrored half of the time: [3, size, size]."""
-    top, left, h, w = random_box(*image.shape[:2], scale, rng)
+    top, left, h, w = random_box(image.shape[:2], scale, rng)
     out = resize(image[top : top + h, left : left + w], (size, size))
     return _channels_first(out[:, ::-1] if rng.random() < 0.5 else out)
 
@@ -106,7 +107,7 @@ class Augment:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 [H, W, 3] → uint8 [3, size, size]."""
-        top, left, h, w = random_box(*image.shape[:2], self.scale, rng)
+        top, left, h, w = random_box(image.shape[:2], self.scale, rng)
         out = resize(image[top : top + h, left : left + w], (self.size, self.size))
         if rng.random() < 0.5:
             out = cv2.flip(out, 1)

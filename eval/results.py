@@ -7,27 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]  # model, step, protocol, version, split, metric, value, gallery, query, count, left_out, seconds
+Row = dict[str, Any]  # model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out, seconds
 
 
 def append(path: Path, rows: list[Row]) -> None:
     """Add rows with one write, so that processes that score at the same time do not mix their lines."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
+            data = b"\n" + data  # a killed process left half a line: do not glue a row to it
         os.write(handle, data)
     finally:
         os.close(handle)
 
 
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def table(rows: list[Row], split: str = "test") -> str:
-    """The last accuracy of every model by protocol, as text: a line per model."""
-    rows = [r for r in rows if r["metric"] == "accuracy" and r["split"] == split]
+    """The accuracy of every model by protocol, as text: a line per model; of several exports the last, of several rows the newest."""
+    rows = sorted((r for r in rows if r["metric"] == "accuracy" and r["split"] == split), key=lambda r: r["step"])
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
     models = [m for m in ("pixels", "untrained", "pretrained") if any(r["model"] == m for r in rows)]
     lines = [f"{split + ' accuracy':<16}" + "".join(f"{p:>10}" for p in protocols)]

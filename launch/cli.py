@@ -49,7 +49,8 @@ def evaluate(args: argparse.Namespace) -> None:
         else:
             raise UserError(f"{key!r}: no such option; write gallery=, query=, image_size= or {PROTOCOLS[0]}.OPTION=")
     protocols = {name: options[name] for name in PROTOCOLS if name in options}
-    rows = evaluate(args.model, words or ["knn"], options["gallery"], options["query"], "test", options["image_size"], protocols)
+    split = "test" if run is not None and len(words) == len(args.protocols) else "custom"  # other data or options: not the run's own score
+    rows = evaluate(args.model, words or ["knn"], options["gallery"], options["query"], split, options["image_size"], protocols)
     for row in rows:
         print(f"{row['model']:<12}{row['protocol']:<10}{row['metric']:<20}{row['value']:.4f}   ({row['count']} images)")
     if run is not None:
@@ -57,13 +58,14 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from pretrain import checkpoint
-    from pretrain import export as exports
     from pretrain.recipe import load
-    from pretrain.train import build_objective
 
     run = Path(args.run)
-    recipe = load(run)
+    recipe = load(run)  # before torch is imported: a wrong folder is said at once
+    from pretrain import checkpoint
+    from pretrain import export as exports
+    from pretrain.train import build_objective
+
     wanted = checkpoint.latest(run) if args.step is None else run / "checkpoints" / f"{args.step:09d}"
     if wanted is None or wanted not in checkpoint.all_of(run):
         steps = ", ".join(str(int(p.name)) for p in sorted(checkpoint.all_of(run))) or "none"

@@ -9,6 +9,7 @@ from data_pipeline.demo_data import fetch
 from data_pipeline.shards import build
 from launch.local import train
 from pretrain.recipe import load
+from pretrain.run_folder import read_rows
 
 FOLDER = Path("runs/demo-data")
 
@@ -40,5 +41,5 @@ def demo(source: str = "auto", overrides: list[str] | None = None) -> int:
 
     run = Path(recipe.run)
     path = report.write(run)
-    print(f"\n{results.table(results.read(run / 'results.jsonl'))}\n\nreport: {path}")
+    print(f"\n{results.table(read_rows(run / 'results.jsonl'))}\n\nreport: {path}")
     return 0

@@ -16,7 +16,7 @@ from eval import results
 from eval.run import evaluate
 from pretrain.errors import UserError, command
 from pretrain.recipe import Recipe, load
-from pretrain.run_folder import exports
+from pretrain.run_folder import exports, read_rows
 
 
 def jobs(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
@@ -52,7 +52,7 @@ def watch(run: Path) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     recipe, board = load(run), SummaryWriter(str(run / "tensorboard"))
     names = {"pixels": "pixels", "0": "untrained"}
-    done = {(r["model"], r["step"], r["split"]) for r in results.read(run / "results.jsonl")}
+    done = {(r["model"], r["step"], r["split"]) for r in read_rows(run / "results.jsonl")}
     ended = False
     while True:
         due = [job for job in jobs(run, recipe) if (names.get(Path(job[0]).name, "pretrained"), job[1], job[2]) not in done]
@@ -68,12 +68,12 @@ def watch(run: Path) -> None:
                     if not isinstance(error, UserError):
                         traceback.print_exc(file=log)
                 print(f"evaluation of {model} on {split} failed: {error}", file=sys.stderr)
-        ended = ended or _closed(sys.stdin, wait=0.5 if not due else 0)
+        ended = ended or _closed(wait=0.5 if not due else 0)
     board.close()
 
 
-def _closed(stream: object, wait: float) -> bool:
-    ready, _, _ = select.select([stream], [], [], wait)
+def _closed(wait: float) -> bool:
+    ready, _, _ = select.select([sys.stdin], [], [], wait)
     return bool(ready) and not os.read(sys.stdin.fileno(), 1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.api
 
 from data_pipeline.stream import Stream
 from pretrain import config
@@ -65,7 +66,7 @@ def load(folder: Path, engine: Engine, stream: Stream) -> int:
     state = engine.state_dict()
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=True)
-    except Exception as error:  # DCP wraps whatever a damaged file raises
+    except (Exception, dcp.api.CheckpointException) as error:  # whatever a damaged file raises; DCP's own is no Exception
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise UserError(f"{folder}: cannot be loaded ({reason[0]}); delete this folder to go on from the one before it") from None
     engine.load_state_dict(state)

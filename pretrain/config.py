@@ -27,6 +27,7 @@ class Section:
     """Base of every config dataclass. `name` is set where a section is chosen by name (`model`, `objective`)."""
 
     name: str = ""
+    _defaults: dict[str, Any] = {}  # of an instance: what stands in for the class's own defaults
     shorthand: ClassVar[str] = "value"  # `lr: 0.1` means `lr: {value: 0.1}`
 
     def __getattribute__(self, key: str) -> Any:
@@ -35,10 +36,7 @@ class Section:
         return super().__getattribute__(key)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; an unknown field is an error."""
-        for key in changes:
-            if key not in fields(type(self)):
-                raise ConfigError(f"{type(self).__name__} has no option {key!r}; {nearest(key, fields(type(self)))}")
+        """A copy with some fields changed."""
         self.__dict__.setdefault("_read", set())  # shared: what reads the copy reads the recipe's section
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, **changes)

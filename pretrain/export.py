@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,7 +31,7 @@ State = dict[str, Tensor]
 def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(config.json of transformers, [(our key pattern, its key pattern)]); {i} stands for a block's number."""
     rope = cfg.positions == "rope"
-    hidden = int(cfg.dim * cfg.mlp_ratio)
+    ratio, hidden = _mlp_width(cfg)
     fields: dict[str, Any] = {
         "hidden_size": cfg.dim,
         "num_hidden_layers": cfg.depth,
@@ -66,18 +67,39 @@ def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]
         mlp = {"gelu": {"fc1": "fc1", "fc2": "fc2"}, "swiglu": {"w1": "weights_in[0]", "w2": "weights_in[1]", "w3": "weights_out"}}[cfg.mlp]
         kind = ("dinov2_with_registers", "Dinov2WithRegistersModel") if cfg.registers else ("dinov2", "Dinov2Model")
         fields |= {"model_type": kind[0], "architectures": [kind[1]], "qkv_bias": cfg.qkv_bias, "hidden_act": "gelu"}
-        # its SwiGLU takes two thirds of mlp_ratio, rounded up to a multiple of 8
-        fields |= {"use_swiglu_ffn": cfg.mlp == "swiglu", "mlp_ratio": hidden * 1.5 / cfg.dim if cfg.mlp == "swiglu" else cfg.mlp_ratio}
+        fields |= {"use_swiglu_ffn": cfg.mlp == "swiglu", "mlp_ratio": ratio}
         fields |= {"num_register_tokens": cfg.registers} if cfg.registers else {"use_mask_token": cfg.mask_token}
     keys += [(f"blocks.{{i}}.mlp.{a}", f"{block}.mlp.{b}") for a, b in mlp.items()]
     return fields, keys
+
+
+def _mlp_width(cfg: presets.ViT) -> tuple[int, int]:
+    """(mlp_ratio, hidden width) of transformers' class. Dinov2 takes whole ratios only, and two thirds of them, rounded up to a multiple of 8,
+    for SwiGLU: the smallest that holds ours."""
+    ratio, hidden = 1, int(cfg.dim * cfg.mlp_ratio)
+    if cfg.positions == "rope":
+        return ratio, hidden
+    while (width := cfg.dim * ratio if cfg.mlp == "gelu" else (cfg.dim * ratio * 2 // 3 + 7) // 8 * 8) < hidden:
+        ratio += 1
+    return ratio, width
+
+
+def _resize_mlps(state: State, width: int) -> State:
+    """Every MLP's hidden width cut to `width`, or filled up with units of zero weight, which change no output."""
+    out = dict(state)
+    for key, tensor in state.items():
+        if re.search(r"mlp\.(fc1|w1|w2)\.", key):
+            out[key] = F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, width - len(tensor)))
+        elif re.search(r"mlp\.(fc2|w3)\.weight", key):
+            out[key] = F.pad(tensor, (0, width - tensor.shape[1]))
+    return out
 
 
 def vit_to_transformers(cfg: presets.ViT, state: State) -> tuple[dict[str, Any], State]:
     """(config.json, tensors under transformers' names) of our state dict."""
     fields, keys = _vit_layout(cfg)
     width = cfg.dim
-    state = {k: v for k, v in state.items() if k != "periods"}
+    state = _resize_mlps({k: v for k, v in state.items() if k != "periods"}, _mlp_width(cfg)[1])
     if cfg.layer_scale is None:
         ones = torch.ones(width)
         state |= {f"blocks.{i}.ls{n}.gamma": ones for i in range(cfg.depth) for n in (1, 2)}
@@ -85,6 +107,7 @@ def vit_to_transformers(cfg: presets.ViT, state: State) -> tuple[dict[str, Any],
         state["mask_token"] = torch.zeros(1, width)
     if cfg.positions == "rope":
         state["mask_token"] = state["mask_token"].unsqueeze(0)  # [1, 1, D]
+        state.setdefault("registers", torch.zeros(1, 0, width))  # there too where there are none
     out: State = {}
     for ours, theirs in _named(keys, cfg.depth):
         for suffix in ("", ".weight", ".bias"):
@@ -117,11 +140,13 @@ def vit_from_transformers(cfg: presets.ViT, tensors: State) -> State:
             out[base + suffix] = tensor
     if cfg.layer_scale is None:
         out = {k: v for k, v in out.items() if not k.endswith(".gamma")}
+    if not cfg.registers:
+        out.pop("registers", None)
     if not cfg.mask_token:
         out.pop("mask_token", None)
     elif "mask_token" in out:
         out["mask_token"] = out["mask_token"].reshape(1, cfg.dim)
-    return out
+    return _resize_mlps(out, int(cfg.dim * cfg.mlp_ratio))
 
 
 def _named(keys: list[tuple[str, str]], depth: int) -> list[tuple[str, str]]:
@@ -168,10 +193,13 @@ def write(folder: Path, encoder: Backbone, about: dict[str, Any], mean: list[flo
     fields, tensors = (vit_to_transformers if isinstance(cfg, presets.ViT) else resnet_to_transformers)(cfg, state)
     fields["dtype"] = "float32"
     fields["unlabeled"] = {"model": config.to_dict(cfg), "mean": mean, "std": std, **about}
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
+    processor = {  # the short side resized, the middle cropped: what `data_pipeline.views.center` shows to evaluation
+        "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"height": encoder.image_size, "width": encoder.image_size},
+        "size": {"shortest_edge": encoder.image_size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": encoder.image_size, "width": encoder.image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.progress import Progress
+from pretrain.run_folder import read_rows
 
 
 class Clock:
@@ -41,8 +42,8 @@ class Writer:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run, self.every, self.batch, self.path = run, every, batch, run / "metrics.jsonl"
-        rows = [line for line in _lines(self.path) if json.loads(line)["step"] < step]
-        self.path.write_text("".join(line + "\n" for line in rows))
+        kept = [row for row in read_rows(self.path) if row["step"] < step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
         self.waiting: list[tuple[int, dict[str, Any]]] = []
         self.clock = Clock()
@@ -65,6 +66,7 @@ class Writer:
             {"step": step} | {k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for step, row in self.waiting
         ]
         total, parts = self.clock.take()
+        total -= parts.get("save", 0.0)
         last = rows[-1]
         last["samples_per_second"] = round(len(rows) * self.batch / total, 2)
         for part in ("data", "loop"):  # shares of the time: waiting for batches; the loop itself
@@ -81,7 +83,7 @@ class Writer:
 
     def _show(self, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_share']:.0%}"
-        scores = [json.loads(line) for line in _lines(self.run / "results.jsonl")]
+        scores = read_rows(self.run / "results.jsonl")
         knn = [s for s in scores if s["protocol"] == "knn" and s.get("split") == "val" and s["metric"] == "accuracy" and s["model"] != "pixels"]
         if knn:
             text += f"  k-NN so far {knn[-1]['value']:.1%} (step {knn[-1]['step']})"
@@ -93,8 +95,3 @@ class Writer:
         self.progress.close()
         self.board.close()
         self.file.close()
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file that a killed process may have left half a line in."""
-    return [line for line in path.read_text().split("\n")[:-1] if line] if path.is_file() else []

@@ -49,7 +49,7 @@ def config_class(name: str, where: str = "") -> tuple[type[Section], dict]:
         body = ast.parse(path.read_text()).body
     except SyntaxError as error:
         raise ConfigError(f"{path}: line {error.lineno}: {error.msg}") from None
-    light = [
+    light: list[ast.stmt] = [
         node
         for node in body
         if (isinstance(node, ast.ImportFrom) and node.module in LIGHT) or (isinstance(node, ast.ClassDef) and node.name == "Config")

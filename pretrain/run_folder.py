@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pretrain import config
 from pretrain.errors import UserError
@@ -21,6 +23,8 @@ def prepare(recipe: Recipe) -> Path:
 
     A `precision: auto` takes what the folder's recipe has resolved it to. Raises UserError where the folder holds another run or no run.
     """
+    if not recipe.data.train:
+        raise UserError("data.train is empty; write data.train=SHARDS, a folder made by `unlabeled shards build IMAGES SHARDS`")
     run = Path(recipe.run)
     stored = run / "recipe.yaml"
     if run.exists() and not run.is_dir():
@@ -58,3 +62,15 @@ def exports(run: Path) -> dict[int, Path]:
     """{step: folder} of all exports, in order."""
     found = {int(p.name): p for p in (run / "export").glob("*") if p.name.isdigit() and (p / "config.json").is_file()}
     return dict(sorted(found.items()))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file, none where there is no file; a line that is no row (a killed process leaves half of one) is passed over."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) and "step" in row else []
+    return rows

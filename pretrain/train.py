@@ -111,6 +111,7 @@ def _loop(cfg: Recipe, run: Path, first: int, engine: Engine, stream: Stream, wr
     objective, clock = engine.objective, writer.clock
     if first == 0:
         export.save(run / "export" / "0", objective, cfg, step=0)  # the untrained network: what every score is compared with
+        _draw(cfg, run, 0, engine, stream, writer)
     for step in range(first, cfg.steps + 1):
         last = step == cfg.steps or stop.asked
         if last or every(step, cfg.checkpoint.every):

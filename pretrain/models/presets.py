@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain.config import ConfigError, Section
+from pretrain.config import ConfigError, Section, fields
 from pretrain.errors import nearest
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ def choose(name: str, where: str = "") -> tuple[type[Section], dict]:
 
 def build(cfg: Any, **changes: Any) -> Backbone:
     """The backbone that `cfg` (ViT or ResNet) describes, with some options changed, randomly initialised from torch's global generator."""
+    for key in changes:
+        if key not in fields(type(cfg)):
+            family = type(cfg).__name__
+            raise ConfigError(f"model.name = {cfg.name!r}: the objective sets model.{key}, which a {family} does not have; choose a ViT (model=vit_small)")
     cfg = cfg.replace(**changes)
     if isinstance(cfg, ViT):
         from pretrain.models.vit import VisionTransformer

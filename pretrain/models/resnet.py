@@ -27,7 +27,8 @@ class ResidualBlock(nn.Module):
         self.layers = nn.ModuleList(
             conv_norm(a, b, k, s) for a, b, k, s in zip(widths[:-1], widths[1:], kernels, strides, strict=True)
         )
-        nn.init.zeros_(self.layers[-1][1].weight)
+        last_norm = self.layers[-1][1]  # type: ignore[index]
+        nn.init.zeros_(last_norm.weight)
         self.shortcut = conv_norm(inputs, outputs, 1, stride) if stride > 1 or inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

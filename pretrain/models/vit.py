@@ -104,9 +104,10 @@ class VisionTransformer(Backbone):
         """cos and sin for every token; class token and registers are not rotated (angle 0)."""
         key = (grid, self.periods.device)
         if key not in self._rotations:
-            angles = rope_angles(self.periods.float(), grid)
-            angles = torch.cat([angles.new_zeros(1 + self.cfg.registers, angles.shape[1]), angles])  # [P + N, d]
-            self._rotations[key] = (angles.cos(), angles.sin())
+            with torch.inference_mode(False):  # training may need them later
+                angles = rope_angles(self.periods.float(), grid)
+                angles = torch.cat([angles.new_zeros(1 + self.cfg.registers, angles.shape[1]), angles])  # [P + N, d]
+                self._rotations[key] = (angles.cos(), angles.sin())
         if keep is None:
             return self._rotations[key]
         prefix = torch.arange(1 + self.cfg.registers, device=keep.device).expand(len(keep), -1)

@@ -18,7 +18,8 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     z = F.normalize(torch.stack([a, b]).float() if a.dtype != torch.float64 else torch.stack([a, b]), dim=-1)  # [2, B, D]
     rank, count = len(a) * world()[0], len(a) * world()[1]
     everyone = torch.cat([gather(z[0]), gather(z[1])])  # [2·W·B, D]
-    logits = z.flatten(0, 1) @ everyone.T / temperature  # [2·B, 2·W·B]
+    with torch.autocast(z.device.type, enabled=False):  # bf16 would round similarities to 1/256, before the temperature
+        logits = z.flatten(0, 1) @ everyone.T / temperature  # [2·B, 2·W·B]
     own = torch.arange(rank, rank + len(a), device=a.device)
     self_column = torch.cat([own, own + count])
     logits = logits.scatter(1, self_column.unsqueeze(1), -torch.inf)

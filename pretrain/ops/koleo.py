@@ -12,8 +12,8 @@ def koleo(x: Tensor, eps: float = 1e-8) -> Tensor:
     if len(x) < 2:
         return x.sum() * 0.0
     x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=eps)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # near neighbours are alike in bf16
         similarity = x @ x.T
-        nearest = similarity.fill_diagonal_(-1).argmax(dim=1)
+        nearest = similarity.fill_diagonal_(-torch.inf).argmax(dim=1)
     distance = (x - x[nearest] + eps).norm(dim=-1)  # eps inside: a finite gradient for duplicates
     return -(distance + eps).log().mean()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import time
 from typing import Any
 
@@ -31,6 +32,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Let the C library (glibc) keep what tensors free for the next ones, as CUDA's allocator does.
+
+    It returns large blocks to the system by default, which zeroes each page again when it is next needed: on a CPU, 2 to 25 % of a step.
+    """
+    trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library: nothing to set
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, -1)
+        mallopt(most_mappings, 0)
+
+
 def accumulation(recipe: Recipe, couples_batch: bool, world: int = 1) -> int:
     """Micro-batches per step, from the global batch and the largest micro-batch that fits a process."""
     batch, micro = recipe.data.batch, recipe.parallel.micro_batch
@@ -53,6 +66,8 @@ class Engine:
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device):
         self.objective = objective.to(device)
         self.device = device
+        if device.type == "cpu":
+            keep_freed_memory()
         self.accumulate = accumulation(recipe, objective.couples_batch)
         self.precision = recipe.precision
         self.clip = recipe.optim.clip

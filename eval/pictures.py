@@ -1,0 +1,157 @@
+"""Pictures for the report: images, patches and curves.
+
+Patch features are shown as colours: the three directions in which they vary most (PCA) become red, green and blue, as DINOv2 shows them
+(arXiv 2304.07193). Shapes: N images, M mosaics, S pixels per image side, h × w patches, D features.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline.decode import Damaged
+from data_pipeline.shards import Samples
+from data_pipeline.storage import DataError
+from data_pipeline.views import center
+from eval.features import Encoder
+
+Series = dict[str, tuple[list[float], list[float]]]  # {name: (steps, values)}
+Labels = Sequence[str | None]  # None where an image has no label
+
+
+def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labels]:
+    """Up to `limit` images, evenly spaced, as evaluation sees them: (uint8 [N, 3, S, S], labels). Damaged images are left out."""
+    images, labels = [], []
+    for number in np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int):
+        try:
+            image = center(samples.image(number), size)
+            label = samples.label(number)
+        except Damaged:
+            continue
+        except DataError:
+            label = None
+        images.append(image)
+        labels.append(label)
+    if not images:
+        raise DataError(f"{samples.names}: none of the images that were tried can be read")
+    return np.stack(images), labels
+
+
+def spread(labels: Labels, groups: int, each: int) -> list[list[int]]:
+    """Numbers of images in `groups` groups of `each`: one class per group, another class each time as far as they go, evenly spaced.
+
+    Classes with fewer than `each` images are passed over. Without a class that is left, and without labels, all images are one class.
+    """
+    classes: dict[str, list[int]] = {}
+    for number, label in enumerate(labels):
+        classes.setdefault(label or "", []).append(number)
+    found = [classes[name] for name in sorted(classes) if len(classes[name]) >= each] or [list(range(len(labels)))]
+    if len(found) > groups:
+        found = [found[i * len(found) // groups] for i in range(groups)]
+    parts, out = each * -(-groups // len(found)), []  # a class is cut into so many parts, and the middle image of each is taken
+    for group in range(groups):
+        turn, members = group // len(found), found[group % len(found)]
+        out.append([members[(2 * (turn + j * (parts // each)) + 1) * len(members) // (2 * parts)] for j in range(each)])
+    return out
+
+
+def mosaic(images: np.ndarray, edge: int = 4) -> np.ndarray:
+    """[edge·edge, 3, S, S] → [3, edge·S, edge·S], row by row."""
+    rows = images.reshape(edge, edge, *images.shape[1:]).transpose(2, 0, 3, 1, 4)
+    return rows.reshape(images.shape[1], edge * images.shape[2], edge * images.shape[3])
+
+
+def patch_features(encoder: Encoder, image: np.ndarray) -> np.ndarray:
+    """Features [h, w, D] of the patches of an image uint8 [3, H, W], at its full resolution."""
+    features = encoder(image[None])
+    return features.tokens[0].unflatten(0, features.grid).float().cpu().numpy()
+
+
+def pca_colors(features: np.ndarray) -> np.ndarray:
+    """Patch features [M, h, w, D] as colours, uint8 [M, h, w, 3]: their first three principal components, fitted over all patches together.
+
+    A component's sign is arbitrary: its largest loading is made positive. Its 2nd to 98th percentile spans 0 to 255.
+    """
+    flat = np.nan_to_num(features.reshape(-1, features.shape[-1]).astype(np.float64))
+    flat -= flat.mean(0)
+    vectors = np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, :3]  # eigenvalues ascend
+    vectors = vectors * np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0))
+    values = flat @ vectors
+    low, high = np.percentile(values, [2, 98], axis=0)
+    colors = ((values - low) / np.maximum(high - low, 1e-12) * 255).clip(0, 255).round().astype(np.uint8)
+    return np.pad(colors, ((0, 0), (0, 3 - colors.shape[1]))).reshape(*features.shape[:-1], 3)
+
+
+def similarity(encoder: Encoder, queries: np.ndarray, gallery: np.ndarray, batch: int = 64) -> Tensor:
+    """Cosine similarity [Q, N] of the pooled features of images [Q, 3, S, S] and [N, 3, S, S]."""
+    pooled = [torch.cat([encoder.pooled(images[i : i + batch]) for i in range(0, len(images), batch)]) for images in (queries, gallery)]
+    return F.normalize(pooled[0], dim=1) @ F.normalize(pooled[1], dim=1).T
+
+
+def data_url(image: np.ndarray, most: int | None = None) -> str:
+    """An image uint8 [3, H, W] or [H, W, 3] as a data: URL, made smaller where a side is longer than `most` pixels. PNG; large ones JPEG."""
+    picture = Image.fromarray(image if image.shape[2] == 3 else image.transpose(1, 2, 0))
+    picture.thumbnail((most or picture.width, most or picture.height))
+    kind, file = "png" if picture.width * picture.height < 500_000 else "jpeg", io.BytesIO()
+    picture.save(file, kind, quality=90)
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+# ---------------------------------------------------------------- curves
+def _ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers (1, 2, 2.5 or 5 × 10ⁿ apart) within [low, high]."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f * most >= (high - low) * 0.999)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _number(value: float, percent: bool = False) -> str:
+    if percent:
+        return f"{100 * value:.3g}%"
+    if abs(value) >= 1e3:
+        return f"{value / 1e6:.4g}M" if abs(value) >= 1e6 else f"{value / 1e3:.4g}k"
+    return f"{value:.1e}".replace(".0", "").replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+
+
+def chart(title: str, series: Series, percent: bool = False, zero: bool = False, points: bool = False, smooth: bool = True) -> str:
+    """One SVG chart, or nothing where nothing was measured. In view: the 1st to 99th percentile of the values, and all of their mean."""
+    lines = {}  # name → (steps, means, moving means) of at most 400 stretches, and [(step, lowest), (step, highest)] of each: no spike is lost
+    for name, (steps, values) in series.items():
+        if steps:
+            parts = [np.array_split(a, min(400, len(a))) for a in (steps, values)]
+            x, y = (np.array([part.mean() for part in side]) for side in parts)
+            raw = [(a, b) for a, part in zip(x, parts[1], strict=True) for b in dict.fromkeys((part.min(), part.max()))]
+            window = np.ones(2 * (len(y) // 30) + 1 if smooth and not points else 1)
+            lines[name] = (x, y, np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same"), raw)
+    if not lines:
+        return ""
+    seen = np.concatenate([np.append(np.percentile([b for _, b in raw], [1, 99]), mean) for _, _, mean, raw in lines.values()])
+    low, high = 0.0 if zero else seen.min(), seen.max()
+    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    low, high = low if zero or low >= 0 > low - room else low - room, high + room
+    first, last = min(x[0] for x, *_ in lines.values()), max(x[-1] for x, *_ in lines.values())
+    last = max(last, first + 1)
+    across, down = lambda x: 48 + 360 * (x - first) / (last - first), lambda y: 198 - 188 * (min(max(y, low), high) - low) / (high - low)
+    drawn, now = "", []
+    for t in _ticks(low, high):
+        drawn += f'<line x1="48" x2="408" y1="{down(t):.1f}" y2="{down(t):.1f}"/>'
+        drawn += f'<text x="42" y="{down(t) + 4:.1f}" text-anchor="end">{_number(t, percent)}</text>'
+    drawn += "".join(f'<text x="{across(t):.1f}" y="216" text-anchor="middle">{_number(t)}</text>' for t in _ticks(first, last) if t == round(t))
+    for i, (name, (x, y, mean, raw)) in enumerate(lines.items()):
+        for kind, line in (("raw", raw), ("", zip(x, mean, strict=True))):
+            path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in line)
+            drawn += f'<polyline class="s{i} {kind}" points="{path}"/>'
+        for a, b in zip(x, y, strict=True) if points else ():
+            drawn += f'<circle class="s{i}" cx="{across(a):.1f}" cy="{down(b):.1f}" r="4"><title>step {a:g}: {_number(b, percent)}</title></circle>'
+        now.append(f'<b class="s{i}">{name}</b> {_number(mean[-1], percent)}')
+    svg = f'<svg viewBox="0 0 420 222" role="img" aria-label="{escape(title)} by step">{drawn}</svg>'
+    return f'<div class="card"><h3>{escape(title)}<span>{" · ".join(now)}</span></h3>{svg}</div>'

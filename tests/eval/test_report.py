@@ -1,0 +1,317 @@
+"""The report on a small run folder: every section, one file, whole HTML, nothing that breaks it, and planted features that must show."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.shards import Samples, build
+from eval import pictures, report, results
+from eval.features import Encoder
+from pretrain import export
+from pretrain.errors import UserError
+from pretrain.models import presets
+from pretrain.models.layers import Features
+from pretrain.run_folder import write_recipe
+from tests.conftest import tiny_recipe, unlabeled
+
+SECTIONS = ["Scores", "Curves", "What the patches learned", "Nearest neighbours", "Reconstructions", "How to run it again"]
+VOID = {"meta", "img", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Headings, images, captions, links and all text of a page; an assertion where a tag is closed that is not open."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text: list[tuple[str, str]] = []
+        self.feed(self.source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open:
+            self.text.append((self.open[-1], data))
+
+    def all(self, tag: str) -> list[str]:
+        return [text for inside, text in self.text if inside == tag]
+
+    def images(self) -> list[np.ndarray]:
+        urls = [attrs["src"] for tag, attrs in self.tags if tag == "img"]
+        assert all(re.match(r"data:image/(png|jpeg);base64,", url) for url in urls)
+        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")) for url in urls]
+
+
+def make_run(run: Path, shards: Path, *overrides: str, steps: int = 40) -> Path:
+    data = [f"eval.gallery={shards}", f"eval.val={shards}", f"eval.test={shards}"]
+    recipe = tiny_recipe("mae", shards, run, f"steps={steps}", *data, *overrides)
+    run.mkdir(parents=True)
+    write_recipe(recipe, run)
+    for step in (0, 20, 40):
+        torch.manual_seed(step)
+        about = {"step": step, "objective": "mae", "pool": "mean"}
+        export.write(run / "export" / str(step), presets.build(recipe.model), about, recipe.data.mean, recipe.data.std)
+    rows = []
+    for step in range(40):
+        rows.append({"step": step, "loss": 2.0 * 0.9**step, "grad_norm": 1.0 + step % 3, "lr": 1e-3 * (1 - step / 40), "some_term": 0.1 * step})
+        if step % 5 == 4:
+            rows[-1] |= {"samples_per_second": 8.0, "data_share": 0.02, "loop_share": 0.001}
+    rows[7]["loss"] = float("nan")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "lo')
+    common = {"version": 1, "gallery": [str(shards)], "gallery_count": 48, "query": [str(shards)], "count": 400, "left_out": 0, "seconds": 1.0}
+    for model, step, split, value in [
+        ("pixels", 0, "test", 0.2),
+        ("untrained", 0, "test", 0.3),
+        ("pretrained", 40, "test", 0.615),
+        ("untrained", 0, "val", 0.3),
+        ("pretrained", 20, "val", 0.5),
+    ]:
+        for protocol in ("knn", "linear"):
+            for metric, change in (("accuracy", 0.0), ("balanced_accuracy", -0.05)):
+                row = {"model": model, "step": step, "protocol": protocol, "split": split, "metric": metric, "value": value + change}
+                results.append(run / "results.jsonl", [common | row])
+    (run / "pictures").mkdir()
+    for step in (0, 20, 40):
+        Image.new("RGB", (30, 20), (step, 0, 0)).save(run / "pictures" / f"reconstructions-{step:09d}.png")
+    (run / "log.txt").write_text(
+        f"2026-01-01 00:00:00 {run}: mae on vit_micro (0.1 M parameters trained), 48 samples, batch 16, fp32 on cpu, 1 threads\n"
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "my run", shards)
+
+
+def test_every_section_in_one_file(run: Path):
+    path = report.write(run)
+    page = Page(path)
+    assert path == run / "report.html" and page.all("h1") == ["my run"] and page.all("h2") == SECTIONS
+    assert not [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href") and not value.startswith("data:")]
+    assert "script" not in dict(page.tags) and "url(" not in page.source and "@import" not in page.source
+    facts = dict(zip(page.all("dt"), page.all("dd"), strict=True))
+    assert facts["objective"] == "mae" and facts["training images"] == "48" and facts["precision"] == "fp32 on cpu"
+    assert facts["training time"] == "80 s"  # 40 steps of 16 images at 8 per second
+    assert "finished: 40 steps" in page.source and "unlabeled train &#x27;" in page.source
+    text = "".join(text for _, text in page.text)
+    assert text.count("+31.5 points over untrained") == 2 and text.count("+41.5 points over pixels") == 2
+    assert "61.5%" in text and "± 4.8" in text and "Test accuracy on 400 images and a gallery of 48" in text
+    titles = [t for t in page.all("h3") if t.strip()]
+    assert titles == [
+        "k-NN",
+        "linear",
+        "loss",
+        "k-NN on val",
+        "linear on val",
+        "some term",
+        "grad norm",
+        "learning rate",
+        "samples per second",
+        "share of time",
+    ]
+    assert "decoder_dim: 32" in text  # the resolved recipe
+    # 3 mosaics: image, untrained, pretrained; 8 queries with 6 neighbours each; the first and the last of 3 pictures
+    assert len(page.images()) == 9 + 8 * 7 + 2
+    assert [i.shape for i in page.images()[:3]] == [(128, 128, 3), (16, 16, 3), (16, 16, 3)]
+    assert [int(i[0, 0, 0]) for i in page.images()[-2:]] == [0, 40]
+    assert report.write(run).read_text() == page.source  # the choice of images is always the same
+
+
+def test_an_image_of_the_gallery_is_its_own_nearest_neighbour(run: Path):
+    classes = [attrs["class"] for tag, attrs in Page(report.write(run)).tags if tag == "figure" and "class" in attrs]
+    assert set(classes) == {"", "right", "wrong"}
+    assert all(classes[7 * i] == "" and classes[7 * i + 1] == "right" for i in range(8))  # here the gallery holds the queries
+
+
+def test_only_the_recipes_own_scores_and_the_last_export_count(run: Path, tmp_path: Path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    last = results.read(copy / "results.jsonl")[8]
+    assert (last["model"], last["step"], last["metric"]) == ("pretrained", 40, "accuracy")
+    results.append(copy / "results.jsonl", [last | {"value": 0.99, "step": 20}, last | {"value": 0.98, "gallery": ["elsewhere"]}])
+    (copy / "results.jsonl").open("a").write('{"model": "pre')
+    source = report.write(copy).read_text()
+    assert "61.5%" in source and "99.0%" not in source and "98.0%" not in source
+
+
+def test_nothing_to_show_no_heading(run: Path, tmp_path: Path, shards: Path):
+    bare = make_run(tmp_path / "bare", shards, "eval.gallery=[]", "eval.val=[]", "eval.test=[]", steps=100)
+    for name in ("results.jsonl", "log.txt"):
+        (bare / name).unlink()
+    shutil.rmtree(bare / "pictures")
+    shutil.rmtree(bare / "export" / "0")
+    page = Page(report.write(bare))
+    assert page.all("h2") == ["Curves", "What the patches learned", "Nearest neighbours", "How to run it again"]
+    assert "step 40 of 100" in page.source and not page.all("figcaption")
+    assert page.all("b")[-3:] == ["image", "pretrained, step 20", "pretrained, step 40"]
+    images = page.images()[9:]
+    assert len(images) == 8 * 7  # of the training images, and none is its own neighbour
+    assert not any(np.array_equal(images[7 * i], images[7 * i + j]) for i in range(8) for j in range(1, 7))
+
+
+def test_damage_does_not_stop_it(run: Path, tmp_path: Path, shards: Path):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    samples = Samples([str(copy)])
+    with Path(samples.shards[0].url).open("r+b") as tar:
+        for members in samples.shards[0].members[:30:2]:
+            tar.seek(members["jpg"][0])
+            tar.write(b"\0" * 100)
+    damaged = make_run(tmp_path / "damaged", copy)
+    (damaged / "pictures" / "reconstructions-000000040.png").write_bytes(b"\x89PNG no")
+    (damaged / "pictures" / "other-000000040.png").write_bytes(b"")
+    (damaged / "pictures" / "no-step.png").write_bytes((damaged / "pictures" / "reconstructions-000000000.png").read_bytes())
+    page = Page(report.write(damaged))
+    assert page.all("h2") == SECTIONS and len(page.images()) == 9 + 8 * 7 + 1
+    assert "among 33 of 48 gallery images" in page.source
+
+
+def test_data_that_is_elsewhere_leaves_the_rest(tmp_path: Path, shards: Path):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    moved = make_run(tmp_path / "moved", copy)
+    shutil.rmtree(copy)
+    page = Page(report.write(moved))
+    assert page.all("h2") == ["Scores", "Curves", "Reconstructions", "How to run it again"]
+    assert f"are left out: {copy}: no such file or folder" in page.source
+
+
+def test_names_are_escaped(tmp_path: Path, photos: Path):
+    for name, source in (("<b>", "china"), ("a&\"'", "flower")):
+        shutil.copytree(photos / source, tmp_path / "photos" / name)
+    build(tmp_path / "photos", tmp_path / "shards")
+    run = make_run(tmp_path / "<i>run", tmp_path / "shards")
+    Image.new("RGB", (4, 4)).save(run / "pictures" / "<u>x-000000001.png")
+    page = Page(report.write(run))
+    assert page.all("h1") == ["<i>run"] and page.all("title")[0] == "<i>run · unlabeled"
+    assert not {"i", "u"} & {tag for tag, attrs in page.tags if "style" not in attrs}
+    assert {"<b>", "a&\"'"} <= {attrs["title"] for tag, attrs in page.tags if tag == "figcaption" and "title" in attrs}
+    assert any("✓ <b>" in text for text in page.all("figcaption")) and "rows: <b>" in "".join(page.all("figcaption"))
+
+
+def test_errors(run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="is no run folder"):
+        report.write(tmp_path)
+    for gone, what in (("metrics.jsonl", "has no metrics"), ("export", "has no export")):
+        copy = shutil.copytree(run, tmp_path / what.replace(" ", "-"))
+        shutil.rmtree(copy / gone) if gone == "export" else (copy / gone).write_text('{"step": 0, "lo')
+        with pytest.raises(UserError, match=what):
+            report.write(copy)
+    done = unlabeled("report", tmp_path)
+    assert done.returncode == 2 and "is no run folder" in done.stderr
+
+
+# ---------------------------------------------------------------- parts
+def texture(images: torch.Tensor) -> Features:
+    """A planted encoder: each patch of 8 pixels is described by its contrast and its brightness alone."""
+    patches = images.mean(1).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3)  # [B, h, w, 64]
+    tokens = torch.stack([patches.std(-1), 0.1 * patches.mean(-1), torch.zeros(patches.shape[:3])], dim=-1)
+    return Features(tokens.flatten(1, 2).mean(1), tokens.flatten(1, 2), tokens.flatten(1, 2)[:, :0], tuple(patches.shape[1:3]))
+
+
+def test_two_textures_get_two_colours():
+    rng = np.random.default_rng(0)
+    image = np.full((3, 64, 96), 128, np.uint8)
+    image[:, :, 48:] = np.where(np.indices((64, 48)).sum(0) % 2, 40, 216)  # of the same mean
+    image = (image + rng.integers(0, 8, image.shape)).astype(np.uint8)
+    encoder = Encoder(texture, "planted", 64, [0.5] * 3, [0.25] * 3)
+    features = pictures.patch_features(encoder, image)
+    assert features.shape == (8, 12, 3)
+    colors = pictures.pca_colors(features[None])[0].astype(int)
+    left, right = colors[:, :6].reshape(-1, 3), colors[:, 6:].reshape(-1, 3)
+    assert colors.shape == (8, 12, 3) and abs(left[:, 0].mean() - right[:, 0].mean()) > 200
+    assert max(left[:, 0].std(), right[:, 0].std()) < 20
+    assert colors.shape == pictures.pca_colors(features[None, ..., :1])[0].shape  # fewer features than colours
+
+
+def test_pca_is_that_of_numpys_svd():
+    x = np.random.default_rng(1).normal(size=(2, 5, 6, 8)) * np.arange(1, 9)
+    colors = pictures.pca_colors(x).reshape(-1, 3)
+    flat = x.reshape(-1, 8) - x.reshape(-1, 8).mean(0)
+    scores = flat @ np.linalg.svd(flat, full_matrices=False)[2][:3].T
+    for i in range(3):
+        assert abs(np.corrcoef(scores[:, i], colors[:, i])[0, 1]) > 0.99
+    assert np.array_equal(colors, pictures.pca_colors(x + 100).reshape(-1, 3))
+    assert not pictures.pca_colors(np.full((1, 2, 2, 4), np.nan)).any()
+
+
+def test_spread_takes_every_class_and_no_image_twice():
+    labels = ["a"] * 40 + ["b"] * 8 + ["c"] * 3 + ["d"] * 100
+    groups = pictures.spread(labels, 6, 4)
+    assert [{labels[i] for i in group} for group in groups] == [{"a"}, {"b"}, {"d"}] * 2  # c has too few
+    assert len({i for group in groups for i in group}) == 24
+    assert [labels[i] for (i,) in pictures.spread(labels, 4, 1)] == ["a", "b", "c", "d"]
+    assert len({i for group in pictures.spread([None] * 48, 12, 4) for i in group}) == 48
+    assert pictures.spread([f"{i:03d}" for i in range(100)], 8, 1) == [[i * 100 // 8] for i in range(8)]
+    assert all(i in (0, 1) for group in pictures.spread(["a", "b"], 12, 4) for i in group)  # too few of all: some come twice
+
+
+def test_mosaic_lays_images_out_row_by_row():
+    images = np.arange(16, dtype=np.uint8).reshape(16, 1, 1, 1) * np.ones((1, 3, 2, 2), np.uint8)
+    out = pictures.mosaic(images)
+    assert out.shape == (3, 8, 8) and out[0, ::2, ::2].tolist() == np.arange(16).reshape(4, 4).tolist()
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0], [3.0, 3.0], [0.0, 0.0, 0.0], list(np.linspace(-5, 1e7, 1000)), [1e-9, 2e-9, 5e-9], [1.0] * 99 + [1e30], [-1e-3, -2e-3]]
+)
+def test_charts_stay_inside_their_frame(values: list[float]):
+    svg = pictures.chart("<x>", {"one": (list(range(len(values))), values)})
+    assert "&lt;x&gt;" in svg and "nan" not in svg and "inf" not in svg
+    points = [tuple(map(float, p.split(","))) for path in re.findall(r'points="([^"]*)"', svg) for p in path.split()]
+    assert points and all(48 <= x <= 408 and 9.9 <= y <= 198.1 for x, y in points) and len(points) <= 1200
+    assert 2 <= svg.count("<line") <= 7
+    spike = pictures.chart("loss", {"": (list(range(4000)), [1.0] * 1777 + [9.0] * 3 + [1.0] * 2220)}, smooth=False)
+    assert min(float(y) for y in re.findall(r",([\d.]+)", spike.partition('raw" points="')[2].partition('"')[0])) < 20  # seen in a long run too
+    assert pictures.chart("empty", {"one": ([], [])}) == ""
+
+
+def test_ticks_and_numbers():
+    assert pictures._ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert pictures._ticks(0.31, 0.36) == pytest.approx([0.31, 0.32, 0.33, 0.34, 0.35, 0.36])
+    numbers = {
+        0: "0",
+        0.35: "0.35",
+        1e-3: "0.001",
+        2.5e-4: "2.5e-4",
+        1e-12: "1e-12",
+        999: "999",
+        1250: "1.25k",
+        12500: "12.5k",
+        2e6: "2M",
+        -1500: "-1.5k",
+    }
+    assert {value: pictures._number(value) for value in numbers} == numbers
+    assert pictures._number(0.325, percent=True) == "32.5%"
+
+
+def test_data_url_keeps_pixels():
+    image = np.random.default_rng(0).integers(0, 255, (5, 7, 3), np.uint8)
+
+    def back(url: str) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+    assert np.array_equal(back(pictures.data_url(image)), image) and np.array_equal(back(pictures.data_url(image.transpose(2, 0, 1))), image)
+    assert back(pictures.data_url(np.zeros((200, 100, 3), np.uint8), 96)).shape == (96, 48, 3)
+    assert pictures.data_url(np.zeros((1000, 1000, 3), np.uint8)).startswith("data:image/jpeg")

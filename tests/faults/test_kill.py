@@ -1,0 +1,108 @@
+"""kill -9 of a training at a random moment, then the same command again: the losses are those of the run that nobody killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import all_of
+from pretrain.train import STOPPED, train
+from tests.conftest import tiny_recipe, unlabeled
+
+
+def rows(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").is_file() else []
+    return [json.loads(line) for line in lines if line]
+
+
+def recipe_file(shards: Path, run: Path, name: str = "mae") -> Path:
+    from pretrain import config
+
+    path = run.with_suffix(".yaml")
+    path.write_text(config.dump(tiny_recipe(name, shards, run, "steps=120", "checkpoint=7", "data.workers=1", "export=50", "eval.pixels=false")))
+    return path
+
+
+def start(path: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "launch.cli", "train", str(path)], start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def trainer_of(process: subprocess.Popen) -> int:
+    """The trainer's process id, below the command that started it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(next(c for c in children if b"pretrain.train" in Path(f"/proc/{c}/cmdline").read_bytes()))
+
+
+def wait_for(condition, process: subprocess.Popen) -> bool:
+    """Wait until the condition holds (True) or the process has ended (False)."""
+    while process.poll() is None:
+        if condition():
+            return True
+        time.sleep(0.002)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mae", "simclr", "dinov2"])
+def test_killed_at_random_steps(name: str, shards: Path, tmp_path: Path):
+    whole = train(tiny_recipe(name, shards, tmp_path / "whole", "steps=120", "checkpoint=1000"))
+    run = tmp_path / "killed"
+    path = recipe_file(shards, run, name)
+    kills = 0
+    for step in sorted(random.sample(range(5, 110), 3)):
+        process = start(path)
+        if wait_for(lambda step=step: len(rows(run)) > step, process):
+            os.kill(trainer_of(process), signal.SIGKILL)
+            kills += 1
+        assert process.wait() != 0
+    done = unlabeled("train", path)
+    assert done.returncode == 0 and kills == 3, done.stderr
+    assert [(r["step"], r["loss"]) for r in rows(run)] == [(r["step"], r["loss"]) for r in rows(whole)]
+    assert (run / "export" / "120" / "config.json").is_file() and not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_at_a_step_with_a_checkpoint(shards: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    path = recipe_file(shards, run)
+    process = start(path)
+    assert wait_for(lambda: len(rows(run)) > 10, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == STOPPED
+    last = rows(run)[-1]["step"]
+    assert max(all_of(run)).name == f"{last + 1:09d}"
+    done = unlabeled("train", path)
+    assert done.returncode == 0 and f"goes on from step {last + 1}" in done.stdout
+    assert [r["step"] for r in rows(run)] == list(range(120))
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(shards: Path, tmp_path: Path):
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=4", "checkpoint=2")
+    train(cfg)
+    newest = max(all_of(tmp_path / "run"))
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    done = subprocess.run([sys.executable, "-m", "pretrain.train", str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 2 and f"{newest}: cannot be loaded" in done.stderr and "delete this folder" in done.stderr
+
+
+def test_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path):
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=4", "checkpoint=2")
+    train(cfg)
+    folder = tmp_path / "run" / "checkpoints" / "000000009"
+    folder.mkdir()
+    (folder / "__0_0.distcp").write_bytes(b"half")
+    assert max(all_of(tmp_path / "run")).name == "000000004"
+
+
+def test_keep(shards: Path, tmp_path: Path):
+    run = train(tiny_recipe("mae", shards, tmp_path / "run", "steps=7", "checkpoint.every=2", "checkpoint.keep=3"))
+    assert sorted(p.name for p in all_of(run)) == ["000000004", "000000006", "000000007"]

@@ -1,0 +1,132 @@
+"""The command line: fast help and errors, one line for what the user can mend, and a whole run from a folder of images to a report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain import config
+from tests.conftest import tiny_recipe, unlabeled
+
+
+def cpu_seconds(*args: str) -> float:
+    """The CPU seconds of a command, the best of three: wall time depends on what else the machine does."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], capture_output=True);"
+    code += "u = resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime)"
+    command = [sys.executable, "-c", code, sys.executable, "-m", "launch.cli", *args]
+    return min(float(subprocess.run(command, capture_output=True, text=True).stdout) for _ in range(3))
+
+
+@pytest.mark.parametrize("args", [("--help",), ("train", "--help"), ("recipes",), ("train", "demo", "objective.foo=1"), ("train", "nope"), ("eval", "pixels", "kn")])
+def test_help_and_errors_come_at_once(args: tuple[str, ...]):
+    assert cpu_seconds(*args) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("train", "demos"), "error: demos: no such recipe; did you mean demo"),
+        (("train", "demo", "model=vit_huge"), "no such model"),
+        (("train", "demo", "objective.mask_ratio=1"), "error: command line: objective.mask_ratio = 1: no such key"),
+        (("shards", "build", "/nowhere", "/tmp/x"), "error: /nowhere: no such folder"),
+        (("export", "/nowhere"), "error: /nowhere: no such recipe"),
+        (("report", "/nowhere"), "error: /nowhere"),
+    ],
+)
+def test_one_line_errors(args: tuple[str, ...], says: str):
+    done = unlabeled(*args)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_trainer_errors_are_one_line_too(shards: Path, tmp_path: Path):
+    for overrides, says in [
+        (["data.train=/nowhere"], "/nowhere: no such file or folder"),
+        (["data.batch=1000"], "data.batch = 1000 is more than the 48 samples"),
+        (["model.heads=3"], "model.dim = 32 must be a multiple of model.heads = 3"),
+        (["device=cuda:9"], "device = 'cuda:9': cannot be used here"),
+        (["objective=dinov2", "model=resnet_micro"], "model.mask_token"),
+    ]:
+        run = tmp_path / str(len(says))
+        path = tmp_path / "r.yaml"
+        path.write_text(config.dump(tiny_recipe("mae", shards, run)))
+        done = unlabeled("train", path, *overrides)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_recipes_lists_purposes():
+    done = unlabeled("recipes")
+    assert "demo" in done.stdout and "arXiv 2111.06377" in done.stdout
+
+
+def test_doctor():
+    done = unlabeled("doctor")
+    assert done.returncode == 0 and "torch" in done.stdout and "cpu" in done.stdout
+
+
+def test_run_folder_rules(shards: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    path = tmp_path / "r.yaml"
+    path.write_text(config.dump(tiny_recipe("mae", shards, run, "steps=3")))
+    assert unlabeled("train", path).returncode == 0
+    again = unlabeled("train", path)
+    assert again.returncode == 0 and "has finished its 3 steps; overwrite=true starts it again" in again.stdout
+    assert unlabeled("train", run).returncode == 0  # the run folder stands for its recipe
+    assert unlabeled("train", path, "log.every=2").returncode == 0  # changes no number
+    other = unlabeled("train", path, "optim.lr=0.5")
+    assert other.returncode == 2 and "holds a run of another recipe (optim.lr.value: 0.001 → 0.5)" in other.stderr and "overwrite=true" in other.stderr
+    assert unlabeled("train", path, "optim.lr=0.5", "overwrite=true").returncode == 0
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    for extra in ([], ["overwrite=true"]):
+        foreign = unlabeled("train", path, f"run={tmp_path / 'full'}", *extra)
+        assert foreign.returncode == 2 and "holds files but no run" in foreign.stderr
+    assert (tmp_path / "full" / "mine.txt").is_file()
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_to_a_report(photos: Path, tmp_path: Path):
+    """The route of the README: build, train with scores, eval, export, report; and every file of the run folder."""
+    built = unlabeled("shards", "build", photos, tmp_path / "shards")
+    assert built.returncode == 0 and "48 images" in built.stdout, built.stderr
+    run, path = tmp_path / "run", tmp_path / "r.yaml"
+    data = [f"eval.{key}={tmp_path / 'shards'}" for key in ("gallery", "val", "test")]
+    path.write_text(config.dump(tiny_recipe("mae", tmp_path / "shards", run, "steps=20", "export=10", *data)))
+    began = time.monotonic()
+    done = unlabeled("train", path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    scored = {(r["model"], r["step"], r["split"], r["protocol"]) for r in rows if r["metric"] == "accuracy"}
+    assert scored == {
+        *{("pixels", 0, "test", p) for p in ("knn", "linear")},
+        *{(m, s, "test", p) for m, s in (("untrained", 0), ("pretrained", 20)) for p in ("knn", "linear")},
+        *{(m, s, "val", "knn") for m, s in (("untrained", 0), ("pretrained", 10), ("pretrained", 20))},
+    }
+    assert all(0 <= r["seconds"] < time.monotonic() - began for r in rows)
+    assert unlabeled("report", run).returncode == 0
+    for name in ("recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "results.jsonl", "log.txt", "report.html", "pictures"):
+        assert (run / name).exists(), name
+    board = subprocess.run(["grep", "-rlc", "val/knn/accuracy", str(run / "tensorboard")], capture_output=True, text=True)
+    assert board.stdout.strip()
+    scores = unlabeled("eval", run / "export" / "20", "knn")
+    assert scores.returncode == 0 and "pretrained  knn       accuracy" in scores.stdout, scores.stderr
+    exported = unlabeled("export", run, tmp_path / "mine")
+    assert exported.returncode == 0 and "AutoModel" in exported.stdout, exported.stderr
+    same = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "mine", run / "export" / "20")]
+    assert same[0] == same[1]
+    missing = unlabeled("export", run, "--step", "7")
+    assert missing.returncode == 2 and "no checkpoint of step 7; it has: 20" in missing.stderr
+
+
+@pytest.mark.slow
+def test_demo_from_digits(tmp_path: Path):
+    """`unlabeled demo` whole, on the images that need no download."""
+    done = unlabeled("demo", "--source", "digits", "steps=20", "data.batch=64", "export=10", "threads=1", cwd=tmp_path, timeout=500)
+    assert done.returncode == 0, done.stderr
+    for word in ("pixels", "untrained", "pretrained", "knn", "linear", "report: runs/demo/report.html"):
+        assert word in done.stdout
+    assert (tmp_path / "runs/demo/report.html").stat().st_size > 50_000

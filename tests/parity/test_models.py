@@ -1,0 +1,416 @@
+"""Our backbones against transformers, through exported folders: what `AutoModel` opens computes what we trained.
+
+Every parameter is noised first, since zero biases, mask tokens and layer scales hide mistakes. The second half compares dropped patches, lists of
+sizes and stacked layers with a forward pass written as plain loops.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data_pipeline.stream import to_device
+from data_pipeline.views import center
+from pretrain import export
+from pretrain.errors import UserError
+from pretrain.models import presets
+from pretrain.models.layers import Backbone, DropPath, Features
+from pretrain.models.resnet import ResidualNetwork
+from pretrain.models.vit import VisionTransformer
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+ABOUT = {"step": 3, "objective": "mae", "pool": "mean"}
+SIZES = [(32, 32), (48, 64), (16, 64)]  # native; another; another shape with the native number of patches
+
+
+@pytest.fixture(scope="module")
+def hf() -> ModuleType:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    return transformers
+
+
+def noise(module: nn.Module, seed: int = 0) -> None:
+    """Normal noise of 0.2 on every parameter and running mean; norm weights and running variances around one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            draw = 0.2 * torch.randn(value.shape, generator=generator)
+            if isinstance(value, nn.Parameter) or name.endswith("running_mean"):
+                owner = module.get_submodule(name.rpartition(".")[0])
+                is_scale = isinstance(owner, (nn.LayerNorm, nn.BatchNorm2d)) and name.endswith("weight")
+                value.copy_(draw + 1 if is_scale else draw)
+            elif name.endswith("running_var"):
+                value.copy_(draw.abs() + 0.5)
+            elif name.endswith("num_batches_tracked"):
+                value.fill_(7)
+
+
+def vit(**options: object) -> VisionTransformer:
+    cfg = presets.ViT(**({"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 4} | options))
+    cfg.name = "vit"
+    model = VisionTransformer(cfg).eval()
+    noise(model)
+    return model
+
+
+def resnet(**options: object) -> ResidualNetwork:
+    cfg = presets.ResNet(**({"widths": [8, 12, 16], "depths": [2, 1, 2]} | options))
+    cfg.name = "resnet"
+    model = ResidualNetwork(cfg).eval()
+    noise(model)
+    return model
+
+
+def images(height: int = 32, width: int = 32, count: int = 2, channels: int = 3) -> Tensor:
+    return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(height * width))
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max([1.0, *theirs.abs().flatten().tolist()]))
+
+
+def assert_same_features(ours: Features, sequence: Tensor, registers: int) -> None:
+    """`sequence`: transformers' last_hidden_state [B, 1 + R + N, D]."""
+    assert_close(ours.cls, sequence[:, 0])
+    assert_close(ours.registers, sequence[:, 1 : 1 + registers])
+    assert_close(ours.tokens, sequence[:, 1 + registers :])
+
+
+def open_with_transformers(hf: ModuleType, folder: Path) -> nn.Module:
+    """AutoModel of a folder; a weight that is missing, unexpected or of another shape would only be a log line there."""
+    model, info = hf.AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= info.keys() and not any(info.values()), info
+    return model.eval()
+
+
+def assert_round_trip(folder: Path, model: Backbone) -> None:
+    again, about = export.load(folder)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not again.training and about["pool"] == "mean" and about["step"] == 3 and about["mean"] == MEAN and about["std"] == STD
+
+
+# ---------------------------------------------------------------- exported folders
+@pytest.mark.parametrize("qkv_bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.mark.parametrize("layer_scale", [None, 0.5], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("positions", ["rope", "learned", "sincos"])
+@torch.no_grad()
+def test_vit(hf, tmp_path: Path, positions: str, registers: int, layer_scale: float | None, mlp: str, qkv_bias: bool):
+    model = vit(positions=positions, registers=registers, layer_scale=layer_scale, mlp=mlp, qkv_bias=qkv_bias, mask_token=True)
+    export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
+    theirs = open_with_transformers(hf, tmp_path / "out")
+    kind = "DINOv3ViTModel" if positions == "rope" else "Dinov2WithRegistersModel" if registers else "Dinov2Model"
+    assert type(theirs).__name__ == kind and theirs.dtype == torch.float32
+    for height, width in SIZES:
+        x = images(height, width)
+        mask = torch.rand(2, height * width // 64, generator=torch.Generator().manual_seed(1)) < 0.4
+        assert mask[0].any() and not mask.all()
+        ours = model(x)
+        assert ours.grid == (height // 8, width // 8)
+        assert_same_features(ours, theirs(x).last_hidden_state, registers)
+        assert_close(ours.cls, theirs(x).pooler_output)
+        assert_same_features(model(x, mask=mask), theirs(x, bool_masked_pos=mask).last_hidden_state, registers)
+    assert_round_trip(tmp_path / "out", model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask_token": False},
+        {"mask_token": False, "registers": 2},
+        {"mask_token": False, "positions": "rope"},
+        {"in_channels": 1},
+        {"patch_size": 16, "positions": "rope", "rope_base": 37.0},
+        {"mlp_ratio": 2.5, "norm_eps": 1e-3},
+        {"mlp": "swiglu", "mlp_ratio": 8 / 3},  # a width of 85: transformers' classes may round it up
+        {"mlp": "swiglu", "mlp_ratio": 8 / 3, "registers": 2},
+        {"mlp": "swiglu", "mlp_ratio": 8 / 3, "positions": "rope"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_vit_option(hf, tmp_path: Path, options: dict):
+    model = vit(**options)
+    export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
+    x = images(48, 64, channels=options.get("in_channels", 3))
+    sequence = open_with_transformers(hf, tmp_path / "out")(x).last_hidden_state
+    assert_same_features(model(x), sequence, options.get("registers", 0))
+    assert_round_trip(tmp_path / "out", model)
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@torch.no_grad()
+def test_resnet(hf, tmp_path: Path, block: str):
+    model = resnet(block=block)
+    export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
+    theirs = open_with_transformers(hf, tmp_path / "out")
+    assert type(theirs).__name__ == "ResNetModel"
+    for height, width in [(64, 64), (48, 80)]:
+        x = images(height, width)
+        ours, out = model(x), theirs(x)
+        assert ours.grid == out.last_hidden_state.shape[-2:]
+        assert_close(ours.tokens.transpose(1, 2).unflatten(2, ours.grid), out.last_hidden_state)
+        assert_close(ours.cls, out.pooler_output.flatten(1))
+        assert ours.registers.shape == (2, 0, model.embed_dim)
+    assert model.patch_size == 64 // theirs(images(64, 64)).last_hidden_state.shape[-1]
+    assert_round_trip(tmp_path / "out", model)
+
+
+@torch.no_grad()
+def test_resnet_with_small_stem(tmp_path: Path):
+    model = resnet(stem="small")
+    export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
+    assert_round_trip(tmp_path / "out", model)
+    again, _ = export.load(tmp_path / "out")
+    assert model(images()).grid == (8, 8) and torch.equal(again(images()).tokens, model(images()).tokens)
+
+
+@torch.no_grad()
+def test_plain_vit_from_transformers(hf, tmp_path: Path):
+    """The other direction: transformers' `ViTModel`, from its file on disk into ours."""
+    from safetensors.torch import load_file
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 32, "patch_size": 8}
+    theirs = hf.ViTModel(hf.ViTConfig(**sizes, layer_norm_eps=1e-6), add_pooling_layer=False).eval()
+    noise(theirs)
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    ours = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"]}
+    names = {"patch_embed": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+    for i in range(2):
+        block, layer = f"blocks.{i}", f"encoder.layer.{i}"
+        names |= {f"{block}.norm1": f"{layer}.layernorm_before", f"{block}.norm2": f"{layer}.layernorm_after"}
+        names |= {f"{block}.mlp.fc1": f"{layer}.intermediate.dense", f"{block}.mlp.fc2": f"{layer}.output.dense"}
+        names |= {f"{block}.attn.proj": f"{layer}.attention.output.dense"}
+        for part in ("weight", "bias"):
+            thirds = [state[f"{layer}.attention.attention.{name}.{part}"] for name in ("query", "key", "value")]
+            ours[f"{block}.attn.qkv.{part}"] = torch.cat(thirds)
+    ours |= {f"{a}.{part}": state[f"{b}.{part}"] for a, b in names.items() for part in ("weight", "bias")}
+    model = vit()
+    model.load_state_dict(ours)
+    assert_same_features(model(images()), theirs(images()).last_hidden_state, 0)
+    x = images(48, 64)
+    assert_same_features(model(x), theirs(x, interpolate_pos_encoding=True).last_hidden_state, 0)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.array(Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def test_image_processor_sees_what_evaluation_sees(hf, tmp_path: Path):
+    export.write(tmp_path / "out", vit(), ABOUT, MEAN, STD)
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    for shape, levels in [((32, 32), 0), ((80, 80), 0), ((20, 20), 0), ((80, 40), 1), ((200, 300), 1)]:
+        image = picture(*shape)
+        theirs = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
+        ours = to_device({"image": torch.from_numpy(center(image, 32))}, torch.device("cpu"), MEAN, STD)["image"]
+        difference = (ours - theirs).abs() * torch.tensor(STD).view(3, 1, 1) * 255
+        assert difference.max() <= levels + 1e-3, shape  # the order of crop and resize rounds at the cut
+
+
+@pytest.mark.slow
+def test_folder_opens_where_only_transformers_is_known(tmp_path: Path):
+    model = vit(positions="rope", registers=4)
+    export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
+    Image.fromarray(picture(32, 32)).save(tmp_path / "image.png")
+    program = """
+import sys
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+pixels = AutoImageProcessor.from_pretrained("out")(Image.open("image.png"), return_tensors="pt")
+print(AutoModel.from_pretrained("out").eval()(**pixels).pooler_output.sum().item())
+assert not any(name in sys.modules for name in ("pretrain", "data_pipeline", "eval"))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    x = to_device({"image": torch.from_numpy(center(picture(32, 32), 32))[None]}, torch.device("cpu"), MEAN, STD)["image"]
+    with torch.no_grad():
+        assert float(done.stdout) == pytest.approx(model(x).cls.sum().item(), rel=1e-4)
+
+
+def test_export_replaces_a_folder_and_refuses_what_it_cannot_read(tmp_path: Path):
+    folder = tmp_path / "out"
+    export.write(folder, vit(), ABOUT, MEAN, STD)
+    export.write(folder, vit(registers=2), ABOUT, MEAN, STD)
+    assert export.load(folder)[0].cfg.registers == 2 and [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="is no exported model"):
+        export.load(tmp_path / "nothing")
+    fields = json.loads((folder / "config.json").read_text())
+    fields["unlabeled"]["model"]["depth"] = 3
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"weights do not fit its config: missing blocks\.2"):
+        export.load(folder)
+    del fields["unlabeled"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="was not written by unlabeled"):
+        export.load(folder)
+
+
+# ---------------------------------------------------------------- against plain loops
+def naive_vit(model: VisionTransformer, image: Tensor, keep: list[int]) -> Tensor:
+    """The tokens [1 + R + K, D] of one image [3, H, W] at the native size where only the patches `keep` exist, in float64."""
+    s, cfg = {key: value.double() for key, value in model.state_dict().items()}, model.cfg
+    side, size, width = cfg.image_size // cfg.patch_size, cfg.patch_size, cfg.dim // cfg.heads
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return s[name + ".weight"] @ x + s.get(name + ".bias", 0.0)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return (x - x.mean()) / (x.var(correction=0) + cfg.norm_eps).sqrt() * s[name + ".weight"] + s[name + ".bias"]
+
+    def rotated(x: Tensor, place: int | None) -> Tensor:
+        """Pairs (j, j + d/2) of one head's vector, turned by the patch's angles; None: class token or register."""
+        if place is None or cfg.positions != "rope":
+            return x
+        out = torch.empty_like(x)
+        for j in range(width // 2):
+            axis, k = divmod(j, width // 4)
+            coordinate = 2 * (divmod(place, side)[axis] + 0.5) / side - 1
+            angle = 2 * math.pi * coordinate / cfg.rope_base ** (2 * k / (width / 2))
+            a, b = x[j], x[j + width // 2]
+            out[j], out[j + width // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    tokens, places = [s["cls_token"][0, 0] + (s["pos_embed"][0, 0] if "pos_embed" in s else 0)], [None]
+    for r in range(cfg.registers):
+        tokens, places = [*tokens, s["registers"][0, r]], [*places, None]
+    for place in keep:
+        row, column = (size * n for n in divmod(place, side))
+        patch = image.double()[:, row : row + size, column : column + size]
+        token = (s["patch_embed.weight"] * patch).sum((1, 2, 3)) + s["patch_embed.bias"]
+        tokens.append(token + (s["pos_embed"][0, 1 + place] if "pos_embed" in s else 0))
+        places.append(place)
+    for i in range(cfg.depth):
+        qkv = [linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").view(3, cfg.heads, width) for x in tokens]
+        mixed = []
+        for one, place in zip(qkv, places, strict=True):
+            heads = []
+            for h in range(cfg.heads):
+                scores = [rotated(one[0, h], place) @ rotated(other[1, h], there) for other, there in zip(qkv, places, strict=True)]
+                weights = (torch.stack(scores) / math.sqrt(width)).softmax(0)
+                heads.append(sum(w * other[2, h] for w, other in zip(weights, qkv, strict=True)))
+            mixed.append(linear(torch.cat(heads), f"blocks.{i}.attn.proj") * s.get(f"blocks.{i}.ls1.gamma", 1.0))
+        tokens = [x + y for x, y in zip(tokens, mixed, strict=True)]
+        for t, x in enumerate(tokens):
+            hidden = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+            hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+            tokens[t] = x + linear(hidden, f"blocks.{i}.mlp.fc2") * s.get(f"blocks.{i}.ls2.gamma", 1.0)
+    return torch.stack([norm(x, "norm") for x in tokens])
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned", "sincos"])
+@torch.no_grad()
+def test_dropped_patches(positions: str):
+    """`keep`, in any order and different for every image, is the plain forward over those patches at their own places."""
+    model, x = vit(positions=positions, registers=2, layer_scale=0.5), images()
+    keep = torch.tensor([[3, 10, 7, 0, 12], [15, 1, 2, 9, 4]])
+    ours = model(x, keep=keep)
+    assert ours.grid == (4, 4) and ours.tokens.shape == (2, 5, 32)
+    for i in range(2):
+        expected = naive_vit(model, x[i], keep[i].tolist()).float()
+        assert_close(torch.cat([ours.cls[i][None], ours.registers[i], ours.tokens[i]]), expected)
+    everything = model(x, keep=torch.arange(16).expand(2, -1))
+    assert_close(everything.tokens, model(x).tokens)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_list_of_sizes_is_separate_forwards(positions: str):
+    """Values and gradients, with a mask on one input and dropped patches on another."""
+    model = vit(positions=positions, registers=2, mask_token=True).double()
+    inputs = [images(32, 32, 3), images(16, 16, 5), images(48, 64, 2)]
+    masks = [torch.rand(3, 16) < 0.5, None, None]
+    keeps = [None, None, torch.stack([torch.randperm(48)[:11] for _ in range(2)])]
+    results = []
+    for together in (True, False):
+        leaves = [x.double().requires_grad_() for x in inputs]
+        if together:
+            features = model(leaves, mask=masks, keep=keeps)
+        else:
+            features = [model(x, mask=m, keep=k) for x, m, k in zip(leaves, masks, keeps, strict=True)]
+        loss = sum((f.cls.square().sum() + (f.tokens**3).sum() + f.registers.exp().sum()) * (i + 1) for i, f in enumerate(features))
+        gradients = torch.autograd.grad(loss, [*leaves, *model.parameters()])
+        results.append((features, gradients))
+    for one, other in zip(*(features for features, _ in results), strict=True):
+        assert one.grid == other.grid
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(one[:3], other[:3], strict=True))
+    for one, other in zip(*(gradients for _, gradients in results), strict=True):
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
+
+
+@torch.no_grad()
+def test_last_layers_side_by_side():
+    model, x = vit(depth=3, registers=2), images(48, 64)
+    two, one = model(x, layers=2), model(x)
+    shorter = vit(depth=3, registers=2)
+    del shorter.blocks[2]
+    for both, last, before in zip(two[:3], one[:3], shorter(x)[:3], strict=True):
+        assert_close(both, torch.cat([before, last], dim=-1))
+    assert two.grid == one.grid == (6, 8)
+
+
+def test_training_after_inference_mode():
+    """What is kept of positions between calls does not carry inference mode over."""
+    model = vit(positions="rope")
+    with torch.inference_mode():
+        model(images())
+    model(images()).cls.sum().backward()
+    assert model.patch_embed.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dim": 30}, "model.dim = 30 must be a multiple of model.heads = 4"),
+        ({"image_size": 36}, "model.image_size = 36 of model.patch_size = 8"),
+        ({"dim": 24, "positions": "rope"}, "a head width that is a multiple of 4, not 6"),
+        ({"dim": 30, "heads": 3, "positions": "sincos"}, "a width that is a multiple of 4, not 30"),
+    ],
+)
+def test_vit_refuses(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        vit(**options)
+
+
+def test_forward_refuses():
+    model = vit()
+    with pytest.raises(ValueError, match="36×32 pixels does not divide into patches of 8"):
+        model(images(36, 32))
+    with pytest.raises(ValueError, match="built without mask_token"):
+        model(images(), mask=torch.zeros(2, 16, dtype=torch.bool))
+    network = resnet()
+    for options in ({"mask": torch.zeros(2, 1)}, {"keep": torch.zeros(2, 1).long()}, {"layers": 2}):
+        with pytest.raises(ValueError, match="a ResNet takes no mask, no keep and layers=1 only"):
+            network(images(), **options)
+    with pytest.raises(ValueError, match="must be of one length"):
+        resnet(widths=[8, 16])
+
+
+def test_drop_path():
+    """A whole image's residual is dropped or scaled, in lists of sizes too; evaluation leaves everything."""
+    layer, shapes = DropPath(0.25), [(400, 2), (100, 5)]
+    x = torch.ones(1300, 3)
+    assert torch.equal(layer.eval()(x, shapes), x)
+    torch.manual_seed(0)
+    first, second = layer.train()(x, shapes).split([800, 500])
+    per_image = torch.cat([first.view(400, -1).unique(dim=1), second.view(100, -1).unique(dim=1)])
+    assert per_image.shape == (500, 1) and per_image.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert per_image.mean() == pytest.approx(1, abs=0.08)
