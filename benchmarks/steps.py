@@ -7,10 +7,10 @@ Claims, for MAE, SimCLR and DINOv2 with ViT-S/16 at 224 px, in fp32 and under bf
     step.X.P.versus_lightly         CPU seconds of the same step built from lightly's modules / ours; above 1, ours is faster
 
 A step is that of the recipe X_vits16 with a small batch: forward, backward, gradient norm, fused AdamW, and the teacher's average where there is
-one, through `Engine`, on images that the objective's own views made of noise. Linear FLOPs are the matrix products of linear layers and the patch convolution in forward and backward, as
-`FlopCounterMode` sees them (teacher and heads included; attention's products, norms and all else count as overhead). lightly gets the same
-images, sizes and optimizer, and the memory settings of `Engine`, which are the process's. All are timed in turn (product, ours, lightly, product, …), and each figure is the median over rounds of that round's
-ratio of CPU seconds.
+one, through `Engine`, on images that the objective's own views made of noise. Linear FLOPs are the matrix products of linear layers and of the patch
+convolution, forward and backward, as `FlopCounterMode` sees them (teacher and heads included); attention's products, norms and the rest count as
+overhead. lightly's modules get the same images, sizes, optimizer and allocator. All are timed in turn (product, ours, lightly, product, ...), and
+each figure is the median over rounds of that round's ratio of CPU seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.stream import to_device
-from pretrain.parallel.engine import Engine
+from pretrain.parallel.engine import Engine, keep_freed_memory
 from pretrain.recipe import Recipe, load
 from pretrain.train import build_objective
 
@@ -56,7 +56,9 @@ def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
     parts = []
     for slot in range(size):
         image = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
-        parts.append(views({"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": size, "step": 0, "seed": 0}, rng))
+        parts.append(
+            views({"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": size, "step": 0, "seed": 0}, rng)
+        )
     arrays = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
     batch = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
 
@@ -118,7 +120,9 @@ def lightly(name: str, precision: str, images: Tensor) -> Callable[[], None]:
     from timm.models.vision_transformer import vit_small_patch16_224
 
     module = LIGHTLY[name](vit_small_patch16_224(num_classes=0))
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05, fused=True
+    )
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -150,10 +154,12 @@ def emit(name: str, value: float, unit: str, versus: str) -> None:
 def measure(name: str, precision: str, rounds: int) -> None:
     batch, step = ours(recipe(name, precision))
     other = lightly(name, precision, batch["image"]) if name in LIGHTLY else None
-    a, b, out = (torch.randn(2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(3))
+    a, b, out = (
+        torch.randn(2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(3)
+    )
     product = lambda: torch.mm(a, b, out=out)  # noqa: E731
-    product(), other and other()
-    flops = linear_flops(step)  # warms up, too
+    flops = linear_flops(step)
+    product(), step(), other and other()  # two steps until all memory is there
     shares, speeds, ratios = [], [], []
     for _ in range(rounds):
         before, own = cpu_seconds(product, 3), cpu_seconds(step)
@@ -178,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as pretrain/train.py does, before any model is built
     for name in options.objectives:
         for precision in options.precisions:
             measure(name, precision, options.rounds)

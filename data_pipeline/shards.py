@@ -171,7 +171,9 @@ def build(source: str | Path, target: str | Path, shard_mb: int = 256) -> dict:
         meta = _write(source, paths, partial, shard_mb)
         if not meta["samples"]:
             worst = meta["bad"][0]
-            raise DataError(f"{source}: none of its {len(paths)} images can be read; {worst['path']}: {worst['reason']}")
+            raise DataError(
+                f"{source}: none of its {len(paths)} images can be read; {worst['path']}: {worst['reason']}"
+            )
         (partial / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
         if target.exists():
             target.rmdir()
@@ -188,7 +190,10 @@ def _write(source: Path, paths: list[Path], target: Path, shard_mb: int) -> dict
     labels = {name: i for i, name in enumerate(folders)}
     meta: dict = {"samples": 0, "bytes": 0, "shards": 0, "classes": folders, "bad": []}
     progress = Progress("shards", len(paths))
-    with ThreadPool(os.cpu_count()) as pool, ShardWriter(str(target / "%06d.tar"), 1_000_000, shard_mb << 20, verbose=0) as writer:
+    with (
+        ThreadPool(os.cpu_count()) as pool,
+        ShardWriter(str(target / "%06d.tar"), 1_000_000, shard_mb << 20, verbose=0) as writer,
+    ):
         results = (r for i in range(0, len(paths), 256) for r in pool.map(_check, paths[i : i + 256]))  # bounded memory
         for n, (path, (data, reason)) in enumerate(zip(paths, results, strict=True)):
             relative = path.relative_to(source)
@@ -196,7 +201,10 @@ def _write(source: Path, paths: list[Path], target: Path, shard_mb: int) -> dict
             if reason:
                 meta["bad"].append({"path": str(relative), "reason": reason})
                 continue
-            sample: dict[str, Any] = {"__key__": f"{n:07d}-{path.stem.replace('.', '_')}", path.suffix[1:].lower(): data}
+            sample: dict[str, Any] = {
+                "__key__": f"{n:07d}-{path.stem.replace('.', '_')}",
+                path.suffix[1:].lower(): data,
+            }
             sample["json"] = {"path": str(relative)}
             if len(relative.parts) > 1:
                 sample["cls"] = labels[relative.parts[0]]

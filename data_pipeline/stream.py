@@ -37,7 +37,9 @@ class _Batches(Dataset):
         first = (self.rank * self.accumulate + micro) * size
         ids, epochs = self.order.slots(step, first, first + size)
         bad: list[tuple[str, str, str]] = []
-        parts = [self._sample(int(i), int(e), step, first + n, bad) for n, (i, e) in enumerate(zip(ids, epochs, strict=True))]
+        parts = [
+            self._sample(int(i), int(e), step, first + n, bad) for n, (i, e) in enumerate(zip(ids, epochs, strict=True))
+        ]
         batch: dict[str, Any] = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
         return batch | {"bad": bad}
 
@@ -50,7 +52,9 @@ class _Batches(Dataset):
                 bad.append((*self.samples.name(number), str(reason)))
                 number = (number + 1) % len(self.samples)
         else:
-            raise DataError(f"{self.samples.names}: {TRIES} damaged samples in a row, the last {bad[-1][1]} of {bad[-1][0]}: {bad[-1][2]}")
+            raise DataError(
+                f"{self.samples.names}: {TRIES} damaged samples in a row, the last {bad[-1][1]} of {bad[-1][0]}: {bad[-1][2]}"
+            )
         sample = {"image": image, "id": number, "epoch": epoch, "slot": slot, "batch": self.order.batch, "step": step}
         sample["seed"] = self.order.seed
         rng = np.random.Generator(np.random.Philox(key=[fold(self.order.seed, epoch), number]))
@@ -85,7 +89,9 @@ class Stream:
         accumulate: int = 1,
     ):
         if batch > len(samples):
-            raise DataError(f"data.batch = {batch} is more than the {len(samples)} samples in {samples.names}; write data.batch={len(samples)} or less")
+            raise DataError(
+                f"data.batch = {batch} is more than the {len(samples)} samples in {samples.names}; write data.batch={len(samples)} or less"
+            )
         if batch % (world * accumulate):
             raise DataError(f"data.batch = {batch} does not divide into {world} processes × {accumulate} micro-batches")
         self.order = Order(len(samples), batch, seed, shuffle)
@@ -142,7 +148,9 @@ class Stream:
         own = self.state_dict()
         for key in ("samples", "seed"):
             if state[key] != own[key]:
-                raise DataError(f"the checkpoint was written with {key} = {state[key]}, but this run has {key} = {own[key]}: it cannot go on exactly")
+                raise DataError(
+                    f"the checkpoint was written with {key} = {state[key]}, but this run has {key} = {own[key]}: it cannot go on exactly"
+                )
         self.micro, self._iterator = state["step"] * self.accumulate, None
 
 

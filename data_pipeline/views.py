@@ -17,7 +17,9 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _SOLARIZE = np.where(np.arange(256) >= 128, 255 - np.arange(256), np.arange(256)).astype(np.uint8)
 
 
-def random_box(shape: tuple[int, ...], scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
+def random_box(
+    shape: tuple[int, ...], scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop with a share of the area in `scale` and an aspect in [3/4, 4/3]: RandomResizedCrop."""
     height, width = shape
     low, high = math.log(3 / 4), math.log(4 / 3)
@@ -70,7 +72,9 @@ def _mix(own: float, luma: float, constant: float) -> np.ndarray:
     return matrix
 
 
-def color_jitter(image: np.ndarray, strength: tuple[float, float, float, float], rng: np.random.Generator) -> np.ndarray:
+def color_jitter(
+    image: np.ndarray, strength: tuple[float, float, float, float], rng: np.random.Generator
+) -> np.ndarray:
     """Brightness, contrast, saturation and hue in random order, each clipped to uint8, as torchvision's ColorJitter does."""
     brightness, contrast, saturation, hue = strength
     for operation in rng.permutation(4):
@@ -103,7 +107,14 @@ class Augment:
         solarize: float = 0.0,
         gray: float = 0.2,
     ):
-        self.size, self.scale, self.jitter, self.blur, self.solarize, self.gray = size, scale, jitter, blur, solarize, gray
+        self.size, self.scale, self.jitter, self.blur, self.solarize, self.gray = (
+            size,
+            scale,
+            jitter,
+            blur,
+            solarize,
+            gray,
+        )
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 [H, W, 3] → uint8 [3, size, size]."""

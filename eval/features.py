@@ -35,7 +35,9 @@ class Labelled:
 class Encoder:
     """A frozen backbone with its own pixels' normalisation and pooling; `name` stands in result rows."""
 
-    def __init__(self, backbone: Any, name: str, image_size: int, mean: Sequence[float], std: Sequence[float], pool: str = "cls"):
+    def __init__(
+        self, backbone: Any, name: str, image_size: int, mean: Sequence[float], std: Sequence[float], pool: str = "cls"
+    ):
         self.backbone, self.name, self.image_size, self.pool = backbone, name, image_size, pool
         self.mean, self.std = list(mean), list(std)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +69,9 @@ class Encoder:
 def load_images(specs: Sequence[str], size: int) -> tuple[np.ndarray, list[str], int]:
     """(uint8 [N, 3, size, size] as evaluation sees them, labels, how many were damaged)."""
     if not specs:
-        raise DataError("no labelled shards are named; write eval.gallery=… and eval.test=… (or gallery=… query=… for `unlabeled eval`)")
+        raise DataError(
+            "no labelled shards are named; write eval.gallery=… and eval.test=… (or gallery=… query=… for `unlabeled eval`)"
+        )
     samples = Samples(specs)
 
     def one(number: int) -> tuple[np.ndarray, str] | None:
@@ -97,4 +101,6 @@ def open_encoder(model: str, image_size: int | None = None) -> tuple[Encoder, di
 
     backbone, about = load(Path(model))
     name = "untrained" if about.get("step") == 0 else "pretrained"
-    return Encoder(backbone, name, image_size or backbone.image_size, about["mean"], about["std"], about.get("pool", "cls")), about
+    return Encoder(
+        backbone, name, image_size or backbone.image_size, about["mean"], about["std"], about.get("pool", "cls")
+    ), about

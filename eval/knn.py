@@ -46,6 +46,8 @@ def classify(gallery: Tensor, classes: Tensor, query: Tensor, k: int, temperatur
 
 def accuracies(predicted: Tensor, labels: list[str], names: list[str]) -> dict[str, float]:
     """Accuracy and class-balanced accuracy of predicted class numbers; a label that the gallery does not know counts as wrong."""
-    right = torch.tensor([names[int(p)] == label for p, label in zip(predicted, labels, strict=True)], dtype=torch.float64)
+    right = torch.tensor(
+        [names[int(p)] == label for p, label in zip(predicted, labels, strict=True)], dtype=torch.float64
+    )
     per_class = [right[[i for i, label in enumerate(labels) if label == name]].mean() for name in sorted(set(labels))]
     return {"accuracy": right.mean().item(), "balanced_accuracy": torch.stack(per_class).mean().item()}

@@ -64,7 +64,9 @@ def train(x: Tensor, y: Tensor, count: int, cfg: Config, generator: torch.Genera
         inputs, target = x[pick], F.one_hot(y[pick], count).float().unsqueeze(1)  # [B, D], [B, 1, C]
         logits = (inputs @ weight + bias).unflatten(1, (len(cfg.rates), count))
         error = ((logits.softmax(-1) - target) / cfg.batch).flatten(1)  # the gradient of the cross-entropy, [B, R·C]
-        error = F.hardshrink(error, 1e-20)  # rates that are too high saturate the softmax: denormal numbers make the products 7× slower
+        error = F.hardshrink(
+            error, 1e-20
+        )  # rates that are too high saturate the softmax: denormal numbers make the products 7× slower
         lr = rates * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
         for value, momentum, gradient in zip((weight, bias), moving, (inputs.T @ error, error.sum(0)), strict=True):
             momentum.mul_(0.9).add_(gradient)

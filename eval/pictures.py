@@ -57,7 +57,10 @@ def spread(labels: Labels, groups: int, each: int) -> list[list[int]]:
     found = [classes[name] for name in sorted(classes) if len(classes[name]) >= each] or [list(range(len(labels)))]
     if len(found) > groups:
         found = [found[i * len(found) // groups] for i in range(groups)]
-    parts, out = each * -(-groups // len(found)), []  # a class is cut into so many parts, and the middle image of each is taken
+    parts, out = (
+        each * -(-groups // len(found)),
+        [],
+    )  # a class is cut into so many parts, and the middle image of each is taken
     for group in range(groups):
         turn, members = group // len(found), found[group % len(found)]
         out.append([members[(2 * (turn + j * (parts // each)) + 1) * len(members) // (2 * parts)] for j in range(each)])
@@ -93,7 +96,10 @@ def pca_colors(features: np.ndarray) -> np.ndarray:
 
 def similarity(encoder: Encoder, queries: np.ndarray, gallery: np.ndarray, batch: int = 64) -> Tensor:
     """Cosine similarity [Q, N] of the pooled features of images [Q, 3, S, S] and [N, 3, S, S]."""
-    pooled = [torch.cat([encoder.pooled(images[i : i + batch]) for i in range(0, len(images), batch)]) for images in (queries, gallery)]
+    pooled = [
+        torch.cat([encoder.pooled(images[i : i + batch]) for i in range(0, len(images), batch)])
+        for images in (queries, gallery)
+    ]
     return F.normalize(pooled[0], dim=1) @ F.normalize(pooled[1], dim=1).T
 
 
@@ -122,7 +128,9 @@ def _number(value: float, percent: bool = False) -> str:
     return f"{value:.1e}".replace(".0", "").replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:.3g}"
 
 
-def chart(title: str, series: Series, percent: bool = False, zero: bool = False, points: bool = False, smooth: bool = True) -> str:
+def chart(
+    title: str, series: Series, percent: bool = False, zero: bool = False, points: bool = False, smooth: bool = True
+) -> str:
     """One SVG chart, or nothing where nothing was measured. In view: the 1st to 99th percentile of the values, and all of their mean."""
     lines = {}  # name → (steps, means, moving means) of at most 400 stretches, and [(step, lowest), (step, highest)] of each: no spike is lost
     for name, (steps, values) in series.items():
@@ -134,18 +142,27 @@ def chart(title: str, series: Series, percent: bool = False, zero: bool = False,
             lines[name] = (x, y, np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same"), raw)
     if not lines:
         return ""
-    seen = np.concatenate([np.append(np.percentile([b for _, b in raw], [1, 99]), mean) for _, _, mean, raw in lines.values()])
+    seen = np.concatenate(
+        [np.append(np.percentile([b for _, b in raw], [1, 99]), mean) for _, _, mean, raw in lines.values()]
+    )
     low, high = 0.0 if zero else seen.min(), seen.max()
     room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     low, high = low if zero or low >= 0 > low - room else low - room, high + room
     first, last = min(x[0] for x, *_ in lines.values()), max(x[-1] for x, *_ in lines.values())
     last = max(last, first + 1)
-    across, down = lambda x: 48 + 360 * (x - first) / (last - first), lambda y: 198 - 188 * (min(max(y, low), high) - low) / (high - low)
+    across, down = (
+        lambda x: 48 + 360 * (x - first) / (last - first),
+        lambda y: 198 - 188 * (min(max(y, low), high) - low) / (high - low),
+    )
     drawn, now = "", []
     for t in _ticks(low, high):
         drawn += f'<line x1="48" x2="408" y1="{down(t):.1f}" y2="{down(t):.1f}"/>'
         drawn += f'<text x="42" y="{down(t) + 4:.1f}" text-anchor="end">{_number(t, percent)}</text>'
-    drawn += "".join(f'<text x="{across(t):.1f}" y="216" text-anchor="middle">{_number(t)}</text>' for t in _ticks(first, last) if t == round(t))
+    drawn += "".join(
+        f'<text x="{across(t):.1f}" y="216" text-anchor="middle">{_number(t)}</text>'
+        for t in _ticks(first, last)
+        if t == round(t)
+    )
     for i, (name, (x, y, mean, raw)) in enumerate(lines.items()):
         for kind, line in (("raw", raw), ("", zip(x, mean, strict=True))):
             path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in line)

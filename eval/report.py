@@ -27,13 +27,18 @@ from pretrain.recipe import Recipe, load
 from pretrain.run_folder import exports, read_rows
 
 MODELS = ("pixels", "untrained", "pretrained")
-TRIED, GALLERY = 512, 1536  # of the test and the gallery images at most so many, evenly spaced, are looked at for the pictures
+TRIED, GALLERY = (
+    512,
+    1536,
+)  # of the test and the gallery images at most so many, evenly spaced, are looked at for the pictures
 NO_TERM = ("step", "loss", "grad_norm", "lr", "samples_per_second", "data_share", "loop_share")
 HOW = {
     "knn": f"The {knn.Config().k} nearest gallery images by cosine similarity vote with weight exp(similarity / {knn.Config().temperature}).",
     "linear": f"One linear layer, {linear.Config().steps:,} steps; its learning rate is chosen on a held-out tenth of the gallery.",
 }
-CAPTIONS = {"reconstructions": "From left to right: the image, the patches that the encoder sees, and the image with the hidden patches painted in."}
+CAPTIONS = {
+    "reconstructions": "From left to right: the image, the patches that the encoder sees, and the image with the hidden patches painted in."
+}
 STYLE = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#171a21;--soft:#626b7a;--line:#e3e6ec;--s0:#4a4ee0;--s1:#d9772b;--grey:#98a1b0;--good:#14894e;--bad:#d23b3b}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1116;--card:#181b22;--ink:#e8eaf0;--soft:#99a2b2;--line:#2a2f3a;--s0:#8d92ff;--s1:#f0a060;
@@ -65,12 +70,18 @@ def write(run: str | Path) -> Path:
     """Write RUN/report.html. UserError where the folder is no run, or has no metrics or no export yet."""
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: is no run folder (recipe.yaml is missing); name a folder that `unlabeled train` wrote, such as runs/demo")
+        raise UserError(
+            f"{run}: is no run folder (recipe.yaml is missing); name a folder that `unlabeled train` wrote, such as runs/demo"
+        )
     recipe, rows, exported = load(run), read_rows(run / "metrics.jsonl"), exports(run)
     for found, what in ((rows, "metrics (metrics.jsonl)"), (exported, "export (export/STEP)")):
         if not found:
-            raise UserError(f"{run}: has no {what} yet, so there is nothing to report; train it first: unlabeled train {run}")
-    encoders = {step: open_encoder(str(exported[step]), recipe.eval.image_size)[0] for step in (min(exported), max(exported))}
+            raise UserError(
+                f"{run}: has no {what} yet, so there is nothing to report; train it first: unlabeled train {run}"
+            )
+    encoders = {
+        step: open_encoder(str(exported[step]), recipe.eval.image_size)[0] for step in (min(exported), max(exported))
+    }
     scores = read_rows(run / "results.jsonl")
     parts = [_head(run, recipe, rows, encoders[max(encoders)].backbone), _scores(recipe, scores), _curves(rows, scores)]
     try:
@@ -95,9 +106,16 @@ def _section(title: str, text: str, *parts: str, columns: str = "300px", kind: s
 
 def _head(run: Path, recipe: Recipe, rows: list[dict], backbone: Any) -> str:
     log = (run / "log.txt").read_text(errors="replace") if (run / "log.txt").is_file() else ""
-    samples, precision = (re.findall(r" trained\), (\d+) samples, batch \d+, (.+?),", log) or [("", recipe.precision)])[-1]
-    flushed = [i for i, row in enumerate(rows) if row.get("samples_per_second")]  # these rows speak for themselves and those since the last
-    seconds = sum((i - before) * recipe.data.batch / rows[i]["samples_per_second"] for before, i in zip([-1, *flushed], flushed, strict=False))
+    samples, precision = (re.findall(r" trained\), (\d+) samples, batch \d+, (.+?),", log) or [("", recipe.precision)])[
+        -1
+    ]
+    flushed = [
+        i for i, row in enumerate(rows) if row.get("samples_per_second")
+    ]  # these rows speak for themselves and those since the last
+    seconds = sum(
+        (i - before) * recipe.data.batch / rows[i]["samples_per_second"]
+        for before, i in zip([-1, *flushed], flushed, strict=False)
+    )
     minutes, done = seconds / 60, min(rows[-1]["step"] + 1, recipe.steps)
     facts = {
         "objective": recipe.objective.name,
@@ -106,12 +124,20 @@ def _head(run: Path, recipe: Recipe, rows: list[dict], backbone: Any) -> str:
         "training images": samples and f"{int(samples):,}",
         "steps × batch": f"{recipe.steps:,} × {recipe.data.batch:,}",
         "precision": precision,
-        "training time": f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h",
+        "training time": f"{seconds:.0f} s"
+        if minutes < 2
+        else f"{minutes:.0f} min"
+        if minutes < 120
+        else f"{minutes / 60:.1f} h",
     }
     listed = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items() if value)
-    status = f'chip done">finished: {done:,} steps' if done >= recipe.steps else f'chip">step {done:,} of {recipe.steps:,}'
+    status = (
+        f'chip done">finished: {done:,} steps' if done >= recipe.steps else f'chip">step {done:,} of {recipe.steps:,}'
+    )
     text = escape(purpose(recipe.objective.name))
-    return f'<h1>{escape(run.resolve().name)}</h1><span class="{status}</span><p>{text}</p><dl class="card">{listed}</dl>'
+    return (
+        f'<h1>{escape(run.resolve().name)}</h1><span class="{status}</span><p>{text}</p><dl class="card">{listed}</dl>'
+    )
 
 
 # ---------------------------------------------------------------- scores
@@ -146,7 +172,9 @@ def _card(protocol: str, table: dict[tuple[str, str], dict]) -> str:
         lines += f'<tr class="{model}"><th>{model}</th><td><b>{v:.1%}</b> <small>± {error:.1f}</small>{bar}</td>'
         lines += f"<td>{'' if balanced is None else f'{balanced:.1%}'}</td></tr>"
         if model != "pretrained" and (gain := 100 * (value.get("pretrained", math.nan) - v)) == gain:
-            gains.append(f'<b class="{"up" if gain >= 0 else "down"}">{gain:+.1f}</b> points over {model}'.replace(">-", ">−"))
+            gains.append(
+                f'<b class="{"up" if gain >= 0 else "down"}">{gain:+.1f}</b> points over {model}'.replace(">-", ">−")
+            )
     title = f"<h3>{'k-NN' if protocol == 'knn' else escape(protocol)}<span>{' · '.join(gains)}</span></h3>"
     table_of = f"<table><tr><th></th><th>accuracy</th><th>balanced</th></tr>{lines}</table>"
     return f'<div class="card">{title}{table_of}<small>{HOW.get(protocol, "")}</small></div>'
@@ -161,14 +189,26 @@ def _curves(rows: list[dict], scores: list[dict]) -> str:
     charts = [pictures.chart("loss", {"": series("loss")})]
     val = [r for r in scores if r.get("split") == "val" and r["model"] != "pixels"]
     for protocol in dict.fromkeys(r["protocol"] for r in val):
-        own = {m: [r for r in val if (r["protocol"], r["metric"]) == (protocol, m)] for m in ("accuracy", "balanced_accuracy")}
+        own = {
+            m: [r for r in val if (r["protocol"], r["metric"]) == (protocol, m)]
+            for m in ("accuracy", "balanced_accuracy")
+        }
         lines = {metric.partition("_")[0]: series("value", some) for metric, some in own.items()}
-        charts.append(pictures.chart(f"{'k-NN' if protocol == 'knn' else protocol} on val", lines, percent=True, points=True))
+        charts.append(
+            pictures.chart(f"{'k-NN' if protocol == 'knn' else protocol} on val", lines, percent=True, points=True)
+        )
     for key in [*dict.fromkeys(key for row in rows for key in row if key not in NO_TERM), "grad_norm"]:
         charts.append(pictures.chart(key.replace("_", " "), {"": series(key)}))
     charts.append(pictures.chart("learning rate", {"": series("lr")}, smooth=False))
     charts.append(pictures.chart("samples per second", {"": series("samples_per_second")}, zero=True))
-    charts.append(pictures.chart("share of time", {"waiting for data": series("data_share"), "loop": series("loop_share")}, percent=True, zero=True))
+    charts.append(
+        pictures.chart(
+            "share of time",
+            {"waiting for data": series("data_share"), "loop": series("loop_share")},
+            percent=True,
+            zero=True,
+        )
+    )
     return _section(
         "Curves",
         "By step: faint what was measured (spikes beyond the frame are cut), strong its moving mean; at the top right that mean's last value.",
@@ -193,7 +233,10 @@ def _learned(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
         near[range(len(asked)), asked] = -2
     out, verdicts = [], []
     for number, best in zip(asked, near.topk(min(6, len(others) - (not labelled))).indices.tolist(), strict=True):
-        kinds = ["" if None in (labels[number], names[i]) else "right" if names[i] == labels[number] else "wrong" for i in best]
+        kinds = [
+            "" if None in (labels[number], names[i]) else "right" if names[i] == labels[number] else "wrong"
+            for i in best
+        ]
         found = [_thumbnail(others[i], names[i], kind) for i, kind in zip(best, kinds, strict=True)]
         out.append(f'<div class="card near">{_thumbnail(images[number], labels[number])}{"".join(found)}</div>')
         verdicts += kinds
@@ -253,4 +296,8 @@ def _drawn(run: Path) -> str:
 def _foot(run: Path) -> str:
     text = f"<code>unlabeled train {escape(shlex.quote(str(run)))}</code> goes on with this run; <code>overwrite=true</code> starts it anew."
     recipe = f'<details class="card"><summary>The resolved recipe</summary><pre>{escape((run / "recipe.yaml").read_text())}</pre></details>'
-    return _section("How to run it again", f"{text} This page: Python {platform.python_version()}, torch {torch.__version__}.", recipe)
+    return _section(
+        "How to run it again",
+        f"{text} This page: Python {platform.python_version()}, torch {torch.__version__}.",
+        recipe,
+    )

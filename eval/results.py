@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]  # model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out, seconds
+Row = dict[
+    str, Any
+]  # model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out, seconds
 
 
 def append(path: Path, rows: list[Row]) -> None:

@@ -42,9 +42,23 @@ def evaluate(
         start = time.perf_counter()
         scores = protocol.run(encoder, list(gallery), list(query), cfg)
         known, asked = encoder.labelled(list(gallery)), encoder.labelled(list(query))
-        common = {"model": encoder.name, "step": about["step"], "protocol": name, "version": protocol.VERSION, "split": split}
-        data = {"gallery": list(gallery), "gallery_count": len(known.labels), "query": list(query), "count": len(asked.labels)}
+        common = {
+            "model": encoder.name,
+            "step": about["step"],
+            "protocol": name,
+            "version": protocol.VERSION,
+            "split": split,
+        }
+        data = {
+            "gallery": list(gallery),
+            "gallery_count": len(known.labels),
+            "query": list(query),
+            "count": len(asked.labels),
+        }
         data["left_out"] = known.left_out + asked.left_out
         seconds = round(time.perf_counter() - start, 2)
-        rows += [common | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds} for metric, value in scores.items()]
+        rows += [
+            common | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds}
+            for metric, value in scores.items()
+        ]
     return rows

@@ -36,7 +36,14 @@ def evaluate(args: argparse.Namespace) -> None:
 
     words = [w for w in args.protocols if "=" not in w]
     options: dict = {"gallery": [], "query": [], "image_size": None}
-    run = next((p for p in [*Path(args.model).resolve().parents, *[Path(q) for q in args.run]] if (p / "recipe.yaml").is_file()), None)
+    run = next(
+        (
+            p
+            for p in [*Path(args.model).resolve().parents, *[Path(q) for q in args.run]]
+            if (p / "recipe.yaml").is_file()
+        ),
+        None,
+    )
     if run is not None:  # an export inside its run: score what the recipe scores
         cfg = recipe.load(run).eval
         options |= {"gallery": cfg.test_gallery or cfg.gallery, "query": cfg.test, "image_size": cfg.image_size}
@@ -49,8 +56,12 @@ def evaluate(args: argparse.Namespace) -> None:
         else:
             raise UserError(f"{key!r}: no such option; write gallery=, query=, image_size= or {PROTOCOLS[0]}.OPTION=")
     protocols = {name: options[name] for name in PROTOCOLS if name in options}
-    split = "test" if run is not None and len(words) == len(args.protocols) else "custom"  # other data or options: not the run's own score
-    rows = evaluate(args.model, words or ["knn"], options["gallery"], options["query"], split, options["image_size"], protocols)
+    split = (
+        "test" if run is not None and len(words) == len(args.protocols) else "custom"
+    )  # other data or options: not the run's own score
+    rows = evaluate(
+        args.model, words or ["knn"], options["gallery"], options["query"], split, options["image_size"], protocols
+    )
     for row in rows:
         print(f"{row['model']:<12}{row['protocol']:<10}{row['metric']:<20}{row['value']:.4f}   ({row['count']} images)")
     if run is not None:
@@ -107,17 +118,30 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser("unlabeled", description="Pretrain foundation models on unlabeled data, from a laptop to a cluster.")
+    out = argparse.ArgumentParser(
+        "unlabeled", description="Pretrain foundation models on unlabeled data, from a laptop to a cluster."
+    )
     commands = out.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable, text: str, *arguments: tuple[str, dict], under: argparse._SubParsersAction = commands) -> None:
+    def add(
+        name: str, run: Callable, text: str, *arguments: tuple[str, dict], under: argparse._SubParsersAction = commands
+    ) -> None:
         sub = under.add_parser(name, help=text, description=text)
         for flag, options in arguments:
             sub.add_argument(flag, **options)
         sub.set_defaults(main=run)
 
-    overrides = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "laid over the recipe, for example steps=100 optim.lr.value=1e-3"})
-    group = commands.add_parser("shards", help="make WebDataset shards").add_subparsers(required=True, metavar="COMMAND")
+    overrides = (
+        "overrides",
+        {
+            "nargs": "*",
+            "metavar": "key=value",
+            "help": "laid over the recipe, for example steps=100 optim.lr.value=1e-3",
+        },
+    )
+    group = commands.add_parser("shards", help="make WebDataset shards").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     add(
         "build",
         shards,
@@ -127,14 +151,23 @@ def parser() -> argparse.ArgumentParser:
         ("--shard-mb", {"type": int, "default": 256, "help": "largest size of one shard (default 256)"}),
         under=group,
     )
-    add("train", train, "Train a recipe, or go on with it.", ("recipe", {"help": "a recipe's name, a .yaml file, or a run folder"}), overrides)
+    add(
+        "train",
+        train,
+        "Train a recipe, or go on with it.",
+        ("recipe", {"help": "a recipe's name, a .yaml file, or a run folder"}),
+        overrides,
+    )
     add(
         "eval",
         evaluate,
         "Score a frozen model. Inside a run folder the recipe says on what; else write gallery=SHARDS query=SHARDS.",
         ("model", {"help": 'an exported folder (RUN/export/STEP), or "pixels"'}),
         ("protocols", {"nargs": "*", "metavar": "PROTOCOL|key=value", "help": "knn, linear; options such as knn.k=20"}),
-        ("--run", {"nargs": 1, "default": [], "help": "the run whose recipe says on what to score, and which gets the rows"}),
+        (
+            "--run",
+            {"nargs": 1, "default": [], "help": "the run whose recipe says on what to score, and which gets the rows"},
+        ),
     )
     add(
         "export",
@@ -147,8 +180,21 @@ def parser() -> argparse.ArgumentParser:
     add("report", report, "Write RUN/report.html.", ("run", {"help": "run folder"}))
     add("recipes", recipes, "List recipes and objectives.")
     add("doctor", doctor, "Say what is installed, what is missing, and the command that installs it.")
-    source = ("--source", {"default": "auto", "choices": ["auto", "materials", "digits"], "help": "the images (default: materials, else digits)"})
-    add("demo", demo, "Fetch real photographs, pretrain on them without labels, score, and write a report.", source, overrides)
+    source = (
+        "--source",
+        {
+            "default": "auto",
+            "choices": ["auto", "materials", "digits"],
+            "help": "the images (default: materials, else digits)",
+        },
+    )
+    add(
+        "demo",
+        demo,
+        "Fetch real photographs, pretrain on them without labels, score, and write a report.",
+        source,
+        overrides,
+    )
     return out
 
 

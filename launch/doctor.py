@@ -7,14 +7,36 @@ import os
 import platform
 import shutil
 
-NEEDED = ("torch", "torchvision", "webdataset", "fsspec", "tensorboard", "safetensors", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "PyYAML")
-EXTRAS = {"s3fs": "s3", "submitit": "slurm", "deepspeed": "deepspeed", "xformers": "xformers", "transformers": "dev", "timm": "dev", "lightly": "dev"}
+NEEDED = (
+    "torch",
+    "torchvision",
+    "webdataset",
+    "fsspec",
+    "tensorboard",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "PyYAML",
+)
+EXTRAS = {
+    "s3fs": "s3",
+    "submitit": "slurm",
+    "deepspeed": "deepspeed",
+    "xformers": "xformers",
+    "transformers": "dev",
+    "timm": "dev",
+    "lightly": "dev",
+}
 
 
 def report() -> int:
     """Print a line per fact; 1 where something that is needed is missing, else 0."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    print(f"python      {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory")
+    print(
+        f"python      {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory"
+    )
     missing = [name for name in NEEDED if not _line(name, "pip install unlabeled")]
     for name, extra in EXTRAS.items():
         _line(name, f"pip install 'unlabeled[{extra}]'")
@@ -40,7 +62,9 @@ def _devices() -> None:
     from pretrain.parallel.engine import bf16_possible
 
     for i in range(torch.cuda.device_count()):
-        print(f"cuda:{i}      {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB")
+        print(
+            f"cuda:{i}      {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+        )
     if not torch.cuda.is_available():
         print("cuda        none found; training runs on the CPU")
     bf16 = "in hardware" if bf16_possible(torch.device("cpu")) else "not in hardware"

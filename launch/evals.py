@@ -55,7 +55,9 @@ def watch(run: Path) -> None:
     done = {(r["model"], r["step"], r["split"]) for r in read_rows(run / "results.jsonl")}
     ended = False
     while True:
-        due = [job for job in jobs(run, recipe) if (names.get(Path(job[0]).name, "pretrained"), job[1], job[2]) not in done]
+        due = [
+            job for job in jobs(run, recipe) if (names.get(Path(job[0]).name, "pretrained"), job[1], job[2]) not in done
+        ]
         if not due and ended:
             break
         for model, step, split in due:
@@ -64,7 +66,9 @@ def watch(run: Path) -> None:
                 score(run, recipe, model, step, split, board)
             except Exception as error:  # a score that cannot be had is said, and training goes on
                 with (run / "log.txt").open("a") as log:
-                    log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} evaluation of {model} on {split} failed: {error}\n")
+                    log.write(
+                        f"{time.strftime('%Y-%m-%d %H:%M:%S')} evaluation of {model} on {split} failed: {error}\n"
+                    )
                     if not isinstance(error, UserError):
                         traceback.print_exc(file=log)
                 print(f"evaluation of {model} on {split} failed: {error}", file=sys.stderr)

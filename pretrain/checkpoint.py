@@ -40,7 +40,9 @@ def save(run: Path, step: int, engine: Engine, stream: Stream, recipe: Recipe) -
         }
         (partial / "run.json").write_text(json.dumps(about, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"{partial}: cannot write the checkpoint ({error.strerror or error}); the one before it is kept") from None
+        raise UserError(
+            f"{partial}: cannot write the checkpoint ({error.strerror or error}); the one before it is kept"
+        ) from None
     partial.rename(folder)
     for old in sorted(all_of(run))[: -recipe.checkpoint.keep or None]:
         shutil.rmtree(old)
@@ -66,9 +68,14 @@ def load(folder: Path, engine: Engine, stream: Stream) -> int:
     state = engine.state_dict()
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=True)
-    except (Exception, dcp.api.CheckpointException) as error:  # whatever a damaged file raises; DCP's own is no Exception
+    except (
+        Exception,
+        dcp.api.CheckpointException,
+    ) as error:  # whatever a damaged file raises; DCP's own is no Exception
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise UserError(f"{folder}: cannot be loaded ({reason[0]}); delete this folder to go on from the one before it") from None
+        raise UserError(
+            f"{folder}: cannot be loaded ({reason[0]}); delete this folder to go on from the one before it"
+        ) from None
     engine.load_state_dict(state)
     stream.load_state_dict(about(folder)["stream"])
     return about(folder)["step"]

@@ -125,12 +125,16 @@ def build(cls: type, values: dict, origin: Origin, prefix: str = "", defaults: d
     known = fields(cls)
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"{_where(origin, prefix + key)}{prefix}{key} = {value!r}: no such key; {nearest(str(key), known)}")
+            raise ConfigError(
+                f"{_where(origin, prefix + key)}{prefix}{key} = {value!r}: no such key; {nearest(str(key), known)}"
+            )
     given = dict(defaults or {})
     given |= {key: convert(value, hints[key], origin, prefix + key, known[key]) for key, value in values.items()}
     missing = [f for f, field in known.items() if f not in given and _default(field) is dataclasses.MISSING]
     if missing:
-        raise ConfigError(f"{_where(origin, prefix)}{prefix}{missing[0]} is missing; write {prefix}{missing[0]}: {_type_name(hints[missing[0]])}")
+        raise ConfigError(
+            f"{_where(origin, prefix)}{prefix}{missing[0]} is missing; write {prefix}{missing[0]}: {_type_name(hints[missing[0]])}"
+        )
     instance = cls(**given)
     instance._defaults = defaults or {}
     return instance
@@ -188,7 +192,7 @@ def _convert_one(value: Any, hint: Any, origin: Origin, key: str) -> tuple[bool,
 
 
 def _where(origin: Origin, key: str) -> str:
-    """"FILE: " for a key, or for the nearest section around it."""
+    """ "FILE: " for a key, or for the nearest section around it."""
     parts = key.rstrip(".").split(".")
     for n in range(len(parts), 0, -1):
         head = ".".join(parts[:n]).split("[")[0]
@@ -208,7 +212,11 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is list:
         return "a list of " + _type_name(typing.get_args(hint)[0])
     if isinstance(hint, type) and issubclass(hint, Section):
-        return "a mapping with " + ", ".join(fields(hint)) if dataclasses.is_dataclass(hint) else "a name, or a mapping with name"
+        return (
+            "a mapping with " + ", ".join(fields(hint))
+            if dataclasses.is_dataclass(hint)
+            else "a name, or a mapping with name"
+        )
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
@@ -255,7 +263,7 @@ def unread(section: Section, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """"key: old → new" for every leaf that differs between two plain dictionaries."""
+    """ "key: old → new" for every leaf that differs between two plain dictionaries."""
     out = []
     for key in list(a) + [k for k in b if k not in a]:
         left, right = a.get(key), b.get(key)

@@ -58,13 +58,23 @@ def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]
         ("blocks.{i}.ls2.gamma", f"{block}.layer_scale2.lambda1"),
     ]
     if rope:
-        mlp = {"gelu": {"fc1": "up_proj", "fc2": "down_proj"}, "swiglu": {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"}}[cfg.mlp]
-        fields |= {"model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"], "num_register_tokens": cfg.registers}
+        mlp = {
+            "gelu": {"fc1": "up_proj", "fc2": "down_proj"},
+            "swiglu": {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"},
+        }[cfg.mlp]
+        fields |= {
+            "model_type": "dinov3_vit",
+            "architectures": ["DINOv3ViTModel"],
+            "num_register_tokens": cfg.registers,
+        }
         fields |= {"rope_theta": cfg.rope_base, "intermediate_size": hidden, "use_gated_mlp": cfg.mlp == "swiglu"}
         fields |= {"hidden_act": "silu" if cfg.mlp == "swiglu" else "gelu", "mlp_bias": True, "proj_bias": True}
         fields |= dict.fromkeys(("query_bias", "key_bias", "value_bias"), cfg.qkv_bias)
     else:
-        mlp = {"gelu": {"fc1": "fc1", "fc2": "fc2"}, "swiglu": {"w1": "weights_in[0]", "w2": "weights_in[1]", "w3": "weights_out"}}[cfg.mlp]
+        mlp = {
+            "gelu": {"fc1": "fc1", "fc2": "fc2"},
+            "swiglu": {"w1": "weights_in[0]", "w2": "weights_in[1]", "w3": "weights_out"},
+        }[cfg.mlp]
         kind = ("dinov2_with_registers", "Dinov2WithRegistersModel") if cfg.registers else ("dinov2", "Dinov2Model")
         fields |= {"model_type": kind[0], "architectures": [kind[1]], "qkv_bias": cfg.qkv_bias, "hidden_act": "gelu"}
         fields |= {"use_swiglu_ffn": cfg.mlp == "swiglu", "mlp_ratio": ratio}
@@ -235,7 +245,9 @@ def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:
         fields = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: is no exported model ({Path(error.filename).name} is missing); a run keeps its exports in RUN/export/STEP") from None
+        raise UserError(
+            f"{folder}: is no exported model ({Path(error.filename).name} is missing); a run keeps its exports in RUN/export/STEP"
+        ) from None
     except Exception as error:
         raise UserError(f"{folder}: cannot be read ({error}); export it again with `unlabeled export RUN`") from None
     if "unlabeled" not in fields:
@@ -243,16 +255,24 @@ def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:
     about = fields["unlabeled"]
     name = about["model"]["name"]
     cls, defaults = presets.choose(name, f"{folder}: ")
-    cfg = config.build(cls, {k: v for k, v in about["model"].items() if k != "name"}, {"": str(folder)}, "model.", defaults)
+    cfg = config.build(
+        cls, {k: v for k, v in about["model"].items() if k != "name"}, {"": str(folder)}, "model.", defaults
+    )
     cfg.name = name
     encoder = presets.build(cfg)
     own = encoder.state_dict()
     if isinstance(cfg, presets.ViT):
         state = vit_from_transformers(cfg, tensors)
     else:
-        state = {key: tensors[theirs] for key in own if (theirs := _resnet_key(cfg, key) if cfg.stem != "small" else key) in tensors}
+        state = {
+            key: tensors[theirs]
+            for key in own
+            if (theirs := _resnet_key(cfg, key) if cfg.stem != "small" else key) in tensors
+        }
     state |= {"periods": own["periods"]} if "periods" in own else {}
-    if missing := [f"missing {k}" for k in own.keys() - state.keys()] + [f"unexpected {k}" for k in state.keys() - own.keys()]:
+    if missing := [f"missing {k}" for k in own.keys() - state.keys()] + [
+        f"unexpected {k}" for k in state.keys() - own.keys()
+    ]:
         raise UserError(f"{folder}: its weights do not fit its config: {', '.join(sorted(missing)[:5])}")
     encoder.load_state_dict(state)
     return encoder.eval(), about

@@ -60,10 +60,13 @@ class Writer:
         """Read all waiting values with one copy from the device, and write them."""
         if not self.waiting:
             return
-        tensors = [v.detach().float().reshape(()) for _, row in self.waiting for v in row.values() if isinstance(v, Tensor)]
+        tensors = [
+            v.detach().float().reshape(()) for _, row in self.waiting for v in row.values() if isinstance(v, Tensor)
+        ]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])
         rows = [
-            {"step": step} | {k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for step, row in self.waiting
+            {"step": step} | {k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()}
+            for step, row in self.waiting
         ]
         total, parts = self.clock.take()
         total -= parts.get("save", 0.0)
@@ -84,10 +87,23 @@ class Writer:
     def _show(self, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_share']:.0%}"
         scores = read_rows(self.run / "results.jsonl")
-        knn = [s for s in scores if s["protocol"] == "knn" and s.get("split") == "val" and s["metric"] == "accuracy" and s["model"] != "pixels"]
+        knn = [
+            s
+            for s in scores
+            if s["protocol"] == "knn"
+            and s.get("split") == "val"
+            and s["metric"] == "accuracy"
+            and s["model"] != "pixels"
+        ]
         if knn:
             text += f"  k-NN so far {knn[-1]['value']:.1%} (step {knn[-1]['step']})"
-        final = sum({(s["model"], s["step"], s["protocol"]): s["seconds"] for s in scores if s.get("split") == "test" and s["step"] == 0}.values())
+        final = sum(
+            {
+                (s["model"], s["step"], s["protocol"]): s["seconds"]
+                for s in scores
+                if s.get("split") == "test" and s["step"] == 0
+            }.values()
+        )
         self.progress.update(row["step"] + 1, text, extra=final)  # the last export will be scored as the first was
 
     def close(self) -> None:

@@ -52,7 +52,8 @@ def config_class(name: str, where: str = "") -> tuple[type[Section], dict]:
     light: list[ast.stmt] = [
         node
         for node in body
-        if (isinstance(node, ast.ImportFrom) and node.module in LIGHT) or (isinstance(node, ast.ClassDef) and node.name == "Config")
+        if (isinstance(node, ast.ImportFrom) and node.module in LIGHT)
+        or (isinstance(node, ast.ClassDef) and node.name == "Config")
     ]
     module = types.ModuleType(f"{path.stem}.config")
     sys.modules[module.__name__] = module  # dataclasses look the module up by its name
@@ -75,7 +76,13 @@ def find(name: str) -> type[Objective]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
         spec.loader.exec_module(module)
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Objective) and c.__module__ == module.__name__]
+    classes = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Objective) and c.__module__ == module.__name__
+    ]
     if len(classes) != 1:
-        raise ConfigError(f"{path}: holds {len(classes)} classes that derive from Objective, but one file is one method")
+        raise ConfigError(
+            f"{path}: holds {len(classes)} classes that derive from Objective, but one file is one method"
+        )
     return classes[0]

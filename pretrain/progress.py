@@ -36,6 +36,6 @@ class Progress:
 
 def duration(seconds: float) -> str:
     """ "2:05" or "1:02:05"."""
-    minutes, s = divmod(int(round(seconds)), 60)
+    minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"

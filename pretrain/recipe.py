@@ -25,11 +25,15 @@ class Data(Section):
     """What is read. `batch` is the global batch: samples per step over all processes."""
 
     shorthand = "train"
-    train: list[str] = field(default_factory=list)  # folders, tars or globs of WebDataset shards; local or any fsspec URL
+    train: list[str] = field(
+        default_factory=list
+    )  # folders, tars or globs of WebDataset shards; local or any fsspec URL
     batch: int = 256
     workers: int | None = None  # data processes per trainer process; null: from the machine's cores
     shuffle: bool = True
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of the training pixels, in [0, 1]; ImageNet's
+    mean: list[float] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406]
+    )  # of the training pixels, in [0, 1]; ImageNet's
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
 
 
@@ -78,7 +82,9 @@ class Log(Section):
 class Eval(Section):
     """What is scored: labelled shards, and protocols by name. `val` is looked at while the run goes on, `test` once at its end."""
 
-    gallery: list[str] = field(default_factory=list)  # labelled shards that heads and neighbours learn from while it runs
+    gallery: list[str] = field(
+        default_factory=list
+    )  # labelled shards that heads and neighbours learn from while it runs
     val: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
     test_gallery: list[str] = field(default_factory=list)  # the same for `test`; empty: `gallery`
@@ -122,7 +128,9 @@ def find(name: str, beside: Path | None = None, where: str = "") -> Path:
             return candidate / "recipe.yaml"
     if name.endswith((".yaml", ".yml")):
         raise ConfigError(f"{where}{name}: no such file")
-    raise ConfigError(f"{where}{name}: no such recipe; {nearest(name, names())} (`unlabeled recipes` lists them; a path must end in .yaml)")
+    raise ConfigError(
+        f"{where}{name}: no such recipe; {nearest(name, names())} (`unlabeled recipes` lists them; a path must end in .yaml)"
+    )
 
 
 def _read(path: Path, values: dict, origin: Origin, seen: tuple[Path, ...] = ()) -> None:
@@ -160,7 +168,10 @@ def resolve(recipe: Recipe) -> Recipe:
         if isinstance(section, Schedule):
             if vars(section)["steps"] is None:
                 section.steps = stored["steps"]
-            section._defaults = {**vars(section).get("_defaults", {}), "steps": section.steps}  # known to all, so no key that nobody reads
+            section._defaults = {
+                **vars(section).get("_defaults", {}),
+                "steps": section.steps,
+            }  # known to all, so no key that nobody reads
     for key, value in [("steps", stored["steps"]), ("data.batch", vars(stored["data"])["batch"])]:
         if value < 1:
             raise ConfigError(f"{key} = {value}: must be 1 or more")

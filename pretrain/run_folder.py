@@ -24,7 +24,9 @@ def prepare(recipe: Recipe) -> Path:
     A `precision: auto` takes what the folder's recipe has resolved it to. Raises UserError where the folder holds another run or no run.
     """
     if not recipe.data.train:
-        raise UserError("data.train is empty; write data.train=SHARDS, a folder made by `unlabeled shards build IMAGES SHARDS`")
+        raise UserError(
+            "data.train is empty; write data.train=SHARDS, a folder made by `unlabeled shards build IMAGES SHARDS`"
+        )
     run = Path(recipe.run)
     stored = run / "recipe.yaml"
     if run.exists() and not run.is_dir():

@@ -20,7 +20,7 @@ from pretrain.metrics import Writer
 from pretrain.models import presets
 from pretrain.objective import find
 from pretrain.objectives.base import Objective
-from pretrain.parallel.engine import Engine, accumulation, faster_precision, pick_device
+from pretrain.parallel.engine import Engine, accumulation, faster_precision, keep_freed_memory, pick_device
 from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare, write_recipe
 
@@ -80,6 +80,7 @@ def train(cfg: Recipe) -> Path:
     device = pick_device(cfg.device)
     if device.type == "cpu":
         torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
+        keep_freed_memory()
     samples = Samples(cfg.data.train)
     objective = build_objective(cfg)
     stream = build_stream(cfg, objective, samples)
@@ -107,10 +108,14 @@ def train(cfg: Recipe) -> Path:
     return run
 
 
-def _loop(cfg: Recipe, run: Path, first: int, engine: Engine, stream: Stream, writer: Writer, stop: Stop, say: Log) -> None:
+def _loop(
+    cfg: Recipe, run: Path, first: int, engine: Engine, stream: Stream, writer: Writer, stop: Stop, say: Log
+) -> None:
     objective, clock = engine.objective, writer.clock
     if first == 0:
-        export.save(run / "export" / "0", objective, cfg, step=0)  # the untrained network: what every score is compared with
+        export.save(
+            run / "export" / "0", objective, cfg, step=0
+        )  # the untrained network: what every score is compared with
         _draw(cfg, run, 0, engine, stream, writer)
     for step in range(first, cfg.steps + 1):
         last = step == cfg.steps or stop.asked
@@ -175,7 +180,9 @@ def _refuse_unread(cfg: Recipe) -> None:
     """A key that was set and that nothing has read by the end of the first step changes nothing: say so before hours are spent."""
     keys = [f"{key} = {value!r}" for key, value in config.unread(cfg) if not key.startswith(READ_LATER)]
     if keys:
-        raise ConfigError(f"{cfg.run}/recipe.yaml: nothing reads {', '.join(keys)}: with the rest of this recipe it has no effect; take it out")
+        raise ConfigError(
+            f"{cfg.run}/recipe.yaml: nothing reads {', '.join(keys)}: with the rest of this recipe it has no effect; take it out"
+        )
 
 
 def main() -> int:

@@ -15,11 +15,27 @@ from data_pipeline.shards import build
 from pretrain.recipe import Recipe, load
 
 # every objective at a size that trains in a second, on images of 32 pixels
-TINY = ["model=vit_micro", "model.dim=32", "model.depth=2", "model.heads=2", "model.image_size=32", "threads=1", "precision=fp32"]
+TINY = [
+    "model=vit",
+    "model.dim=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.image_size=32",
+    "eval.image_size=null",
+    "model.patch_size=8",
+    "threads=1",
+    "precision=fp32",
+]
 SMALL = {
     "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1", "objective.decoder_heads=2"],
     "simclr": ["objective.head_hidden=64", "objective.head_outputs=32"],
-    "dinov2": ["objective.prototypes=64", "objective.head_hidden=64", "objective.head_bottleneck=32", "objective.local_size=16", "objective.local_crops=2"],
+    "dinov2": [
+        "objective.prototypes=64",
+        "objective.head_hidden=64",
+        "objective.head_bottleneck=32",
+        "objective.local_size=16",
+        "objective.local_crops=2",
+    ],
 }
 
 
@@ -53,7 +69,16 @@ def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
     """A recipe of any objective that trains in seconds; an objective without an entry in SMALL keeps its own sizes."""
-    data = [f"data.train={shards}", "data.batch=16", "data.workers=0", "steps=8", f"run={run}", "checkpoint=1000", "export=1000", "log=1"]
+    data = [
+        f"data.train={shards}",
+        "data.batch=16",
+        "data.workers=0",
+        "steps=8",
+        f"run={run}",
+        "checkpoint=1000",
+        "export=1000",
+        "log=1",
+    ]
     return load("demo", [f"objective={name}", *TINY, *SMALL.get(name, []), *data, "optim.lr=1e-3", *overrides])
 
 

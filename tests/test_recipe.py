@@ -18,7 +18,9 @@ from pretrain.schedules import Schedule
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     path = tmp_path / "base.yaml"
-    path.write_text("# a base\nsteps: 100\nmodel: vit_small\nobjective: {name: mae, mask_ratio: 0.6}\noptim: {lr: 1e-3}\n")
+    path.write_text(
+        "# a base\nsteps: 100\nmodel: vit_small\nobjective: {name: mae, mask_ratio: 0.6}\noptim: {lr: 1e-3}\n"
+    )
     return path
 
 
@@ -41,7 +43,11 @@ def test_a_recipe_extends_another_and_overrides_come_last(base: Path):
     child.write_text("# a child\nextends: base.yaml\nsteps: 50\noptim: {lr: {kind: cosine}}\n")
     cfg = load(child, ["steps=7", "objective.decoder_depth=2"])
     assert (cfg.steps, cfg.objective.mask_ratio, cfg.objective.decoder_depth) == (7, 0.6, 2)
-    assert (cfg.optim.lr.kind, cfg.optim.lr.value, cfg.optim.lr.steps) == ("cosine", 1e-3, 7)  # the scalar of the base took its long form
+    assert (cfg.optim.lr.kind, cfg.optim.lr.value, cfg.optim.lr.steps) == (
+        "cosine",
+        1e-3,
+        7,
+    )  # the scalar of the base took its long form
 
 
 def test_another_name_drops_the_options_of_the_old_one(base: Path):
@@ -59,12 +65,18 @@ def test_the_resolved_recipe_is_the_same_recipe(base: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("objective.mask_ration=0.5", "command line: objective.mask_ration = 0.5: no such key; did you mean mask_ratio"),
+        (
+            "objective.mask_ration=0.5",
+            "command line: objective.mask_ration = 0.5: no such key; did you mean mask_ratio",
+        ),
         ("stepss=5", "stepss = 5: no such key; did you mean steps"),
         ("steps=many", "command line: steps = 'many': expected a whole number"),
         ("steps=true", "steps = True: expected a whole number"),
         ("steps=0", "steps = 0: must be 1 or more"),
-        ("optim.lr.kind=cosin", "optim.lr.kind = 'cosin': expected one of constant, linear, cosine, wsd; did you mean cosine"),
+        (
+            "optim.lr.kind=cosin",
+            "optim.lr.kind = 'cosin': expected one of constant, linear, cosine, wsd; did you mean cosine",
+        ),
         ("optim.lr=[1]", r"optim.lr.value = \[1\]: expected a number"),
         ("optim=3", "optim = 3: expected a mapping with lr, weight_decay"),
         ("data.train=[a, 1]", r"data.train\[1\] = 1: expected text"),
@@ -90,7 +102,10 @@ def test_bad_override(base: Path, override: str, says: str):
         ("model: vit\nobjective: mae\n", "steps is missing; write steps: a whole number"),
         ("extends: bad.yaml\n", "extends itself"),
         ("extends: nowhere\n", "nowhere: no such recipe"),
-        ("steps: 10\nmodel: vit\nobjective: {name: mae, mask: 1}\n", "bad.yaml: objective.mask = 1: no such key; did you mean mask_ratio"),
+        (
+            "steps: 10\nmodel: vit\nobjective: {name: mae, mask: 1}\n",
+            "bad.yaml: objective.mask = 1: no such key; did you mean mask_ratio",
+        ),
     ],
 )
 def test_bad_file(tmp_path: Path, text: str, says: str):

@@ -75,7 +75,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None) -> Tensor:
         out, qkv = [], self.qkv(x)
-        parts = qkv.split([b * n for b, n in shapes]) if len(shapes) > 1 else [qkv]  # split's backward is a copy, also of one part
+        parts = (
+            qkv.split([b * n for b, n in shapes]) if len(shapes) > 1 else [qkv]
+        )  # split's backward is a copy, also of one part
         for i, part in enumerate(parts):
             b, n = shapes[i]
             # each [B, H, N, d]; taken apart before they are transposed, so that backward has one copy less (1 to 2 % of a ViT-S step)

@@ -51,7 +51,7 @@ def _vit(dim: int, depth: int, heads: int, **more: Any) -> tuple[type[ViT], dict
 
 PRESETS: dict[str, tuple[type[Section], dict]] = {
     "vit": (ViT, {}),
-    "vit_micro": _vit(128, 4, 4, image_size=64, patch_size=8),
+    "vit_micro": _vit(96, 3, 3, image_size=32, patch_size=4),
     "vit_tiny": _vit(192, 12, 3),
     "vit_small": _vit(384, 12, 6),
     "vit_base": _vit(768, 12, 12),
@@ -75,7 +75,9 @@ def build(cfg: Any, **changes: Any) -> Backbone:
     for key in changes:
         if key not in fields(type(cfg)):
             family = type(cfg).__name__
-            raise ConfigError(f"model.name = {cfg.name!r}: the objective sets model.{key}, which a {family} does not have; choose a ViT (model=vit_small)")
+            raise ConfigError(
+                f"model.name = {cfg.name!r}: the objective sets model.{key}, which a {family} does not have; choose a ViT (model=vit_small)"
+            )
     cfg = cfg.replace(**changes)
     if isinstance(cfg, ViT):
         from pretrain.models.vit import VisionTransformer

@@ -53,7 +53,9 @@ class ResidualNetwork(Backbone):
         blocks = []
         for stage, (outputs, depth) in enumerate(zip(cfg.widths, cfg.depths, strict=True)):
             for i in range(depth):
-                blocks.append(ResidualBlock(width, outputs * expansion, 2 if stage and not i else 1, cfg.block == "bottleneck"))
+                blocks.append(
+                    ResidualBlock(width, outputs * expansion, 2 if stage and not i else 1, cfg.block == "bottleneck")
+                )
                 width = outputs * expansion
         self.blocks = nn.ModuleList(blocks)
         self.embed_dim = width
@@ -66,7 +68,9 @@ class ResidualNetwork(Backbone):
     def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
         """See `Backbone`; a convolutional network takes no mask, drops no patches, and has one layer of features."""
         if mask is not None or keep is not None or layers != 1:
-            raise ValueError("a ResNet takes no mask, no keep and layers=1 only; choose a ViT (model=vit_small) for this objective")
+            raise ValueError(
+                "a ResNet takes no mask, no keep and layers=1 only; choose a ViT (model=vit_small) for this objective"
+            )
         if isinstance(x, list):
             return [self.forward(one) for one in x]
         x = self.stem(x)

@@ -36,7 +36,9 @@ class VisionTransformer(Backbone):
         else:
             self.register_buffer("periods", rope_periods(cfg.dim // cfg.heads, cfg.rope_base))
         self.blocks = nn.ModuleList(
-            Block(cfg.dim, cfg.heads, cfg.mlp_ratio, cfg.mlp, cfg.qkv_bias, cfg.layer_scale, cfg.drop_path, cfg.norm_eps)
+            Block(
+                cfg.dim, cfg.heads, cfg.mlp_ratio, cfg.mlp, cfg.qkv_bias, cfg.layer_scale, cfg.drop_path, cfg.norm_eps
+            )
             for _ in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
@@ -70,17 +72,23 @@ class VisionTransformer(Backbone):
             if i >= len(self.blocks) - layers:
                 outputs.append(self.norm(flat))
         flat = torch.cat(outputs, dim=-1) if layers > 1 else outputs[0]
-        parts = [part.view(b, n, -1) for part, (b, n) in zip(flat.split([b * n for b, n in shapes]), shapes, strict=True)]
+        parts = [
+            part.view(b, n, -1) for part, (b, n) in zip(flat.split([b * n for b, n in shapes]), shapes, strict=True)
+        ]
         prefix = 1 + self.cfg.registers
         return [
             Features(part[:, 0], part[:, prefix:], part[:, 1:prefix], grid)
             for part, (_, grid, _) in zip(parts, embedded, strict=True)
         ]
 
-    def _embed(self, x: Tensor, mask: Tensor | None, keep: Tensor | None) -> tuple[Tensor, tuple[int, int], Rotation | None]:
+    def _embed(
+        self, x: Tensor, mask: Tensor | None, keep: Tensor | None
+    ) -> tuple[Tensor, tuple[int, int], Rotation | None]:
         """([B, P + N or K, D] with positions, the patch grid, rotary angles of those tokens)."""
         if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
-            raise ValueError(f"an input of {x.shape[-2]}×{x.shape[-1]} pixels does not divide into patches of {self.patch_size}")
+            raise ValueError(
+                f"an input of {x.shape[-2]}×{x.shape[-1]} pixels does not divide into patches of {self.patch_size}"
+            )
         patches = self.patch_embed(x)  # [B, D, h, w]
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from pretrain.models.layers import Backbone
 
 Batch = dict[str, Tensor]
-Sample = dict[str, Any]  # "image": uint8 [H, W, 3]; "id", "epoch"; "slot": place in the global batch of "batch" samples at "step"; "seed"
+Sample = dict[
+    str, Any
+]  # "image": uint8 [H, W, 3]; "id", "epoch"; "slot": place in the global batch of "batch" samples at "step"; "seed"
 
 
 class Objective(nn.Module):
@@ -29,7 +31,9 @@ class Objective(nn.Module):
         self.cfg = cfg
 
     @staticmethod
-    def views(cfg: Any, image_size: int, patch_size: int) -> Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]:
+    def views(
+        cfg: Any, image_size: int, patch_size: int
+    ) -> Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]:
         """What makes one sample's part of a batch, in the data workers. uint8 arrays [..., 3, H, W] are normalised on the device."""
         raise NotImplementedError
 

@@ -45,7 +45,9 @@ class Config(Section):
     mask_share: float = 0.5  # of the global crops are masked
     mask_ratio_min: float = 0.1
     mask_ratio_max: float = 0.5
-    blur: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.5])  # probability for the first, second, local crops; released models: 0, .9, .5
+    blur: list[float] = field(
+        default_factory=lambda: [1.0, 0.1, 0.5]
+    )  # probability for the first, second, local crops; released models: 0, .9, .5
     solarize: float = 0.2  # probability, second global crop only
 
 
@@ -59,7 +61,9 @@ class DINOv2(Objective):
             return PrototypeHead(width, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes)
 
         body = backbone(mask_token=True)
-        self.student = nn.ModuleDict({"backbone": body, "dino_head": head(body.embed_dim), "ibot_head": head(body.embed_dim)})
+        self.student = nn.ModuleDict(
+            {"backbone": body, "dino_head": head(body.embed_dim), "ibot_head": head(body.embed_dim)}
+        )
         self.teacher = make_teacher(self.student)
 
     @staticmethod
@@ -82,7 +86,9 @@ class DINOv2(Objective):
             ]
             return {
                 "global": np.stack([crop(image, rng) for crop in crops]),  # [G, 3, H, W]
-                "local": np.stack([local(image, rng) for _ in range(count)]) if count else np.zeros((0, 3, 1, 1), np.uint8),
+                "local": np.stack([local(image, rng) for _ in range(count)])
+                if count
+                else np.zeros((0, 3, 1, 1), np.uint8),
                 "mask": np.stack(masks).reshape(len(crops), -1),  # [G, N]
             }
 

@@ -39,7 +39,9 @@ class SimCLR(Objective):
     @staticmethod
     def views(cfg, image_size, patch_size):
         s = cfg.color
-        augment = Augment(image_size, scale=(cfg.crop_scale, 1.0), jitter=(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s), blur=cfg.blur)
+        augment = Augment(
+            image_size, scale=(cfg.crop_scale, 1.0), jitter=(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s), blur=cfg.blur
+        )
 
         def view(sample, rng):
             return {"image": np.stack([augment(sample["image"], rng) for _ in range(2)])}  # [2, 3, H, W]

@@ -15,7 +15,9 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     Each of the 2·B rows must find its partner among all other rows of all processes. Returns the mean over this process's rows, so that the
     mean over processes is the loss of the global batch; gradients flow to the other processes' rows.
     """
-    z = F.normalize(torch.stack([a, b]).float() if a.dtype != torch.float64 else torch.stack([a, b]), dim=-1)  # [2, B, D]
+    z = F.normalize(
+        torch.stack([a, b]).float() if a.dtype != torch.float64 else torch.stack([a, b]), dim=-1
+    )  # [2, B, D]
     rank, count = len(a) * world()[0], len(a) * world()[1]
     everyone = torch.cat([gather(z[0]), gather(z[1])])  # [2·W·B, D]
     with torch.autocast(z.device.type, enabled=False):  # bf16 would round similarities to 1/256, before the temperature

@@ -13,7 +13,9 @@ class ProjectionHead(nn.Sequential):
     """SimCLR's g(·): linear, batch norm, ReLU, linear (arXiv 2002.05709 §2; batch norm as in its published models)."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int):
-        super().__init__(nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+        super().__init__(
+            nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        )
 
 
 class PrototypeHead(nn.Module):

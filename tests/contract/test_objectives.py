@@ -86,7 +86,11 @@ def test_encoder_is_a_backbone_that_exports(name: str, shards: Path, tmp_path: P
     untrained, _ = load_export(run / "export" / "0")
     image = torch.randn(2, 3, 32, 32)
     features, before = encoder(image), untrained(image)
-    assert features.cls.shape == (2, encoder.embed_dim) and features.tokens.shape == (2, 16, encoder.embed_dim) and features.grid == (4, 4)
+    assert (
+        features.cls.shape == (2, encoder.embed_dim)
+        and features.tokens.shape == (2, 16, encoder.embed_dim)
+        and features.grid == (4, 4)
+    )
     assert not torch.equal(features.cls, before.cls)
 
 
@@ -113,7 +117,9 @@ def test_resume_is_exact(name: str, shards: Path, tmp_path: Path):
     (tmp_path / "part" / "metrics.jsonl").write_text("".join(rows[:7]) + '{"step": 7, "lo')
     resumed = train(tiny_recipe(name, shards, tmp_path / "part", "model.drop_path=0.2", "checkpoint=3"))
     assert len(losses(whole)) == 8 and losses(resumed) == losses(whole)
-    assert torch.equal(load_export(whole / "export" / "8")[0].norm.weight, load_export(resumed / "export" / "8")[0].norm.weight)
+    assert torch.equal(
+        load_export(whole / "export" / "8")[0].norm.weight, load_export(resumed / "export" / "8")[0].norm.weight
+    )
 
 
 @everywhere
@@ -158,9 +164,12 @@ def test_a_key_that_nothing_reads_stops_the_run(name: str, shards: Path, tmp_pat
 
 def test_bf16_stays_close_to_fp32(shards: Path, tmp_path: Path):
     for name in NAMES:
-        curves = [losses(train(tiny_recipe(name, shards, tmp_path / f"{name}-{p}", f"precision={p}"))) for p in ("fp32", "bf16")]
+        curves = [
+            losses(train(tiny_recipe(name, shards, tmp_path / f"{name}-{p}", f"precision={p}", "optim.lr=1e-4")))
+            for p in ("fp32", "bf16")
+        ]
         assert curves[0] != curves[1] and curves[0][0] == pytest.approx(curves[1][0], rel=1e-2), name
-        assert curves[0] == pytest.approx(curves[1], rel=0.1), name  # after eight steps of rounding apart
+        assert curves[0] == pytest.approx(curves[1], rel=5e-2), name  # after eight steps of rounding apart
 
 
 def test_small_entries_belong_to_objectives():

@@ -26,7 +26,12 @@ def test_permute_mixes():
 
 
 @given(
-    count=st.integers(20, 400), batch=st.integers(1, 20), seed=st.integers(0, 99), chunk=st.integers(1, 9), block=st.integers(1, 5), shuffle=st.booleans()
+    count=st.integers(20, 400),
+    batch=st.integers(1, 20),
+    seed=st.integers(0, 99),
+    chunk=st.integers(1, 9),
+    block=st.integers(1, 5),
+    shuffle=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_sample_once_an_epoch(count: int, batch: int, seed: int, chunk: int, block: int, shuffle: bool):

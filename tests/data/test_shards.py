@@ -58,7 +58,12 @@ def test_build_leaves_out_and_names_bad_files(tmp_path: Path, capsys):
     (source / "holes.jpg").write_bytes(damaged)
     (source / "notes.txt").write_text("not an image by its name")
     meta = build(source, tmp_path / "out")
-    assert meta["samples"] == 1 and {bad["path"] for bad in meta["bad"]} == {"half.jpg", "text.png", "empty.webp", "holes.jpg"}
+    assert meta["samples"] == 1 and {bad["path"] for bad in meta["bad"]} == {
+        "half.jpg",
+        "text.png",
+        "empty.webp",
+        "holes.jpg",
+    }
     assert all(bad["reason"] for bad in meta["bad"])
 
 
@@ -184,7 +189,10 @@ def test_batches_are_the_same_for_any_number_of_processes_workers_and_micro_batc
     whole = Stream(samples, crop, 12, seed=3, workers=0)
     batches = [next(whole) for _ in range(6)]
     for world, accumulate, workers in [(2, 1, 0), (3, 2, 0), (1, 3, 2), (4, 1, 1)]:
-        streams = [Stream(samples, crop, 12, seed=3, workers=workers, rank=r, world=world, accumulate=accumulate) for r in range(world)]
+        streams = [
+            Stream(samples, crop, 12, seed=3, workers=workers, rank=r, world=world, accumulate=accumulate)
+            for r in range(world)
+        ]
         for batch in batches:
             parts = [next(s) for s in streams for _ in range(accumulate)]
             for key in batch:
@@ -218,5 +226,10 @@ def test_batch_larger_than_the_data(shards: Path):
 def test_uint8_is_normalised_on_the_device():
     import torch
 
-    batch = to_device({"image": torch.tensor([[[[0]], [[255]], [[51]]]], dtype=torch.uint8), "keep": torch.tensor([1])}, torch.device("cpu"), [0.5, 0.5, 0], [0.5, 0.25, 1])
+    batch = to_device(
+        {"image": torch.tensor([[[[0]], [[255]], [[51]]]], dtype=torch.uint8), "keep": torch.tensor([1])},
+        torch.device("cpu"),
+        [0.5, 0.5, 0],
+        [0.5, 0.25, 1],
+    )
     assert batch["image"].flatten().tolist() == pytest.approx([-1.0, 2.0, 0.2]) and batch["keep"].dtype == torch.int64

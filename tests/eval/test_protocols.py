@@ -64,7 +64,9 @@ def test_linear_reaches_logistic_regression():
 
 def test_linear_heads_do_not_depend_on_each_other():
     x, y = clusters()
-    together = linear.train(x, y, 5, linear.Config(steps=50, rates=[0.01, 0.1, 10.0]), torch.Generator().manual_seed(0))[0]
+    together = linear.train(
+        x, y, 5, linear.Config(steps=50, rates=[0.01, 0.1, 10.0]), torch.Generator().manual_seed(0)
+    )[0]
     for i, rate in enumerate([0.01, 0.1, 10.0]):
         alone = linear.train(x, y, 5, linear.Config(steps=50, rates=[rate]), torch.Generator().manual_seed(0))[0]
         torch.testing.assert_close(together[:, 5 * i : 5 * i + 5], alone, rtol=1e-4, atol=1e-4)
@@ -85,8 +87,13 @@ def test_linear_gradient_is_autograds():
 
 
 def test_pixels_and_rows(shards: Path, tmp_path: Path):
-    rows = evaluate("pixels", ["knn", "linear"], [str(shards)], [str(shards)], options={"knn": {"k": 1}, "linear": {"steps": 100}})
-    assert {(r["model"], r["protocol"], r["metric"]) for r in rows} >= {("pixels", "knn", "accuracy"), ("pixels", "linear", "accuracy")}
+    rows = evaluate(
+        "pixels", ["knn", "linear"], [str(shards)], [str(shards)], options={"knn": {"k": 1}, "linear": {"steps": 100}}
+    )
+    assert {(r["model"], r["protocol"], r["metric"]) for r in rows} >= {
+        ("pixels", "knn", "accuracy"),
+        ("pixels", "linear", "accuracy"),
+    }
     assert rows[0]["value"] == 1.0 and rows[0]["count"] == 48  # each image is its own nearest neighbour
     results.append(tmp_path / "results.jsonl", rows)
     results.append(tmp_path / "results.jsonl", rows[:1])

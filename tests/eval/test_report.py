@@ -22,10 +22,17 @@ from pretrain import export
 from pretrain.errors import UserError
 from pretrain.models import presets
 from pretrain.models.layers import Features
-from pretrain.run_folder import write_recipe
+from pretrain.run_folder import read_rows, write_recipe
 from tests.conftest import tiny_recipe, unlabeled
 
-SECTIONS = ["Scores", "Curves", "What the patches learned", "Nearest neighbours", "Reconstructions", "How to run it again"]
+SECTIONS = [
+    "Scores",
+    "Curves",
+    "What the patches learned",
+    "Nearest neighbours",
+    "Reconstructions",
+    "How to run it again",
+]
 VOID = {"meta", "img", "link", "br"}
 
 
@@ -62,7 +69,9 @@ class Page(HTMLParser):
     def images(self) -> list[np.ndarray]:
         urls = [attrs["src"] for tag, attrs in self.tags if tag == "img"]
         assert all(re.match(r"data:image/(png|jpeg);base64,", url) for url in urls)
-        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")) for url in urls]
+        return [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")) for url in urls
+        ]
 
 
 def make_run(run: Path, shards: Path, *overrides: str, steps: int = 40) -> Path:
@@ -76,12 +85,28 @@ def make_run(run: Path, shards: Path, *overrides: str, steps: int = 40) -> Path:
         export.write(run / "export" / str(step), presets.build(recipe.model), about, recipe.data.mean, recipe.data.std)
     rows = []
     for step in range(40):
-        rows.append({"step": step, "loss": 2.0 * 0.9**step, "grad_norm": 1.0 + step % 3, "lr": 1e-3 * (1 - step / 40), "some_term": 0.1 * step})
+        rows.append(
+            {
+                "step": step,
+                "loss": 2.0 * 0.9**step,
+                "grad_norm": 1.0 + step % 3,
+                "lr": 1e-3 * (1 - step / 40),
+                "some_term": 0.1 * step,
+            }
+        )
         if step % 5 == 4:
             rows[-1] |= {"samples_per_second": 8.0, "data_share": 0.02, "loop_share": 0.001}
     rows[7]["loss"] = float("nan")
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "lo')
-    common = {"version": 1, "gallery": [str(shards)], "gallery_count": 48, "query": [str(shards)], "count": 400, "left_out": 0, "seconds": 1.0}
+    common = {
+        "version": 1,
+        "gallery": [str(shards)],
+        "gallery_count": 48,
+        "query": [str(shards)],
+        "count": 400,
+        "left_out": 0,
+        "seconds": 1.0,
+    }
     for model, step, split, value in [
         ("pixels", 0, "test", 0.2),
         ("untrained", 0, "test", 0.3),
@@ -91,7 +116,14 @@ def make_run(run: Path, shards: Path, *overrides: str, steps: int = 40) -> Path:
     ]:
         for protocol in ("knn", "linear"):
             for metric, change in (("accuracy", 0.0), ("balanced_accuracy", -0.05)):
-                row = {"model": model, "step": step, "protocol": protocol, "split": split, "metric": metric, "value": value + change}
+                row = {
+                    "model": model,
+                    "step": step,
+                    "protocol": protocol,
+                    "split": split,
+                    "metric": metric,
+                    "value": value + change,
+                }
                 results.append(run / "results.jsonl", [common | row])
     (run / "pictures").mkdir()
     for step in (0, 20, 40):
@@ -111,7 +143,12 @@ def test_every_section_in_one_file(run: Path):
     path = report.write(run)
     page = Page(path)
     assert path == run / "report.html" and page.all("h1") == ["my run"] and page.all("h2") == SECTIONS
-    assert not [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href") and not value.startswith("data:")]
+    assert not [
+        value
+        for _, attrs in page.tags
+        for key, value in attrs.items()
+        if key in ("src", "href") and not value.startswith("data:")
+    ]
     assert "script" not in dict(page.tags) and "url(" not in page.source and "@import" not in page.source
     facts = dict(zip(page.all("dt"), page.all("dd"), strict=True))
     assert facts["objective"] == "mae" and facts["training images"] == "48" and facts["precision"] == "fp32 on cpu"
@@ -144,14 +181,18 @@ def test_every_section_in_one_file(run: Path):
 def test_an_image_of_the_gallery_is_its_own_nearest_neighbour(run: Path):
     classes = [attrs["class"] for tag, attrs in Page(report.write(run)).tags if tag == "figure" and "class" in attrs]
     assert set(classes) == {"", "right", "wrong"}
-    assert all(classes[7 * i] == "" and classes[7 * i + 1] == "right" for i in range(8))  # here the gallery holds the queries
+    assert all(
+        classes[7 * i] == "" and classes[7 * i + 1] == "right" for i in range(8)
+    )  # here the gallery holds the queries
 
 
 def test_only_the_recipes_own_scores_and_the_last_export_count(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
-    last = results.read(copy / "results.jsonl")[8]
+    last = read_rows(copy / "results.jsonl")[8]
     assert (last["model"], last["step"], last["metric"]) == ("pretrained", 40, "accuracy")
-    results.append(copy / "results.jsonl", [last | {"value": 0.99, "step": 20}, last | {"value": 0.98, "gallery": ["elsewhere"]}])
+    results.append(
+        copy / "results.jsonl", [last | {"value": 0.99, "step": 20}, last | {"value": 0.98, "gallery": ["elsewhere"]}]
+    )
     (copy / "results.jsonl").open("a").write('{"model": "pre')
     source = report.write(copy).read_text()
     assert "61.5%" in source and "99.0%" not in source and "98.0%" not in source
@@ -182,7 +223,9 @@ def test_damage_does_not_stop_it(run: Path, tmp_path: Path, shards: Path):
     damaged = make_run(tmp_path / "damaged", copy)
     (damaged / "pictures" / "reconstructions-000000040.png").write_bytes(b"\x89PNG no")
     (damaged / "pictures" / "other-000000040.png").write_bytes(b"")
-    (damaged / "pictures" / "no-step.png").write_bytes((damaged / "pictures" / "reconstructions-000000000.png").read_bytes())
+    (damaged / "pictures" / "no-step.png").write_bytes(
+        (damaged / "pictures" / "reconstructions-000000000.png").read_bytes()
+    )
     page = Page(report.write(damaged))
     assert page.all("h2") == SECTIONS and len(page.images()) == 9 + 8 * 7 + 1
     assert "among 33 of 48 gallery images" in page.source
@@ -227,7 +270,9 @@ def texture(images: torch.Tensor) -> Features:
     """A planted encoder: each patch of 8 pixels is described by its contrast and its brightness alone."""
     patches = images.mean(1).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3)  # [B, h, w, 64]
     tokens = torch.stack([patches.std(-1), 0.1 * patches.mean(-1), torch.zeros(patches.shape[:3])], dim=-1)
-    return Features(tokens.flatten(1, 2).mean(1), tokens.flatten(1, 2), tokens.flatten(1, 2)[:, :0], tuple(patches.shape[1:3]))
+    return Features(
+        tokens.flatten(1, 2).mean(1), tokens.flatten(1, 2), tokens.flatten(1, 2)[:, :0], tuple(patches.shape[1:3])
+    )
 
 
 def test_two_textures_get_two_colours():
@@ -264,7 +309,9 @@ def test_spread_takes_every_class_and_no_image_twice():
     assert [labels[i] for (i,) in pictures.spread(labels, 4, 1)] == ["a", "b", "c", "d"]
     assert len({i for group in pictures.spread([None] * 48, 12, 4) for i in group}) == 48
     assert pictures.spread([f"{i:03d}" for i in range(100)], 8, 1) == [[i * 100 // 8] for i in range(8)]
-    assert all(i in (0, 1) for group in pictures.spread(["a", "b"], 12, 4) for i in group)  # too few of all: some come twice
+    assert all(
+        i in (0, 1) for group in pictures.spread(["a", "b"], 12, 4) for i in group
+    )  # too few of all: some come twice
 
 
 def test_mosaic_lays_images_out_row_by_row():
@@ -274,7 +321,16 @@ def test_mosaic_lays_images_out_row_by_row():
 
 
 @pytest.mark.parametrize(
-    "values", [[1.0], [3.0, 3.0], [0.0, 0.0, 0.0], list(np.linspace(-5, 1e7, 1000)), [1e-9, 2e-9, 5e-9], [1.0] * 99 + [1e30], [-1e-3, -2e-3]]
+    "values",
+    [
+        [1.0],
+        [3.0, 3.0],
+        [0.0, 0.0, 0.0],
+        list(np.linspace(-5, 1e7, 1000)),
+        [1e-9, 2e-9, 5e-9],
+        [1.0] * 99 + [1e30],
+        [-1e-3, -2e-3],
+    ],
 )
 def test_charts_stay_inside_their_frame(values: list[float]):
     svg = pictures.chart("<x>", {"one": (list(range(len(values))), values)})
@@ -283,7 +339,9 @@ def test_charts_stay_inside_their_frame(values: list[float]):
     assert points and all(48 <= x <= 408 and 9.9 <= y <= 198.1 for x, y in points) and len(points) <= 1200
     assert 2 <= svg.count("<line") <= 7
     spike = pictures.chart("loss", {"": (list(range(4000)), [1.0] * 1777 + [9.0] * 3 + [1.0] * 2220)}, smooth=False)
-    assert min(float(y) for y in re.findall(r",([\d.]+)", spike.partition('raw" points="')[2].partition('"')[0])) < 20  # seen in a long run too
+    assert (
+        min(float(y) for y in re.findall(r",([\d.]+)", spike.partition('raw" points="')[2].partition('"')[0])) < 20
+    )  # seen in a long run too
     assert pictures.chart("empty", {"one": ([], [])}) == ""
 
 
@@ -312,6 +370,8 @@ def test_data_url_keeps_pixels():
     def back(url: str) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
-    assert np.array_equal(back(pictures.data_url(image)), image) and np.array_equal(back(pictures.data_url(image.transpose(2, 0, 1))), image)
+    assert np.array_equal(back(pictures.data_url(image)), image) and np.array_equal(
+        back(pictures.data_url(image.transpose(2, 0, 1))), image
+    )
     assert back(pictures.data_url(np.zeros((200, 100, 3), np.uint8), 96)).shape == (96, 48, 3)
     assert pictures.data_url(np.zeros((1000, 1000, 3), np.uint8)).startswith("data:image/jpeg")

@@ -27,12 +27,20 @@ def recipe_file(shards: Path, run: Path, name: str = "mae") -> Path:
     from pretrain import config
 
     path = run.with_suffix(".yaml")
-    path.write_text(config.dump(tiny_recipe(name, shards, run, "steps=120", "checkpoint=7", "data.workers=1", "export=50", "eval.pixels=false")))
+    path.write_text(
+        config.dump(
+            tiny_recipe(
+                name, shards, run, "steps=120", "checkpoint=7", "data.workers=1", "export=50", "eval.pixels=false"
+            )
+        )
+    )
     return path
 
 
 def start(path: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "launch.cli", "train", str(path)], start_new_session=True, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "train", str(path)], start_new_session=True, stdout=subprocess.DEVNULL
+    )
 
 
 def trainer_of(process: subprocess.Popen) -> int:
@@ -90,7 +98,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(shards: Path, tmp_path: Path):
     newest = max(all_of(tmp_path / "run"))
     data = next(newest.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:1000])
-    done = subprocess.run([sys.executable, "-m", "pretrain.train", str(tmp_path / "run")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.train", str(tmp_path / "run")], capture_output=True, text=True
+    )
     assert done.returncode == 2 and f"{newest}: cannot be loaded" in done.stderr and "delete this folder" in done.stderr
 
 

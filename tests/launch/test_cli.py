@@ -22,7 +22,17 @@ def cpu_seconds(*args: str) -> float:
     return min(float(subprocess.run(command, capture_output=True, text=True).stdout) for _ in range(3))
 
 
-@pytest.mark.parametrize("args", [("--help",), ("train", "--help"), ("recipes",), ("train", "demo", "objective.foo=1"), ("train", "nope"), ("eval", "pixels", "kn")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--help",),
+        ("train", "--help"),
+        ("recipes",),
+        ("train", "demo", "objective.foo=1"),
+        ("train", "nope"),
+        ("eval", "pixels", "kn"),
+    ],
+)
 def test_help_and_errors_come_at_once(args: tuple[str, ...]):
     assert cpu_seconds(*args) < 0.3
 
@@ -78,7 +88,11 @@ def test_run_folder_rules(shards: Path, tmp_path: Path):
     assert unlabeled("train", run).returncode == 0  # the run folder stands for its recipe
     assert unlabeled("train", path, "log.every=2").returncode == 0  # changes no number
     other = unlabeled("train", path, "optim.lr=0.5")
-    assert other.returncode == 2 and "holds a run of another recipe (optim.lr.value: 0.001 → 0.5)" in other.stderr and "overwrite=true" in other.stderr
+    assert (
+        other.returncode == 2
+        and "holds a run of another recipe (optim.lr.value: 0.001 → 0.5)" in other.stderr
+        and "overwrite=true" in other.stderr
+    )
     assert unlabeled("train", path, "optim.lr=0.5", "overwrite=true").returncode == 0
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
@@ -108,9 +122,21 @@ def test_a_folder_of_images_to_a_report(photos: Path, tmp_path: Path):
     }
     assert all(0 <= r["seconds"] < time.monotonic() - began for r in rows)
     assert unlabeled("report", run).returncode == 0
-    for name in ("recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "results.jsonl", "log.txt", "report.html", "pictures"):
+    for name in (
+        "recipe.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "export",
+        "results.jsonl",
+        "log.txt",
+        "report.html",
+        "pictures",
+    ):
         assert (run / name).exists(), name
-    board = subprocess.run(["grep", "-rlc", "val/knn/accuracy", str(run / "tensorboard")], capture_output=True, text=True)
+    board = subprocess.run(
+        ["grep", "-rlc", "val/knn/accuracy", str(run / "tensorboard")], capture_output=True, text=True
+    )
     assert board.stdout.strip()
     scores = unlabeled("eval", run / "export" / "20", "knn")
     assert scores.returncode == 0 and "pretrained  knn       accuracy" in scores.stdout, scores.stderr
@@ -125,7 +151,9 @@ def test_a_folder_of_images_to_a_report(photos: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_demo_from_digits(tmp_path: Path):
     """`unlabeled demo` whole, on the images that need no download."""
-    done = unlabeled("demo", "--source", "digits", "steps=20", "data.batch=64", "export=10", "threads=1", cwd=tmp_path, timeout=500)
+    done = unlabeled(
+        "demo", "--source", "digits", "steps=20", "data.batch=64", "export=10", "threads=1", cwd=tmp_path, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     for word in ("pixels", "untrained", "pretrained", "knn", "linear", "report: runs/demo/report.html"):
         assert word in done.stdout

@@ -85,10 +85,18 @@ def check_dinov2() -> Result:
     batch["mask"][2:] = False
     loss, logs = model({key: mine(value) for key, value in batch.items()}, 0)
     gradients = torch.autograd.grad(loss, list(model.student.parameters()))
-    return {"mean": [loss.detach(), *(logs[name] for name in ("dino_local", "dino_global", "ibot", "teacher_entropy")), *gradients]}
+    return {
+        "mean": [
+            loss.detach(),
+            *(logs[name] for name in ("dino_local", "dino_global", "ibot", "teacher_entropy")),
+            *gradients,
+        ]
+    }
 
 
-CHECKS: dict[str, Callable[[], Result]] = {name: value for name, value in globals().items() if name.startswith("check_")}
+CHECKS: dict[str, Callable[[], Result]] = {
+    name: value for name, value in globals().items() if name.startswith("check_")
+}
 
 
 def run_checks(rank: int, folder: Path) -> None:

@@ -174,7 +174,9 @@ def test_koleo():
     assert_same(koleo, naive_koleo, normal(9, 4))
     assert_same(koleo, naive_koleo, normal(2, 4))
     assert koleo(torch.tensor([[2.0, 0], [0, 3]])).item() == pytest.approx(-math.log(math.sqrt(2)))
-    assert koleo(torch.tensor([[1.0, 0], [-1, 0]])).item() == pytest.approx(-math.log(2))  # the best that two rows can do
+    assert koleo(torch.tensor([[1.0, 0], [-1, 0]])).item() == pytest.approx(
+        -math.log(2)
+    )  # the best that two rows can do
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,7 +223,12 @@ def test_losses_stay_in_fp32_under_autocast():
     """The engine runs whole objectives under bf16 autocast: similarities divided by a temperature of 0.1 must not be rounded to 1/256."""
     a, b = normal(16, 8).float(), normal(16, 8, seed=1).float()
     near = a[:1] + 1e-2 * b  # neighbours that bf16 cannot tell apart
-    functions = [lambda: nt_xent(a, b, 0.1), lambda: koleo(near), lambda: sinkhorn(a, 0.05), lambda: soft_cross_entropy(a, b.softmax(-1), 0.1)]
+    functions = [
+        lambda: nt_xent(a, b, 0.1),
+        lambda: koleo(near),
+        lambda: sinkhorn(a, 0.05),
+        lambda: soft_cross_entropy(a, b.softmax(-1), 0.1),
+    ]
     for function in functions:
         plain = function()
         with torch.autocast("cpu", torch.bfloat16):
@@ -236,7 +243,9 @@ def test_prototype_head():
         for i in (0, 2, 4):
             hidden = hidden @ head.mlp[i].weight.T + head.mlp[i].bias
             hidden = hidden if i == 4 else hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        cosines = [(row @ prototype) / (row.norm() * prototype.norm()) for row in hidden for prototype in head.prototypes]
+        cosines = [
+            (row @ prototype) / (row.norm() * prototype.norm()) for row in hidden for prototype in head.prototypes
+        ]
         return torch.stack(cosines).view(4, 7)
 
     weights = normal(4, 7, seed=1)
@@ -289,7 +298,11 @@ def test_ema_update(momentum: float):
 def test_ema_update_refuses():
     """Networks that differ, and empty placeholders, where the teacher would stand still without a word."""
     empty = nn.ParameterList([torch.empty(0)])
-    for teacher, student in [(nn.Linear(2, 3), nn.Linear(2, 4)), (nn.Linear(2, 3), nn.Linear(2, 3, bias=False)), (empty, empty)]:
+    for teacher, student in [
+        (nn.Linear(2, 3), nn.Linear(2, 4)),
+        (nn.Linear(2, 3), nn.Linear(2, 3, bias=False)),
+        (empty, empty),
+    ]:
         with pytest.raises(ValueError, match="the teacher cannot follow"):
             ema_update(teacher, student, 0.9)
 
@@ -322,7 +335,9 @@ def test_simclr():
 
 # ---------------------------------------------------------------- DINOv2
 def dinov2(local_crops: int = 3, prototypes: int = 11, hidden: int = 16, bottleneck: int = 8) -> DINOv2:
-    cfg = DINOv2Config(prototypes=prototypes, head_hidden=hidden, head_bottleneck=bottleneck, local_crops=local_crops, local_size=16)
+    cfg = DINOv2Config(
+        prototypes=prototypes, head_hidden=hidden, head_bottleneck=bottleneck, local_crops=local_crops, local_size=16
+    )
     cfg.teacher_temperature, cfg.momentum = Schedule(0.07), Schedule(0.9)
     torch.manual_seed(0)
     return DINOv2(cfg, backbone)
@@ -332,7 +347,11 @@ def dinov2_batch(local_crops: int = 3, images: int = 4) -> dict[str, Tensor]:
     """Masks: none, one patch, some, and all patches of a crop; counts whose reciprocals are exact."""
     mask = torch.zeros(images, 2, 16, dtype=torch.bool)
     mask[0, 1, 3], mask[1, 0, 5:9], mask[1, 1], mask[2, 1, ::2] = True, True, True, True
-    return {"global": normal(images, 2, 3, 32, 32), "local": normal(images, local_crops, 3, 16, 16, seed=1), "mask": mask}
+    return {
+        "global": normal(images, 2, 3, 32, 32),
+        "local": normal(images, local_crops, 3, 16, 16, seed=1),
+        "mask": mask,
+    }
 
 
 @pytest.mark.parametrize("crops, small", [(2, 3), (2, 0), (3, 2)])
@@ -372,7 +391,10 @@ def test_dinov2_forward(small: int):
     noise(model.student, 1)
     noise(model.teacher, 2)  # as after some training: no longer the student
     batch = dinov2_batch(small)
-    images, mask = list(zip(batch["global"].unbind(0), batch["mask"].unbind(0), strict=True)), batch["mask"].flatten(0, 1)
+    images, mask = (
+        list(zip(batch["global"].unbind(0), batch["mask"].unbind(0), strict=True)),
+        batch["mask"].flatten(0, 1),
+    )
 
     with torch.no_grad():
         body, t_cls, t_patch = model.teacher["backbone"], [], []
@@ -482,8 +504,23 @@ def write_mae_for_transformers(model: MAE, folder: Path) -> None:
     out["vit.embeddings.position_embeddings"] = state["backbone.pos_embed"]
     out["decoder.decoder_pos_embed"] = torch.cat([torch.zeros(1, 16), sincos_table(16, (4, 4))])[None]
     save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
-    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 32, "patch_size": 8}
-    fields |= {f"decoder_{k}": v for k, v in {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}.items()}
+    fields = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    fields |= {
+        f"decoder_{k}": v
+        for k, v in {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        }.items()
+    }
     fields |= {"model_type": "vit_mae", "norm_pix_loss": model.cfg.norm_pix, "layer_norm_eps": 1e-6, "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(fields))
 

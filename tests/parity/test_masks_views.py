@@ -61,19 +61,25 @@ def test_block_mask_is_made_of_blocks_everywhere():
     assert np.array_equal(*same)
 
 
-@pytest.mark.parametrize("batch, crops, share", [(16, 2, 0.5), (7, 2, 0.5), (12, 3, 0.3), (5, 1, 1.0), (8, 2, 0.0), (64, 2, 0.77)])
+@pytest.mark.parametrize(
+    "batch, crops, share", [(16, 2, 0.5), (7, 2, 0.5), (12, 3, 0.3), (5, 1, 1.0), (8, 2, 0.0), (64, 2, 0.77)]
+)
 @pytest.mark.parametrize("step", [0, 1, 1000])
 def test_stratified_ratios_over_the_global_batch(batch: int, crops: int, share: float, step: int):
     samples = [{"batch": batch, "seed": 5, "step": step, "slot": slot, "image": None} for slot in range(batch)]
     low, high = 0.1, 0.5
 
     def ratios(slots: range) -> list[float]:
-        return [stratified_ratio(samples[slot], view, crops, share, (low, high)) for slot in slots for view in range(crops)]
+        return [
+            stratified_ratio(samples[slot], view, crops, share, (low, high)) for slot in slots for view in range(crops)
+        ]
 
     everything = ratios(range(batch))
     masked = sorted(ratio for ratio in everything if ratio)
     count = int(share * batch * crops)
-    assert masked == pytest.approx([low + (high - low) * (i + 1) / count for i in range(count)])  # upper edges of equal bins
+    assert masked == pytest.approx(
+        [low + (high - low) * (i + 1) / count for i in range(count)]
+    )  # upper edges of equal bins
     for processes in (1, 2, 3, 4):
         parts = [range(batch * i // processes, batch * (i + 1) // processes) for i in range(processes)]
         assert [ratio for part in parts for ratio in ratios(part)] == everything
@@ -82,7 +88,11 @@ def test_stratified_ratios_over_the_global_batch(batch: int, crops: int, share: 
 def test_stratified_ratios_change_with_step_and_seed():
     def ratios(**change: int) -> list[float]:
         base = {"batch": 32, "seed": 5, "step": 0}
-        return [stratified_ratio(base | change | {"slot": slot}, view, 2, 0.5, (0.1, 0.5)) for slot in range(32) for view in range(2)]
+        return [
+            stratified_ratio(base | change | {"slot": slot}, view, 2, 0.5, (0.1, 0.5))
+            for slot in range(32)
+            for view in range(2)
+        ]
 
     assert ratios() == ratios() and ratios() != ratios(step=1) and ratios() != ratios(seed=6)
     # every place of the batch, and either view, is masked half of the time
@@ -101,7 +111,9 @@ def pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def test_resize_equals_pillow(photo: np.ndarray, size: tuple[int, int]):
     for image in (photo, photo[10:121, 33:94]):  # the second is not contiguous
         ours, theirs = resize(image, size), pillow(image, *size)
-        assert levels(ours, theirs) <= 2 and np.mean(ours != theirs) < 0.01  # 2 in places: torch rounds its weights to 16 bits
+        assert (
+            levels(ours, theirs) <= 2 and np.mean(ours != theirs) < 0.01
+        )  # 2 in places: torch rounds its weights to 16 bits
 
 
 @pytest.mark.parametrize("shape", [(160, 220), (220, 160), (64, 64), (65, 64)])
@@ -109,10 +121,14 @@ def test_center_equals_pillow(photo: np.ndarray, shape: tuple[int, int]):
     image = resize(photo, shape)
     short = min(shape)
     left, top = (shape[1] - short) // 2, (shape[0] - short) // 2
-    assert levels(center(image, 48), pillow(image[top : top + short, left : left + short], 48, 48).transpose(2, 0, 1)) <= 1
+    assert (
+        levels(center(image, 48), pillow(image[top : top + short, left : left + short], 48, 48).transpose(2, 0, 1)) <= 1
+    )
 
 
-@pytest.mark.parametrize("shape, scale", [((160, 220), (0.32, 1.0)), ((100, 100), (0.05, 0.32)), ((60, 240), (0.2, 1.0))])
+@pytest.mark.parametrize(
+    "shape, scale", [((160, 220), (0.32, 1.0)), ((100, 100), (0.05, 0.32)), ((60, 240), (0.2, 1.0))]
+)
 def test_random_box_is_random_resized_crop(shape: tuple[int, int], scale: tuple[float, float]):
     """The same distribution of places, areas and aspects: means within five standard errors."""
     rng, count = np.random.default_rng(0), 3000
@@ -189,7 +205,9 @@ def test_color_jitter_mixes_the_order_and_respects_its_strength(photo: np.ndarra
     assert np.array_equal(color_jitter(image, (0, 0, 0, 0), rng), image)
     orders = {tuple(order) for order in (np.random.default_rng(seed).permutation(4) for seed in range(60))}
     assert len(orders) > 15
-    grey = color_jitter(np.full((4, 4, 3), 100, np.uint8), (0, 0.8, 0.8, 0.2), rng)  # no contrast, no colour: nothing to change
+    grey = color_jitter(
+        np.full((4, 4, 3), 100, np.uint8), (0, 0.8, 0.8, 0.2), rng
+    )  # no contrast, no colour: nothing to change
     assert levels(grey, np.full((4, 4, 3), 100, np.uint8)) == 0
     means = [color_jitter(np.full((1, 1, 3), 100, np.uint8), (0.4, 0, 0, 0), rng)[0, 0, 0] for _ in range(500)]
     assert min(means) in (60, 61) and max(means) in (139, 140) and abs(np.mean(means) - 100) < 4
@@ -253,9 +271,15 @@ def test_dinov2_views(photo: np.ndarray):
     counts = []
     for slot in range(16):
         out = view(sample(photo, slot), np.random.default_rng(slot))
-        assert out["global"].shape == (2, 3, 32, 32) and out["local"].shape == (3, 3, 16, 16) and out["mask"].shape == (2, 64)
+        assert (
+            out["global"].shape == (2, 3, 32, 32)
+            and out["local"].shape == (3, 3, 16, 16)
+            and out["mask"].shape == (2, 64)
+        )
         assert out["mask"].dtype == bool and out["global"].dtype == out["local"].dtype == np.uint8
-        assert not np.array_equal(out["global"][0], out["global"][1]) and not np.array_equal(out["local"][0], out["local"][1])
+        assert not np.array_equal(out["global"][0], out["global"][1]) and not np.array_equal(
+            out["local"][0], out["local"][1]
+        )
         counts += out["mask"].sum(1).tolist()
     assert sorted(counts) == [0] * 16 + [int((0.1 + 0.4 * (i + 1) / 16) * 64) for i in range(16)]
 
