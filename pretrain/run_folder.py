@@ -41,8 +41,13 @@ def prepare(recipe: Recipe) -> Path:
         old = load(stored)
         if recipe.precision == "auto":
             recipe.precision = vars(old)["precision"]
+        begun = read_rows(run / "metrics.jsonl") or any((run / "checkpoints").glob("[0-9]*"))
         changed = [d for d in config.differences(config.to_dict(old), config.to_dict(recipe)) if not d.startswith(FREE)]
-        if changed:
+        if (
+            changed and not begun
+        ):  # it failed before its first step: nothing is lost, and the recipe has been mended since
+            shutil.rmtree(run)
+        elif changed:
             raise UserError(
                 f"{run}: holds a run of another recipe ({'; '.join(changed[:4])}{' …' if len(changed) > 4 else ''});"
                 " choose another folder with run=FOLDER, or delete that run with overwrite=true"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data_pipeline.shards import Samples
 from data_pipeline.stream import Stream, default_workers, to_device
@@ -89,7 +90,7 @@ def train(cfg: Recipe) -> Path:
         write_recipe(cfg, run)
     engine = Engine(objective, cfg, device)
     step = _resume(run, engine, stream, say)
-    if step >= cfg.steps:
+    if step >= cfg.steps and (run / "export" / str(cfg.steps)).is_dir():
         say(f"{run}: has finished its {cfg.steps} steps; overwrite=true starts it again")
         return run
     size = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
@@ -98,11 +99,11 @@ def train(cfg: Recipe) -> Path:
         f" {cfg.precision} on {device}, {torch.get_num_threads()} threads + {stream.workers} data workers"
     )
     writer = Writer(run, step, cfg.steps, cfg.log.every, cfg.data.batch)
-    _loop(cfg, run, step, engine, stream, writer, stop, say)
+    step = _loop(cfg, run, step, engine, stream, writer, stop, say)
     writer.close()
     if stream.bad:
         say(f"{len(stream.bad)} damaged samples were replaced by their neighbours; all are named in {run / 'log.txt'}")
-    if stop.asked:
+    if step < cfg.steps:
         say(f"{run}: stopped as asked, after a checkpoint; the same command goes on")
         sys.exit(STOPPED)
     return run
@@ -110,12 +111,11 @@ def train(cfg: Recipe) -> Path:
 
 def _loop(
     cfg: Recipe, run: Path, first: int, engine: Engine, stream: Stream, writer: Writer, stop: Stop, say: Log
-) -> None:
+) -> int:
+    """Train from step `first`; the step that it ended at, which is `cfg.steps` unless it was told to stop."""
     objective, clock = engine.objective, writer.clock
-    if first == 0:
-        export.save(
-            run / "export" / "0", objective, cfg, step=0
-        )  # the untrained network: what every score is compared with
+    if first == 0:  # the untrained network: what every score is compared with
+        export.save(run / "export" / "0", objective, cfg, step=0)
         _draw(cfg, run, 0, engine, stream, writer)
     for step in range(first, cfg.steps + 1):
         last = step == cfg.steps or stop.asked
@@ -128,7 +128,7 @@ def _loop(
         if last:
             break
         clock.lap("save")
-        losses = []
+        rows: list[dict[str, Tensor]] = []  # of the micro-batches
         for micro in range(engine.accumulate):
             batch = next(stream)
             clock.lap("data")
@@ -136,7 +136,7 @@ def _loop(
             with engine.microbatch(last=micro + 1 == engine.accumulate):
                 loss, logs = engine.forward(batch, step)
                 engine.backward(loss)
-            losses.append(loss.detach())
+            rows.append({"loss": loss.detach(), **logs})
             clock.lap("model")
         lr = cfg.optim.lr(step)
         norm = engine.step(lr, cfg.optim.weight_decay(step))
@@ -144,10 +144,12 @@ def _loop(
         clock.lap("model")
         for shard, key, reason in stream.new_bad():
             say(f"damaged sample left out: {key} in {shard}: {reason}")
-        writer.add(step, loss=sum(losses) / engine.accumulate, grad_norm=norm, lr=lr, **logs)
         if step == first:
             _refuse_unread(cfg)
+        means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
+        writer.add(step, **means, grad_norm=norm, lr=lr)
         clock.lap("loop")
+    return step
 
 
 def _draw(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, writer: Writer) -> None:

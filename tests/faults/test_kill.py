@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,3 +117,12 @@ def test_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path):
 def test_keep(shards: Path, tmp_path: Path):
     run = train(tiny_recipe("mae", shards, tmp_path / "run", "steps=7", "checkpoint.every=2", "checkpoint.keep=3"))
     assert sorted(p.name for p in all_of(run)) == ["000000004", "000000006", "000000007"]
+
+
+def test_killed_between_the_last_checkpoint_and_the_last_export(shards: Path, tmp_path: Path):
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=4", "checkpoint=2")
+    run = train(cfg)
+    weights = (run / "export" / "4" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "export" / "4")
+    train(tiny_recipe("mae", shards, tmp_path / "run", "steps=4", "checkpoint=2"))
+    assert (run / "export" / "4" / "model.safetensors").read_bytes() == weights
