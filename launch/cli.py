@@ -31,37 +31,27 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> None:
     from eval import results
-    from eval.run import PROTOCOLS, evaluate
+    from eval.run import PROTOCOLS, check, evaluate
     from pretrain import config, recipe
 
-    words = [w for w in args.protocols if "=" not in w]
-    options: dict = {"gallery": [], "query": [], "image_size": None}
-    run = next(
-        (
-            p
-            for p in [*Path(args.model).resolve().parents, *[Path(q) for q in args.run]]
-            if (p / "recipe.yaml").is_file()
-        ),
-        None,
-    )
+    words = [word for word in args.protocols if "=" not in word]
+    check(words)
+    data: dict = {"gallery": [], "query": [], "image_size": None}
+    run = next((p for p in Path(args.model).resolve().parents if (p / "recipe.yaml").is_file()), None)
     if run is not None:  # an export inside its run: score what the recipe scores
         cfg = recipe.load(run).eval
-        options |= {"gallery": cfg.test_gallery or cfg.gallery, "query": cfg.test, "image_size": cfg.image_size}
-    for key, value in map(config.parse_override, [w for w in args.protocols if "=" in w]):
+        data = {"gallery": cfg.test_gallery or cfg.gallery, "query": cfg.test, "image_size": cfg.image_size}
+    options: dict[str, dict] = {}
+    for key, value in map(config.parse_override, (word for word in args.protocols if "=" in word)):
         section, _, rest = key.partition(".")
         if rest and section in PROTOCOLS:
             options.setdefault(section, {})[rest] = value
-        elif key in ("gallery", "query", "image_size"):
-            options[key] = value if key == "image_size" or isinstance(value, list) else [value]
+        elif key in data:
+            data[key] = [value] if isinstance(value, str) else value
         else:
             raise UserError(f"{key!r}: no such option; write gallery=, query=, image_size= or {PROTOCOLS[0]}.OPTION=")
-    protocols = {name: options[name] for name in PROTOCOLS if name in options}
-    split = (
-        "test" if run is not None and len(words) == len(args.protocols) else "custom"
-    )  # other data or options: not the run's own score
-    rows = evaluate(
-        args.model, words or ["knn"], options["gallery"], options["query"], split, options["image_size"], protocols
-    )
+    own = run is not None and len(words) == len(args.protocols)  # nothing was changed: the run's own score
+    rows = evaluate(args.model, words or ["knn"], **data, split="test" if own else "custom", options=options)
     for row in rows:
         print(f"{row['model']:<12}{row['protocol']:<10}{row['metric']:<20}{row['value']:.4f}   ({row['count']} images)")
     if run is not None:
@@ -164,10 +154,6 @@ def parser() -> argparse.ArgumentParser:
         "Score a frozen model. Inside a run folder the recipe says on what; else write gallery=SHARDS query=SHARDS.",
         ("model", {"help": 'an exported folder (RUN/export/STEP), or "pixels"'}),
         ("protocols", {"nargs": "*", "metavar": "PROTOCOL|key=value", "help": "knn, linear; options such as knn.k=20"}),
-        (
-            "--run",
-            {"nargs": 1, "default": [], "help": "the run whose recipe says on what to score, and which gets the rows"},
-        ),
     )
     add(
         "export",

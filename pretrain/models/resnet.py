@@ -24,11 +24,9 @@ class ResidualBlock(nn.Module):
         kernels = (1, 3, 1) if bottleneck else (3, 3)
         strides = (1, stride, 1) if bottleneck else (stride, 1)
         widths = (inputs, inner, inner, outputs) if bottleneck else (inputs, inner, outputs)
-        self.layers = nn.ModuleList(
-            conv_norm(a, b, k, s) for a, b, k, s in zip(widths[:-1], widths[1:], kernels, strides, strict=True)
-        )
-        last_norm = self.layers[-1][1]  # type: ignore[index]
-        nn.init.zeros_(last_norm.weight)
+        layers = [conv_norm(a, b, k, s) for a, b, k, s in zip(widths[:-1], widths[1:], kernels, strides, strict=True)]
+        nn.init.zeros_(layers[-1][1].weight)
+        self.layers = nn.ModuleList(layers)
         self.shortcut = conv_norm(inputs, outputs, 1, stride) if stride > 1 or inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -152,7 +152,16 @@ def test_a_folder_of_images_to_a_report(photos: Path, tmp_path: Path):
 def test_demo_from_digits(tmp_path: Path):
     """`unlabeled demo` whole, on the images that need no download."""
     done = unlabeled(
-        "demo", "--source", "digits", "steps=20", "data.batch=64", "export=10", "threads=1", cwd=tmp_path, timeout=500
+        "demo",
+        "--source",
+        "digits",
+        "steps=20",
+        "data.batch=64",
+        "export=10",
+        "threads=1",
+        "eval.image_size=32",
+        cwd=tmp_path,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     for word in ("pixels", "untrained", "pretrained", "knn", "linear", "report: runs/demo/report.html"):
