@@ -159,6 +159,13 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None, last: int | None = None
+    ) -> Tensor:
+        """[T, D] → [T, D]; with `last`, only that many tokens at the end of each sequence pass the MLP and come out."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), shapes, rotations)), shapes)
+        if last is not None:
+            parts = zip(x.split([b * n for b, n in shapes]), shapes, strict=True)
+            x = torch.cat([part.view(b, n, -1)[:, n - last :].flatten(0, 1) for part, (b, n) in parts])
+            shapes = [(b, last) for b, _ in shapes]
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), shapes)

@@ -25,7 +25,7 @@ from data_pipeline.views import center
 from pretrain import export
 from pretrain.errors import UserError
 from pretrain.models import presets
-from pretrain.models.layers import Backbone, DropPath, Features
+from pretrain.models.layers import Backbone, Block, DropPath, Features
 from pretrain.models.resnet import ResidualNetwork
 from pretrain.models.vit import VisionTransformer
 
@@ -446,3 +446,21 @@ def test_drop_path():
     per_image = torch.cat([first.view(400, -1).unique(dim=1), second.view(100, -1).unique(dim=1)])
     assert per_image.shape == (500, 1) and per_image.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert per_image.mean() == pytest.approx(1, abs=0.08)
+
+
+def test_a_block_that_lets_only_the_last_tokens_out():
+    """The same values and gradients as cutting the whole output, for every size in the list."""
+    torch.manual_seed(0)
+    block = Block(16, 2).double()
+    x = torch.randn(2 * 5 + 3 * 4, 16, dtype=torch.float64, requires_grad=True)
+    shapes = [(2, 5), (3, 4)]
+    whole = [
+        part.view(b, n, 16)[:, n - 3 :].reshape(-1, 16)
+        for part, (b, n) in zip(block(x, shapes).split([10, 12]), shapes, strict=True)
+    ]
+    cut = block(x, shapes, last=3)
+    torch.testing.assert_close(cut, torch.cat(whole), rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(cut)
+    gradients = [torch.autograd.grad((out * weight).sum(), [x, *block.parameters()]) for out in (cut, torch.cat(whole))]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
