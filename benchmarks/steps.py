@@ -52,13 +52,12 @@ def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
     objective, size = engine.objective, BATCH[cfg.objective.name]
     body = objective.encoder()
     views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
-    rng = np.random.default_rng(0)
+    noise = np.random.default_rng(0)
     parts = []
     for slot in range(size):
-        image = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
-        parts.append(
-            views({"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": size, "step": 0, "seed": 0}, rng)
-        )
+        image = noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        sample = {"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": size, "step": 0, "seed": 0}
+        parts.append(views(sample, lambda k, slot=slot: np.random.default_rng([slot, k])))
     arrays = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
     batch = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
 

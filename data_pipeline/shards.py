@@ -1,4 +1,4 @@
-"""WebDataset shards: build them from a folder of images, list what they hold, read one sample.
+"""Samples of a list of shards, by number: located by the index, read by range, checked against their hash.
 
 A shard is a plain tar; the members of one sample follow each other and share the name up to the first dot: `0000007-oak.jpg`,
 `0000007-oak.cls` (the label's number), `0000007-oak.json`. `tar` and `webdataset` read them.
@@ -6,211 +6,308 @@ A shard is a plain tar; the members of one sample follow each other and share th
 
 from __future__ import annotations
 
-import json
+import io
 import os
-import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
+import threading
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
+import xxhash
+
+from data_pipeline import index
 from data_pipeline.decode import IMAGES, Damaged, decode_image
-from data_pipeline.storage import DataError, find_shards, open_store
-from pretrain.progress import Progress
+from data_pipeline.fetch import Fetcher
+from data_pipeline.index import MEMBERS, RECORD, Manifest
+from data_pipeline.plan import Phase, Plan
+from data_pipeline.storage import DataError, cache_folder, find_shards, is_local, write_whole
 
-MEMBERS = (*IMAGES, "cls", "json", "txt")  # what a sample may hold; other members are left unread
-MAX_MEMBER_BYTES = 256 << 20
+PART = 8 << 20  # bytes of one request for it
+COPIED_INDEX = 1 << 30  # bytes; the index of a remote set is copied up to this size, and read by range beyond it
 
 
-# ---------------------------------------------------------------- reading
-@dataclass
-class Shard:
-    """Where one tar's samples lie: per sample its key and {extension: (offset, size)}."""
+class Piece(NamedTuple):
+    """Consecutive samples of one shard, `records` [n, extensions of the set]."""
 
+    first: int
     url: str
-    keys: list[str] = field(default_factory=list)
-    members: list[dict[str, tuple[int, int]]] = field(default_factory=list)
-
-
-def scan(url: str) -> Shard:
-    """One pass over a tar's headers. An error where the file is no tar or ends too early."""
-    fs, path = open_store(url)
-    shard = Shard(url)
-    try:
-        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if (extension := extension.lower()) not in MEMBERS:
-                    continue
-                key = folder + slash + stem
-                if not shard.keys or shard.keys[-1] != key:
-                    shard.keys.append(key)
-                    shard.members.append({})
-                shard.members[-1][extension] = (member.offset_data, member.size)
-            if shard.members and max(o + s for o, s in shard.members[-1].values()) > fs.size(path):
-                raise tarfile.ReadError("unexpected end of data")
-    except tarfile.TarError as error:
-        raise DataError(f"{url}: is no whole tar file ({error}); fetch or build it again, or leave it out") from None
-    except OSError as error:
-        raise DataError(f"{url}: cannot be read ({error.strerror or error})") from None
-    return shard
-
-
-def classes(url: str) -> list[str]:
-    """The class names in the meta.json beside a shard; none where there is no such file."""
-    fs, path = open_store(url)
-    meta = path.rpartition("/")[0] + "/meta.json"
-    return json.loads(fs.cat_file(meta)).get("classes", []) if fs.isfile(meta) else []
+    records: np.ndarray
 
 
 class Samples:
-    """All samples of a list of shards, by number. `read` gives raw bytes; `image` a decoded image, or raises `Damaged`."""
+    """All samples of the shards that `specs` name (folders, tars, globs; local or any fsspec URL), in order.
 
-    def __init__(self, specs: Iterable[str]):
+    `read` gives raw bytes; `image` a decoded image, or raises `Damaged`. `extensions` says which members there are.
+    """
+
+    def __init__(self, specs: Iterable[str], fetcher: Fetcher | None = None, say: Callable[[str], None] = print):
         specs = list(specs)
-        self.shards = [shard for shard in map(scan, find_shards(specs)) if shard.keys]
-        self.names = ", ".join(specs)
-        self.places = [(s, i) for s, shard in enumerate(self.shards) for i in range(len(shard.keys))]
-        if not self.places:
+        self.specs, self.names = specs, ", ".join(specs)
+        self.fetcher = fetcher or Fetcher()
+        self.manifests = [_Indexed(m, rows, self.fetcher) for m, rows in open_manifests(specs, say)]
+        held = {e for part in self.manifests for e in part.manifest.extensions}
+        self.extensions = [e for e in MEMBERS if e in held]
+        counts = np.concatenate([part.manifest.counts[part.rows] for part in self.manifests] or [np.zeros(0, int)])
+        self.first = np.concatenate([[0], np.cumsum(counts)])  # sample number at which each shard begins
+        self._part_of = np.repeat(np.arange(len(self.manifests)), [len(part.rows) for part in self.manifests])
+        self._part_first = np.concatenate([[0], np.cumsum([len(part.rows) for part in self.manifests])])
+        if not len(self):
             raise DataError(f"{self.names or 'data'}: no samples; the members that count end in {', '.join(MEMBERS)}")
-        self._files: dict[tuple[int, int], int] = {}
-        self._classes: dict[int, list[str]] = {}
 
     def __len__(self) -> int:
-        return len(self.places)
+        return int(self.first[-1])
+
+    @cached_property
+    def id(self) -> str:
+        """A hash of every byte and of the order of the shards."""
+        out = xxhash.xxh3_128()
+        for part in self.manifests:
+            m, rows = part.manifest, part.rows
+            whole = len(rows) == len(m.names)
+            picked = ([column[i] for i in rows] for column in (m.names, m.sizes, m.counts, m.hashes))
+            out.update((m.id if whole else index.dataset_id(*picked)).encode())
+        return out.hexdigest()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(int(part.manifest.sizes[part.rows].sum()) for part in self.manifests)
+
+    def merged(self) -> Manifest:
+        """One manifest of all parts; shards are named part/name, wherever they lie."""
+        rows = [(part, n, int(row)) for n, part in enumerate(self.manifests) for row in part.rows]
+        names = [f"{n}/{part.manifest.names[row].rpartition('/')[2]}" for part, n, row in rows]
+        sizes, counts = (np.array([getattr(p.manifest, k)[r] for p, _, r in rows]) for k in ("sizes", "counts"))
+        hashes = [p.manifest.hashes[row] for p, _, row in rows]
+        return Manifest("", names, sizes, counts, hashes, self.extensions, {"specs": self.specs}, "", "", self.id)
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(shard, row inside it) of a sample."""
+        shard = int(np.searchsorted(self.first, number, "right")) - 1
+        return shard, number - int(self.first[shard])
+
+    def url(self, shard: int) -> str:
+        part = int(self._part_of[shard])
+        held = self.manifests[part]
+        return held.manifest.url(int(held.rows[shard - self._part_first[part]]))
+
+    def pieces(self, number: int, count: int) -> list[Piece]:
+        """Where the samples [number, number + count) lie, a piece per shard."""
+        out = []
+        while count > 0:
+            shard, row = self.locate(number)
+            take = min(count, int(self.first[shard + 1]) - number)
+            part = int(self._part_of[shard])
+            held = self.manifests[part]
+            found = held.records(int(held.rows[shard - self._part_first[part]]), row, take)
+            if held.manifest.extensions != self.extensions:
+                own, found = found, np.zeros((take, len(self.extensions)), RECORD)
+                for column, extension in enumerate(held.manifest.extensions):
+                    found[:, self.extensions.index(extension)] = own[:, column]
+            out.append(Piece(number, self.url(shard), found))
+            number, count = number + take, count - take
+        return out
 
     def name(self, number: int) -> tuple[str, str]:
-        """(shard, key) of a sample."""
-        shard, i = self.places[number]
-        return self.shards[shard].url, self.shards[shard].keys[i]
+        """(shard, key) of a sample, read from the tar's own headers."""
+        _, row = self.locate(number)
+        first = max(row - 1, 0)
+        (piece,) = self.pieces(number - row + first, row - first + 1)
+        begin = 0
+        if row:
+            before = piece.records[0]
+            begin = int((before["offset"] + before["size"])[before["offset"] > 0].max() + 511) // 512 * 512
+        here = piece.records[-1]["offset"]
+        try:
+            header = self.fetcher.range(piece.url, begin, int(here[here > 0].min()))
+            return piece.url, _last_key(header) or f"sample {row}"
+        except DataError:
+            return piece.url, f"sample {row}"
 
     def read(self, number: int, extensions: Iterable[str] = MEMBERS) -> dict[str, bytes]:
-        """{extension: bytes} of a sample's members."""
-        shard, i = self.places[number]
-        members = self.shards[shard].members[i]
-        return {e: self._range(shard, *members[e]) for e in extensions if e in members}
+        """{extension: bytes} of a sample's members, each checked. Raises `Damaged` where they are not what was indexed."""
+        return {self.extensions[c]: data for c, data in self.read_columns(number, self.columns(extensions)).items()}
 
-    def image(self, number: int):
+    def read_columns(self, number: int, columns: list[int]) -> dict[int, bytes]:
+        """The same by column of the index."""
+        (piece,) = self.pieces(number, 1)
+        rows = piece.records[0].tolist()  # (offset, size, hash) of each column; plain numbers are quicker than numpy's
+        there = {c: rows[c] for c in columns if rows[c][0]}
+        begin = min((offset for offset, _, _ in there.values()), default=0)
+        end = max((offset + size for offset, size, _ in there.values()), default=0)
+        for last in (False, True):
+            data = self.fetcher.range(piece.url, begin, end)
+            try:
+                return {
+                    c: check(data[offset - begin : offset - begin + size], size, digest)
+                    for c, (offset, size, digest) in there.items()
+                }
+            except Damaged:  # of the way, or of the file: a second look tells
+                if last:
+                    raise
+        raise AssertionError
+
+    def columns(self, extensions: Iterable[str]) -> list[int]:
+        """Where extensions stand in the records; unknown ones are left out."""
+        wanted = set(extensions)
+        return [c for c, e in enumerate(self.extensions) if e in wanted]
+
+    def image(self, number: int) -> np.ndarray:
         """The sample's image, uint8 [H, W, 3]."""
         for extension, data in self.read(number, IMAGES).items():
             return decode_image(data, extension)
         raise Damaged(f"holds no image member ({', '.join(IMAGES)})")
 
     def label(self, number: int) -> str:
-        """The sample's label: the class name where the shards' meta.json has names, else the number in its `cls` member."""
+        """The sample's label: the class name where the manifest has names, else what its `cls` member says."""
         data = self.read(number, ("cls",)).get("cls")
         if data is None:
             shard, key = self.name(number)
             raise DataError(f"{shard}: {key} has no .cls member, so it has no label to score with")
-        place = self.places[number][0]
-        if place not in self._classes:
-            self._classes[place] = classes(self.shards[place].url)
-        names = self._classes[place]
-        return names[int(data)] if names else data.decode().strip()
-
-    def _range(self, shard: int, offset: int, size: int) -> bytes:
-        if size > MAX_MEMBER_BYTES:
-            raise Damaged(f"a member of {size} bytes, but {MAX_MEMBER_BYTES} are allowed")
-        fs, path = open_store(self.shards[shard].url)
-        if not os.path.isfile(path):
-            data = fs.cat_file(path, start=offset, end=offset + size)
-        else:
-            key = (os.getpid(), shard)  # a file is opened anew after a fork
-            if key not in self._files:
-                self._files[key] = os.open(path, os.O_RDONLY)
-            data = os.pread(self._files[key], size, offset)
-        if len(data) != size:
-            raise Damaged(f"{len(data)} of {size} bytes could be read")
-        return data
+        names = self.manifests[int(self._part_of[self.locate(number)[0]])].manifest.classes
+        text = data.decode(errors="replace").strip()
+        return names[int(text)] if names and text.isdigit() and int(text) < len(names) else text
 
 
-# ---------------------------------------------------------------- building
-def _images(source: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(source, followlinks=True):
-        folders.sort()
-        for name in sorted(files):
-            if name.lower().rpartition(".")[2] in IMAGES and not name.startswith("."):
-                yield Path(folder, name)
-
-
-def _check(path: Path) -> tuple[bytes, str]:
-    """(the file's bytes, why it cannot be used or "")."""
-    try:
-        data = path.read_bytes()
-        decode_image(data, path.suffix[1:])
-    except OSError as error:
-        return b"", error.strerror or str(error)
-    except Damaged as reason:
-        return b"", str(reason)
-    return data, ""
-
-
-def build(source: str | Path, target: str | Path, shard_mb: int = 256) -> dict:
-    """Write a folder of images as shards; the first level of sub-folders gives the labels where there is one.
-
-    Every image is decoded first; those that cannot be are left out and listed. `target` appears only when it is whole. Returns (and stores in
-    target/meta.json) {"samples", "bytes", "shards", "classes", "bad": [{"path", "reason"}]}.
-    """
-    source, target = Path(source), Path(target)
-    if not source.is_dir():
-        raise DataError(f"{source}: {'is a file, not a folder of images' if source.exists() else 'no such folder'}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target}: exists already; name another folder, or delete it to build again")
-    paths = list(_images(source))
-    if not paths:
-        raise DataError(f"{source}: holds no images; files that count end in {', '.join(IMAGES)}")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        meta = _write(source, paths, partial, shard_mb)
-        if not meta["samples"]:
-            worst = meta["bad"][0]
+def remember(samples: list[Samples], folder: Path) -> None:
+    """Write down in a run's folder what its data is made of; where that was done before, refuse data that differs, and say where."""
+    for n, here in enumerate(samples):
+        path, now = folder / f"{n}.json", here.merged()
+        if not path.is_file():
+            write_whole(str(path), [index.render(now).encode()])
+            continue
+        then = index.parse(path.read_bytes(), str(folder), str(path))
+        if then.id != now.id and (difference := then.first_difference(now)):
             raise DataError(
-                f"{source}: none of its {len(paths)} images can be read; {worst['path']}: {worst['reason']}"
+                f"{here.names}: is not what this run was started on: {difference}. It cannot go on exactly: put the shards back, or start another run"
             )
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return meta
 
 
-def _write(source: Path, paths: list[Path], target: Path, shard_mb: int) -> dict:
-    from webdataset import ShardWriter  # imports torch: not before it is needed
+def plan_of(samples: list[Samples], phases: list[Phase], seed: int, shuffle: bool) -> Plan:
+    """The plan for these datasets: the same in every process."""
+    return Plan([len(s) for s in samples], phases, seed, shuffle, [s.total_bytes / len(s) for s in samples])
 
-    folders = sorted({path.relative_to(source).parts[0] for path in paths if len(path.relative_to(source).parts) > 1})
-    labels = {name: i for i, name in enumerate(folders)}
-    meta: dict = {"samples": 0, "bytes": 0, "shards": 0, "classes": folders, "bad": []}
-    progress = Progress("shards", len(paths))
-    with (
-        ThreadPool(os.cpu_count()) as pool,
-        ShardWriter(str(target / "%06d.tar"), 1_000_000, shard_mb << 20, verbose=0) as writer,
-    ):
-        results = (r for i in range(0, len(paths), 256) for r in pool.map(_check, paths[i : i + 256]))  # bounded memory
-        for n, (path, (data, reason)) in enumerate(zip(paths, results, strict=True)):
-            relative = path.relative_to(source)
-            progress.update(n + 1, f"{len(meta['bad'])} bad")
-            if reason:
-                meta["bad"].append({"path": str(relative), "reason": reason})
-                continue
-            sample: dict[str, Any] = {
-                "__key__": f"{n:07d}-{path.stem.replace('.', '_')}",
-                path.suffix[1:].lower(): data,
-            }
-            sample["json"] = {"path": str(relative)}
-            if len(relative.parts) > 1:
-                sample["cls"] = labels[relative.parts[0]]
-            writer.write(sample)
-            meta["samples"] += 1
-            meta["bytes"] += len(data)
-    progress.close()
-    meta["shards"] = len(list(target.glob("*.tar")))
-    return meta
+
+# ---------------------------------------------------------------- bytes
+def span(records: np.ndarray, columns: list[int]) -> tuple[int, int]:
+    """[begin, end) of the wanted members of samples in one shard."""
+    wanted = records[:, columns]
+    offsets, sizes = wanted["offset"].astype(np.int64), wanted["size"].astype(np.int64)
+    there = offsets > 0
+    if not there.any():
+        return 0, 0
+    return int(offsets[there].min()), int((offsets + sizes)[there].max())
+
+
+def check(data: bytes, size: int, digest: int) -> bytes:
+    """The same bytes, or `Damaged` where length or hash are not what was indexed."""
+    if len(data) != size:
+        raise Damaged(f"{len(data)} of {size} bytes could be read")
+    found = xxhash.xxh3_64_intdigest(data)
+    if found != digest:
+        raise Damaged(f"the bytes are not those that were indexed: their hash is {found:016x}, not {digest:016x}")
+    return data
+
+
+def _last_key(header: bytes) -> str | None:
+    """The key of the member whose header ends these bytes; they may begin with headers of other members."""
+    key = None
+    try:
+        with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
+            for member in tar:
+                match = index.MEMBER_NAME.match(member.name)
+                key = match[1] if match else key
+    except tarfile.TarError:
+        pass  # the data of the last member is not there
+    return key
+
+
+# ---------------------------------------------------------------- manifests
+def open_manifests(specs: Iterable[str], say: Callable[[str], None] = print) -> list[tuple[Manifest, np.ndarray]]:
+    """(manifest, which of its shards) for folders, tars and globs, in order. Shards without a manifest are indexed into the cache folder."""
+    out: list[tuple[Manifest, np.ndarray]] = []
+    for spec in specs:
+        whole = None if spec.endswith(".tar") or any(c in spec for c in "*?[") else index.load(spec)
+        if whole is not None:
+            _compare(whole, spec)
+            out.append((whole, np.flatnonzero(whole.counts)))
+            continue
+        urls = find_shards([spec])
+        folders = dict.fromkeys(url.rpartition("/")[0] for url in urls)
+        for folder in folders:
+            here = [url for url in urls if url.rpartition("/")[0] == folder]
+            manifest = index.load(folder) if folder else None
+            if manifest is None:
+                manifest = index.in_cache(here, say)
+                rows = np.arange(len(here))
+            else:
+                _compare(manifest, folder)
+                places = {name: i for i, name in enumerate(manifest.names)}
+                rows = np.array([places[url.rpartition("/")[2]] for url in here])
+            out.append((manifest, rows[manifest.counts[rows] > 0]))
+    return out
+
+
+def _compare(manifest: Manifest, folder: str) -> None:
+    """Refuse a manifest that does not list what its folder holds. A remote folder is not listed: it may hold a million objects."""
+    if not is_local(folder):
+        return
+    path = folder.removeprefix("file://")
+    there = {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.name.endswith(".tar")}
+    listed = dict(zip(manifest.names, manifest.sizes.tolist(), strict=True))
+    for name in sorted(there.keys() | listed.keys()):
+        if there.get(name) != listed.get(name):
+            what = "is gone" if name not in there else "is new" if name not in listed else "has another size"
+            raise DataError(
+                f"{folder}: {name} {what} since the manifest was written; run `unlabeled shards index {folder}` again"
+            )
+
+
+class _Indexed:
+    """A manifest with its index: in memory-mapped form where it is local or small, else read by range."""
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray, fetcher: Fetcher):
+        self.manifest, self.rows, self.fetcher = manifest, rows, fetcher
+        self._first = np.concatenate([[0], np.cumsum(manifest.counts)])
+        self._mapped: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def records(self, shard: int, row: int, count: int) -> np.ndarray:
+        """[count, extensions] of consecutive samples of a shard."""
+        width = len(self.manifest.extensions)
+        begin = int(self._first[shard]) + row
+        total = int(self._first[-1]) * width * RECORD.itemsize
+        with self._lock:
+            if self._mapped is None and (is_local(self.manifest.index) or total <= COPIED_INDEX):
+                self._mapped = np.asarray(_map(self.manifest, total, self.fetcher)).reshape(-1, width)
+        if self._mapped is not None:
+            return self._mapped[begin : begin + count]
+        size = width * RECORD.itemsize
+        data = self.fetcher.range(self.manifest.index, begin * size, (begin + count) * size)
+        if len(data) != count * size:
+            raise DataError(f"{self.manifest.index}: is cut short; run `unlabeled shards index` again")
+        return np.frombuffer(data, RECORD).reshape(count, width)
+
+
+def _map(manifest: Manifest, size: int, fetcher: Fetcher) -> np.ndarray:
+    """The whole index in memory-mapped form; a remote one is copied into the cache folder first, and checked."""
+    url = manifest.index
+    local = is_local(url)
+    path = Path(url.removeprefix("file://")) if local else cache_folder("index") / f"{manifest.index_hash}.bin"
+    if not local and not path.is_file():
+        parts = [fetcher.range(url, at, min(size, at + PART)) for at in range(0, size, PART)]
+        if xxhash.xxh3_128_hexdigest(b"".join(parts)) != manifest.index_hash:
+            raise DataError(
+                f"{url}: is not the file that the manifest was written with; run `unlabeled shards index` again"
+            )
+        write_whole(str(path), parts)
+    try:
+        if path.stat().st_size == size:
+            return np.memmap(path, RECORD, "r") if size else np.zeros(0, RECORD)
+        raise DataError(
+            f"{url}: holds {path.stat().st_size} bytes instead of {size}; run `unlabeled shards index` again"
+        )
+    except FileNotFoundError:
+        raise DataError(f"{url}: no such file; run `unlabeled shards index` again") from None

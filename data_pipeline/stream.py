@@ -1,71 +1,45 @@
 """Stream: an endless iterator of batches whose whole state is the number of the next step.
 
-Data workers compute batch after batch: `Order` says which samples, the objective's views make arrays of them. Batch s comes out the same on any
-number of processes and workers. A damaged sample is never trained on: the next sample takes its place, and its name is kept.
+Data workers compute batch after batch: `Plan` says which samples, their bytes come from local shards or from the feeder, the objective's views
+make arrays of them. Batch s comes out the same on any number of processes and workers. A damaged sample is never trained on: a neighbour from its
+own chunk takes its place, its name goes to the ledger, and too many of them end the run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from data_pipeline.decode import Damaged
-from data_pipeline.order import Order, fold
-from data_pipeline.shards import Samples
-from data_pipeline.storage import DataError
-
-Views = Callable[[dict[str, Any], np.random.Generator], dict[str, np.ndarray]]
-TRIES = 64  # damaged samples in a row before the data is given up
-
-
-class _Batches(Dataset):
-    """Item i is micro-batch i of the run, of this process: i = step · accumulate + micro."""
-
-    def __init__(self, samples: Samples, order: Order, views: Views, rank: int, world: int, accumulate: int):
-        self.samples, self.order, self.views = samples, order, views
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        step, micro = divmod(index, self.accumulate)
-        size = self.order.batch // (self.world * self.accumulate)
-        first = (self.rank * self.accumulate + micro) * size
-        ids, epochs = self.order.slots(step, first, first + size)
-        bad: list[tuple[str, str, str]] = []
-        parts = [
-            self._sample(int(i), int(e), step, first + n, bad) for n, (i, e) in enumerate(zip(ids, epochs, strict=True))
-        ]
-        batch: dict[str, Any] = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
-        return batch | {"bad": bad}
-
-    def _sample(self, number: int, epoch: int, step: int, slot: int, bad: list) -> dict[str, Any]:
-        for _ in range(TRIES):
-            try:
-                image = self.samples.image(number)
-                break
-            except Damaged as reason:
-                bad.append((*self.samples.name(number), str(reason)))
-                number = (number + 1) % len(self.samples)
-        else:
-            raise DataError(
-                f"{self.samples.names}: {TRIES} damaged samples in a row, the last {bad[-1][1]} of {bad[-1][0]}: {bad[-1][2]}"
-            )
-        sample = {"image": image, "id": number, "epoch": epoch, "slot": slot, "batch": self.order.batch, "step": step}
-        sample["seed"] = self.order.seed
-        rng = np.random.Generator(np.random.Philox(key=[fold(self.order.seed, epoch), number]))
-        return {"id": np.int64(number), **self.views(sample, rng)}
+from data_pipeline import device_color
+from data_pipeline.batches import Batches, Look, Views
+from data_pipeline.ledger import Ledger
+from data_pipeline.plan import Phase
+from data_pipeline.remote import Bytes, Feeder
+from data_pipeline.shards import Samples, plan_of
+from data_pipeline.storage import DataError, is_local
+from data_pipeline.watch import Meter, Watchdog
 
 
-def _start_worker(_: int) -> None:
-    import cv2
+@dataclass
+class Reading:
+    """How bytes are read; no number of a batch depends on it."""
 
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
+    workers: int = 1  # data processes
+    threads: int = 1  # in each of them
+    ahead_mb: float = 512  # fetched before they are needed
+    requests: int = 16  # to the store at a time
+    attempt_seconds: float = 30.0  # for one request
+    retry_seconds: float = 600.0  # without any answer before the run ends
+    stall_seconds: float = 300.0  # without a batch before all stacks are written to stderr
+    cache: str | None = None  # a folder on a local disk
+    cache_gb: float = 100.0
 
 
 def default_workers(processes: int = 1) -> int:
@@ -74,11 +48,15 @@ def default_workers(processes: int = 1) -> int:
 
 
 class Stream:
-    """Batches for one of `world` processes, from step `state_dict()["step"]` on. `batch` is global; each step gives `accumulate` micro-batches."""
+    """Batches for one of `world` processes, from step `state_dict()["step"]` on; each step gives `accumulate` micro-batches.
+
+    `samples`: one set, or several with `phases` that say how they are mixed. `batch` is global, and of the first phase. `ledger`: a folder where
+    damaged samples are written down.
+    """
 
     def __init__(
         self,
-        samples: Samples,
+        samples: Samples | list[Samples],
         views: Views,
         batch: int,
         seed: int = 0,
@@ -87,80 +65,155 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        phases: list[Phase] | None = None,
+        look: Look | None = None,
+        reading: Reading | None = None,
+        ledger: Ledger | None = None,
     ):
-        if batch > len(samples):
-            raise DataError(
-                f"data.batch = {batch} is more than the {len(samples)} samples in {samples.names}; write data.batch={len(samples)} or less"
-            )
-        if batch % (world * accumulate):
-            raise DataError(f"data.batch = {batch} does not divide into {world} processes × {accumulate} micro-batches")
-        self.order = Order(len(samples), batch, seed, shuffle)
-        self.batches = _Batches(samples, self.order, views, rank, world, accumulate)
-        self.workers, self.accumulate, self.micro = workers, accumulate, 0
-        self.bad: dict[tuple[str, str], str] = {}  # (shard, key) -> reason, of every damaged sample met
-        self._unreported: list[tuple[str, str, str]] = []
+        self.samples = samples if isinstance(samples, list) else [samples]
+        phases = phases or [Phase(0, batch)]
+        for phase in phases:
+            self._check(phase, world, accumulate)
+        self.plan = plan_of(self.samples, phases, seed, shuffle)
+        self.accumulate, self.rank, self.world, self.micro = accumulate, rank, world, 0
+        self.reading = reading or Reading(workers=workers)
+        self.ledger = ledger or Ledger(None)
+        self.ledger.watch(self.samples)
+        self.batches = Batches(self.samples, self.plan, views, look or Look(), (rank, world, accumulate))
+        self.batches.threads = self.reading.threads
+        self.meter, self.watchdog = Meter(), Watchdog(self.reading.stall_seconds)
         self._iterator: Iterator | None = None
+        self._feeder: Feeder | None = None
+
+    @property
+    def workers(self) -> int:
+        return self.reading.workers
+
+    def _check(self, phase: Phase, world: int, accumulate: int) -> None:
+        where = f" from step {phase.step} on" if phase.step else ""
+        names = ", ".join(s.names for s in self.samples)
+        count = sum(len(s) for s in self.samples)
+        if phase.batch > count:
+            raise DataError(
+                f"data.batch = {phase.batch}{where} is more than the {count} samples in {names}; write data.batch={count} or less"
+            )
+        if phase.batch % (world * accumulate):
+            raise DataError(
+                f"data.batch = {phase.batch}{where} does not divide into {world} processes × {accumulate} micro-batches"
+            )
 
     def first(self) -> dict[str, Tensor]:
         """Micro-batch 0 of the run, made here and now, whatever the position."""
-        batch = self.batches[0]
-        batch.pop("bad")
-        return batch
+        feeder = self._start_feeder(0, 1)
+        try:
+            batch = self.batches[0]
+        finally:
+            if feeder:
+                feeder.close()
+            self._connect(self._feeder)
+        if "error" in batch:
+            raise DataError(batch["error"])
+        return {key: value for key, value in batch.items() if key not in ("bad", "counts")}
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
         if self._iterator is None:
-            loader = DataLoader(
-                self.batches,
-                batch_size=None,
-                sampler=range(self.micro, 1 << 62),  # type: ignore[arg-type]
-                num_workers=self.workers,
-                worker_init_fn=_start_worker,
-                prefetch_factor=4 if self.workers else None,
-                pin_memory=torch.cuda.is_available(),
-            )
-            self._iterator = iter(loader)
-        batch = next(self._iterator)
+            self._iterator = self._start()
+        began = time.perf_counter()
+        with self.watchdog.waiting(self.micro // self.accumulate):
+            batch = next(self._iterator)
+        if "error" in batch:
+            self.close()
+            raise DataError(batch["error"])
+        self.meter.add(time.perf_counter() - began, batch.pop("counts"))
         self.micro += 1
-        for shard, key, reason in batch.pop("bad"):
-            if (shard, key) not in self.bad:
-                self.bad[shard, key] = reason
-                self._unreported.append((shard, key, reason))
+        self.ledger.add(self.micro // self.accumulate, batch.pop("bad"))
         return batch
 
-    def new_bad(self) -> list[tuple[str, str, str]]:
-        """(shard, key, reason) of the damaged samples met since the last call."""
-        new, self._unreported = self._unreported, []
-        return new
+    def _start(self) -> Iterator:
+        self._feeder = self._start_feeder(self.micro // self.accumulate, self.workers)
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=range(self.micro, 1 << 62),  # type: ignore[arg-type]
+            num_workers=self.workers,
+            worker_init_fn=self.watchdog.start_worker,
+            prefetch_factor=4 if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        iterator = iter(loader)
+        self.watchdog.watch([w.pid for w in getattr(iterator, "_workers", [])], self._feeder)
+        return iterator
+
+    def _start_feeder(self, step: int, workers: int) -> Feeder | None:
+        """A feeder from a step on, where bytes do not lie on a local disk."""
+        local = all(
+            is_local(held.manifest.url(int(row))) for s in self.samples for held in s.manifests for row in held.rows[:1]
+        )
+        if local and self.reading.cache is None:
+            return None
+        r = self.reading
+        config = {
+            "datasets": [s.specs for s in self.samples],
+            "phases": [[p.step, p.batch, p.weights, p.homogeneous] for p in self.plan.phases],
+            "extensions": self.batches.look.extensions,
+            **{"seed": self.plan.seed, "shuffle": self.plan.shuffle, "step": step},
+            **{"rank": self.rank, "world": self.world, "cache": r.cache, "cache_gb": r.cache_gb},
+            **{"inflight": r.requests, "ahead_mb": r.ahead_mb},
+            **{"attempt_seconds": r.attempt_seconds, "retry_seconds": r.retry_seconds},
+        }
+        feeder = Feeder(config, workers)
+        self._connect(feeder)
+        return feeder
+
+    def _connect(self, feeder: Feeder | None) -> None:
+        widths = [len(s.extensions) for s in self.samples]
+        self.batches.feeder = Bytes(feeder.sockets, self.batches.columns, widths) if feeder else None
+
+    def close(self) -> None:
+        """End workers and feeder; the next batch would start them anew."""
+        self._iterator = None
+        if self._feeder is not None:
+            self._feeder.close()
+            self._feeder = None
+        self.watchdog.close()
 
     @property
-    def epoch(self) -> float:
-        """How many times the data has been gone through."""
-        return self.micro // self.accumulate * self.order.batch / self.order.count
+    def epochs(self) -> list[float]:
+        """How many times each dataset has been gone through."""
+        return self.plan.epochs(self.micro // self.accumulate)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.micro // self.accumulate, "samples": self.order.count, "seed": self.order.seed}
+    def state_dict(self) -> dict[str, Any]:
+        data = ",".join(samples.id[:8] for samples in self.samples)
+        return {"step": self.micro // self.accumulate, "data": data, "order": self.plan.constants()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a step. Other data or another seed than the state's would give other batches, so they are refused."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a step. Other data or another order than the state's would give other batches, so they are refused."""
         own = self.state_dict()
-        for key in ("samples", "seed"):
-            if state[key] != own[key]:
-                raise DataError(
-                    f"the checkpoint was written with {key} = {state[key]}, but this run has {key} = {own[key]}: it cannot go on exactly"
-                )
-        self.micro, self._iterator = state["step"] * self.accumulate, None
+        if not own["data"].startswith(state["data"]):  # new datasets may come in later phases
+            raise DataError(
+                f"the checkpoint was written on other data ({state['data']}, now {own['data']}): it cannot go on exactly; start another run"
+            )
+        if state["order"] != own["order"]:
+            raise DataError(
+                f'the checkpoint was written with the order "{state["order"]}", but this run has "{own["order"]}": it cannot go on exactly'
+            )
+        self.close()
+        self.micro = state["step"] * self.accumulate
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device, mean: list[float], std: list[float]) -> dict[str, Tensor]:
-    """The batch on the device, uint8 images [..., C, H, W] as floats (x / 255 − mean) / std."""
+    """The batch on the device, uint8 images [..., C, H, W] as floats (x / 255 − mean) / std; colours that were left to the device are changed first."""
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     out = {}
-    for key, value in batch.items():
-        value = value.to(device, non_blocking=True)
+    for key, value in moved.items():
+        if key.endswith(".color"):
+            continue
+        if f"{key}.color" in moved:
+            value = device_color.apply(value, moved[f"{key}.color"])
         if value.dtype == torch.uint8:
-            offset = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
-            value = (value - offset) / (torch.tensor(std, device=device).view(-1, 1, 1) * 255)
+            value = device_color.normalize(value, mean, std)
         out[key] = value
     return out

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.shards import Samples
-from data_pipeline.storage import DataError, find_shards
+from data_pipeline.storage import DataError
 from eval import knn, linear, pictures
 from eval.features import Encoder, open_encoder
 from pretrain.errors import UserError
@@ -222,7 +222,8 @@ def _learned(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
     cfg, last = recipe.eval, encoders[max(encoders)]
     known = cfg.test_gallery or cfg.gallery
     labelled = bool(cfg.test and known)
-    samples = Samples(cfg.test if labelled else find_shards(recipe.data.train)[:16])
+    train = recipe.data.train or recipe.data.mix[0].shards
+    samples = Samples(cfg.test if labelled else train)
     gallery = Samples(known) if labelled else samples
     images, labels = pictures.load_some(samples, TRIED, last.image_size)
     labels = labels if labelled else [None] * len(images)

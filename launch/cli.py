@@ -10,16 +10,45 @@ from pathlib import Path
 from pretrain.errors import UserError, command
 
 
-def shards(args: argparse.Namespace) -> None:
-    from data_pipeline.shards import build
+def shards_build(args: argparse.Namespace) -> None:
+    from data_pipeline.build import build, describe
+    from data_pipeline.sources import Options
 
-    meta = build(args.source, args.target, args.shard_mb)
-    for bad in meta["bad"]:
-        print(f"left out: {bad['path']}: {bad['reason']}")
-    print(
-        f"{args.target}: {meta['samples']} images, {meta['bytes'] / 1e6:.1f} MB in {meta['shards']} shards,"
-        f" {len(meta['classes'])} classes, {len(meta['bad'])} damaged files left out"
-    )
+    options = Options(args.labels, args.image_field, args.text_field, args.label_field, args.lines)
+    summary = build(args.source, args.target, args.shard_mb, kind=args.kind, options=options, workers=args.workers)
+    print("\n".join(describe(summary, args.target)))
+
+
+def shards_index(args: argparse.Namespace) -> None:
+    from data_pipeline import index
+
+    held = index.write(args.url)
+    print(f"{args.url}: {held.samples} samples, {held.total_bytes / 1e6:.1f} MB in {len(held.names)} shards, indexed")
+
+
+def shards_verify(args: argparse.Namespace) -> int:
+    from data_pipeline import index
+
+    problems = index.verify(args.url)
+    print("\n".join(problems) or f"{args.url}: every byte is as it was indexed")
+    return 1 if problems else 0
+
+
+def shards_stats(args: argparse.Namespace) -> None:
+    from data_pipeline import stats
+
+    print("\n".join(stats.describe(stats.gather(args.url))))
+    if args.sheet:
+        print(f"\n{stats.sheet(args.url, args.sheet)}: pictures of samples from all over the set")
+
+
+def shards_split(args: argparse.Namespace) -> None:
+    from data_pipeline.build import describe
+    from data_pipeline.split import split
+
+    sides = split(args.source, args.target, args.val, args.test, args.shard_mb, workers=args.workers)
+    for side, summary in sides.items():
+        print("\n".join(describe(summary, f"{args.target}/{side}")))
 
 
 def train(args: argparse.Namespace) -> int:
@@ -132,13 +161,52 @@ def parser() -> argparse.ArgumentParser:
     group = commands.add_parser("shards", help="make WebDataset shards").add_subparsers(
         required=True, metavar="COMMAND"
     )
+    workers = ("--workers", {"type": int, "default": 0, "help": "processes (default: one per core)"})
+    shard_mb = ("--shard-mb", {"type": float, "default": 256, "help": "MB of the largest shard, about (default 256)"})
+    url = ("url", {"help": "folder or URL of shards"})
     add(
         "build",
-        shards,
-        "Write a folder of images as WebDataset shards; sub-folders give the labels, damaged files are left out and named.",
-        ("source", {"help": "folder of images"}),
-        ("target", {"help": "folder for the shards; must not exist"}),
-        ("--shard-mb", {"type": int, "default": 256, "help": "largest size of one shard (default 256)"}),
+        shards_build,
+        "Write images, videos, text, parquet, lists or other shards as WebDataset shards. What cannot be used is left out and named;"
+        " a build that was stopped goes on when the same command is given again.",
+        ("source", {"help": "folder, file or URL"}),
+        ("target", {"help": "folder or URL for the shards; must not exist"}),
+        (
+            "--kind",
+            {
+                "default": "",
+                "help": "images, videos, text, image-text, parquet or webdataset (default: what the source holds)",
+            },
+        ),
+        ("--labels", {"default": "", "metavar": "FILE", "help": ".csv, .tsv or .jsonl with path and label of images"}),
+        ("--image-field", {"default": "", "metavar": "NAME", "help": "column of image paths, or of image bytes"}),
+        ("--text-field", {"default": "", "metavar": "NAME", "help": "column of the text (default: text, caption, …)"}),
+        ("--label-field", {"default": "", "metavar": "NAME", "help": "column of the label (default: label, class, …)"}),
+        ("--lines", {"action": "store_true", "help": ".txt: a document per line, not per file"}),
+        shard_mb,
+        workers,
+        under=group,
+    )
+    add("index", shards_index, "Write the index of shards that were made elsewhere beside them.", url, under=group)
+    add("verify", shards_verify, "Read every byte anew and compare it with the index.", url, under=group)
+    add(
+        "stats",
+        shards_stats,
+        "Count what shards hold, and decode up to 1000 images from all over them.",
+        url,
+        ("--sheet", {"default": "", "metavar": "FILE.png", "help": "draw up to 48 samples into this file"}),
+        under=group,
+    )
+    add(
+        "split",
+        shards_split,
+        "Copy shards into train, val and test by a hash of each key: samples stay on their side when others are added.",
+        ("source", {"help": "folder or URL of shards"}),
+        ("target", {"help": "folder or URL that gets train/, val/ and test/"}),
+        ("--val", {"type": float, "required": True, "help": "share of the samples, for example 0.02"}),
+        ("--test", {"type": float, "default": 0.0, "help": "share of the samples (default: none)"}),
+        shard_mb,
+        workers,
         under=group,
     )
     add(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from data_pipeline.build import build
 from data_pipeline.demo_data import fetch
-from data_pipeline.shards import build
 from launch.local import train
 from pretrain.recipe import load
 from pretrain.run_folder import read_rows
@@ -19,7 +19,7 @@ def demo(source: str = "auto", overrides: list[str] | None = None) -> int:
     name = fetch(FOLDER / "images", source)
     shards = FOLDER / f"shards-{name}"
     for split in ("train", "val", "test"):
-        if not (shards / split / "meta.json").is_file():
+        if not (shards / split / "manifest.json").is_file():
             shutil.rmtree(shards / split, ignore_errors=True)
             build(FOLDER / "images" / split, shards / split)
     both = f"[{shards / 'train'}, {shards / 'val'}]"

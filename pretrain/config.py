@@ -1,6 +1,6 @@
 """Config: typed dataclasses ← YAML ← dotted overrides, with every mistake named by file, key, value and the nearest valid names.
 
-A config class is a dataclass that derives from `Section`. A field may be a bool, int, float, str, a Literal, a list of these, another Section,
+A config class is a dataclass that derives from `Section`. A field may be a bool, int, float, str, a Literal, another Section, a list of these,
 or "| None". `Section` remembers which fields were read, so that a key which changes nothing is an error too (`unread`). Nothing here imports torch.
 """
 
@@ -235,7 +235,10 @@ def to_dict(section: Section) -> dict:
     out: dict[str, Any] = {"name": stored["name"]} if "name" in stored and "name" not in fields(type(section)) else {}
     for key in fields(type(section)):
         value = stored[key]
-        out[key] = to_dict(value) if isinstance(value, Section) else value
+        if isinstance(value, list):
+            out[key] = [to_dict(item) if isinstance(item, Section) else item for item in value]
+        else:
+            out[key] = to_dict(value) if isinstance(value, Section) else value
     return out
 
 
@@ -246,8 +249,13 @@ def dump(section: Section) -> str:
 
 def sections(section: Section) -> list[Section]:
     """The section and all sections below it."""
-    below = [value for value in vars(section).values() if isinstance(value, Section)]
+    below = [item for key in fields(type(section)) for item in _items(vars(section)[key])]
     return [section] + [deep for value in below for deep in sections(value)]
+
+
+def _items(value: Any) -> list[Section]:
+    """The sections that a value is, or that a list holds."""
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Section)]
 
 
 def unread(section: Section, prefix: str = "") -> list[tuple[str, Any]]:
@@ -255,8 +263,9 @@ def unread(section: Section, prefix: str = "") -> list[tuple[str, Any]]:
     stored, out = vars(section), []
     for key, field in fields(type(section)).items():
         value = stored[key]
-        if isinstance(value, Section):
-            out += unread(value, f"{prefix}{key}.")
+        if _items(value):
+            for n, item in enumerate(_items(value)):
+                out += unread(item, f"{prefix}{key}[{n}]." if isinstance(value, list) else f"{prefix}{key}.")
         elif key not in stored.get("_read", ()) and value != stored.get("_defaults", {}).get(key, _default(field)):
             out.append((prefix + key, value))
     return out

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.stream import Stream
 from pretrain.progress import Progress
 from pretrain.run_folder import read_rows
 
@@ -38,10 +39,10 @@ class Clock:
 class Writer:
     """Writes metrics.jsonl and TensorBoard, and shows the progress line. Rows at or after `step` are dropped: a resumed run writes them anew."""
 
-    def __init__(self, run: Path, step: int, steps: int, every: int, batch: int):
+    def __init__(self, run: Path, step: int, steps: int, every: int, stream: Stream):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self.every, self.batch, self.path = run, every, batch, run / "metrics.jsonl"
+        self.run, self.every, self.stream, self.path = run, every, stream, run / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["step"] < step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
@@ -71,14 +72,22 @@ class Writer:
         total, parts = self.clock.take()
         total -= parts.get("save", 0.0)
         last = rows[-1]
-        last["samples_per_second"] = round(len(rows) * self.batch / total, 2)
+        samples = sum(self.stream.plan.batch(row["step"]) for row in rows)
+        last["samples_per_second"] = round(samples / total, 2)
         for part in ("data", "loop"):  # shares of the time: waiting for batches; the loop itself
             last[f"{part}_share"] = round(parts.get(part, 0.0) / total, 4)
+        stream, last["stage"] = self.stream.meter.take(self.stream.workers)
+        last |= {f"stream/{key}": value for key, value in stream.items()}
+        last["stream/damaged"] = len(self.stream.ledger.bad)
+        epochs = self.stream.epochs
+        last |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": round(value, 4) for n, value in enumerate(epochs)}
         for row in rows:
             self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for key in last:
-            if key != "step":
+            if key == "stage":
+                self.board.add_text("stage", last[key], last["step"])
+            elif key != "step":
                 values = [row[key] for row in rows if key in row]
                 self.board.add_scalar(f"train/{key}", sum(values) / len(values), last["step"])
         self._show(last)

@@ -21,16 +21,60 @@ CHOSEN = {"model", "objective"}  # sections whose options depend on their name
 
 
 @dataclass
+class Source(Section):
+    """One of several datasets that are mixed."""
+
+    shorthand = "shards"
+    shards: list[str]
+    weight: float | None = None  # of its samples in mixed steps, relative to the others; null: as many as it has
+    homogeneous: float = 0.0  # share of the steps that are filled from it alone (DINOv3: 0.1 of ImageNet)
+
+
+@dataclass
+class Phase(Section):
+    """From a step on, another batch or other weights; null: as before. Each dataset goes on where it was."""
+
+    step: int
+    batch: int | None = None
+    weights: list[float] | None = None  # one for each dataset of data.mix
+    homogeneous: list[float] | None = None
+
+
+@dataclass
+class Fetch(Section):
+    """How bytes come from a store. No number of the training depends on these."""
+
+    shorthand = "cache"
+    cache: str | None = (
+        None  # a folder on a local disk that keeps what was fetched, for the next epoch and the next start
+    )
+    cache_gb: float = 100.0
+    ahead_mb: float = 512.0  # fetched before it is needed, beside what is held for shuffling
+    requests: int = 16  # in flight at a time
+    attempt_seconds: float = 30.0  # for one request
+    retry_seconds: float = 600.0  # without any answer before the run ends
+    stall_seconds: float = 300.0  # without a batch before the stacks of all processes are written to stderr
+
+
+@dataclass
 class Data(Section):
     """What is read. `batch` is the global batch: samples per step over all processes."""
 
     shorthand = "train"
     train: list[str] = field(
         default_factory=list
-    )  # folders, tars or globs of WebDataset shards; local or any fsspec URL
+    )  # folders, tars or globs of WebDataset shards, local or any fsspec URL, read as one dataset
+    mix: list[Source] = field(default_factory=list)  # instead of `train`: several datasets and their weights
     batch: int = 256
-    workers: int | None = None  # data processes per trainer process; null: from the machine's cores
+    phases: list[Phase] = field(default_factory=list)  # changes of batch or weights; may be added while a run goes on
     shuffle: bool = True
+    workers: int | None = None  # data processes per trainer process; null: from the machine's cores
+    threads: int = 1  # of each data process
+    channels: int = 3  # of the images; the model's channels have to be as many
+    color: Literal["exact", "fused", "device"] = "exact"  # how colours are changed: data_pipeline/views.py
+    bad_share: float = 1e-4  # of the samples may be damaged, and 10 in any case, before the run ends
+    bad_shard_share: float = 0.01  # the same for one shard
+    fetch: Fetch = field(default_factory=Fetch)
     mean: list[float] = field(
         default_factory=lambda: [0.485, 0.456, 0.406]
     )  # of the training pixels, in [0, 1]; ImageNet's

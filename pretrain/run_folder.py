@@ -15,7 +15,19 @@ from pretrain.errors import UserError
 from pretrain.recipe import Recipe, load
 
 # keys that change no number of the training: they may differ when a run goes on
-FREE = ("run", "overwrite", "threads", "log.", "checkpoint.", "export.", "eval.", "data.workers")
+FREE = (
+    "run",
+    "overwrite",
+    "threads",
+    "log.",
+    "checkpoint.",
+    "export.",
+    "eval.",
+    "data.workers",
+    "data.threads",
+    "data.fetch.",
+    "data.bad_",
+)
 
 
 def prepare(recipe: Recipe) -> Path:
@@ -23,9 +35,13 @@ def prepare(recipe: Recipe) -> Path:
 
     A `precision: auto` takes what the folder's recipe has resolved it to. Raises UserError where the folder holds another run or no run.
     """
-    if not recipe.data.train:
+    if not recipe.data.train and not recipe.data.mix:
         raise UserError(
             "data.train is empty; write data.train=SHARDS, a folder made by `unlabeled shards build IMAGES SHARDS`"
+        )
+    if recipe.data.train and recipe.data.mix:
+        raise UserError(
+            "data.train and data.mix are both given; put the shards of data.train into data.mix as one more dataset"
         )
     run = Path(recipe.run)
     stored = run / "recipe.yaml"
@@ -42,7 +58,7 @@ def prepare(recipe: Recipe) -> Path:
         if recipe.precision == "auto":
             recipe.precision = vars(old)["precision"]
         begun = read_rows(run / "metrics.jsonl") or any((run / "checkpoints").glob("[0-9]*"))
-        changed = [d for d in config.differences(config.to_dict(old), config.to_dict(recipe)) if not d.startswith(FREE)]
+        changed = _changed(old, recipe, run)
         if (
             changed and not begun
         ):  # it failed before its first step: nothing is lost, and the recipe has been mended since
@@ -56,6 +72,18 @@ def prepare(recipe: Recipe) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, run)
     return run
+
+
+def _changed(old: Recipe, new: Recipe, run: Path) -> list[str]:
+    """What differs between two recipes and would change numbers that the run has; phases that lie ahead of it may be added or changed."""
+    before, after = config.to_dict(old), config.to_dict(new)
+    reached = max((int(p.name) for p in (run / "checkpoints").glob("[0-9]*")), default=0)
+    for recipe in (before, after):
+        recipe["data"]["phases"] = [phase for phase in recipe["data"]["phases"] if phase["step"] < reached]
+    before_mix, mix = before["data"]["mix"], after["data"]["mix"]
+    if before_mix and all(not source["weight"] and source["weight"] is not None for source in mix[len(before_mix) :]):
+        after["data"]["mix"] = mix[: len(before_mix)]  # datasets for a phase to come
+    return [d for d in config.differences(before, after) if not d.startswith(FREE)]
 
 
 def write_recipe(recipe: Recipe, run: Path) -> None:

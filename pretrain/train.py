@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.shards import Samples
-from data_pipeline.stream import Stream, default_workers, to_device
+from data_pipeline.batches import Look
+from data_pipeline.ledger import Ledger
+from data_pipeline.plan import Phase
+from data_pipeline.shards import Samples, remember
+from data_pipeline.stream import Reading, Stream, default_workers, to_device
 from pretrain import checkpoint, config, export, recipe
 from pretrain.config import ConfigError
 from pretrain.errors import command
@@ -54,12 +57,51 @@ def build_objective(cfg: Recipe) -> Objective:
         raise ConfigError(str(error)) from None
 
 
-def build_stream(cfg: Recipe, objective: Objective, samples: Samples) -> Stream:
-    body = objective.encoder()
+def open_samples(cfg: Recipe) -> list[Samples]:
+    """The datasets of a recipe: one, or those that it mixes."""
+    return [Samples(source.shards) for source in cfg.data.mix] if cfg.data.mix else [Samples(cfg.data.train)]
+
+
+def phases_of(cfg: Recipe, samples: list[Samples]) -> list[Phase]:
+    """The recipe's phases, with every value written out."""
+    mix = cfg.data.mix
+    own = [float(len(s)) if source.weight is None else source.weight for s, source in zip(samples, mix, strict=False)]
+    now = Phase(0, cfg.data.batch, tuple(own or [1.0]), tuple(source.homogeneous for source in mix) or (0.0,))
+    out = [now]
+    for change in cfg.data.phases:
+        weights = now.weights if change.weights is None else tuple(change.weights)
+        alone = now.homogeneous if change.homogeneous is None else tuple(change.homogeneous)
+        now = Phase(change.step, change.batch or now.batch, weights, alone)
+        out.append(now)
+    return out
+
+
+def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledger: Path | None = None) -> Stream:
+    body, data = objective.encoder(), cfg.data
     views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
-    workers = default_workers() if cfg.data.workers is None else cfg.data.workers
-    accumulate = accumulation(cfg, objective.couples_batch)
-    return Stream(samples, views, cfg.data.batch, cfg.seed, cfg.data.shuffle, workers, accumulate=accumulate)
+    reading = Reading(
+        default_workers() if data.workers is None else data.workers,
+        data.threads,
+        data.fetch.ahead_mb,
+        data.fetch.requests,
+        data.fetch.attempt_seconds,
+        data.fetch.retry_seconds,
+        data.fetch.stall_seconds,
+        data.fetch.cache,
+        data.fetch.cache_gb,
+    )
+    return Stream(
+        samples,
+        views,
+        data.batch,
+        cfg.seed,
+        data.shuffle,
+        accumulate=accumulation(cfg, objective.couples_batch),
+        phases=phases_of(cfg, samples),
+        look=Look(channels=data.channels, color=data.color),
+        reading=reading,
+        ledger=Ledger(ledger, share=data.bad_share, shard_share=data.bad_shard_share),
+    )
 
 
 class Log:
@@ -82,27 +124,31 @@ def train(cfg: Recipe) -> Path:
     if device.type == "cpu":
         torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
         keep_freed_memory()
-    samples = Samples(cfg.data.train)
+    samples = open_samples(cfg)
     objective = build_objective(cfg)
-    stream = build_stream(cfg, objective, samples)
+    stream = build_stream(cfg, objective, samples, run / "damaged")
     if cfg.precision == "auto":
         cfg.precision = _measure_precision(cfg, objective, stream, device)  # type: ignore[assignment]
         write_recipe(cfg, run)
     engine = Engine(objective, cfg, device)
+    remember(samples, run / "data")
     step = _resume(run, engine, stream, say)
     if step >= cfg.steps and (run / "export" / str(cfg.steps)).is_dir():
         say(f"{run}: has finished its {cfg.steps} steps; overwrite=true starts it again")
         return run
     size = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
     say(
-        f"{run}: {cfg.objective.name} on {cfg.model.name} ({size:.1f} M parameters trained), {len(samples)} samples, batch {cfg.data.batch},"
+        f"{run}: {cfg.objective.name} on {cfg.model.name} ({size:.1f} M parameters trained), {sum(map(len, samples))} samples, batch {cfg.data.batch},"
         f" {cfg.precision} on {device}, {torch.get_num_threads()} threads + {stream.workers} data workers"
     )
-    writer = Writer(run, step, cfg.steps, cfg.log.every, cfg.data.batch)
+    writer = Writer(run, step, cfg.steps, cfg.log.every, stream)
     step = _loop(cfg, run, step, engine, stream, writer, stop, say)
     writer.close()
-    if stream.bad:
-        say(f"{len(stream.bad)} damaged samples were replaced by their neighbours; all are named in {run / 'log.txt'}")
+    stream.close()
+    if stream.ledger.bad:
+        say(
+            f"{len(stream.ledger.bad)} damaged samples were replaced by their neighbours; all are named in {run / 'damaged'}"
+        )
     if step < cfg.steps:
         say(f"{run}: stopped as asked, after a checkpoint; the same command goes on")
         sys.exit(STOPPED)
@@ -142,7 +188,7 @@ def _loop(
         norm = engine.step(lr, cfg.optim.weight_decay(step))
         objective.after_step(step)
         clock.lap("model")
-        for shard, key, reason in stream.new_bad():
+        for shard, key, reason in stream.ledger.new():
             say(f"damaged sample left out: {key} in {shard}: {reason}")
         if step == first:
             _refuse_unread(cfg)

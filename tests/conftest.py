@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.shards import build
+from data_pipeline.build import build
 from pretrain.recipe import Recipe, load
+from tests.services import ObjectStore
 
 # every objective at a size that trains in a second, on images of 32 pixels
 TINY = [
@@ -65,6 +67,13 @@ def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("shards") / "all"
     build(photos, target)
     return target
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server."""
+    with ObjectStore(tmp_path_factory.mktemp("s3")) as store:
+        yield store
 
 
 def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from data_pipeline.views import Rng
 from pretrain.models.layers import Backbone
 
 Batch = dict[str, Tensor]
-Sample = dict[
-    str, Any
-]  # "image": uint8 [H, W, 3]; "id", "epoch"; "slot": place in the global batch of "batch" samples at "step"; "seed"
+# "image": an `Encoded` or uint8 [H, W, C], as `crops` takes it; "color": how it does colours; "id", "epoch"; "slot": place in the global batch of
+# "batch" samples at "step"; "seed"
+Sample = dict[str, Any]
 
 
 class Objective(nn.Module):
@@ -31,10 +32,11 @@ class Objective(nn.Module):
         self.cfg = cfg
 
     @staticmethod
-    def views(
-        cfg: Any, image_size: int, patch_size: int
-    ) -> Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]:
-        """What makes one sample's part of a batch, in the data workers. uint8 arrays [..., 3, H, W] are normalised on the device."""
+    def views(cfg: Any, image_size: int, patch_size: int) -> Callable[[Sample, Rng], dict[str, np.ndarray]]:
+        """What makes one sample's part of a batch, in the data workers: `view(sample, rng)`. uint8 arrays [..., C, H, W] are normalised on the device.
+
+        `rng(k)` is the sample's k-th generator: `crops` takes 0, 1, 2, ... for its views; masks take those from `views.MASKS` on.
+        """
         raise NotImplementedError
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:

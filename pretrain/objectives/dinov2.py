@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.masks import block_mask, stratified_ratio
-from data_pipeline.views import Augment
+from data_pipeline.views import MASKS, Augment, crops
 from pretrain.config import Section
 from pretrain.objectives.base import Objective
 from pretrain.ops.cross_entropy import soft_cross_entropy
@@ -68,29 +68,22 @@ class DINOv2(Objective):
 
     @staticmethod
     def views(cfg, image_size, patch_size):
-        jitter = (0.4, 0.4, 0.2, 0.1)
         wide, small = (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale)
-        crops = [
-            Augment(image_size, scale=wide, jitter=jitter, blur=cfg.blur[0]),
-            Augment(image_size, scale=wide, jitter=jitter, blur=cfg.blur[1], solarize=cfg.solarize),
-        ]
-        local, count = Augment(cfg.local_size, scale=small, jitter=jitter, blur=cfg.blur[2]), cfg.local_crops
+        common = {"jitter": (0.4, 0.4, 0.2, 0.1), "gray": 0.2}
+        first = Augment(image_size, wide, blur=cfg.blur[0], **common)
+        second = Augment(image_size, wide, blur=cfg.blur[1], solarize=cfg.solarize, **common)
+        local = Augment(cfg.local_size, small, blur=cfg.blur[2], **common)
+        augments = {"global": [first, second], "local": [local] * cfg.local_crops}  # [G, 3, H, W], [L, 3, h, w]
         side = image_size // patch_size
         share, ratios = cfg.mask_share, (cfg.mask_ratio_min, cfg.mask_ratio_max)
 
+        def mask(sample, rng, i):
+            count = int(stratified_ratio(sample, i, 2, share, ratios) * side * side)
+            return block_mask((side, side), count, rng(MASKS + i)).reshape(-1)
+
         def view(sample, rng):
-            image = sample["image"]
-            masks = [
-                block_mask((side, side), int(stratified_ratio(sample, i, len(crops), share, ratios) * side * side), rng)
-                for i in range(len(crops))
-            ]
-            return {
-                "global": np.stack([crop(image, rng) for crop in crops]),  # [G, 3, H, W]
-                "local": np.stack([local(image, rng) for _ in range(count)])
-                if count
-                else np.zeros((0, 3, 1, 1), np.uint8),
-                "mask": np.stack(masks).reshape(len(crops), -1),  # [G, N]
-            }
+            masks = [mask(sample, rng, i) for i in range(2)]
+            return crops(sample, augments, rng) | {"mask": np.stack(masks)}  # [G, N]
 
         return view
 

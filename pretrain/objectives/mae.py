@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.views import crop_and_flip
+from data_pipeline.views import MASKS, Augment, crops
 from pretrain.config import Section
 from pretrain.models.layers import Block, trunc_normal
 from pretrain.models.positions import sincos_table
@@ -54,11 +54,10 @@ class MAE(Objective):
     def views(cfg, image_size, patch_size):
         patches = (image_size // patch_size) ** 2
         kept = int(patches * (1 - cfg.mask_ratio))
-        scale = (cfg.crop_scale, 1.0)
+        augment = Augment(image_size, scale=(cfg.crop_scale, 1.0))
 
         def view(sample, rng):
-            image = crop_and_flip(sample["image"], image_size, rng, scale=scale)
-            return {"image": image, "keep": rng.random(patches).argsort()[:kept]}
+            return crops(sample, {"image": augment}, rng) | {"keep": rng(MASKS).random(patches).argsort()[:kept]}
 
         return view
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from data_pipeline.views import Augment
+from data_pipeline.views import Augment, crops
 from pretrain.config import Section
 from pretrain.objectives.base import Objective
 from pretrain.ops.contrastive import nt_xent
@@ -39,12 +37,11 @@ class SimCLR(Objective):
     @staticmethod
     def views(cfg, image_size, patch_size):
         s = cfg.color
-        augment = Augment(
-            image_size, scale=(cfg.crop_scale, 1.0), jitter=(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s), blur=cfg.blur
-        )
+        jitter = (0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
+        augment = Augment(image_size, scale=(cfg.crop_scale, 1.0), jitter=jitter, gray=0.2, blur=cfg.blur)
 
         def view(sample, rng):
-            return {"image": np.stack([augment(sample["image"], rng) for _ in range(2)])}  # [2, 3, H, W]
+            return crops(sample, {"image": [augment] * 2}, rng)  # [2, 3, H, W]
 
         return view
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.shards import Samples
 from data_pipeline.stream import to_device
 from pretrain import config, objective
 from pretrain.config import ConfigError
@@ -20,7 +19,7 @@ from pretrain.export import load as load_export
 from pretrain.models.layers import Backbone
 from pretrain.parallel.engine import Engine
 from pretrain.recipe import load
-from pretrain.train import build_objective, build_stream, train
+from pretrain.train import build_objective, build_stream, open_samples, train
 from tests.conftest import SMALL, TINY, tiny_recipe
 
 NAMES = objective.names()
@@ -30,7 +29,7 @@ everywhere = pytest.mark.parametrize("name", NAMES)
 def setup(name: str, shards: Path, run: Path, *overrides: str):
     cfg = tiny_recipe(name, shards, run, *overrides)
     model = build_objective(cfg)
-    stream = build_stream(cfg, model, Samples(cfg.data.train))
+    stream = build_stream(cfg, model, open_samples(cfg))
     return cfg, model, stream, to_device(stream.first(), torch.device("cpu"), cfg.data.mean, cfg.data.std)
 
 
@@ -165,11 +164,11 @@ def test_a_key_that_nothing_reads_stops_the_run(name: str, shards: Path, tmp_pat
 def test_bf16_stays_close_to_fp32(shards: Path, tmp_path: Path):
     for name in NAMES:
         curves = [
-            losses(train(tiny_recipe(name, shards, tmp_path / f"{name}-{p}", f"precision={p}", "optim.lr=1e-4")))
+            losses(train(tiny_recipe(name, shards, tmp_path / f"{name}-{p}", f"precision={p}", "optim.lr=1e-5")))
             for p in ("fp32", "bf16")
         ]
         assert curves[0] != curves[1] and curves[0][0] == pytest.approx(curves[1][0], rel=1e-2), name
-        assert curves[0] == pytest.approx(curves[1], rel=5e-2), name  # after eight steps of rounding apart
+        assert curves[0] == pytest.approx(curves[1], rel=2e-2), name  # on all batches, with little drift between
 
 
 def test_small_entries_belong_to_objectives():

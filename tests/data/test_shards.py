@@ -1,90 +1,33 @@
-"""Shards from folders, what is read back, and what happens to damage: counted, named, left out, never trained on."""
+"""What is read from shards is what tar and webdataset read, byte for byte, or it is named as damaged."""
 
 from __future__ import annotations
 
 import io
 import json
+import string
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from data_pipeline.decode import Damaged, decode_image
-from data_pipeline.shards import Samples, build, scan
+from data_pipeline import index
+from data_pipeline.decode import Damaged
+from data_pipeline.index import MEMBERS, scan
+from data_pipeline.shards import Samples, remember
 from data_pipeline.storage import DataError, find_shards
-from data_pipeline.stream import Stream, to_device
+from tests.tars import jpeg, write_tar
+
+anywhere = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def jpeg(value: int = 0, size: int = 64) -> bytes:
-    out = io.BytesIO()
-    noise = np.random.default_rng(value).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(out, "JPEG", quality=95)
-    return out.getvalue()
-
-
-def write_tar(path: Path, samples: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in samples:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def test_build_reads_back_the_same_as_webdataset_and_tar(photos: Path, shards: Path):
-    meta = json.loads((shards / "meta.json").read_text())
-    assert (meta["samples"], meta["classes"], meta["bad"], meta["shards"]) == (48, ["china", "flower"], [], 1)
-    ours = Samples([str(shards)])
-    theirs = list(webdataset.WebDataset(str(shards / "000000.tar"), shardshuffle=False))
-    assert len(ours) == len(theirs) == 48
-    for i, sample in enumerate(theirs):
-        assert ours.name(i)[1] == sample["__key__"]
-        assert ours.read(i, ("jpg", "cls")) == {"jpg": sample["jpg"], "cls": sample["cls"]}
-        path = photos / json.loads(sample["json"])["path"]
-        assert path.read_bytes() == sample["jpg"] and ours.label(i) == path.parent.name
-
-
-def test_build_leaves_out_and_names_bad_files(tmp_path: Path, capsys):
-    source = tmp_path / "images"
-    source.mkdir()
-    (source / "good.jpg").write_bytes(jpeg())
-    (source / "half.jpg").write_bytes(jpeg()[:3000])
-    (source / "text.png").write_text("no image")
-    (source / "empty.webp").write_bytes(b"")
-    damaged = bytearray(jpeg(1))
-    damaged[2000:2064] = bytes(64)  # in the middle: most decoders make garbage of it without a word
-    (source / "holes.jpg").write_bytes(damaged)
-    (source / "notes.txt").write_text("not an image by its name")
-    meta = build(source, tmp_path / "out")
-    assert meta["samples"] == 1 and {bad["path"] for bad in meta["bad"]} == {
-        "half.jpg",
-        "text.png",
-        "empty.webp",
-        "holes.jpg",
-    }
-    assert all(bad["reason"] for bad in meta["bad"])
-
-
-def test_build_refuses_what_it_cannot_do(tmp_path: Path):
-    with pytest.raises(DataError, match="no such folder"):
-        build(tmp_path / "nowhere", tmp_path / "out")
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="is a file, not a folder"):
-        build(tmp_path / "file", tmp_path / "out")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(DataError, match=r"holds no images; files that count end in jpg, jpeg, png"):
-        build(empty, tmp_path / "out")
-    (empty / "bad.jpg").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"none of its 1 images can be read; bad.jpg: "):
-        build(empty, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial*"))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("x")
-    with pytest.raises(DataError, match="exists already"):
-        build(empty, tmp_path / "full")
+def contents(samples: Samples) -> dict[str, dict[str, bytes]]:
+    return {samples.name(i)[1]: samples.read(i) for i in range(len(samples))}
 
 
 def test_find_shards_says_what_to_do(tmp_path: Path, photos: Path, shards: Path):
@@ -127,109 +70,267 @@ def test_samples_without_label_or_image(tmp_path: Path):
         samples.image(1)
 
 
-def test_decoding(tmp_path: Path):
-    gray = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
-    for name, image, expected in [
-        ("png", Image.fromarray(gray), (gray >> 8).astype(np.uint8)[..., None].repeat(3, 2)),
-        ("png", Image.new("RGBA", (4, 4), (255, 0, 0, 0)), np.full((4, 4, 3), 255)),
-        ("png", Image.new("L", (4, 4), 7), np.full((4, 4, 3), 7)),
-        ("bmp", Image.new("RGB", (4, 4), (1, 2, 3)), np.full((4, 4, 3), (1, 2, 3))),
-        ("tiff", Image.new("RGB", (4, 4), (1, 2, 3)), np.full((4, 4, 3), (1, 2, 3))),
+# ---------------------------------------------------------------- the same as tar and webdataset
+KEYS = st.text(string.ascii_letters + string.digits + "_- äß/", min_size=1, max_size=12).map(
+    lambda k: "k" + k.strip("/ ")
+)
+LONG = st.sampled_from(["", "x" * 90 + "/", "deep/" * 60])
+EXTENSIONS = st.sampled_from(["jpg", "cls", "json", "txt", "JPG", "seg.png", "pkl", "png"])
+
+
+@given(
+    samples=st.dictionaries(
+        st.tuples(LONG, KEYS).map("".join),
+        st.dictionaries(EXTENSIONS, st.binary(max_size=1500), min_size=1, max_size=4),
+        max_size=8,
+    ),
+    format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    padding=st.integers(0, 3),
+)
+@anywhere
+def test_reads_what_webdataset_and_tarfile_read(samples, format, padding, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("same")
+    members = []
+    for key, parts in samples.items():
+        lowered = {e.lower(): (e, data) for e, data in parts.items()}  # "jpg" and "JPG" are one
+        members += [(f"{key}.{e}", data) for e, data in lowered.values()]
+    write_tar(folder / "a.tar", members, format)
+    with (folder / "a.tar").open("ab") as file:
+        file.write(bytes(10240 * padding))
+    expected = {
+        sample["__key__"]: {e: data for e, data in sample.items() if e in MEMBERS}
+        for sample in webdataset.WebDataset(str(folder / "a.tar"), shardshuffle=False, empty_check=False)
+    }
+    expected = {key: parts for key, parts in expected.items() if parts}
+    if not expected:
+        with pytest.raises(DataError, match="no samples"):
+            Samples([str(folder / "a.tar")])
+        return
+    ours = Samples([str(folder / "a.tar")])
+    assert contents(ours) == expected
+    with tarfile.open(folder / "a.tar") as tar:
+        by_tar = {m.name: tar.extractfile(m).read() for m in tar if m.isreg()}
+    assert all(data in by_tar.values() for parts in expected.values() for data in parts.values())
+
+
+def test_tars_of_other_tools(tmp_path: Path):
+    """GNU tar's own output, with folders, links and a file that is no member."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "a.txt", "sub/b.jpg", "notes"):
+        (tmp_path / "in" / name).write_bytes(name.encode() * 200)
+    (tmp_path / "in" / "c.jpg").symlink_to("a.jpg")
+    subprocess.run(["tar", "-cf", tmp_path / "t.tar", "--sort=name", "-C", tmp_path / "in", "."], check=True)
+    assert {
+        key.removeprefix("./"): sorted(parts) for key, parts in contents(Samples([str(tmp_path / "t.tar")])).items()
+    } == {
+        "a": ["jpg", "txt"],
+        "sub/b": ["jpg"],
+    }
+
+
+# ---------------------------------------------------------------- damage
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@anywhere
+def test_any_flipped_bit_is_seen_or_lies_outside_of_the_samples(at: float, bit: int, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flip")
+    write_tar(folder / "a.tar", [(f"{i}.{e}", jpeg(i, 16) + e.encode()) for i in range(4) for e in ("jpg", "txt")])
+    manifest = index.write(folder)
+    before = contents(Samples([str(folder)]))
+    data = bytearray((folder / "a.tar").read_bytes())
+    data[int(at * len(data))] ^= 1 << bit
+    (folder / "a.tar").write_bytes(data)
+    samples, damaged = Samples([str(folder)]), 0
+    for i in range(4):
+        try:
+            assert samples.read(i) == before[str(i)]
+        except Damaged as reason:
+            damaged += 1
+            assert "not those that were indexed" in str(reason)
+    assert damaged <= 1
+    assert len(index.verify(folder)) == 1  # even where it lies in a header or in the padding
+    assert manifest.samples == 4
+
+
+@given(keep=st.floats(0, 1, exclude_max=True))
+@anywhere
+def test_a_shard_cut_anywhere_is_refused_by_the_index_and_counted_by_the_reader(keep: float, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut")
+    write_tar(folder / "a.tar", [(f"{i}.jpg", jpeg(i, 16)) for i in range(6)])
+    index.write(folder)
+    before = contents(Samples([str(folder)]))
+    open_before = Samples([str(folder)])
+    whole = (folder / "a.tar").read_bytes()
+    size = int(keep * len(whole.rstrip(b"\0")))  # what follows is padding
+    (folder / "a.tar").write_bytes(whole[:size])
+    with pytest.raises(DataError, match="has another size since the manifest was written; run `unlabeled shards index"):
+        Samples([str(folder)])
+    for i in range(6):  # a run that is under way
+        try:
+            assert open_before.read(i) == before[str(i)]
+        except Damaged as reason:
+            assert "bytes could be read" in str(reason)
+    with pytest.raises(DataError, match="is no whole tar file"):
+        scan(str(folder / "a.tar"))
+
+
+def test_half_samples_and_labels_of_others(tmp_path: Path):
+    """webdataset gives a half sample for a cut shard, and, where the next shard begins with the same key, A's label with B's image."""
+    write_tar(tmp_path / "a.tar", [("x.cls", b"1"), ("x.jpg", b"A" * 3000)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:2500])
+    write_tar(tmp_path / "b.tar", [("x.jpg", b"B" * 3000)])
+    urls = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False, handler=webdataset.ignore_and_continue))
+    assert {"cls": b"1", "jpg": b"B" * 3000}.items() <= theirs[0].items()  # the fault that must not be ours
+    with pytest.raises(DataError, match=r"a.tar: is no whole tar file"):
+        Samples(urls)
+
+
+def test_bad_bytes_stay_refused_at_the_next_start(tmp_path: Path):
+    """streaming raises once for a wrong checksum, and serves the same file unchecked at the next start."""
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0)), ("1.jpg", jpeg(1))])
+    index.write(tmp_path)
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[1500] ^= 1
+    (tmp_path / "a.tar").write_bytes(data)
+    for _ in range(3):
+        samples = Samples([str(tmp_path)])
+        with pytest.raises(Damaged, match="not those that were indexed"):
+            samples.read(0)
+        assert samples.read(1)["jpg"] == jpeg(1)
+
+
+def test_twice_the_same_key(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", [("0.jpg", b"a"), ("0.jpg", b"b"), ("1.jpg", b"c"), ("0.txt", b"d")])
+    shard = scan(str(tmp_path / "a.tar"))
+    assert shard.keys == ["0", "1"]
+    assert shard.problems == [
+        "0.jpg: stands in the sample twice; the first is taken",
+        "0.txt: the key 0 stands in the shard twice; left out",
+    ]
+    said: list[str] = []
+    index.write(tmp_path, say=said.append)
+    assert len(said) == 2 and Samples([str(tmp_path)]).read(0) == {"jpg": b"a"}
+
+
+# ---------------------------------------------------------------- manifest
+def test_manifest_says_what_there_is(tmp_path: Path):
+    for name in ("b", "a"):
+        write_tar(
+            tmp_path / f"{name}.tar", [(f"{name}{i}.jpg", jpeg(i, 16)) for i in range(3)] + [(f"{name}2.cls", b"1")]
+        )
+    manifest = index.write(tmp_path, extra={"classes": ["cat", "dog"]})
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert (content["samples"], content["extensions"], content["classes"]) == (6, ["jpg", "cls"], ["cat", "dog"])
+    assert [row[0] for row in content["shards"]] == manifest.names == ["a.tar", "b.tar"]
+    assert content["bytes"] == sum(p.stat().st_size for p in tmp_path.glob("*.tar"))
+    samples = Samples([str(tmp_path)])
+    assert [samples.name(i)[1] for i in range(6)] == ["a0", "a1", "a2", "b0", "b1", "b2"] and samples.label(5) == "dog"
+    some = Samples([str(tmp_path / "b.tar")])
+    assert len(some) == 3 and some.id != samples.id and some.name(0)[1] == "b0" and some.label(2) == "dog"
+    assert index.verify(tmp_path) == []
+    again = index.write(tmp_path)
+    assert again.id == manifest.id and again.classes == ["cat", "dog"]
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for path in tmp_path.glob("*.*"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert Samples([str(copy)]).id == samples.id  # wherever it lies
+
+
+def test_shards_that_come_go_or_change_are_noticed(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
+    index.write(tmp_path)
+    write_tar(tmp_path / "b.tar", [("1.jpg", jpeg(1))])
+    with pytest.raises(DataError, match=r"b.tar is new since the manifest was written; run `unlabeled shards index"):
+        Samples([str(tmp_path)])
+    index.write(tmp_path)
+    assert len(Samples([str(tmp_path)])) == 2
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DataError, match=r"a.tar is gone since"):
+        Samples([str(tmp_path)])
+
+
+def test_a_manifest_that_is_none(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
+    for content in ("not json", "{}", '{"format": 99}', "[]"):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match="run `unlabeled shards index` again"):
+            Samples([str(tmp_path)])
+    index.write(tmp_path)
+    next(tmp_path.glob("index-*.bin")).write_bytes(b"x")
+    with pytest.raises(DataError, match="holds 1 bytes instead of 20; run `unlabeled shards index` again"):
+        Samples([str(tmp_path)]).read(0)
+
+
+def test_a_stopped_index_goes_on_with_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    for n in range(4):
+        write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", jpeg(n))])
+    (tmp_path / "3.tar").write_bytes((tmp_path / "3.tar").read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"3.tar: is no whole tar file"):
+        index.write(tmp_path, workers=2)
+    assert not (tmp_path / "manifest.json").exists()
+    assert len(list((tmp_path / "cache" / "scans").glob("*.npz"))) == 3
+    (tmp_path / "3.tar").unlink()
+    scanned = []
+    monkeypatch.setattr(index, "scan", lambda url: scanned.append(url))
+    assert index.write(tmp_path).samples == 3 and scanned == []
+
+
+def test_a_run_refuses_other_data_and_names_the_difference(tmp_path: Path):
+    def samples(*shards: tuple[str, int]) -> list[Samples]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, count in shards:
+            write_tar(folder / name, [(f"{name[0]}{i}.jpg", jpeg(i, 16)) for i in range(count)])
+        index.write(folder)
+        return [Samples([str(folder)])]
+
+    run = tmp_path / "run"
+    remember(samples(("a.tar", 3), ("b.tar", 2)), run)
+    remember(samples(("a.tar", 3), ("b.tar", 2)), run)  # the same, elsewhere
+    for other, difference in [
+        ([("a.tar", 3)], r"0/b.tar is not there any more \(2 shards then, 1 now\)"),
+        ([("a.tar", 3), ("b.tar", 1)], r"0/b.tar had 2 samples in \d+ bytes, now 1 samples in"),
+        ([("a.tar", 3), ("b.tar", 2), ("c.tar", 1)], r"0/c.tar is new"),
     ]:
-        out = io.BytesIO()
-        image.save(out, {"tiff": "TIFF", "bmp": "BMP"}.get(name, "PNG"))
-        assert np.array_equal(decode_image(out.getvalue(), name), expected), name
-    cmyk = io.BytesIO()
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(cmyk, "JPEG")
-    assert decode_image(cmyk.getvalue(), "jpg").shape == (8, 8, 3)
-    huge = io.BytesIO()
-    Image.new("1", (12_000, 12_000)).save(huge, "PNG")
-    with pytest.raises(Damaged, match="12000×12000 pixels"):
-        decode_image(huge.getvalue(), "png")
+        with pytest.raises(DataError, match=difference):
+            remember(samples(*other), run)
 
 
-@pytest.fixture
-def damaged(tmp_path: Path) -> Path:
-    """Twelve samples, two of them damaged: one cut short, one with a hole."""
-    hole = bytearray(jpeg(3))
-    hole[2000:2064] = bytes(64)
-    images = [jpeg(i) for i in range(12)]
-    images[3], images[7] = images[7][:2000], bytes(hole)
-    write_tar(tmp_path / "d.tar", [(f"{i:03d}.jpg", image) for i, image in enumerate(images)])
-    return tmp_path / "d.tar"
-
-
-def views(sample, rng):
-    return {"image": sample["image"].transpose(2, 0, 1)}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_samples_are_named_and_replaced_in_place(damaged: Path, workers: int):
-    stream = Stream(Samples([str(damaged)]), views, batch=4, workers=workers)
-    for step in range(6):
-        planned = stream.order.slots(step, 0, 4)[0].tolist()
-        assert next(stream)["id"].tolist() == [{3: 4, 7: 8}.get(i, i) for i in planned]  # the neighbour takes the slot
-    assert {key for _, key in stream.bad} == {"003", "007"}
-    assert sorted(key for _, key, _ in stream.new_bad()) == ["003", "007"] and stream.new_bad() == []
-
-
-def test_nothing_but_damage_is_an_error(tmp_path: Path):
-    write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"\xff\xd8junk") for i in range(4)])
-    with pytest.raises(DataError, match="64 damaged samples in a row"):
-        next(Stream(Samples([str(tmp_path / "x.tar")]), views, batch=2, workers=0))
-
-
-def test_batches_are_the_same_for_any_number_of_processes_workers_and_micro_batches(shards: Path):
-    samples = Samples([str(shards)])
-
-    def crop(sample, rng):
-        top = int(rng.integers(0, 32))
-        return {"image": sample["image"][top : top + 32, :32].transpose(2, 0, 1), "slot": np.int64(sample["slot"])}
-
-    whole = Stream(samples, crop, 12, seed=3, workers=0)
-    batches = [next(whole) for _ in range(6)]
-    for world, accumulate, workers in [(2, 1, 0), (3, 2, 0), (1, 3, 2), (4, 1, 1)]:
-        streams = [
-            Stream(samples, crop, 12, seed=3, workers=workers, rank=r, world=world, accumulate=accumulate)
-            for r in range(world)
-        ]
-        for batch in batches:
-            parts = [next(s) for s in streams for _ in range(accumulate)]
-            for key in batch:
-                assert np.array_equal(np.concatenate([p[key] for p in parts]), batch[key]), (world, accumulate, key)
-
-
-def test_resume_is_one_number(shards: Path):
-    samples = Samples([str(shards)])
-    stream = Stream(samples, views, 8, workers=1, accumulate=2)
-    for _ in range(6):
-        next(stream)
-    state = stream.state_dict()
-    assert state == {"step": 3, "samples": 48, "seed": 0}
-    expected = [next(stream)["id"].tolist() for _ in range(4)]
-    again = Stream(samples, views, 8, workers=0, accumulate=2)
-    again.load_state_dict(state)
-    assert [next(again)["id"].tolist() for _ in range(4)] == expected
-    with pytest.raises(DataError, match="written with samples = 48, but this run has samples = 12"):
-        other = Stream(samples, views, 8)
-        other.order = type(other.order)(12, 8)
-        other.load_state_dict(state)
-
-
-def test_batch_larger_than_the_data(shards: Path):
-    with pytest.raises(DataError, match=r"data.batch = 64 is more than the 48 samples .*; write data.batch=48 or less"):
-        Stream(Samples([str(shards)]), views, 64)
-    with pytest.raises(DataError, match="does not divide into 2 processes × 3 micro-batches"):
-        Stream(Samples([str(shards)]), views, 16, world=2, accumulate=3)
-
-
-def test_uint8_is_normalised_on_the_device():
-    import torch
-
-    batch = to_device(
-        {"image": torch.tensor([[[[0]], [[255]], [[51]]]], dtype=torch.uint8), "keep": torch.tensor([1])},
-        torch.device("cpu"),
-        [0.5, 0.5, 0],
-        [0.5, 0.25, 1],
+def test_nothing_is_unpickled(tmp_path: Path):
+    """A member that would run code when it is unpickled is not even read."""
+    evil = b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    write_tar(tmp_path / "a.tar", [("0.pkl", evil), ("0.pyd", evil), ("1.npy", buffer.getvalue()), ("1.pth", evil)])
+    samples = Samples([str(tmp_path / "a.tar")])
+    assert samples.extensions == ["npy"] and len(samples) == 1
+    with pytest.raises(Damaged):
+        samples.image(0)
+    assert not (tmp_path / "owned").exists()
+    listed = subprocess.run(
+        [
+            "grep",
+            "-rnE",
+            r"import pickle|pickle\.load|allow_pickle=True|shell=True|os\.system|popen\(",
+            "data_pipeline",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert batch["image"].flatten().tolist() == pytest.approx([-1.0, 2.0, 0.2]) and batch["keep"].dtype == torch.int64
+    assert listed.stdout == ""
+
+
+def test_names_are_keys_and_never_paths(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", [("../../etc/evil.jpg", jpeg(0)), ("/abs/olute.jpg", jpeg(1))])
+    samples = Samples([str(tmp_path / "a.tar")])
+    assert {samples.name(i)[1] for i in range(len(samples))} <= {"../../etc/evil", "/abs/olute"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
+
+
+def test_importing_the_index_needs_no_torch():
+    code = "import sys, data_pipeline.feeder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.shards import Samples, build
+from data_pipeline.build import build
+from data_pipeline.shards import Samples
 from eval import pictures, report, results
 from eval.features import Encoder
 from pretrain import export
@@ -216,9 +217,10 @@ def test_nothing_to_show_no_heading(run: Path, tmp_path: Path, shards: Path):
 def test_damage_does_not_stop_it(run: Path, tmp_path: Path, shards: Path):
     copy = shutil.copytree(shards, tmp_path / "shards")
     samples = Samples([str(copy)])
-    with Path(samples.shards[0].url).open("r+b") as tar:
-        for members in samples.shards[0].members[:30:2]:
-            tar.seek(members["jpg"][0])
+    (piece,) = samples.pieces(0, 30)
+    with Path(piece.url).open("r+b") as tar:
+        for offset in piece.records["offset"][::2, samples.extensions.index("jpg")]:
+            tar.seek(int(offset))
             tar.write(b"\0" * 100)
     damaged = make_run(tmp_path / "damaged", copy)
     (damaged / "pictures" / "reconstructions-000000040.png").write_bytes(b"\x89PNG no")

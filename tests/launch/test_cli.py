@@ -43,7 +43,18 @@ def test_help_and_errors_come_at_once(args: tuple[str, ...]):
         (("train", "demos"), "error: demos: no such recipe; did you mean demo"),
         (("train", "demo", "model=vit_huge"), "no such model"),
         (("train", "demo", "objective.mask_ratio=1"), "error: command line: objective.mask_ratio = 1: no such key"),
-        (("shards", "build", "/nowhere", "/tmp/x"), "error: /nowhere: no such folder"),
+        (("shards", "build", "/nowhere", "/tmp/x"), "error: /nowhere: no such file or folder"),
+        (
+            ("shards", "build", ".", "/tmp/x", "--kind", "film"),
+            "error: --kind film: no such kind of source; known: image",
+        ),
+        (
+            ("shards", "verify", "/nowhere"),
+            "error: /nowhere: has no manifest.json; make it with `unlabeled shards index",
+        ),
+        (("shards", "index", "/nowhere"), "error: /nowhere: holds no .tar shards"),
+        (("shards", "stats", "/nowhere"), "error: /nowhere: no such file or folder"),
+        (("shards", "split", "/nowhere", "/tmp/x", "--val", "2"), "error: --val 2.0 --test 0.0: write shares"),
         (("export", "/nowhere"), "error: /nowhere: no such recipe"),
         (("report", "/nowhere"), "error: /nowhere"),
     ],
@@ -66,6 +77,33 @@ def test_trainer_errors_are_one_line_too(shards: Path, tmp_path: Path):
         path.write_text(config.dump(tiny_recipe("mae", shards, run)))
         done = unlabeled("train", path, *overrides)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_shards_commands(photos: Path, tmp_path: Path):
+    """build, index, verify, stats and split, one after the other."""
+    whole = tmp_path / "whole"
+    built = unlabeled("shards", "build", photos, whole, "--shard-mb", "0.1", "--workers", "1")
+    assert built.returncode == 0 and f"{whole}: 48 samples" in built.stdout and "2 classes" in built.stdout, (
+        built.stderr
+    )
+    (whole / "manifest.json").unlink()
+    indexed = unlabeled("shards", "index", whole)
+    assert indexed.returncode == 0 and "48 samples" in indexed.stdout, indexed.stderr
+    verified = unlabeled("shards", "verify", whole)
+    assert verified.returncode == 0 and "every byte is as it was indexed" in verified.stdout, verified.stderr
+    seen = unlabeled("shards", "stats", whole, "--sheet", tmp_path / "sheet.png")
+    assert seen.returncode == 0 and "48 images decoded, evenly over the set: 0 damaged" in seen.stdout, seen.stderr
+    assert (tmp_path / "sheet.png").stat().st_size > 50_000
+    parts = unlabeled("shards", "split", whole, tmp_path / "parts", "--val", "0.3", "--test", "0.2", "--workers", "1")
+    assert parts.returncode == 0 and f"{tmp_path}/parts/test: " in parts.stdout, parts.stderr
+    assert unlabeled("shards", "verify", tmp_path / "parts" / "val").returncode == 0
+    tar = whole / "000001.tar"
+    damaged = bytearray(tar.read_bytes())
+    damaged[1000] ^= 1
+    tar.write_bytes(damaged)
+    verified = unlabeled("shards", "verify", whole)
+    assert verified.returncode == 1 and "000001.tar" in verified.stdout
 
 
 def test_recipes_lists_purposes():
@@ -106,7 +144,7 @@ def test_run_folder_rules(shards: Path, tmp_path: Path):
 def test_a_folder_of_images_to_a_report(photos: Path, tmp_path: Path):
     """The route of the README: build, train with scores, eval, export, report; and every file of the run folder."""
     built = unlabeled("shards", "build", photos, tmp_path / "shards")
-    assert built.returncode == 0 and "48 images" in built.stdout, built.stderr
+    assert built.returncode == 0 and "48 samples" in built.stdout, built.stderr
     run, path = tmp_path / "run", tmp_path / "r.yaml"
     data = [f"eval.{key}={tmp_path / 'shards'}" for key in ("gallery", "val", "test")]
     path.write_text(config.dump(tiny_recipe("mae", tmp_path / "shards", run, "steps=20", "export=10", *data)))

@@ -1,0 +1,316 @@
+"""The process that brings the bytes of remote shards to the data workers of one trainer process.
+
+It knows the plan, so it asks for whole chunks before they are needed: many requests in flight, as far ahead as `ahead` bytes allow. A chunk stays
+in memory from its first to its last use (at most lanes · block · chunk samples) and is handed out over a socket pair per worker, so there is no
+shared memory, no lock file, nothing to clean up when a process is killed. Workers check every sample's hash; where it is wrong they ask
+again, and the range is read anew from the store, past the cache. Runs as `python -m data_pipeline.feeder`, configured by one JSON line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import itertools
+import json
+import operator
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.cache import Cache
+from data_pipeline.fetch import Fetcher
+from data_pipeline.plan import Phase
+from data_pipeline.remote import HEAD, NAME, READ, REPLY, receive
+from data_pipeline.shards import Samples, plan_of, span
+from data_pipeline.storage import DataError
+
+PLANNED = 4096  # slots that are planned at a time
+
+
+@dataclass
+class Chunk:
+    """Consecutive samples in memory, or on their way."""
+
+    future: Future
+    lane: tuple[int, int]  # (dataset, lane)
+    end: int  # the place in the lane from which on it is not needed
+    first_use: int  # steps
+    last_use: int
+    bytes: int  # expected, then real
+
+
+@dataclass
+class _Range:
+    """Samples [first, first + n) of one shard: their records, and the bytes from `begin` on."""
+
+    first: int
+    url: str
+    begin: int
+    records: np.ndarray
+    data: bytes = b""
+
+
+@dataclass
+class _Progress:
+    """Where the consumers are: the step that each worker asked for last."""
+
+    steps: list[int]
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def asked(self, worker: int, step: int) -> None:
+        with self.changed:
+            self.steps[worker] = max(self.steps[worker], step)
+            self.changed.notify_all()
+
+
+class Server:
+    """Plans, fetches, serves."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.fetcher = Fetcher(
+            config["inflight"], config["attempt_seconds"], config["retry_seconds"], config.get("hedge", True)
+        )
+        self.samples = [Samples(specs, self.fetcher) for specs in config["datasets"]]
+        self.columns = [samples.columns(config["extensions"]) for samples in self.samples]
+        phases = [Phase(p[0], p[1], tuple(p[2]), tuple(p[3])) for p in config["phases"]]
+        self.plan = plan_of(self.samples, phases, config["seed"], config["shuffle"])
+        self.cache = Cache(config["cache"], int(config["cache_gb"] * 2**30)) if config["cache"] else None
+        self.rank, self.world, self.ahead = config["rank"], config["world"], int(config["ahead_mb"] * 2**20)
+        self.pool = ThreadPoolExecutor(config["inflight"], "chunk")
+        self.chunks: dict[tuple[int, int], Chunk] = {}
+        self.lock = threading.Lock()
+        self.counts: Counter[str] = Counter()
+        self.progress = _Progress([config["step"]] * len(config["sockets"]))
+        self.cursor = config["step"]  # the first step that is not planned
+        self.planned: dict[tuple[int, int], int] = {}  # (dataset, lane) -> the last place that is planned
+
+    # -- planning
+    def plan_ahead(self) -> None:
+        """Ask for chunks in the order of their first use, as far ahead as memory allows, and let go of those that are done."""
+        for step, slots in self._steps():
+            with self.progress.changed:
+                while not self._may_plan():
+                    self.progress.changed.wait(1.0)
+            self._drop_done()
+            for d, lane, place, virtual in slots:
+                self._want(step, d, lane, place, virtual)
+            self.cursor = step + 1
+
+    def _steps(self) -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
+        """(step, its slots) without end; computed for many steps at a time, which is cheaper."""
+        step = self.cursor
+        while True:
+            many = max(1, PLANNED * self.world // self.plan.batch(step))
+            at, slots = self.plan.ahead(step, many, self.rank, self.world)
+            rows = zip(at.tolist(), *(column.tolist() for column in slots), strict=True)
+            for step, group in itertools.groupby(rows, operator.itemgetter(0)):
+                yield step, [row[1:] for row in group]
+            step += 1
+
+    def _may_plan(self) -> bool:
+        newest = max(self.progress.steps)
+        if self.cursor <= newest + 1:
+            return True
+        with self.lock:
+            return sum(c.bytes for c in self.chunks.values() if c.first_use > newest) < self.ahead
+
+    def _want(self, step: int, d: int, lane: int, place: int, virtual: int) -> None:
+        order = self.plan.orders[d]
+        key = (d, virtual // order.chunk)
+        self.planned[d, lane] = max(place, self.planned.get((d, lane), -1))
+        with self.lock:
+            chunk = self.chunks.get(key)
+            if chunk is not None and chunk.end >= 0:
+                chunk.last_use = max(chunk.last_use, step)
+                return
+            end = int(order.block_ends(np.array([lane]), np.array([place]))[0])
+            if chunk is None:
+                self.chunks[key] = self._ask(key, (d, lane), end, step)
+            else:  # a worker was faster than the plan
+                chunk.lane, chunk.end, chunk.last_use = (d, lane), end, max(chunk.last_use, step)
+
+    def _ask(self, key: tuple[int, int], lane: tuple[int, int], end: int, step: int) -> Chunk:
+        samples = self.samples[key[0]]
+        expected = samples.total_bytes * self.plan.orders[key[0]].chunk // len(samples)
+        chunk = Chunk(Future(), lane, end, step, step, expected)
+        chunk.future = self.pool.submit(self._fetch, chunk, key)
+        return chunk
+
+    def _drop_done(self) -> None:
+        oldest = min(self.progress.steps)
+        with self.lock:
+            done = [
+                key
+                for key, c in self.chunks.items()
+                if c.last_use < oldest and (c.end <= self.planned.get(c.lane, -1) or c.end < 0)
+            ]
+            for key in done:
+                del self.chunks[key]
+
+    # -- fetching
+    def _fetch(self, chunk: Chunk, key: tuple[int, int]) -> list[_Range]:
+        d, number = key
+        samples, size = self.samples[d], self.plan.orders[d].chunk
+        first, out = number * size % len(samples), []
+        parts = [(first, min(size, len(samples) - first))]
+        parts += [(0, size - parts[0][1])] if parts[0][1] < size else []  # on into the next epoch
+        for start, count in parts:
+            out += self._ranges(d, start, count, number * size // len(samples))
+        with self.lock:
+            chunk.bytes = sum(len(r.data) for r in out)
+        return out
+
+    def _ranges(self, d: int, start: int, count: int, epoch: int) -> list[_Range]:
+        samples, out = self.samples[d], []
+        for piece in samples.pieces(start, count):
+            held = self._from_cache(d, piece.first, len(piece.records), epoch) if self.cache else None
+            if held is not None:
+                out += held
+                continue
+            begin, end = span(piece.records, self.columns[d])
+            data = self.fetcher.range(piece.url, begin, end)
+            out.append(_Range(piece.first, piece.url, begin, piece.records, data))
+            if self.cache is not None:
+                after = self.plan.orders[d].next_use(piece.first, epoch + 1)
+                self.cache.write(self._folder(d), piece.first, len(piece.records), data, after)
+        return out
+
+    def _folder(self, d: int) -> str:
+        """What cached ranges depend on: the shards, and which members they hold."""
+        kept = "-".join(self.samples[d].extensions[c] for c in self.columns[d])
+        return f"{self.samples[d].id}-{kept}"
+
+    def _from_cache(self, d: int, first: int, count: int, epoch: int) -> list[_Range] | None:
+        assert self.cache is not None
+        out = []
+        for start, n in self.cache.covers(self._folder(d), first, count):
+            data = self.cache.read(self._folder(d), start, n)
+            (piece,) = self.samples[d].pieces(start, n)
+            if data is None:
+                self.cache.drop(self._folder(d), start)
+                return None
+            out.append(_Range(start, piece.url, span(piece.records, self.columns[d])[0], piece.records, data))
+            self.cache.used_again(self._folder(d), start, self.plan.orders[d].next_use(start, epoch + 1))
+        if out:
+            with self.lock:
+                self.counts["hits"] += 1
+        return out or None
+
+    # -- serving
+    def serve(self, worker: int, line: socket.socket) -> None:
+        """Answer one worker until it is gone."""
+        with contextlib.suppress(OSError):
+            while True:
+                kind, count, step = HEAD.unpack(receive(line, HEAD.size))
+                pairs = np.frombuffer(receive(line, 16 * count), "<i8").reshape(count, 2).tolist()
+                self.progress.asked(worker, step)
+                head: dict[str, Any]
+                try:
+                    if kind == NAME:
+                        head, data = {"names": [self.samples[d].name(v % len(self.samples[d])) for d, v in pairs]}, b""
+                    else:
+                        sizes, data = self._answer(kind, step, pairs)
+                        head = {"sizes": sizes, "counts": self._take_counts()}
+                except DataError as reason:
+                    head, data = {"error": str(reason)}, b""
+                _send(line, head, data)
+
+    def _answer(self, kind: int, step: int, pairs: list[list[int]]) -> tuple[list[list[int]], bytes]:
+        sizes, parts = [], []
+        if kind == READ:
+            held = [self._chunk(d, virtual, step) for d, virtual in pairs]  # all are asked for before one is waited for
+        for n, (d, virtual) in enumerate(pairs):
+            number = virtual % len(self.samples[d])
+            found = _inside(held[n].future.result(), number) if kind == READ else self._anew(d, number)
+            records = found.records[number - found.first]
+            parts.append(records.tobytes())
+            view, lengths = memoryview(found.data), []
+            for column in self.columns[d]:
+                start = int(records[column]["offset"]) - found.begin
+                member = view[start : start + int(records[column]["size"])] if records[column]["offset"] else b""
+                lengths.append(len(member))
+                parts.append(member)
+            sizes.append(lengths)
+        return sizes, b"".join(parts)
+
+    def _chunk(self, d: int, virtual: int, step: int) -> Chunk:
+        key = (d, virtual // self.plan.orders[d].chunk)
+        with self.lock:
+            if (
+                key not in self.chunks
+            ):  # asked for before it was planned, or a neighbour that is not in the plan any more
+                self.chunks[key] = self._ask(key, (d, -1), -1, step)
+            chunk = self.chunks[key]
+            chunk.last_use = max(chunk.last_use, step)
+            return chunk
+
+    def _anew(self, d: int, number: int) -> _Range:
+        """One sample from the store, past memory and cache."""
+        if self.cache is not None:
+            for start, _ in self.cache.covers(self._folder(d), number, 1):
+                self.cache.drop(self._folder(d), start)
+        (piece,) = self.samples[d].pieces(number, 1)
+        begin, end = span(piece.records, self.columns[d])
+        return _Range(number, piece.url, begin, piece.records, self.fetcher.range(piece.url, begin, end))
+
+    def _take_counts(self) -> dict[str, int]:
+        """What has happened since the last answer, and how much is held now."""
+        fetched = self.fetcher.new_counts()
+        with self.lock:
+            out = self.counts + fetched
+            self.counts.clear()
+            out["held"] = sum(c.bytes for c in self.chunks.values())
+            out["queue"] = sum(not c.future.done() for c in self.chunks.values())
+        return dict(out)
+
+
+def _inside(ranges: list[_Range], number: int) -> _Range:
+    return next(r for r in ranges if r.first <= number < r.first + len(r.records))
+
+
+def refuse(line: socket.socket, error: str) -> None:
+    """Answer every request of one worker with an error."""
+    with contextlib.suppress(OSError):
+        while True:
+            _, count, _ = HEAD.unpack(receive(line, HEAD.size))
+            receive(line, 16 * count)
+            _send(line, {"error": error}, b"")
+
+
+def _send(line: socket.socket, head: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(head).encode()
+    line.sendall(REPLY.pack("error" in head, len(text), len(data)) + text)
+    line.sendall(data)
+
+
+def main() -> None:
+    """The feeder process."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the trainer does
+    config = json.loads(sys.stdin.read())
+    lines = [socket.socket(fileno=number) for number in config["sockets"]]
+    try:
+        server = Server(config)
+        tasks = [threading.Thread(target=server.plan_ahead, daemon=True)]
+        tasks += [threading.Thread(target=server.serve, args=pair, daemon=True) for pair in enumerate(lines)]
+    except DataError as error:
+        tasks = [threading.Thread(target=refuse, args=(line, str(error)), daemon=True) for line in lines]
+    for task in tasks:
+        task.start()
+    while os.getppid() == config["parent"]:
+        time.sleep(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

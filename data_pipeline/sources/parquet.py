@@ -1,0 +1,238 @@
+"""Parquet files: cut by row groups, read a few rows at a time; images in a column of bytes, as Hugging Face's datasets store them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipeline.sources.base import (
+    Block,
+    Entry,
+    File,
+    Source,
+    Tree,
+    class_order,
+    failure,
+    stem,
+    text_member,
+    to_json,
+)
+from data_pipeline.sources.tables import IMAGE_FIELDS, LABEL_FIELDS, pick
+from data_pipeline.storage import DataError
+
+BATCH = 32  # rows that are held at a time
+_STARTS = {
+    b"\xff\xd8": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+}
+
+
+def need_pyarrow() -> Any:
+    """pyarrow.parquet, or an error that says how to get it."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            "parquet: the package that reads it is not installed; pip install 'unlabeled[parquet]'"
+        ) from None
+    return pyarrow.parquet
+
+
+class Table:
+    """One open parquet file. Raises DataError where it cannot be opened."""
+
+    def __init__(self, tree: Tree, path: str):
+        parquet = need_pyarrow()
+        self.path, self.name = path, tree.place(path)
+        try:
+            self.raw = tree.open(path)
+            self.file = parquet.ParquetFile(self.raw)
+        except Exception as error:  # pyarrow raises a dozen kinds on damage
+            raise DataError(f"{self.name}: is no whole parquet file ({failure(error)})") from None
+        self.schema = self.file.schema_arrow
+
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.raw.close()
+
+    def blocks(self, limit: int, overhead: int) -> Iterator[Block]:
+        """The file in pieces [path, row group, first row, last row, first row in the file] of about `limit` bytes or less."""
+        before = 0
+        for group in range(self.file.metadata.num_row_groups):
+            about = self.file.metadata.row_group(group)
+            size, count = about.total_byte_size + overhead * about.num_rows, about.num_rows
+            parts = max(1, min(count, -(-size // max(1, limit))))
+            for part in range(parts):
+                first, last = count * part // parts, count * (part + 1) // parts
+                if last > first:
+                    yield Block(size * (last - first) // count, last - first, [self.path, group, first, last, before])
+            before += count
+
+    def rows(self, group: int, first: int, last: int) -> Iterator[dict[str, Any]]:
+        """Rows [first, last) of a row group."""
+        place = 0
+        for batch in self.file.iter_batches(batch_size=BATCH, row_groups=[group]):
+            low, high = max(first - place, 0), min(last - place, len(batch))
+            if high > low:
+                yield from batch.slice(low, high - low).to_pylist()
+            place += len(batch)
+            if place >= last:
+                return
+
+    def image_columns(self) -> list[str]:
+        """Columns of bytes, or of Hugging Face's {bytes, path}; those with a usual name first."""
+        import pyarrow.types as types
+
+        def holds_bytes(kind: Any) -> bool:
+            if types.is_struct(kind):
+                return kind.get_field_index("bytes") >= 0
+            return types.is_binary(kind) or types.is_large_binary(kind)
+
+        found = [field.name for field in self.schema if holds_bytes(field.type)]
+        return sorted(found, key=lambda name: name not in (*IMAGE_FIELDS, "jpg", "png", "bytes"))
+
+    def class_names(self, column: str) -> list[str]:
+        """The names that Hugging Face's datasets keep for a column of numbers."""
+        try:
+            about = json.loads((self.schema.metadata or {})[b"huggingface"])
+            return list(about["info"]["features"][column]["names"])
+        except (KeyError, TypeError, ValueError):
+            return []
+
+    def label_names(self, column: str) -> list[str]:
+        """The different values of a column of strings; none for a column of numbers."""
+        import pyarrow.types as types
+
+        if column not in self.schema.names:
+            return []
+        kind = self.schema.field(column).type
+        if types.is_integer(kind) or types.is_boolean(kind):
+            return []
+        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind)):
+            raise DataError(f"{self.name}: column {column} holds {kind}, but labels are numbers or strings")
+        names: set[str] = set()
+        for batch in self.file.iter_batches(columns=[column]):
+            names |= {str(name) for name in batch.column(0).unique().to_pylist() if name is not None}
+        return sorted(names)
+
+
+def survey(table: Table, limit: int, overhead: int, label: str = "") -> dict[str, Any]:
+    labels = table.label_names(label) if label else []
+    return {"blocks": [list(b) for b in table.blocks(limit, overhead)], "bad": [], "labels": labels}
+
+
+class ParquetImages(Source):
+    kind = "parquet"
+    title = "images in parquet"
+    reads = ("image_field", "text_field", "label_field")
+    overhead = 3072
+
+    @classmethod
+    def takes(cls, file: File) -> bool:
+        return file.extension == "parquet"
+
+    def begin(self) -> None:
+        with first_whole(self) as table:
+            self.classes = table.class_names(self._columns(table)[1])
+
+    def looked_into(self) -> list[str]:
+        return [file.path for file in self.files]
+
+    def survey(self, path: str) -> dict[str, Any]:
+        try:
+            table = Table(self.tree, path)
+        except DataError as error:
+            return {"blocks": [], "bad": [[path, str(error).partition(": ")[2]]], "labels": []}
+        with table:
+            return survey(table, self.limit, self.overhead, self._columns(table)[1])
+
+    def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
+        names = {name for file in self.files for name in surveys[file.path]["labels"]}
+        if names:
+            self.classes = class_order(names)
+        return super().blocks(surveys)
+
+    def _columns(self, table: Table) -> tuple[str, str, str]:
+        """(image, label or "", text or "")."""
+        options, found = self.options, table.image_columns()
+        image = pick(found, options.image_field, (), "", table.name, "--image-field") if options.image_field else ""
+        if not image and not found:
+            names = ", ".join(table.schema.names)
+            raise DataError(f"{table.name}: has no column of image bytes; its columns: {names}")
+        if not image and len(found) > 1 and found[0] not in (*IMAGE_FIELDS, "jpg", "png", "bytes"):
+            raise DataError(f"{table.name}: has several columns of bytes: {', '.join(found)}; name one: --image-field")
+        label = text = ""
+        if options.label_field:
+            label = pick(table.schema.names, options.label_field, (), "", table.name, "--label-field")
+        else:
+            label = next((name for name in LABEL_FIELDS if name in table.schema.names), "")
+        if options.text_field:
+            text = pick(table.schema.names, options.text_field, (), "", table.name, "--text-field")
+        return image or found[0], label, text
+
+    def entries(self, piece: list[Any]) -> Iterator[Entry]:
+        path, group, first, last, before = piece
+        done = first
+        try:
+            with Table(self.tree, path) as table:
+                columns = self._columns(table)
+                for row in table.rows(group, first, last):
+                    yield self._entry(f"{path}:{before + done}", path, row, *columns)
+                    done += 1
+        except Exception as error:  # pyarrow raises a dozen kinds on damage; the rest of these rows is lost
+            yield from (Entry(f"{path}:{before + row}", reason=failure(error)) for row in range(done, last))
+
+    def _entry(self, where: str, path: str, row: dict[str, Any], image: str, label: str, text: str) -> Entry:
+        held, value = row.pop(image), row.pop(label, None) if label else None
+        data = held.get("bytes") if isinstance(held, dict) else held
+        if not data:
+            return Entry(where, reason="holds no image bytes")
+        own = (held.get("path") if isinstance(held, dict) else None) or ""
+        extension = sniff(data)
+        if not extension:
+            return Entry(where, reason="the bytes are of no image format that is read")
+        members = {extension: data}
+        if text:
+            members["txt"], reason = text_member(row.pop(text))
+            if reason:
+                return Entry(where, reason=reason)
+        if value is not None:
+            members["cls"] = str(self._number(value)).encode()
+        members["json"] = to_json({"path": own or where, **row})
+        return Entry(where, stem(own or path), members)
+
+    def _number(self, value: Any) -> int:
+        return self._numbers[value] if isinstance(value, str) else int(value)
+
+    @property
+    def _numbers(self) -> dict[str, int]:
+        if not hasattr(self, "_held"):
+            self._held = {name: i for i, name in enumerate(self.classes)}
+        return self._held
+
+
+def first_whole(source: Source) -> Table:
+    """The first parquet file that can be opened, or the error of the first."""
+    errors: list[DataError] = []
+    for file in source.files:
+        if file.extension == "parquet":
+            try:
+                return Table(source.tree, file.path)
+            except DataError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def sniff(data: bytes) -> str:
+    """The extension for image bytes, "" where their start is unknown."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((name for start, name in _STARTS.items() if data.startswith(start)), "")

@@ -1,0 +1,84 @@
+"""What `shards stats` counts and draws, and splits that stay where they are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_pipeline import index, stats
+from data_pipeline.split import split
+from data_pipeline.storage import DataError
+from tests.data.building import quiet, samples_of
+from tests.tars import jpeg, write_tar
+
+
+def test_stats_and_sheet(tmp_path: Path):
+    wide = io.BytesIO()
+    Image.new("L", (300, 100), 90).save(wide, "PNG")
+    images = [(f"{i:03d}.jpg", jpeg(i, 32 + i)) for i in range(30)]
+    (tmp_path / "x").mkdir()
+    write_tar(
+        tmp_path / "x" / "a.tar",
+        [*images, ("a.txt", b"only words"), ("b.png", wide.getvalue()), ("c.jpg", jpeg()[:999])],
+    )
+    found = stats.gather(tmp_path / "x")
+    assert (found.samples, found.shards, found.members) == (33, 1, {"jpg": 31, "png": 1, "txt": 1})
+    assert found.sizes.tolist() == [*(len(d) for _, d in images), 10, len(wide.getvalue()), 999]
+    assert len(found.images) == 31 and (300, 100, "L") in found.images and [k for k, _ in found.damaged] == ["c"]
+    said = "\n".join(stats.describe(found))
+    assert "33 samples" in said and "32 images decoded, evenly over the set: 1 damaged" in said
+    assert "modes: RGB 30, L 1" in said and "width: 32 to 300 pixels" in said and "█" in said
+    assert len(stats.gather(tmp_path / "x", 5).images) == 5
+    picture = Image.open(stats.sheet(tmp_path / "x", tmp_path / "new" / "sheet.png"))
+    assert picture.size == (8 * 136 + 8, 5 * 164 + 8) and picture.getpixel((8 * 0 + 8 + 3, 8 + 3)) != (255, 255, 255)
+    assert picture.getpixel((8 + 2, 8 + 4 * 164 + 126)) == (244, 190, 190)  # the damaged one, last of all
+    with pytest.raises(DataError, match=r"write a name that ends in .png"):
+        stats.sheet(tmp_path / "x", tmp_path / "sheet.tar")
+
+
+def test_split_by_key_is_stable(photos: Path, shards: Path, tmp_path: Path):
+    quietly = {"workers": 1, "say": quiet}
+    out = split(shards, tmp_path / "out", 0.25, 0.25, **quietly)
+    sides = {side: {s["__key__"]: s for s in samples_of(tmp_path / "out" / side)} for side in ("train", "val", "test")}
+    whole = {s["__key__"]: s for s in samples_of(shards)}
+    assert sum(map(len, sides.values())) == len(whole) == sum(summary["samples"] for summary in out.values())
+    for samples in sides.values():
+        assert all(
+            {k: v for k, v in whole[key].items() if k[:2] != "__"} == {k: v for k, v in s.items() if k[:2] != "__"}
+            for key, s in samples.items()
+        )
+    assert index.load(str(tmp_path / "out" / "val")).classes == ["china", "flower"]
+    more = tmp_path / "more"
+    more.mkdir()
+    write_tar(more / "0.tar", [(f"new{i}.jpg", jpeg(i)) for i in range(40)])
+    (more / "1.tar").write_bytes((shards / "000000.tar").read_bytes())
+    split(more, tmp_path / "larger", 0.25, 0.25, **quietly)
+    for side, samples in sides.items():
+        again = {s["__key__"] for s in samples_of(tmp_path / "larger" / side)}
+        assert {key for key in again if not key.startswith("new")} == set(samples) and len(again) > len(samples)
+    assert "nothing was done" in split(shards, tmp_path / "out", 0.25, 0.25, **quietly)["val"]["notes"][-1]
+    wider = split(shards, tmp_path / "wider", 0.4, **quietly)
+    assert set(sides["val"]) <= {s["__key__"] for s in samples_of(tmp_path / "wider" / "val")} and set(wider) == {
+        "train",
+        "val",
+    }
+    for val, test in ((0, 0.1), (0.6, 0.4), (-1, 0)):
+        with pytest.raises(DataError, match="write shares of the samples"):
+            split(shards, tmp_path / "x", val, test, **quietly)
+    with pytest.raises(DataError, match="none of its keys falls into this share"):
+        split(shards, tmp_path / "tiny", 0.0001, **quietly)
+
+
+def test_a_split_never_drops_in_silence(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.tar", "b.tar"):  # both number their samples from 0
+        write_tar(
+            tmp_path / "in" / name, [(f"{i:03d}.txt", f"{name} {i}".encode()) for i in range(9)] + [("../x.txt", b"y")]
+        )
+    out = split(tmp_path / "in", tmp_path / "out", 0.5, workers=1, say=quiet)
+    reasons = [row["reason"] for summary in out.values() for row in summary["bad"]]
+    assert sum(summary["samples"] for summary in out.values()) == 9 and len(reasons) == 11
+    assert sum("is taken by another sample" in reason for reason in reasons) == 9

@@ -1,0 +1,321 @@
+"""Streams from a real S3 server behind a proxy that injects faults: never a wrong byte, no sample lost or doubled, the order unchanged."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from data_pipeline import index
+from data_pipeline.ledger import Ledger
+from data_pipeline.shards import Samples
+from data_pipeline.storage import DataError
+from data_pipeline.stream import Reading, Stream
+from tests.services import BUCKET, FaultProxy, ObjectStore, environment
+from tests.tars import jpeg, write_tar
+
+pytestmark = pytest.mark.slow
+COUNT, BATCH, STEPS = 240, 8, 60  # two epochs
+
+
+def raw(sample, rng):
+    """The bytes themselves, so that one wrong bit is seen."""
+    out = np.zeros(16384, np.uint8)
+    out[: len(sample["jpg"])] = np.frombuffer(sample["jpg"], np.uint8)
+    return {"bytes": out, "draw": rng(3).random(2)}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    for shard in range(6):
+        write_tar(folder / f"{shard:03d}.tar", [(f"{shard}-{i:03d}.jpg", jpeg(100 * shard + i)) for i in range(40)])
+    index.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(local: Path) -> list[dict]:
+    stream = Stream(Samples([str(local)]), raw, BATCH, workers=0)
+    return [next(stream) for _ in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def remote(store: ObjectStore, local: Path) -> str:
+    return store.put_folder(local, "clean")
+
+
+@pytest.fixture
+def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    with FaultProxy(store.port) as proxy:
+        for name, value in environment(proxy.port).items():
+            monkeypatch.setenv(name, value)
+        forget_connections()
+        yield proxy
+    forget_connections()
+
+
+def forget_connections() -> None:
+    """Other tests have other servers and keys."""
+    import fsspec
+    import s3fs
+
+    from data_pipeline import fetch
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    fsspec.config.conf.clear()
+    fetch._backends.clear()
+
+
+def same(stream: Stream, expected: list[dict]) -> None:
+    for step, there in enumerate(expected):
+        here = next(stream)
+        for key, value in there.items():
+            assert np.array_equal(here[key], value), (step, key, stream.ledger.bad)
+
+
+def reading(**changes) -> Reading:
+    return Reading(**{"workers": 1, "ahead_mb": 1.0, "attempt_seconds": 2.0, "retry_seconds": 60.0, **changes})
+
+
+@pytest.mark.parametrize("backend", ["obstore", "fsspec"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_batches_as_from_disk(
+    remote: str, proxy: FaultProxy, expected: list[dict], backend: str, workers: int, monkeypatch, tmp_path: Path
+):
+    if backend == "fsspec":  # as where obstore is not installed
+        (tmp_path / "obstore").mkdir()
+        (tmp_path / "obstore" / "__init__.py").write_text("raise ImportError('not here')")
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path.cwd()}")
+    samples = Samples([remote])
+    stream = Stream(samples, raw, BATCH, reading=reading(workers=workers))
+    same(stream, expected)
+    figures, _ = stream.meter.take(workers)
+    gets = [r for r in proxy.requests if r.startswith("GET") and ".tar" in r]
+    chunk = stream.plan.orders[0].chunk
+    used = STEPS * BATCH * 1.5  # what is asked for ahead of the last step counts too
+    assert figures["retries"] == 0 and figures["mb"] > 1 and len(gets) <= used / chunk * 2 + 50
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"latency": 0.03},
+        {"error_rate": 0.2},
+        {"reset_rate": 0.15},
+        {"cut_rate": 0.3},
+        {"flip_rate": 0.2},
+        {"slow_rate": 0.05, "slow": 1.5},
+        {"error_rate": 0.1, "reset_rate": 0.1, "cut_rate": 0.1, "flip_rate": 0.1, "slow_rate": 0.02},
+    ],
+    ids=lambda faults: "+".join(faults),
+)
+def test_faults_on_the_way_change_nothing(remote: str, proxy: FaultProxy, expected: list[dict], faults: dict):
+    samples = Samples([remote])
+    samples.pieces(0, 1)  # the index is here before the faults begin
+    proxy.set(**faults)
+    stream = Stream(samples, raw, BATCH, reading=reading())
+    same(stream, expected)
+    figures, _ = stream.meter.take(1)
+    assert stream.ledger.bad == {}
+    if faults.keys() & {"error_rate", "reset_rate", "cut_rate"}:
+        assert figures["retries"] > 0
+    if faults.keys() == {"slow_rate", "slow"}:
+        assert figures["hedges"] > 0
+    stream.close()
+
+
+def test_server_killed_and_started_again_while_we_read(store: ObjectStore, remote: str, proxy: FaultProxy, expected):
+    stream = Stream(Samples([remote]), raw, BATCH, reading=reading(ahead_mb=0.1))
+    same(stream, expected[:5])
+    store.kill()
+    timer = threading.Timer(2.0, store.start)
+    timer.start()
+    for there in expected[5:]:
+        assert np.array_equal(next(stream)["bytes"], there["bytes"])
+    timer.join()
+    stream.close()
+
+
+def test_a_server_that_stays_away_ends_the_run_with_its_name(remote: str, proxy: FaultProxy):
+    samples = Samples([remote])
+    stream = Stream(samples, raw, BATCH, reading=reading(retry_seconds=2.0))
+    next(stream)
+    proxy.set(refuse=1.0, error_rate=1.0)
+    with pytest.raises(DataError, match=r"s3://data/clean/00\d.tar: no answer in 2 seconds and \d+ tries"):
+        for _ in range(STEPS):
+            next(stream)
+    stream.close()
+
+
+def test_a_wrong_key_is_said_at_once(remote: str, proxy: FaultProxy, monkeypatch):
+    samples = Samples([remote])
+    samples.pieces(0, 1)
+    for name, value in environment(proxy.port, secret="wrong").items():
+        monkeypatch.setenv(name, value)
+    forget_connections()
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"refuses these credentials .*; set AWS_ACCESS_KEY_ID") as error:
+        Samples([remote])
+    stream = Stream(samples, raw, BATCH, reading=reading())
+    with pytest.raises(DataError, match=r"refuses these credentials .*; set AWS_ACCESS_KEY_ID") as later:
+        next(stream)
+    stream.close()
+    assert time.monotonic() - began < 15
+    assert "wrong" not in str(error.value) and "testsecret" not in str(later.value)
+
+
+def test_bits_that_flip_at_rest_are_counted_and_replaced(
+    store: ObjectStore, local: Path, proxy: FaultProxy, expected, tmp_path: Path
+):
+    store.put_folder(local, "rotten")
+    samples = Samples([str(local)])
+    damaged, data = [7, 45, 46], {}
+    for number in damaged:
+        (piece,) = samples.pieces(number, 1)
+        shard = Path(piece.url)
+        body = data.setdefault(shard.name, bytearray(shard.read_bytes()))
+        body[int(piece.records[0][0]["offset"]) + 1000] ^= 1
+    for name, body in data.items():
+        store.put(f"rotten/{name}", bytes(body))
+    stream = Stream(Samples([f"s3://{BUCKET}/rotten"]), raw, BATCH, reading=reading(), ledger=Ledger(tmp_path / "bad"))
+    chunk = stream.plan.orders[0].chunk
+    for step, there in enumerate(expected):
+        here = next(stream)
+        for slot, number in enumerate(there["id"].tolist()):
+            if number not in damaged:
+                assert int(here["id"][slot]) == number and np.array_equal(here["bytes"][slot], there["bytes"][slot])
+                continue
+            assert int(here["id"][slot]) not in damaged
+            virtual = int(stream.plan.slots(step, slot, slot + 1).virtual[0])
+            if any(v % COUNT not in damaged for v in range(virtual // chunk * chunk, virtual // chunk * chunk + chunk)):
+                assert abs(int(here["id"][slot]) - number) % COUNT < chunk or chunk == 1  # a neighbour of its own chunk
+    assert sorted(key for _, key in stream.ledger.bad) == sorted(samples.name(n)[1] for n in damaged)
+    assert all("not those that were indexed" in reason for reason in stream.ledger.bad.values())
+    assert len((tmp_path / "bad" / "damaged-0.jsonl").read_text().splitlines()) == 3
+    stream.close()
+
+
+def test_a_missing_shard_is_named(store: ObjectStore, local: Path, proxy: FaultProxy):
+    store.put_folder(local, "holes")
+    store.client().delete_object(Bucket=BUCKET, Key="holes/003.tar")
+    stream = Stream(Samples([f"s3://{BUCKET}/holes"]), raw, BATCH, reading=reading())
+    with pytest.raises(DataError, match=r"s3://data/holes/003.tar: no such file"):
+        for _ in range(STEPS):
+            next(stream)
+    stream.close()
+
+
+def test_a_damaged_index_is_refused(store: ObjectStore, local: Path, proxy: FaultProxy):
+    store.put_folder(local, "badindex")
+    name = next(local.glob("index-*.bin"))
+    body = bytearray(name.read_bytes())
+    body[50] ^= 1
+    store.put(f"badindex/{name.name}", bytes(body))
+    with pytest.raises(DataError, match="is not the file that the manifest was written with"):
+        Samples([f"s3://{BUCKET}/badindex"]).read(0)
+
+
+def test_shards_without_a_manifest_are_indexed_into_the_cache(
+    store: ObjectStore, local: Path, proxy: FaultProxy, expected
+):
+    for path in local.glob("*.tar"):
+        store.put(f"plain/{path.name}", path.read_bytes())
+    said: list[str] = []
+    samples = Samples([f"s3://{BUCKET}/plain"], say=said.append)
+    assert said == [
+        "indexing 6 shards that have no manifest, once; `unlabeled shards index FOLDER` stores it beside them"
+    ]
+    Samples([f"s3://{BUCKET}/plain"], say=said.append)
+    assert len(said) == 1
+    stream = Stream(samples, raw, BATCH, reading=reading())
+    same(stream, expected[:5])
+    stream.close()
+
+
+def test_the_cache_serves_the_second_epoch_and_the_next_start(remote: str, proxy: FaultProxy, expected, tmp_path: Path):
+    def run(limit_gb: float) -> dict:
+        proxy.requests.clear()
+        stream = Stream(Samples([remote]), raw, BATCH, reading=reading(cache=str(tmp_path / "ssd"), cache_gb=limit_gb))
+        same(stream, expected)
+        figures, _ = stream.meter.take(1)
+        stream.close()
+        return figures | {"gets": sum(".tar" in r for r in proxy.requests)}
+
+    first = run(1.0)
+    files = [p for p in (tmp_path / "ssd").rglob("*") if p.is_file()]
+    assert first["hits"] > 0 and files and all("unlabeled-cache" in str(p) for p in files)
+    for path in files[:6]:  # damage some of what lies there, delete some
+        path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+    for path in files[6:12]:
+        path.unlink()
+    second = run(1.0)
+    assert 0 < second["gets"] < first["gets"] and second["hits"] > 0
+    assert run(1.0)["gets"] <= 6  # all is there again but for samples that were read alone
+    small = 300_000
+    run(small / 2**30)
+    assert sum(p.stat().st_size for p in (tmp_path / "ssd").rglob("*") if p.is_file()) <= small
+
+
+def test_a_killed_feeder_is_said_and_the_next_start_goes_on_exactly(remote: str, proxy: FaultProxy, expected):
+    samples, done = Samples([remote]), 0
+    for kill_at in (3, 9, 20, STEPS):  # several times in a row
+        stream = Stream(samples, raw, BATCH, reading=reading(workers=2, ahead_mb=0.2))
+        stream.load_state_dict({**stream.state_dict(), "step": done})
+        same(stream, expected[done:kill_at])
+        done = stream.state_dict()["step"]
+        if kill_at < STEPS:
+            assert stream._feeder is not None
+            stream._feeder.process.kill()
+            with pytest.raises(DataError, match="the process that fetches the shards has ended"):
+                for _ in range(STEPS):
+                    next(stream)
+        stream.close()
+
+
+def test_a_killed_trainer_leaves_no_process_behind(remote: str, proxy: FaultProxy):
+    code = f"""
+from tests.data.test_store import *
+stream = Stream(Samples([{remote!r}]), raw, BATCH, reading=reading(workers=2))
+next(stream)
+print(os.getpid(), stream._feeder.process.pid, *(w.pid for w in stream._iterator._workers), flush=True)
+time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pids = [int(p) for p in child.stdout.readline().split()]
+    assert len(pids) == 4 and all(psutil.pid_exists(p) for p in pids)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    end = time.monotonic() + 20
+    while any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
+        assert time.monotonic() < end, "a process is left"
+        time.sleep(0.1)
+
+
+def test_no_batch_for_long_writes_all_stacks(remote: str, proxy: FaultProxy, capfd):
+    stream = Stream(
+        Samples([remote]), raw, BATCH, reading=reading(stall_seconds=1.0, attempt_seconds=4.0, ahead_mb=0.1)
+    )
+    next(stream)
+    proxy.set(hang=1.0)
+    timer = threading.Timer(4.0, lambda: proxy.set())
+    timer.start()
+    for _ in range(30):
+        next(stream)
+    timer.join()
+    stream.close()
+    err = capfd.readouterr().err
+    assert "no batch for 1 seconds before step" in err
+    assert err.count("Current thread") + err.count("most recent call first") >= 3  # trainer, worker, feeder
+    assert "_ask" in err and "plan_ahead" in err

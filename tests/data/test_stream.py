@@ -1,0 +1,300 @@
+"""Batches are a function of the step; damage is named, replaced in place, and ends the run when there is too much of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline import index
+from data_pipeline.batches import Look
+from data_pipeline.ledger import ALWAYS, Ledger
+from data_pipeline.plan import Phase
+from data_pipeline.shards import Samples
+from data_pipeline.storage import DataError
+from data_pipeline.stream import Reading, Stream, to_device
+from data_pipeline.views import Augment, crops
+from data_pipeline.watch import Meter
+from tests.tars import jpeg, write_tar
+
+
+def views(sample, rng):
+    return {"image": sample["image"].pixels().transpose(2, 0, 1)}
+
+
+def augmented(sample, rng):
+    one = Augment(32, (0.3, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), gray=0.2, blur=0.5)
+    return crops(sample, {"image": [one, one]}, rng) | {"slot": np.int64(sample["slot"])}
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Twelve samples, two of them damaged before they were indexed: one cut short, one with a hole."""
+    hole = bytearray(jpeg(3))
+    hole[2000:2064] = bytes(64)
+    images = [jpeg(i) for i in range(12)]
+    images[3], images[7] = images[7][:2000], bytes(hole)
+    write_tar(tmp_path / "d.tar", [(f"{i:03d}.jpg", image) for i, image in enumerate(images)])
+    return tmp_path / "d.tar"
+
+
+# ---------------------------------------------------------------- the same batches
+def test_batches_are_the_same_for_any_number_of_processes_workers_threads_and_micro_batches(shards: Path):
+    samples = Samples([str(shards)])
+    whole = Stream(samples, augmented, 12, seed=3, workers=0)
+    batches = [next(whole) for _ in range(6)]
+    for world, accumulate, workers, threads in [(2, 1, 0, 3), (3, 2, 0, 1), (1, 3, 2, 2), (4, 1, 1, 1)]:
+        streams = [
+            Stream(
+                samples, augmented, 12, 3, rank=r, world=world, accumulate=accumulate, reading=Reading(workers, threads)
+            )
+            for r in range(world)
+        ]
+        for batch in batches:
+            parts = [next(s) for s in streams for _ in range(accumulate)]
+            for key in batch:
+                assert np.array_equal(np.concatenate([p[key] for p in parts]), batch[key]), (world, accumulate, key)
+        for stream in streams:
+            stream.close()
+
+
+def test_views_do_not_depend_on_each_other(shards: Path):
+    """View k of a sample has random numbers of its own, for (seed, dataset, epoch, sample, k)."""
+    samples, drawn = Samples([str(shards)]), {}
+
+    def draws(sample, rng):
+        return {"draw": np.array([rng(k).random() for k in (0, 1, 2, 1)]), "epoch": np.int64(sample["epoch"])}
+
+    stream = Stream(samples, draws, 12, workers=0)
+    for _ in range(12):
+        batch = next(stream)
+        for number, epoch, draw in zip(
+            batch["id"].tolist(), batch["epoch"].tolist(), batch["draw"].tolist(), strict=True
+        ):
+            assert draw[1] == draw[3]
+            drawn[number, epoch] = draw
+    values = [value for draw in drawn.values() for value in draw[:3]]
+    assert len(drawn) == 144 and len(set(values)) == len(values)
+    other = Stream(samples, draws, 12, seed=1, workers=0)
+    batch = next(other)
+    assert not {v for d in batch["draw"].tolist() for v in d} & set(values)
+
+
+def test_resume_is_one_number(shards: Path):
+    samples = Samples([str(shards)])
+    stream = Stream(samples, views, 8, workers=1, accumulate=2)
+    for _ in range(6):
+        next(stream)
+    state = stream.state_dict()
+    assert state["step"] == 3 and len(json.dumps(state)) < 200
+    expected = [next(stream)["id"].tolist() for _ in range(4)]
+    stream.close()
+    again = Stream(samples, views, 8, workers=0, accumulate=2)
+    again.load_state_dict(state)
+    assert [next(again)["id"].tolist() for _ in range(4)] == expected
+    with pytest.raises(DataError, match=r'written with the order "v1 seed 0 lanes 8 .*", but this run has "v1 seed 1'):
+        Stream(samples, views, 8, seed=1).load_state_dict(state)
+    with pytest.raises(DataError, match="written on other data"):
+        Stream(samples, views, 8).load_state_dict({**state, "data": "00000000"})
+
+
+def test_phases_and_mixtures_go_on_where_they_were(shards: Path, photos: Path, tmp_path: Path):
+    write_tar(tmp_path / "more.tar", [(f"{i:03d}.jpg", jpeg(i)) for i in range(30)])
+    sets = [Samples([str(shards)]), Samples([str(tmp_path / "more.tar")])]
+
+    def which(sample, rng):
+        return {"from": np.array([sample["dataset"], sample["epoch"]])}
+
+    phases = [Phase(0, 8, (3.0, 1.0), (0.0, 0.0)), Phase(10, 16, (1.0, 1.0), (0.0, 0.25))]
+    stream = Stream(sets, which, 8, workers=0, phases=phases)
+    batches = [next(stream) for _ in range(30)]
+    assert [len(b["id"]) for b in batches[8:12]] == [8, 8, 16, 16]
+    drawn = [(d, e, i) for b in batches for (d, e), i in zip(b["from"].tolist(), b["id"].tolist(), strict=True)]
+    assert len(set(drawn)) == len(drawn)
+    counts = [sum(d == n for d, _, _ in drawn) for n in range(2)]
+    assert stream.epochs == pytest.approx([counts[0] / 48, counts[1] / 30])
+    resumed = Stream(sets, which, 8, workers=1, phases=phases, rank=1, world=2)
+    resumed.load_state_dict({**stream.state_dict(), "step": 9})
+    for expected in batches[9:]:
+        half = len(expected["id"]) // 2
+        assert next(resumed)["id"].tolist() == expected["id"][half:].tolist()
+    resumed.close()
+
+
+# ---------------------------------------------------------------- damage
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_samples_are_named_and_replaced_in_place(damaged: Path, workers: int):
+    stream = Stream(Samples([str(damaged)]), views, batch=4, workers=workers)
+    assert stream.plan.orders[0].chunk == 1
+    for step in range(6):
+        planned = (stream.plan.slots(step, 0, 4).virtual % 12).tolist()
+        assert next(stream)["id"].tolist() == [{3: 4, 7: 8}.get(i, i) for i in planned]  # the neighbour takes the slot
+    assert {key for _, key in stream.ledger.bad} == {"003", "007"}
+    assert sorted(key for _, key, _ in stream.ledger.new()) == ["003", "007"] and stream.ledger.new() == []
+    stream.close()
+
+
+def test_a_neighbour_comes_from_the_same_chunk(tmp_path: Path):
+    images = [jpeg(i, 16) if i % 5 else b"\xff\xd8junk" for i in range(80)]
+    write_tar(tmp_path / "a.tar", [(f"{i:03d}.jpg", image) for i, image in enumerate(images)])
+    stream = Stream(
+        Samples([str(tmp_path / "a.tar")]), views, 1, workers=0, ledger=Ledger(None, share=1, shard_share=1)
+    )
+    chunk = stream.plan.orders[0].chunk
+    assert chunk == 10
+    for step in range(200):
+        (virtual,) = stream.plan.slots(step, 0, 1).virtual.tolist()
+        number = int(next(stream)["id"][0])
+        expected = virtual if virtual % 5 else virtual // chunk * chunk + (virtual + 1) % chunk
+        assert number == expected % 80
+
+
+def test_nothing_but_damage_is_an_error(tmp_path: Path):
+    write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"\xff\xd8junk") for i in range(4)])
+    with pytest.raises(DataError, match="64 damaged samples in a row"):
+        next(Stream(Samples([str(tmp_path / "x.tar")]), views, batch=2, workers=0))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_quota_ends_the_run_at_the_same_count_for_any_number_of_processes(world: int, tmp_path: Path):
+    images = [jpeg(i, 16) if i % 3 else b"\xff\xd8junk" for i in range(120)]
+    write_tar(tmp_path / "a.tar", [(f"{i:03d}.jpg", image) for i, image in enumerate(images)])
+    streams = [
+        Stream(
+            Samples([str(tmp_path / "a.tar")]),
+            views,
+            6,
+            workers=0,
+            rank=r,
+            world=world,
+            ledger=Ledger(tmp_path / "bad", r),
+        )
+        for r in range(world)
+    ]
+    with pytest.raises(DataError, match=rf"{ALWAYS + 1} damaged samples, .* allows {ALWAYS}; the last: \d+ in .*a.tar"):
+        for _ in range(40):
+            for stream in streams:
+                next(stream)
+    lines = [line for path in (tmp_path / "bad").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len({json.loads(line)["key"] for line in lines}) == ALWAYS + 1
+    with pytest.raises(DataError, match="damaged samples"):  # the next start knows
+        stream = Stream(Samples([str(tmp_path / "a.tar")]), views, 6, workers=0, ledger=Ledger(tmp_path / "bad"))
+        for _ in range(40):
+            next(stream)
+
+
+def test_one_bad_shard_ends_the_run_before_the_data_as_a_whole_does(tmp_path: Path):
+    for name in "ab":
+        bad = name == "b"
+        write_tar(
+            tmp_path / f"{name}.tar",
+            [(f"{name}{i:03d}.jpg", b"\xff\xd8junk" if bad and i % 2 else jpeg(i, 16)) for i in range(60)],
+        )
+    index.write(tmp_path)
+    stream = Stream(Samples([str(tmp_path)]), views, 6, workers=0, ledger=Ledger(None, share=1.0))
+    with pytest.raises(DataError, match=r"b.tar: 11 damaged samples, but data.bad_shard_share = 0.01 allows 10"):
+        for _ in range(60):
+            next(stream)
+
+
+def test_batch_larger_than_the_data(shards: Path):
+    with pytest.raises(DataError, match=r"data.batch = 64 is more than the 48 samples .*; write data.batch=48 or less"):
+        Stream(Samples([str(shards)]), views, 64)
+    with pytest.raises(DataError, match="does not divide into 2 processes × 3 micro-batches"):
+        Stream(Samples([str(shards)]), views, 16, world=2, accumulate=3)
+
+
+# ---------------------------------------------------------------- what comes out
+def test_other_members_than_images(tmp_path: Path):
+    write_tar(
+        tmp_path / "a.tar", [m for i in range(8) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.txt", b"word " * (i + 1)))]
+    )
+
+    def words(sample, rng):
+        return {"words": np.int64(len(sample["txt"].split())), "side": np.int64(sample["image"].shape[0])}
+
+    stream = Stream(Samples([str(tmp_path / "a.tar")]), words, 4, workers=0, look=Look(extensions=("jpg", "txt")))
+    batch = next(stream)
+    assert batch["words"].tolist() == [i + 1 for i in batch["id"].tolist()] and set(batch["side"].tolist()) == {64}
+
+
+def test_images_of_any_number_of_channels(tmp_path: Path):
+    import io
+
+    rng, members = np.random.default_rng(0), []
+    for i in range(8):
+        out = io.BytesIO()
+        np.save(out, rng.integers(0, 256, (40, 40, 5), dtype=np.uint8))
+        members.append((f"{i}.npy", out.getvalue()))
+    write_tar(tmp_path / "a.tar", members)
+    stream = Stream(Samples([str(tmp_path / "a.tar")]), augmented, 4, workers=0, look=Look(channels=5))
+    assert next(stream)["image"].shape == (4, 2, 5, 32, 32)
+    with pytest.raises(DataError, match=r"64 damaged samples in a row.*channels"):
+        next(Stream(Samples([str(tmp_path / "a.tar")]), augmented, 4, workers=0))
+
+
+def test_colours_on_the_device_are_those_of_the_fused_way(shards: Path):
+    out = {}
+    for color in ("fused", "device"):
+        stream = Stream(Samples([str(shards)]), augmented, 8, workers=0, look=Look(color=color))
+        batch = next(stream)
+        assert ("image.color" in batch) == (color == "device")
+        out[color] = to_device(batch, torch.device("cpu"), [0.0] * 3, [1.0] * 3)["image"] * 255
+    assert (out["fused"] - out["device"]).abs().max() <= 2.01
+
+
+def test_uint8_is_normalised_on_the_device():
+    batch = to_device(
+        {"image": torch.tensor([[[[0]], [[255]], [[51]]]], dtype=torch.uint8), "keep": torch.tensor([1])},
+        torch.device("cpu"),
+        [0.5, 0.5, 0],
+        [0.5, 0.25, 1],
+    )
+    assert batch["image"].flatten().tolist() == pytest.approx([-1.0, 2.0, 0.2]) and batch["keep"].dtype == torch.int64
+
+
+def test_workers_write_into_one_piece_of_shared_memory(shards: Path):
+    stream = Stream(Samples([str(shards)]), augmented, 8, workers=1)
+    assert next(stream)["image"].is_shared()
+    stream.close()
+
+
+def test_the_meter_names_what_binds():
+    for counts, wait, expected in [
+        ({"read_us": 10, "views_us": 10}, 0.0, "the model binds: 0% of the time"),
+        ({"read_us": 900, "views_us": 100}, 10.0, "the store binds: .*on reading"),
+        ({"read_us": 100, "views_us": 900}, 10.0, "decoding and views bind: .*more than 3 data.workers may help"),
+    ]:
+        meter = Meter()
+        meter.add(wait, counts | {"bytes": 2_000_000, "held": 5_000_000, "queue": 3})
+        meter.add(wait / 10, {"requests": 4, "held": 7_000_000, "queue": 1})
+        figures, line = meter.take(3)
+        assert np.char.startswith(line, expected.split(": .*")[0]) and expected.split(": .*")[-1].split(":")[0] in line
+        assert (figures["mb"], figures["requests"], figures["held_mb"], figures["queue"]) == (2.0, 4, 7.0, 1)
+        assert figures["wait_ms_p99"] >= figures["wait_ms_p50"]
+        assert meter.take(3)[0]["requests"] == 0
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_are_bounded(tmp_path: Path):
+    import psutil
+
+    for shard in range(300):
+        write_tar(tmp_path / f"{shard:03d}.tar", [(f"{shard}-{i}.txt", bytes(1000)) for i in range(20)])
+    index.write(tmp_path)
+
+    def size(sample, rng):
+        return {"size": np.int64(len(sample["txt"]))}
+
+    stream = Stream(Samples([str(tmp_path)]), size, 32, workers=0, look=Look(extensions=("txt",)))
+    me = psutil.Process()
+    for _ in range(100):
+        next(stream)
+    before, files = me.memory_info().rss, me.num_fds()
+    for _ in range(600):
+        next(stream)
+    assert me.num_fds() <= files + 5 and files < 300
+    assert me.memory_info().rss - before < 20e6
