@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -20,6 +19,7 @@ from data_pipeline.order import fold
 from data_pipeline.plan import Plan
 from data_pipeline.remote import AGAIN, READ, Bytes
 from data_pipeline.shards import Samples
+from data_pipeline.slabs import Slabs
 from data_pipeline.storage import DataError
 from data_pipeline.views import Rng, generators
 
@@ -45,7 +45,7 @@ class Batches(Dataset):
     def __init__(self, samples: list[Samples], plan: Plan, views: Views, look: Look, spread: tuple[int, int, int]):
         self.samples, self.plan, self.views, self.look = samples, plan, views, look
         self.rank, self.world, self.accumulate = spread
-        self.threads = 1
+        self.threads, self.slabs = 1, Slabs(1)
         self.feeder: Bytes | None = None  # where shards are remote: the way to the feeder
         self._pool: ThreadPoolExecutor | None = None
         self._planned: dict[int, list[tuple[int, int]]] = {}
@@ -67,20 +67,22 @@ class Batches(Dataset):
         members, counts = self._read(step, pairs)
         read = time.perf_counter()
         bad: list[tuple[str, str, str]] = []
-        slab: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         arrays: dict[str, np.ndarray] = {}
+        slab = (0, -1)
 
         def fill(n: int) -> None:
             about = {"slot": first + n, "batch": batch, "step": step, "seed": self.plan.seed}
             part = self._sample(*pairs[n], members[n], about, bad)
-            if n == 0:
-                slab.update({key: _slab(size, np.asarray(value)) for key, value in part.items()})
-                arrays.update({key: tensor.numpy() for key, tensor in slab.items()})
+            nonlocal tensors, arrays, slab
+            if n == 0:  # gives the shapes
+                tensors, slab = self.slabs.take(size, part)
+                arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
             for key, value in part.items():
                 arrays[key][n] = value
             members[n] = None  # the encoded bytes are not needed any more
 
-        fill(0)  # gives the shapes
+        fill(0)
         if self.threads > 1:
             self._pool = self._pool or ThreadPoolExecutor(self.threads)
             list(self._pool.map(fill, range(1, size)))
@@ -88,7 +90,7 @@ class Batches(Dataset):
             for n in range(1, size):
                 fill(n)
         counts["read_us"], counts["views_us"] = int(1e6 * (read - began)), int(1e6 * (time.perf_counter() - read))
-        return {**slab, "bad": sorted(bad), "counts": dict(counts)}
+        return {**tensors, "bad": sorted(bad), "counts": dict(counts), "slab": slab}
 
     def _pairs(self, index: int) -> list[tuple[int, int]]:
         """(dataset, virtual id) of the slots of micro-batch `index`; planned for this worker's next ones at the same time, which is cheaper."""
@@ -180,12 +182,3 @@ def _worker() -> int:
 
 
 _key = functools.lru_cache(64)(fold)  # the same for all samples of an epoch
-
-
-def _slab(size: int, like: np.ndarray) -> Tensor:
-    """Room for `size` samples: one piece of memory, shared with the trainer where this is a data worker, that samples are written into."""
-    dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
-    if get_worker_info() is None:
-        return torch.empty((size, *like.shape), dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(max(1, size * like.nbytes), device="cpu")
-    return torch.empty(0, dtype=dtype).set_(storage, 0, (size, *like.shape))  # type: ignore[call-overload]

@@ -19,7 +19,7 @@ _ODD, _MIX, _29, _32 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
 _CHUNKS, _BLOCKS = 2, 1  # what a key is for
-MAX_CHUNK, MAX_HELD = 32 << 20, 8 << 30  # bytes: of one chunk, and of all that is held for shuffling
+MAX_CHUNK, MAX_HELD = 4 << 20, 8 << 30  # bytes: of one chunk, and of all that is held for shuffling
 
 
 def _hash(x: np.ndarray, key: np.ndarray | np.uint64) -> np.ndarray:
@@ -74,10 +74,12 @@ class Order:
     block: int = 32
 
     @classmethod
-    def of(cls, count: int, lanes: int, seed: int = 0, shuffle: bool = True, sample_bytes: float = 0) -> Order:
-        """With chunks and blocks so small that what is held at a time is at most half an epoch, and MAX_HELD bytes."""
+    def of(
+        cls, count: int, lanes: int, seed: int = 0, shuffle: bool = True, sample_bytes: float = 0, batch: int = 0
+    ) -> Order:
+        """With chunks and blocks so small that at most half an epoch is held at a time, and MAX_HELD bytes or, if that is more, 8 batches."""
         chunk = max(1, min(cls.chunk, count // (8 * lanes), int(MAX_CHUNK / max(1, sample_bytes))))
-        held = min(count // 2, int(MAX_HELD / max(1, sample_bytes)))
+        held = min(count // 2, max(int(MAX_HELD / max(1, sample_bytes)), 8 * batch * chunk // cls.chunk))
         return cls(count, lanes, seed, shuffle, chunk, max(1, min(cls.block, held // (lanes * chunk))))
 
     def virtual(self, lane: np.ndarray, place: np.ndarray) -> np.ndarray:

@@ -18,7 +18,6 @@ from data_pipeline.order import VERSION, Order
 from data_pipeline.storage import DataError
 
 PERIOD = 10007  # of the mixing sequence; prime, so that every lane passes through all of it
-MAX_LANES = 64
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,9 @@ class Plan:
         sample_bytes: list[float] | None = None,
     ):
         batch = phases[0].batch
-        # without shuffling one lane is enough, and gives the samples as they lie
-        self.lanes = max(n for n in range(1, min(MAX_LANES, batch) + 1) if batch % n == 0) if shuffle else 1
+        self.lanes = _lanes(batch) if shuffle else 1  # one lane gives the samples as they lie
         sizes = sample_bytes or [0.0] * len(counts)
-        self.orders = [Order.of(n, self.lanes, seed + 7919 * d, shuffle, sizes[d]) for d, n in enumerate(counts)]
+        self.orders = [Order.of(n, self.lanes, seed + 7919 * d, shuffle, sizes[d], batch) for d, n in enumerate(counts)]
         self.seed, self.shuffle, self.phases = seed, shuffle, phases
         self._parts: list[_Mixed] = []
         base = np.zeros((len(counts), self.lanes), np.int64)
@@ -200,6 +198,11 @@ class Plan:
         return (
             f"v{VERSION} seed {self.seed} lanes {self.lanes} {sizes}" if self.shuffle else f"v{VERSION} in file order"
         )
+
+
+def _lanes(batch: int) -> int:
+    """The largest divisor of the batch up to 64, or up to a 64th of it: as many processes as that read every byte once."""
+    return max(n for n in range(1, min(max(64, batch // 64), batch) + 1) if batch % n == 0)
 
 
 def _check(phase: Phase, phases: list[Phase], datasets: int, lanes: int) -> None:

@@ -23,6 +23,7 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Phase
 from data_pipeline.remote import Bytes, Feeder
 from data_pipeline.shards import Samples, plan_of
+from data_pipeline.slabs import Slabs
 from data_pipeline.storage import DataError, is_local
 from data_pipeline.watch import Meter, Watchdog
 
@@ -113,7 +114,7 @@ class Stream:
             self._connect(self._feeder)
         if "error" in batch:
             raise DataError(batch["error"])
-        return {key: value for key, value in batch.items() if key not in ("bad", "counts")}
+        return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
     def __iter__(self) -> Stream:
         return self
@@ -122,11 +123,13 @@ class Stream:
         if self._iterator is None:
             self._iterator = self._start()
         began = time.perf_counter()
+        self.batches.slabs.collect()
         with self.watchdog.waiting(self.micro // self.accumulate):
             batch = next(self._iterator)
         if "error" in batch:
             self.close()
             raise DataError(batch["error"])
+        self.batches.slabs.received(batch.pop("slab"), {k: v for k, v in batch.items() if isinstance(v, Tensor)})
         self.meter.add(time.perf_counter() - began, batch.pop("counts"))
         self.micro += 1
         self.ledger.add(self.micro // self.accumulate, batch.pop("bad"))
@@ -134,6 +137,7 @@ class Stream:
 
     def _start(self) -> Iterator:
         self._feeder = self._start_feeder(self.micro // self.accumulate, self.workers)
+        self.batches.slabs = Slabs(self.workers)
         loader = DataLoader(
             self.batches,
             batch_size=None,

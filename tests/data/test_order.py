@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import MAX_HELD, VERSION, Order, fold, permute
+from data_pipeline.order import MAX_CHUNK, MAX_HELD, VERSION, Order, fold, permute
 from data_pipeline.plan import PERIOD, Phase, Plan, even_sequence
 from data_pipeline.storage import DataError
 
@@ -78,7 +78,14 @@ def test_what_is_held_for_shuffling_is_bounded(count: int, lanes: int, size: flo
     held = lanes * order.block * order.chunk
     assert held <= max(lanes, count / 2)
     assert held <= lanes or held * size <= MAX_HELD
+    assert order.chunk == 1 or order.chunk * size <= MAX_CHUNK
     assert (order.chunk, order.block) == (16, 32) or count < 2 * lanes * 512 or size > 10_000
+
+
+def test_large_batches_have_enough_lanes_and_a_large_enough_window():
+    for batch in (4096, 65_536):
+        plan = Plan([1_700_000_000], [Phase(0, batch)], sample_bytes=[75_000.0])
+        assert plan.lanes == batch // 64 and plan.lanes * plan.orders[0].chunk * plan.orders[0].block == 8 * batch
 
 
 @given(count=st.integers(600, 3000), seed=st.integers(0, 99))

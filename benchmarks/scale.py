@@ -1,0 +1,155 @@
+"""1.7 billion samples in 170,000 shards for 2,048 processes: what one of them pays to start, to resume, and per sample.
+
+The manifest is real and comes over HTTP; the shards exist on paper only. Everything else is measured in a fresh process, as a rank would run it.
+A second part computes, from the plan itself, what the store and a node of that cluster would see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.server
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from data_pipeline import index
+from data_pipeline.plan import Phase
+from data_pipeline.shards import Samples, plan_of
+
+SHARDS, PER_SHARD, RANKS, BATCH, NODE = 170_000, 10_000, 2048, 65_536, 8
+SAMPLE_BYTES = 75_000
+
+
+def paper_manifest(folder: Path) -> None:
+    """manifest.json of shards that do not exist."""
+    rng = np.random.default_rng(0)
+    names = [f"part-{n // 1000:03d}/{n:06d}.tar" for n in range(SHARDS)]
+    counts = PER_SHARD + rng.integers(-500, 501, SHARDS)
+    hashes = [f"{value:032x}" for value in rng.integers(0, 2**63, SHARDS).tolist()]
+    identity = index.dataset_id(names, counts * SAMPLE_BYTES, counts, hashes)
+    manifest = index.Manifest(
+        str(folder),
+        names,
+        counts * SAMPLE_BYTES,
+        counts,
+        hashes,
+        ["jpg"],
+        {"source": "paper"},
+        "index.bin",
+        "0" * 32,
+        identity,
+    )
+    (folder / "manifest.json").write_text(index.render(manifest))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def rank(url: str, step: int) -> dict[str, float]:
+    """Start (step 0) or resume, and draw the samples of many steps; run in a process of its own."""
+    samples = Samples([url])
+    plan = plan_of([samples], [Phase(0, BATCH)], 0, True)
+    plan.ahead(step, 1, 1234, RANKS)
+    started = time.time() - psutil.Process().create_time()  # with Python's own start and all imports
+    cpu = time.process_time()
+    drawn = 0
+    for k in range(8):
+        _, slots = plan.ahead(step + 128 * k, 128, 1234, RANKS)
+        drawn += len(slots.virtual)
+    state = {"step": step, "data": samples.id[:8], "order": plan.constants()}
+    return {
+        "startup_seconds": started,
+        "us_per_sample": 1e6 * (time.process_time() - cpu) / drawn,
+        "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "state_bytes": len(json.dumps(state)),
+    }
+
+
+def cluster(url: str, steps: int = 64) -> dict[str, float]:
+    """Requests per second and prefix, and memory per node, of a cluster that takes 2 steps a second."""
+    samples = Samples([url])
+    plan = plan_of([samples], [Phase(0, BATCH)], 0, True)
+    order = plan.orders[0]
+    ranks = range(0, RANKS, 32)
+    chunks, prefixes = 0, Counter()
+    for r in ranks:
+        _, slots = plan.ahead(1_000_000, steps, r, RANKS)
+        numbers = np.unique(slots.virtual // order.chunk)
+        new = np.setdiff1d(numbers, np.unique(plan.ahead(1_000_000 - steps, steps, r, RANKS)[1].virtual // order.chunk))
+        chunks += len(new)
+        for number in new.tolist():
+            prefixes[samples.locate(number * order.chunk % len(samples))[0] // 1000] += 1
+    share = len(ranks) / RANKS
+    requests = chunks / share / steps * 2  # per second
+    lanes_per_node = NODE * max(1.0, plan.lanes / RANKS)
+    return {
+        "requests_per_second": requests,
+        "busiest_prefix_requests_per_second": max(prefixes.values()) / share / steps * 2,
+        "read_amplification": chunks / share * order.chunk / (steps * BATCH),
+        "node_ram_gb": lanes_per_node * order.block * order.chunk * SAMPLE_BYTES / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", nargs=2, metavar=("URL", "STEP"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        print(json.dumps(rank(args.rank[0], int(args.rank[1]))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        paper_manifest(Path(folder))
+        handler = partial(Quiet, directory=folder)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        runs = []
+        for step in (0, 0, 3_000_000, 3_000_000, 0):
+            command = [sys.executable, __file__, "--rank", url, str(step)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+        units = {"startup_seconds": "s", "rss_mb": "MB", "us_per_sample": "µs of CPU", "state_bytes": "bytes"}
+        for key, unit in units.items():
+            values = [run[key] for run in runs]
+            value = float(np.median(values[:2] + values[4:])) if key == "startup_seconds" else max(values)
+            print(
+                json.dumps(
+                    {"name": f"scale.{key}", "value": round(value, 3), "unit": unit, "versus": "one of 2,048 ranks"}
+                )
+            )
+        resume = float(np.median([run["startup_seconds"] for run in runs[2:4]]))
+        print(
+            json.dumps(
+                {"name": "scale.resume_seconds", "value": round(resume, 3), "unit": "s", "versus": "step 3,000,000"}
+            )
+        )
+        for key, value in cluster(url).items():
+            print(
+                json.dumps(
+                    {
+                        "name": f"scale.{key}",
+                        "value": round(value, 3),
+                        "unit": "simulated",
+                        "versus": "2 steps/s of 65,536",
+                    }
+                )
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""What it costs to bring samples from shards to the trainer, beside webdataset, streaming (MosaicML) and litdata on the same JPEGs.
+
+    stream.raw.cpu_versus_X    our CPU seconds per sample over theirs, all processes, one data worker: the encoded bytes reach the trainer. We read
+                               fully shuffled and check every hash; they read in file order and check nothing
+    stream.raw.wall_versus_X   the same of wall time
+    stream.s3_30ms.rate_versus_webdataset   samples per second from a real S3 server behind 30 ms of latency, ours over webdataset's single stream
+    stream.shuffle.chi2_per_dof             1.28 million samples sorted by class, batches of 4,096, 33 thousand held; 1 is a fair draw
+
+CPU per sample is the difference between long and short runs, so that start-up does not count; runs take turns, medians over rounds.
+streaming and litdata want older numpy than we: give a Python that has them with --peers (python -m venv; pip install mosaicml-streaming litdata
+webdataset torch). Without it, only webdataset is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+COUNT, SHARDS, BATCH = 2048, 8, 64
+
+
+# ---------------------------------------------------------------- one run, in a process of its own
+def ours(source: str, workers: int, samples: int) -> int:
+    from data_pipeline.shards import Samples
+    from data_pipeline.stream import Reading, Stream
+
+    held = Samples([source])
+    largest = max(int(piece.records["size"].max()) for piece in held.pieces(0, len(held)))
+    row = np.zeros(largest, np.uint8)  # a batch has rows of one length
+
+    def raw(sample: dict, rng: Any) -> dict:
+        data = np.frombuffer(sample["jpg"], np.uint8)
+        row[: data.size] = data
+        return {"bytes": row, "size": data.size}
+
+    stream = Stream(held, raw, BATCH, reading=Reading(workers=workers, requests=16))
+    got = sum(int(next(stream)["size"].sum()) for _ in range(samples // BATCH))
+    stream.close()
+    return got
+
+
+def webdataset(source: str, workers: int, samples: int) -> int:
+    import fsspec
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+
+    fs, path = fsspec.core.url_to_fs(source)
+    urls = [fs.unstrip_protocol(p) if "://" in source else p for p in sorted(fs.glob(f"{path}/*.tar"))]
+    if "://" in source:  # webdataset knows no s3://: one signed GET per shard, read as one stream
+        urls = [f"pipe:curl -s '{fs.sign(url)}'" for url in urls]
+    data = wds.WebDataset(urls, shardshuffle=False, resampled=False).to_tuple("jpg").repeat()
+    got = seen = 0
+    for batch in DataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=list):
+        got += sum(len(item) for (item,) in batch)
+        seen += len(batch)
+        if seen >= samples:
+            return got
+    raise AssertionError
+
+
+def streaming(source: str, workers: int, samples: int) -> int:
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    data = StreamingDataset(local=f"{source}-mds", shuffle=False, batch_size=BATCH)
+    return _epochs(lambda: DataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=list), "jpg", samples)
+
+
+def litdata(source: str, workers: int, samples: int) -> int:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    data = StreamingDataset(f"{source}-lit", shuffle=False)
+    loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=list)
+    return _epochs(lambda: loader, "jpg", samples)
+
+
+def _epochs(loader: Any, key: str, samples: int) -> int:
+    got = seen = 0
+    while True:
+        for batch in loader():
+            got += sum(len(item[key]) for item in batch)
+            seen += len(batch)
+            if seen >= samples:
+                return got
+
+
+def convert(source: str) -> None:
+    """The same JPEGs as MDS and litdata shards."""
+    import litdata as lit
+    import webdataset as wds
+    from streaming import MDSWriter
+
+    urls = sorted(str(p) for p in Path(source).glob("*.tar"))
+    images = [sample["jpg"] for sample in wds.WebDataset(urls, shardshuffle=False)]
+    with MDSWriter(out=f"{source}-mds", columns={"jpg": "bytes"}, size_limit=20 << 20) as out:
+        for image in images:
+            out.write({"jpg": image})
+    lit.optimize(_wrap, images, f"{source}-lit", chunk_bytes="20MB", num_workers=1)
+
+
+def _wrap(image: bytes) -> dict[str, bytes]:
+    return {"jpg": image}
+
+
+LOADERS = {f.__name__: f for f in (ours, webdataset, streaming, litdata)}
+
+
+def child(name: str, source: str, workers: int, samples: int) -> None:
+    began = time.perf_counter()
+    got = LOADERS[name](source, workers, samples)
+    wall = time.perf_counter() - began
+    cpu = sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+    print(json.dumps({"cpu": cpu, "wall": wall, "bytes": got}), flush=True)
+
+
+# ---------------------------------------------------------------- the comparison
+def run(
+    python: str, name: str, source: str, workers: int, samples: int, env: dict[str, str] | None = None
+) -> dict[str, float]:
+    command = [python, __file__, "--child", name, source, str(workers), str(samples)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent), **(env or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def per_sample(python: str, name: str, source: str) -> tuple[float, float]:
+    """(CPU ms, wall ms) per sample."""
+    short, long = (run(python, name, source, 1, count) for count in (COUNT, 5 * COUNT))
+    return tuple(1e3 * (long[key] - short[key]) / (4 * COUNT) for key in ("cpu", "wall"))  # type: ignore[return-value]
+
+
+def make_shards(folder: Path) -> None:
+    """Windows of real photographs, 500×375, about 75 kB each."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+    from webdataset import TarWriter
+
+    from data_pipeline import index
+
+    pictures = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+    rng = np.random.default_rng(0)
+    for shard in range(SHARDS):
+        with TarWriter(str(folder / f"{shard:06d}.tar")) as tar:
+            for n in range(COUNT // SHARDS):
+                picture = pictures[n % 2]
+                top, left = rng.integers(0, picture.shape[0] - 374), rng.integers(0, picture.shape[1] - 499)
+                out = io.BytesIO()
+                Image.fromarray(picture[top : top + 375, left : left + 500]).save(out, "JPEG", quality=93)
+                tar.write({"__key__": f"{shard:03d}{n:05d}", "jpg": out.getvalue()})
+    index.write(folder, say=lambda _: None)
+
+
+def local(source: str, peers: str | None, rounds: int) -> None:
+    pythons = {"webdataset": sys.executable, **({"streaming": peers, "litdata": peers} if peers else {})}
+    if peers:
+        subprocess.run([peers, __file__, "--convert", source], check=True, capture_output=True)
+    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in pythons}
+    for _ in range(rounds):
+        cpu, wall = per_sample(sys.executable, "ours", source)
+        print(f"ours: {cpu:.3f} ms CPU, {wall:.3f} ms wall per sample", file=sys.stderr)
+        for name, python in pythons.items():
+            theirs = per_sample(python, name, source)
+            print(f"{name}: {theirs[0]:.3f} ms CPU, {theirs[1]:.3f} ms wall per sample", file=sys.stderr)
+            ratios[name].append((cpu / theirs[0], wall / theirs[1]))
+    for name, values in ratios.items():
+        emit(f"stream.raw.cpu_versus_{name}", median(v[0] for v in values), "ratio of CPU seconds", name)
+        emit(f"stream.raw.wall_versus_{name}", median(v[1] for v in values), "ratio of wall seconds", name)
+
+
+def remote(source: str, rounds: int) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.services import FaultProxy, ObjectStore, environment
+
+    with tempfile.TemporaryDirectory() as folder, ObjectStore(Path(folder)) as store, FaultProxy(store.port) as proxy:
+        url = store.put_folder(Path(source), "bench")
+        proxy.set(latency=0.03)
+        env = environment(proxy.port) | {"UNLABELED_CACHE": f"{folder}/cache"}
+        ratios = []
+        for _ in range(rounds):
+            rates = {}
+            for name, workers in (("ours", 1), ("webdataset", 1)):
+                short, long = (run(sys.executable, name, url, workers, n, env) for n in (COUNT // 4, COUNT))
+                rates[name] = (COUNT - COUNT // 4) / (long["wall"] - short["wall"])
+                print(f"{name}: {rates[name]:.0f} samples/s over S3 with 30 ms", file=sys.stderr)
+            ratios.append(rates["ours"] / rates["webdataset"])
+        emit("stream.s3_30ms.rate_versus_webdataset", median(ratios), "ratio of samples/s", "webdataset, one stream")
+
+
+def shuffle() -> None:
+    from data_pipeline.plan import Phase, Plan
+
+    count, classes, batch = 1_280_000, 1000, 4096
+    plan = Plan([count], [Phase(0, batch)])
+    expected, ratios = batch / classes, []
+    for step in range(100, 150):
+        labels = plan.slots(step, 0, batch).virtual % count // (count // classes)
+        ratios.append(
+            float(((np.bincount(labels, minlength=classes) - expected) ** 2 / expected).sum() / (classes - 1))
+        )
+    order = plan.orders[0]
+    emit(
+        "stream.shuffle.chi2_per_dof",
+        float(np.mean(ratios)),
+        f"{plan.lanes * order.chunk * order.block} samples held",
+        "a fair draw: 1",
+    )
+
+
+def emit(name: str, value: float, unit: str, versus: str) -> None:
+    print(json.dumps({"name": name, "value": float(f"{value:.3g}"), "unit": unit, "versus": versus}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", help="a Python with mosaicml-streaming and litdata")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["local", "s3", "shuffle"])
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--convert", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        name, source, workers, samples = args.child
+        return child(name, source, int(workers), int(samples))
+    if args.convert:
+        return convert(args.convert)
+    if args.only in (None, "shuffle"):
+        shuffle()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "shards")
+        source.mkdir()
+        make_shards(source)
+        if args.only in (None, "local"):
+            local(str(source), args.peers, args.rounds)
+        if args.only in (None, "s3"):
+            remote(str(source), args.rounds)
+
+
+if __name__ == "__main__":
+    main()
