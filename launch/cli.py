@@ -51,6 +51,17 @@ def shards_split(args: argparse.Namespace) -> None:
         print("\n".join(describe(summary, f"{args.target}/{side}")))
 
 
+def shards_preview(args: argparse.Namespace) -> None:
+    from pretrain.recipe import load
+
+    recipe = load(args.recipe, args.overrides)
+    from launch.preview import preview
+
+    print(
+        f"{preview(recipe, args.out, args.rows)}: a row for each sample, every view that {recipe.objective.name} makes of it"
+    )
+
+
 def train(args: argparse.Namespace) -> int:
     from launch.local import train
     from pretrain.recipe import load
@@ -207,6 +218,16 @@ def parser() -> argparse.ArgumentParser:
         ("--test", {"type": float, "default": 0.0, "help": "share of the samples (default: none)"}),
         shard_mb,
         workers,
+        under=group,
+    )
+    add(
+        "preview",
+        shards_preview,
+        "Draw what a recipe's model will see: every view of some samples, masked patches dark.",
+        ("recipe", {"help": "a recipe's name, a .yaml file, or a run folder"}),
+        overrides,
+        ("--out", {"default": "preview.png", "metavar": "FILE", "help": "picture to write (default preview.png)"}),
+        ("--rows", {"type": int, "default": 8, "help": "samples (default 8)"}),
         under=group,
     )
     add(

@@ -35,14 +35,7 @@ def prepare(recipe: Recipe) -> Path:
 
     A `precision: auto` takes what the folder's recipe has resolved it to. Raises UserError where the folder holds another run or no run.
     """
-    if not recipe.data.train and not recipe.data.mix:
-        raise UserError(
-            "data.train is empty; write data.train=SHARDS, a folder made by `unlabeled shards build IMAGES SHARDS`"
-        )
-    if recipe.data.train and recipe.data.mix:
-        raise UserError(
-            "data.train and data.mix are both given; put the shards of data.train into data.mix as one more dataset"
-        )
+    check_data(recipe)
     run = Path(recipe.run)
     stored = run / "recipe.yaml"
     if run.exists() and not run.is_dir():
@@ -72,6 +65,18 @@ def prepare(recipe: Recipe) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, run)
     return run
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse a recipe that names no training data, or names it twice."""
+    if not recipe.data.train and not recipe.data.mix:
+        raise UserError(
+            "data.train is empty; write data.train=SHARDS, a folder made by `unlabeled shards build IMAGES SHARDS`"
+        )
+    if recipe.data.train and recipe.data.mix:
+        raise UserError(
+            "data.train and data.mix are both given; put the shards of data.train into data.mix as one more dataset"
+        )
 
 
 def _changed(old: Recipe, new: Recipe, run: Path) -> list[str]:

@@ -135,6 +135,7 @@ class FaultProxy:
 
     FAULTS: dict[str, float] = {
         "latency": 0.0,  # seconds before each answer
+        "rate": 0.0,  # bytes per second and connection, towards the client; 0: no limit
         "slow_rate": 0.0,  # share of requests that take `slow` seconds more
         "slow": 1.0,
         "error_rate": 0.0,  # share of requests that get 503 SlowDown
@@ -210,6 +211,7 @@ class FaultProxy:
         head = await up.readuntil(b"\r\n\r\n")
         left = 0 if only_head else _length(head)
         cut, flip, sent = self._happens("cut_rate"), self._happens("flip_rate"), 0
+        began = time.monotonic()
         writer.write(head)
         while left:
             data = await up.read(min(left, 1 << 16))
@@ -226,6 +228,8 @@ class FaultProxy:
             sent += len(data)
             writer.write(data)
             await writer.drain()
+            if self.faults["rate"]:  # as a whole: single sleeps are too short to be exact
+                await asyncio.sleep(began + sent / self.faults["rate"] - time.monotonic())
 
     def _happens(self, rate: str) -> bool:
         return self.random.random() < self.faults[rate]

@@ -1,0 +1,153 @@
+"""Runs on mixtures, with phases, on data that changes, from a bucket; and the picture of what a model will see."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline import index
+from data_pipeline.storage import DataError
+from launch.preview import GAP, TILE, preview
+from pretrain import config
+from pretrain.errors import UserError
+from pretrain.recipe import load
+from pretrain.train import train
+from tests.conftest import tiny_recipe
+from tests.services import FaultProxy, ObjectStore, environment
+from tests.tars import jpeg, write_tar
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Path:
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    write_tar(folder / "a.tar", [(f"{i:03d}.jpg", jpeg(i)) for i in range(40)])
+    index.write(folder)
+    return folder
+
+
+def mixed(shards: Path, noise: Path, run: Path, *overrides: str):
+    mix = f"data.mix=[{{shards: {shards}, weight: 3}}, {{shards: {noise}, weight: 1, homogeneous: 0.2}}]"
+    return tiny_recipe("simclr", shards, run, "data.train=[]", mix, *overrides)
+
+
+def test_a_mixture_trains_and_says_how_far_each_dataset_is(shards: Path, noise: Path, tmp_path: Path):
+    run = train(mixed(shards, noise, tmp_path / "run", "steps=10"))
+    last = rows(run)[-1]
+    assert last["epoch/0"] > 0 and last["epoch/1"] > 0
+    assert last["epoch/0"] * 48 + last["epoch/1"] * 40 == pytest.approx(160, abs=0.1)
+    assert "bind" in last["stage"] and last["stream/wait_ms_p99"] >= 0 and last["stream/requests"] > 0
+    assert load(run).data.mix[1].homogeneous == 0.2  # the resolved recipe holds it
+
+
+def test_a_phase_changes_batch_and_weights_and_what_is_past_stays(shards: Path, noise: Path, tmp_path: Path):
+    train(mixed(shards, noise, tmp_path / "run", "steps=4", "checkpoint=4"))
+    with pytest.raises(UserError, match=r"data.phases: \[\] → "):
+        train(mixed(shards, noise, tmp_path / "run", "steps=4", "data.phases=[{step: 2, batch: 32}]"))
+    later = "data.phases=[{step: 4, batch: 32, weights: [1, 1]}]"
+    last = rows(train(mixed(shards, noise, tmp_path / "whole", "steps=8", later)))[-1]
+    assert last["epoch/0"] * 48 + last["epoch/1"] * 40 == pytest.approx(4 * 16 + 4 * 32, abs=0.1)
+
+
+def test_a_phase_added_after_a_stop_gives_the_run_that_had_it_from_the_start(shards: Path, tmp_path: Path):
+    phase = "data.phases=[{step: 5, batch: 32}]"
+    whole = rows(train(tiny_recipe("simclr", shards, tmp_path / "whole", phase)))
+    run = tmp_path / "run"
+    child = (
+        "import sys; from pathlib import Path; from tests.conftest import tiny_recipe; from pretrain import train as t;"
+        f"shards, run = Path({str(shards)!r}), Path({str(run)!r});"
+        "old = t.Stop.__init__;"
+        "t.every = lambda step, steps: step == 3 and (setattr(stop[0], 'asked', True) or True);"
+        "stop = []; t.Stop.__init__ = lambda self: (old(self), stop.append(self))[0];"
+        "t.train(tiny_recipe('simclr', shards, run))"
+    )
+    stopped = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+    assert stopped.returncode == 75, stopped.stderr
+    train(tiny_recipe("simclr", shards, run, phase))
+    assert [r["loss"] for r in rows(run)] == pytest.approx([r["loss"] for r in whole], rel=1e-6)
+
+
+def test_a_run_goes_on_only_with_the_data_it_was_started_on(noise: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    cfg = tiny_recipe("simclr", noise, run)
+    train(cfg)
+    with pytest.raises(UserError, match="both given"):
+        train(tiny_recipe("simclr", noise, tmp_path / "x", f"data.mix=[{noise}]"))
+    write_tar(noise / "b.tar", [("new.jpg", jpeg(99))])
+    index.write(noise)
+    with pytest.raises(
+        DataError, match=r"is not what this run was started on: 0/b.tar is new \(1 shards then, 2 now\)"
+    ):
+        train(tiny_recipe("simclr", noise, run))
+
+
+def test_damaged_samples_of_a_run_are_listed_in_its_folder(tmp_path: Path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_tar(folder / "a.tar", [(f"{i:03d}.jpg", jpeg(i) if i != 5 else b"\xff\xd8no") for i in range(40)])
+    run = train(tiny_recipe("mae", folder, tmp_path / "run"))
+    (line,) = (run / "damaged" / "damaged-0.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == "005" and rows(run)[-1]["stream/damaged"] == 1
+    assert "damaged sample left out: 005 in" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["dinov2", "mae", "simclr"])
+@pytest.mark.parametrize("color", ["exact", "device"])
+def test_preview_draws_all_views_and_their_masks(name: str, color: str, shards: Path, tmp_path: Path):
+    cfg = tiny_recipe(name, shards, tmp_path / "run", f"data.color={color}")
+    page = np.array(Image.open(preview(cfg, tmp_path / "p" / "x.png", rows=3)))
+    views = {"dinov2": 4, "mae": 1, "simclr": 2}[name]
+    assert page.shape == (3 * (TILE + GAP) + GAP, views * (TILE + GAP) + GAP, 3)
+    tiles = [page[GAP : GAP + TILE, GAP + n * (TILE + GAP) :][:, :TILE] for n in range(views)]
+    assert all(tile.std() > 5 for tile in tiles)
+    if name == "mae":  # three of four patches are dark
+        dark = sorted(tiles[0].reshape(4, TILE // 4, 4, TILE // 4, 3).mean((1, 3, 4)).ravel())
+        assert np.mean(dark[:12]) < 0.5 * np.mean(dark[12:])
+    assert not (tmp_path / "run").exists()  # it only looks
+    with pytest.raises(DataError, match=r"write a name that ends in .png"):
+        preview(cfg, tmp_path / "x.unknown", rows=1)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_bucket_killed_at_any_moment_goes_on_exactly(
+    shards: Path, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    url = store.put_folder(shards, "run")
+    overrides = ["steps=40", "checkpoint=5", "data.workers=1", f"data.fetch.cache={tmp_path / 'ssd'}"]
+    whole = rows(train(tiny_recipe("simclr", shards, tmp_path / "whole", "steps=40")))
+    with FaultProxy(store.port) as proxy:
+        env = {
+            **os.environ,
+            **environment(proxy.port),
+            "UNLABELED_CACHE": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(config.dump(tiny_recipe("simclr", shards, tmp_path / "run", f"data.train={url}", *overrides)))
+        command = [sys.executable, "-m", "launch.cli", "train", str(recipe)]
+        for wait in (4.0, 5.0, 6.0):
+            proxy.set(latency=0.02, error_rate=0.05, cut_rate=0.05)
+            child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+            time.sleep(wait)
+            os.killpg(child.pid, signal.SIGKILL)
+            subprocess.run(
+                ["pkill", "-9", "-f", str(tmp_path / "run")], check=False
+            )  # the trainer has a session of its own
+            child.wait()
+        proxy.set()
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [r["loss"] for r in rows(tmp_path / "run")] == pytest.approx([r["loss"] for r in whole], rel=1e-6)
