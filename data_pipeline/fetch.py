@@ -68,7 +68,9 @@ class Fetcher:
             nonlocal shorts
             data = self._attempt(url, start, end)
             if len(data) > end - start:
-                raise OSError(f"{len(data)} bytes came where {end - start} were asked for")
+                raise DataError(
+                    f"{url}: the server sends {len(data)} bytes where {end - start} are asked for: it knows no ranges; copy the shards to one that does"
+                )
             if len(data) < end - start:
                 self._count(short=1)
                 shorts += 1

@@ -17,11 +17,18 @@ NEEDED = (
     "numpy",
     "pillow",
     "simplejpeg",
+    "xxhash",
     "opencv-python-headless",
     "PyYAML",
 )
 EXTRAS = {
     "s3fs": "s3",
+    "gcsfs": "gs",
+    "adlfs": "az",
+    "aiohttp": "http",
+    "obstore": "obstore",
+    "pyarrow": "parquet",
+    "av": "video",
     "submitit": "slurm",
     "deepspeed": "deepspeed",
     "xformers": "xformers",

@@ -103,6 +103,20 @@ def test_chunks_are_read_once_and_dropped_at_the_end_of_their_block(count: int, 
     )  # the lanes do not all ask at the same time
 
 
+@pytest.mark.parametrize(("world", "most"), [(1, 1.0), (8, 1.0), (64, 1.0), (96, 2.0), (128, 2.0), (256, 4.0)])
+def test_each_byte_is_read_by_one_process_while_they_are_no_more_than_the_lanes(world: int, most: float):
+    plan = Plan([10**7], [Phase(0, 768 if world == 96 else 4096)], seed=2)
+    chunk, read = plan.orders[0].chunk, 0
+    steps = plan.orders[0].block * chunk // (plan.batch(0) // plan.lanes)
+    for rank in range(world):
+        _, slots = plan.ahead(1000 * steps, 2 * steps, rank, world)
+        read += len(np.unique(slots.virtual // chunk))
+    _, whole = plan.ahead(1000 * steps, 2 * steps, 0, 1)
+    assert read / len(np.unique(whole.virtual // chunk)) <= most + 0.01
+    held = plan.lanes * plan.orders[0].block * chunk
+    assert len(np.unique(whole.virtual // chunk)) * chunk <= 2 * steps * plan.batch(0) + held  # requests and bytes
+
+
 def test_chunks_find_their_way_back():
     order = Order.of(1003, 4, seed=3)
     numbers = np.arange(3 * 1003 // order.chunk)

@@ -104,6 +104,11 @@ def test_the_same_batches_as_from_disk(
     gets = [r for r in proxy.requests if r.startswith("GET") and ".tar" in r]
     chunk = stream.plan.orders[0].chunk
     used = STEPS * BATCH * 1.5  # what is asked for ahead of the last step counts too
+    order, size = stream.plan.orders[0], samples.total_bytes / COUNT / 1e6
+    window = stream.plan.lanes * (order.block + 1) * order.chunk
+    assert (
+        figures["held_mb"] <= size * (window + 4 * workers * BATCH) + 1.0 + 0.5
+    )  # the window, what is on its way, ahead_mb
     assert figures["retries"] == 0 and figures["mb"] > 1 and len(gets) <= used / chunk * 2 + 50
     stream.close()
 
@@ -205,6 +210,27 @@ def test_bits_that_flip_at_rest_are_counted_and_replaced(
     assert all("not those that were indexed" in reason for reason in stream.ledger.bad.values())
     assert len((tmp_path / "bad" / "damaged-0.jsonl").read_text().splitlines()) == 3
     stream.close()
+
+
+def test_a_server_that_knows_no_ranges_is_said_at_once(local: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(local)]
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        port = server.stdout.readline().split("port ")[1].split()[0]
+        samples = Samples([f"http://127.0.0.1:{port}"])
+        assert len(samples) == COUNT
+        with pytest.raises(DataError, match="it knows no ranges; copy the shards to one that does"):
+            for number in range(0, COUNT, 7):
+                samples.read(number)
+    finally:
+        server.kill()
 
 
 def test_a_missing_shard_is_named(store: ObjectStore, local: Path, proxy: FaultProxy):
