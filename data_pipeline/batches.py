@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from data_pipeline.decode import ARRAY, IMAGES, Damaged, Encoded
+from data_pipeline.decode import PICTURES, Damaged, Encoded
 from data_pipeline.order import fold
 from data_pipeline.plan import Plan
 from data_pipeline.remote import AGAIN, READ, Bytes
@@ -24,7 +24,6 @@ from data_pipeline.storage import DataError
 from data_pipeline.views import Rng, generators
 
 Views = Callable[[dict[str, Any], Rng], dict[str, Any]]
-PICTURES = (*IMAGES, ARRAY)  # members that can be a sample's image
 LOOKS = 5  # at a remote sample whose hash is wrong
 TRIES = 64  # damaged samples in a row before the data is given up
 PLANNED = 4096  # slots that are planned at a time

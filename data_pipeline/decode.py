@@ -27,6 +27,7 @@ from PIL import Image
 JPEG = ("jpg", "jpeg")
 IMAGES = (*JPEG, "png", "webp", "bmp", "tif", "tiff", "gif")
 ARRAY = "npy"
+PICTURES = (*IMAGES, ARRAY)  # members that can be a sample's image
 MAX_PIXELS = 100_000_000  # a larger image is taken for damage or an attack
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow reads many more, some through other programs

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,9 +78,7 @@ class Server:
     """Plans, fetches, serves."""
 
     def __init__(self, config: dict[str, Any]):
-        self.fetcher = Fetcher(
-            config["inflight"], config["attempt_seconds"], config["retry_seconds"], config.get("hedge", True)
-        )
+        self.fetcher = Fetcher(config["inflight"], config["attempt_seconds"], config["retry_seconds"])
         self.samples = [Samples(specs, self.fetcher) for specs in config["datasets"]]
         self.columns = [samples.columns(config["extensions"]) for samples in self.samples]
         phases = [Phase(p[0], p[1], tuple(p[2]), tuple(p[3])) for p in config["phases"]]
@@ -246,9 +245,7 @@ class Server:
     def _chunk(self, d: int, virtual: int, step: int) -> Chunk:
         key = (d, virtual // self.plan.orders[d].chunk)
         with self.lock:
-            if (
-                key not in self.chunks
-            ):  # asked for before it was planned, or a neighbour that is not in the plan any more
+            if key not in self.chunks:  # not planned yet, or a neighbour that is not in the plan any more
                 self.chunks[key] = self._ask(key, (d, -1), -1, step)
             chunk = self.chunks[key]
             chunk.last_use = max(chunk.last_use, step)
@@ -293,8 +290,16 @@ def _send(line: socket.socket, head: dict[str, Any], data: bytes) -> None:
     line.sendall(data)
 
 
+def _end(args: threading.ExceptHookArgs) -> None:
+    """A thread failed in a way that nobody foresaw: say so, and let the workers' sockets close, so that nobody waits for ever."""
+    traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main() -> None:
     """The feeder process."""
+    threading.excepthook = _end
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the trainer does
     config = json.loads(sys.stdin.read())

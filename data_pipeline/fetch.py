@@ -43,10 +43,8 @@ class Missing(DataError):
 class Fetcher:
     """Reads byte ranges; safe to call from many threads. Counts bytes, requests, retries, hedges, short answers."""
 
-    def __init__(
-        self, inflight: int = 16, attempt_seconds: float = 30.0, retry_seconds: float = 600.0, hedge: bool = True
-    ):
-        self.attempt_seconds, self.retry_seconds, self.hedge = attempt_seconds, retry_seconds, hedge
+    def __init__(self, inflight: int = 16, attempt_seconds: float = 30.0, retry_seconds: float = 600.0):
+        self.attempt_seconds, self.retry_seconds = attempt_seconds, retry_seconds
         self.counts: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -90,7 +88,7 @@ class Fetcher:
         began = time.monotonic()
         requests: list[Future] = [self._pool.submit(self._timed, read, start, end)]
         limit = self.attempt_seconds + (end - start) / 1e6  # a slow line still brings 1 MB/s
-        patience = self._patience() if self.hedge else limit
+        patience = self._patience()
         waiting = set(requests)
         while waiting:
             left = limit - (time.monotonic() - began)

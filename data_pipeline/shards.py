@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline import index
-from data_pipeline.decode import IMAGES, Damaged, decode_image
+from data_pipeline.decode import PICTURES, Damaged, decode_image
 from data_pipeline.fetch import Fetcher
 from data_pipeline.index import MEMBERS, RECORD, Manifest
 from data_pipeline.plan import Phase, Plan
@@ -154,11 +154,11 @@ class Samples:
         wanted = set(extensions)
         return [c for c, e in enumerate(self.extensions) if e in wanted]
 
-    def image(self, number: int) -> np.ndarray:
-        """The sample's image, uint8 [H, W, 3]."""
-        for extension, data in self.read(number, IMAGES).items():
-            return decode_image(data, extension)
-        raise Damaged(f"holds no image member ({', '.join(IMAGES)})")
+    def image(self, number: int, channels: int = 3) -> np.ndarray:
+        """The sample's image, uint8 [H, W, channels]."""
+        for extension, data in self.read(number, PICTURES).items():
+            return decode_image(data, extension, channels)
+        raise Damaged(f"holds no image member ({', '.join(PICTURES)})")
 
     def label(self, number: int) -> str:
         """The sample's label: the class name where the manifest has names, else what its `cls` member says."""

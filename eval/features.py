@@ -40,6 +40,7 @@ class Encoder:
     ):
         self.backbone, self.name, self.image_size, self.pool = backbone, name, image_size, pool
         self.mean, self.std = list(mean), list(std)
+        self.channels = len(self.mean)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(backbone, torch.nn.Module):
             backbone.to(self.device).eval()
@@ -60,14 +61,14 @@ class Encoder:
         """Features and labels of all images in the shards, in order; damaged images are left out and counted."""
         key = tuple(specs)
         if key not in self._kept:
-            images, labels, left_out = load_images(specs, self.image_size)
+            images, labels, left_out = load_images(specs, self.image_size, self.channels)
             parts = [self.pooled(images[i : i + batch]) for i in range(0, len(images), batch)]
             self._kept[key] = Labelled(torch.cat(parts), labels, left_out)
         return self._kept[key]
 
 
-def load_images(specs: Sequence[str], size: int) -> tuple[np.ndarray, list[str], int]:
-    """(uint8 [N, 3, size, size] as evaluation sees them, labels, how many were damaged)."""
+def load_images(specs: Sequence[str], size: int, channels: int = 3) -> tuple[np.ndarray, list[str], int]:
+    """(uint8 [N, channels, size, size] as evaluation sees them, labels, how many were damaged)."""
     if not specs:
         raise DataError(
             "no labelled shards are named; write eval.gallery=… and eval.test=… (or gallery=… query=… for `unlabeled eval`)"
@@ -76,7 +77,7 @@ def load_images(specs: Sequence[str], size: int) -> tuple[np.ndarray, list[str],
 
     def one(number: int) -> tuple[np.ndarray, str] | None:
         try:
-            return center(samples.image(number), size), samples.label(number)
+            return center(samples.image(number, channels), size), samples.label(number)
         except Damaged:
             return None
 

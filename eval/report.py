@@ -220,6 +220,8 @@ def _curves(rows: list[dict], scores: list[dict]) -> str:
 def _learned(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
     """Patches and neighbours: of the labelled test and gallery images where the recipe names such, else of training images."""
     cfg, last = recipe.eval, encoders[max(encoders)]
+    if last.channels != 3:
+        return ""  # nothing that a page can show as it is
     known = cfg.test_gallery or cfg.gallery
     labelled = bool(cfg.test and known)
     train = recipe.data.train or recipe.data.mix[0].shards

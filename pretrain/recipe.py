@@ -70,14 +70,13 @@ class Data(Section):
     shuffle: bool = True
     workers: int | None = None  # data processes per trainer process; null: from the machine's cores
     threads: int = 1  # of each data process
-    channels: int = 3  # of the images; the model's channels have to be as many
     color: Literal["exact", "fused", "device"] = "exact"  # how colours are changed: data_pipeline/views.py
     bad_share: float = 1e-4  # of the samples may be damaged, and 10 in any case, before the run ends
     bad_shard_share: float = 0.01  # the same for one shard
     fetch: Fetch = field(default_factory=Fetch)
     mean: list[float] = field(
         default_factory=lambda: [0.485, 0.456, 0.406]
-    )  # of the training pixels, in [0, 1]; ImageNet's
+    )  # of the training pixels, in [0, 1], one for each of model.in_channels; ImageNet's
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
 
 

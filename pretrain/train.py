@@ -77,18 +77,22 @@ def phases_of(cfg: Recipe, samples: list[Samples]) -> list[Phase]:
 
 
 def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledger: Path | None = None) -> Stream:
-    body, data = objective.encoder(), cfg.data
+    body, data, channels = objective.encoder(), cfg.data, cfg.model.in_channels  # type: ignore[attr-defined]
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != channels:
+            raise ConfigError(f"data.{key} = {values}: model.in_channels = {channels}, so write {channels} values")
     views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
+    fetch = data.fetch
     reading = Reading(
-        default_workers() if data.workers is None else data.workers,
-        data.threads,
-        data.fetch.ahead_mb,
-        data.fetch.requests,
-        data.fetch.attempt_seconds,
-        data.fetch.retry_seconds,
-        data.fetch.stall_seconds,
-        data.fetch.cache,
-        data.fetch.cache_gb,
+        workers=default_workers() if data.workers is None else data.workers,
+        threads=data.threads,
+        ahead_mb=fetch.ahead_mb,
+        requests=fetch.requests,
+        attempt_seconds=fetch.attempt_seconds,
+        retry_seconds=fetch.retry_seconds,
+        stall_seconds=fetch.stall_seconds,
+        cache=fetch.cache,
+        cache_gb=fetch.cache_gb,
     )
     return Stream(
         samples,
@@ -98,7 +102,7 @@ def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledg
         data.shuffle,
         accumulate=accumulation(cfg, objective.couples_batch),
         phases=phases_of(cfg, samples),
-        look=Look(channels=data.channels, color=data.color),
+        look=Look(channels=channels, color=data.color),
         reading=reading,
         ledger=Ledger(ledger, share=data.bad_share, shard_share=data.bad_shard_share),
     )

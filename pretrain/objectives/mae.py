@@ -44,7 +44,7 @@ class MAE(Objective):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.decoder_dim))
         self.blocks = nn.ModuleList(Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(cfg.decoder_dim, 1e-6)
-        self.predict = nn.Linear(cfg.decoder_dim, self.backbone.patch_size**2 * 3)
+        self.predict = nn.Linear(cfg.decoder_dim, self.backbone.patch_size**2 * self.backbone.cfg.in_channels)
         for part in (self.embed, self.predict):
             trunc_normal(part)
         self.blocks.apply(trunc_normal)
@@ -113,5 +113,6 @@ class MAE(Objective):
         seen, painted = (pixels.scatter(1, index, fill) for fill in (pixels.new_zeros(index.shape), prediction))
         rows = torch.stack([unpatchify(x, size, grid) for x in (pixels, seen, painted)], dim=1)  # [B, 3, 3, H, W]
         low, high = rows[:, 0].amin((1, 2, 3), keepdim=True), rows[:, 0].amax((1, 2, 3), keepdim=True)
+        rows = rows[:, :, :3] if rows.shape[2] >= 3 else rows[:, :, :1].expand(-1, -1, 3, -1, -1)
         rows = ((rows - low.unsqueeze(1)) / (high - low).unsqueeze(1)).clamp(0, 1) * 255
         return {"reconstructions": rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2).byte()}  # [3, B·H, 3·W]

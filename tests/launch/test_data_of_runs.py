@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from PIL import Image
 
 from data_pipeline import index
 from data_pipeline.storage import DataError
+from eval.run import evaluate
 from launch.preview import GAP, TILE, preview
 from pretrain import config
 from pretrain.errors import UserError
@@ -102,6 +104,30 @@ def test_damaged_samples_of_a_run_are_listed_in_its_folder(tmp_path: Path):
     (line,) = (run / "damaged" / "damaged-0.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "005" and rows(run)[-1]["stream/damaged"] == 1
     assert "damaged sample left out: 005 in" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["dinov2", "mae", "simclr"])
+def test_images_of_five_channels_train_and_are_scored(name: str, tmp_path: Path):
+    rng, members = np.random.default_rng(0), []
+    for i in range(24):
+        out = io.BytesIO()
+        np.save(out, rng.integers(0, 256, (40, 40, 5), dtype=np.uint8))
+        members += [(f"{i:02d}.npy", out.getvalue()), (f"{i:02d}.cls", b"%d" % (i % 2))]
+    (tmp_path / "five").mkdir()
+    write_tar(tmp_path / "five" / "a.tar", members)
+    index.write(tmp_path / "five")
+    values = "[0.5, 0.5, 0.5, 0.5, 0.5]"
+    channels = ["model.in_channels=5", f"data.mean={values}", f"data.std={values}"]
+    run = train(tiny_recipe(name, tmp_path / "five", tmp_path / "run", *channels))
+    assert np.isfinite(rows(run)[-1]["loss"])
+    (row,) = [
+        r
+        for r in evaluate(str(run / "export" / "8"), ["knn"], [str(tmp_path / "five")], [str(tmp_path / "five")])
+        if r["metric"] == "accuracy"
+    ]
+    assert row["count"] == 24
+    with pytest.raises(UserError, match=r"data.mean = \[.*\]: model.in_channels = 5, so write 5 values"):
+        train(tiny_recipe(name, tmp_path / "five", tmp_path / "other", "model.in_channels=5"))
 
 
 @pytest.mark.parametrize("name", ["dinov2", "mae", "simclr"])
