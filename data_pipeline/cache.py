@@ -36,7 +36,7 @@ class Cache:
             self._find()
         except OSError as error:
             raise DataError(
-                f"data.cache = {str(folder)!r}: cannot be used ({error.strerror or error}); name a folder on a local disk"
+                f"data.fetch.cache = {str(folder)!r}: cannot be used ({error.strerror or error}); name a folder on a local disk"
             ) from None
 
     def _find(self) -> None:

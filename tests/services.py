@@ -142,6 +142,7 @@ class FaultProxy:
         "reset_rate": 0.0,  # share of requests whose connection is reset at once
         "cut_rate": 0.0,  # share of answers that break off after `cut_after` bytes
         "cut_after": 2000,
+        "short_rate": 0.0,  # share of answers that give half of the body as if it were all
         "flip_rate": 0.0,  # share of answers in which one byte far behind the header is changed
         "refuse": 0.0,  # new connections are reset
         "hang": 0.0,  # nothing passes any more, nothing is closed
@@ -211,13 +212,22 @@ class FaultProxy:
         head = await up.readuntil(b"\r\n\r\n")
         left = 0 if only_head else _length(head)
         cut, flip, sent = self._happens("cut_rate"), self._happens("flip_rate"), 0
-        began = time.monotonic()
+        began, keep = time.monotonic(), left
+        if left > 1000 and self._happens("short_rate"):
+            keep = left // 2
+            lines = head.split(b"\r\n")
+            head = b"\r\n".join(
+                b"Content-Length: %d" % keep if n.lower().startswith(b"content-length") else n for n in lines
+            )
         writer.write(head)
         while left:
             data = await up.read(min(left, 1 << 16))
             if not data:
                 raise ConnectionResetError
             left -= len(data)
+            data = data[: max(0, keep - sent)]
+            if not data:
+                continue
             if flip and left == 0:
                 place = self.random.randrange(len(data))
                 data = data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
