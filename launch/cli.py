@@ -96,13 +96,14 @@ def export(args: argparse.Namespace) -> None:
     from pretrain import export as exports
     from pretrain.train import build_objective
 
-    wanted = checkpoint.latest(run) if args.step is None else run / "checkpoints" / f"{args.step:09d}"
-    if wanted is None or wanted not in checkpoint.all_of(run):
-        steps = ", ".join(str(int(p.name)) for p in sorted(checkpoint.all_of(run))) or "none"
+    store = checkpoint.store_of(run, recipe)
+    wanted = store.latest() if args.step is None else checkpoint.name_of(args.step)
+    if wanted not in store.whole():
+        steps = ", ".join(str(int(name)) for name in store.whole()) or "none"
         raise UserError(f"{run}: no checkpoint {'' if args.step is None else f'of step {args.step}'}; it has: {steps}")
     objective = build_objective(recipe)
-    checkpoint.load_model(wanted, objective)
-    step = checkpoint.about(wanted)["step"]
+    checkpoint.load_model(store, wanted, objective)
+    step = int(wanted)
     target = Path(args.target) if args.target else run / "export" / str(step)
     exports.save(target, objective, recipe, step)
     print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
