@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from data_pipeline.stream import Stream
 from pretrain import config
-from pretrain.checkpoint_format import Planner, Reader, Writer, differences, read_metadata
-from pretrain.checkpoint_store import Damaged, Disk, Files, Store, damaged, digest_of, open_folder
+from pretrain.checkpoint_format import Reader, Writer, differences, fill, read_metadata
+from pretrain.checkpoint_store import Damaged, Disk, Files, Store, digest_of, open_folder
 from pretrain.errors import UserError
 from pretrain.parallel import timeouts
 from pretrain.parallel.engine import Engine
@@ -298,16 +298,7 @@ def load_model(store: Store, name: str, module: torch.nn.Module) -> None:
 
 def _read(store: Store, name: str, files: Files, metadata: Any, state: dict[str, Any]) -> None:
     """Fill `state` from the checkpoint's files."""
-    alone = not dist.is_initialized()
-    try:
-        dcp.load(state, storage_reader=Reader(store, name, files, metadata), planner=Planner(), no_dist=alone)
-    except (Exception, CheckpointException) as error:
-        failures = [e for e, _ in getattr(error, "failures", {}).values()] or [error]
-        known = next((e for e in failures if isinstance(e, UserError)), None)
-        if known is not None:
-            raise known from None
-        text = " ".join(str(failures[0]).split()) or type(failures[0]).__name__
-        raise damaged(store.path(name), f"cannot be loaded ({text})") from None
+    fill(state, Reader(store, name, files, metadata), store.path(name), alone=not dist.is_initialized())
 
 
 __all__ = ["Damaged", "Saver", "all_of", "find", "load", "load_model", "name_of", "store_of"]

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from pretrain.checkpoint_store import Damaged, Files, Hashed, Store, damaged
+from pretrain.errors import UserError
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint."
@@ -157,3 +160,16 @@ class Planner(DefaultLoadPlanner):
                 f"{read_item.dest_index.fqn}: is no plain value, so this checkpoint was not written by this program"
             ) from None
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
+
+
+def fill(state: dict[str, Any], reader: Reader, where: str, alone: bool) -> None:
+    """Load a checkpoint into `state`, in place. Raises UserError with what DCP wraps into an exception of its own."""
+    try:
+        dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=alone)
+    except (Exception, CheckpointException) as error:  # DCP's own is no Exception
+        failures = [e for e, _ in getattr(error, "failures", {}).values()] or [error]
+        known = next((e for e in failures if isinstance(e, UserError)), None)
+        if known is not None:
+            raise known from None
+        text = " ".join(str(failures[0]).split()) or type(failures[0]).__name__
+        raise damaged(where, f"cannot be loaded ({text})") from None

@@ -34,17 +34,13 @@ class Guard:
             "losses": torch.zeros(WINDOW, device=device),  # a ring of the last finite ones
             "count": torch.zeros((), dtype=torch.int64, device=device),
         }
-        self.changing: set[str] | None = None  # buffers that steps have changed; all may be before the first
-        self.saved: dict[str, Tensor] = {}
-        self.versions: dict[str, int] = {}
+        self.saved: list[Tensor] = []
         self.skipped = torch.zeros((), device=device)  # the verdict on this step
         self.in_a_row = 0
 
     def before(self) -> None:
-        """Keep a copy of the buffers that the step may change."""
-        buffers = dict(self.objective.named_buffers())
-        self.versions = {name: b._version for name, b in buffers.items()}
-        self.saved = {name: buffers[name].clone() for name in (buffers if self.changing is None else self.changing)}
+        """Keep a copy of all buffers: which ones a step changes cannot be seen (batch norm does not count up their version)."""
+        self.saved = [b.clone() for b in self.objective.buffers()]
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """1.0 where the step is to be skipped, else 0.0: the same on all processes. `loss`, `norm`: this process's, on the device.
@@ -70,12 +66,10 @@ class Guard:
 
     def after(self) -> None:
         """Put back what the forward of a skipped step has changed, and tell the objective, before its own `after_step`."""
-        buffers = dict(self.objective.named_buffers())
-        changed = {name for name, b in buffers.items() if b._version != self.versions.get(name)}
-        for name in changed & self.saved.keys():
-            buffers[name].copy_(torch.where(self.skipped.bool(), self.saved[name], buffers[name]))
-        self.changing = changed if self.changing is None else self.changing | changed
-        self.saved = {}
+        skipped = self.skipped.bool()
+        for buffer, saved in zip(self.objective.buffers(), self.saved, strict=True):
+            buffer.copy_(torch.where(skipped, saved, buffer))
+        self.saved = []
         self.objective.skipped = self.skipped  # type: ignore[assignment]
 
     def read(self, rows: list[dict[str, Any]], run: Path, stream: Stream, say: Callable[[str], None]) -> None:

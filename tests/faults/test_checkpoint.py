@@ -359,3 +359,28 @@ def test_s3_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path, proxy: F
 # ---------------------------------------------------------------- the tools
 def tool(*args: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "launch.cli", "checkpoint", *map(str, args)], capture_output=True, text=True)
+
+
+def test_inspect_verify_consolidate(run: Recipe, tmp_path: Path):
+    """By themselves: the recipe is gone, and an objective of that name, too."""
+    from safetensors.torch import load_file
+
+    (Path(run.run) / "recipe.yaml").unlink()
+    there = folder(run, 6)
+    seen = tool("inspect", there)
+    assert seen.returncode == 0 and "step        6 of 6" in seen.stdout and "mae on vit" in seen.stdout, seen.stderr
+    assert tool("inspect", run.run).stdout == seen.stdout
+    whole = tool("verify", there)
+    assert whole.returncode == 0 and "every byte is as it was written" in whole.stdout, whole.stderr
+    assert tool("consolidate", there, tmp_path / "model.safetensors").returncode == 0
+    model, state = build_objective(run), load_file(tmp_path / "model.safetensors")
+    model.load_state_dict(state)
+    assert any(not torch.equal(a, b) for a, b in zip(model.state_dict().values(), build_objective(run).state_dict().values(), strict=True))
+    data = bytearray((there / "__0_0.distcp").read_bytes())
+    data[1000] ^= 1
+    (there / "__0_0.distcp").write_bytes(data)
+    bad = tool("verify", there)
+    assert bad.returncode == 1 and f"{there}/__0_0.distcp: is damaged" in bad.stdout
+    assert tool("consolidate", there, tmp_path / "x").returncode == 2 and not (tmp_path / "x").exists()
+    none = tool("inspect", tmp_path)
+    assert none.returncode == 2 and "holds no checkpoint" in none.stderr
