@@ -107,16 +107,46 @@ def export(args: argparse.Namespace) -> None:
     from pretrain import export as exports
     from pretrain.train import build_objective
 
-    wanted = checkpoint.latest(run) if args.step is None else run / "checkpoints" / f"{args.step:09d}"
-    if wanted is None or wanted not in checkpoint.all_of(run):
-        steps = ", ".join(str(int(p.name)) for p in sorted(checkpoint.all_of(run))) or "none"
+    store = checkpoint.store_of(run, recipe)
+    wanted = store.latest() if args.step is None else checkpoint.name_of(args.step)
+    if wanted not in store.whole():
+        steps = ", ".join(str(int(name)) for name in store.whole()) or "none"
         raise UserError(f"{run}: no checkpoint {'' if args.step is None else f'of step {args.step}'}; it has: {steps}")
     objective = build_objective(recipe)
-    checkpoint.load_model(wanted, objective)
-    step = checkpoint.about(wanted)["step"]
+    checkpoint.load_model(store, wanted, objective)
+    step = int(wanted)
     target = Path(args.target) if args.target else run / "export" / str(step)
     exports.save(target, objective, recipe, step)
     print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
+
+
+def checkpoint_inspect(args: argparse.Namespace) -> None:
+    from pretrain import checkpoint_tools
+
+    print("\n".join(checkpoint_tools.inspect(args.path)))
+
+
+def checkpoint_verify(args: argparse.Namespace) -> int:
+    from pretrain import checkpoint_tools
+
+    problems = checkpoint_tools.verify(args.path)
+    print("\n".join(problems) or f"{args.path}: every byte is as it was written")
+    return 1 if problems else 0
+
+
+def checkpoint_consolidate(args: argparse.Namespace) -> None:
+    from pretrain import checkpoint_tools
+
+    print(f"{checkpoint_tools.consolidate(args.path, args.target)}: open it with safetensors.torch.load_file")
+
+
+def plan(args: argparse.Namespace) -> None:
+    from pretrain.recipe import load
+
+    cfg = load(args.recipe, args.overrides)
+    from pretrain import plan
+
+    print("\n".join(plan.describe(cfg, args.device, args.mfu, args.count)))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -251,6 +281,30 @@ def parser() -> argparse.ArgumentParser:
         ("run", {"help": "run folder"}),
         ("target", {"nargs": "?", "help": "folder to write (default RUN/export/STEP)"}),
         ("--step", {"type": int, "help": "which checkpoint (default: the newest)"}),
+    )
+    saved = commands.add_parser("checkpoint", help="look into, check or convert a checkpoint").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    path = ("path", {"help": "RUN/checkpoints/STEP, a URL, or a run: its latest"})
+    add("inspect", checkpoint_inspect, "Say what a checkpoint is: step, recipe, data, versions, tensors.", path, under=saved)
+    add("verify", checkpoint_verify, "Read every byte and compare it with what was written.", path, under=saved)
+    add(
+        "consolidate",
+        checkpoint_consolidate,
+        "Write the model of a checkpoint, from any number of processes, as one safetensors file.",
+        path,
+        ("target", {"nargs": "?", "default": ".", "help": "file.safetensors, or a folder (default: here)"}),
+        under=saved,
+    )
+    add(
+        "plan",
+        plan,
+        "Say before a run what it takes: parameters, FLOPs, memory, hours. Allocates nothing and reads no data.",
+        ("recipe", {"help": "a recipe's name, a .yaml file, or a run folder"}),
+        overrides,
+        ("--device", {"default": "h100", "help": "h100, a100, …: for the hours (default h100)"}),
+        ("--mfu", {"type": float, "default": 0.4, "help": "share of its peak that is reached (default 0.4)"}),
+        ("--count", {"type": int, "default": 1, "help": "of such devices (default 1)"}),
     )
     add("report", report, "Write RUN/report.html.", ("run", {"help": "run folder"}))
     add("recipes", recipes, "List recipes and objectives.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.stream import Stream
+from pretrain.errors import UserError
 from pretrain.progress import Progress
 from pretrain.run_folder import read_rows
 
@@ -50,6 +52,7 @@ class Writer:
         self.clock = Clock()
         self.progress = Progress("train", steps, step)
         self.file = self.path.open("a")
+        self.readers: list[Callable[[list[dict[str, Any]]], None]] = []  # see rows when they reach the host, before they are written
 
     def add(self, step: int, **values: Tensor | float) -> None:
         """One step's scalars, on whatever device they are; written when `every` rows wait."""
@@ -81,6 +84,7 @@ class Writer:
         last["stream/damaged"] = len(self.stream.ledger.bad)
         epochs = self.stream.epochs
         last |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": round(value, 4) for n, value in enumerate(epochs)}
+        problem = self._consult(rows)
         for row in rows:
             self.file.write(json.dumps(row) + "\n")
         self.file.flush()
@@ -92,6 +96,17 @@ class Writer:
                 self.board.add_scalar(f"train/{key}", sum(values) / len(values), last["step"])
         self._show(last)
         self.waiting = []
+        if problem:
+            raise problem
+
+    def _consult(self, rows: list[dict[str, Any]]) -> UserError | None:
+        """Let the readers see the rows; an error of theirs, to be raised when the rows are written."""
+        try:
+            for reader in self.readers:
+                reader(rows)
+        except UserError as error:
+            return error
+        return None
 
     def _show(self, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_share']:.0%}"

@@ -104,9 +104,26 @@ class Parallel(Section):
 
 @dataclass
 class Checkpoint(Section):
+    """When, where and how a run is saved, and what it goes on from. No number of the training depends on these."""
+
     shorthand = "every"
     every: int = 1000  # steps
     keep: int = 2  # the newest so many stay
+    keep_every: int | None = None  # and those of every so many steps
+    mode: Literal["sync", "async"] = "sync"  # async: written beside the training, from a copy in main memory
+    folder: str = ""  # local or any fsspec URL (s3://…), one that all processes share; empty: RUN/checkpoints
+    resume: int | str = "latest"  # or none (from the start), or a step of this folder, or the path or URL of a checkpoint
+    on_error: Literal["stop", "continue"] = "stop"  # when one cannot be written for `retry_seconds`
+    retry_seconds: float = 60.0
+
+
+@dataclass
+class Skip(Section):
+    """A step whose loss or gradient is not finite on any process changes nothing: not weights, optimizer, teacher, nor buffers."""
+
+    shorthand = "most"
+    most: int = 10  # such steps in a row; one more ends the run with a report
+    sigma: float | None = None  # skip also where the loss is so many standard deviations above the last 128; null: never
 
 
 @dataclass
@@ -152,6 +169,7 @@ class Recipe(Section):
     optim: Optim = field(default_factory=Optim)
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    skip: Skip = field(default_factory=Skip)
     export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
     eval: Eval = field(default_factory=Eval)
@@ -218,8 +236,9 @@ def resolve(recipe: Recipe) -> Recipe:
     for key, value in [("steps", stored["steps"]), ("data.batch", vars(stored["data"])["batch"])]:
         if value < 1:
             raise ConfigError(f"{key} = {value}: must be 1 or more")
-    for key in ("checkpoint", "export", "log"):
-        every = vars(stored[key])["every"]
-        if every < 1:
-            raise ConfigError(f"{key}.every = {every}: must be 1 or more steps")
+    for key in ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "export.every", "log.every", "skip.most"):
+        section, name = key.split(".")
+        every = vars(stored[section])[name]
+        if every is not None and every < 1:
+            raise ConfigError(f"{key} = {every}: must be 1 or more{' steps' if 'every' in name else ''}")
     return recipe

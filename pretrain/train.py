@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -20,16 +21,19 @@ from data_pipeline.stream import Reading, Stream, default_workers, to_device
 from pretrain import checkpoint, config, export, recipe
 from pretrain.config import ConfigError
 from pretrain.errors import command
-from pretrain.metrics import Writer
+from pretrain.guard import Guard
+from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
 from pretrain.objective import find
 from pretrain.objectives.base import Objective
+from pretrain.parallel import timeouts
 from pretrain.parallel.engine import Engine, accumulation, faster_precision, keep_freed_memory, pick_device
 from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare, write_recipe
 
 STOPPED = 75  # exit code of a run that was told to stop and wrote its checkpoint: the same command goes on
 READ_LATER = ("eval.", "checkpoint.")  # by the evaluation stage; by the first save
+COLLECT = 100  # steps between two runs of Python's garbage collector, on all processes at the same one: none waits for another's
 
 
 class Stop:
@@ -136,7 +140,9 @@ def train(cfg: Recipe) -> Path:
         write_recipe(cfg, run)
     engine = Engine(objective, cfg, device)
     remember(samples, run / "data")
-    step = _resume(run, engine, stream, say)
+    guard = Guard(objective, cfg.skip, device)
+    saver = checkpoint.Saver(run, cfg, say)
+    step = _resume(run, saver, engine, stream, guard, say)
     if step >= cfg.steps and (run / "export" / str(cfg.steps)).is_dir():
         say(f"{run}: has finished its {cfg.steps} steps; overwrite=true starts it again")
         return run
@@ -146,8 +152,17 @@ def train(cfg: Recipe) -> Path:
         f" {cfg.precision} on {device}, {torch.get_num_threads()} threads + {stream.workers} data workers"
     )
     writer = Writer(run, step, cfg.steps, cfg.log.every, stream)
-    step = _loop(cfg, run, step, engine, stream, writer, stop, say)
+    writer.readers.append(lambda rows: guard.read(rows, run, stream, say))
+    gc.collect()
+    gc.freeze()  # what is there by now stays
+    gc.disable()  # the loop runs it at fixed steps
+    try:
+        step = _loop(cfg, run, step, engine, stream, writer, stop, say, guard, saver)
+    finally:
+        gc.enable()
+        gc.unfreeze()
     writer.close()
+    saver.close()
     stream.close()
     if stream.ledger.bad:
         say(
@@ -160,7 +175,16 @@ def train(cfg: Recipe) -> Path:
 
 
 def _loop(
-    cfg: Recipe, run: Path, first: int, engine: Engine, stream: Stream, writer: Writer, stop: Stop, say: Log
+    cfg: Recipe,
+    run: Path,
+    first: int,
+    engine: Engine,
+    stream: Stream,
+    writer: Writer,
+    stop: Stop,
+    say: Log,
+    guard: Guard,
+    saver: checkpoint.Saver,
 ) -> int:
     """Train from step `first`; the step that it ended at, which is `cfg.steps` unless it was told to stop."""
     objective, clock = engine.objective, writer.clock
@@ -171,35 +195,50 @@ def _loop(
         last = step == cfg.steps or stop.asked
         if last or every(step, cfg.checkpoint.every):
             writer.flush()
-            checkpoint.save(run, step, engine, stream, cfg)
+            saver.save(step, engine, stream, last=last, guard=guard.state_dict())
         if step == cfg.steps or every(step, cfg.export.every):
             export.save(run / "export" / str(step), objective, cfg, step)
             _draw(cfg, run, step, engine, stream, writer)
         if last:
             break
+        saver.check()
         clock.lap("save")
-        rows: list[dict[str, Tensor]] = []  # of the micro-batches
-        for micro in range(engine.accumulate):
-            batch = next(stream)
-            clock.lap("data")
-            batch = to_device(batch, engine.device, cfg.data.mean, cfg.data.std)
-            with engine.microbatch(last=micro + 1 == engine.accumulate):
-                loss, logs = engine.forward(batch, step)
-                engine.backward(loss)
-            rows.append({"loss": loss.detach(), **logs})
-            clock.lap("model")
-        lr = cfg.optim.lr(step)
-        norm = engine.step(lr, cfg.optim.weight_decay(step))
-        objective.after_step(step)
-        clock.lap("model")
+        with timeouts.at_step(step):
+            values = _step(cfg, step, engine, stream, guard, clock)
         for shard, key, reason in stream.ledger.new():
             say(f"damaged sample left out: {key} in {shard}: {reason}")
         if step == first:
             _refuse_unread(cfg)
-        means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
-        writer.add(step, **means, grad_norm=norm, lr=lr)
+            timeouts.shorten()
+        if every(step, COLLECT):
+            gc.collect()
+        writer.add(step, **values)
         clock.lap("loop")
     return step
+
+
+def _step(
+    cfg: Recipe, step: int, engine: Engine, stream: Stream, guard: Guard, clock: Clock
+) -> dict[str, Tensor | float]:
+    """One step: forward and backward of its micro-batches, the update unless the guard skips it; what is to be logged, still on the device."""
+    rows: list[dict[str, Tensor]] = []  # of the micro-batches
+    guard.before()
+    for micro in range(engine.accumulate):
+        batch = next(stream)
+        clock.lap("data")
+        batch = to_device(batch, engine.device, cfg.data.mean, cfg.data.std)
+        with engine.microbatch(last=micro + 1 == engine.accumulate):
+            loss, logs = engine.forward(batch, step)
+            engine.backward(loss)
+        rows.append({"loss": loss.detach(), **logs})
+        clock.lap("model")
+    means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
+    lr = cfg.optim.lr(step)
+    norm = engine.step(lr, cfg.optim.weight_decay(step), lambda norm: guard.judge(means["loss"], norm))
+    guard.after()
+    engine.objective.after_step(step)
+    clock.lap("model")
+    return {**means, "grad_norm": norm, "lr": lr, "skipped": guard.skipped}
 
 
 def _draw(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, writer: Writer) -> None:
@@ -214,12 +253,15 @@ def _draw(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, wri
         writer.board.add_image(name, picture, step)
 
 
-def _resume(run: Path, engine: Engine, stream: Stream, say: Log) -> int:
-    newest = checkpoint.latest(run)
-    if newest is None:
+def _resume(
+    run: Path, saver: checkpoint.Saver, engine: Engine, stream: Stream, guard: Guard, say: Log
+) -> int:
+    found = checkpoint.find(saver.store, saver.cfg.resume)
+    if found is None:
         return 0
-    step = checkpoint.load(newest, engine, stream)
-    say(f"{run}: goes on from step {step} ({newest})")
+    store, name = found
+    step = checkpoint.load(store, name, engine, stream, guard=guard)
+    say(f"{run}: goes on from step {step} ({store.path(name)})")
     return step
 
 

@@ -24,6 +24,7 @@ class Objective(nn.Module):
     """
 
     couples_batch = False  # the loss of a sample depends on others of its batch: such an objective refuses to accumulate unless told
+    skipped: Tensor | None = None  # scalar on the device, 1 where the step that `after_step` follows was skipped: then nothing may move
     pool: Literal["cls", "mean"] = "cls"  # which feature of the encoder stands for an image in evaluation
 
     def __init__(self, cfg: Any, backbone: Callable[..., Backbone]):
@@ -44,7 +45,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def after_step(self, step: int) -> None:
-        """After the optimizer's step: move the teacher, the queue."""
+        """After the optimizer's step: move the teacher, the queue; not where `self.skipped` is 1 (`ema_update` takes it)."""
 
     def encoder(self) -> Backbone:
         """The backbone that evaluation and export see."""

@@ -138,7 +138,7 @@ class DINOv2(Objective):
         return (soft_cross_entropy(s, p, self.cfg.student_temperature) * weight).sum() / len(mask)
 
     def after_step(self, step):
-        ema_update(self.teacher, self.student, self.cfg.momentum(step))
+        ema_update(self.teacher, self.student, self.cfg.momentum(step), self.skipped)
 
     def encoder(self):
         return self.teacher["backbone"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.models.layers import DropPath
 
@@ -20,14 +20,19 @@ def make_teacher(student: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher ← momentum · teacher + (1 − momentum) · student, one fused pass over all parameters; buffers are copied.
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped: Tensor | None = None) -> None:
+    """teacher ← momentum · teacher + (1 − momentum) · student, one pass over all parameters; buffers are copied.
+
+    `skipped` is `Objective.skipped`: where that scalar on the device is 1, the teacher stays as it is.
 
     Raises ValueError where the two do not line up or a parameter is an empty placeholder (a sharded engine has to update its own shards).
     """
     ours, theirs = list(teacher.parameters()), list(student.parameters())
     if len(ours) != len(theirs) or any(a.shape != b.shape or a.numel() == 0 for a, b in zip(ours, theirs, strict=True)):
         raise ValueError("teacher and student do not have the same non-empty parameters, so the teacher cannot follow")
-    torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    if skipped is None:
+        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    else:
+        torch._foreach_lerp_(ours, theirs, [(1 - momentum) * (1 - skipped)] * len(ours))
     for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
         buffer.copy_(source)

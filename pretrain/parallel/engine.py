@@ -9,6 +9,7 @@ import contextlib
 import copy
 import ctypes
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,11 +92,16 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulate).backward()
 
-    def step(self, lr: float, weight_decay: float) -> Tensor:
-        """Clip, update, zero the gradients; the global gradient norm before clipping, still on the device."""
+    def step(self, lr: float, weight_decay: float, judge: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Clip, update, zero the gradients; the global gradient norm before clipping, still on the device.
+
+        `judge` gets the norm, and where its answer (a scalar on the device) is 1.0, weights and optimizer state stay as they are.
+        """
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["wd_scale"]
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = judge(norm) if judge else None  # type: ignore[attr-defined]  # fused optimizers look for it
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         self.optimizer.step()

@@ -1,0 +1,386 @@
+"""Checkpoints that are damaged, evil, foreign, or cannot be written: each is refused by name, and nothing is lost but what it must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import checkpoint
+from pretrain.checkpoint_store import Damaged, Disk, digest_of, hash_of
+from pretrain.errors import UserError
+from pretrain.parallel.engine import Engine
+from pretrain.recipe import Recipe
+from pretrain.train import build_objective, build_stream, open_samples, train
+from tests.conftest import tiny_recipe
+from tests.services import FaultProxy, ObjectStore, environment
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+
+
+def restore(cfg: Recipe, name: str) -> int:
+    """Load a checkpoint as a run would."""
+    objective = build_objective(cfg)
+    engine = Engine(objective, cfg, torch.device("cpu"))
+    stream = build_stream(cfg, objective, open_samples(cfg))
+    from pretrain.guard import Guard
+
+    guard = Guard(objective, cfg.skip, torch.device("cpu"))
+    return checkpoint.load(checkpoint.store_of(Path(cfg.run), cfg), name, engine, stream, guard=guard)
+
+
+@pytest.fixture
+def run(shards: Path, tmp_path: Path) -> Recipe:
+    """A run of 6 steps with checkpoints at 3 and 6."""
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=6", "checkpoint=3")
+    train(cfg)
+    return cfg
+
+
+def folder(cfg: Recipe, step: int) -> Path:
+    return Path(cfg.run) / "checkpoints" / f"{step:09d}"
+
+
+# ---------------------------------------------------------------- damage
+FILES = ["run.json", ".metadata", "__0_0.distcp"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.99])
+def test_one_flipped_bit_is_named(run: Recipe, file: str, place: float):
+    path = folder(run, 6) / file
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(Damaged, match=rf"{path}: .*checkpoint.resume="):
+        restore(run, "000000006")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_or_shortened_file_is_named(run: Recipe, file: str):
+    path = folder(run, 6) / file
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(Damaged, match=f"{path}: "):
+        restore(run, "000000006")
+    path.unlink()
+    with pytest.raises(Damaged, match=f"{path}: is missing"):
+        restore(run, "000000006")
+
+
+def test_goes_on_from_an_older_one_when_told(run: Recipe, shards: Path):
+    whole = losses(Path(run.run))
+    (folder(run, 6) / "__0_0.distcp").write_bytes(b"")
+    again = lambda *more: train(tiny_recipe("mae", shards, run.run, "steps=6", "checkpoint=3", *more))  # noqa: E731
+    with pytest.raises(Damaged):
+        again()
+    with pytest.raises(UserError, match="no complete checkpoint there; .* has: 3, 6"):
+        again("checkpoint.resume=5")
+    again("checkpoint.resume=3")
+    assert "goes on from step 3" in (Path(run.run) / "log.txt").read_text() and losses(Path(run.run)) == whole
+    assert restore(run, "000000006") == 6 and Disk(f"{run.run}/checkpoints").latest() == "000000006"
+    assert "resume: latest" in (Path(run.run) / "recipe.yaml").read_text()  # said once
+
+
+def test_resume_none_begins_anew(run: Recipe, shards: Path):
+    whole = losses(Path(run.run))
+    train(tiny_recipe("mae", shards, run.run, "steps=6", "checkpoint=3", "checkpoint.resume=none"))
+    assert "goes on" not in (Path(run.run) / "log.txt").read_text() and losses(Path(run.run)) == whole
+
+
+def test_latest_that_names_nothing_is_refused(run: Recipe):
+    (folder(run, 6).parent / "latest").write_text("000000005\n")
+    with pytest.raises(Damaged, match="latest: names '000000005', which is not a complete checkpoint"):
+        Disk(f"{run.run}/checkpoints").latest()
+
+
+# ---------------------------------------------------------------- evil
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def rewrite(cfg: Recipe, file: str, data: bytes) -> None:
+    """Change a file of the newest checkpoint and its digest: what someone with write access could do."""
+    path = folder(cfg, 6) / file
+    path.write_bytes(data)
+    about = json.loads((folder(cfg, 6) / "run.json").read_text())
+    about.pop("digest")
+    with path.open("rb") as stream:
+        about["files"][file] = list(hash_of(stream))
+    (folder(cfg, 6) / "run.json").write_text(json.dumps({**about, "digest": digest_of(about)}))
+
+
+def test_an_evil_pickle_in_metadata_does_nothing(run: Recipe, tmp_path: Path):
+    rewrite(run, ".metadata", pickle.dumps(Evil(tmp_path / "owned")))
+    with pytest.raises(Damaged, match=r"\.metadata: was not written by this program \(asks for posix.system"):
+        restore(run, "000000006")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "torch.load", "torch.hub.load", "torch.serialization.load", "os.fork"])
+def test_metadata_may_name_only_what_describes_tensors(run: Recipe, name: str):
+    module, _, attribute = name.rpartition(".")
+    rewrite(run, ".metadata", f"c{module}\n{attribute}\n.".encode())
+    with pytest.raises(Damaged, match=f"asks for {name}"):
+        restore(run, "000000006")
+
+
+def test_an_evil_value_in_the_data_does_nothing(run: Recipe, tmp_path: Path):
+    """Values that are no tensors (lr, betas) are pickles, too: DCP itself would execute this one."""
+    import io
+
+    from pretrain.checkpoint_format import read_metadata
+
+    files = json.loads((folder(run, 6) / "run.json").read_text())["files"]
+    metadata = read_metadata(Disk(f"{run.run}/checkpoints"), "000000006", files)
+    info = next(i for index, i in metadata.storage_data.items() if index.fqn == "optimizer.param_groups.0.lr" or index.fqn.endswith(".lr"))
+    data = bytearray((folder(run, 6) / info.relative_path).read_bytes())
+    evil = io.BytesIO()
+    torch.save(Evil(tmp_path / "owned"), evil)
+    info.length, info.offset = len(evil.getvalue()), len(data)
+    rewrite(run, info.relative_path, bytes(data) + evil.getvalue())
+    rewrite(run, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(Damaged, match="is no plain value"):
+        restore(run, "000000006")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_files_outside_of_the_checkpoint_are_not_read(run: Recipe):
+    from pretrain.checkpoint_format import read_metadata
+
+    files = json.loads((folder(run, 6) / "run.json").read_text())["files"]
+    metadata = read_metadata(Disk(f"{run.run}/checkpoints"), "000000006", files)
+    next(iter(metadata.storage_data.values())).relative_path = "../000000003/__0_0.distcp"
+    rewrite(run, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(Damaged, match="points to a file that does not belong"):
+        restore(run, "000000006")
+
+
+# ---------------------------------------------------------------- foreign
+def test_a_checkpoint_of_another_model_is_refused(run: Recipe, shards: Path, tmp_path: Path):
+    for other in (
+        tiny_recipe("mae", shards, run.run, "model.dim=48", "model.heads=2"),
+        tiny_recipe("mae", shards, run.run, "model.depth=3"),
+        tiny_recipe("mae", shards, run.run, "model.depth=1"),
+        tiny_recipe("simclr", shards, run.run),
+    ):
+        with pytest.raises(UserError, match="000000006: is a checkpoint of another model: model"):
+            restore(other, "000000006")
+    with pytest.raises(UserError, match=r"written with the order"):
+        restore(tiny_recipe("mae", shards, run.run, "seed=7"), "000000006")
+
+
+def test_a_folder_of_something_else_is_refused(run: Recipe, tmp_path: Path):
+    (folder(run, 6) / "run.json").write_text("{}")
+    with pytest.raises(Damaged, match=r"run.json: is damaged or was not written by this program"):
+        restore(run, "000000006")
+
+
+# ---------------------------------------------------------------- what it holds; sync and async
+def test_async_equals_sync(shards: Path, tmp_path: Path):
+    """The same bytes in the same files, while the training goes on to change the tensors."""
+    overrides = ["steps=9", "checkpoint=3", "checkpoint.keep=9"]
+    for mode in ("sync", "async"):
+        train(tiny_recipe("dinov2", shards, tmp_path / mode, *overrides, f"checkpoint.mode={mode}"))
+    stores = [Disk(str(tmp_path / mode / "checkpoints")) for mode in ("sync", "async")]
+    assert stores[0].whole() == stores[1].whole() == ["000000003", "000000006", "000000009"]
+    for name in stores[0].whole():
+        a, b = (store.about(name) for store in stores)
+        assert a["files"]["__0_0.distcp"] == b["files"]["__0_0.distcp"]
+        assert a["stream"] == b["stream"] and a["data"] == b["data"] and a["versions"] == b["versions"]
+    assert losses(tmp_path / "sync") == losses(tmp_path / "async")
+
+
+def test_says_what_it_was_made_of(run: Recipe):
+    about = Disk(f"{run.run}/checkpoints").about("000000006")
+    assert about["step"] == 6 and about["recipe"]["steps"] == 6 and torch.__version__.startswith(about["versions"]["torch"])
+    assert about["data"][0]["samples"] == 48 and len(about["data"][0]["id"]) == 32
+
+
+def test_keeps_the_newest_and_every_so_many(shards: Path, tmp_path: Path):
+    train(tiny_recipe("mae", shards, tmp_path / "run", "steps=13", "checkpoint=2", "checkpoint.keep_every=6"))
+    store = Disk(str(tmp_path / "run" / "checkpoints"))
+    assert [int(name) for name in store.whole()] == [6, 12, 13] and store.latest() == "000000013"
+
+
+# ---------------------------------------------------------------- faults of the disk
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def on(disk: Path, *more: str) -> list[str]:
+    return ["steps=9", "checkpoint=3", f"checkpoint.folder={disk}", "checkpoint.retry_seconds=0.5", *more]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(
+    shards: Path, tmp_path: Path, small_disk: Path, mode: str
+):
+    options = on(small_disk, f"checkpoint.mode={mode}", "checkpoint.keep=1")
+    whole = train(tiny_recipe("mae", shards, tmp_path / "whole", "steps=9"))
+    first = tiny_recipe("mae", shards, tmp_path / "run", *options)
+    size = _size_of_a_checkpoint(shards, tmp_path)
+    (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))  # room for one
+    with pytest.raises(UserError, match=r"000000006: cannot write the checkpoint \(.*No space left.*the one before it is kept"):
+        train(first)
+    assert "trying again" in (tmp_path / "run" / "log.txt").read_text()
+    assert Disk(str(small_disk)).latest() == "000000003"
+    (small_disk / "other").unlink()
+    train(tiny_recipe("mae", shards, tmp_path / "run", *options))
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def _size_of_a_checkpoint(shards: Path, tmp_path: Path) -> int:
+    train(tiny_recipe("mae", shards, tmp_path / "size", "steps=1"))
+    size = sum(p.stat().st_size for p in (tmp_path / "size" / "checkpoints" / "000000001").iterdir())
+    assert size < 1 << 20
+    return size
+
+
+def test_a_full_disk_lets_the_run_go_on_when_told(shards: Path, tmp_path: Path, small_disk: Path):
+    options = on(small_disk, "checkpoint.on_error=continue", "checkpoint.keep=1")
+    size = _size_of_a_checkpoint(shards, tmp_path)
+    (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))
+    with pytest.raises(UserError, match="000000009: cannot write"):  # the last one is not given up in silence
+        train(tiny_recipe("mae", shards, tmp_path / "run", *options))
+    assert len(losses(tmp_path / "run")) == 9 and Disk(str(small_disk)).latest() == "000000003"
+
+
+def test_a_full_disk_that_is_freed_in_time_loses_nothing(shards: Path, tmp_path: Path, small_disk: Path):
+    import threading
+
+    options = on(small_disk, "checkpoint.retry_seconds=30", "checkpoint.keep=1")
+    size = _size_of_a_checkpoint(shards, tmp_path)
+    (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", *options)
+
+    def free() -> None:
+        while "trying again" not in ((tmp_path / "run" / "log.txt").read_text() if (tmp_path / "run" / "log.txt").exists() else ""):
+            time.sleep(0.05)
+        (small_disk / "other").unlink()
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    train(cfg)
+    thread.join()
+    assert Disk(str(small_disk)).latest() == "000000009"
+
+
+def test_a_read_only_folder_is_said_before_the_first_step(shards: Path, tmp_path: Path, small_disk: Path):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match=r"checkpoint.folder: .*Read-only file system: no checkpoint can be written"):
+        train(tiny_recipe("mae", shards, tmp_path / "run", *on(small_disk)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_becomes_read_only(shards: Path, tmp_path: Path, small_disk: Path):
+    train(tiny_recipe("mae", shards, tmp_path / "run", *on(small_disk, "steps=3")))
+    before = Disk(str(small_disk)).about("000000003")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    longer = on(small_disk, "checkpoint.on_error=continue")
+    with pytest.raises(UserError, match="another recipe|cannot write"):
+        train(tiny_recipe("mae", shards, tmp_path / "run", *longer))
+    assert Disk(str(small_disk)).about("000000003") == before
+
+
+# ---------------------------------------------------------------- S3
+@pytest.fixture
+def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    from tests.data.test_store import forget_connections
+
+    with FaultProxy(store.port) as proxy:
+        for name, value in environment(proxy.port).items():
+            monkeypatch.setenv(name, value)
+        forget_connections()
+        yield proxy
+    forget_connections()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_s3_with_faults(shards: Path, tmp_path: Path, proxy: FaultProxy, mode: str):
+    """Written and read through resets, errors and changed bytes; the resumed run equals the whole one."""
+    url = f"s3://data/checkpoints-{mode}"
+    whole = losses(train(tiny_recipe("mae", shards, tmp_path / "whole", "steps=12")))
+    options = ["checkpoint=4", f"checkpoint.folder={url}", f"checkpoint.mode={mode}", "checkpoint.keep=1"]
+    proxy.set(error_rate=0.1, reset_rate=0.1)
+    train(tiny_recipe("mae", shards, tmp_path / "run", "steps=12", *options))
+    store = checkpoint.open_folder(url)
+    assert store.whole() == ["000000012"] and store.latest() == "000000012"
+    about = store.about("000000012")
+    store.remove("000000012")
+    assert store.whole() == []
+    with pytest.raises(Damaged, match="latest: names '000000012'"):
+        train(tiny_recipe("mae", shards, tmp_path / "run", "steps=12", *options))
+    train(tiny_recipe("mae", shards, tmp_path / "run", "steps=12", *options, "checkpoint.resume=none"))
+    assert losses(tmp_path / "run") == whole
+    assert store.about("000000012")["files"]["__0_0.distcp"] == about["files"]["__0_0.distcp"]
+    proxy.set(error_rate=0.1, reset_rate=0.1, flip_rate=0.2, cut_rate=0.1)
+    assert restore(tiny_recipe("mae", shards, tmp_path / "run", "steps=12", *options), "000000012") == 12
+
+
+@pytest.mark.slow
+def test_s3_that_stays_away(shards: Path, tmp_path: Path, proxy: FaultProxy):
+    options = ["steps=6", "checkpoint=3", "checkpoint.folder=s3://data/away", "checkpoint.retry_seconds=2"]
+    with pytest.raises(UserError, match="s3://data/away"):
+        proxy.set(refuse=1)
+        train(tiny_recipe("mae", shards, tmp_path / "run", *options))
+
+
+@pytest.mark.slow
+def test_s3_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path, proxy: FaultProxy, store: ObjectStore):
+    store.put("half/000000009/__0_0.distcp", b"half")
+    options = ["steps=6", "checkpoint=3", "checkpoint.folder=s3://data/half"]
+    train(tiny_recipe("mae", shards, tmp_path / "run", *options))
+    there = checkpoint.open_folder("s3://data/half")
+    assert there.names() == ["000000003", "000000006", "000000009"] and there.whole() == ["000000003", "000000006"]
+
+
+# ---------------------------------------------------------------- the tools
+def tool(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "launch.cli", "checkpoint", *map(str, args)], capture_output=True, text=True)
+
+
+def test_inspect_verify_consolidate(run: Recipe, tmp_path: Path):
+    """By themselves: the recipe is gone, and an objective of that name, too."""
+    from safetensors.torch import load_file
+
+    (Path(run.run) / "recipe.yaml").unlink()
+    there = folder(run, 6)
+    seen = tool("inspect", there)
+    assert seen.returncode == 0 and "step        6 of 6" in seen.stdout and "mae on vit" in seen.stdout, seen.stderr
+    assert tool("inspect", run.run).stdout == seen.stdout
+    whole = tool("verify", there)
+    assert whole.returncode == 0 and "every byte is as it was written" in whole.stdout, whole.stderr
+    assert tool("consolidate", there, tmp_path / "model.safetensors").returncode == 0
+    model, state = build_objective(run), load_file(tmp_path / "model.safetensors")
+    model.load_state_dict(state)
+    assert any(not torch.equal(a, b) for a, b in zip(model.state_dict().values(), build_objective(run).state_dict().values(), strict=True))
+    data = bytearray((there / "__0_0.distcp").read_bytes())
+    data[1000] ^= 1
+    (there / "__0_0.distcp").write_bytes(data)
+    bad = tool("verify", there)
+    assert bad.returncode == 1 and f"{there}/__0_0.distcp: is damaged" in bad.stdout
+    assert tool("consolidate", there, tmp_path / "x").returncode == 2 and not (tmp_path / "x").exists()
+    none = tool("inspect", tmp_path)
+    assert none.returncode == 2 and "holds no checkpoint" in none.stderr

@@ -1,0 +1,113 @@
+"""A step with a NaN changes nothing; too many end the run with their samples; an outlier of the loss is skipped where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain import objective, train as training
+from pretrain.errors import UserError
+from pretrain.guard import WINDOW, Guard
+from pretrain.metrics import Clock
+from pretrain.parallel.engine import Engine
+from pretrain.recipe import Skip
+from tests.conftest import tiny_recipe
+
+CPU = torch.device("cpu")
+
+
+def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
+    state = {f"model.{k}": v.clone() for k, v in engine.objective.state_dict().items()}
+    for i, p in enumerate(engine.parameters):
+        state |= {f"optimizer.{i}.{k}": v.clone() for k, v in engine.optimizer.state[p].items()}
+    return state
+
+
+def poison(engine: Engine, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next steps' loss, or one gradient alone, not finite."""
+    if what == "gradient":
+        monkeypatch.setattr(engine, "backward", lambda loss: (loss.backward(), engine.parameters[-1].grad.view(-1)[:1].fill_(math.nan)))
+    else:
+        forward = engine.forward
+        value = float(what)
+
+        def bad(batch, step):
+            loss, logs = forward(batch, step)
+            return loss * value, logs
+
+        monkeypatch.setattr(engine, "forward", bad)
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("name", objective.names())
+def test_nothing_changes(name: str, what: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights, optimizer, teacher and buffers are bit-equal before and after, and the next good step moves them again."""
+    more = ["model=resnet50"] if name == "simclr" else []
+    cfg = tiny_recipe(name, shards, tmp_path / "run", "optim.clip=1.0")
+    if more:  # batch norm: running means change in the forward
+        cfg = training.recipe.load("demo", [f"objective={name}", *more, "precision=fp32", f"data.train={shards}", "data.batch=4", "data.workers=0", "steps=8", f"run={tmp_path / 'run'}"])
+    model = training.build_objective(cfg)
+    stream = training.build_stream(cfg, model, training.open_samples(cfg))
+    engine = Engine(model, cfg, CPU)
+    guard = Guard(model, cfg.skip, CPU)
+    for step in range(2):
+        training._step(cfg, step, engine, stream, guard, Clock())
+    before = snapshot(engine)
+    with monkeypatch.context() as patch:
+        poison(engine, what, patch)
+        values = training._step(cfg, 2, engine, stream, guard, Clock())
+    after = snapshot(engine)
+    assert values["skipped"] == 1 and before.keys() == after.keys()
+    assert [k for k in before if not torch.equal(before[k], after[k])] == []
+    assert training._step(cfg, 3, engine, stream, guard, Clock())["skipped"] == 0
+    moved = snapshot(engine)
+    assert any(not torch.equal(after[k], moved[k]) for k in after)
+    if name == "dinov2":
+        assert any(not torch.equal(after[k], moved[k]) for k in after if "teacher" in k)
+
+
+def test_too_many_in_a_row_end_the_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    forward = Engine.forward
+
+    def bad(self, batch, step):
+        loss, logs = forward(self, batch, step)
+        return (loss * math.nan if step >= 3 else loss), {**logs, "term": loss.detach() / (0.0 if step >= 3 else 1.0)}
+
+    monkeypatch.setattr(Engine, "forward", bad)
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=40", "skip=2", "log=4", "data.batch=8")
+    with pytest.raises(UserError, match=r"3 steps in a row were skipped \(skip.most = 2\), .*step 5: loss = nan, term = inf.* in .*\.tar"):
+        training.train(cfg)
+    found = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [f["step"] for f in found] == [3, 4, 5] and all(len(f["samples"]) == 8 for f in found)
+    keys = {key for f in found for _, key in f["samples"]}
+    assert len(keys) > 12
+    assert "step 3 changed nothing" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_one_bad_step_is_said_and_the_run_goes_on(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    forward = Engine.forward
+    monkeypatch.setattr(Engine, "forward", lambda self, b, s: (lambda out: (out[0] * (math.nan if s == 3 else 1), out[1]))(forward(self, b, s)))
+    run = training.train(tiny_recipe("mae", shards, tmp_path / "run", "steps=6"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r.get("skipped", 0) for r in rows] == [0, 0, 0, 1, 0, 0] and math.isfinite(rows[-1]["loss"])
+
+
+def test_outliers_of_the_loss():
+    guard = Guard(nn.Linear(2, 2), Skip(sigma=6.0), CPU)
+    torch.manual_seed(0)
+    normal = 2 + 0.1 * torch.randn(3 * WINDOW)
+    norm = torch.tensor(1.0)
+    assert not any(guard.judge(x, norm) for x in normal)
+    assert guard.judge(torch.tensor(2.9), norm) == 1 and guard.judge(torch.tensor(2.3), norm) == 0
+    early = Guard(nn.Linear(2, 2), Skip(sigma=6.0), CPU)
+    assert not any(early.judge(torch.tensor(x), norm) for x in (1.0, 1.0, 1.0, 50.0))  # the window is not full
+    off = Guard(nn.Linear(2, 2), Skip(), CPU)
+    assert not any(off.judge(x, norm) for x in normal) and off.judge(torch.tensor(1e9), norm) == 0
+    again = Guard(nn.Linear(2, 2), Skip(sigma=6.0), CPU)
+    again.load_state_dict(guard.state_dict())
+    assert again.judge(torch.tensor(9.0), norm) == 1
