@@ -286,7 +286,13 @@ def parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     path = ("path", {"help": "RUN/checkpoints/STEP, a URL, or a run: its latest"})
-    add("inspect", checkpoint_inspect, "Say what a checkpoint is: step, recipe, data, versions, tensors.", path, under=saved)
+    add(
+        "inspect",
+        checkpoint_inspect,
+        "Say what a checkpoint is: step, recipe, data, versions, tensors.",
+        path,
+        under=saved,
+    )
     add("verify", checkpoint_verify, "Read every byte and compare it with what was written.", path, under=saved)
     add(
         "consolidate",

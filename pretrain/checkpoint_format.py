@@ -99,10 +99,9 @@ class _Files(FileSystemBase):
             yield Hashed(self.held[file])
         else:
             with self.store.write(self.place, file) as below:
-                stream = Hashed(below)
-                yield stream
-                size, digest = stream.size, stream.digest.hexdigest()
-            self.files[file] = [size, digest]
+                hashed = Hashed(below)
+                yield hashed
+            self.files[file] = [hashed.size, hashed.digest.hexdigest()]
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         data = self.held.pop(str(path)).getvalue()

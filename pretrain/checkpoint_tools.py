@@ -52,7 +52,9 @@ def inspect(path: str) -> list[str]:
             count = parts.setdefault(key.partition(".")[0], [0, 0])
             count[0] += 1
             count[1] += math.prod(value.size)
-    return out + [f"{part:<12}{tensors} tensors, {numbers / 1e6:.3f} M numbers" for part, (tensors, numbers) in parts.items()]
+    return out + [
+        f"{part:<12}{tensors} tensors, {numbers / 1e6:.3f} M numbers" for part, (tensors, numbers) in parts.items()
+    ]
 
 
 def verify(path: str) -> list[str]:

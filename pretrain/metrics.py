@@ -52,7 +52,9 @@ class Writer:
         self.clock = Clock()
         self.progress = Progress("train", steps, step)
         self.file = self.path.open("a")
-        self.readers: list[Callable[[list[dict[str, Any]]], None]] = []  # see rows when they reach the host, before they are written
+        self.readers: list[
+            Callable[[list[dict[str, Any]]], None]
+        ] = []  # see rows when they reach the host, before they are written
 
     def add(self, step: int, **values: Tensor | float) -> None:
         """One step's scalars, on whatever device they are; written when `every` rows wait."""

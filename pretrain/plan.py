@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pretrain.config import ConfigError
+from pretrain.objectives.base import Objective
 from pretrain.optim import make_optimizer
 from pretrain.parallel.engine import accumulation
 from pretrain.peak import PEAKS, peak_of
@@ -75,7 +76,9 @@ class _Facts(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func is aten.index.Tensor:
-            return func(args[0], [self._positions(i) for i in args[1]] if len(args[1]) > 1 else self._unfold(args[1][0]))
+            return func(
+                args[0], [self._positions(i) for i in args[1]] if len(args[1]) > 1 else self._unfold(args[1][0])
+            )
         facts = [self.real(x) if not x.is_floating_point() else None for x in inputs]
         settled = all(f is not None for f in facts)
         if func in DECIDED_BY_VALUES and settled:
@@ -92,7 +95,9 @@ class _Facts(TorchDispatchMode):
         if plain and settled and out.untyped_storage() not in self.known:
             reals = iter(facts)
             with _outside():
-                a, k = tree_map_only(Tensor, lambda _: next(reals), (args, {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))
+                a, k = tree_map_only(
+                    Tensor, lambda _: next(reals), (args, {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
+                )
                 found = func(*a, **k)
                 found = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype).copy_(found)
             self.learn(out, found)
@@ -166,7 +171,7 @@ class _Memory(TorchDispatchMode):
         return {self.numbers[t.untyped_storage()._cdata] for t in tensors if isinstance(t, Tensor)}
 
 
-def example(cfg: Recipe, objective: nn.Module, count: int) -> dict[str, Tensor]:
+def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     """A micro-batch that the objective's views made of noise, as the device sees it: images as floats."""
     body = objective.encoder()
     views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
@@ -220,7 +225,9 @@ def trace(cfg: Recipe) -> Plan:
             flops = _steps(cfg, fake, facts, memory, objective, optimizer, real, accumulate)
         except (RuntimeError, NotImplementedError) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ConfigError(f"objective.name = {cfg.objective.name}: cannot be planned without data ({text})") from None
+            raise ConfigError(
+                f"objective.name = {cfg.objective.name}: cannot be planned without data ({text})"
+            ) from None
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
         out = Plan(trained, frozen, flops, cfg.data.batch, micro)
@@ -255,7 +262,7 @@ def _steps(cfg, fake, facts, memory, objective, optimizer, real, accumulate) -> 
     return flops * accumulate
 
 
-def _by_category(memory: Any, objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def _by_category(memory: Any, objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     sets = {
         "parameters": memory.of(p for p in objective.parameters() if p.requires_grad),
         "teacher": memory.of(p for p in objective.parameters() if not p.requires_grad),

@@ -112,7 +112,9 @@ class Checkpoint(Section):
     keep_every: int | None = None  # and those of every so many steps
     mode: Literal["sync", "async"] = "sync"  # async: written beside the training, from a copy in main memory
     folder: str = ""  # local or any fsspec URL (s3://…), one that all processes share; empty: RUN/checkpoints
-    resume: int | str = "latest"  # or none (from the start), or a step of this folder, or the path or URL of a checkpoint
+    resume: int | str = (
+        "latest"  # or none (from the start), or a step of this folder, or the path or URL of a checkpoint
+    )
     on_error: Literal["stop", "continue"] = "stop"  # when one cannot be written for `retry_seconds`
     retry_seconds: float = 60.0
 
@@ -123,7 +125,9 @@ class Skip(Section):
 
     shorthand = "most"
     most: int = 10  # such steps in a row; one more ends the run with a report
-    sigma: float | None = None  # skip also where the loss is so many standard deviations above the last 128; null: never
+    sigma: float | None = (
+        None  # skip also where the loss is so many standard deviations above the last 128; null: never
+    )
 
 
 @dataclass
@@ -236,9 +240,16 @@ def resolve(recipe: Recipe) -> Recipe:
     for key, value in [("steps", stored["steps"]), ("data.batch", vars(stored["data"])["batch"])]:
         if value < 1:
             raise ConfigError(f"{key} = {value}: must be 1 or more")
-    for key in ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "export.every", "log.every", "skip.most"):
-        section, name = key.split(".")
-        every = vars(stored[section])[name]
+    for key in (
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.keep_every",
+        "export.every",
+        "log.every",
+        "skip.most",
+    ):
+        owner, name = key.split(".")
+        every = vars(stored[owner])[name]
         if every is not None and every < 1:
             raise ConfigError(f"{key} = {every}: must be 1 or more{' steps' if 'every' in name else ''}")
     return recipe

@@ -253,9 +253,7 @@ def _draw(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, wri
         writer.board.add_image(name, picture, step)
 
 
-def _resume(
-    run: Path, saver: checkpoint.Saver, engine: Engine, stream: Stream, guard: Guard, say: Log
-) -> int:
+def _resume(run: Path, saver: checkpoint.Saver, engine: Engine, stream: Stream, guard: Guard, say: Log) -> int:
     found = checkpoint.find(saver.store, saver.cfg.resume)
     if found is None:
         return 0

@@ -24,7 +24,9 @@ class Objective(nn.Module):
     """
 
     couples_batch = False  # the loss of a sample depends on others of its batch: such an objective refuses to accumulate unless told
-    skipped: Tensor | None = None  # scalar on the device, 1 where the step that `after_step` follows was skipped: then nothing may move
+    skipped: Tensor | None = (
+        None  # scalar on the device, 1 where the step that `after_step` follows was skipped: then nothing may move
+    )
     pool: Literal["cls", "mean"] = "cls"  # which feature of the encoder stands for an image in evaluation
 
     def __init__(self, cfg: Any, backbone: Callable[..., Backbone]):

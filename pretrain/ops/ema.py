@@ -33,6 +33,6 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped:
     if skipped is None:
         torch._foreach_lerp_(ours, theirs, 1 - momentum)
     else:
-        torch._foreach_lerp_(ours, theirs, [(1 - momentum) * (1 - skipped)] * len(ours))
+        torch._foreach_lerp_(ours, theirs, [(1 - momentum) * (1 - skipped)] * len(ours))  # type: ignore[list-item]
     for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
         buffer.copy_(source)

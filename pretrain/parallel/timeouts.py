@@ -19,7 +19,7 @@ _patient: set[dist.ProcessGroup] = set()
 
 def patient_group() -> dist.ProcessGroup:
     """A gloo group of all processes whose time-out stays long: for saves, where one process may write for minutes."""
-    group = dist.new_group(backend="gloo", timeout=FIRST)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=FIRST)  # type: ignore[assignment]
     _patient.add(group)
     return group
 

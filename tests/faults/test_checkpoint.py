@@ -84,7 +84,7 @@ def test_goes_on_from_an_older_one_when_told(run: Recipe, shards: Path):
     again = lambda *more: train(tiny_recipe("mae", shards, run.run, "steps=6", "checkpoint=3", *more))  # noqa: E731
     with pytest.raises(Damaged):
         again()
-    with pytest.raises(UserError, match="no complete checkpoint there; .* has: 3, 6"):
+    with pytest.raises(UserError, match=r"no complete checkpoint there; .* has: 3, 6"):
         again("checkpoint.resume=5")
     again("checkpoint.resume=3")
     assert "goes on from step 3" in (Path(run.run) / "log.txt").read_text() and losses(Path(run.run)) == whole
@@ -131,7 +131,9 @@ def test_an_evil_pickle_in_metadata_does_nothing(run: Recipe, tmp_path: Path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("name", ["builtins.eval", "torch.load", "torch.hub.load", "torch.serialization.load", "os.fork"])
+@pytest.mark.parametrize(
+    "name", ["builtins.eval", "torch.load", "torch.hub.load", "torch.serialization.load", "os.fork"]
+)
 def test_metadata_may_name_only_what_describes_tensors(run: Recipe, name: str):
     module, _, attribute = name.rpartition(".")
     rewrite(run, ".metadata", f"c{module}\n{attribute}\n.".encode())
@@ -147,7 +149,11 @@ def test_an_evil_value_in_the_data_does_nothing(run: Recipe, tmp_path: Path):
 
     files = json.loads((folder(run, 6) / "run.json").read_text())["files"]
     metadata = read_metadata(Disk(f"{run.run}/checkpoints"), "000000006", files)
-    info = next(i for index, i in metadata.storage_data.items() if index.fqn == "optimizer.param_groups.0.lr" or index.fqn.endswith(".lr"))
+    info = next(
+        i
+        for index, i in metadata.storage_data.items()
+        if index.fqn == "optimizer.param_groups.0.lr" or index.fqn.endswith(".lr")
+    )
     data = bytearray((folder(run, 6) / info.relative_path).read_bytes())
     evil = io.BytesIO()
     torch.save(Evil(tmp_path / "owned"), evil)
@@ -207,7 +213,11 @@ def test_async_equals_sync(shards: Path, tmp_path: Path):
 
 def test_says_what_it_was_made_of(run: Recipe):
     about = Disk(f"{run.run}/checkpoints").about("000000006")
-    assert about["step"] == 6 and about["recipe"]["steps"] == 6 and torch.__version__.startswith(about["versions"]["torch"])
+    assert (
+        about["step"] == 6
+        and about["recipe"]["steps"] == 6
+        and torch.__version__.startswith(about["versions"]["torch"])
+    )
     assert about["data"][0]["samples"] == 48 and len(about["data"][0]["id"]) == 32
 
 
@@ -241,7 +251,9 @@ def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(
     first = tiny_recipe("mae", shards, tmp_path / "run", *options)
     size = _size_of_a_checkpoint(shards, tmp_path)
     (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))  # room for one
-    with pytest.raises(UserError, match=r"000000006: cannot write the checkpoint \(.*No space left.*the one before it is kept"):
+    with pytest.raises(
+        UserError, match=r"000000006: cannot write the checkpoint \(.*No space left.*the one before it is kept"
+    ):
         train(first)
     assert "trying again" in (tmp_path / "run" / "log.txt").read_text()
     assert Disk(str(small_disk)).latest() == "000000003"
@@ -275,7 +287,9 @@ def test_a_full_disk_that_is_freed_in_time_loses_nothing(shards: Path, tmp_path:
     cfg = tiny_recipe("mae", shards, tmp_path / "run", *options)
 
     def free() -> None:
-        while "trying again" not in ((tmp_path / "run" / "log.txt").read_text() if (tmp_path / "run" / "log.txt").exists() else ""):
+        while "trying again" not in (
+            (tmp_path / "run" / "log.txt").read_text() if (tmp_path / "run" / "log.txt").exists() else ""
+        ):
             time.sleep(0.05)
         (small_disk / "other").unlink()
 
@@ -298,7 +312,7 @@ def test_a_folder_that_becomes_read_only(shards: Path, tmp_path: Path, small_dis
     before = Disk(str(small_disk)).about("000000003")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     longer = on(small_disk, "checkpoint.on_error=continue")
-    with pytest.raises(UserError, match="another recipe|cannot write"):
+    with pytest.raises(UserError, match=r"another recipe|cannot write"):
         train(tiny_recipe("mae", shards, tmp_path / "run", *longer))
     assert Disk(str(small_disk)).about("000000003") == before
 
@@ -358,7 +372,9 @@ def test_s3_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path, proxy: F
 
 # ---------------------------------------------------------------- the tools
 def tool(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "launch.cli", "checkpoint", *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", "checkpoint", *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_inspect_verify_consolidate(run: Recipe, tmp_path: Path):
@@ -375,7 +391,10 @@ def test_inspect_verify_consolidate(run: Recipe, tmp_path: Path):
     assert tool("consolidate", there, tmp_path / "model.safetensors").returncode == 0
     model, state = build_objective(run), load_file(tmp_path / "model.safetensors")
     model.load_state_dict(state)
-    assert any(not torch.equal(a, b) for a, b in zip(model.state_dict().values(), build_objective(run).state_dict().values(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), build_objective(run).state_dict().values(), strict=True)
+    )
     data = bytearray((there / "__0_0.distcp").read_bytes())
     data[1000] ^= 1
     (there / "__0_0.distcp").write_bytes(data)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain import objective, train as training
+from pretrain import objective
+from pretrain import train as training
 from pretrain.errors import UserError
 from pretrain.guard import WINDOW, Guard
 from pretrain.metrics import Clock
@@ -31,7 +32,9 @@ def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
 def poison(engine: Engine, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next steps' loss, or one gradient alone, not finite."""
     if what == "gradient":
-        monkeypatch.setattr(engine, "backward", lambda loss: (loss.backward(), engine.parameters[-1].grad.view(-1)[:1].fill_(math.nan)))
+        monkeypatch.setattr(
+            engine, "backward", lambda loss: (loss.backward(), engine.parameters[-1].grad.view(-1)[:1].fill_(math.nan))
+        )
     else:
         forward = engine.forward
         value = float(what)
@@ -50,7 +53,19 @@ def test_nothing_changes(name: str, what: str, shards: Path, tmp_path: Path, mon
     more = ["model=resnet50"] if name == "simclr" else []
     cfg = tiny_recipe(name, shards, tmp_path / "run", "optim.clip=1.0")
     if more:  # batch norm: running means change in the forward
-        cfg = training.recipe.load("demo", [f"objective={name}", *more, "precision=fp32", f"data.train={shards}", "data.batch=4", "data.workers=0", "steps=8", f"run={tmp_path / 'run'}"])
+        cfg = training.recipe.load(
+            "demo",
+            [
+                f"objective={name}",
+                *more,
+                "precision=fp32",
+                f"data.train={shards}",
+                "data.batch=4",
+                "data.workers=0",
+                "steps=8",
+                f"run={tmp_path / 'run'}",
+            ],
+        )
     model = training.build_objective(cfg)
     stream = training.build_stream(cfg, model, training.open_samples(cfg))
     engine = Engine(model, cfg, CPU)
@@ -80,7 +95,10 @@ def test_too_many_in_a_row_end_the_run(shards: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Engine, "forward", bad)
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=40", "skip=2", "log=4", "data.batch=8")
-    with pytest.raises(UserError, match=r"3 steps in a row were skipped \(skip.most = 2\), .*step 5: loss = nan, term = inf.* in .*\.tar"):
+    with pytest.raises(
+        UserError,
+        match=r"3 steps in a row were skipped \(skip.most = 2\), .*step 5: loss = nan, term = inf.* in .*\.tar",
+    ):
         training.train(cfg)
     found = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [f["step"] for f in found] == [3, 4, 5] and all(len(f["samples"]) == 8 for f in found)
@@ -91,7 +109,11 @@ def test_too_many_in_a_row_end_the_run(shards: Path, tmp_path: Path, monkeypatch
 
 def test_one_bad_step_is_said_and_the_run_goes_on(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     forward = Engine.forward
-    monkeypatch.setattr(Engine, "forward", lambda self, b, s: (lambda out: (out[0] * (math.nan if s == 3 else 1), out[1]))(forward(self, b, s)))
+    monkeypatch.setattr(
+        Engine,
+        "forward",
+        lambda self, b, s: (lambda out: (out[0] * (math.nan if s == 3 else 1), out[1]))(forward(self, b, s)),
+    )
     run = training.train(tiny_recipe("mae", shards, tmp_path / "run", "steps=6"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r.get("skipped", 0) for r in rows] == [0, 0, 0, 1, 0, 0] and math.isfinite(rows[-1]["loss"])
