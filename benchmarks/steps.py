@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.stream import to_device
-from pretrain.parallel.engine import Engine, keep_freed_memory
+from pretrain.parallel.device import keep_freed_memory
+from pretrain.parallel.engine import Engine
 from pretrain.recipe import Recipe, load
 from pretrain.train import build_objective
 

@@ -51,7 +51,7 @@ from data_pipeline.demo_data import textures_file
 from data_pipeline.device_color import normalize
 from data_pipeline.storage import DataError
 from data_pipeline.views import Augment, center, crops, generators, random_box, resize
-from pretrain.parallel.engine import keep_freed_memory
+from pretrain.parallel.device import keep_freed_memory
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 JITTER = (0.4, 0.4, 0.2, 0.1)

@@ -66,7 +66,7 @@ def train(args: argparse.Namespace) -> int:
     from launch.local import train
     from pretrain.recipe import load
 
-    return train(load(args.recipe, args.overrides))
+    return train(load(args.recipe, args.overrides), args.processes)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -266,6 +266,10 @@ def parser() -> argparse.ArgumentParser:
         "Train a recipe, or go on with it.",
         ("recipe", {"help": "a recipe's name, a .yaml file, or a run folder"}),
         overrides,
+        (
+            "--processes",
+            {"type": int, "default": 1, "help": "on this machine, with a parallel.mode for several (default 1)"},
+        ),
     )
     add(
         "eval",

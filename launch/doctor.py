@@ -66,7 +66,7 @@ def _line(name: str, command: str) -> bool:
 def _devices() -> None:
     import torch
 
-    from pretrain.parallel.engine import bf16_possible
+    from pretrain.parallel.device import bf16_possible
 
     for i in range(torch.cuda.device_count()):
         print(

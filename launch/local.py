@@ -1,26 +1,38 @@
-"""Run a recipe on this machine: the trainer as a process of its own, and beside it the process that scores its exports."""
+"""Run a recipe on this machine: the trainer as one or more processes of their own, and beside it the process that scores its exports."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from pretrain.errors import UserError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare
 
+PATIENCE = 60.0  # seconds that the others have to end by themselves when one has failed: they may be writing
 
-def train(recipe: Recipe) -> int:
+
+def train(recipe: Recipe, processes: int = 1) -> int:
     """Start both, wait for both; the trainer's exit code. A signal goes to the trainer, which ends at the next step with a checkpoint."""
+    if processes < 1:
+        raise UserError(f"--processes {processes}: write 1 or more")
+    if processes > 1 and recipe.parallel.mode == "single":
+        raise UserError(
+            f"--processes {processes}: parallel.mode is single; write parallel.mode=ddp, fsdp2, zero1, zero2 or zero3"
+        )
     run = prepare(recipe)
     evals = recipe.eval
     scoring = _python("launch.evals", run, stdin=subprocess.PIPE, nice=10) if evals.val or evals.test else None
-    trainer = _python("pretrain.train", run)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: trainer.send_signal(number))
-    code = trainer.wait()
+    trainers = [_python("pretrain.train", run, **extra) for extra in environments(processes)]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: [t.send_signal(number) for t in trainers])
+    code = wait(trainers)
     if scoring is not None and scoring.stdin is not None:
         if code:
             scoring.kill()
@@ -29,12 +41,40 @@ def train(recipe: Recipe) -> int:
     return code
 
 
-def _python(module: str, run: Path, stdin: int | None = None, nice: int = 0) -> subprocess.Popen:
+def environments(processes: int) -> list[dict[str, str]]:
+    """What tells each of a run's processes on this machine who it is; nothing for a single one."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**common, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]
+
+
+def wait(processes: list[subprocess.Popen]) -> int:
+    """Wait for all; the exit code of the first that failed, where one did: the others cannot go on without it and are ended."""
+    deadline, code = None, 0
+    while any(p.poll() is None for p in processes):
+        code = code or next((p.returncode for p in processes if p.returncode), 0)
+        if code and deadline is None:
+            deadline = time.monotonic() + PATIENCE
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        time.sleep(0.02)
+    code = code or next((p.returncode for p in processes if p.returncode), 0)
+    return 128 - code if code < 0 else code  # of a signal, as a shell has it
+
+
+def _python(module: str, run: Path, stdin: int | None = None, nice: int = 0, **environment: str) -> subprocess.Popen:
     # OpenMP's threads wait for each other by spinning, which takes the core from the data workers and the scores that share the machine:
     # sleeping instead gave 285 samples/s where spinning gave 92 (the demo on two cores, one of them busy)
     return subprocess.Popen(
         [sys.executable, "-m", module, str(run)],
-        env={"OMP_WAIT_POLICY": "passive", **os.environ},
+        env={"OMP_WAIT_POLICY": "passive", **os.environ, **environment},
         stdin=stdin,
         start_new_session=True,  # Ctrl-C reaches them once, through us
         preexec_fn=(lambda: os.nice(nice) and None) if nice else None,

@@ -28,7 +28,7 @@ from pretrain import config
 from pretrain.checkpoint_format import Reader, Writer, differences, fill, read_metadata
 from pretrain.checkpoint_store import Damaged, Disk, Files, Store, digest_of, open_folder
 from pretrain.errors import UserError
-from pretrain.parallel import timeouts
+from pretrain.parallel import processes, timeouts
 from pretrain.parallel.engine import Engine
 from pretrain.recipe import Recipe
 from pretrain.run_folder import write_recipe
@@ -111,13 +111,13 @@ class Saver:
 
     def _judge(self, problem: str | None, last: bool = False) -> None:
         if problem and (last or self.cfg.on_error == "stop"):
-            raise UserError(problem)
+            raise processes.common(UserError(problem))
 
     def _probe(self) -> None:
         """Say before any step is trained that the folder cannot be written."""
         problem = self.agree(self._write_probe)
         if problem and self.cfg.on_error == "stop":
-            raise UserError(problem)
+            raise processes.common(UserError(problem))
         if problem:
             self.say(f"{problem}; checkpoint.on_error is continue, so the training goes on without")
 
@@ -250,6 +250,12 @@ def versions() -> dict[str, str]:
 
 
 # ---------------------------------------------------------------- loading
+def find_for_all(store: Store, wanted: int | str) -> tuple[Store, str] | None:
+    """`find`, asked by process 0 for all."""
+    found = processes.first(lambda: None if (it := find(store, wanted)) is None else (it[0].url, it[1]))
+    return None if found is None else (open_folder(found[0], store.seconds), found[1])
+
+
 def find(store: Store, wanted: int | str) -> tuple[Store, str] | None:
     """(store, name) of the checkpoint that `checkpoint.resume` means: latest, none, a step of this store, or a path or URL; None for none."""
     if wanted == "none":

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 class UserError(Exception):
     """What was wrong, the value seen, and what to write instead, in one line."""
 
+    said = False  # by another process of the same run, so that one line is printed and not one for each
+
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names that look most like `name`, for an error message: "did you mean a, b?" or "known: a, b, c"."""
@@ -25,7 +27,8 @@ def command(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.said:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

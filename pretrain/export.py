@@ -196,10 +196,18 @@ def _resnet_key(cfg: presets.ResNet, key: str) -> str:
 
 
 # ---------------------------------------------------------------- folders
-def write(folder: Path, encoder: Backbone, about: dict[str, Any], mean: list[float], std: list[float]) -> None:
-    """Write an encoder as a folder, atomically, and read it back to see that nothing was lost."""
+def write(
+    folder: Path,
+    encoder: Backbone,
+    about: dict[str, Any],
+    mean: list[float],
+    std: list[float],
+    state: State | None = None,
+) -> None:
+    """Write an encoder as a folder, atomically, and read it back to see that nothing was lost. `state`: weights to write in place of its own."""
     cfg: Any = encoder.cfg
-    state = {key: value.detach().cpu() for key, value in encoder.state_dict().items()}
+    if state is None:
+        state = {key: value.detach().cpu() for key, value in encoder.state_dict().items()}
     fields, tensors = (vit_to_transformers if isinstance(cfg, presets.ViT) else resnet_to_transformers)(cfg, state)
     fields["dtype"] = "float32"
     fields["unlabeled"] = {"model": config.to_dict(cfg), "mean": mean, "std": std, **about}
@@ -230,12 +238,15 @@ def write(folder: Path, encoder: Backbone, about: dict[str, Any], mean: list[flo
     partial.rename(folder)
 
 
-def save(folder: Path, objective: Objective, recipe: Recipe, step: int) -> None:
-    """Export an objective's encoder at a step of its run; a folder that is there is left as it is."""
+def save(folder: Path, objective: Objective, recipe: Recipe, step: int, state: State | None = None) -> None:
+    """Export an objective's encoder at a step of its run; a folder that is there is left as it is.
+
+    `state`: the encoder's whole weights in main memory, where an engine has spread them (`Engine.encoder_state`).
+    """
     if (folder / "config.json").is_file():
         return
     about = {"step": step, "objective": recipe.objective.name, "pool": objective.pool}
-    write(folder, objective.encoder(), about, recipe.data.mean, recipe.data.std)
+    write(folder, objective.encoder(), about, recipe.data.mean, recipe.data.std, state)
 
 
 def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:

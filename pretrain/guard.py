@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from data_pipeline.stream import Stream
 from pretrain.errors import UserError
+from pretrain.parallel import processes
 from pretrain.recipe import Skip
 
 WINDOW = 128  # losses that `skip.sigma` compares with
@@ -84,15 +85,18 @@ class Guard:
             terms = blame(row)
             names = samples_of(stream, row["step"])
             entry = {"step": row["step"], "terms": terms, "loss": repr(row["loss"]), "samples": names}
-            with (run / "skipped.jsonl").open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            if processes.rank() == 0:
+                with (run / "skipped.jsonl").open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
             say(f"step {row['step']} changed nothing: {terms}; its samples are in {run / 'skipped.jsonl'}")
             if self.in_a_row > self.most:
                 shown = ", ".join(f"{key} in {shard}" for shard, key in names[:NAMED])
-                raise UserError(
-                    f"{self.in_a_row} steps in a row were skipped (skip.most = {self.most}), the last is step {row['step']}: {terms};"
-                    f" its samples: {shown}{' …' if len(names) > NAMED else ''} (all: {run / 'skipped.jsonl'});"
-                    " lower optim.lr, set optim.clip, or go on from an earlier checkpoint with checkpoint.resume=STEP"
+                raise processes.common(
+                    UserError(
+                        f"{self.in_a_row} steps in a row were skipped (skip.most = {self.most}), the last is step {row['step']}: {terms};"
+                        f" its samples: {shown}{' …' if len(names) > NAMED else ''} (all: {run / 'skipped.jsonl'});"
+                        " lower optim.lr, set optim.clip, or go on from an earlier checkpoint with checkpoint.resume=STEP"
+                    )
                 )
 
     def state_dict(self) -> dict[str, Tensor]:

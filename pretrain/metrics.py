@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from data_pipeline.stream import Stream
 from pretrain.errors import UserError
+from pretrain.parallel import processes
 from pretrain.progress import Progress
 from pretrain.run_folder import read_rows
 
@@ -39,19 +41,36 @@ class Clock:
 
 
 class Writer:
-    """Writes metrics.jsonl and TensorBoard, and shows the progress line. Rows at or after `step` are dropped: a resumed run writes them anew."""
+    """Process 0 writes metrics.jsonl and TensorBoard, and shows the progress line; the others take part in what is averaged.
 
-    def __init__(self, run: Path, step: int, steps: int, every: int, stream: Stream):
-        from torch.utils.tensorboard import SummaryWriter
+    Rows at or after `step` are dropped: a resumed run writes them anew. `flops` of a step, over the global batch, and the `peak` FLOP/s of all
+    devices together give the model FLOP/s and their share of the peak (MFU).
+    """
 
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        steps: int,
+        every: int,
+        stream: Stream,
+        device: torch.device,
+        flops: float = 0.0,
+        peak: float = 0.0,
+    ):
         self.run, self.every, self.stream, self.path = run, every, stream, run / "metrics.jsonl"
-        kept = [row for row in read_rows(self.path) if row["step"] < step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self.device, self.flops, self.peak = device, flops, peak
         self.waiting: list[tuple[int, dict[str, Any]]] = []
         self.clock = Clock()
-        self.progress = Progress("train", steps, step)
-        self.file = self.path.open("a")
+        self.writes = processes.rank() == 0
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            kept = [row for row in read_rows(self.path) if row["step"] < step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+            self.progress = Progress("train", steps, step)
+            self.file = self.path.open("a")
         self.readers: list[
             Callable[[list[dict[str, Any]]], None]
         ] = []  # see rows when they reach the host, before they are written
@@ -63,33 +82,66 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Read all waiting values with one copy from the device, and write them."""
+        """Read all waiting values with one copy from the device, averaged over processes, and write them. All processes call it at the same step."""
         if not self.waiting:
             return
+        rows = self._rows()
+        self._measure(rows)
+        problem = self._consult(rows)
+        if self.writes:
+            self._write(rows)
+        self.waiting = []
+        if problem:
+            raise problem
+
+    def _rows(self) -> list[dict[str, Any]]:
         tensors = [
             v.detach().float().reshape(()) for _, row in self.waiting for v in row.values() if isinstance(v, Tensor)
         ]
-        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
-        rows = [
+        numbers = iter(processes.mean(torch.stack(tensors)).tolist() if tensors else [])
+        return [
             {"step": step} | {k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()}
             for step, row in self.waiting
         ]
+
+    def _measure(self, rows: list[dict[str, Any]]) -> None:
+        """Add to the last row what these steps took."""
         total, parts = self.clock.take()
         total -= parts.get("save", 0.0)
         last = rows[-1]
         samples = sum(self.stream.plan.batch(row["step"]) for row in rows)
         last["samples_per_second"] = round(samples / total, 2)
+        if self.flops:
+            done = self.flops * samples / self.stream.plan.batch(0)
+            last["flops_per_second"] = round(done / total)
+            last["mfu"] = round(done / total / self.peak, 4)
         for part in ("data", "loop"):  # shares of the time: waiting for batches; the loop itself
             last[f"{part}_share"] = round(parts.get(part, 0.0) / total, 4)
-        stream, last["stage"] = self.stream.meter.take(self.stream.workers)
-        last |= {f"stream/{key}": value for key, value in stream.items()}
+        last["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
+        figures, last["stage"] = self._streams(last["step"])
+        last |= {f"stream/{key}": value for key, value in figures.items()}
         last["stream/damaged"] = len(self.stream.ledger.bad)
         epochs = self.stream.epochs
         last |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": round(value, 4) for n, value in enumerate(epochs)}
-        problem = self._consult(rows)
+
+    def _streams(self, step: int) -> tuple[dict[str, float], str]:
+        """The figures of the process that waits longest for its data; those of all go to streams.jsonl."""
+        everyone = processes.gather(self.stream.meter.take(self.stream.workers))
+        if len(everyone) == 1:
+            return everyone[0]
+        if self.writes:
+            with (self.run / "streams.jsonl").open("a") as file:
+                row = {"step": step, "processes": [{**figures, "stage": stage} for figures, stage in everyone]}
+                file.write(json.dumps(row) + "\n")
+        slowest = max(range(len(everyone)), key=lambda n: everyone[n][0]["wait_ms_p50"])
+        figures, stage = everyone[slowest]
+        return {**figures, "process": slowest}, stage
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        last = rows[-1]
         for key in last:
             if key == "stage":
                 self.board.add_text("stage", last[key], last["step"])
@@ -97,9 +149,6 @@ class Writer:
                 values = [row[key] for row in rows if key in row]
                 self.board.add_scalar(f"train/{key}", sum(values) / len(values), last["step"])
         self._show(last)
-        self.waiting = []
-        if problem:
-            raise problem
 
     def _consult(self, rows: list[dict[str, Any]]) -> UserError | None:
         """Let the readers see the rows; an error of theirs, to be raised when the rows are written."""
@@ -134,6 +183,14 @@ class Writer:
 
     def close(self) -> None:
         self.flush()
-        self.progress.close()
-        self.board.close()
-        self.file.close()
+        if self.writes:
+            self.progress.close()
+            self.board.close()
+            self.file.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the GPU where it is one, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

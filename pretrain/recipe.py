@@ -97,7 +97,16 @@ class Parallel(Section):
     """How the run is spread over processes."""
 
     shorthand = "mode"
-    mode: Literal["single"] = "single"
+    mode: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
+    replicate: int = 1  # fsdp2: so many groups of processes, each with all pieces among its own (HSDP)
+    frozen: Literal["sharded", "replicated"] = (
+        "sharded"  # fsdp2: whether each process has all of a frozen teacher that never moves
+    )
+    recompute: Literal["none", "selective", "full"] = (
+        "none"  # activations of transformer blocks, in backward; selective: not of matrix products
+    )
+    compile: bool = False  # torch.compile of each block
+    offload: bool = False  # fsdp2: parameters, gradients and optimizer in main memory; zero: the optimizer
     micro_batch: int | None = None  # samples per process in one forward; null: all at once, no accumulation
     accumulate_coupled: bool = False  # let an objective whose loss couples the batch see only a micro-batch of it
 
@@ -166,7 +175,9 @@ class Recipe(Section):
     run: str = ""  # the run folder; empty: runs/<name of the recipe>
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: what is faster here, measured on the first batch
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # of the computation; weights stay fp32. auto: what is faster here, measured on the first batch
+    )
     threads: int | None = None  # of the model's process on CPU; null: from the machine's cores
     overwrite: bool = False  # delete what the run folder holds and start again
     data: Data = field(default_factory=Data)

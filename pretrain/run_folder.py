@@ -16,6 +16,13 @@ from pretrain.recipe import Recipe, load
 
 # keys that change no number of the training: they may differ when a run goes on
 FREE = (
+    "parallel.mode",
+    "parallel.replicate",
+    "parallel.frozen",
+    "parallel.recompute",
+    "parallel.compile",
+    "parallel.offload",
+    "skip.most",
     "run",
     "overwrite",
     "threads",
@@ -88,6 +95,8 @@ def _changed(old: Recipe, new: Recipe, run: Path) -> list[str]:
     before_mix, mix = before["data"]["mix"], after["data"]["mix"]
     if before_mix and all(not source["weight"] and source["weight"] is not None for source in mix[len(before_mix) :]):
         after["data"]["mix"] = mix[: len(before_mix)]  # datasets for a phase to come
+    if not after["parallel"]["accumulate_coupled"]:  # else the loss is that of micro-batches: it depends on their size
+        before["parallel"] = after["parallel"]
     return [d for d in config.differences(before, after) if not d.startswith(FREE)]
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Phase
 from data_pipeline.shards import Samples, remember
 from data_pipeline.stream import Reading, Stream, default_workers, to_device
-from pretrain import checkpoint, config, export, recipe
+from pretrain import checkpoint, config, export, plan, recipe
 from pretrain.config import ConfigError
 from pretrain.errors import command
 from pretrain.guard import Guard
@@ -26,8 +27,11 @@ from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
 from pretrain.objective import find
 from pretrain.objectives.base import Objective
-from pretrain.parallel import timeouts
-from pretrain.parallel.engine import Engine, accumulation, faster_precision, keep_freed_memory, pick_device
+from pretrain.parallel import engine as engines
+from pretrain.parallel import processes, timeouts
+from pretrain.parallel.device import faster_precision, keep_freed_memory, pick_device
+from pretrain.parallel.engine import Engine, accumulation
+from pretrain.peak import peak
 from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare, write_recipe
 
@@ -37,15 +41,20 @@ COLLECT = 100  # steps between two runs of Python's garbage collector, on all pr
 
 
 class Stop:
-    """Set by SIGTERM, SIGINT or SIGUSR1: the loop ends at the next step, with a checkpoint."""
+    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 on any process: the loop ends at a step boundary, the same on all, with a checkpoint."""
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        self.mine = False
+        self.agreement = processes.Agreement()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
+        self.mine = True
+
+    def asked(self) -> bool:
+        """All processes ask before each step."""
+        return self.agreement.any(self.mine)
 
 
 def every(step: int, steps: int) -> bool:
@@ -88,7 +97,7 @@ def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledg
     views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
     fetch = data.fetch
     reading = Reading(
-        workers=default_workers() if data.workers is None else data.workers,
+        workers=default_workers(processes.here()) if data.workers is None else data.workers,
         threads=data.threads,
         ahead_mb=fetch.ahead_mb,
         requests=fetch.requests,
@@ -104,54 +113,70 @@ def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledg
         data.batch,
         cfg.seed,
         data.shuffle,
-        accumulate=accumulation(cfg, objective.couples_batch),
+        rank=processes.rank(),
+        world=processes.world(),
+        accumulate=accumulation(cfg, objective.couples_batch, processes.world()),
         phases=phases_of(cfg, samples),
         look=Look(channels=channels, color=data.color),
         reading=reading,
-        ledger=Ledger(ledger, share=data.bad_share, shard_share=data.bad_shard_share),
+        ledger=Ledger(ledger, processes.rank(), data.bad_share, data.bad_shard_share),
     )
 
 
 class Log:
-    """Lines for the person and for log.txt."""
+    """Lines for the person and for log.txt, from process 0; what the others have to say of their own leads with their number."""
 
     def __init__(self, run: Path):
         self.path = run / "log.txt"
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, line: str, own: bool = False) -> None:
+        if processes.rank():
+            if not own:
+                return
+            line = f"process {processes.rank()}: {line}"
         print(line, flush=True)
         with self.path.open("a") as file:
             file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + line + "\n")
 
 
 def train(cfg: Recipe) -> Path:
-    """Train a recipe to its end, or on from its last checkpoint; the run folder. Exits with code 75 when it was told to stop."""
-    run = prepare(cfg)
+    """Train a recipe to its end, or on from its last checkpoint; the run folder. Exits with code 75 when it was told to stop.
+
+    With several processes (torchrun, or `unlabeled train --processes N`) all of them call it with the same recipe.
+    """
+    device = processes.start(cfg.parallel.mode, pick_device(cfg.device))
+    try:
+        return _train(cfg, device)
+    finally:
+        processes.stop()
+
+
+def _train(cfg: Recipe, device: torch.device) -> Path:
+    cfg.precision, run = processes.first(lambda: _prepare(cfg))
     say, stop = Log(run), Stop()
-    device = pick_device(cfg.device)
     if device.type == "cpu":
-        torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
+        torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // processes.here()))
         keep_freed_memory()
     samples = open_samples(cfg)
     objective = build_objective(cfg)
     stream = build_stream(cfg, objective, samples, run / "damaged")
     if cfg.precision == "auto":
         cfg.precision = _measure_precision(cfg, objective, stream, device)  # type: ignore[assignment]
-        write_recipe(cfg, run)
-    engine = Engine(objective, cfg, device)
-    remember(samples, run / "data")
+        processes.first(lambda: write_recipe(cfg, run))
+    size = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
+    engine = engines.build(objective, cfg, device)
+    processes.first(lambda: remember(samples, run / "data"))
     guard = Guard(objective, cfg.skip, device)
     saver = checkpoint.Saver(run, cfg, say)
     step = _resume(run, saver, engine, stream, guard, say)
-    if step >= cfg.steps and (run / "export" / str(cfg.steps)).is_dir():
+    if step >= cfg.steps and processes.first(lambda: (run / "export" / str(cfg.steps)).is_dir()):
         say(f"{run}: has finished its {cfg.steps} steps; overwrite=true starts it again")
         return run
-    size = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
     say(
         f"{run}: {cfg.objective.name} on {cfg.model.name} ({size:.1f} M parameters trained), {sum(map(len, samples))} samples, batch {cfg.data.batch},"
-        f" {cfg.precision} on {device}, {torch.get_num_threads()} threads + {stream.workers} data workers"
+        f" {cfg.precision} on {engine.world} × {device.type} ({cfg.parallel.mode}), {torch.get_num_threads()} threads + {stream.workers} data workers"
     )
-    writer = Writer(run, step, cfg.steps, cfg.log.every, stream)
+    writer = Writer(run, step, cfg.steps, cfg.log.every, stream, device, *_flops(cfg, engine, say))
     writer.readers.append(lambda rows: guard.read(rows, run, stream, say))
     gc.collect()
     gc.freeze()  # what is there by now stays
@@ -174,6 +199,20 @@ def train(cfg: Recipe) -> Path:
     return run
 
 
+def _prepare(cfg: Recipe) -> tuple[Any, Path]:
+    run = prepare(cfg)
+    return cfg.precision, run
+
+
+def _flops(cfg: Recipe, engine: Engine, say: Log) -> tuple[float, float]:
+    """(FLOPs of a step, FLOP/s that all devices could reach); zeros where the objective cannot be planned."""
+    try:
+        return plan.trace(cfg).flops, engine.world * peak(engine.device, cfg.precision)
+    except ConfigError as error:
+        say(f"no FLOP/s will be logged: {error}")
+        return 0.0, 0.0
+
+
 def _loop(
     cfg: Recipe,
     run: Path,
@@ -187,18 +226,16 @@ def _loop(
     saver: checkpoint.Saver,
 ) -> int:
     """Train from step `first`; the step that it ended at, which is `cfg.steps` unless it was told to stop."""
-    objective, clock = engine.objective, writer.clock
+    clock = writer.clock
     if first == 0:  # the untrained network: what every score is compared with
-        export.save(run / "export" / "0", objective, cfg, step=0)
-        _draw(cfg, run, 0, engine, stream, writer)
+        _export(cfg, run, 0, engine, stream, writer)
     for step in range(first, cfg.steps + 1):
-        last = step == cfg.steps or stop.asked
+        last = stop.asked() or step == cfg.steps
         if last or every(step, cfg.checkpoint.every):
             writer.flush()
             saver.save(step, engine, stream, last=last, guard=guard.state_dict())
         if step == cfg.steps or every(step, cfg.export.every):
-            export.save(run / "export" / str(step), objective, cfg, step)
-            _draw(cfg, run, step, engine, stream, writer)
+            _export(cfg, run, step, engine, stream, writer)
         if last:
             break
         saver.check()
@@ -206,7 +243,7 @@ def _loop(
         with timeouts.at_step(step):
             values = _step(cfg, step, engine, stream, guard, clock)
         for shard, key, reason in stream.ledger.new():
-            say(f"damaged sample left out: {key} in {shard}: {reason}")
+            say(f"damaged sample left out: {key} in {shard}: {reason}", own=True)
         if step == first:
             _refuse_unread(cfg)
             timeouts.shorten()
@@ -214,6 +251,7 @@ def _loop(
             gc.collect()
         writer.add(step, **values)
         clock.lap("loop")
+    stop.agreement.settle()
     return step
 
 
@@ -241,12 +279,17 @@ def _step(
     return {**means, "grad_norm": norm, "lr": lr, "skipped": guard.skipped}
 
 
-def _draw(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, writer: Writer) -> None:
-    """The objective's pictures of the first batch of the run, always the same, so that one can see them change."""
+def _export(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, writer: Writer) -> None:
+    """The encoder as a folder, and the objective's pictures of the first batch of the run, always the same, so that one can see them change."""
+    folder = run / "export" / str(step)
+    if not processes.first(lambda: (folder / "config.json").is_file()):
+        state = engine.encoder_state()
+        processes.first(lambda: export.save(folder, engine.objective, cfg, step, state))
     if type(engine.objective).pictures is Objective.pictures:
         return
     batch = to_device(stream.first(), engine.device, cfg.data.mean, cfg.data.std)
-    for name, picture in engine.objective.pictures(batch).items():
+    pictures = engine.pictures(batch)
+    for name, picture in pictures.items() if writer.writes else ():
         path = run / "pictures" / f"{name}-{step:09d}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(path)
@@ -254,7 +297,7 @@ def _draw(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, wri
 
 
 def _resume(run: Path, saver: checkpoint.Saver, engine: Engine, stream: Stream, guard: Guard, say: Log) -> int:
-    found = checkpoint.find(saver.store, saver.cfg.resume)
+    found = checkpoint.find_for_all(saver.store, saver.cfg.resume)
     if found is None:
         return 0
     store, name = found
@@ -265,7 +308,8 @@ def _resume(run: Path, saver: checkpoint.Saver, engine: Engine, stream: Stream, 
 
 def _measure_precision(cfg: Recipe, objective: Objective, stream: Stream, device: torch.device) -> str:
     batch = to_device(stream.first(), device, cfg.data.mean, cfg.data.std)
-    return faster_precision(objective.to(device), batch, device)
+    mine = faster_precision(objective.to(device), batch, device)  # all measure: the loss may need all
+    return processes.first(lambda: mine)
 
 
 def _refuse_unread(cfg: Recipe) -> None:

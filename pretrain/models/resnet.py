@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from pretrain.models.layers import Backbone, Features
 from pretrain.models.presets import ResNet
+from pretrain.ops.sync_norm import BatchNorm
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+    return nn.Sequential(conv, BatchNorm(outputs))
 
 
 class ResidualBlock(nn.Module):

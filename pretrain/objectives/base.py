@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +52,20 @@ class Objective(nn.Module):
     def encoder(self) -> Backbone:
         """The backbone that evaluation and export see."""
         raise NotImplementedError
+
+    def shard_units(self) -> list[nn.Module]:
+        """The modules that a sharded engine gathers one at a time, children before parents, the objective itself last."""
+
+        def below(module: nn.Module) -> Iterator[nn.Module]:
+            for child in module.children():
+                if isinstance(child, Backbone):
+                    yield from child.shard_units()
+                elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                    yield from below(child)
+                elif any(True for _ in child.parameters()):
+                    yield child
+
+        return [*below(self), self]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures that show what the method does, uint8 [3, H, W] by name; drawn at every export. Batch images are normalised."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.layers import DropPath
+from pretrain.parallel.shards import local
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
@@ -25,11 +26,16 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped:
 
     `skipped` is `Objective.skipped`: where that scalar on the device is 1, the teacher stays as it is.
 
-    Raises ValueError where the two do not line up or a parameter is an empty placeholder (a sharded engine has to update its own shards).
+    Where an engine has cut both into pieces, each process moves its own. Raises ValueError where the two are not cut alike.
     """
-    ours, theirs = list(teacher.parameters()), list(student.parameters())
-    if len(ours) != len(theirs) or any(a.shape != b.shape or a.numel() == 0 for a, b in zip(ours, theirs, strict=True)):
-        raise ValueError("teacher and student do not have the same non-empty parameters, so the teacher cannot follow")
+    ours, theirs = [local(p) for p in teacher.parameters()], [local(p) for p in student.parameters()]
+    # an empty tensor may be a process's share of few rows, or the placeholder of something that this function does not know
+    placeholder = any(p.numel() == 0 and a is p for p, a in zip(teacher.parameters(), ours, strict=True))
+    if placeholder or len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+        raise ValueError(
+            "teacher and student do not have the same parameters, cut in the same way, so the teacher cannot follow;"
+            " parallel.frozen=replicated is for teachers that stay as they are"
+        )
     if skipped is None:
         torch._foreach_lerp_(ours, theirs, 1 - momentum)
     else:

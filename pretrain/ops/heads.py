@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.layers import trunc_normal
+from pretrain.ops.sync_norm import BatchNorm
 
 
 class ProjectionHead(nn.Sequential):
@@ -14,7 +15,7 @@ class ProjectionHead(nn.Sequential):
 
     def __init__(self, inputs: int, hidden: int, outputs: int):
         super().__init__(
-            nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+            nn.Linear(inputs, hidden, bias=False), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, outputs)
         )
 
 

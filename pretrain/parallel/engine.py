@@ -1,51 +1,41 @@
 """Engine: how an objective runs on its processes and devices: precision, accumulation, gradients, the optimizer's step, and its state.
 
-The loop and the objectives know nothing of it; a new way to spread a run is a class with these methods.
+The loop and the objectives know nothing of it; a new way to spread a run is a class with these methods. `build` makes the one that
+`parallel.mode` names: here one process, copies on all (DDP), and pieces on all (FSDP2, HSDP); `deepspeed.py` has ZeRO.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import ctypes
-import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import ConfigError
 from pretrain.objectives.base import Batch, Objective
 from pretrain.optim import make_optimizer
+from pretrain.parallel import blocks, processes
+from pretrain.parallel.scale import LossScale
+from pretrain.parallel.shards import local, whole_state
 from pretrain.recipe import Recipe
 
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device = {name!r}: cannot be used here ({str(error).splitlines()[0]}); write device=cpu or device=auto"
-        ) from None
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Let the C library (glibc) keep what tensors free for the next ones, as CUDA's allocator does.
-
-    It returns large blocks to the system by default, which zeroes each page again when it is next needed: 2 to 6 % of a CPU step, 25 % when busy.
-    Call it before the model is built, so that the weights lie in that memory, too.
-    """
-    trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library: nothing to set
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, -1)
-        mallopt(most_mappings, 0)
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Judge = Callable[[Tensor], Tensor]
 
 
 def accumulation(recipe: Recipe, couples_batch: bool, world: int = 1) -> int:
@@ -66,84 +56,172 @@ def accumulation(recipe: Recipe, couples_batch: bool, world: int = 1) -> int:
     return count
 
 
+def build(objective: Objective, recipe: Recipe, device: torch.device) -> Engine:
+    """The engine of `parallel.mode`. The objective has the weights that its seed gives, the same on every process and in every mode."""
+    mode, parallel = recipe.parallel.mode, recipe.parallel
+    if parallel.replicate != 1 and mode != "fsdp2":
+        raise ConfigError(
+            f"parallel.replicate = {parallel.replicate}: only fsdp2 has replicas; parallel.mode is {mode}"
+        )
+    if parallel.offload and mode in ("single", "ddp"):
+        raise ConfigError(
+            f"parallel.offload = true: {mode} keeps everything on the device; write parallel.mode=fsdp2 or zero2"
+        )
+    if mode in ("single", "ddp", "zero1", "zero2") and parallel.frozen == "replicated":
+        raise ConfigError(
+            f"parallel.frozen = replicated: {mode} cuts no parameters, so that it has no effect; take it out"
+        )
+    if mode.startswith("zero"):
+        from pretrain.parallel.deepspeed import Zero  # not installed everywhere
+
+        return Zero(objective, recipe, device)
+    return {"single": Engine, "ddp": DDP, "fsdp2": FSDP2}[mode](objective, recipe, device)
+
+
 class Engine:
     """One process, one device (`parallel.mode: single`)."""
 
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device):
-        self.objective = objective.to(device)
-        self.device = device
-        self.accumulate = accumulation(recipe, objective.couples_batch)
-        self.precision = recipe.precision
-        self.clip = recipe.optim.clip
-        self.seed = recipe.seed
+        self.device, self.recipe = device, recipe
+        self.rank, self.world = processes.rank(), processes.world()
+        self.accumulate = accumulation(recipe, objective.couples_batch, self.world)
+        self.precision, self.clip, self.micro = recipe.precision, recipe.optim.clip, 0
+        self.scale = LossScale(device, self.precision == "fp16")
+        self.objective = objective
+        blocks.prepare(objective, recipe.parallel.recompute, recipe.parallel.compile)
+        self.module = self.spread()  # what is called in the objective's place
         self.optimizer = make_optimizer(objective, recipe.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def spread(self) -> Any:
+        return self.objective.to(self.device)
 
     def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of one micro-batch; gradients cross processes on the last only."""
         return contextlib.nullcontext()
 
+    def seed(self, step: int) -> None:
+        """Dropout and drop path are drawn anew for each step, micro-batch and process, and a resumed run draws the same."""
+        words = np.random.SeedSequence([self.recipe.seed, step, self.micro, self.rank]).generate_state(2)
+        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        self.micro += 1
+
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective's loss and logs, in the compute precision. Dropout and drop path are seeded by the step, so a resumed run draws the same."""
-        torch.manual_seed((self.seed << 32) + step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.objective(batch, step)
+        """The objective's loss and logs, in the compute precision."""
+        self.seed(step)
+        with self.autocast():
+            return self.module(batch, step)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, COMPUTE[self.precision], enabled=self.precision != "fp32")
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulate).backward()
+        self.scale.up(loss / self.accumulate).backward()
 
-    def step(self, lr: float, weight_decay: float, judge: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def step(self, lr: float, weight_decay: float, judge: Judge | None = None) -> Tensor:
         """Clip, update, zero the gradients; the global gradient norm before clipping, still on the device.
 
         `judge` gets the norm, and where its answer (a scalar on the device) is 1.0, weights and optimizer state stay as they are.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["wd_scale"]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.set_rates(lr, weight_decay)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.scale.down([local(g) for g in gradients])
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.to(self.device)  # of offloaded gradients it is not there
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.found_inf = judge(norm) if judge else None  # type: ignore[attr-defined]  # fused optimizers look for it
+        self.scale.adapt(norm)
         if self.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+            factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(g) for g in gradients], factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.micro = 0
         return norm
+
+    def set_rates(self, lr: float, weight_decay: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["wd_scale"]
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """The objective's pictures of a batch; all processes call it."""
+        with self.autocast():
+            return self.objective.pictures(batch)
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The encoder's whole weights in main memory on process 0, nothing on others; all processes call it."""
+        return whole_state(self.objective.encoder(), keep=self.rank == 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer state by parameter name, ready for DCP: the same keys in every mode."""
         model, optimizer = get_state_dict(self.objective, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        return {"model": model, "optimizer": optimizer, "scale": self.scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_state_dict(
             self.objective, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        self.scale.load_state_dict(state["scale"])
 
 
-def bf16_possible(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
-    if device.type == "cpu":
-        flags = torch.cpu.get_capabilities()
-        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
-    return device.type != "cuda" or torch.cuda.is_bf16_supported()
+class DDP(Engine):
+    """Every process has all weights, and gradients are averaged while the backward goes on."""
+
+    def spread(self) -> DistributedDataParallel:
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # buffers need no broadcast: batch norm's are computed from all processes' samples
+        return DistributedDataParallel(self.objective.to(self.device), device_ids=ids, broadcast_buffers=False)
+
+    def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
+        return (
+            contextlib.nullcontext() if last else self.module.no_sync()
+        )  # around the forward, too, or it has no effect
 
 
-def faster_precision(objective: Objective, batch: Batch, device: torch.device, repeats: int = 3) -> str:
-    """ "bf16" where the device has it and a forward and backward of this objective on this batch is faster with it, else "fp32".
+class FSDP2(Engine):
+    """Every process has a piece of each parameter, gathered unit by unit when it is needed; with `parallel.replicate` pieces are cut within a group (HSDP)."""
 
-    Measured on a copy, so that the objective stays as it was; the shortest of `repeats` after one to warm up. Accelerators are not timed.
-    """
-    if not bf16_possible(device):
-        return "fp32"
-    if device.type != "cpu":
-        return "bf16"
-    trial, seconds = copy.deepcopy(objective), {}
-    for precision in ("fp32", "bf16"):
-        times = []
-        for _ in range(1 + repeats):
-            start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss, _ = trial(batch, 0)
-            loss.backward()
-            times.append(time.perf_counter() - start)
-        seconds[precision] = min(times[1:])
-    return min(seconds, key=seconds.__getitem__)
+    def spread(self) -> FSDPModule:
+        parallel, kind = self.recipe.parallel, self.device.type
+        if parallel.replicate < 1 or self.world % parallel.replicate:
+            raise ConfigError(
+                f"parallel.replicate = {parallel.replicate}: {self.world} processes do not divide into so many replicas"
+            )
+        shape: tuple[int, ...] = (self.world,)
+        names: tuple[str, ...] = ("shard",)
+        if parallel.replicate > 1:
+            shape, names = (parallel.replicate, self.world // parallel.replicate), ("replicate", "shard")
+        mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=names)
+        # autocast does what it does in the other modes; here, beside it, weights cross processes in the compute type
+        compute = COMPUTE[self.precision]
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if parallel.offload else OffloadPolicy()
+        units = self.objective.shard_units()
+        kept = set()
+        if parallel.frozen == "replicated":
+            frozen = [u for u in units[:-1] if not any(p.requires_grad for p in u.parameters())]
+            units = [u for u in units if u not in frozen]
+            kept = {p for u in frozen for p in u.parameters()}
+        for unit in units:
+            # resharded after forward even where it is the root: a teacher has no backward that would do it
+            fully_shard(
+                unit,
+                mesh=mesh,
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=True,
+                ignored_params=kept,
+            )
+        for parameter in kept:
+            parameter.data = parameter.data.to(self.device)
+        for buffer in self.objective.buffers():
+            buffer.data = buffer.data.to(self.device)
+        register_fsdp_forward_method(self.objective, "pictures")
+        return self.objective  # type: ignore[return-value]
+
+    def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
+        self.module.set_requires_gradient_sync(last)
+        self.module.set_is_last_backward(last)
+        return contextlib.nullcontext()
