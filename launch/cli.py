@@ -339,7 +339,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     def run() -> int | None:
-        args = parser().parse_args()
+        own = parser()
+        args, rest = own.parse_known_args()
+        if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            args = own.parse_args()  # says what it does not know
+        else:
+            args.overrides += rest  # overrides behind an option, which argparse takes for too many
         return args.main(args)
 
     return command(run)
