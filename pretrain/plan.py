@@ -52,6 +52,8 @@ def trace(cfg: Recipe, processes: int | None = None) -> Plan:
     """The plan of a recipe with so many processes (default: as many as there are). Raises ConfigError for what cannot be."""
     processes = int(os.environ.get("WORLD_SIZE", 1)) if processes is None else processes
     _check(cfg, processes)
+    if cfg.precision == "auto":
+        cfg = cfg.replace(precision="fp32" if cfg.device == "cpu" else "bf16")
     from pretrain import plan_trace
     from pretrain.objective import find
     from pretrain.parallel.engine import accumulation

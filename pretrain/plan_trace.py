@@ -221,7 +221,7 @@ def run(cfg: Recipe, micro: int, accumulate: int, processes: int, share: dict[st
         except (RuntimeError, NotImplementedError) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
-                f"objective.name = {cfg.objective.name}: cannot be planned without data ({text}); its shapes may depend on integers of the batch, not on floats"
+                f"objective.name = {cfg.objective.name}: cannot be planned without data ({text}); its shapes depend on floats; let them depend on integers or booleans of the batch"
             ) from None
 
 
