@@ -337,19 +337,14 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line; overrides may also stand after options, where argparse does not expect them."""
-    args, rest = parser().parse_known_args(words)
-    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser().parse_args(words)  # says what is wrong, and exits
-    if rest:
-        args.overrides += rest
-    return args
-
-
 def main() -> int:
     def run() -> int | None:
-        args = parse()
+        own = parser()
+        args, rest = own.parse_known_args()
+        if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            args = own.parse_args()  # says what it does not know
+        else:
+            args.overrides += rest  # overrides behind an option, which argparse takes for too many
         return args.main(args)
 
     return command(run)

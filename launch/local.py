@@ -15,7 +15,7 @@ from pretrain.errors import UserError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare
 
-PATIENCE = 60.0  # seconds that the others have to end by themselves when one has failed: they may be writing
+PATIENCE = 30.0  # seconds that the others have to end by themselves when one has failed: they may be writing
 
 
 def train(recipe: Recipe, processes: int = 1) -> int:

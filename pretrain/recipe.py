@@ -107,6 +107,7 @@ class Parallel(Section):
     )
     compile: bool = False  # torch.compile of each block
     offload: bool = False  # fsdp2: parameters, gradients and optimizer in main memory; zero: the optimizer
+    timeout: float = 300.0  # seconds that a process waits for another, after the first step; before it half an hour
     micro_batch: int | None = None  # samples per process in one forward; null: all at once, no accumulation
     accumulate_coupled: bool = False  # let an objective whose loss couples the batch see only a micro-batch of it
 

@@ -22,6 +22,7 @@ FREE = (
     "parallel.recompute",
     "parallel.compile",
     "parallel.offload",
+    "parallel.timeout",
     "skip.most",
     "run",
     "overwrite",

@@ -1,4 +1,4 @@
-"""The one loop. `python -m pretrain.train RUN` trains the recipe in a run folder; from Python: `train(load("demo", ["steps=100"]))`."""
+"""The one loop. `python -m pretrain.train RECIPE [key=value …]` trains, as one process of a run; from Python: `train(load("demo", ["steps=100"]))`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,7 @@ def _prepare(cfg: Recipe) -> tuple[Any, Path]:
 
 def _flops(cfg: Recipe, engine: Engine, say: Log) -> tuple[float, float]:
     """(FLOPs of a step, FLOP/s that all devices could reach); zeros where the objective cannot be planned."""
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by copies of parameters
     try:
         return plan.trace(cfg).flops, engine.world * peak(engine.device, cfg.precision)
     except ConfigError as error:
@@ -230,27 +232,27 @@ def _loop(
     if first == 0:  # the untrained network: what every score is compared with
         _export(cfg, run, 0, engine, stream, writer)
     for step in range(first, cfg.steps + 1):
-        last = stop.asked() or step == cfg.steps
-        if last or every(step, cfg.checkpoint.every):
-            writer.flush()
-            saver.save(step, engine, stream, last=last, guard=guard.state_dict())
-        if step == cfg.steps or every(step, cfg.export.every):
-            _export(cfg, run, step, engine, stream, writer)
-        if last:
-            break
-        saver.check()
-        clock.lap("save")
         with timeouts.at_step(step):
+            last = stop.asked() or step == cfg.steps
+            if last or every(step, cfg.checkpoint.every):
+                writer.flush()
+                saver.save(step, engine, stream, last=last, guard=guard.state_dict())
+            if step == cfg.steps or every(step, cfg.export.every):
+                _export(cfg, run, step, engine, stream, writer)
+            if last:
+                break
+            saver.check()
+            clock.lap("save")
             values = _step(cfg, step, engine, stream, guard, clock)
-        for shard, key, reason in stream.ledger.new():
-            say(f"damaged sample left out: {key} in {shard}: {reason}", own=True)
-        if step == first:
-            _refuse_unread(cfg)
-            timeouts.shorten()
-        if every(step, COLLECT):
-            gc.collect()
-        writer.add(step, **values)
-        clock.lap("loop")
+            for shard, key, reason in stream.ledger.new():
+                say(f"damaged sample left out: {key} in {shard}: {reason}", own=True)
+            if step == first:
+                timeouts.shorten(cfg.parallel.timeout)
+                processes.first(lambda: _refuse_unread(cfg))
+            if every(step, COLLECT):
+                gc.collect()
+            writer.add(step, **values)
+            clock.lap("loop")
     stop.agreement.settle()
     return step
 
@@ -322,7 +324,11 @@ def _refuse_unread(cfg: Recipe) -> None:
 
 
 def main() -> int:
-    train(recipe.load(sys.argv[1]))
+    try:
+        train(recipe.load(sys.argv[1], sys.argv[2:]))
+    except timeouts.CollectiveError as error:  # not this process's fault: a line, and no stack
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

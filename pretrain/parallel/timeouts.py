@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-FIRST, LATER = timedelta(minutes=30), timedelta(minutes=5)
+FIRST = timedelta(minutes=30)
 _HANGS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 _patient: set[dist.ProcessGroup] = set()
 
@@ -24,7 +24,7 @@ def patient_group() -> dist.ProcessGroup:
     return group
 
 
-def shorten(limit: timedelta = LATER) -> None:
+def shorten(seconds: float) -> None:
     """Set the time-out of all process groups but patient ones, after the first step; nothing where there are none.
 
     Before it the long one holds: `dist.init_process_group(..., timeout=timeouts.FIRST)`.
@@ -32,7 +32,7 @@ def shorten(limit: timedelta = LATER) -> None:
     if dist.is_available() and dist.is_initialized():
         for group in dist.distributed_c10d._world.pg_map:
             if group not in _patient:
-                dist.set_timeout(limit, group)
+                dist.set_timeout(timedelta(seconds=seconds), group)
 
 
 class CollectiveError(RuntimeError):

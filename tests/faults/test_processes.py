@@ -1,0 +1,178 @@
+"""Runs of several processes: killed, stopped, hung, and gone on with on another number of processes and in another mode."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.local import environments, wait
+from pretrain import config
+from pretrain.train import STOPPED
+from tests.conftest import tiny_recipe
+from tests.faults.test_kill import rows, wait_for
+
+# Modes round in different ways, and training makes of that another path in time: slowly with a small lr and a large eps (where a gradient is zero but
+# for rounding, Adam makes steps of the rounding)
+COMMON = (
+    "data.batch=12",
+    "steps=24",
+    "checkpoint=100",
+    "export=100",
+    "eval.pixels=false",
+    "optim.eps=1e-3",
+    "optim.lr=1e-4",
+)
+
+
+def recipe_file(name: str, shards: Path, run: Path, *overrides: str) -> Path:
+    path = run.with_suffix(".yaml")
+    path.write_text(config.dump(tiny_recipe(name, shards, run, *COMMON, *overrides)))
+    return path
+
+
+def start(path: Path, processes: int, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.cli", "train", str(path), *overrides, "--processes", str(processes)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    error = process.communicate()[1]
+    return process.returncode, error
+
+
+CHAINS = {
+    "mae": [(4, "fsdp2", "parallel.replicate=2"), (2, "zero2"), (1, "single"), (3, "ddp")],
+    "simclr": [(3, "ddp"), (2, "zero1"), (4, "fsdp2"), (1, "single")],
+    "dinov2": [(2, "fsdp2"), (2, "zero3"), (1, "single"), (3, "fsdp2")],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAINS)
+def test_goes_on_with_other_processes_in_another_mode(name: str, shards: Path, tmp_path: Path):
+    assert finish(start(recipe_file(name, shards, tmp_path / "whole"), 1)) == (0, "")
+    run = tmp_path / "chain"
+    path = recipe_file(name, shards, run)
+    for n, (count, mode, *more) in enumerate(CHAINS[name], 1):
+        process = start(path, count, f"parallel.mode={mode}", *more)
+        last = n == len(CHAINS[name])
+        if not last:
+            assert wait_for(lambda n=n: len(rows(run)) >= 5 * n, process)
+            process.send_signal(signal.SIGTERM)
+        code, error = finish(process)
+        assert code == (0 if last else STOPPED), error
+    found, expected = rows(run), rows(tmp_path / "whole")
+    assert [r["step"] for r in found] == list(range(24))
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=3e-5)
+
+
+PHASES = ["begin", "begin+", "write", "publish", "publish+", "point", "point+", "remove"]
+
+
+def killed(path: Path, phase: str | None, rank: int, *overrides: str) -> None:
+    """Go on with a run of two processes, of which one is killed: at a phase of a save or, without one, at a random moment."""
+    extra = {"OMP_NUM_THREADS": "1"}
+    if phase:
+        extra["KILL"] = f"{rank} {phase} {3 if phase == 'write' and rank == 0 else 2}"
+    command = [sys.executable, "-m", "tests.faults.killer", str(path), *overrides]
+    run = path.with_suffix("")
+    started = [
+        subprocess.Popen(
+            command, env={**os.environ, **extra, **e}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for e in environments(2)
+    ]
+    if phase is None:
+        before = len(rows(run))
+        wait_for(lambda: len(rows(run)) > before + random.randint(1, 6), started[0])
+        time.sleep(random.random() / 10)
+        started[rank].kill()
+    code = wait(started)
+    assert started[rank].returncode == -signal.SIGKILL, (
+        f"{phase}: process {rank} ended with {started[rank].returncode}, {code}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("mode", ["fsdp2"])
+def test_one_of_two_killed_twenty_times(mode: str, shards: Path, tmp_path: Path):
+    """At random moments and in each phase of a save: the losses are those of the run that nobody killed, to the last digit."""
+    size = ("steps=400", "checkpoint.every=4", f"parallel.mode={mode}", "data.workers=1")
+    assert finish(start(recipe_file("mae", shards, tmp_path / "whole", *size, "checkpoint.every=1000"), 2)) == (0, "")
+    run = tmp_path / "killed"
+    path = recipe_file("mae", shards, run, *size)
+    moments = [*PHASES, *PHASES[:2], *[None] * 10]
+    random.shuffle(moments)
+    for n, phase in enumerate(moments):
+        writes = "async" if n % 2 else "sync"
+        rank = random.randint(0, 1) if phase in (None, "write") else 0  # the other phases are process 0's
+        killed(path, phase, rank, f"checkpoint.mode={writes}")
+    code, error = finish(start(path, 2))
+    assert code == 0, error
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in rows(run)] == [
+        (r["step"], r["loss"], r["grad_norm"]) for r in rows(tmp_path / "whole")
+    ]
+    assert not list((run / "checkpoints").glob(".*.partial"))
+
+
+@pytest.mark.slow
+def test_a_hung_process_is_named(shards: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    path = recipe_file("mae", shards, run, "steps=100000", "parallel.mode=ddp", "parallel.timeout=4")
+    command = [sys.executable, "-m", "pretrain.train", str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(command, env={**env, **e}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for e in environments(2)
+    ]
+    assert wait_for(lambda: len(rows(run)) > 3, started[0])
+    started[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    error = started[0].communicate(timeout=60)[1]
+    assert started[0].returncode == 1 and time.monotonic() - began < 20
+    assert "error: process 0 of 2 waited at step" in error and "Traceback" not in error, error
+    started[1].kill()
+    started[1].communicate()
+
+
+@pytest.mark.slow
+def test_errors_are_said_once(shards: Path, tmp_path: Path):
+    path = recipe_file("mae", shards, tmp_path / "run", "parallel.mode=ddp")
+    (tmp_path / "run").write_text("a file")
+    code, error = finish(start(path, 2))
+    assert code == 2 and error.count("is a file") == 1, error
+    process = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "train", str(path), "run=x", "parallel.mode=single", "--processes", "2"],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2 and "parallel.mode is single; write parallel.mode=ddp" in process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_commands_of_the_readme(launcher: str, shards: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    mode = {"torchrun": "fsdp2", "deepspeed": "zero2"}[launcher]
+    path = recipe_file("mae", shards, run, "steps=3", f"parallel.mode={mode}")
+    command = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "-m", "pretrain.train"],
+        "deepspeed": ["deepspeed.launcher.runner", "--num_gpus=2", "--no_local_rank", "--module", "pretrain.train"],
+    }[launcher]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(path)], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
