@@ -144,7 +144,7 @@ def _width(cfg: Recipe) -> int:
 
 
 def transient(cfg: Recipe, units: list[Unit], processes: int) -> dict[str, int]:
-    """Bytes that a mode needs for its communication: gathered units, and buffers."""
+    """Bytes that a mode needs for its communication: gathered units, and buffers. What is said of ZeRO is from DeepSpeed 0.19's source."""
     trained, mode = sum(u.trained for u in units), cfg.parallel.mode
     if mode == "ddp":
         return {"buffers": FP32 * trained}  # its buckets
@@ -235,7 +235,7 @@ def _sizes(sizes: dict[str, int]) -> str:
 
 
 def _scaled(flops: float) -> str:
-    for scale, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T")):
+    for scale, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T")):
         if flops >= scale:
             return f"{flops / scale:.3g} {letter}FLOP"
     return f"{flops / 1e9:.3g} GFLOP"

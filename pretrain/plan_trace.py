@@ -104,7 +104,10 @@ def _places(mask: Tensor) -> Tensor | tuple[Tensor, ...]:
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of all storages that are alive, by category, and what they were when most were needed, each category taken `share` times."""
+    """Bytes of all storages that are alive, by category, and what they were when most were needed, each category taken `share` times.
+
+    torch's MemTracker finds the same peaks, but refuses frozen modules and knows no shares; see docs/negative_results.md.
+    """
 
     def __init__(self, share: dict[str, float]) -> None:
         super().__init__()
