@@ -30,8 +30,13 @@ def train(recipe: Recipe, processes: int = 1) -> int:
     evals = recipe.eval
     scoring = _python("launch.evals", run, stdin=subprocess.PIPE, nice=10) if evals.val or evals.test else None
     trainers = [_python("pretrain.train", run, **extra) for extra in environments(processes)]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, _: [t.send_signal(number) for t in trainers])
+
+    def pass_on(number: int, frame: object) -> None:
+        for trainer in trainers:
+            trainer.send_signal(number)
+
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, pass_on)
     code = wait(trainers)
     if scoring is not None and scoring.stdin is not None:
         if code:

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.14
+
 
 def world() -> tuple[int, int]:
     """(rank, number of processes)."""
@@ -16,7 +18,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         out = x.new_empty(world()[1] * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        all_gather(out, x.contiguous())
         return out
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ def prepare(objective: Objective, recompute: Literal["none", "selective", "full"
                 raise ConfigError(
                     f"parallel.recompute = {recompute}: this model's batch norms would count every batch twice; write parallel.recompute=none"
                 )
-            block.forward = partial(checkpoint, block.forward, **_how(recompute))  # type: ignore[method-assign]
+            _recompute(block, recompute)
         if compiled:
             block.compile()
 
@@ -55,10 +55,14 @@ def blocks_of(objective: Objective) -> list[nn.Module]:
     return out
 
 
-def _how(recompute: str) -> dict:
-    if recompute == "full":
-        return {"use_reentrant": False}
-    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+def _recompute(block: nn.Module, how: str) -> None:
+    inner = block.forward
+    options = {} if how == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:  # a function of ours: torch.compile passes over torch's own
+        return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
+
+    block.forward = forward  # type: ignore[method-assign]
 
 
 def _policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -7,6 +7,7 @@ The loop and the objectives know nothing of it; a new way to spread a run is a c
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +205,9 @@ class FSDP2(Engine):
             frozen = [u for u in units[:-1] if not any(p.requires_grad for p in u.parameters())]
             units = [u for u in units if u not in frozen]
             kept = {p for u in frozen for p in u.parameters()}
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module .* returned a view"
+        )  # nothing of ours changes one in place
         for unit in units:
             # resharded after forward even where it is the root: a teacher has no backward that would do it
             fully_shard(

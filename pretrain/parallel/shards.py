@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pretrain.ops.gather import all_gather
+
 
 def local(parameter: Tensor) -> Tensor:
     """The part that this process holds, as a view that can be changed in place."""
@@ -23,7 +25,7 @@ def whole(parameter: Tensor) -> Tensor:
     if hasattr(parameter, "ds_tensor"):  # ZeRO-3: flat, cut into equal pieces, the last one padded
         piece = parameter.ds_tensor.detach()
         out = piece.new_empty(piece.numel() * dist.get_world_size())
-        dist.all_gather_into_tensor(out, piece.contiguous())
+        all_gather(out, piece.contiguous())
         return out[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
     return parameter.detach()
 

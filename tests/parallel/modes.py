@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from data_pipeline.shards import Samples
 from data_pipeline.stream import Stream, to_device
@@ -16,7 +17,7 @@ from pretrain.guard import Guard
 from pretrain.parallel import engine as engines
 from pretrain.parallel import processes
 from pretrain.parallel.device import pick_device
-from pretrain.parallel.shards import whole_state
+from pretrain.parallel.shards import whole, whole_state
 from pretrain.recipe import Recipe
 from pretrain.train import build_objective
 from tests.conftest import tiny_recipe
@@ -46,31 +47,66 @@ def recipe_of(name: str, shards: Path, mode: str, options: dict[str, Any]) -> Re
     return tiny_recipe(name, shards, Path("unused"), f"parallel.mode={mode}", f"data.batch={whole}", micro, *texts)
 
 
+def one_step(
+    engine: engines.Engine, guard: Guard, data: list[dict[str, Tensor]], step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `pretrain.train` does in a step; (mean loss, mean logs, gradient norm)."""
+    guard.before()
+    losses, logs = [], []
+    for micro in range(engine.accumulate):
+        with engine.microbatch(last=micro + 1 == engine.accumulate):
+            loss, log = engine.forward(data[micro], step)
+            engine.backward(loss)
+        losses.append(loss.detach().float())
+        logs.append(torch.stack([v.float() for v in log.values()]) if log else torch.zeros(0))
+    mean = torch.stack(losses).mean()
+    norm = engine.step(LR, 0.05, lambda norm: guard.judge(mean, norm))
+    guard.after()
+    engine.objective.after_step(step)
+    return processes.mean(mean), processes.mean(torch.stack(logs).mean(0)), norm
+
+
+def everything(engine: engines.Engine) -> dict[str, Tensor]:
+    """Copies of weights, buffers and optimizer state, gathered."""
+    flat, _ = flatten_state_dict(engine.state_dict())
+    return {key: whole(value).clone() for key, value in flat.items() if isinstance(value, Tensor)}
+
+
+def poisoned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch with one value that is not finite, on the last process only."""
+    if processes.rank() + 1 < processes.world():
+        return batch
+    return {
+        k: v.clone().index_fill_(0, torch.tensor([0]), torch.nan) if v.is_floating_point() else v
+        for k, v in batch.items()
+    }
+
+
 def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
     """Losses and gradient norms of each step, and the weights after them, as every process sees them."""
     model = build_objective(cfg)
     engine = engines.build(model, cfg, device)
     guard = Guard(model, cfg.skip, device)
     out: dict[str, Any] = {"loss": [], "norm": [], "logs": []}
+    parts = [mine(batch) for batch in data]
     for step in range(STEPS):
-        guard.before()
-        losses, logs = [], []
-        for micro in range(engine.accumulate):
-            with engine.microbatch(last=micro + 1 == engine.accumulate):
-                loss, log = engine.forward(mine(data[step * engine.accumulate + micro]), step)
-                engine.backward(loss)
-            losses.append(loss.detach().float())
-            logs.append(torch.stack([v.float() for v in log.values()]) if log else torch.zeros(0))
-        mean = torch.stack(losses).mean()
-        norm = engine.step(LR, 0.05, lambda norm, mean=mean: guard.judge(mean, norm))
-        guard.after()
-        model.after_step(step)
-        out["loss"].append(float(processes.mean(mean)))
-        out["logs"].append(processes.mean(torch.stack(logs).mean(0)).tolist())
+        loss, logs, norm = one_step(engine, guard, parts[step * engine.accumulate :], step)
+        out["loss"].append(float(loss))
+        out["logs"].append(logs.tolist())
         out["norm"].append(float(norm))
-    pictures = engine.pictures(mine(data[0]))
+    pictures = engine.pictures(parts[0])
     assert all(p.dtype == torch.uint8 for p in pictures.values())
     out["weights"] = whole_state(model)
+
+    before = everything(engine)
+    one_step(engine, guard, [*parts[: engine.accumulate - 1], poisoned(parts[0])], STEPS)
+    after = everything(engine)
+    out["skipped"] = float(guard.skipped)
+    out["changed"] = [key for key in before if not torch.equal(before[key], after[key]) and not key.startswith("scale")]
+    one_step(engine, guard, parts, STEPS + 1)  # and it goes on
+    out["stuck"] = [
+        key for key, value in everything(engine).items() if "exp_avg." in key and torch.equal(value, after[key])
+    ]
     return out
 
 

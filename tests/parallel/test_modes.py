@@ -27,6 +27,8 @@ MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "zero3": ("zero3", 2, {}),
     "recompute": ("fsdp2", 2, {"parallel.recompute": "full"}),
     "selective": ("ddp", 2, {"parallel.recompute": "selective"}),
+    "fsdp2-offload": ("fsdp2", 2, {"parallel.offload": True}),
+    "zero2-offload": ("zero2", 2, {"parallel.offload": True}),
     "single-bf16": ("single", 1, {"precision": "bf16"}),
     "ddp2-bf16": ("ddp", 2, {"precision": "bf16"}),
     "fsdp2-bf16": ("fsdp2", 2, {"precision": "bf16"}),
@@ -83,6 +85,15 @@ def test_the_same_in_every_mode(mode: str, name: str, found):
     alone = found("single")[0][name]
     for process in found(mode):
         close(process[name], alone, 1e-5, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", objective.names())
+@pytest.mark.parametrize("mode", MODES)
+def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: str, name: str, found):
+    """Weights, buffers, teacher and optimizer state are bit-equal before and after that step; the one after it trains again."""
+    for process in found(mode):
+        assert process[name]["skipped"] == 1.0 and not process[name]["changed"] and not process[name]["stuck"]
 
 
 @pytest.mark.slow
