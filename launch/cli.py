@@ -146,7 +146,7 @@ def plan(args: argparse.Namespace) -> None:
     cfg = load(args.recipe, args.overrides)
     from pretrain import plan
 
-    print("\n".join(plan.describe(cfg, args.device, args.mfu, args.count)))
+    print("\n".join(plan.describe(cfg, args.device, args.mfu, args.processes)))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -309,12 +309,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "plan",
         plan,
-        "Say before a run what it takes: parameters, FLOPs, memory, hours. Allocates nothing and reads no data.",
+        "Say before a run what it takes: parameters, FLOPs, memory and traffic of a process, hours. Allocates nothing, reads no data.",
         ("recipe", {"help": "a recipe's name, a .yaml file, or a run folder"}),
         overrides,
         ("--device", {"default": "h100", "help": "h100, a100, …: for the hours (default h100)"}),
-        ("--mfu", {"type": float, "default": 0.4, "help": "share of its peak that is reached (default 0.4)"}),
-        ("--count", {"type": int, "default": 1, "help": "of such devices (default 1)"}),
+        ("--mfu", {"type": float, "default": 0.4, "help": "share of its peak that it reaches (default 0.4)"}),
+        ("--processes", {"type": int, "default": 1, "help": "one for each device (default 1)"}),
     )
     add("report", report, "Write RUN/report.html.", ("run", {"help": "run folder"}))
     add("recipes", recipes, "List recipes and objectives.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # FLOP/s of dense matrix products as vendors state them: (bf16, fp32; tf32 is not used)
 PEAKS: dict[str, tuple[float, float]] = {
@@ -34,6 +36,8 @@ def peak_of(name: str, precision: str) -> float | None:
 
 def measured(device: torch.device, precision: str, size: int = 1024, repeats: int = 3) -> float:
     """FLOP/s of a size³ matrix product on this device, with the threads that are set: the best of a few."""
+    import torch
+
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
@@ -50,5 +54,7 @@ def measured(device: torch.device, precision: str, size: int = 1024, repeats: in
 
 def peak(device: torch.device, precision: str) -> float:
     """FLOP/s that model FLOP/s are compared with: the table's figure for a known GPU, else what a product reaches here."""
+    import torch
+
     known = peak_of(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
     return known or measured(device, precision)

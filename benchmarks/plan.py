@@ -1,0 +1,157 @@
+"""What `unlabeled plan` says a step needs, against what real steps take.
+
+Claims, for every objective, in a process of its own on the CPU:
+
+    plan.memory.versus_measured    the plan's peak / what the resident set grows by at its highest while the objective trains; one line for each objective
+    plan.memory.M.versus_measured  the same for two processes and parallel.mode M, with DINOv2: the first process
+    plan.memory.O.heap             what the resident set grows by in the heap as trainings have it / with every tensor in a mapping of its own
+
+A tensor in a mapping of its own (glibc's MALLOC_MMAP_THRESHOLD_) goes back to the system when it is freed, so the resident set is what is needed: that is
+what the first figure is about. Trainings keep freed memory for the next tensors, which is faster, and of which some lies between two tensors and fits
+neither: that is the second one. Before the first reading, a small model of the same objective trains, so that libraries and their buffers are there. The
+highest resident set since then is Linux's VmHWM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.stream import to_device
+from pretrain import objective, plan
+from pretrain.objectives.base import Objective
+from pretrain.parallel import engine as engines
+from pretrain.parallel import processes
+from pretrain.parallel.device import keep_freed_memory
+from pretrain.recipe import Recipe, load
+from pretrain.train import build_objective
+
+CPU = torch.device("cpu")
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+MODEL = ["model=vit", "model.dim=512", "model.depth=6", "model.heads=8", "parallel.micro_batch=null"]
+SMALL = ["model=vit", "model.dim=64", "model.depth=1", "model.heads=2", "parallel.micro_batch=null", "data.batch=2"]
+BATCH = {"mae": 16, "dinov2": 4}  # images; for others 8
+COUNT = {"single": 1, "ddp": 2, "fsdp2": 2}  # processes
+OPTIONS = {"dinov2": ["objective.prototypes=4096"]}
+FEW = {"mae": ["objective.decoder_depth=1"], "dinov2": ["objective.prototypes=64", "objective.head_hidden=64"]}
+
+
+def recipe(name: str, mode: str, precision: str, *more: str) -> Recipe:
+    common = [f"objective={name}", "device=cpu", f"parallel.mode={mode}", f"precision={precision}"]
+    return load("demo", [*common, *more])
+
+
+def batch_of(cfg: Recipe, model: Objective) -> dict[str, Tensor]:
+    """What the objective's views make of noise, every sample by itself."""
+    body = model.encoder()
+    views = type(model).views(cfg.objective, body.image_size, body.patch_size)
+    noise, parts = np.random.default_rng(0), []
+    for slot in range(cfg.data.batch // processes.world()):
+        image = noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        sample = {"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": cfg.data.batch, "step": 0, "seed": 0}
+        parts.append(views(sample, lambda k, slot=slot: np.random.default_rng([slot, k])))
+    return {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
+
+
+def train(cfg: Recipe, steps: int) -> None:
+    engine = engines.build(build_objective(cfg), cfg, CPU)
+    arrays = batch_of(cfg, engine.objective)
+    for step in range(steps):
+        batch = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
+        with engine.microbatch(last=True):
+            loss, _ = engine.forward(batch, step)
+            engine.backward(loss)
+        engine.step(lr=1e-4, weight_decay=0.05)
+        engine.objective.after_step(step)
+
+
+def resident(key: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (at most)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def measure(name: str, mode: str, precision: str, heap: bool) -> int:
+    """Bytes that the resident set of this process grows by, at most."""
+    torch.set_num_threads(1)
+    processes.start(mode, CPU)
+    train(recipe(name, mode, precision, *SMALL, *FEW.get(name, [])), steps=2)
+    gc.collect()
+    if heap:
+        keep_freed_memory()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    train(whole(name, mode, precision), steps=3)
+    return resident("VmHWM") - before
+
+
+def whole(name: str, mode: str, precision: str) -> Recipe:
+    return recipe(name, mode, precision, *MODEL, *OPTIONS.get(name, []), f"data.batch={BATCH.get(name, 8)}")
+
+
+def measured(name: str, mode: str, precision: str, heap: bool = False) -> int:
+    """The same in a process of its own, or in the first of two."""
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", name, "--modes", mode, "--precision", precision]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(COUNT[mode]):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(COUNT[mode]), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        env = os.environ | place | ({} if heap else MAPPED)
+        started.append(subprocess.Popen([*command, *(["--heap"] * heap)], env=env, stdout=subprocess.PIPE))
+    answers = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"{name} with {mode} did not train; its error is above")
+    return int(answers[0].split()[-1])
+
+
+def emit(name: str, value: float, unit: str, versus: str) -> None:
+    print(
+        json.dumps({"name": name, "value": float(f"{value:.3g}"), "unit": unit, "versus": versus}, ensure_ascii=False),
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objectives", nargs="+", default=objective.names(), choices=objective.names())
+    parser.add_argument("--modes", nargs="+", default=list(COUNT), choices=list(COUNT))
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--heap", action="store_true", help="measure in a training's heap, too")
+    parser.add_argument("--measure", metavar="OBJECTIVE", help="in this process, and print nothing but bytes")
+    options = parser.parse_args()
+    if options.measure:
+        print(measure(options.measure, options.modes[0], options.precision, options.heap))
+        return
+    for mode in options.modes:
+        for name in options.objectives if mode == "single" else ["dinov2"]:
+            compare(name, mode, options.precision, options.heap)
+
+
+def compare(name: str, mode: str, precision: str, heap: bool) -> None:
+    planned = plan.trace(whole(name, mode, precision), COUNT[mode]).peak
+    needed = measured(name, mode, precision)
+    line = f"{name} {mode} {precision}: {planned / 2**20:.0f} MiB planned, {needed / 2**20:.0f} MiB measured"
+    print(line, file=sys.stderr, flush=True)
+    what = f"resident set, {name}, {precision}, batch {BATCH.get(name, 8)}, {mode} on {COUNT[mode]} CPU processes"
+    emit("plan.memory." + ("" if mode == "single" else f"{mode}.") + "versus_measured", planned / needed, "×", what)
+    if heap and mode == "single":
+        taken = measured(name, mode, precision, heap=True)
+        emit(f"plan.memory.{name}.heap", taken / needed, "×", "the same with every tensor in a mapping of its own")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""`unlabeled plan`: its memory is what real steps take, its FLOPs and bytes are those of formulas written by hand, and it is honest about what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pretrain import objective, plan, plan_trace
+from pretrain.config import ConfigError
+from pretrain.optim import make_optimizer
+from pretrain.parallel import engine as engines
+from pretrain.recipe import Recipe, load
+from pretrain.train import build_objective
+from tests.conftest import SMALL, TINY, unlabeled
+from tests.launch.test_cli import cpu_seconds
+
+NAMES = objective.names()
+ROOT = Path(__file__).parents[2]
+
+
+def tiny(name: str, *overrides: str) -> Recipe:
+    common = [f"objective={name}", *TINY, *SMALL.get(name, []), "data.batch=16", "device=cpu"]
+    return load("demo", [*common, *overrides])
+
+
+# ---------------------------------------------------------------- memory
+def ratios(*options: str) -> dict[str, float]:
+    """What benchmarks/plan.py measures, in processes of their own."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "plan.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return {row["name"]: row["value"] for row in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_what_a_run_takes(name: str):
+    (ratio,) = ratios("--modes", "single", "--objectives", name).values()
+    assert ratio == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_memory_is_what_each_of_two_processes_takes(mode: str):
+    assert ratios("--modes", mode)[f"plan.memory.{mode}.versus_measured"] == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["mae", "simclr"])
+def test_peak_is_that_of_torchs_own_tracker(name: str):
+    """MemTracker, which refuses frozen modules and is three times as slow, counts the same bytes."""
+    cfg, tracker = tiny(name), MemTracker()
+    with plan_trace._setting(cfg, 1), FakeTensorMode(allow_non_fake_inputs=True), plan_trace._Real():
+        model = build_objective(cfg)
+        optimizer = make_optimizer(model, cfg.optim)
+        batch = plan_trace.example(cfg, model, 16)
+        tracker.track_external(model, optimizer, *batch.values())
+        with tracker:
+            for _ in range(2):
+                model(batch, 0)[0].backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                tracker.reset_mod_stats()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    assert plan.trace(cfg, 1).peak == pytest.approx(peak["Total"], rel=0.01)
+
+
+def test_categories_are_those_of_the_parameters():
+    cfg = tiny("dinov2", "data.batch=4")
+    model = build_objective(cfg)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = plan.trace(cfg, 1)
+    assert found.trained == found.frozen == trained
+    assert found.memory["parameters"] == found.memory["teacher"] == 4 * trained
+    steps = 4 * len([p for p in model.parameters() if p.requires_grad])  # AdamW counts them by parameter
+    assert found.memory["optimizer"] == 8 * trained + steps
+    assert found.peak == sum(found.memory.values()) and found.collectives == {}
+
+
+@pytest.mark.slow
+def test_memory_of_each_mode():
+    """By formulas: what is cut is a piece, activations are those of a process's own samples, the rest is whole."""
+    one = plan.trace(tiny("dinov2"), 1)
+    parts = {mode: plan.trace(tiny("dinov2", f"parallel.mode={mode}"), 4) for mode in ("ddp", "fsdp2", "zero2")}
+    assert {found.micro for found in parts.values()} == {4}
+    for found in parts.values():
+        assert one.memory["activations"] / 4 < found.memory["activations"] < one.memory["activations"] / 2
+    whole = one.memory["parameters"]
+    assert parts["ddp"].memory["parameters"] == parts["ddp"].memory["buffers"] == whole
+    for name in ("parameters", "optimizer", "teacher"):
+        assert parts["fsdp2"].memory[name] == one.memory[name] // 4
+    assert parts["zero2"].memory["parameters"] == parts["zero2"].memory["teacher"] == whole
+    assert parts["zero2"].memory["optimizer"] == int(one.memory["optimizer"] * 1.5 / 4)
+    replicated = plan.trace(tiny("dinov2", "parallel.mode=fsdp2", "parallel.replicate=2"), 4)
+    assert replicated.memory["parameters"] == whole // 2
+
+
+def test_gradients_stay_whole_until_they_cross_processes():
+    common = ["data.batch=32", "parallel.mode=fsdp2", "objective.decoder_dim=256"]
+    assert plan.shares(tiny("mae", *common), 4, accumulate=1)["gradients"] == 1 / 4
+    assert plan.shares(tiny("mae", *common), 4, accumulate=2)["gradients"] == 1
+
+
+def test_offloading_moves_bytes_to_main_memory():
+    cut = plan.trace(tiny("mae", "parallel.mode=fsdp2"), 4)
+    away = plan.trace(tiny("mae", "parallel.mode=fsdp2", "parallel.offload=true"), 4)
+    assert away.host["parameters"] == cut.memory["parameters"] and away.host["optimizer"] == 2 * away.host["parameters"]
+    assert not away.memory.keys() & {"parameters", "gradients", "optimizer"}
+    assert away.peak < cut.peak
+
+
+@pytest.mark.slow
+def test_recomputation_trades_activations_for_flops():
+    common = ["model.depth=8", "data.batch=64"]
+    none, some, full = (
+        plan.trace(tiny("simclr", *common, f"parallel.recompute={how}"), 1) for how in ("none", "selective", "full")
+    )
+    assert none.memory["activations"] > some.memory["activations"] > full.memory["activations"]
+    assert none.flops == some.flops == full.flops == none.computed
+    assert full.flops * 1.1 < full.computed < full.flops * 4 / 3
+
+
+def test_bf16_keeps_a_cast_of_the_weights():
+    """Autocast's copies are needed until the backward has passed; where units are gathered in bf16 there are none."""
+    found = plan.trace(tiny("simclr", "precision=bf16", "model.dim=128"), 1)
+    assert 0.4 < found.memory["casts"] / found.memory["parameters"] <= 0.5
+    assert "casts" not in plan.trace(tiny("simclr", "precision=bf16", "parallel.mode=fsdp2"), 2).memory
+
+
+# ---------------------------------------------------------------- FLOPs
+def blocks(tokens: int, dim: int, depth: int, batch: int) -> float:
+    """Forward and backward of transformer blocks with MLPs four times as wide: 6 FLOPs for each token and weight of a linear layer; attention has two
+    products of N×N×D, and five in its backward, which makes one of them anew."""
+    return depth * batch * (6 * tokens * 12 * dim**2 + 2 * (2 + 5) * tokens**2 * dim)
+
+
+def test_flops_of_mae_are_those_of_a_hand_count():
+    cfg = load("mae_vits16", ["data.batch=64", "parallel.micro_batch=32"])
+    batch, patches, kept = 64, 196, 49
+    pixels = 16 * 16 * 3
+    hand = blocks(1 + kept, 384, 12, batch) + blocks(1 + patches, 512, 8, batch)
+    hand -= 6 * batch * (1 + kept) * 8 * 512**2  # the last block's MLP sees the dropped patches only
+    hand += 4 * batch * patches * pixels * 384  # images want no gradient
+    hand += 6 * batch * ((1 + kept) * 384 * 512 + (patches - kept) * 512 * pixels)
+    assert plan.trace(cfg, 1).flops == pytest.approx(hand, rel=0.01)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_flops_of_simclr_are_those_of_a_hand_count(processes: int):
+    cfg = load("simclr_vits16", ["data.batch=64", *(["parallel.mode=ddp"] if processes > 1 else [])])
+    images = 2 * 64
+    hand = blocks(1 + 196, 384, 12, images) + 4 * images * 196 * 768 * 384
+    hand += 6 * images * (384 * 2048 + 2048 * 128) + 6 * images**2 * 128  # head; similarities of all pairs
+    assert plan.trace(cfg, processes).flops == pytest.approx(hand, rel=0.01)
+
+
+# ---------------------------------------------------------------- traffic
+def test_traffic_by_formulas():
+    cfg = tiny("mae", "data.batch=32", "parallel.micro_batch=4")
+    size = 4 * plan.trace(cfg, 1).trained
+
+    def traffic(*overrides: str) -> dict[str, int]:
+        return plan.trace(tiny("mae", "data.batch=32", "parallel.micro_batch=4", *overrides), 4).collectives
+
+    again = 4 * (32 * 32 + 32)  # `embed` is called twice: for patches and for the class token
+    assert traffic("parallel.mode=ddp") == {"all-reduce": size}  # once, though there are two micro-batches
+    assert traffic("parallel.mode=fsdp2") == {"all-gather": 2 * 2 * (size + again), "reduce-scatter": size}
+    halves = traffic("parallel.mode=fsdp2", "parallel.replicate=2")
+    assert halves == {"all-gather": 2 * 2 * (size + again), "reduce-scatter": size, "all-reduce": size // 2}
+    assert traffic("parallel.mode=fsdp2", "precision=bf16")["all-gather"] == 2 * (size + again)
+    assert traffic("parallel.mode=zero1") == {"all-reduce": size, "all-gather": size}
+    assert traffic("parallel.mode=zero2") == {"all-reduce": 2 * size, "all-gather": size}
+    assert traffic("parallel.mode=zero3") == {"all-gather": 2 * size, "reduce-scatter": 2 * size}
+
+
+def test_what_the_loss_gathers_counts():
+    found = plan.trace(tiny("simclr", "parallel.mode=fsdp2"), 4)
+    assert found.collectives["all-reduce"] >= 2 * 16 * 32 * 4  # gradients of the gathered embeddings of two views
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traffic_is_that_of_the_engine(name: str, monkeypatch: pytest.MonkeyPatch):
+    """The real FSDP2 engine, without memory and without other processes: the collectives that it calls in a step."""
+    cfg = tiny(name, "parallel.mode=fsdp2")
+    planned = plan.trace(cfg, 2).collectives
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = plan_trace._Real()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with plan_trace._setting(cfg, 2), FakeTensorMode(allow_non_fake_inputs=True), seen:
+            engine = engines.FSDP2(build_objective(cfg), cfg, torch.device("cpu"))
+            batch = plan_trace.example(cfg, engine.objective, 8)
+            with engine.microbatch(last=True):
+                engine.backward(engine.forward(batch, 0)[0])
+    finally:
+        dist.destroy_process_group()
+    assert planned.keys() == seen.collectives.keys()
+    for key, size in seen.collectives.items():
+        assert planned[key] == pytest.approx(size, rel=0.1), key  # pieces are padded; some units are fetched twice
+
+
+# ---------------------------------------------------------------- the command
+def test_output(tmp_path: Path):
+    """Options and overrides in any order; no data is looked for, nothing is written."""
+    done = unlabeled(
+        "plan", "mae_vits16", "--processes", "4", "parallel.mode=fsdp2", "data.train=/nowhere", "parallel.micro_batch=null",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
+    assert done.stdout.startswith("mae on vit_small, bf16, fsdp2 on 4 × h100")
+    assert lines["parameters"].startswith("47.4 M trained")
+    assert "1024 images, for a process at once: 256; 39.4 TFLOP" in lines["a"]
+    assert "at 40% of 4 × 989 TFLOP/s" in lines["time"]
+    for word in ("parameters 45.2 MiB", "optimizer 90.4 MiB", "activations", "gathered"):
+        assert word in lines["memory"]
+    assert "all-gather 182 MiB, reduce-scatter 181 MiB" in lines["traffic"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--device", "h1000"], "--device h1000: not known; known: b200, h200"),
+        (["--mfu", "40"], "--mfu 40: write a share of the peak, such as 0.4"),
+        (["--mfu", "0"], "--mfu 0: write a share"),
+        (["--processes", "0"], "--processes 0: write 1 or more"),
+        (["--processes", "2"], "parallel.mode = single is one process, not 2; write parallel.mode=ddp, fsdp2"),
+        (
+            ["--processes", "3", "parallel.mode=ddp"],
+            "data.batch = 128: 3 processes do not divide it; write data.batch=129",
+        ),
+        (["parallel.mode=ddp", "parallel.replicate=2"], "only fsdp2 has replicas; parallel.mode is ddp"),
+        (
+            ["--processes", "4", "parallel.mode=fsdp2", "parallel.replicate=3"],
+            "parallel.replicate = 3: 4 processes do not divide into so many replicas",
+        ),
+        (["parallel.offload=true"], "parallel.offload = true: single keeps everything on the device"),
+        (["--device", "v100", "precision=bf16"], "--device v100: has no bf16; write precision=fp32"),
+        (["parallel.micro_batch=48"], "parallel.micro_batch = 48: data.batch = 128"),
+        (["parallel.mode=fsdp"], "parallel.mode = 'fsdp': expected one of single, ddp, fsdp2"),
+    ],
+)
+def test_errors(args: list[str], says: str):
+    done = unlabeled("plan", "demo", *args)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_errors_come_at_once():
+    for args in (("plan", "--help"), ("plan", "demo", "--device", "h1000"), ("plan", "demo", "--processes", "2")):
+        assert cpu_seconds(*args) < 0.3, args
+
+
+def test_an_objective_that_needs_values_is_named(tmp_path: Path):
+    path = tmp_path / "picky.py"
+    text = (ROOT / "pretrain" / "objectives" / "simclr.py").read_text()
+    path.write_text(text.replace("        z = self.head(features)", "        features = features[features[:, 0] > 0]\n        z = self.head(features)"))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"picky.py: cannot be planned without data .* its shapes depend on"):
+        plan.trace(tiny(str(path)), 1)
+
+
+def test_a_plan_leaves_no_trace():
+    """It runs inside of trainings, too: random numbers, process groups and patched functions are as before."""
+    state, draw = torch.get_rng_state(), torch.nn.init.normal_
+    plan.trace(tiny("simclr", "parallel.mode=ddp"), 2)
+    assert torch.equal(torch.get_rng_state(), state) and torch.nn.init.normal_ is draw
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_seven_billion_parameters_on_a_laptop():
+    code = "import resource, sys; from launch.cli import main; main();"
+    code += "usage = resource.getrusage(resource.RUSAGE_SELF); print(usage.ru_maxrss / 2**20, usage.ru_utime + usage.ru_stime)"
+    size = ["model=vit", "model.dim=4096", "model.depth=40", "model.heads=32", "data.batch=2048"]
+    spread = ["parallel.mode=fsdp2", "parallel.recompute=full", "--processes", "256"]
+    command = [sys.executable, "-c", code, "plan", "dinov2_vits16", *size, *spread]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    gigabytes, seconds = map(float, done.stdout.splitlines()[-1].split())
+    assert "8093.8 M trained, 8093.8 M of a teacher" in done.stdout
+    assert gigabytes < 3 and seconds < 120
