@@ -150,6 +150,7 @@ class Export(Section):
 class Log(Section):
     shorthand = "every"
     every: int = 10  # steps between two writes (each one waits for the device); every step has its row all the same
+    flops: bool = True  # model FLOP/s and MFU, for which a step is traced at the start
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -62,11 +63,12 @@ def every(step: int, steps: int) -> bool:
     return step > 0 and step % steps == 0
 
 
-def build_objective(cfg: Recipe) -> Objective:
-    """The recipe's objective with the weights that its seed gives, on CPU."""
+def build_objective(cfg: Recipe, empty: bool = False) -> Objective:
+    """The recipe's objective with the weights that its seed gives, on CPU; or `empty`, without memory, for an engine that gets them from process 0."""
     torch.manual_seed(cfg.seed)
     try:
-        return find(cfg.objective.name)(cfg.objective, lambda **changes: presets.build(cfg.model, **changes))
+        with torch.device("meta") if empty else contextlib.nullcontext():
+            return find(cfg.objective.name)(cfg.objective, lambda **changes: presets.build(cfg.model, **changes))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -159,7 +161,7 @@ def _train(cfg: Recipe, device: torch.device) -> Path:
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // processes.here()))
         keep_freed_memory()
     samples = open_samples(cfg)
-    objective = build_objective(cfg)
+    objective = build_objective(cfg, engines.starts_empty(cfg))
     stream = build_stream(cfg, objective, samples, run / "damaged")
     if cfg.precision == "auto":
         cfg.precision = _measure_precision(cfg, objective, stream, device)  # type: ignore[assignment]
@@ -207,6 +209,8 @@ def _prepare(cfg: Recipe) -> tuple[Any, Path]:
 
 def _flops(cfg: Recipe, engine: Engine, say: Log) -> tuple[float, float]:
     """(FLOPs of a step, FLOP/s that all devices could reach); zeros where the objective cannot be planned."""
+    if not cfg.log.flops:
+        return 0.0, 0.0
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by copies of parameters
     try:
         return plan.trace(cfg).flops, engine.world * peak(engine.device, cfg.precision)

@@ -87,6 +87,7 @@ def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
         "checkpoint=1000",
         "export=1000",
         "log=1",
+        "log.flops=false",
     ]
     return load("demo", [f"objective={name}", *TINY, *SMALL.get(name, []), *data, "optim.lr=1e-3", *overrides])
 

@@ -57,7 +57,9 @@ def blocks_of(objective: Objective) -> list[nn.Module]:
 
 def _recompute(block: nn.Module, how: str) -> None:
     inner = block.forward
-    options = {} if how == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    options: dict[str, Any] = (
+        {} if how == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    )
 
     def forward(*args: Any, **kwargs: Any) -> Any:  # a function of ours: torch.compile passes over torch's own
         return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)

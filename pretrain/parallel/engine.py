@@ -15,7 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -77,6 +82,17 @@ def build(objective: Objective, recipe: Recipe, device: torch.device) -> Engine:
 
         return Zero(objective, recipe, device)
     return {"single": Engine, "ddp": DDP, "fsdp2": FSDP2}[mode](objective, recipe, device)
+
+
+def starts_empty(recipe: Recipe) -> bool:
+    """Whether this process may build the objective without weights: where each gets its piece of them from process 0, a machine's main memory does
+    not have to hold all weights once for each of its devices. An `auto` precision on CPU is measured with weights."""
+    return processes.rank() > 0 and _from_first(recipe)
+
+
+def _from_first(recipe: Recipe) -> bool:
+    measures = recipe.precision == "auto" and not torch.cuda.is_available()
+    return recipe.parallel.mode == "fsdp2" and processes.world() > 1 and not measures
 
 
 class Engine:
@@ -199,6 +215,8 @@ class FSDP2(Engine):
         compute = COMPUTE[self.precision]
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if parallel.offload else OffloadPolicy()
+        from_first = _from_first(self.recipe)
+        given = self.objective.state_dict() if from_first and self.rank == 0 else {}
         units = self.objective.shard_units()
         kept = set()
         if parallel.frozen == "replicated":
@@ -218,10 +236,13 @@ class FSDP2(Engine):
                 reshard_after_forward=True,
                 ignored_params=kept,
             )
-        for parameter in kept:
-            parameter.data = parameter.data.to(self.device)
-        for buffer in self.objective.buffers():
-            buffer.data = buffer.data.to(self.device)
+        if any(p.is_meta for p in self.objective.parameters()):
+            self.objective.to_empty(device="cpu" if parallel.offload else self.device)
+        for tensor in (*kept, *self.objective.buffers()):
+            tensor.data = tensor.data.to(self.device)
+        if from_first:  # tensor by tensor, so that only process 0 ever holds all of them
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(self.objective, given, options=options)
         register_fsdp_forward_method(self.objective, "pictures")
         return self.objective  # type: ignore[return-value]
 

@@ -220,6 +220,7 @@ def test_mixing_is_even_in_every_window(weights: list[int]):
     sizes=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(lambda sizes: [1, *sizes]),
     data=st.data(),
 )
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 def test_mixtures_and_phases_keep_each_dataset_whole(counts: list[int], lanes: int, sizes: list[int], data):
     weight = st.integers(0, 5)

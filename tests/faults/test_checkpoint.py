@@ -377,6 +377,7 @@ def tool(*args: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_inspect_verify_consolidate(run: Recipe, tmp_path: Path):
     """By themselves: the recipe is gone, and an objective of that name, too."""
     from safetensors.torch import load_file

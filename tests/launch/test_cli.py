@@ -64,6 +64,7 @@ def test_one_line_errors(args: tuple[str, ...], says: str):
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_trainer_errors_are_one_line_too(shards: Path, tmp_path: Path):
     run = tmp_path / "run"  # one folder for all: a run that failed before its first step does not stand in the way
     for overrides, says in [
@@ -116,6 +117,7 @@ def test_doctor():
     assert done.returncode == 0 and "torch" in done.stdout and "cpu" in done.stdout
 
 
+@pytest.mark.slow
 def test_run_folder_rules(shards: Path, tmp_path: Path):
     run = tmp_path / "run"
     path = tmp_path / "r.yaml"

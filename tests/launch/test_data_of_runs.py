@@ -64,6 +64,7 @@ def test_a_phase_changes_batch_and_weights_and_what_is_past_stays(shards: Path, 
     assert last["epoch/0"] * 48 + last["epoch/1"] * 40 == pytest.approx(4 * 16 + 4 * 32, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_phase_added_after_a_stop_gives_the_run_that_had_it_from_the_start(shards: Path, tmp_path: Path):
     phase = "data.phases=[{step: 5, batch: 32}]"
     whole = rows(train(tiny_recipe("simclr", shards, tmp_path / "whole", phase)))
@@ -72,7 +73,7 @@ def test_a_phase_added_after_a_stop_gives_the_run_that_had_it_from_the_start(sha
         "import sys; from pathlib import Path; from tests.conftest import tiny_recipe; from pretrain import train as t;"
         f"shards, run = Path({str(shards)!r}), Path({str(run)!r});"
         "old = t.Stop.__init__;"
-        "t.every = lambda step, steps: step == 3 and (setattr(stop[0], 'asked', True) or True);"
+        "t.every = lambda step, steps: step == 3 and (setattr(stop[0], 'mine', True) or True);"
         "stop = []; t.Stop.__init__ = lambda self: (old(self), stop.append(self))[0];"
         "t.train(tiny_recipe('simclr', shards, run))"
     )

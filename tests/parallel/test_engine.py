@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.local import environments, wait
+from pretrain import objective, plan
 from pretrain.config import ConfigError
 from pretrain.objectives.mae import MAE
 from pretrain.parallel import engine as engines
 from pretrain.parallel.scale import INITIAL
 from pretrain.train import build_objective
+from pretrain.train import train as run_training
 from tests.conftest import tiny_recipe
 from tests.parallel.modes import ACCUMULATE, STEPS, batches, everything, poisoned, recipe_of, train
 
@@ -172,3 +175,20 @@ def test_a_frozen_network_is_cut_or_not(shards: Path):
     assert (
         wait([subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **e}) for e in environments(2)]) == 0
     )
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos", "rope"])
+@pytest.mark.parametrize("name", objective.names())
+def test_an_objective_can_be_built_without_memory(name: str, positions: str, shards: Path, tmp_path: Path):
+    cfg = tiny_recipe(name, shards, tmp_path, f"model.positions={positions}")
+    empty, real = (build_objective(cfg, empty=empty).state_dict() for empty in (True, False))
+    assert {k: (v.shape, v.dtype) for k, v in empty.items()} == {k: (v.shape, v.dtype) for k, v in real.items()}
+    assert all(value.is_meta for value in empty.values())
+
+
+def test_flops_per_second_are_those_of_the_plan(shards: Path, tmp_path: Path):
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", "log.flops=true", "steps=4", "log.every=4", "device=cpu")
+    last = json.loads((run_training(cfg) / "metrics.jsonl").read_text().splitlines()[-1])
+    steps_per_second = last["samples_per_second"] / cfg.data.batch
+    assert last["flops_per_second"] == pytest.approx(plan.trace(cfg).flops * steps_per_second, rel=0.01)
+    assert 0 < last["mfu"] < 1 and last["memory_gb"] > 0.05
