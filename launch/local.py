@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from pretrain.errors import UserError
+from pretrain.parallel import rules
 from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare
 
@@ -22,10 +23,7 @@ def train(recipe: Recipe, processes: int = 1) -> int:
     """Start both, wait for both; the trainer's exit code. A signal goes to the trainer, which ends at the next step with a checkpoint."""
     if processes < 1:
         raise UserError(f"--processes {processes}: write 1 or more")
-    if processes > 1 and recipe.parallel.mode == "single":
-        raise UserError(
-            f"--processes {processes}: parallel.mode is single; write parallel.mode=ddp, fsdp2, zero1, zero2 or zero3"
-        )
+    rules.check(recipe, processes)
     run = prepare(recipe)
     evals = recipe.eval
     scoring = _python("launch.evals", run, stdin=subprocess.PIPE, nice=10) if evals.val or evals.test else None

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pretrain.config import ConfigError
+from pretrain.parallel import rules
 from pretrain.peak import PEAKS, peak_of
 from pretrain.recipe import Recipe
 
@@ -51,7 +52,9 @@ class Plan:
 def trace(cfg: Recipe, processes: int | None = None) -> Plan:
     """The plan of a recipe with so many processes (default: as many as there are). Raises ConfigError for what cannot be."""
     processes = int(os.environ.get("WORLD_SIZE", 1)) if processes is None else processes
-    _check(cfg, processes)
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: write 1 or more")
+    rules.check(cfg, processes)
     if cfg.precision == "auto":
         cfg = cfg.replace(precision="fp32" if cfg.device == "cpu" else "bf16")
     from pretrain import plan_trace
@@ -89,27 +92,6 @@ def trace(cfg: Recipe, processes: int | None = None) -> Plan:
     )
 
 
-def _check(cfg: Recipe, processes: int) -> None:
-    mode, replicate = cfg.parallel.mode, cfg.parallel.replicate
-    if processes < 1:
-        raise ConfigError(f"--processes {processes}: write 1 or more")
-    if mode == "single" and processes > 1:
-        raise ConfigError(
-            f"parallel.mode = single is one process, not {processes}; write parallel.mode=ddp, fsdp2, zero1, zero2 or zero3"
-        )
-    if cfg.data.batch % processes:
-        fitting = max(1, round(cfg.data.batch / processes)) * processes
-        raise ConfigError(
-            f"data.batch = {cfg.data.batch}: {processes} processes do not divide it; write data.batch={fitting}"
-        )
-    if replicate != 1 and mode != "fsdp2":
-        raise ConfigError(f"parallel.replicate = {replicate}: only fsdp2 has replicas; parallel.mode is {mode}")
-    if replicate < 1 or processes % replicate:
-        raise ConfigError(
-            f"parallel.replicate = {replicate}: {processes} processes do not divide into so many replicas"
-        )
-
-
 def shares(cfg: Recipe, processes: int, accumulate: int) -> dict[str, float]:
     """How much of each category a process holds."""
     mode, piece = cfg.parallel.mode, 1 / processes
@@ -131,10 +113,6 @@ def shares(cfg: Recipe, processes: int, accumulate: int) -> dict[str, float]:
 def _offloaded(cfg: Recipe) -> tuple[str, ...]:
     if not cfg.parallel.offload:
         return ()
-    if cfg.parallel.mode in ("single", "ddp"):
-        raise ConfigError(
-            f"parallel.offload = true: {cfg.parallel.mode} keeps everything on the device; write parallel.mode=fsdp2 or zero2"
-        )
     return ("parameters", "gradients", "optimizer", "teacher") if cfg.parallel.mode == "fsdp2" else ("optimizer",)
 
 

@@ -31,11 +31,11 @@ from pretrain.models import layers
 from pretrain.objectives.base import Objective
 from pretrain.optim import make_optimizer
 from pretrain.parallel import blocks
+from pretrain.parallel.engine import COMPUTE
 from pretrain.recipe import Recipe
 
 SAMPLES = 16  # whose views are made to learn the shapes; larger batches repeat them
 CATEGORIES = ("parameters", "casts", "gradients", "optimizer", "teacher", "activations")
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 aten, c10d = torch.ops.aten, torch.ops.c10d
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 COLLECTIVES = {  # operation -> (its name, which argument is the whole tensor)

@@ -30,7 +30,7 @@ from pretrain.models import presets
 from pretrain.objective import find
 from pretrain.objectives.base import Objective
 from pretrain.parallel import engine as engines
-from pretrain.parallel import processes, timeouts
+from pretrain.parallel import processes, rules, timeouts
 from pretrain.parallel.device import faster_precision, keep_freed_memory, pick_device
 from pretrain.parallel.engine import Engine, accumulation
 from pretrain.peak import peak
@@ -147,6 +147,7 @@ def train(cfg: Recipe) -> Path:
 
     With several processes (torchrun, or `unlabeled train --processes N`) all of them call it with the same recipe.
     """
+    rules.check(cfg, processes.world())
     device = processes.start(cfg.parallel.mode, pick_device(cfg.device))
     try:
         return _train(cfg, device)
@@ -331,8 +332,8 @@ def main() -> int:
     try:
         train(recipe.load(sys.argv[1], sys.argv[2:]))
     except timeouts.CollectiveError as error:  # not this process's fault: a line, and no stack
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a save beside the training may wait for the others for much longer
     return 0
 
 

@@ -43,12 +43,6 @@ class Zero(Engine):
 
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device):
         self.stage = int(recipe.parallel.mode[-1])
-        if recipe.precision == "fp16":
-            raise ConfigError(
-                f"precision = fp16: {recipe.parallel.mode} has fp32 and bf16; or write parallel.mode=ddp or fsdp2"
-            )
-        if recipe.parallel.frozen == "replicated":
-            raise ConfigError("parallel.frozen = replicated: zero3 cuts all parameters; write parallel.mode=fsdp2")
         self.deepspeed = _import(device)
         super().__init__(objective, recipe, device)
         self.names = {p: name for name, p in objective.named_parameters() if p.requires_grad}

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain.config import ConfigError
 from pretrain.objectives.base import Batch, Objective
 from pretrain.optim import make_optimizer
-from pretrain.parallel import blocks, processes
+from pretrain.parallel import blocks, processes, rules
 from pretrain.parallel.scale import LossScale
 from pretrain.parallel.shards import local, whole_state
 from pretrain.recipe import Recipe
@@ -64,19 +64,8 @@ def accumulation(recipe: Recipe, couples_batch: bool, world: int = 1) -> int:
 
 def build(objective: Objective, recipe: Recipe, device: torch.device) -> Engine:
     """The engine of `parallel.mode`. The objective has the weights that its seed gives, the same on every process and in every mode."""
-    mode, parallel = recipe.parallel.mode, recipe.parallel
-    if parallel.replicate != 1 and mode != "fsdp2":
-        raise ConfigError(
-            f"parallel.replicate = {parallel.replicate}: only fsdp2 has replicas; parallel.mode is {mode}"
-        )
-    if parallel.offload and mode in ("single", "ddp"):
-        raise ConfigError(
-            f"parallel.offload = true: {mode} keeps everything on the device; write parallel.mode=fsdp2 or zero2"
-        )
-    if mode in ("single", "ddp", "zero1", "zero2") and parallel.frozen == "replicated":
-        raise ConfigError(
-            f"parallel.frozen = replicated: {mode} cuts no parameters, so that it has no effect; take it out"
-        )
+    rules.check(recipe, processes.world())
+    mode = recipe.parallel.mode
     if mode.startswith("zero"):
         from pretrain.parallel.deepspeed import Zero  # not installed everywhere
 
@@ -202,10 +191,6 @@ class FSDP2(Engine):
 
     def spread(self) -> FSDPModule:
         parallel, kind = self.recipe.parallel, self.device.type
-        if parallel.replicate < 1 or self.world % parallel.replicate:
-            raise ConfigError(
-                f"parallel.replicate = {parallel.replicate}: {self.world} processes do not divide into so many replicas"
-            )
         shape: tuple[int, ...] = (self.world,)
         names: tuple[str, ...] = ("shard",)
         if parallel.replicate > 1:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.config import ConfigError
 from pretrain.errors import UserError
 from pretrain.parallel import timeouts
 
@@ -34,12 +33,8 @@ def here() -> int:
 
 
 def start(mode: str, device: torch.device) -> torch.device:
-    """Join the others; the device of this process. Raises ConfigError where `parallel.mode` is for one process and there are more."""
+    """Join the others, where `parallel.mode` is for several; the device of this process."""
     if mode == "single":
-        if world() > 1:
-            raise ConfigError(
-                f"parallel.mode = single, but {world()} processes were started; write parallel.mode=ddp, fsdp2, zero1, zero2 or zero3"
-            )
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

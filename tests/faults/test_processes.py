@@ -157,7 +157,7 @@ def test_errors_are_said_once(shards: Path, tmp_path: Path):
         capture_output=True,
         text=True,
     )
-    assert process.returncode == 2 and "parallel.mode is single; write parallel.mode=ddp" in process.stderr
+    assert process.returncode == 2 and "single is one process, not 2; write parallel.mode=ddp" in process.stderr
 
 
 @pytest.mark.slow
