@@ -181,7 +181,7 @@ def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     for n in range(min(count, SAMPLES)):
         image = rng.integers(0, 256, (side, side, cfg.data.channels), dtype=np.uint8)
         sample = {"image": image, "id": n, "epoch": 0, "slot": n, "batch": count, "step": 0, "seed": cfg.seed}
-        parts.append(views(sample, lambda k, n=n: np.random.default_rng([n, k])))
+        parts.append(views(sample, lambda k, n=n: np.random.default_rng([n, k])))  # type: ignore[misc]
     repeat = [parts[i % len(parts)] for i in range(count)]
     return {key: torch.from_numpy(np.stack([part[key] for part in repeat])) for key in parts[0]}
 
