@@ -179,7 +179,7 @@ def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     side = max(64, int(1.2 * body.image_size))
     parts = []
     for n in range(min(count, SAMPLES)):
-        image = rng.integers(0, 256, (side, side, cfg.data.channels), dtype=np.uint8)
+        image = rng.integers(0, 256, (side, side, cfg.model.in_channels), dtype=np.uint8)
         sample = {"image": image, "id": n, "epoch": 0, "slot": n, "batch": count, "step": 0, "seed": cfg.seed}
         parts.append(views(sample, lambda k, n=n: np.random.default_rng([n, k])))  # type: ignore[misc]
     repeat = [parts[i % len(parts)] for i in range(count)]

@@ -90,6 +90,10 @@ class Optim(Section):
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float | None = None  # of the global gradient norm; null: none
+    layer_decay: float = 1.0  # block i of the backbone's n learns at the rate × this^(n − i)
+    patch_embed_lr: float = 1.0  # factor of the patch embedding's rate, on top
+    freeze_last_layer: int = 0  # steps for which a head's prototypes do not learn
+    freeze_backbone: int = 0  # steps for which only the heads learn: for a backbone that comes with weights
 
 
 @dataclass

@@ -26,6 +26,7 @@ from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
 from pretrain.objective import find
 from pretrain.objectives.base import Objective
+from pretrain.optim import thaw
 from pretrain.parallel import timeouts
 from pretrain.parallel.engine import Engine, accumulation, faster_precision, keep_freed_memory, pick_device
 from pretrain.recipe import Recipe
@@ -234,6 +235,7 @@ def _step(
         clock.lap("model")
     means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
     lr = cfg.optim.lr(step)
+    thaw(engine.optimizer, step)
     norm = engine.step(lr, cfg.optim.weight_decay(step), lambda norm: guard.judge(means["loss"], norm))
     guard.after()
     engine.objective.after_step(step)
