@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,12 +20,13 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Phase
 from data_pipeline.shards import Samples, remember
 from data_pipeline.stream import Reading, Stream, default_workers, to_device
-from pretrain import checkpoint, config, export, recipe
+from pretrain import checkpoint, config, export, recipe, weights
 from pretrain.config import ConfigError
 from pretrain.errors import command
 from pretrain.guard import Guard
 from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
+from pretrain.models.layers import Backbone
 from pretrain.objective import find
 from pretrain.objectives.base import Objective
 from pretrain.optim import thaw
@@ -33,7 +36,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare, write_recipe
 
 STOPPED = 75  # exit code of a run that was told to stop and wrote its checkpoint: the same command goes on
-READ_LATER = ("eval.", "checkpoint.")  # by the evaluation stage; by the first save
+READ_LATER = ("eval.", "checkpoint.", "init.")  # by the evaluation stage; by the first save; by a new run alone
 COLLECT = 100  # steps between two runs of Python's garbage collector, on all processes at the same one: none waits for another's
 
 
@@ -53,13 +56,25 @@ def every(step: int, steps: int) -> bool:
     return step > 0 and step % steps == 0
 
 
-def build_objective(cfg: Recipe) -> Objective:
-    """The recipe's objective with the weights that its seed gives, on CPU."""
+def build_objective(cfg: Recipe, start: bool = False) -> Objective:
+    """The recipe's objective on CPU, with the weights that its seed gives; with `start`, also those that its `init` and its own options name."""
     torch.manual_seed(cfg.seed)
-    try:
-        return find(cfg.objective.name)(cfg.objective, lambda **changes: presets.build(cfg.model, **changes))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    with contextlib.nullcontext() if start else weights.unread():
+        try:
+            objective = find(cfg.objective.name)(cfg.objective, lambda **changes: backbone(cfg, **changes))
+            if start:
+                objective.started(weights.load_run(objective, cfg.init.run) if cfg.init.run else set())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return objective
+
+
+def backbone(cfg: Recipe, **changes: Any) -> Backbone:
+    """The recipe's model, with some of its options changed, and the weights that `init.backbone` names."""
+    body = presets.build(cfg.model, **changes)
+    if cfg.init.backbone:
+        weights.load_into(body, cfg.init.backbone)
+    return body
 
 
 def open_samples(cfg: Recipe) -> list[Samples]:
@@ -134,7 +149,8 @@ def train(cfg: Recipe) -> Path:
         torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
         keep_freed_memory()
     samples = open_samples(cfg)
-    objective = build_objective(cfg)
+    resumes = checkpoint.find(checkpoint.store_of(run, cfg), cfg.checkpoint.resume) is not None
+    objective = build_objective(cfg, start=not resumes)
     stream = build_stream(cfg, objective, samples, run / "damaged")
     if cfg.precision == "auto":
         cfg.precision = _measure_precision(cfg, objective, stream, device)  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""Weights from anywhere: an exported folder of ours, a `transformers` or `timm` folder, or an official DINOv2 or DINOv3 file, as one of our backbones.
+"""Weights from anywhere: an export or a checkpoint of ours, a `transformers` or `timm` folder, an official DINOv2 or DINOv3 file, as one of our backbones.
 
 `load_backbone(SOURCE)` builds the model that the source describes; `load_into(backbone, SOURCE)` fills one that a recipe has built, after a comparison of
-all that changes the numbers. Nothing that is read is executed.
+all that changes the numbers; `load_run(objective, SOURCE)` fills a whole objective from a checkpoint. Nothing that is read is executed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain import config
+from pretrain.checkpoint_format import Reader, fill, read_metadata
+from pretrain.checkpoint_store import ABOUT
+from pretrain.checkpoint_tools import locate
 from pretrain.errors import UserError
 from pretrain.layouts import official, timm, transformers
 from pretrain.layouts.transformers import State, with_key_bias, without_key_bias
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
 from pretrain.models.positions import interpolate_table
+from pretrain.objectives.base import Objective
 
 _reading = True
 SHOWN = 20  # keys in an error
@@ -35,13 +40,15 @@ class Source:
 
     where: str
     cfg: Any
-    layout: str  # unlabeled, transformers, timm or official
+    layout: str  # unlabeled, checkpoint, transformers, timm or official
     kind: str = ""  # model_type of transformers
     tensors: State | None = None  # where they had to be read to know the model
     about: dict[str, Any] = field(default_factory=dict)
 
     def state(self) -> State:
         """The tensors under our names, those with names that we do not know under theirs."""
+        if self.layout == "checkpoint":
+            return _encoder_of(self.where)
         tensors = _tensors(Path(self.where)) if self.tensors is None else self.tensors
         if self.layout == "official":
             return official.read(self.cfg, tensors)
@@ -67,6 +74,8 @@ def find(source: str | Path) -> Source:
     path = Path(source)
     if path.is_file():
         return _file(path)
+    if "://" in str(source) or (path / ABOUT).is_file():
+        return _checkpoint(str(source))
     try:
         fields = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
@@ -93,6 +102,15 @@ def find(source: str | Path) -> Source:
     raise UserError(
         f"{path}: config.json has neither model_type (transformers), architecture (timm) nor the key unlabeled"
     )
+
+
+def _checkpoint(where: str) -> Source:
+    store, name = locate(where)
+    recipe = store.about(name)["recipe"]
+    model = dict(recipe["model"])
+    about = {"mean": recipe["data"]["mean"], "std": recipe["data"]["std"], "step": int(name)}
+    cfg = _config(model.pop("name"), model, where)
+    return Source(where, cfg, "checkpoint", about=_about(about) | {"objective": recipe["objective"]["name"]})
 
 
 def _file(path: Path) -> Source:
@@ -149,6 +167,54 @@ def _tensors(folder: Path) -> State:
     return {key: value for part in parts for key, value in _read(folder / part).items()}
 
 
+# ---------------------------------------------------------------- checkpoints
+def _model_tensors(where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """(what reads a checkpoint, {name: shape} of the model's tensors)."""
+    store, name = locate(where)
+    files = store.about(name)["files"]
+    metadata = read_metadata(store, name, files)
+    held = {
+        key.removeprefix("model."): tuple(value.size)
+        for key, value in metadata.state_dict_metadata.items()
+        if key.startswith("model.") and isinstance(value, TensorStorageMetadata)
+    }
+    return Reader(store, name, files, metadata), held
+
+
+def _encoder_of(where: str) -> State:
+    """The encoder in a checkpoint: the teacher's backbone where there is one."""
+    reader, held = _model_tensors(where)
+    prefix = next((p for p in ("teacher.backbone.", "backbone.") if any(k.startswith(p) for k in held)), None)
+    if prefix is None:
+        raise UserError(f"{where}: holds no backbone under a name that is known; export it with `unlabeled export RUN`")
+    state = {k: torch.empty(shape) for k, shape in held.items() if k.startswith(prefix)}
+    fill({"model": state}, reader, where, alone=True)
+    return {k.removeprefix(prefix): v for k, v in state.items()}
+
+
+def load_run(objective: Objective, where: str) -> set[str]:
+    """Fill an objective with a checkpoint's weights; the names that were filled. Each process reads all of them.
+
+    Raises UserError that names every tensor that is missing, unexpected or of another shape, but those that `objective.fresh` allows.
+    """
+    reader, held = _model_tensors(where)
+    own = objective.state_dict()
+    alike = {k: v for k, v in own.items() if held.get(k) == tuple(v.shape)}
+    wrong = [f"missing {k}" for k in own if k not in held and not k.startswith(objective.fresh)]
+    wrong += [f"unexpected {k}" for k in held if k not in own and not k.startswith(objective.fresh)]
+    wrong += [f"{k} is {list(held[k])}, here {list(v.shape)}" for k, v in own.items() if k in held and k not in alike]
+    if wrong:
+        raise UserError(f"{where}: is a checkpoint of another model: {_listed(wrong)}")
+    state = {k: torch.empty_like(v) for k, v in alike.items()}
+    fill({"model": state}, reader, where, alone=True)
+    objective.load_state_dict(state, strict=False)
+    return set(state)
+
+
+def _listed(wrong: list[str]) -> str:
+    return ", ".join(wrong[:SHOWN]) + (f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
+
+
 # ---------------------------------------------------------------- into a backbone
 def load_backbone(source: str | Path, **changes: Any) -> tuple[Backbone, dict[str, Any]]:
     """(the backbone that a source describes, in eval mode and with its weights; what is known of it: mean, std, pool, step, …)."""
@@ -191,8 +257,7 @@ def _fill(backbone: Backbone, found: Source, what: str) -> None:
         if k in state and state[k].shape != v.shape
     ]
     if wrong:
-        more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise UserError(f"{found.where}: its weights do not fit {what}: {', '.join(wrong[:SHOWN])}{more}")
+        raise UserError(f"{found.where}: its weights do not fit {what}: {_listed(wrong)}")
     backbone.load_state_dict(state)
 
 

@@ -31,6 +31,16 @@ TINY = [
 SMALL = {
     "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1", "objective.decoder_heads=2"],
     "simclr": ["objective.head_hidden=64", "objective.head_outputs=32"],
+    "dinov3": [
+        "objective.prototypes=64",
+        "objective.head_hidden=64",
+        "objective.head_bottleneck=32",
+        "objective.local_size=16",
+        "objective.local_crops=2",
+        "objective.koleo_group=4",
+        "objective.gram_teacher=ema",
+        "objective.gram_size=64",
+    ],
     "dinov2": [
         "objective.prototypes=64",
         "objective.head_hidden=64",

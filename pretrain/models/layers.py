@@ -56,7 +56,7 @@ def trunc_normal(linear: nn.Module) -> None:
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary position embedding of x [B, H, N, d], half-split pairs (j, j + d/2), in fp32 and back to x's dtype."""
     cos, sin = rotation
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 

@@ -27,6 +27,9 @@ class Objective(nn.Module):
     skipped: Tensor | None = (
         None  # scalar on the device, 1 where the step that `after_step` follows was skipped: then nothing may move
     )
+    fresh: tuple[
+        str, ...
+    ] = ()  # beginnings of the names of tensors that a checkpoint which a run starts from may lack or have more of
     pool: Literal["cls", "mean"] = "cls"  # which feature of the encoder stands for an image in evaluation
 
     def __init__(self, cfg: Any, backbone: Callable[..., Backbone]):
@@ -41,6 +44,9 @@ class Objective(nn.Module):
         `rng(k)` is the sample's k-th generator: `crops` takes 0, 1, 2, ... for its views; masks take those from `views.MASKS` on.
         """
         raise NotImplementedError
+
+    def started(self, loaded: set[str]) -> None:
+        """Before the first step of a new run; `loaded` has the names of the tensors that `init.run` has filled. ValueError where something is missing."""
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, detached scalars to log)."""
