@@ -14,6 +14,7 @@ from pathlib import Path
 
 from eval import results
 from eval.run import evaluate
+from pretrain import card
 from pretrain.errors import UserError, command
 from pretrain.recipe import Recipe, load
 from pretrain.run_folder import exports, read_rows
@@ -42,6 +43,7 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
         for row in rows:
             board.add_scalar(f"{split}/{row['protocol']}/{row['metric']}", row["value"], step)  # type: ignore[attr-defined]
         board.flush()  # type: ignore[attr-defined]
+        card.write(Path(model))
 
 
 def watch(run: Path) -> None:

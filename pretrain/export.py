@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pretrain import config, weights
+from pretrain import card, config, weights
 from pretrain.layouts import transformers
 from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
@@ -67,6 +67,7 @@ def save(folder: Path, objective: Objective, recipe: Recipe, step: int) -> None:
         return
     about = {"step": step, "objective": recipe.objective.name, "pool": objective.pool}
     write(folder, objective.encoder(), about, recipe.data.mean, recipe.data.std)
+    card.write(folder)
 
 
 def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:

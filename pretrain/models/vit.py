@@ -137,7 +137,7 @@ class VisionTransformer(Backbone):
         if keep is not None:
             patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, K, D]
         prefix = [cls.to(patches.dtype)] + ([self.registers.to(patches.dtype)] if self.registers is not None else [])
-        tokens = torch.cat([p.expand(len(x), -1, -1) for p in prefix] + [patches], dim=1)
+        tokens = torch.cat([p.expand(x.shape[0], -1, -1) for p in prefix] + [patches], dim=1)
         return tokens, grid, self._rotation(grid, keep, x.device) if self.cfg.positions == "rope" else []
 
     def _rotation(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> list[Rotation]:
