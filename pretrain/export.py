@@ -62,12 +62,14 @@ def write(folder: Path, encoder: Backbone, about: dict[str, Any], mean: list[flo
 
 
 def save(folder: Path, objective: Objective, recipe: Recipe, step: int) -> None:
-    """Export an objective's encoder at a step of its run; a folder that is there is left as it is."""
-    if (folder / "config.json").is_file():
-        return
-    about = {"step": step, "objective": recipe.objective.name, "pool": objective.pool}
-    write(folder, objective.encoder(), about, recipe.data.mean, recipe.data.std)
-    card.write(folder)
+    """Export an objective's encoder at a step of its run, and further ones to NAME/STEP beside it; folders that are there are left as they are."""
+    for name, encoder in objective.encoders().items():
+        about = {"step": step, "objective": recipe.objective.name, "pool": objective.pool}
+        about |= {"student": name} if name != "model" else {}
+        target = folder if name == "model" else folder.parent / name / folder.name
+        if not (target / "config.json").is_file():
+            write(target, encoder, about, recipe.data.mean, recipe.data.std)
+            card.write(target)
 
 
 def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:

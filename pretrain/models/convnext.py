@@ -100,6 +100,10 @@ class ConvolutionalNetwork(Backbone):
             raise ValueError(
                 "a ConvNeXt takes no mask, no keep and layers=1 only; choose a ViT (model=vit_small) for this objective"
             )
+        if min(x.shape[-2:]) < self.patch_size:
+            raise ValueError(
+                f"an input of {x.shape[-2]}×{x.shape[-1]} pixels is less than one cell of {self.patch_size} pixels"
+            )
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
         cells = x.flatten(2).transpose(1, 2)  # [B, N, D]

@@ -59,6 +59,10 @@ class Objective(nn.Module):
         """The backbone that evaluation and export see."""
         raise NotImplementedError
 
+    def encoders(self) -> dict[str, Backbone]:
+        """All that are exported, "model" (the recipe's) among them; the others go to RUN/export/NAME/STEP."""
+        return {"model": self.encoder()}
+
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures that show what the method does, uint8 [3, H, W] by name; drawn at every export. Batch images are normalised."""
         return {}

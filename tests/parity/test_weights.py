@@ -499,6 +499,8 @@ def test_convnext_drop_path_and_refusals():
             model(x, **options)
     with pytest.raises(ValueError, match="a ConvNeXt takes no mask"):
         model([x], mask=[torch.zeros(4, 4)])
+    with pytest.raises(ValueError, match="16×64 pixels is less than one cell of 32 pixels"):
+        model(images(16, 64))
     with pytest.raises(ValueError, match="must be of one length"):
         convnext(widths=[8, 16])
     for key, value in [("rope_rescale", 0.5), ("rope_jitter", 0.0), ("rope_shift", -1.0)]:
