@@ -268,7 +268,7 @@ def unread(section: Section, prefix: str = "", like: Any = None) -> list[tuple[s
             for n, item in enumerate(_items(value)):
                 where = f"{prefix}{key}[{n}]." if isinstance(value, list) else f"{prefix}{key}."
                 out += unread(item, where, None if isinstance(value, list) else default)
-        elif key not in stored.get("_read", ()) and value != default:
+        elif key not in stored.get("_read", ()) and value not in (default, _default(field)):
             out.append((prefix + key, value))
     return out
 

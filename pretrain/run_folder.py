@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pretrain import config
+from pretrain import auto, config
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe, load
 
@@ -50,6 +50,7 @@ def prepare(recipe: Recipe) -> Path:
         old = load(stored)
         if recipe.precision == "auto":
             recipe.precision = vars(old)["precision"]
+        auto.keep(old, recipe)
         begun = read_rows(run / "metrics.jsonl") or any((run / "checkpoints").glob("[0-9]*"))
         changed = _changed(old, recipe, run)
         if (

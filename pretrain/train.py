@@ -20,7 +20,7 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Phase
 from data_pipeline.shards import Samples, remember
 from data_pipeline.stream import Reading, Stream, default_workers, to_device
-from pretrain import checkpoint, config, export, recipe, weights
+from pretrain import auto, checkpoint, collapse, config, export, recipe, weights
 from pretrain.config import ConfigError
 from pretrain.errors import command
 from pretrain.guard import Guard
@@ -58,6 +58,7 @@ def every(step: int, steps: int) -> bool:
 
 def build_objective(cfg: Recipe, start: bool = False) -> Objective:
     """The recipe's objective on CPU, with the weights that its seed gives; with `start`, also those that its `init` and its own options name."""
+    auto.settle(cfg)  # where the data are not known, as for a plan
     torch.manual_seed(cfg.seed)
     with contextlib.nullcontext() if start else weights.unread():
         try:
@@ -149,6 +150,10 @@ def train(cfg: Recipe) -> Path:
         torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
         keep_freed_memory()
     samples = open_samples(cfg)
+    for line in (settled := auto.settle(cfg, sum(map(len, samples)))):
+        say(line)
+    if settled:
+        write_recipe(cfg, run)
     resumes = checkpoint.find(checkpoint.store_of(run, cfg), cfg.checkpoint.resume) is not None
     objective = build_objective(cfg, start=not resumes)
     stream = build_stream(cfg, objective, samples, run / "damaged")
@@ -170,6 +175,7 @@ def train(cfg: Recipe) -> Path:
     )
     writer = Writer(run, step, cfg.steps, cfg.log.every, stream)
     writer.readers.append(lambda rows: guard.read(rows, run, stream, say))
+    writer.readers.append(collapse.Watch(vars(cfg.objective).get("prototypes"), say).read)
     gc.collect()
     gc.freeze()  # what is there by now stays
     gc.disable()  # the loop runs it at fixed steps

@@ -50,7 +50,7 @@ class ConvolutionalNetwork(Backbone):
         super().__init__()
         if len(cfg.widths) != len(cfg.depths):
             raise ValueError(f"model.widths {cfg.widths} and model.depths {cfg.depths} must be of one length")
-        if not 0 <= cfg.drop_path < 1:
+        if not 0 <= float(cfg.drop_path) < 1:
             raise ValueError(f"model.drop_path = {cfg.drop_path}: must be at least 0 and below 1")
         self.cfg = cfg
         self.embed_dim, self.image_size = cfg.widths[-1], cfg.image_size

@@ -35,7 +35,7 @@ class ViT(Section):
     layer_scale: float | None = None  # initial value; null: none
     qkv_bias: bool = True
     key_bias: bool = True  # false: biases for queries and values only, as in DINOv3
-    drop_path: float = 0.0  # share of the images that a residual leaves out, the same in all blocks
+    drop_path: float | Literal["auto"] = 0.0  # share of the images that a residual leaves out, the same in all blocks
     norm_eps: float = 1e-6
     local_cls_norm: bool = False  # in training, the class token of local crops has a last norm of its own
     mask_token: bool = False  # objectives that mask set this themselves
@@ -50,7 +50,7 @@ class ConvNeXt(Section):
     widths: list[int] = field(default_factory=lambda: [96, 192, 384, 768])
     depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
     layer_scale: float | None = 1e-6  # initial value; null: none
-    drop_path: float = 0.0
+    drop_path: float | Literal["auto"] = 0.0
     norm_eps: float = 1e-6
 
 

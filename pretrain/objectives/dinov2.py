@@ -11,6 +11,7 @@ Shapes: B images, G = 2 global and L local crops each, N patches of a global cro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,14 @@ from pretrain.schedules import Schedule
 
 @dataclass
 class Config(Section):
-    prototypes: int = 65536
+    prototypes: int | Literal["auto"] = 65536  # auto, here and below: from data, steps and batch (pretrain/auto.py)
     head_hidden: int = 2048
     head_bottleneck: int = 256
     student_temperature: float = 0.1
-    teacher_temperature: Schedule = field(default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.3))
-    momentum: Schedule = field(default_factory=lambda: Schedule(0.992, kind="cosine", final=1.0))
+    teacher_temperature: Literal["auto"] | Schedule = field(
+        default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.3)
+    )
+    momentum: Literal["auto"] | Schedule = field(default_factory=lambda: Schedule(0.992, kind="cosine", final=1.0))
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     local_crops: int = 8

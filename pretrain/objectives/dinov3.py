@@ -32,7 +32,7 @@ from pretrain.schedules import Schedule
 
 @dataclass
 class Config(Section):
-    prototypes: int = 65536
+    prototypes: int | Literal["auto"] = 65536  # auto, here and below: from data, steps and batch (pretrain/auto.py)
     head_hidden: int = 2048
     head_bottleneck: int = 256
     ibot_prototypes: int | None = None  # null: as of the DINO head, as the next two
@@ -40,8 +40,10 @@ class Config(Section):
     ibot_bottleneck: int | None = None
     unit_prototypes: bool = False  # of length 1, as in DINOv2
     student_temperature: float = 0.1
-    teacher_temperature: Schedule = field(default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.1))
-    momentum: Schedule = field(default_factory=lambda: Schedule(0.994))
+    teacher_temperature: Literal["auto"] | Schedule = field(
+        default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.1)
+    )
+    momentum: Literal["auto"] | Schedule = field(default_factory=lambda: Schedule(0.994))
     local_weight: Schedule = field(default_factory=lambda: Schedule(1.0))
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1

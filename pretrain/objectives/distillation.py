@@ -39,9 +39,11 @@ class Config(Section):
         default_factory=list
     )  # beside `model`: "convnext_tiny", or with options "vit dim=192 heads=3"
     loss: Literal["prototypes", "features"] = "prototypes"
-    momentum: Schedule = field(default_factory=lambda: Schedule(0.994, kind="cosine", final=1.0))
+    momentum: Literal["auto"] | Schedule = field(default_factory=lambda: Schedule(0.994, kind="cosine", final=1.0))
     student_temperature: float = 0.1
-    teacher_temperature: Schedule = field(default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.1))
+    teacher_temperature: Literal["auto"] | Schedule = field(
+        default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.1)
+    )
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     patch_weight: float = 1.0  # of `features`
