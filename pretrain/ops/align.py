@@ -29,8 +29,11 @@ def align_mask(mask: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> 
     """A mask bool [B, h·w] at another grid: a cell is set where the cell under its centre is."""
     if tuple(grid) == tuple(target):
         return mask
-    maps = mask.float().unflatten(1, (1, *grid))  # [B, 1, h, w]
-    return F.interpolate(maps, size=tuple(target), mode="nearest-exact").flatten(1) > 0.5
+    maps = mask.unflatten(1, tuple(grid))  # [B, h, w]
+    for axis, (held, wanted) in enumerate(zip(grid, target, strict=True)):
+        under = (2 * torch.arange(wanted, device=mask.device) + 1) * held // (2 * wanted)
+        maps = maps.index_select(axis + 1, under)
+    return maps.flatten(1)
 
 
 @torch.no_grad()
