@@ -147,14 +147,17 @@ class Augment:
 
 
 def crops(
-    sample: Mapping[str, Any], views: Mapping[str, Augment | Sequence[Augment]], rng: Rng
+    sample: Mapping[str, Any],
+    views: Mapping[str, Augment | Sequence[Augment]],
+    rng: Rng,
+    alike: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     """All views of a sample, by name: uint8 [n, C, size, size] of a list of n augments, [C, size, size] of a single one, [0, C, 1, 1] of none.
 
     `sample["image"]` is an `Encoded` or uint8 [H, W, C]; of a video, a list of T such frames of one size: each gets the same crops and colours, and
     views have a T before C. `sample["color"]` is "exact" (also where there is no such key), "fused" or "device". The last returns, beside every entry
     that has colour operations, their parameters as "name.color": float32 [..., 6] with the entry's leading dimensions, see `color_row`.
-    Views are numbered through in their order, for `rng`.
+    Views are numbered through in their order, for `rng`. `alike={"b": "a"}` gives the views of b the numbers of a's: the same boxes and flips.
 
     All boxes are drawn before the image is decoded, so that where colours are not exact, a JPEG is decoded at the smallest scale that keeps every box at
     or above the size of its view. Raises `Damaged`.
@@ -165,7 +168,7 @@ def crops(
     clip = isinstance(image, (list, tuple))
     frames = image if clip else [image]
     shape, channels = _common_shape(frames)
-    drawn = _draw(views, shape, rng)
+    drawn = _draw(views, shape, rng, alike or {})
     out = {
         name: np.empty((len(entry), len(frames), *_size(name, entry, channels)), np.uint8)
         for name, entry in drawn.items()
@@ -207,15 +210,18 @@ def _frame_shape(frame: Any) -> tuple[tuple[int, int], int]:
     return frame.shape[:2], frame.shape[2]
 
 
-def _draw(views: Mapping[str, Augment | Sequence[Augment]], shape: tuple[int, int], rng: Rng) -> Drawn:
+def _draw(
+    views: Mapping[str, Augment | Sequence[Augment]], shape: tuple[int, int], rng: Rng, alike: Mapping[str, str]
+) -> Drawn:
     """Every entry's augments with the parameters of their views, numbered through."""
     drawn: Drawn = {}
+    first: dict[str, int] = {}
     number = 0
     for name, entry in views.items():
-        drawn[name] = []
-        for augment in entry if isinstance(entry, Sequence) else [entry]:
-            drawn[name].append((augment, augment.draw(shape, rng(number))))
-            number += 1
+        augments = entry if isinstance(entry, Sequence) else [entry]
+        first[name] = first[alike[name]] if name in alike else number
+        number += 0 if name in alike else len(augments)
+        drawn[name] = [(a, a.draw(shape, rng(first[name] + k))) for k, a in enumerate(augments)]
     return drawn
 
 

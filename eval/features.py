@@ -101,7 +101,7 @@ def open_encoder(model: str, image_size: int | None = None) -> tuple[Encoder, di
     from pretrain.export import load
 
     backbone, about = load(Path(model))
-    name = "untrained" if about.get("step") == 0 else "pretrained"
+    name = about.get("student") or ("untrained" if about.get("step") == 0 else "pretrained")
     return Encoder(
         backbone, name, image_size or backbone.image_size, about["mean"], about["std"], about.get("pool", "cls")
     ), about

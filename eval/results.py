@@ -29,7 +29,9 @@ def table(rows: list[Row], split: str = "test") -> str:
     """The accuracy of every model by protocol, as text: a line per model; of several exports the last, of several rows the newest."""
     rows = sorted((r for r in rows if r["metric"] == "accuracy" and r["split"] == split), key=lambda r: r["step"])
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
-    models = [m for m in ("pixels", "untrained", "pretrained") if any(r["model"] == m for r in rows)]
+    usual = ("pixels", "untrained", "pretrained")
+    models = [m for m in usual if any(r["model"] == m for r in rows)]
+    models += sorted({r["model"] for r in rows} - set(usual))  # students
     lines = [f"{split + ' accuracy':<16}" + "".join(f"{p:>10}" for p in protocols)]
     for model in models:
         last = {r["protocol"]: r["value"] for r in rows if r["model"] == model}

@@ -117,6 +117,10 @@ def export(args: argparse.Namespace) -> None:
     step = int(wanted)
     target = Path(args.target) if args.target else run / "export" / str(step)
     exports.save(target, objective, recipe, step)
+    from pretrain.release import release
+
+    small = getattr(recipe.model, "stem", None) == "small"  # which transformers has no class for
+    print("\n".join(release(target, [*([] if small else ["transformers"]), *args.also])))
     print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
 
 
@@ -281,10 +285,19 @@ def parser() -> argparse.ArgumentParser:
     add(
         "export",
         export,
-        "Write a checkpoint's encoder as config.json + model.safetensors.",
+        "Write a checkpoint's encoder as config.json + model.safetensors with a model card; each form is opened again and compared.",
         ("run", {"help": "run folder"}),
         ("target", {"nargs": "?", "help": "folder to write (default RUN/export/STEP)"}),
         ("--step", {"type": int, "help": "which checkpoint (default: the newest)"}),
+        (
+            "--also",
+            {
+                "nargs": "+",
+                "default": [],
+                "metavar": "FORM",
+                "help": "timm, official, torch, onnx: written into the folder as well",
+            },
+        ),
     )
     saved = commands.add_parser("checkpoint", help="look into, check or convert a checkpoint").add_subparsers(
         required=True, metavar="COMMAND"

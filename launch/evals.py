@@ -14,9 +14,10 @@ from pathlib import Path
 
 from eval import results
 from eval.run import evaluate
+from pretrain import card
 from pretrain.errors import UserError, command
 from pretrain.recipe import Recipe, load
-from pretrain.run_folder import exports, read_rows
+from pretrain.run_folder import exports, read_rows, students
 
 
 def jobs(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
@@ -24,12 +25,20 @@ def jobs(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
     cfg, out = recipe.eval, []
     if cfg.test and cfg.pixels:
         out.append(("pixels", 0, "test"))
-    for step, folder in exports(run).items():
+    for step, folder in [*exports(run).items(), *(pair for found in students(run).values() for pair in found.items())]:
         if cfg.val:
             out.append((str(folder), step, "val"))
         if cfg.test and step in (0, recipe.steps):
             out.append((str(folder), step, "test"))
     return out
+
+
+def name_of(model: str) -> str:
+    """What stands in result rows for an exported folder: the student's name, or whether it is the untrained network."""
+    path = Path(model)
+    if path.parent.name not in ("", ".", "export"):
+        return path.parent.name
+    return {"pixels": "pixels", "0": "untrained"}.get(path.name, "pretrained")
 
 
 def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: object) -> None:
@@ -40,8 +49,10 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
     results.append(run / "results.jsonl", rows)
     if model != "pixels":
         for row in rows:
-            board.add_scalar(f"{split}/{row['protocol']}/{row['metric']}", row["value"], step)  # type: ignore[attr-defined]
+            student = "" if row["model"] in ("untrained", "pretrained") else f"{row['model']}/"
+            board.add_scalar(f"{student}{split}/{row['protocol']}/{row['metric']}", row["value"], step)  # type: ignore[attr-defined]
         board.flush()  # type: ignore[attr-defined]
+        card.write(Path(model))
 
 
 def watch(run: Path) -> None:
@@ -51,17 +62,14 @@ def watch(run: Path) -> None:
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     recipe, board = load(run), SummaryWriter(str(run / "tensorboard"))
-    names = {"pixels": "pixels", "0": "untrained"}
     done = {(r["model"], r["step"], r["split"]) for r in read_rows(run / "results.jsonl")}
     ended = False
     while True:
-        due = [
-            job for job in jobs(run, recipe) if (names.get(Path(job[0]).name, "pretrained"), job[1], job[2]) not in done
-        ]
+        due = [job for job in jobs(run, recipe) if (name_of(job[0]), job[1], job[2]) not in done]
         if not due and ended:
             break
         for model, step, split in due:
-            done.add((names.get(Path(model).name, "pretrained"), step, split))
+            done.add((name_of(model), step, split))
             try:
                 score(run, recipe, model, step, split, board)
             except Exception as error:  # a score that cannot be had is said, and training goes on

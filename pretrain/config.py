@@ -258,15 +258,17 @@ def _items(value: Any) -> list[Section]:
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Section)]
 
 
-def unread(section: Section, prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of every field that differs from its default and that no code has read."""
+def unread(section: Section, prefix: str = "", like: Any = None) -> list[tuple[str, Any]]:
+    """(dotted key, value) of every field that differs from its default and that no code has read. `like`: the section that stands there by default."""
     stored, out = vars(section), []
+    defaults = (vars(like) if isinstance(like, type(section)) else {}) | stored.get("_defaults", {})
     for key, field in fields(type(section)).items():
-        value = stored[key]
+        value, default = stored[key], defaults.get(key, _default(field))
         if _items(value):
             for n, item in enumerate(_items(value)):
-                out += unread(item, f"{prefix}{key}[{n}]." if isinstance(value, list) else f"{prefix}{key}.")
-        elif key not in stored.get("_read", ()) and value != stored.get("_defaults", {}).get(key, _default(field)):
+                where = f"{prefix}{key}[{n}]." if isinstance(value, list) else f"{prefix}{key}."
+                out += unread(item, where, None if isinstance(value, list) else default)
+        elif key not in stored.get("_read", ()) and value not in (default, _default(field)):
             out.append((prefix + key, value))
     return out
 

@@ -1,13 +1,15 @@
-"""Optimizer and parameter groups."""
+"""Optimizer and parameter groups: which factor of the step's learning rate and weight decay falls on which parameter, and for how long it stays frozen."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import ConfigError
+from pretrain.models.layers import Backbone
 from pretrain.recipe import Optim
+
+LAST = "prototypes"  # name of the last layer of a head over prototypes
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -15,16 +17,52 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(("_token", "registers", "pos_embed"))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict]:
-    """Two groups with the factors by which the step's lr and weight decay are multiplied; frozen parameters are left out."""
-    groups: dict[bool, list] = {True: [], False: []}
-    for name, parameter in named:
-        if parameter.requires_grad:
-            groups[decays(name, parameter)].append(parameter)
-    return [{"params": p, "lr_scale": 1.0, "wd_scale": float(decay)} for decay, p in groups.items() if p]
+def parameter_groups(module: nn.Module, cfg: Optim) -> list[dict]:
+    """Groups with the factors by which the step's lr and weight decay are multiplied, and `frozen`, the number of steps for which the lr is 0.
+
+    In a backbone of n blocks, block i (from 0) has the factor layer_decay^(n − i), what embeds pixels layer_decay^(n + 1), the rest 1 (BEiT, arXiv
+    2106.08254); the patch embedding is multiplied by patch_embed_lr on top (DINO). Frozen parameters (requires_grad false) are left out.
+    """
+    if not 0 < cfg.layer_decay <= 1:
+        raise ConfigError(f"optim.layer_decay = {cfg.layer_decay}: must be above 0 and at most 1")
+    if cfg.patch_embed_lr < 0:
+        raise ConfigError(f"optim.patch_embed_lr = {cfg.patch_embed_lr}: must be 0 or more")
+    bodies = {f"{name}." if name else "": m for name, m in module.named_modules() if isinstance(m, Backbone)}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if cfg.freeze_last_layer and not any(name.rpartition(".")[2] == LAST for name in trained):
+        raise ConfigError(
+            f"optim.freeze_last_layer = {cfg.freeze_last_layer}: this objective has no prototypes; leave it out"
+        )
+    groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault(_factors(name, parameter, bodies, cfg), []).append(parameter)
+    return [
+        {"params": p, "lr_scale": scale, "wd_scale": decay, "scale": scale, "frozen": frozen}
+        for (scale, decay, frozen), p in groups.items()
+    ]
+
+
+def _factors(name: str, parameter: Tensor, bodies: dict[str, Backbone], cfg: Optim) -> tuple[float, float, int]:
+    """(factor of the lr, factor of the weight decay, steps that it stays frozen)."""
+    decay = float(decays(name, parameter))
+    prefix = next((prefix for prefix in bodies if name.startswith(prefix)), None)
+    if prefix is None:
+        return 1.0, decay, cfg.freeze_last_layer if name.rpartition(".")[2] == LAST else 0
+    own = name.removeprefix(prefix)
+    layer, last = bodies[prefix].layer_of(own)
+    scale = cfg.layer_decay ** (last - layer)
+    if own.startswith(("patch_embed.", "downsample_layers.0.", "stem.")):
+        scale *= cfg.patch_embed_lr
+    return scale, decay, cfg.freeze_backbone
+
+
+def thaw(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the groups' `lr_scale` for a step: 0 for those that are frozen still. Their moments go on."""
+    for group in optimizer.param_groups:
+        group["lr_scale"] = 0.0 if step < group["frozen"] else group["scale"]
 
 
 def make_optimizer(module: nn.Module, cfg: Optim) -> torch.optim.Optimizer:
-    """Fused AdamW; `Engine.step` sets lr and weight decay each step."""
-    groups = parameter_groups(module.named_parameters())
+    """Fused AdamW; `thaw` and `Engine.step` set lr and weight decay each step."""
+    groups = parameter_groups(module, cfg)
     return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)

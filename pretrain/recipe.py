@@ -90,6 +90,19 @@ class Optim(Section):
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float | None = None  # of the global gradient norm; null: none
+    layer_decay: float = 1.0  # block i of the backbone's n learns at the rate × this^(n − i)
+    patch_embed_lr: float = 1.0  # factor of the patch embedding's rate, on top
+    freeze_last_layer: int = 0  # steps for which a head's prototypes do not learn
+    freeze_backbone: int = 0  # steps for which only the heads learn: for a backbone that comes with weights
+
+
+@dataclass
+class Init(Section):
+    """What a new run starts from, where that is not random. A run that goes on from its own checkpoint does not read it."""
+
+    shorthand = "backbone"
+    backbone: str = ""  # weights of the backbone alone: an export, a transformers or timm folder, an official DINOv2 or DINOv3 file; heads begin anew
+    run: str = ""  # weights of everything (teacher, heads): a run, or RUN/checkpoints/STEP, or a URL; the optimizer begins anew
 
 
 @dataclass
@@ -184,6 +197,7 @@ class Recipe(Section):
     overwrite: bool = False  # delete what the run folder holds and start again
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
+    init: Init = field(default_factory=Init)
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     skip: Skip = field(default_factory=Skip)
@@ -250,6 +264,8 @@ def resolve(recipe: Recipe) -> Recipe:
                 **vars(section).get("_defaults", {}),
                 "steps": section.steps,
             }  # known to all, so no key that nobody reads
+    if stored["init"].backbone and stored["init"].run:
+        raise ConfigError("init.backbone and init.run are both given; init.run brings the backbone, too")
     for key, value in [("steps", stored["steps"]), ("data.batch", vars(stored["data"])["batch"])]:
         if value < 1:
             raise ConfigError(f"{key} = {value}: must be 1 or more")

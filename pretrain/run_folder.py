@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pretrain import config
+from pretrain import auto, config
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe, load
 
@@ -58,6 +58,7 @@ def prepare(recipe: Recipe) -> Path:
         old = load(stored)
         if recipe.precision == "auto":
             recipe.precision = vars(old)["precision"]
+        auto.keep(old, recipe)
         begun = read_rows(run / "metrics.jsonl") or any((run / "checkpoints").glob("[0-9]*"))
         changed = _changed(old, recipe, run)
         if (
@@ -108,10 +109,19 @@ def write_recipe(recipe: Recipe, run: Path) -> None:
     temporary.replace(run / "recipe.yaml")
 
 
-def exports(run: Path) -> dict[int, Path]:
-    """{step: folder} of all exports, in order."""
-    found = {int(p.name): p for p in (run / "export").glob("*") if p.name.isdigit() and (p / "config.json").is_file()}
+def exports(run: Path, student: str = "") -> dict[int, Path]:
+    """{step: folder} of all exports, in order: of the recipe's model, or of a student beside it."""
+    folders = (run / "export" / student).glob("*")
+    found = {int(p.name): p for p in folders if p.name.isdigit() and (p / "config.json").is_file()}
     return dict(sorted(found.items()))
+
+
+def students(run: Path) -> dict[str, dict[int, Path]]:
+    """{name: {step: folder}} of what a distillation exports beside the recipe's model."""
+    names = sorted(
+        p.name for p in (run / "export").glob("*") if p.is_dir() and p.name[0] != "." and not p.name.isdigit()
+    )
+    return {name: found for name in names if (found := exports(run, name))}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pretrain.config import Section
 class Schedule(Section):
     """`start` → `value` in a straight line over `warmup` steps, then `value` → `final` by `kind` until step `steps`.
 
-    `warmup` and `decay` are steps, or shares of the run where they are below 1. `kind`: constant; linear; cosine (half a cosine);
+    `warmup` and `decay` are steps, or shares of the run where they are below 1; a learning rate's warmup may be `auto` (pretrain/auto.py). `kind`: constant; linear; cosine (half a cosine);
     wsd (constant, then a straight line over the last `decay`). `steps` is the length of the run unless it is given.
     """
 
@@ -24,7 +24,7 @@ class Schedule(Section):
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     start: float = 0.0
     final: float = 0.0
-    warmup: float = 0.0
+    warmup: float | Literal["auto"] = 0.0
     decay: float = 0.2
     steps: int | None = None
 
@@ -33,6 +33,8 @@ class Schedule(Section):
         value, kind, warmup = self.value, self.kind, self.warmup
         if kind == "constant" and not warmup:
             return value
+        if warmup == "auto":
+            raise ValueError("a schedule whose warmup is auto has to be settled first (pretrain/auto.py)")
         # every field that can matter is read at every step, so that `config.unread` tells the truth after the first one
         start = self.start if warmup else value
         final = self.final if kind != "constant" else value

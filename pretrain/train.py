@@ -21,14 +21,16 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Phase
 from data_pipeline.shards import Samples, remember
 from data_pipeline.stream import Reading, Stream, default_workers, to_device
-from pretrain import checkpoint, config, export, plan, recipe
+from pretrain import auto, checkpoint, collapse, config, export, plan, recipe, weights
 from pretrain.config import ConfigError
 from pretrain.errors import command
 from pretrain.guard import Guard
 from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
+from pretrain.models.layers import Backbone
 from pretrain.objective import find
 from pretrain.objectives.base import Objective
+from pretrain.optim import thaw
 from pretrain.parallel import engine as engines
 from pretrain.parallel import processes, rules, timeouts
 from pretrain.parallel.device import faster_precision, keep_freed_memory, pick_device
@@ -38,7 +40,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare, write_recipe
 
 STOPPED = 75  # exit code of a run that was told to stop and wrote its checkpoint: the same command goes on
-READ_LATER = ("eval.", "checkpoint.")  # by the evaluation stage; by the first save
+READ_LATER = ("eval.", "checkpoint.", "init.")  # by the evaluation stage; by the first save; by a new run alone
 COLLECT = 100  # steps between two runs of Python's garbage collector, on all processes at the same one: none waits for another's
 
 
@@ -63,14 +65,33 @@ def every(step: int, steps: int) -> bool:
     return step > 0 and step % steps == 0
 
 
-def build_objective(cfg: Recipe, empty: bool = False) -> Objective:
-    """The recipe's objective with the weights that its seed gives, on CPU; or `empty`, without memory, for an engine that gets them from process 0."""
+def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Objective:
+    """The recipe's objective on CPU, with the weights that its seed gives; with `start`, also those that its `init` and its own options name.
+
+    `empty`: without memory, for an engine that gets the weights from process 0.
+    """
+    auto.settle(cfg)  # where the data are not known, as for a plan
     torch.manual_seed(cfg.seed)
-    try:
-        with torch.device("meta") if empty else contextlib.nullcontext():
-            return find(cfg.objective.name)(cfg.objective, lambda **changes: presets.build(cfg.model, **changes))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    start = start and not empty
+    with (
+        contextlib.nullcontext() if start else weights.unread(),
+        torch.device("meta") if empty else contextlib.nullcontext(),
+    ):
+        try:
+            objective = find(cfg.objective.name)(cfg.objective, lambda **changes: backbone(cfg, **changes))
+            if start:
+                objective.started(weights.load_run(objective, cfg.init.run) if cfg.init.run else set())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return objective
+
+
+def backbone(cfg: Recipe, **changes: Any) -> Backbone:
+    """The recipe's model, with some of its options changed, and the weights that `init.backbone` names."""
+    body = presets.build(cfg.model, **changes)
+    if cfg.init.backbone:
+        weights.load_into(body, cfg.init.backbone)
+    return body
 
 
 def open_samples(cfg: Recipe) -> list[Samples]:
@@ -156,13 +177,20 @@ def train(cfg: Recipe) -> Path:
 
 
 def _train(cfg: Recipe, device: torch.device) -> Path:
-    cfg.precision, run = processes.first(lambda: _prepare(cfg))
+    run = processes.first(lambda: prepare(cfg))
+    if processes.rank():
+        cfg = recipe.load(run)  # as process 0 has settled and stored it
     say, stop = Log(run), Stop()
     if device.type == "cpu":
         torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // processes.here()))
         keep_freed_memory()
     samples = open_samples(cfg)
-    objective = build_objective(cfg, engines.starts_empty(cfg))
+    for line in (settled := auto.settle(cfg, sum(map(len, samples)))):
+        say(line)
+    if settled:
+        processes.first(lambda: write_recipe(cfg, run))
+    resumes = processes.first(lambda: checkpoint.find(checkpoint.store_of(run, cfg), cfg.checkpoint.resume) is not None)
+    objective = build_objective(cfg, start=not resumes, empty=engines.starts_empty(cfg))
     stream = build_stream(cfg, objective, samples, run / "damaged")
     if cfg.precision == "auto":
         cfg.precision = _measure_precision(cfg, objective, stream, device)  # type: ignore[assignment]
@@ -182,6 +210,7 @@ def _train(cfg: Recipe, device: torch.device) -> Path:
     )
     writer = Writer(run, step, cfg.steps, cfg.log.every, stream, device, *_flops(cfg, engine, say))
     writer.readers.append(lambda rows: guard.read(rows, run, stream, say))
+    writer.readers.append(collapse.Watch(vars(cfg.objective).get("prototypes"), say).read)
     gc.collect()
     gc.freeze()  # what is there by now stays
     gc.disable()  # the loop runs it at fixed steps
@@ -201,11 +230,6 @@ def _train(cfg: Recipe, device: torch.device) -> Path:
         say(f"{run}: stopped as asked, after a checkpoint; the same command goes on")
         sys.exit(STOPPED)
     return run
-
-
-def _prepare(cfg: Recipe) -> tuple[Any, Path]:
-    run = prepare(cfg)
-    return cfg.precision, run
 
 
 def _flops(cfg: Recipe, engine: Engine, say: Log) -> tuple[float, float]:
@@ -279,6 +303,7 @@ def _step(
         clock.lap("model")
     means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
     lr = cfg.optim.lr(step)
+    thaw(engine.optimizer, step)
     norm = engine.step(lr, cfg.optim.weight_decay(step), lambda norm: guard.judge(means["loss"], norm))
     guard.after()
     engine.objective.after_step(step)
@@ -290,8 +315,8 @@ def _export(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, w
     """The encoder as a folder, and the objective's pictures of the first batch of the run, always the same, so that one can see them change."""
     folder = run / "export" / str(step)
     if not processes.first(lambda: (folder / "config.json").is_file()):
-        state = engine.encoder_state()
-        processes.first(lambda: export.save(folder, engine.objective, cfg, step, state))
+        states = engine.encoder_states()
+        processes.first(lambda: export.save(folder, engine.objective, cfg, step, states))
     if type(engine.objective).pictures is Objective.pictures:
         return
     batch = to_device(stream.first(), engine.device, cfg.data.mean, cfg.data.std)

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from data_pipeline.build import build
+from pretrain import export
+from pretrain.models import presets
 from pretrain.recipe import Recipe, load
 from tests.services import ObjectStore
 
@@ -31,6 +33,17 @@ TINY = [
 SMALL = {
     "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1", "objective.decoder_heads=2"],
     "simclr": ["objective.head_hidden=64", "objective.head_outputs=32"],
+    "dinov3": [
+        "objective.prototypes=64",
+        "objective.head_hidden=64",
+        "objective.head_bottleneck=32",
+        "objective.local_size=16",
+        "objective.local_crops=2",
+        "objective.koleo_group=4",
+        "objective.gram_teacher=ema",
+        "objective.gram_size=64",
+    ],
+    "distillation": ["objective.loss=features", "objective.local_size=16", "objective.local_crops=2"],
     "dinov2": [
         "objective.prototypes=64",
         "objective.head_hidden=64",
@@ -89,7 +102,39 @@ def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
         "log=1",
         "log.flops=false",
     ]
-    return load("demo", [f"objective={name}", *TINY, *SMALL.get(name, []), *data, "optim.lr=1e-3", *overrides])
+    own = [*SMALL.get(name, []), *([f"objective.teacher={teacher(shards.parent)}"] if name == "distillation" else [])]
+    return load("demo", [f"objective={name}", *TINY, *own, *data, "optim.lr=1e-3", *overrides])
+
+
+MORE = ("distillation",)  # objectives of which one set of options does not read all
+
+
+def more(name: str, shards: Path) -> list[str]:
+    """Another set of options."""
+    return ["objective.loss=prototypes", f"objective.teacher={teacher_run(shards)}"]
+
+
+def teacher_run(shards: Path) -> Path:
+    """A run of dinov2 with a checkpoint: a teacher with heads."""
+    from pretrain.train import train
+
+    run = shards.parent / "teacher_run"
+    if not run.is_dir():
+        train(tiny_recipe("dinov2", shards, run, "steps=2", "model.patch_size=4", "model.dim=48"))
+    return run
+
+
+def teacher(folder: Path) -> Path:
+    """An exported backbone to distil, wider than the students and with other patches."""
+    target = folder / "teacher"
+    if not target.is_dir():
+        cfg = presets.ViT(image_size=32, patch_size=4, dim=48, depth=2, heads=4, positions="rope")
+        cfg.name = "vit"
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            body = presets.build(cfg)
+        export.write(target, body, {"step": 1, "objective": "mae", "pool": "cls"}, [0.5] * 3, [0.25] * 3)
+    return target
 
 
 def unlabeled(*args: object, timeout: float = 300, cwd: Path | None = None) -> subprocess.CompletedProcess:

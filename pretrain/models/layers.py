@@ -6,6 +6,7 @@ T = Σ B·N, with `shapes` = [(B, N), …]: linear layers and norms see all toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,10 @@ class Backbone(nn.Module):
         """The modules that a sharded engine wraps, children before parents."""
         raise NotImplementedError
 
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """(layer of a parameter, number of layers + 1), for layer-wise learning rates: 0 what embeds pixels, i + 1 block i, the last what follows."""
+        raise NotImplementedError
+
 
 def trunc_normal(linear: nn.Module) -> None:
     """Weights from a normal of 0.02 cut at two sigma, biases zero: the initialisation of ViT, MAE and DINO."""
@@ -51,7 +56,7 @@ def trunc_normal(linear: nn.Module) -> None:
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotary position embedding of x [B, H, N, d], half-split pairs (j, j + d/2), in fp32 and back to x's dtype."""
     cos, sin = rotation
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
@@ -64,13 +69,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class QueryKeyValue(nn.Linear):
+    """[T, D] → [T, 3·D] with biases [2·D] for queries and values only; without rotary positions, softmax would drop one for keys anyway."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, 3 * dim)
+        self.bias = nn.Parameter(torch.zeros(2 * dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, value = self.bias.chunk(2)
+        return F.linear(x, self.weight, torch.cat([query, torch.zeros_like(query), value]))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over each sequence of a flat list."""
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = True):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, key_bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = QueryKeyValue(dim) if qkv_bias and not key_bias else nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None) -> Tensor:
@@ -120,20 +137,38 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+Branch = Callable[[Tensor, Shapes, list[Rotation] | None], Tensor]
+
+
 class DropPath(nn.Module):
-    """Leave a residual out for a random share of the images (arXiv 1603.09382), the others scaled up so that the mean stays."""
+    """x + branch(x), with the branch left out for a random share of the images (arXiv 1603.09382): it is computed for the others only, scaled up.
+
+    Of the B images of each size max(⌊B·(1 − rate)⌋, 1) are kept (2304.07193 §5), each size with a draw of its own. In evaluation all are.
+    """
 
     def __init__(self, rate: float):
         super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"model.drop_path = {rate}: must be at least 0 and below 1")
         self.rate = rate
 
-    def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
+    def forward(self, x: Tensor, shapes: Shapes, branch: Branch, rotations: list[Rotation] | None = None) -> Tensor:
+        """x [T, D]; the branch gets the kept images' tokens, their shapes and rotations."""
         if not self.training or self.rate == 0:
-            return x
-        images = sum(b for b, _ in shapes)
-        factor = torch.rand(images, device=x.device).ge(self.rate).to(x.dtype) / (1 - self.rate)
-        lengths = torch.tensor([n for b, n in shapes for _ in range(b)], device=x.device)
-        return x * factor.repeat_interleave(lengths).unsqueeze(-1)
+            return x + branch(x, shapes, rotations)
+        rows, kept, scales, turned, start = [], [], [], [], 0
+        for i, (b, n) in enumerate(shapes):
+            count = max(int(b * (1 - self.rate)), 1)
+            images = torch.randperm(b, device=x.device)[:count]
+            rows.append((start + images.unsqueeze(1) * n + torch.arange(n, device=x.device)).flatten())
+            kept.append((count, n))
+            scales.append(x.new_full((count * n, 1), b / count))
+            if rotations is not None:  # those of dropped patches differ from image to image
+                turned.append(tuple(r[images] if r.ndim == 4 else r for r in rotations[i]))
+            start += b * n
+        index = torch.cat(rows)
+        out = branch(x.index_select(0, index), kept, turned or None)  # type: ignore[arg-type]
+        return x.index_add(0, index, (out * torch.cat(scales)).to(x.dtype))
 
 
 class Block(nn.Module):
@@ -149,13 +184,14 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
+        key_bias: bool = True,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, norm_eps)
-        self.attn = Attention(dim, heads, qkv_bias)
+        self.attn = Attention(dim, heads, qkv_bias, key_bias)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, norm_eps)
-        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(dim * mlp_ratio))
+        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(dim * mlp_ratio + 1e-6))
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
@@ -163,9 +199,15 @@ class Block(nn.Module):
         self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None, last: int | None = None
     ) -> Tensor:
         """[T, D] → [T, D]; with `last`, only that many tokens at the end of each sequence pass the MLP and come out."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), shapes, rotations)), shapes)
+        x = self.drop_path(x, shapes, self._mix, rotations)
         if last is not None:
             parts = zip(x.split([b * n for b, n in shapes]), shapes, strict=True)
             x = torch.cat([part.view(b, n, -1)[:, n - last :].flatten(0, 1) for part, (b, n) in parts])
             shapes = [(b, last) for b, _ in shapes]
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), shapes)
+        return self.drop_path(x, shapes, self._transform)
+
+    def _mix(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x), shapes, rotations))
+
+    def _transform(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))

@@ -36,9 +36,30 @@ def rope_periods(head_dim: int, base: float) -> Tensor:
     return base ** (2 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim / 2))
 
 
-def rope_angles(periods: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Angles [h·w, head_dim] of patch centres at coordinates in [-1, 1] on each axis: 2π·coordinate / period, rows then columns, twice."""
+def rope_angles(periods: Tensor, grid: tuple[int, int], change: Tensor | None = None) -> Tensor:
+    """Angles [h·w, head_dim] of patch centres at coordinates in [-1, 1] on each axis: 2π·coordinate / period, rows then columns, twice.
+
+    `change` [L, 2, 2], from `rope_change`, moves the coordinates: L tables, [L, h·w, head_dim].
+    """
     axes = [(torch.arange(n, dtype=torch.float32, device=periods.device) + 0.5) / n * 2 - 1 for n in grid]
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    angles = [2 * math.pi * axis.reshape(-1, 1) / periods for axis in (rows, columns)]  # each [h·w, head_dim/4]
-    return torch.cat([*angles, *angles], dim=1)
+    rows, columns = (axis.reshape(-1, 1) for axis in torch.meshgrid(*axes, indexing="ij"))  # each [h·w, 1]
+    if change is not None:
+        scale, shift = change.to(periods.device).unsqueeze(-1).unsqueeze(-1).unbind(1)  # each [L, 2, 1, 1]
+        rows, columns = ((axis + shift[:, i]) * scale[:, i] for i, axis in enumerate((rows, columns)))  # [L, h·w, 1]
+    angles = [2 * math.pi * axis / periods for axis in (rows, columns)]  # each [..., h·w, head_dim/4]
+    return torch.cat([*angles, *angles], dim=-1)
+
+
+def rope_change(count: int, shift: float | None, jitter: float | None, rescale: float | None) -> Tensor:
+    """`count` random (scale, shift) of rows and columns, [count, 2, 2] on CPU from torch's global generator: RoPE box jittering (arXiv 2508.10104 §3.2).
+
+    Coordinates are shifted by up to ±shift on each axis, then each axis is scaled by a log-uniform factor in [1/jitter, jitter], then both by
+    the same one in [1/rescale, rescale]. None leaves an operation out. All numbers are drawn whatever is left out.
+    """
+    u = 2 * torch.rand(count, 5) - 1  # in [-1, 1)
+    scale = torch.ones(count, 2)
+    if jitter is not None:
+        scale = scale * (u[:, 2:4] * math.log(jitter)).exp()
+    if rescale is not None:
+        scale = scale * (u[:, 4:] * math.log(rescale)).exp()
+    return torch.stack([scale, u[:, :2] * (shift or 0.0)], dim=1)

@@ -1,6 +1,6 @@
 """Vision transformer (arXiv 2010.11929) with learned, sin-cos or rotary positions, registers (2309.16588), masks, and dropped patches.
 
-Token order: class token, registers, patches row-major. Shapes: B images, N patches, K kept patches, R registers, D features, P = 1 + R.
+Token order: class token, registers, patches row-major. Shapes: B images, N patches, K kept patches, R registers, D features, P = 1 + R, L blocks.
 """
 
 from __future__ import annotations
@@ -9,20 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.layers import Backbone, Block, Features, Rotation, Shapes, trunc_normal
-from pretrain.models.positions import interpolate_table, rope_angles, rope_periods, sincos_table
+from pretrain.models.positions import interpolate_table, rope_angles, rope_change, rope_periods, sincos_table
 from pretrain.models.presets import ViT
+
+
+def _check(cfg: ViT) -> None:
+    if cfg.dim % cfg.heads or cfg.image_size % cfg.patch_size:
+        raise ValueError(
+            f"model.dim = {cfg.dim} must be a multiple of model.heads = {cfg.heads},"
+            f" and model.image_size = {cfg.image_size} of model.patch_size = {cfg.patch_size}"
+        )
+    if cfg.positions != "rope":
+        return
+    for key, least in (("rope_shift", 0), ("rope_jitter", 1), ("rope_rescale", 1)):
+        value = getattr(cfg, key)
+        if value is not None and value < least:
+            raise ValueError(f"model.{key} = {value}: must be {least} or more, or null")
 
 
 class VisionTransformer(Backbone):
     def __init__(self, cfg: ViT):
         super().__init__()
-        if cfg.dim % cfg.heads or cfg.image_size % cfg.patch_size:
-            raise ValueError(
-                f"model.dim = {cfg.dim} must be a multiple of model.heads = {cfg.heads},"
-                f" and model.image_size = {cfg.image_size} of model.patch_size = {cfg.patch_size}"
-            )
+        _check(cfg)
         self.cfg = cfg
         self.embed_dim, self.image_size, self.patch_size = cfg.dim, cfg.image_size, cfg.patch_size
+        self.prefix = 1 + cfg.registers
         side = cfg.image_size // cfg.patch_size
         self.patch_embed = nn.Conv2d(cfg.in_channels, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
@@ -33,15 +44,12 @@ class VisionTransformer(Backbone):
         elif cfg.positions == "sincos":
             table = torch.cat([torch.zeros(1, cfg.dim), sincos_table(cfg.dim, (side, side))])
             self.register_buffer("pos_embed", table.unsqueeze(0))
-        else:
-            self.register_buffer("periods", rope_periods(cfg.dim // cfg.heads, cfg.rope_base))
-        self.blocks = nn.ModuleList(
-            Block(
-                cfg.dim, cfg.heads, cfg.mlp_ratio, cfg.mlp, cfg.qkv_bias, cfg.layer_scale, cfg.drop_path, cfg.norm_eps
-            )
-            for _ in range(cfg.depth)
-        )
+        else:  # computed, never stored: what is no buffer is not rounded with the weights to bf16, which moves features by 1e-3
+            rope_periods(cfg.dim // cfg.heads, cfg.rope_base)
+        rates = (cfg.mlp_ratio, cfg.mlp, cfg.qkv_bias, cfg.layer_scale, cfg.drop_path, cfg.norm_eps, cfg.key_bias)
+        self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, *rates) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
+        self.local_cls_norm = nn.LayerNorm(cfg.dim, cfg.norm_eps) if cfg.local_cls_norm else None
         self._rotations: dict[tuple, Rotation] = {}
         self._initialise()
 
@@ -57,34 +65,58 @@ class VisionTransformer(Backbone):
     def shard_units(self) -> list[nn.Module]:
         return [*self.blocks, self]
 
+    def layer_of(self, name: str) -> tuple[int, int]:
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return int(rest.partition(".")[0]) + 1, len(self.blocks) + 1
+        return (len(self.blocks) + 1 if part in ("norm", "local_cls_norm") else 0), len(self.blocks) + 1
+
     def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
-        """See `Backbone`. `mask` and `keep` are lists (None where an input has none) when x is a list."""
+        """See `Backbone`. `mask` and `keep` are lists (None where an input has none) when x is a list.
+
+        With `local_cls_norm`, all inputs of a list but the first are taken for local crops: in training, their class token and registers get
+        that norm instead of the common one.
+        """
         if not isinstance(x, list):
             return self.forward([x], mask=[mask], keep=[keep], layers=layers)[0]
         several = [None] * len(x)
         embedded = [self._embed(*inputs) for inputs in zip(x, mask or several, keep or several, strict=True)]
         shapes: Shapes = [(tokens.shape[0], tokens.shape[1]) for tokens, _, _ in embedded]
         flat = torch.cat([tokens.flatten(0, 1) for tokens, _, _ in embedded])  # [T, D]
-        rotations = [rotation for _, _, rotation in embedded] if self.cfg.positions == "rope" else None
         outputs = []
         for i, block in enumerate(self.blocks):
+            rotations = [tables[i] for _, _, tables in embedded] if self.cfg.positions == "rope" else None
             flat = block(flat, shapes, rotations)
             if i >= len(self.blocks) - layers:
-                outputs.append(self.norm(flat))
-        flat = torch.cat(outputs, dim=-1) if layers > 1 else outputs[0]
-        parts = [
-            part.view(b, n, -1) for part, (b, n) in zip(flat.split([b * n for b, n in shapes]), shapes, strict=True)
-        ]
-        prefix = 1 + self.cfg.registers
+                outputs.append(self._normed(flat, shapes))
+        parts = [torch.cat(same, dim=-1) if layers > 1 else same[0] for same in zip(*outputs, strict=True)]
         return [
-            Features(part[:, 0], part[:, prefix:], part[:, 1:prefix], grid)
+            Features(part[:, 0], part[:, self.prefix :], part[:, 1 : self.prefix], grid)
             for part, (_, grid, _) in zip(parts, embedded, strict=True)
         ]
 
+    def _normed(self, flat: Tensor, shapes: Shapes) -> list[Tensor]:
+        """[B, P + N, D] of each input from flat [T, D], after the last norm."""
+
+        def apart(x: Tensor) -> list[Tensor]:
+            pieces = x.split([b * n for b, n in shapes]) if len(shapes) > 1 else [x]
+            return [piece.view(b, n, -1) for piece, (b, n) in zip(pieces, shapes, strict=True)]
+
+        parts = apart(self.norm(flat))
+        if self.local_cls_norm is None or not self.training or len(parts) == 1:
+            return parts
+        own = torch.cat([part[:, : self.prefix].flatten(0, 1) for part in apart(flat)[1:]])
+        own = self.local_cls_norm(own).split([b * self.prefix for b, _ in shapes[1:]])  # one call for all sizes
+        local = [
+            torch.cat([tokens.view(-1, self.prefix, tokens.shape[-1]), part[:, self.prefix :]], dim=1)
+            for tokens, part in zip(own, parts[1:], strict=True)
+        ]
+        return [parts[0], *local]
+
     def _embed(
         self, x: Tensor, mask: Tensor | None, keep: Tensor | None
-    ) -> tuple[Tensor, tuple[int, int], Rotation | None]:
-        """([B, P + N or K, D] with positions, the patch grid, rotary angles of those tokens)."""
+    ) -> tuple[Tensor, tuple[int, int], list[Rotation]]:
+        """([B, P + N or K, D] with positions, the patch grid, rotary angles of those tokens for each block)."""
         if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
             raise ValueError(
                 f"an input of {x.shape[-2]}×{x.shape[-1]} pixels does not divide into patches of {self.patch_size}"
@@ -105,20 +137,32 @@ class VisionTransformer(Backbone):
         if keep is not None:
             patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, K, D]
         prefix = [cls.to(patches.dtype)] + ([self.registers.to(patches.dtype)] if self.registers is not None else [])
-        tokens = torch.cat([p.expand(len(x), -1, -1) for p in prefix] + [patches], dim=1)
-        return tokens, grid, self._rotation(grid, keep) if self.cfg.positions == "rope" else None
+        tokens = torch.cat([p.expand(x.shape[0], -1, -1) for p in prefix] + [patches], dim=1)
+        return tokens, grid, self._rotation(grid, keep, x.device) if self.cfg.positions == "rope" else []
 
-    def _rotation(self, grid: tuple[int, int], keep: Tensor | None) -> Rotation:
-        """cos and sin for every token; class token and registers are not rotated (angle 0)."""
-        key = (grid, self.periods.device)
-        if key not in self._rotations:
-            with torch.inference_mode(False):  # training may need them later
-                angles = rope_angles(self.periods.float(), grid)
-                angles = torch.cat([angles.new_zeros(1 + self.cfg.registers, angles.shape[1]), angles])  # [P + N, d]
-                self._rotations[key] = (angles.cos(), angles.sin())
-        if keep is None:
-            return self._rotations[key]
-        prefix = torch.arange(1 + self.cfg.registers, device=keep.device).expand(len(keep), -1)
-        index = torch.cat([prefix, keep + 1 + self.cfg.registers], dim=1)  # [B, P + K]
-        cos, sin = (table[index].unsqueeze(1) for table in self._rotations[key])  # [B, 1, P + K, d]
-        return cos, sin
+    def _rotation(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> list[Rotation]:
+        """cos and sin of every token for each block; class token and registers are not rotated (angle 0)."""
+        cfg, blocks = self.cfg, len(self.blocks)
+        options = (cfg.rope_shift, cfg.rope_jitter, cfg.rope_rescale)
+        if self.training and any(option is not None for option in options):
+            tables = self._tables(grid, device, rope_change(blocks, *options))  # [L, P + N, d]: each block has its own
+        else:
+            if (grid, device) not in self._rotations:
+                with torch.inference_mode(False):  # training may need them later
+                    self._rotations[grid, device] = self._tables(grid, device)
+            tables = self._rotations[grid, device]  # [1, P + N, d]
+        if keep is not None:
+            prefix = torch.arange(self.prefix, device=device).expand(len(keep), -1)
+            index = torch.cat([prefix, keep + self.prefix], dim=1)  # [B, P + K]
+            cos, sin = (table[:, index].unsqueeze(2) for table in tables)  # [L or 1, B, 1, P + K, d]
+            tables = (cos, sin)
+        each = list(zip(tables[0], tables[1], strict=True))
+        return each if len(each) == blocks else each * blocks
+
+    def _tables(self, grid: tuple[int, int], device: torch.device, change: Tensor | None = None) -> Rotation:
+        """cos and sin [L or 1, P + N, d], fp32."""
+        periods = rope_periods(self.cfg.dim // self.cfg.heads, self.cfg.rope_base).to(device)
+        angles = rope_angles(periods, grid, change)
+        angles = angles if change is not None else angles.unsqueeze(0)
+        angles = torch.cat([angles.new_zeros(len(angles), self.prefix, angles.shape[2]), angles], dim=1)
+        return angles.cos(), angles.sin()

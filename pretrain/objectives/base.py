@@ -27,6 +27,9 @@ class Objective(nn.Module):
     skipped: Tensor | None = (
         None  # scalar on the device, 1 where the step that `after_step` follows was skipped: then nothing may move
     )
+    fresh: tuple[
+        str, ...
+    ] = ()  # beginnings of the names of tensors that a checkpoint which a run starts from may lack or have more of
     pool: Literal["cls", "mean"] = "cls"  # which feature of the encoder stands for an image in evaluation
 
     def __init__(self, cfg: Any, backbone: Callable[..., Backbone]):
@@ -42,6 +45,9 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def started(self, loaded: set[str]) -> None:
+        """Before the first step of a new run; `loaded` has the names of the tensors that `init.run` has filled. ValueError where something is missing."""
+
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, detached scalars to log)."""
         raise NotImplementedError
@@ -52,6 +58,10 @@ class Objective(nn.Module):
     def encoder(self) -> Backbone:
         """The backbone that evaluation and export see."""
         raise NotImplementedError
+
+    def encoders(self) -> dict[str, Backbone]:
+        """All that are exported, "model" (the recipe's) among them; the others go to RUN/export/NAME/STEP."""
+        return {"model": self.encoder()}
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that a sharded engine gathers one at a time, children before parents, the objective itself last."""

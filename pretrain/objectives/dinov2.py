@@ -11,31 +11,32 @@ Shapes: B images, G = 2 global and L local crops each, N patches of a global cro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.masks import block_mask, stratified_ratio
-from data_pipeline.views import MASKS, Augment, crops
+from data_pipeline.multicrop import multicrop
 from pretrain.config import Section
 from pretrain.objectives.base import Objective
-from pretrain.ops.cross_entropy import soft_cross_entropy
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
+from pretrain.ops.self_distillation import dino_terms, health, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.schedules import Schedule
 
 
 @dataclass
 class Config(Section):
-    prototypes: int = 65536
+    prototypes: int | Literal["auto"] = 65536  # auto, here and below: from data, steps and batch (pretrain/auto.py)
     head_hidden: int = 2048
     head_bottleneck: int = 256
     student_temperature: float = 0.1
-    teacher_temperature: Schedule = field(default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.3))
-    momentum: Schedule = field(default_factory=lambda: Schedule(0.992, kind="cosine", final=1.0))
+    teacher_temperature: Literal["auto"] | Schedule = field(
+        default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.3)
+    )
+    momentum: Literal["auto"] | Schedule = field(default_factory=lambda: Schedule(0.992, kind="cosine", final=1.0))
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     local_crops: int = 8
@@ -49,6 +50,7 @@ class Config(Section):
         default_factory=lambda: [1.0, 0.1, 0.5]
     )  # probability for the first, second, local crops; released models: 0, .9, .5
     solarize: float = 0.2  # probability, second global crop only
+    flip: float = 0.5  # probability
 
 
 class DINOv2(Objective):
@@ -64,28 +66,16 @@ class DINOv2(Objective):
         self.student = nn.ModuleDict(
             {"backbone": body, "dino_head": head(body.embed_dim), "ibot_head": head(body.embed_dim)}
         )
-        self.teacher = make_teacher(self.student)
+        self.teacher = make_teacher(self.student).eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.teacher.eval()  # its inputs are whole, and its positions as they are
+        return self
 
     @staticmethod
     def views(cfg, image_size, patch_size):
-        wide, small = (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale)
-        common = {"jitter": (0.4, 0.4, 0.2, 0.1), "gray": 0.2}
-        first = Augment(image_size, wide, blur=cfg.blur[0], **common)
-        second = Augment(image_size, wide, blur=cfg.blur[1], solarize=cfg.solarize, **common)
-        local = Augment(cfg.local_size, small, blur=cfg.blur[2], **common)
-        augments = {"global": [first, second], "local": [local] * cfg.local_crops}  # [G, 3, H, W], [L, 3, h, w]
-        side = image_size // patch_size
-        share, ratios = cfg.mask_share, (cfg.mask_ratio_min, cfg.mask_ratio_max)
-
-        def mask(sample, rng, i):
-            count = int(stratified_ratio(sample, i, 2, share, ratios) * side * side)
-            return block_mask((side, side), count, rng(MASKS + i)).reshape(-1)
-
-        def view(sample, rng):
-            masks = [mask(sample, rng, i) for i in range(2)]
-            return crops(sample, augments, rng) | {"mask": np.stack(masks)}  # [G, N]
-
-        return view
+        return multicrop(cfg, image_size, patch_size)
 
     def forward(self, batch, step):
         cfg, crops = self.cfg, batch["global"].shape[1]
@@ -101,13 +91,13 @@ class DINOv2(Objective):
         s_local = logits[len(images) :].unflatten(0, (len(s_global), batch["local"].shape[1]))  # [B, L, K]
         s_patch = self.student["ibot_head"](features[0].tokens[mask])  # [M, K]
 
-        local, glob = self.dino(s_global, s_local, p_cls.unflatten(0, (-1, crops)))
-        ibot = self.ibot(s_patch, p_patch, mask)
+        local, glob = dino_terms(s_global, s_local, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
+        ibot = ibot_term(s_patch, p_patch, mask, cfg.student_temperature)
         cls = features[0].cls.unflatten(0, (-1, crops))
         spread = sum(koleo(cls[:, i]) for i in range(crops))
         loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
         logs = {"dino_local": local, "dino_global": glob, "ibot": ibot, "koleo": spread / crops}
-        logs["teacher_entropy"] = -(p_cls * p_cls.clamp_min(1e-12).log()).sum(-1).mean()
+        logs |= health(cls[:, 0], p_cls)
         return loss, {name: value.detach() for name, value in logs.items()}
 
     @torch.no_grad()
@@ -116,26 +106,6 @@ class DINOv2(Objective):
         features = self.teacher["backbone"](images)
         p_cls = sinkhorn(self.teacher["dino_head"](features.cls), temperature)
         return p_cls, sinkhorn(self.teacher["ibot_head"](features.tokens[mask]), temperature)
-
-    def dino(self, s_global: Tensor, s_local: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """(local term, global term): cross-entropies [B, crops] weighted by their number of (student, teacher) pairs, same crop left out.
-
-        −Σ p log softmax(s) is linear in p, so the teacher crops that a student crop is compared with are averaged first.
-        """
-        crops, small = s_global.shape[1], s_local.shape[1]
-        pairs_global, pairs_local = crops * (crops - 1), crops * small
-        others = (p.sum(1, keepdim=True) - p) / (crops - 1)  # [B, G, K]
-        glob = soft_cross_entropy(s_global, others, self.cfg.student_temperature).mean()
-        if not small:
-            return glob * 0, glob
-        local = soft_cross_entropy(s_local, p.mean(1, keepdim=True), self.cfg.student_temperature).mean()
-        total = pairs_global + pairs_local
-        return local * pairs_local / total, glob * pairs_global / total
-
-    def ibot(self, s: Tensor, p: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy on masked patches, averaged over each image's own, summed, over all global crops (mask [B·G, N])."""
-        weight = (1 / mask.sum(1).clamp_min(1)).unsqueeze(1).expand_as(mask)[mask]  # [M]
-        return (soft_cross_entropy(s, p, self.cfg.student_temperature) * weight).sum() / len(mask)
 
     def after_step(self, step):
         ema_update(self.teacher, self.student, self.cfg.momentum(step), self.skipped)

@@ -20,10 +20,14 @@ class ProjectionHead(nn.Sequential):
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head (arXiv 2104.14294): three linears with GELU to a bottleneck, L2 norm, cosine with K unit prototypes → logits in [-1, 1]."""
+    """DINO's head (arXiv 2104.14294): three linears with GELU to a bottleneck, L2 norm, cosine with K unit prototypes → logits in [-1, 1].
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int):
+    With `unit` false the prototypes keep their lengths, as in DINOv3 (2508.10104): logits are then not bounded.
+    """
+
+    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, unit: bool = True):
         super().__init__()
+        self.unit = unit
         self.mlp = nn.Sequential(
             nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
@@ -33,4 +37,5 @@ class PrototypeHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
-        return F.linear(x, F.normalize(self.prototypes, dim=-1).to(x.dtype))
+        prototypes = F.normalize(self.prototypes, dim=-1) if self.unit else self.prototypes
+        return F.linear(x, prototypes.to(x.dtype))

@@ -7,6 +7,7 @@ The loop and the objectives know nothing of it; a new way to spread a run is a c
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -156,9 +157,9 @@ class Engine:
         with self.autocast():
             return self.objective.pictures(batch)
 
-    def encoder_state(self) -> dict[str, Tensor]:
-        """The encoder's whole weights in main memory on process 0, nothing on others; all processes call it."""
-        return whole_state(self.objective.encoder(), keep=self.rank == 0)
+    def encoder_states(self) -> dict[str, dict[str, Tensor]]:
+        """The whole weights of each encoder that is exported, in main memory on process 0, nothing on others; all processes call it."""
+        return {name: whole_state(body, self.rank == 0) for name, body in self.objective.encoders().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer state by parameter name, ready for DCP: the same keys in every mode."""
@@ -178,7 +179,11 @@ class DDP(Engine):
     def spread(self) -> DistributedDataParallel:
         ids = [self.device.index] if self.device.type == "cuda" else None
         # buffers need no broadcast: batch norm's are computed from all processes' samples
-        return DistributedDataParallel(self.objective.to(self.device), device_ids=ids, broadcast_buffers=False)
+        known = inspect.signature(DistributedDataParallel).parameters
+        quiet = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }  # its name until torch 2.14
+        return DistributedDataParallel(self.objective.to(self.device), device_ids=ids, **quiet)
 
     def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
         return (

@@ -22,7 +22,7 @@ from pretrain.models.layers import Backbone
 from pretrain.parallel.engine import Engine
 from pretrain.recipe import load
 from pretrain.train import build_objective, build_stream, open_samples, train
-from tests.conftest import SMALL, TINY, tiny_recipe
+from tests.conftest import MORE, SMALL, TINY, more, tiny_recipe
 
 NAMES = objective.names()
 everywhere = pytest.mark.parametrize("name", NAMES)
@@ -148,11 +148,14 @@ def test_accumulation(name: str, shards: Path, tmp_path: Path):
 def test_every_option_is_checked_and_read(name: str, shards: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="no such key"):
         load("demo", [f"objective={name}", "objective.no_such_option=1"])
-    cfg, model, _, batch = setup(name, shards, tmp_path / "run")
-    model(batch, 0)
-    model.after_step(0)
+    read = set()
+    for options in [[], *([more(name, shards)] if name in MORE else [])]:
+        cfg, model, _, batch = setup(name, shards, tmp_path / "run", *options)
+        model(batch, 0)
+        model.after_step(0)
+        read |= vars(cfg.objective)["_read"]
     for field in dataclasses.fields(type(cfg.objective)):
-        assert field.name in vars(cfg.objective)["_read"], f"nothing reads objective.{field.name}"
+        assert field.name in read, f"nothing reads objective.{field.name}"
 
 
 @everywhere

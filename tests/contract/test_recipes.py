@@ -1,4 +1,4 @@
-"""Every recipe that comes with the project trains, at reduced width, and no key of it is unused."""
+"""Every recipe that comes with the project trains, at reduced width, and no key of it is unused; and is planned at its full width."""
 
 from __future__ import annotations
 
@@ -6,29 +6,73 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import recipe
+from pretrain import plan, recipe
 from pretrain.train import train
-from tests.conftest import SMALL, TINY
+from tests.conftest import SMALL, TINY, more, teacher_run, tiny_recipe
+
+HEADS = ["objective.prototypes=64", "objective.head_hidden=64", "objective.head_bottleneck=32"]
+IBOT = ["objective.ibot_prototypes=32", "objective.ibot_hidden=48", "objective.ibot_bottleneck=16"]
+CROPS = ["objective.local_size=16", "objective.local_crops=2"]
+RUN_SIZES = ["model.positions=rope", "model.local_cls_norm=true", "model.rope_rescale=2.0", *HEADS, *IBOT, *CROPS]
+
+
+def stage(shards: Path, name: str, *options: str) -> Path:
+    """A run that a recipe of a later stage starts from."""
+    run = shards.parent / f"stage_{name}"
+    if not run.is_dir():
+        train(tiny_recipe("dinov3", shards, run, *RUN_SIZES, "objective.koleo_group=null", "steps=1", *options))
+    return run
+
+
+def reduced(name: str, shards: Path) -> list[str]:
+    """Options that make a recipe small and, for later stages, name a small run to start from."""
+    if name == "dinov3_vits16_demo":
+        return [*HEADS[1:], *CROPS]
+    if name == "dinov3_vitl16_im1k":
+        return [*HEADS, *CROPS]
+    if name == "dinov3_vit7b16_pretrain":
+        return [*RUN_SIZES]
+    if name == "dinov3_vit7b16_gram":
+        run = stage(shards, "pretrain", "objective.gram_teacher=none", "objective.gram_size=512")
+        return [
+            *RUN_SIZES,
+            f"init.run={run}",
+            f"objective.gram_teacher={run / 'export' / '1'}",
+            "objective.gram_size=64",
+        ]
+    if name == "dinov3_vit7b16_highres":
+        sizes = "objective.resolutions=[[32, 16, 48, 0.5], [48, 16, 64, 0.5]]"
+        return [*RUN_SIZES, f"init.run={stage(shards, 'gram')}", sizes, "objective.local_size=96"]
+    if name == "dinov3_distill_multi":
+        return [
+            f"objective.teacher={teacher_run(shards)}",
+            "objective.students=[convnext_micro]",
+            "objective.local_size=32",
+        ]
+    return SMALL.get(recipe.load(name).objective.name, [])
 
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_recipe_trains_two_steps(name: str, shards: Path, tmp_path: Path):
-    small = SMALL.get(recipe.load(name).objective.name, [])
     micro = ["parallel.micro_batch=8"] if recipe.load(name).parallel.micro_batch else []
-    cfg = recipe.load(
-        name,
-        [
-            *TINY,
-            *small,
-            *micro,
-            f"data.train={shards}",
-            "data.batch=16",
-            "data.workers=0",
-            "steps=2",
-            f"run={tmp_path / 'run'}",
-        ],
-    )
+    data = [f"data.train={shards}", "data.batch=16", "data.workers=0", "steps=2", f"run={tmp_path / 'run'}"]
+    cfg = recipe.load(name, [*TINY, *reduced(name, shards), *micro, *data])
     run = train(cfg)
     assert (run / "export" / "2" / "model.safetensors").is_file()
     again = recipe.load(run)  # what was stored is whole: it loads, and resolves to itself
     assert recipe.config.to_dict(again) == recipe.config.to_dict(cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe.names())
+def test_recipe_is_planned(name: str, shards: Path):
+    """At full width, without weights or data. A teacher has to be there, as its options decide on the students' heads."""
+    small = (
+        [f"objective.teacher={teacher_run(shards)}", "objective.students=[convnext_tiny]"] if "distill" in name else []
+    )
+    cfg = recipe.load(name, [f"data.train={shards}", "data.batch=32", "parallel.micro_batch=null", *small])
+    traced = plan.trace(cfg)
+    assert traced.trained > 1e4 and traced.flops > 1e9 and traced.peak > 1e6
+    if name == "dinov3_vit7b16_gram":
+        assert traced.trained / 1e9 == pytest.approx(6.716 + 0.29, rel=0.05) and traced.frozen > 1.9 * traced.trained
+    assert more("distillation", shards)

@@ -84,7 +84,7 @@ def poisoned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
     """Losses and gradient norms of each step, and the weights after them, as every process sees them."""
-    model = build_objective(cfg, engines.starts_empty(cfg))
+    model = build_objective(cfg, empty=engines.starts_empty(cfg))
     engine = engines.build(model, cfg, device)
     guard = Guard(model, cfg.skip, device)
     out: dict[str, Any] = {"loss": [], "norm": [], "logs": []}

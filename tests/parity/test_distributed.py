@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.ops.contrastive import nt_xent
 from pretrain.ops.gather import gather, logsumexp_over_batch, sum_over_world, world
+from pretrain.ops.koleo import grouped_koleo
 from pretrain.ops.sinkhorn import sinkhorn
+from tests.parity.test_dinov3 import batch_of, dinov3
 from tests.parity.test_losses import dinov2, dinov2_batch, normal
 
 WORLD = 2
@@ -92,6 +94,27 @@ def check_dinov2() -> Result:
             *gradients,
         ]
     }
+
+
+def check_grouped_koleo() -> Result:
+    """Groups that span processes; one neighbour and two."""
+    torch.manual_seed(0)
+    network = nn.Linear(5, 4).double()
+    out = []
+    for group, neighbours in ((8, 1), (8, 2), (2, 1)):
+        loss = grouped_koleo(network(mine(normal(8, 5))), group, neighbours)
+        out += [loss.detach(), *torch.autograd.grad(loss, list(network.parameters()))]
+    return {"mean": out}
+
+
+def check_dinov3() -> Result:
+    """The whole objective: KoLeo over all processes, the Gram term's mean over processes."""
+    model = dinov3(koleo_group=4, gram_teacher="ema").double()
+    batch = batch_of()
+    batch["mask"][2:] = False
+    loss, logs = model({key: mine(value) for key, value in batch.items()}, 0)
+    gradients = torch.autograd.grad(loss, list(model.student.parameters()))
+    return {"mean": [loss.detach(), *(logs[n] for n in ("dino_local", "ibot", "koleo", "gram")), *gradients]}
 
 
 CHECKS: dict[str, Callable[[], Result]] = {

@@ -29,6 +29,7 @@ from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
 from pretrain.ops.patchify import complement, patchify, unpatchify
+from pretrain.ops.self_distillation import dino_terms, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.schedules import Schedule
 
@@ -356,11 +357,10 @@ def dinov2_batch(local_crops: int = 3, images: int = 4) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("crops, small", [(2, 3), (2, 0), (3, 2)])
 def test_dino_terms(crops: int, small: int):
-    model = dinov2()
     p = normal(4, crops, 11).mul(3).softmax(-1)
 
     def ours(s_global: Tensor, s_local: Tensor) -> Tensor:
-        local, glob = model.dino(s_global, s_local, p)
+        local, glob = dino_terms(s_global, s_local, p, 0.1)
         return 2 * local + 3 * glob
 
     def naive(s_global: Tensor, s_local: Tensor) -> Tensor:
@@ -375,11 +375,11 @@ def test_dino_terms(crops: int, small: int):
 
 
 def test_ibot_term():
-    model, mask = dinov2(), dinov2_batch()["mask"].flatten(0, 1)
+    mask = dinov2_batch()["mask"].flatten(0, 1)
     count = int(mask.sum())
     p, s = normal(count, 11).mul(3).softmax(-1), normal(count, 11, seed=1).tanh()
-    assert_same(lambda s: model.ibot(s, p, mask), lambda s: naive_ibot(s, p, mask, 0.1), s)
-    nothing = model.ibot(s[:0].clone().requires_grad_(), p[:0], torch.zeros_like(mask))
+    assert_same(lambda s: ibot_term(s, p, mask, 0.1), lambda s: naive_ibot(s, p, mask, 0.1), s)
+    nothing = ibot_term(s[:0].clone().requires_grad_(), p[:0], torch.zeros_like(mask), 0.1)
     nothing.backward()
     assert nothing == 0
 
@@ -583,7 +583,7 @@ def test_losses_equal_lightlys():
     assert_same(koleo, KoLeoLoss(), a)
     torch.testing.assert_close(sinkhorn(a, 0.3), swav_sinkhorn(a, 3, 0.3), rtol=1e-9, atol=0)
 
-    model, teacher = dinov2(), normal(4, 2, 11)  # a temperature that fp32 holds exactly, as lightly rounds it
+    teacher = normal(4, 2, 11)  # a temperature that fp32 holds exactly, as lightly rounds it
     p = (teacher / 0.0625).softmax(-1)
 
     def theirs(s_global: Tensor, s_local: Tensor) -> Tensor:
@@ -591,10 +591,10 @@ def test_losses_equal_lightlys():
         return loss(list(teacher.unbind(1)), [*s_global.unbind(1), *s_local.unbind(1)], teacher_temp=0.0625)
 
     s_global, s_local = normal(4, 2, 11, seed=1), normal(4, 3, 11, seed=2)
-    assert_same(lambda g, s: sum(model.dino(g, s, p)), theirs, s_global, s_local)
+    assert_same(lambda g, s: sum(dino_terms(g, s, p, 0.1)), theirs, s_global, s_local)
 
     mask = dinov2_batch()["mask"].flatten(0, 1)
     teacher, s_patch = normal(int(mask.sum()), 11), normal(int(mask.sum()), 11, seed=1)
     patch_loss = IBOTPatchLoss(output_dim=11, student_temp=0.1, teacher_temp=0.0625).double()
     p = (teacher / 0.0625).softmax(-1)
-    assert_same(lambda s: model.ibot(s, p, mask), lambda s: patch_loss(teacher, s, mask.view(-1, 4, 4)), s_patch)
+    assert_same(lambda s: ibot_term(s, p, mask, 0.1), lambda s: patch_loss(teacher, s, mask.view(-1, 4, 4)), s_patch)

@@ -281,9 +281,9 @@ def test_export_replaces_a_folder_and_refuses_what_it_cannot_read(tmp_path: Path
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"weights do not fit its config: missing blocks\.2"):
         export.load(folder)
-    del fields["unlabeled"]
+    del fields["unlabeled"], fields["model_type"]
     (folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="was not written by unlabeled"):
+    with pytest.raises(UserError, match="neither model_type"):
         export.load(folder)
 
 
@@ -437,15 +437,33 @@ def test_forward_refuses():
 
 
 def test_drop_path():
-    """A whole image's residual is dropped or scaled, in lists of sizes too; evaluation leaves everything."""
-    layer, shapes = DropPath(0.25), [(400, 2), (100, 5)]
-    x = torch.ones(1300, 3)
-    assert torch.equal(layer.eval()(x, shapes), x)
+    """The branch sees an exact share of each size's images, with their own rotations; it is scaled so that its mean stays. Evaluation leaves all."""
+    layer, shapes = DropPath(0.25), [(40, 2), (10, 5)]
+    x = torch.zeros(130, 3)
+    rotations = [(torch.arange(40.0).view(40, 1, 1, 1).expand(-1, 1, 2, 4),) * 2, (torch.ones(5, 4),) * 2]
+    seen = []
+
+    def branch(x: Tensor, shapes: list, rotations: list) -> Tensor:
+        seen.append((shapes, rotations))
+        out = torch.ones_like(x)
+        out[: shapes[0][0] * 2] *= rotations[0][0][:, 0, :, :1].reshape(-1, 1) + 1
+        return out
+
+    assert torch.equal(layer.eval()(x, shapes, branch, rotations)[80:], x[80:] + 1) and seen[0][0] == shapes
     torch.manual_seed(0)
-    first, second = layer.train()(x, shapes).split([800, 500])
-    per_image = torch.cat([first.view(400, -1).unique(dim=1), second.view(100, -1).unique(dim=1)])
-    assert per_image.shape == (500, 1) and per_image.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert per_image.mean() == pytest.approx(1, abs=0.08)
+    first, second = layer.train()(x, shapes, branch, rotations).split([80, 50])
+    assert seen[1][0] == [(30, 2), (7, 5)]  # ⌊40 · 0.75⌋ and ⌊10 · 0.75⌋
+    first, second = first.view(40, -1), second.view(10, -1)
+    assert (first[:, :1] == first).all() and (second[:, :1] == second).all()  # whole images
+    assert second[:, 0].unique().tolist() == pytest.approx([0, 10 / 7]) and (second[:, 0] > 0).sum() == 7
+    kept = first[:, 0].nonzero().flatten()
+    assert len(kept) == 30
+    torch.testing.assert_close(first[kept, 0], (kept + 1) * 40 / 30)  # each image has its own rotation
+    assert [shape for shape, _ in seen] != [] and DropPath(0.9)(
+        torch.zeros(2, 1), [(2, 1)], lambda x, *_: x + 1
+    ).sum() == 2
+    with pytest.raises(ValueError, match=r"model.drop_path = 1: must be at least 0 and below 1"):
+        DropPath(1)
 
 
 def test_a_block_that_lets_only_the_last_tokens_out():

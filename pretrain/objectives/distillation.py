@@ -1,0 +1,183 @@
+"""Distillation: any number of students learn one frozen teacher's features or prototypes in one run (DINOv2 and DINOv3, arXiv 2304.07193, 2508.10104).
+
+    teacher: 2 global crops → class tokens and patches, once for all students;   each student: the same crops and n local ones, nothing masked
+    prototypes: DINO and iBOT with the teacher's own heads: its assignments p, the student's new heads s, no mask, iBOT at the sampled patches
+    features:   1 − cos(W x, ẑ) for class tokens and for patches; ẑ are the teacher's, with mean 0 and variance 1 of each coordinate over the batch
+    Patches are compared at the student's grid: the teacher's map is averaged down or interpolated to it, so that cells cover the same pixels.
+    loss = sum over students, none of which another one's numbers depend on;   what is exported: each student's moving average
+
+Shapes: B images, G = 2 global and L local crops each, N patches of the teacher, M sampled patches of a student, K prototypes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.multicrop import multicrop
+from pretrain import weights
+from pretrain.config import Section
+from pretrain.objectives.base import Objective
+from pretrain.ops.align import align_map, align_mask, standardise
+from pretrain.ops.ema import ema_update, make_teacher
+from pretrain.ops.heads import PrototypeHead
+from pretrain.ops.koleo import koleo
+from pretrain.ops.randomness import own_randomness
+from pretrain.ops.self_distillation import dino_terms, health, ibot_term
+from pretrain.ops.sinkhorn import sinkhorn
+from pretrain.schedules import Schedule
+
+
+@dataclass
+class Config(Section):
+    teacher: str = ""  # features: any source of weights; prototypes: a run of dinov2 or dinov3, or RUN/checkpoints/STEP
+    students: list[str] = field(
+        default_factory=list
+    )  # beside `model`: "convnext_tiny", or with options "vit dim=192 heads=3"
+    loss: Literal["prototypes", "features"] = "prototypes"
+    momentum: Literal["auto"] | Schedule = field(default_factory=lambda: Schedule(0.994, kind="cosine", final=1.0))
+    student_temperature: float = 0.1
+    teacher_temperature: Literal["auto"] | Schedule = field(
+        default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.1)
+    )
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    patch_weight: float = 1.0  # of `features`
+    local_crops: int = 8
+    local_size: int = 96  # pixels
+    global_scale: float = 0.32  # smallest share of the image's area in a global crop, and the largest in a local one
+    local_scale: float = 0.05
+    mask_share: float = 0.5  # of the global crops have sampled patches
+    mask_ratio_min: float = 0.1
+    mask_ratio_max: float = 0.5
+    blur: list[float] = field(
+        default_factory=lambda: [1.0, 0.1, 0.5]
+    )  # first, second, local; released models: 0, .9, .5
+    solarize: float = 0.2  # probability, second global crop only
+    flip: float = 0.5  # probability
+
+
+class Distillation(Objective):
+    couples_batch = True
+
+    def __init__(self, cfg, backbone):
+        super().__init__(cfg, backbone)
+        if not cfg.teacher:
+            raise ValueError(
+                "objective.teacher is empty; name an export, a transformers or timm folder, an official file, or a run"
+            )
+        self.teacher = nn.ModuleDict({"backbone": weights.like(cfg.teacher)})
+        sizes = weights.heads_of(cfg.teacher) if cfg.loss == "prototypes" else {}
+        self.teacher.update({name: PrototypeHead(*size) for name, size in sizes.items()})
+        weights.load_teacher(self.teacher, cfg.teacher)
+        self.teacher.requires_grad_(False).eval()
+        width = self.teacher["backbone"].embed_dim
+
+        def student(body: nn.Module) -> nn.ModuleDict:
+            if cfg.loss == "features":
+                return nn.ModuleDict(
+                    {
+                        "backbone": body,
+                        "cls_head": nn.Linear(body.embed_dim, width),
+                        "patch_head": nn.Linear(body.embed_dim, width),
+                    }
+                )
+            heads = {name: PrototypeHead(body.embed_dim, *size[1:]) for name, size in sizes.items()}
+            return nn.ModuleDict({"backbone": body, **heads})
+
+        builders = {"model": backbone} | weights.builders(cfg.students)
+        self.students = nn.ModuleDict()
+        for name, build in builders.items():
+            with own_randomness(name):
+                self.students[name] = student(build())
+            cell = self.students[name]["backbone"].patch_size
+            if cfg.local_crops and cfg.local_size < cell:
+                raise ValueError(
+                    f"objective.local_size = {cfg.local_size} pixels is less than one cell ({cell}) of {name}"
+                )
+        self.averages = nn.ModuleDict({name: make_teacher(s["backbone"]).eval() for name, s in self.students.items()})
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.teacher.eval()
+        self.averages.eval()
+        return self
+
+    @staticmethod
+    def views(cfg, image_size, patch_size):
+        return multicrop(cfg, image_size, weights.find(cfg.teacher).cfg.patch_size)  # patches are sampled on its grid
+
+    def forward(self, batch, step):
+        images = batch["global"].flatten(0, 1)  # [B·G, ...]
+        with torch.no_grad():
+            teacher = self.teacher["backbone"](images)
+        target = self.prototypes_of(teacher, step) if self.cfg.loss == "prototypes" else standardise(teacher.cls)
+        total, logs = torch.zeros((), device=images.device), {}
+        inputs = [images, batch["local"].flatten(0, 1)] if batch["local"].shape[1] else [images]
+        for name, student in self.students.items():
+            with own_randomness(name):  # of drop path and rotary positions
+                features = student["backbone"](inputs)
+            compare = self.by_prototypes if self.cfg.loss == "prototypes" else self.by_features
+            loss, own = compare(student, features, teacher, target, batch, step)
+            total = total + loss
+            logs |= {f"{name}/{key}": value.detach() for key, value in {"loss": loss, **own}.items()}
+        return total, logs
+
+    @torch.no_grad()
+    def prototypes_of(self, teacher, step: int) -> Tensor:
+        """The teacher's assignments for class tokens [B·G, K]."""
+        return sinkhorn(self.teacher["dino_head"](teacher.cls), self.cfg.teacher_temperature(step))
+
+    def by_prototypes(
+        self, student, features, teacher, p_cls: Tensor, batch, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """DINO, iBOT and KoLeo of one student, as in DINOv2."""
+        cfg, crops, small = self.cfg, batch["global"].shape[1], batch["local"].shape[1]
+        own = features[0]
+        mask = align_mask(batch["mask"].flatten(0, 1), teacher.grid, own.grid)  # [B·G, N of the student]
+        with torch.no_grad():
+            patches = align_map(teacher.tokens, teacher.grid, own.grid)[mask]
+            p_patch = sinkhorn(self.teacher["ibot_head"](patches), cfg.teacher_temperature(step))  # [M, K]
+        logits = student["dino_head"](torch.cat([f.cls for f in features]))  # [B·G + B·L, K]
+        s_global = logits[: len(p_cls)].unflatten(0, (-1, crops))
+        s_local = logits[len(p_cls) :].unflatten(0, (len(s_global), small))
+        local, glob = dino_terms(s_global, s_local, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
+        ibot = ibot_term(student["ibot_head"](own.tokens[mask]), p_patch, mask, cfg.student_temperature)
+        cls = own.cls.unflatten(0, (-1, crops))
+        spread = sum(koleo(cls[:, i]) for i in range(crops))
+        loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
+        return loss, {"dino": local + glob, "ibot": ibot, "koleo": spread / crops, **health(cls[:, 0], p_cls)}
+
+    def by_features(
+        self, student, features, teacher, z_cls: Tensor, batch, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distances in direction of one student's projected features from the teacher's; of local crops from the mean over its global ones."""
+        crops, small = batch["global"].shape[1], batch["local"].shape[1]
+        own = features[0]
+        away = self.distance(student["cls_head"](own.cls), z_cls)
+        if small:
+            both = z_cls.unflatten(0, (-1, crops)).mean(1)  # [B, D]
+            local = self.distance(student["cls_head"](features[1].cls), both.repeat_interleave(small, 0))
+            away = (crops * away + small * local) / (crops + small)
+        tokens = align_map(teacher.tokens, teacher.grid, own.grid).flatten(0, 1)
+        patches = self.distance(student["patch_head"](own.tokens.flatten(0, 1)), standardise(tokens))
+        return away + self.cfg.patch_weight * patches, {"cls": away, "patches": patches}
+
+    @staticmethod
+    def distance(x: Tensor, z: Tensor) -> Tensor:
+        """1 − cosine of rows [R, D], their mean, in fp32 or wider."""
+        return 1 - F.cosine_similarity(x.to(z.dtype), z, dim=-1).mean()
+
+    def after_step(self, step):
+        for name, student in self.students.items():
+            ema_update(self.averages[name], student["backbone"], self.cfg.momentum(step), self.skipped)
+
+    def encoder(self):
+        return self.averages["model"]
+
+    def encoders(self):
+        return dict(self.averages.items())

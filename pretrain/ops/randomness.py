@@ -1,0 +1,19 @@
+"""Random numbers that do not depend on what is drawn elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def own_randomness(name: str) -> Iterator[None]:
+    """Inside, torch's generators start from (the seed that was last set, name); outside, they go on as if nothing had been drawn."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    seed = torch.initial_seed()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed((seed ^ (zlib.crc32(name.encode()) << 20)) & (2**63 - 1))
+        yield

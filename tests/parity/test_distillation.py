@@ -1,0 +1,253 @@
+"""Distillation: students against plain loops, at other strides than the teacher's; they do not know of each other; teachers of every kind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.stream import to_device
+from pretrain.config import ConfigError
+from pretrain.errors import UserError
+from pretrain.export import load as load_export
+from pretrain.ops.align import align_map, align_mask, standardise
+from pretrain.ops.randomness import own_randomness
+from pretrain.train import build_objective, build_stream, open_samples, train
+from tests.conftest import more, tiny_recipe
+from tests.parity.test_losses import naive_dino, naive_ibot, naive_koleo, naive_sinkhorn, noise, normal
+
+SMALL_STUDENTS = "objective.students=[vit dim=24 depth=2 heads=2 image_size=32 patch_size=4 drop_path=0.5, convnext_micro drop_path=0.5]"
+
+
+# ---------------------------------------------------------------- alignment
+def centres(h: int, w: int) -> Tensor:
+    """Where the cells of a grid lie: [1, h·w, 2] in [0, 1]."""
+    rows, columns = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+    return torch.stack([rows, columns], -1).view(1, h * w, 2)
+
+
+@pytest.mark.parametrize("target", [(2, 4), (4, 4), (4, 8), (1, 1), (8, 16)])
+def test_aligned_cells_cover_the_same_place(target: tuple[int, int]):
+    found = align_map(centres(4, 8), (4, 8), target).view(*target, 2)
+    expected = centres(*target).view(*target, 2)
+    if target == (8, 16):  # at the border, nothing lies beyond
+        found, expected = found[1:-1, 1:-1], expected[1:-1, 1:-1]
+    torch.testing.assert_close(found, expected)
+
+
+def test_aligned_masks():
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, :2, 2:] = True
+    assert align_mask(mask.flatten(1), (4, 4), (2, 2)).tolist() == [[False, True, False, False]]
+    assert torch.equal(
+        align_mask(mask.flatten(1), (4, 4), (8, 8)).view(8, 8), mask[0].repeat_interleave(2, 0).repeat_interleave(2, 1)
+    )
+    assert align_mask(mask.flatten(1), (4, 4), (4, 4)) is not None
+
+
+def test_standardise():
+    x = 3 * normal(50, 4) + 2
+    z = standardise(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.var(0, correction=0), torch.ones(4, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert standardise(torch.ones(3, 2)).isfinite().all()
+
+
+def test_own_randomness():
+    def draws(names: list[str]) -> dict[str, float]:
+        torch.manual_seed(5)
+        out = {}
+        for name in names:
+            with own_randomness(name):
+                out[name] = torch.rand(()).item()
+        out["after"] = torch.rand(()).item()
+        return out
+
+    both, one = draws(["a", "b"]), draws(["b"])
+    assert both["b"] == one["b"] and both["a"] != both["b"] and both["after"] == one["after"]
+
+
+# ---------------------------------------------------------------- losses
+def setup(shards: Path, run: Path, *overrides: str) -> tuple:
+    cfg = tiny_recipe("distillation", shards, run, *overrides)
+    model = build_objective(cfg, start=True)
+    stream = build_stream(cfg, model, open_samples(cfg))
+    batch = {k: v[:4] for k, v in to_device(stream.first(), torch.device("cpu"), cfg.data.mean, cfg.data.std).items()}
+    model.double()
+    for seed, student in enumerate(model.students.values()):
+        noise(student, seed)
+    return model.eval(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def test_prototypes(shards: Path, tmp_path: Path):
+    """Patches of 8 pixels against the teacher's of 4, crop by crop."""
+    model, batch = setup(shards, tmp_path / "run", *more("distillation", shards), "objective.teacher_temperature=0.2")
+    teacher, student = model.teacher, model.students["model"]
+    assert batch["mask"].shape == (4, 2, 64) and batch["mask"].sum() > 0
+    t_cls, t_patch, s_global, s_local, s_patch, masks, spread = [], [], [], [], [], [], [[], []]
+    for i in range(4):
+        for g in range(2):
+            crop = batch["global"][i, g][None]
+            features = teacher["backbone"](crop)
+            t_cls.append(teacher["dino_head"](features.cls)[0])
+            cells = (
+                F.avg_pool2d(features.tokens.transpose(1, 2).view(1, 48, 8, 8), 2).flatten(2).transpose(1, 2)[0]
+            )  # [16, D]
+            hidden = (
+                batch["mask"][i, g].view(8, 8)[1::2, 1::2].flatten()
+            )  # the cell under a centre between four: the one after
+            masks.append(hidden)
+            t_patch += [teacher["ibot_head"](cell[None])[0] for cell in cells[hidden]]
+            own = student["backbone"](crop)
+            s_global.append(student["dino_head"](own.cls)[0])
+            s_patch += [student["ibot_head"](token[None])[0] for token in own.tokens[0][hidden]]
+            spread[g].append(own.cls[0])
+        s_local += [student["dino_head"](student["backbone"](crop[None]).cls)[0] for crop in batch["local"][i]]
+    p_cls, p_patch = naive_sinkhorn(torch.stack(t_cls), 0.2), naive_sinkhorn(torch.stack(t_patch), 0.2)
+    local, glob = naive_dino(
+        torch.stack(s_global).view(4, 2, -1), torch.stack(s_local).view(4, 2, -1), p_cls.view(4, 2, -1), 0.1
+    )
+    ibot = naive_ibot(torch.stack(s_patch), p_patch, torch.stack(masks), 0.1)
+    expected = local + glob + ibot + 0.1 * sum(naive_koleo(torch.stack(rows)) for rows in spread)
+    loss, logs = model(batch, 0)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logs["model/ibot"], ibot.detach(), rtol=1e-6, atol=0)
+    parameters = list(student.parameters())
+    for one, other in zip(*(torch.autograd.grad(x, parameters) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
+
+
+def test_features(shards: Path, tmp_path: Path):
+    model, batch = setup(shards, tmp_path / "run", "objective.patch_weight=0.5")
+    teacher, student, crops = model.teacher["backbone"], model.students["model"], batch["global"].flatten(0, 1)
+    seen = [teacher(crop[None]) for crop in crops]
+    cls = torch.cat([f.cls for f in seen])
+    cells = torch.cat(
+        [F.avg_pool2d(f.tokens.transpose(1, 2).view(1, 48, 8, 8), 2).flatten(2).transpose(1, 2)[0] for f in seen]
+    )
+    z, z_cells = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-6).sqrt() for x in (cls, cells))
+
+    def away(x: Tensor, y: Tensor) -> Tensor:
+        return 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+
+    own = [student["backbone"](crop[None]) for crop in crops]
+    terms = [away(student["cls_head"](f.cls)[0], z[n]) for n, f in enumerate(own)]
+    for i in range(4):
+        for crop in batch["local"][i]:
+            terms.append(
+                away(student["cls_head"](student["backbone"](crop[None]).cls)[0], (z[2 * i] + z[2 * i + 1]) / 2)
+            )
+    patches = torch.cat(
+        [away(student["patch_head"](f.tokens[0]), z_cells[16 * n : 16 * n + 16]) for n, f in enumerate(own)]
+    )
+    expected = torch.stack(terms).mean() + 0.5 * patches.mean()
+    loss, _ = model(batch, 0)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_students_do_not_know_of_each_other(shards: Path, tmp_path: Path):
+    """With and without the others: the same losses, and the same weights after some steps, though all have drop path."""
+    results = []
+    for name, students in [
+        ("all", SMALL_STUDENTS),
+        ("two", SMALL_STUDENTS.replace("vit dim=24 depth=2 heads=2 image_size=32 patch_size=4 drop_path=0.5, ", "")),
+        ("one", "objective.students=[]"),
+    ]:
+        run = train(
+            tiny_recipe(
+                "distillation",
+                shards,
+                tmp_path / name,
+                *more("distillation", shards),
+                students,
+                "model.drop_path=0.5",
+                "objective.local_size=32",
+                "steps=3",
+            )
+        )
+        exported = {
+            p.name: load_export(p / "3")[0].state_dict() for p in (run / "export").iterdir() if not p.name.isdigit()
+        }
+        results.append(exported | {"model": load_export(run / "export" / "3")[0].state_dict()})
+    everything, two, one = results
+    assert (
+        set(everything) == {"vit", "convnext_micro", "model"}
+        and set(two) == {"convnext_micro", "model"}
+        and set(one) == {"model"}
+    )
+    for fewer in (two, one):
+        for name, state in fewer.items():
+            assert all(torch.equal(value, everything[name][key]) for key, value in state.items()), name
+
+
+# ---------------------------------------------------------------- teachers
+def test_a_teacher_of_transformers(shards: Path, tmp_path: Path):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers as hf
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "patch_size": 8,
+    }
+    hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**sizes, num_register_tokens=4)).save_pretrained(tmp_path / "hf")
+    options = [f"objective.teacher={tmp_path / 'hf'}", SMALL_STUDENTS, "objective.local_size=32", "steps=2"]
+    run = train(tiny_recipe("distillation", shards, tmp_path / "run", *options))
+    for path in (run / "export" / "2", run / "export" / "vit" / "2", run / "export" / "convnext_micro" / "2"):
+        encoder, about = load_export(path)
+        assert encoder(torch.randn(1, 3, 32, 32)).cls.isfinite().all() and about["step"] == 2
+    assert about["student"] == "convnext_micro"
+
+
+def test_refusals(shards: Path, tmp_path: Path):
+    cases = [
+        (
+            ["objective.students=[convnext_micro]"],
+            ConfigError,
+            "objective.local_size = 16 pixels is less than one cell .32. of convnext_micro",
+        ),
+        (["objective.loss=prototypes"], UserError, "has no dino_head, only a backbone; write objective.loss=features"),
+        (["objective.students=[vit_smal]"], ConfigError, "no such model; did you mean"),
+        (["objective.students=[vit_small depht=3]"], ConfigError, "no such key; did you mean"),
+    ]
+    for overrides, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            build_objective(tiny_recipe("distillation", shards, tmp_path / "run", *overrides), start=True)
+    cfg = tiny_recipe("distillation", shards, tmp_path / "run")
+    cfg.objective.teacher = ""
+    with pytest.raises(ConfigError, match=r"objective\.teacher is empty"):
+        build_objective(cfg)
+
+
+@pytest.mark.slow
+def test_students_are_scored(shards: Path, tmp_path: Path):
+    scored = [f"eval.gallery={shards}", f"eval.test={shards}", "eval.final=[knn]", "eval.pixels=false"]
+    run = train(
+        tiny_recipe(
+            "distillation", shards, tmp_path / "run", SMALL_STUDENTS, "objective.local_size=32", "steps=1", *scored
+        )
+    )
+    from launch import evals
+    from pretrain.recipe import load
+    from pretrain.run_folder import read_rows
+
+    board = type("Board", (), {"add_scalar": lambda *_: None, "flush": lambda _: None})()
+    for job in evals.jobs(run, load(run)):
+        evals.score(run, load(run), *job, board)
+        assert evals.name_of(job[0]) == read_rows(run / "results.jsonl")[-1]["model"]
+    rows = {(r["model"], r["step"]) for r in read_rows(run / "results.jsonl")}
+    assert rows == {
+        ("untrained", 0),
+        ("pretrained", 1),
+        ("vit", 0),
+        ("vit", 1),
+        ("convnext_micro", 0),
+        ("convnext_micro", 1),
+    }
+    assert "| test | knn | accuracy |" in (run / "export" / "vit" / "1" / "README.md").read_text()

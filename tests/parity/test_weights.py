@@ -1,0 +1,508 @@
+"""Backbones against transformers and timm on noised weights, both ways, and every option that only training uses, against plain formulas.
+
+Weights come in from folders and files of transformers, timm and the official layouts; what does not fit is an error that names it all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pretrain import export, weights
+from pretrain.errors import UserError
+from pretrain.layouts import official, timm
+from pretrain.models import presets
+from pretrain.models.convnext import ConvolutionalNetwork
+from pretrain.models.layers import Attention, QueryKeyValue
+from pretrain.models.positions import rope_angles, rope_change, rope_periods
+from tests.parity.test_models import (
+    ABOUT,
+    MEAN,
+    SIZES,
+    STD,
+    assert_close,
+    assert_round_trip,
+    assert_same_features,
+    images,
+    noise,
+    open_with_transformers,
+    vit,
+)
+
+DINOV3 = {
+    "positions": "rope",
+    "registers": 4,
+    "layer_scale": 1e-5,
+    "norm_eps": 1e-5,
+    "key_bias": False,
+    "mask_token": True,
+}
+
+
+@pytest.fixture(scope="module")
+def hf() -> ModuleType:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    return transformers
+
+
+def convnext(**options: object) -> ConvolutionalNetwork:
+    cfg = presets.ConvNeXt(**({"image_size": 64, "widths": [8, 16, 24, 32], "depths": [1, 2, 3, 1]} | options))
+    cfg.name = "convnext"
+    model = ConvolutionalNetwork(cfg).eval()
+    noise(model)
+    return model
+
+
+# ---------------------------------------------------------------- out, and back
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@torch.no_grad()
+def test_dinov3_to_transformers(hf, tmp_path: Path, mlp: str):
+    """Without key biases, with a norm of local crops that stays behind, and with training options that change nothing in evaluation."""
+    model = vit(**DINOV3, mlp=mlp, local_cls_norm=True, rope_rescale=2.0, rope_jitter=1.1, rope_shift=0.1)
+    export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
+    theirs = open_with_transformers(hf, tmp_path / "out")
+    assert theirs.config.key_bias is False and theirs.config.pos_embed_rescale == 2.0
+    for height, width in SIZES:
+        x = images(height, width)
+        mask = torch.rand(2, height * width // 64, generator=torch.Generator().manual_seed(1)) < 0.4
+        assert_same_features(model(x), theirs(x).last_hidden_state, 4)
+        assert_same_features(model(x, mask=mask), theirs(x, bool_masked_pos=mask).last_hidden_state, 4)
+    again, _ = export.load(tmp_path / "out")
+    assert again.cfg.local_cls_norm is False and torch.equal(again(images()).tokens, model(images()).tokens)
+
+
+@torch.no_grad()
+def test_bf16_is_close(hf, tmp_path: Path):
+    """Both in bf16: within 0.05 of features of size 1, where bf16 itself is 0.03 from fp32."""
+    model = vit(**DINOV3)
+    export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
+    theirs, x = open_with_transformers(hf, tmp_path / "out"), images()
+    exact = model(x).tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, others = model(x).tokens.float(), theirs(x).last_hidden_state[:, 5:].float()
+    scale = exact.std()
+    assert (ours - exact).abs().max() < 0.2 * scale and (ours - others).abs().max() < 0.3 * scale
+    model.to(torch.bfloat16)  # the periods are no buffer: they stay in fp32
+    assert model._rotation((4, 4), None, torch.device("cpu"))[0][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer_scale", [1e-6, None])
+@torch.no_grad()
+def test_convnext_to_transformers_and_timm(hf, tmp_path: Path, layer_scale: float | None):
+    model = convnext(layer_scale=layer_scale)
+    export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
+    theirs = open_with_transformers(hf, tmp_path / "out")
+    assert type(theirs).__name__ == "DINOv3ConvNextModel"
+    other = timm_model(model, tmp_path / "timm")
+    for height, width in [(64, 64), (96, 128), (64, 80)]:
+        x = images(height, width)
+        ours = model(x)
+        assert ours.grid == (height // 32, width // 32) and ours.registers.shape[1] == 0
+        sequence = theirs(x).last_hidden_state
+        assert_close(ours.cls, sequence[:, 0])
+        assert_close(ours.tokens, sequence[:, 1:])
+        assert_close(ours.cls, other(x))
+    if layer_scale is not None:
+        assert_round_trip(tmp_path / "out", model)
+
+
+def timm_model(model: nn.Module, folder: Path) -> nn.Module:
+    """timm's own model of our weights, by the folder that we write."""
+    import timm as library
+
+    fields, tensors = timm.write(model.cfg, model.state_dict(), MEAN, STD)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    return library.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+TIMM = [
+    {**DINOV3},
+    {**DINOV3, "mlp": "swiglu", "mlp_ratio": 2.5},
+    {**DINOV3, "qkv_bias": False, "registers": 0, "rope_base": 37.0},
+    {**DINOV3, "layer_scale": None},
+    {"norm_eps": 1e-6},
+    {"layer_scale": 0.5, "registers": 4, "mask_token": True},
+    {"mlp": "swiglu", "mlp_ratio": 8 / 3, "layer_scale": 0.5, "positions": "sincos"},
+    {"key_bias": False, "layer_scale": 0.5},
+    {"in_channels": 5},
+]
+
+
+@pytest.mark.parametrize("options", TIMM, ids=str)
+@torch.no_grad()
+def test_vit_to_timm_and_back(tmp_path: Path, options: dict):
+    model = vit(**options)
+    theirs, channels = timm_model(model, tmp_path / "timm"), options.get("in_channels", 3)
+    for height, width in (
+        [(32, 32), (48, 64)] if "positions" in options and "sincos" not in options.values() else [(32, 32)]
+    ):
+        x = images(height, width, channels=channels)
+        sequence = theirs.forward_features(x)
+        assert_same_features(model(x), sequence, options.get("registers", 0))
+        assert_close(model(x).cls, theirs(x))
+    again, about = weights.load_backbone(tmp_path / "timm")
+    assert about["mean"] == MEAN and again.cfg.mask_token is False
+    assert_close(again(x).tokens, model(x).tokens)
+    assert_close(again(x).cls, model(x).cls)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vit_small_patch16_dinov3_qkvb", {}),
+        ("vit_small_plus_patch16_dinov3", {}),
+        ("vit_giant_patch14_reg4_dinov2", {}),
+        ("vit_small_patch14_dinov2", {}),
+        ("convnext_tiny", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}),
+    ],
+)
+@torch.no_grad()
+def test_from_timm(tmp_path: Path, name: str, options: dict):
+    """A random model of timm, noised, from its folder into ours."""
+    import timm as library
+
+    small = {} if options else {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": 32}
+    theirs = library.create_model(
+        name, num_classes=0, global_pool="token" if small else "avg", **small, **options
+    ).eval()
+    noise(theirs)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": name, "model_args": small | options, "pretrained_cfg": {}})
+    )
+    ours, about = weights.load_backbone(tmp_path)
+    x = images(32, 32) if small else images(64, 64)
+    assert_close(ours(x).cls, theirs(x))
+    assert about["mean"] == weights.MEAN
+
+
+def test_timm_refuses(tmp_path: Path):
+    with pytest.raises(UserError, match="timm's ViT with rotary positions has no bias for keys"):
+        timm.write(vit(**{**DINOV3, "key_bias": True}).cfg, {}, MEAN, STD)
+    for name, message in [
+        ("resnet18", "is a ResNet of timm"),
+        ("vit_base_patch16_clip_quickgelu_224", "its activation is QuickGELU"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": {}}))
+        with pytest.raises(UserError, match=message):
+            weights.find(tmp_path)
+
+
+# ---------------------------------------------------------------- from transformers
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dinov3_vit",
+        "dinov3_gated",
+        "dinov3_convnext",
+        "dinov2",
+        "dinov2_registers",
+        "dinov2_swiglu",
+        "vit",
+        "vit_mae",
+        "resnet",
+    ],
+)
+@torch.no_grad()
+def test_from_transformers(hf, tmp_path: Path, kind: str):
+    """A random model, noised, saved by transformers itself, into ours."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
+    rotary = sizes | {"intermediate_size": 96, "num_register_tokens": 4}
+    maps = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+    theirs = {
+        "dinov3_vit": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**rotary)),
+        "dinov3_gated": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**rotary, use_gated_mlp=True, hidden_act="silu")),
+        "dinov3_convnext": lambda: hf.DINOv3ConvNextModel(hf.DINOv3ConvNextConfig(**maps)),
+        "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**sizes, mlp_ratio=3)),
+        "dinov2_registers": lambda: hf.Dinov2WithRegistersModel(
+            hf.Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)
+        ),
+        "dinov2_swiglu": lambda: hf.Dinov2Model(hf.Dinov2Config(**sizes, use_swiglu_ffn=True)),
+        "vit": lambda: hf.ViTModel(hf.ViTConfig(**sizes, intermediate_size=96), add_pooling_layer=False),
+        "vit_mae": lambda: hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**sizes, intermediate_size=96, mask_ratio=0.0)),
+        "resnet": lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[32, 48], depths=[1, 2])),
+    }[kind]().eval()
+    noise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours, _ = weights.load_backbone(tmp_path)
+    x = images(64, 64) if kind in ("dinov3_convnext", "resnet") else images(32, 32)
+    features = ours(x)
+    if kind == "vit_mae":
+        sequence = theirs.vit(x, noise=torch.arange(16).expand(2, -1).float()).last_hidden_state
+    else:
+        sequence = theirs(x).last_hidden_state
+    if kind == "resnet":
+        assert_close(features.tokens, sequence.flatten(2).transpose(1, 2))
+    else:
+        assert_same_features(features, sequence, features.registers.shape[1])
+    if kind == "dinov3_vit":
+        y = images(48, 64)
+        assert_same_features(ours(y), theirs(y).last_hidden_state, 4)
+
+
+def test_shards_of_safetensors(hf, tmp_path: Path):
+    theirs = hf.DINOv3ViTModel(
+        hf.DINOv3ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    )
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(weights.load_backbone(tmp_path)[0].patch_embed.weight, theirs.embeddings.patch_embeddings.weight)
+
+
+# ---------------------------------------------------------------- official files
+@pytest.mark.parametrize(
+    "options",
+    [
+        DINOV3,
+        {**DINOV3, "mlp": "swiglu", "mlp_ratio": 2.5, "qkv_bias": False, "local_cls_norm": True},
+        {"layer_scale": 0.5, "mask_token": True},
+        {"mlp": "swiglu", "layer_scale": 0.5, "registers": 2, "mask_token": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wrap", ["bare", "teacher"])
+@torch.no_grad()
+def test_official_vit(tmp_path: Path, options: dict, wrap: str):
+    model = vit(**{**options, "dim": 128, "heads": 2})
+    tensors = official.write(model.cfg, model.state_dict())
+    if options is DINOV3:
+        for i in range(2):  # what a masked bias holds does not matter
+            tensors[f"blocks.{i}.attn.qkv.bias"][128:256] = math.nan
+    file: dict = tensors
+    if wrap == "teacher":
+        file = {
+            "teacher": {f"backbone.{k.replace('blocks.', 'blocks.0.')}": v for k, v in tensors.items()}
+            | {"dino_head.x": torch.ones(1)}
+        }
+    torch.save(file, tmp_path / "weights.pth")
+    again, about = weights.load_backbone(tmp_path / "weights.pth")
+    assert about["step"] is None
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert torch.equal(model(images()).tokens, again(images()).tokens)
+
+
+@torch.no_grad()
+def test_official_convnext(tmp_path: Path):
+    model = convnext()
+    tensors = official.write(model.cfg, model.state_dict())
+    assert torch.equal(tensors["norms.3.weight"], tensors["norm.weight"])
+    save_file(tensors, tmp_path / "weights.safetensors")
+    again, _ = weights.load_backbone(tmp_path / "weights.safetensors")
+    assert torch.equal(model(images(64, 64)).tokens, again(images(64, 64)).tokens)
+
+
+@pytest.mark.parametrize(
+    "name, keys, millions",
+    [
+        ("dinov3_vits16", 188, 21.60),
+        ("dinov3_vits16plus", 212, 28.70),
+        ("dinov3_vitb16", 188, 85.67),
+        ("dinov3_vitl16", 368, 303.15),
+        ("dinov3_vitl16plus", 416, 403.92),
+        ("dinov3_vith16plus", 552, 840.63),
+        ("dinov3_vit7b16", 610, 6716.04),
+        ("convnext_tiny", 182, 27.82),
+        ("convnext_small", 344, 49.45),
+        ("convnext_base", 344, 87.57),
+        ("convnext_large", 344, 196.23),
+    ],
+)
+def test_named_sizes(name: str, keys: int, millions: float):
+    """Keys and parameters of the released files; theirs also count biases of keys that are always zero, ours do not."""
+    cls, options = presets.choose(name)
+    cfg = cls(**options)
+    cfg.name = name
+    with torch.device("meta"):
+        model = presets.build(cfg, **({"mask_token": True} if cls is presets.ViT else {}))
+    assert len(official.write(cfg, model.state_dict())) == keys
+    total = sum(p.numel() for p in model.parameters()) + (
+        cfg.depth * cfg.dim if cls is presets.ViT and cfg.qkv_bias else 0
+    )
+    assert total / 1e6 == pytest.approx(millions, abs=0.011)
+
+
+# ---------------------------------------------------------------- into a model that a recipe built
+def test_what_may_differ(tmp_path: Path):
+    """A new mask token, a norm of local crops that begins as the common one, another size of the position table, biases of keys."""
+    source = vit(registers=2, layer_scale=None, key_bias=False)
+    export.write(tmp_path / "out", source, ABOUT, MEAN, STD)
+    options = {
+        "registers": 2,
+        "layer_scale": 1e-5,
+        "mask_token": True,
+        "local_cls_norm": True,
+        "image_size": 64,
+        "key_bias": True,
+    }
+    model = vit(**options)
+    weights.load_into(model, tmp_path / "out")
+    assert torch.equal(model.local_cls_norm.weight, source.norm.weight) and model.pos_embed.shape == (1, 65, 32)
+    with torch.no_grad():
+        x = images(64, 64)
+        assert_close(model.eval()(x).tokens, source(x).tokens)
+    with weights.unread():
+        weights.load_into(vit(dim=64), tmp_path / "nothing")
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path):
+    export.write(tmp_path / "out", vit(mask_token=True), ABOUT, MEAN, STD)
+    cases = [
+        ({"heads": 2, "norm_eps": 1e-3}, r"model.heads = 2, there 4, model.norm_eps = 0.001, there 1e-06"),
+        ({"depth": 3}, r"missing blocks\.2\.norm1\.weight.*missing blocks\.2\.mlp\.fc2\.bias"),
+        ({"depth": 1}, r"unexpected blocks\.1\.norm1\.weight"),
+        ({"dim": 64}, r"cls_token is \[1, 1, 32\], here \[1, 1, 64\]"),
+        ({"positions": "rope"}, r"model.positions = 'rope', there 'learned'"),
+        ({"key_bias": False}, r"the keys have biases, but model.key_bias is false"),
+    ]
+    for options, message in cases:
+        with pytest.raises(UserError, match=message):
+            weights.load_into(vit(**options), tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds a ViT, but model\.name = convnext is a ConvNeXt"):
+        weights.load_into(convnext(), tmp_path / "out")
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"has not the names of a DINOv2 or DINOv3 file \(a.weight"):
+        weights.find(tmp_path / "other.safetensors")
+    (tmp_path / "bad.pth").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"bad.pth: cannot be read"):
+        weights.find(tmp_path / "bad.pth")
+
+
+# ---------------------------------------------------------------- options of training
+def test_keys_have_no_bias():
+    torch.manual_seed(0)
+    plain, ours = nn.Linear(8, 24).double(), QueryKeyValue(8).double()
+    with torch.no_grad():
+        plain.bias[8:16] = 0
+        ours.weight.copy_(plain.weight)
+        ours.bias.copy_(plain.bias[[*range(8), *range(16, 24)]])
+    x = torch.randn(5, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=1e-14)
+    assert isinstance(Attention(8, 2, qkv_bias=True, key_bias=False).qkv, QueryKeyValue) and ours.bias.shape == (16,)
+    assert Attention(8, 2, qkv_bias=False, key_bias=False).qkv.bias is None
+
+
+def test_rope_change():
+    """Angles of changed coordinates, in the order shift, jitter, rescale, by loops."""
+    torch.manual_seed(3)
+    change = rope_change(200, 0.2, 1.5, 2.0)
+    scale, shift = change[:, 0], change[:, 1]
+    assert shift.abs().max() <= 0.2 and shift.std() == pytest.approx(0.2 / math.sqrt(3), rel=0.1)
+    ratio = (scale[:, 0] / scale[:, 1]).log()  # the rescaling falls out
+    assert ratio.abs().max() <= 2 * math.log(1.5) and ratio.std() == pytest.approx(
+        math.log(1.5) * math.sqrt(2 / 3), rel=0.15
+    )
+    assert scale.log().abs().max() <= math.log(3) and scale.log().abs().max() > math.log(2)
+    torch.manual_seed(3)
+    only = rope_change(200, None, None, 2.0)
+    assert not only[:, 1].any() and torch.equal(only[:, 0, 0], only[:, 0, 1])
+    torch.testing.assert_close(only[:, 0, 0].log().std().item(), math.log(2) / math.sqrt(3), rtol=0.1, atol=0)
+    torch.testing.assert_close((scale / only[:, 0]).log().std().item(), math.log(1.5) / math.sqrt(3), rtol=0.1, atol=0)
+    periods = rope_periods(8, 100.0)
+    angles = rope_angles(periods, (2, 3), change)
+    for b, patch, j in [(0, 0, 0), (1, 4, 1), (7, 5, 2), (9, 3, 3)]:
+        axis = j // 2
+        place, count = (divmod(patch, 3)[axis], (2, 3)[axis])
+        coordinate = ((2 * (place + 0.5) / count - 1) + shift[b, axis]) * scale[b, axis]
+        assert angles[b, patch, j].item() == pytest.approx((2 * math.pi * coordinate / periods[j % 2]).item(), rel=1e-5)
+        assert angles[b, patch, j + 4] == angles[b, patch, j]
+    torch.testing.assert_close(
+        rope_angles(periods, (2, 3), rope_change(1, None, None, None))[0], rope_angles(periods, (2, 3))
+    )
+
+
+def test_rope_is_changed_in_training_alone():
+    """Each block and each size draws its own; the same seed gives the same; class token and registers stay unrotated."""
+    model, x = vit(**DINOV3, rope_rescale=2.0, rope_shift=0.1), [images(), images(16, 16)]
+    still = vit(**DINOV3)
+    assert torch.equal(model(x)[0].tokens, still(x)[0].tokens)
+    model.train()
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(model(x)[0].tokens.detach())
+    assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+    tables = model._rotation((4, 4), None, torch.device("cpu"))
+    assert len(tables) == 2 and not torch.equal(tables[0][0], tables[1][0]) and bool((tables[0][0][:5] == 1).all())
+    keep = torch.tensor([[3, 1], [0, 2]])
+    torch.manual_seed(0)
+    whole = model._rotation((4, 4), None, torch.device("cpu"))[1][0]
+    torch.manual_seed(0)
+    part = model._rotation((4, 4), keep, torch.device("cpu"))[1][0]
+    assert part.shape == (2, 1, 7, 8) and torch.equal(part[1, 0, 5:], whole[[5, 7]])
+
+
+def test_local_crops_have_a_norm_of_their_own():
+    model, plain = vit(**DINOV3, local_cls_norm=True), vit(**DINOV3)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("local_cls")})
+    x = [images(), images(16, 16, 3), images(16, 32, 2)]
+    assert all(torch.equal(a.cls, b.cls) for a, b in zip(model(x), plain(x), strict=True))
+    model.train(), plain.train()
+    ours, common = model(x), plain(x)
+    assert torch.equal(ours[0].cls, common[0].cls) and torch.equal(ours[1].tokens, common[1].tokens)
+    norm, own = plain.norm, model.local_cls_norm
+    for a, b in zip(ours[1:], common[1:], strict=True):
+        assert a.grid == b.grid
+        for value, other in ((a.cls, b.cls), (a.registers, b.registers)):
+            before = (other - norm.bias) / norm.weight  # normalised, not yet scaled
+            torch.testing.assert_close(value, before * own.weight + own.bias, rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(value, other, atol=1e-2)
+    two = model(x, layers=2)
+    assert torch.equal(two[1].cls[:, 32:], ours[1].cls) and two[2].registers.shape == (2, 4, 64)
+
+
+def test_layers_by_name():
+    model, network = vit(depth=3, **DINOV3), convnext()
+    for name, layer in [
+        ("cls_token", 0),
+        ("patch_embed.weight", 0),
+        ("mask_token", 0),
+        ("blocks.0.ls1.gamma", 1),
+        ("blocks.2.mlp.fc1.bias", 3),
+        ("norm.weight", 4),
+    ]:
+        assert model.layer_of(name) == (layer, 4), name
+    for name, layer in [
+        ("downsample_layers.0.0.weight", 0),
+        ("stages.0.0.gamma", 1),
+        ("downsample_layers.1.1.bias", 2),
+        ("stages.1.0.norm.weight", 2),
+        ("stages.2.1.dwconv.bias", 5),
+        ("stages.3.0.gamma", 7),
+        ("norm.bias", 8),
+    ]:
+        assert network.layer_of(name) == (layer, 8), name
+    for body in (model, network):
+        assert all(0 <= body.layer_of(name)[0] <= body.layer_of(name)[1] for name, _ in body.named_parameters())
+
+
+def test_convnext_drop_path_and_refusals():
+    model, x = convnext(drop_path=0.5).train(), images(64, 64, 4)
+    torch.manual_seed(0)
+    first = model(x).cls
+    torch.manual_seed(0)
+    assert torch.equal(model(x).cls, first) and not torch.allclose(model.eval()(x).cls, first)
+    for options in ({"mask": torch.zeros(4, 4)}, {"layers": 2}):
+        with pytest.raises(ValueError, match="a ConvNeXt takes no mask"):
+            model(x, **options)
+    with pytest.raises(ValueError, match="a ConvNeXt takes no mask"):
+        model([x], mask=[torch.zeros(4, 4)])
+    with pytest.raises(ValueError, match="16×64 pixels is less than one cell of 32 pixels"):
+        model(images(16, 64))
+    with pytest.raises(ValueError, match="must be of one length"):
+        convnext(widths=[8, 16])
+    for key, value in [("rope_rescale", 0.5), ("rope_jitter", 0.0), ("rope_shift", -1.0)]:
+        with pytest.raises(ValueError, match=f"model.{key} = {value}: must be"):
+            vit(positions="rope", **{key: value})

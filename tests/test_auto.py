@@ -1,0 +1,129 @@
+"""What `auto` becomes, that it is said and kept, and that a collapse is noticed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pretrain import auto, collapse, recipe
+from pretrain.train import train
+from tests.conftest import tiny_recipe
+
+ALL = [
+    "objective.prototypes=auto",
+    "objective.momentum=auto",
+    "objective.teacher_temperature=auto",
+    "model.drop_path=auto",
+    "optim.lr={kind: cosine, value: 1.0e-3, warmup: auto}",
+]
+
+
+def test_rules_meet_the_published_recipes():
+    imagenet, lvd = 1_281_167, 1_689_000_000
+    assert auto.prototypes(imagenet, 2048) == 65536 and auto.prototypes(lvd, 4096) == 262144
+    assert [auto.prototypes(n, b) for n, b in [(50_000, 256), (1_000, 64), (10, 8), (lvd, 64)]] == [
+        2048,
+        256,
+        256,
+        4096,
+    ]
+    assert auto.momentum(125_000, 1024) == pytest.approx(0.996) and auto.momentum(125_000, 2048) == pytest.approx(0.992)
+    assert auto.momentum(1_000_000, 8) == pytest.approx(1 - 1e-4) and auto.momentum(1000, 64) == pytest.approx(0.98)
+    assert auto.momentum(100, 8) == 0.95
+    assert auto.warmup(125_000, 1024, imagenet) == 12500 and auto.warmup(125_000, 2048, imagenet) == 6256
+    assert auto.warmup(5, 8, 10) == 1
+    assert auto.temperature(125_000, 2048, imagenet) == {"value": 0.07, "start": 0.04, "warmup": 18767.0}
+    assert auto.temperature(1000, 64, 5000)["value"] == 0.05 and auto.temperature(1000, 64, 5000)["warmup"] == 300
+    assert auto.drop_path(1024, 125_000, 2048, imagenet) == 0.3 and auto.drop_path(4096, 10**6, 4096, lvd) == 0.0
+    assert auto.drop_path(384, 1000, 64, 2000) == 0.05 and auto.drop_path(192, 10**6, 64, 2000) == 0.0
+
+
+@pytest.mark.parametrize("objective", ["dinov2", "dinov3"])
+def test_values_are_said_stored_and_kept(shards: Path, tmp_path: Path, objective: str):
+    small = [o for o in ALL if objective == "dinov3" or "prototypes" not in o]
+    overrides = [*small, "data.batch=8", "steps=4", "checkpoint=2"]
+    run = train(tiny_recipe(objective, shards, tmp_path / "run", *overrides))
+    said = (run / "log.txt").read_text()
+    for key in (
+        "objective.momentum = 0.95 → 1",
+        "objective.teacher_temperature = 0.04 → 0.05 over 1 steps",
+        "model.drop_path = 0.0",
+        "optim.lr.warmup = 1.0",
+    ):
+        assert key in said, said
+    stored = recipe.load(run)
+    assert vars(stored.objective)["momentum"].value == pytest.approx(0.95) and "auto" not in (
+        run / "recipe.yaml"
+    ).read_text().replace("device: auto", "")
+    again = tiny_recipe(objective, shards, tmp_path / "run", *overrides)
+    assert train(again) == run and "objective.momentum" not in (run / "log.txt").read_text().removeprefix(said)
+
+
+def test_accumulation_in_small_batches(shards: Path, tmp_path: Path):
+    """One process, batch 8 in micro-batches of 4."""
+    run = train(
+        tiny_recipe(
+            "dinov3",
+            shards,
+            tmp_path / "run",
+            *ALL,
+            "data.batch=8",
+            "parallel.micro_batch=4",
+            "parallel.accumulate_coupled=true",
+            "objective.koleo_group=2",
+            "steps=3",
+        )
+    )
+    assert (run / "export" / "3").is_dir()
+
+
+def test_one_sample(shards: Path, tmp_path: Path):
+    """A batch of 1: KoLeo has no neighbours and says nothing, the rest goes on."""
+    run = train(
+        tiny_recipe("dinov3", shards, tmp_path / "run", "data.batch=1", "objective.koleo_group=null", "steps=2")
+    )
+    assert (run / "export" / "2").is_dir()
+
+
+# ---------------------------------------------------------------- collapse
+def rows(**series: list[float]) -> list[dict]:
+    return [
+        {"step": i, **{k.replace("__", "/"): v[i] for k, v in series.items()}}
+        for i in range(len(next(iter(series.values()))))
+    ]
+
+
+def said_of(prototypes: int | None = 64, **series: list[float]) -> list[str]:
+    said: list[str] = []
+    watch = collapse.Watch(prototypes, said.append)
+    for row in rows(**series):
+        watch.read([row])
+    return said
+
+
+def test_collapse_is_named_once():
+    falling = [0.5 * 0.8**i for i in range(80)]
+    (line,) = said_of(feature_std=falling)
+    assert line.startswith("step 30: collapse: the class tokens of all images") and "0.5 at the start" in line
+    (line,) = said_of(rank=[9.0] * 5 + [1.1] * 40)
+    assert line.startswith("step 24:")
+    (line,) = said_of(vit__teacher_entropy=[4.0] * 10 + [math.log(64)] * 40)
+    assert "vit/teacher_entropy = 4.16" in line and "ln K = 4.16" in line
+
+
+def test_what_is_no_collapse():
+    assert said_of(feature_std=[0.5] * 80, rank=[5.0, 1.2] * 40, teacher_entropy=[3.9, 4.16] * 40) == []
+    assert said_of(feature_std=[0.5, *[0.01] * 19, 0.5, *[0.01] * 19]) == []
+    assert said_of(rank=[1.0] * 60) == []  # a batch of two has no more
+    assert said_of(feature_std=[0.5, *[float("nan")] * 60]) == []
+    assert said_of(None, teacher_entropy=[4.16] * 60) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_collapses_says_so(shards: Path, tmp_path: Path):
+    """DINOv2 whose student is told to make all class tokens alike."""
+    options = ["objective.koleo_weight=-30.0", "objective.momentum=0.5", "optim.lr=3e-3", "steps=150", "log=10"]
+    run = train(tiny_recipe("dinov2", shards, tmp_path / "run", *options))
+    assert "collapse: the class tokens of all images are becoming alike" in (run / "log.txt").read_text()
