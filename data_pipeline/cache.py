@@ -83,7 +83,11 @@ class Cache:
         try:
             path.parent.mkdir(exist_ok=True)
             temporary.write_bytes(data)
-            temporary.replace(path)
+            with self._lock:
+                if (dataset, first) in self._size:
+                    temporary.replace(path)
+                else:  # its place has been given to another since
+                    temporary.unlink()
         except OSError:
             temporary.unlink(missing_ok=True)
             self.drop(dataset, first)
