@@ -441,7 +441,7 @@ def test_rope_is_changed_in_training_alone():
     whole = model._rotation((4, 4), None, torch.device("cpu"))[1][0]
     torch.manual_seed(0)
     part = model._rotation((4, 4), keep, torch.device("cpu"))[1][0]
-    assert part.shape == (2, 1, 7, 8) and torch.equal(part[1, 0, 5:], whole[[5, 7]])
+    assert part.shape == (2, 7, 1, 8) and torch.equal(part[1, 5:], whole[[5, 7]])
 
 
 def test_local_crops_have_a_norm_of_their_own():
