@@ -124,6 +124,17 @@ def export(args: argparse.Namespace) -> None:
     print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
 
 
+def snapshots(args: argparse.Namespace) -> None:
+    from pretrain.recipe import load
+
+    run = Path(args.run)
+    data = load(run).data
+    from eval.snapshots import compare, table
+
+    shards = args.shards or data.train or [shard for source in data.mix for shard in source.shards]
+    print(table(compare(run, shards, args.images), run))
+
+
 def checkpoint_inspect(args: argparse.Namespace) -> None:
     from pretrain import checkpoint_tools
 
@@ -294,6 +305,14 @@ def parser() -> argparse.ArgumentParser:
                 "help": "timm, official, torch, onnx: written into the folder as well",
             },
         ),
+    )
+    add(
+        "snapshots",
+        snapshots,
+        "Say which export of a run serves best as a Gram teacher, by how clean its patch similarities are; no labels are needed.",
+        ("run", {"help": "run folder"}),
+        ("--shards", {"nargs": "+", "help": "images to look at (default: the run's data)"}),
+        ("--images", {"type": int, "default": 64, "help": "how many (default 64)"}),
     )
     saved = commands.add_parser("checkpoint", help="look into, check or convert a checkpoint").add_subparsers(
         required=True, metavar="COMMAND"
