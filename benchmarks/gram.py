@@ -2,7 +2,7 @@
 
     python benchmarks/gram.py FOLDER [--steps 1500] [--stage 400] [--picture gram.png]
 
-The demo's photographed textures (64 pixels). A DINOv3 ViT (4 blocks of 96, patches of 8) is pretrained; each export is scored by patch k-NN on mosaics of four
+The demo's photographed textures (64 pixels). A DINOv3 ViT (4 blocks of 64, patches of 8) is pretrained; each export is scored by patch k-NN on mosaics of four
 test images of different materials: what material is each patch, by its 20 nearest patches of training images. The export with the best score is the Gram
 teacher. From the last checkpoint, two runs of as many steps: as before (control), and with the Gram term. Figures:
 
@@ -42,9 +42,9 @@ from pretrain.train import train
 SIDE, PATCH = 64, 8
 MODEL = [
     "model=dinov3_vits16",
-    "model.dim=96",
+    "model.dim=64",
     "model.depth=4",
-    "model.heads=3",
+    "model.heads=2",
     "model.patch_size=8",
     "model.image_size=64",
 ]
@@ -55,7 +55,7 @@ COMMON = [
     "objective.head_hidden=256",
     "objective.head_bottleneck=64",
 ]
-COMMON += ["objective.prototypes=1024", "data.batch=64", "data.workers=1", "threads=1", "precision=fp32", "device=cpu"]
+COMMON += ["objective.prototypes=1024", "data.batch=32", "data.workers=1", "threads=1", "precision=fp32", "device=cpu"]
 COMMON += ["optim.layer_decay=1.0", "optim.patch_embed_lr=1.0", "optim.clip=3.0", "objective.flip=0.5", "log=50"]
 
 

@@ -119,8 +119,10 @@ def export(args: argparse.Namespace) -> None:
     exports.save(target, objective, recipe, step)
     from pretrain.release import release
 
-    small = getattr(recipe.model, "stem", None) == "small"  # which transformers has no class for
-    print("\n".join(release(target, [*([] if small else ["transformers"]), *args.also])))
+    theirs = (
+        getattr(recipe.model, "stem", None) != "small" and recipe.model.name != "timm"
+    )  # what transformers has a class for
+    print("\n".join(release(target, [*(["transformers"] if theirs else []), *args.also])))
     print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
 
 

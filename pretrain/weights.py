@@ -290,7 +290,7 @@ def load_into(backbone: Backbone, source: str | Path) -> None:
         _fill(backbone, find(source), f"model.name = {backbone.cfg.name}")
 
 
-SAME = ("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem")
+SAME = ("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem", "architecture")
 
 
 def _fill(backbone: Backbone, found: Source, what: str) -> None:
@@ -320,7 +320,11 @@ def _fill(backbone: Backbone, found: Source, what: str) -> None:
 def _adapted(ours: Any, theirs: Any, state: State, own: State) -> State:
     """The state with what is allowed to differ made alike."""
     state = dict(state)
-    if not isinstance(ours, presets.ResNet) and ours.layer_scale is not None and theirs.layer_scale is None:
+    if (
+        isinstance(ours, (presets.ViT, presets.ConvNeXt))
+        and ours.layer_scale is not None
+        and theirs.layer_scale is None
+    ):
         state |= {k: torch.ones_like(v) for k, v in own.items() if k.endswith(".gamma")}
     if not isinstance(ours, presets.ViT):
         return state

@@ -23,6 +23,11 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors) of our state dict."""
     if isinstance(cfg, presets.ViT):
         return vit_to_transformers(cfg, state)
+    if isinstance(cfg, presets.Timm):  # timm's own: create_model("local-dir:FOLDER") opens it, too
+        fields = {"model_type": "timm_wrapper", "architecture": cfg.architecture, "num_classes": 0}
+        shown = {"input_size": [cfg.in_channels, cfg.image_size, cfg.image_size], "num_classes": 0}
+        fields |= {"model_args": {"in_chans": cfg.in_channels}, "pretrained_cfg": shown}
+        return fields, {k.removeprefix("network."): v for k, v in state.items()}
     return (convnext_to_transformers if isinstance(cfg, presets.ConvNeXt) else resnet_to_transformers)(cfg, state)
 
 
@@ -30,6 +35,8 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
     """Our state dict of what `write` gave, or of another file of transformers' `kind` (its model_type)."""
     if isinstance(cfg, presets.ViT):
         return vit_from_transformers(cfg, tensors, kind)
+    if isinstance(cfg, presets.Timm):
+        return {f"network.{k}": v for k, v in tensors.items()}
     if isinstance(cfg, presets.ConvNeXt):
         out = {_convnext_key(key, back=True): value for key, value in tensors.items()}
         return {k: v for k, v in out.items() if cfg.layer_scale is not None or not k.endswith(".gamma")}
