@@ -27,7 +27,12 @@ from pretrain.recipe import load
 from pretrain.train import train
 
 CROPS = ["objective.local_size=32", "objective.local_crops=4"]
-HEADS = ["objective.head_hidden=256", "objective.head_bottleneck=64", "objective.prototypes=256", "objective.unit_prototypes=true"]
+HEADS = [
+    "objective.head_hidden=256",
+    "objective.head_bottleneck=64",
+    "objective.prototypes=256",
+    "objective.unit_prototypes=true",
+]
 ENGINE = ["data.batch=64", "data.workers=1", "threads=1", "precision=fp32", "device=cpu", "optim.clip=null", "log=50"]
 RATES = ["optim.layer_decay=1.0", "optim.patch_embed_lr=1.0", "optim.lr={kind: cosine, value: 1.0e-3, warmup: 0.1}"]
 TEMPERATURE = "objective.teacher_temperature={value: 0.07, start: 0.04, warmup: 0.1}"

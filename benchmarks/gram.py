@@ -55,7 +55,15 @@ COMMON = [
     "objective.head_hidden=256",
     "objective.head_bottleneck=64",
 ]
-COMMON += ["objective.prototypes=256", "objective.unit_prototypes=true", "data.batch=32", "data.workers=1", "threads=1", "precision=fp32", "device=cpu"]
+COMMON += [
+    "objective.prototypes=256",
+    "objective.unit_prototypes=true",
+    "data.batch=32",
+    "data.workers=1",
+    "threads=1",
+    "precision=fp32",
+    "device=cpu",
+]
 COMMON += ["optim.layer_decay=1.0", "optim.patch_embed_lr=1.0", "optim.clip=3.0", "objective.flip=0.5", "log=50"]
 
 
