@@ -102,10 +102,10 @@ class Score:
         images, labels = pictures(folder / "shards" / "train")
         test, test_labels = pictures(folder / "shards" / "test")
         names = sorted(set(labels))
-        keep = np.random.default_rng(1).permutation(len(images))[:1000]
+        keep = np.random.default_rng(1).permutation(len(images))[:400]
         self.known = images[keep].transpose(0, 3, 1, 2)
         self.kinds = torch.tensor([names.index(labels[i]) for i in keep]).repeat_interleave(64)
-        self.mosaics, truth = mosaics(test, test_labels, 150)
+        self.mosaics, truth = mosaics(test, test_labels, 60)
         self.truth = torch.from_numpy(truth).flatten(1)
 
     def accuracy(self, path: Path) -> float:
@@ -119,7 +119,7 @@ class Score:
             right.append((votes.argmax(1) == truth).float().mean())
         return float(torch.stack(right).mean())
 
-    def similarities(self, path: Path, count: int = 50) -> Tensor:
+    def similarities(self, path: Path, count: int = 30) -> Tensor:
         """[count, 256, 256] between the patches of each mosaic."""
         tokens = patches(*load_export(path), self.mosaics[:count])
         return tokens @ tokens.transpose(1, 2)

@@ -3,10 +3,13 @@
 For some images of the run's own data, each export's patches are compared with each other (cosine, N × N per image), twice: from the image at the model's
 size, and from the image at twice that size, with the features resized to the same grid. Long training makes these maps noisy:
 
-    agreement   correlation of the two maps off the diagonal: a similarity that depends on the resolution is noise
-    coherence   how much more alike direct neighbours are than any two patches, in standard deviations of the similarities
+    agreement   correlation of the two maps off the diagonal: what depends on the resolution is noise
     contrast    standard deviation of the similarities: 0 where all patches are alike
-    score       agreement × coherence
+    coherence   how much more alike direct neighbours are than any two patches, in standard deviations of the similarities
+    score       agreement × contrast: the part of the similarities' spread that both resolutions share
+
+A short run rises in contrast all along, and the last export then has the best score; one whose dense features degrade loses agreement faster than it
+gains contrast. Where labels exist, a dense score tells more.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pretrain.errors import UserError
 from pretrain.ops.gram import resize_map
 from pretrain.run_folder import exports
 
-COLUMNS = ("agreement", "coherence", "contrast", "score")
+COLUMNS = ("agreement", "contrast", "coherence", "score")
 
 
 def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, Any]]:
@@ -43,7 +46,7 @@ def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, An
             pictures = load(shards, encoder, images)
         values = [statistics(encoder, image) for image in pictures]
         rows.append({"step": step} | {key: float(np.mean([v[key] for v in values])) for key in COLUMNS[:3]})
-        rows[-1]["score"] = rows[-1]["agreement"] * rows[-1]["coherence"]
+        rows[-1]["score"] = rows[-1]["agreement"] * rows[-1]["contrast"]
     return rows
 
 
@@ -85,6 +88,6 @@ def table(rows: list[dict[str, Any]], run: Path) -> str:
     return "\n".join(
         [
             *lines,
-            f"step {best['step']} has the cleanest similarities: objective.gram_teacher={exports(run)[best['step']]}",
+            f"step {best['step']} has the clearest similarities: objective.gram_teacher={exports(run)[best['step']]}",
         ]
     )
