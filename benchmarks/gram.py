@@ -1,14 +1,15 @@
-"""Gram anchoring on real images: dense features of a small ViT drift while it is trained on, and a Gram stage brings them back.
+"""Gram anchoring on real images: the patch similarities of a small ViT blur while it is trained on, and a Gram stage brings them back.
 
-    python benchmarks/gram.py FOLDER [--steps 1500] [--stage 400] [--picture gram.png]
+    python benchmarks/gram.py FOLDER [--steps 600] [--stage 150] [--picture gram.png]
 
-The demo's photographed textures (64 pixels). A DINOv3 ViT (4 blocks of 64, patches of 8) is pretrained; each export is scored by patch k-NN on mosaics of four
-test images of different materials: what material is each patch, by its 20 nearest patches of training images. The export with the best score is the Gram
-teacher. From the last checkpoint, two runs of as many steps: as before (control), and with the Gram term. Figures:
+The demo's photographed textures (64 pixels). A DINOv3 ViT (4 blocks of 64, patches of 8) is pretrained; each export is scored on mosaics of four test images
+of different materials. The export with the best patch k-NN accuracy (what material is a patch, by its 20 nearest patches of training images) is the Gram
+teacher. From the last checkpoint, two runs of as many steps: as before (control), and with the Gram term. Figures, each for snapshot (the Gram teacher),
+before (the end of pretraining), control and after (the Gram stage):
 
-    gram.before    patch accuracy at the end of pretraining          gram.after   after the Gram stage
-    gram.snapshot  of the Gram teacher                               gram.control after as many steps without the term
-    gram.agreement.{before,control,after}   correlation of patch similarities with the snapshot's, mean over mosaics
+    gram.NAME             with which area under the ROC curve a patch's similarities tell its own image in a mosaic from the three others
+    gram.accuracy.NAME    patch k-NN accuracy
+    gram.agreement.NAME   correlation of the similarities with the snapshot's
 """
 
 from __future__ import annotations
@@ -130,6 +131,17 @@ class Score:
         pairs = zip(self.similarities(path), self.similarities(snapshot), strict=True)
         return float(torch.stack([torch.corrcoef(torch.stack([a[off], b[off]]))[0, 1] for a, b in pairs]).mean())
 
+    def separation(self, path: Path) -> float:
+        """How well a patch's similarities tell its own image from the three others in a mosaic: the area under the ROC curve, mean over patches."""
+        out = []
+        for similarity, truth in zip(self.similarities(path), self.truth, strict=False):
+            same = truth.unsqueeze(1) == truth
+            ranks = similarity.argsort(1).argsort(1).float() + 1  # each patch is most alike to itself
+            own = same.sum(1) - 1
+            total = (ranks * same).sum(1) - 256
+            out.append(((total - own * (own + 1) / 2) / (own * (255 - own))).mean())
+        return float(torch.stack(out).mean())
+
 
 def picture(score: Score, folders: dict[str, Path], target: Path, rows: int = 5) -> None:
     """Rows: a mosaic, then for each folder the similarity of all patches to the one at a quarter of the side."""
@@ -151,8 +163,8 @@ def picture(score: Score, folders: dict[str, Path], target: Path, rows: int = 5)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--stage", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--stage", type=int, default=150)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("more", nargs="*", help="overrides of the recipe, such as objective.ibot_weight=0.0")
@@ -193,9 +205,9 @@ def main() -> None:
     ]
     stage = run("gram", options.stage, *after, *gram)
     ends = {"before": last, "control": exports(control)[options.stage], "after": exports(stage)[options.stage]}
-    emit("gram.snapshot", curve[best], "patch accuracy", f"step {best} of {options.steps}")
-    for name, path in ends.items():
-        emit(f"gram.{name}", score.accuracy(path), "patch accuracy", f"snapshot {curve[best]:.3f}")
+    for name, path in {"snapshot": teacher, **ends}.items():
+        emit(f"gram.{name}", score.separation(path), "area under ROC", f"snapshot of step {best} of {options.steps}")
+        emit(f"gram.accuracy.{name}", score.accuracy(path), "patch accuracy", "20 nearest patches")
     for name, path in ends.items():
         emit(
             f"gram.agreement.{name}", score.agreement(path, teacher), "correlation", "the snapshot's patch similarities"

@@ -9,7 +9,8 @@ size, and from the image at twice that size, with the features resized to the sa
     score       agreement × contrast: the part of the similarities' spread that both resolutions share
 
 A short run rises in contrast all along, and the last export then has the best score; one whose dense features degrade loses agreement faster than it
-gains contrast. Where labels exist, a dense score tells more.
+gains contrast. Agreement alone falls from the start: in `benchmarks/gram.py` it does so together with the area under ROC of similarity maps (0.865 to
+0.804 in 600 steps), while patch k-NN accuracy rises and then stands. Where labels exist, a dense score tells more.
 """
 
 from __future__ import annotations
