@@ -83,7 +83,7 @@ def test_dinov3_to_transformers(hf, tmp_path: Path, mlp: str):
 
 @torch.no_grad()
 def test_bf16_is_close(hf, tmp_path: Path):
-    """Both in bf16: within 0.05 of features of size 1, where bf16 itself is 0.03 from fp32."""
+    """Under bf16 autocast no patch feature is further than 0.2 standard deviations from fp32, nor 0.3 from transformers' own in bf16."""
     model = vit(**DINOV3)
     export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
     theirs, x = open_with_transformers(hf, tmp_path / "out"), images()
