@@ -119,9 +119,22 @@ def export(args: argparse.Namespace) -> None:
     exports.save(target, objective, recipe, step)
     from pretrain.release import release
 
-    small = getattr(recipe.model, "stem", None) == "small"  # which transformers has no class for
-    print("\n".join(release(target, [*([] if small else ["transformers"]), *args.also])))
+    theirs = (
+        getattr(recipe.model, "stem", None) != "small" and recipe.model.name != "timm"
+    )  # what transformers has a class for
+    print("\n".join(release(target, [*(["transformers"] if theirs else []), *args.also])))
     print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
+
+
+def snapshots(args: argparse.Namespace) -> None:
+    from pretrain.recipe import load
+
+    run = Path(args.run)
+    data = load(run).data
+    from eval.snapshots import compare, table
+
+    shards = args.shards or data.train or [shard for source in data.mix for shard in source.shards]
+    print(table(compare(run, shards, args.images), run))
 
 
 def checkpoint_inspect(args: argparse.Namespace) -> None:
@@ -298,6 +311,14 @@ def parser() -> argparse.ArgumentParser:
                 "help": "timm, official, torch, onnx: written into the folder as well",
             },
         ),
+    )
+    add(
+        "snapshots",
+        snapshots,
+        "Say which export of a run serves best as a Gram teacher, by how clean its patch similarities are; no labels are needed.",
+        ("run", {"help": "run folder"}),
+        ("--shards", {"nargs": "+", "help": "images to look at (default: the run's data)"}),
+        ("--images", {"type": int, "default": 64, "help": "how many (default 64)"}),
     )
     saved = commands.add_parser("checkpoint", help="look into, check or convert a checkpoint").add_subparsers(
         required=True, metavar="COMMAND"

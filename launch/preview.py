@@ -59,13 +59,14 @@ def _colored(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _views(sample: dict[str, Any], side: int) -> list[np.ndarray]:
-    """All images [H, W, 3] of one sample's part of a batch, the masked patches dark; a mask belongs to the entry with as many views."""
-    out = []
+    """All images [H, W, 3] of one sample's part of a batch, the masked patches dark; a mask belongs to the first entry with as many views."""
+    out, shaded = [], False
     for value in sample.values():
         if value.dtype != np.uint8 or value.ndim < 3:
             continue
         views = value.reshape(-1, *value.shape[-3:])
-        hidden = _hidden(sample, len(views), side)
+        hidden = None if shaded else _hidden(sample, len(views), side)
+        shaded = shaded or hidden is not None
         for n, view in enumerate(views):
             image = view[:3] if len(view) >= 3 else view[:1].repeat(3, 0)
             out.append(

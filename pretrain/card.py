@@ -25,17 +25,17 @@ def write(folder: Path) -> Path:
 
 
 def _head(fields: dict[str, Any]) -> list[str]:
-    about = fields["unlabeled"]
+    about, own = fields["unlabeled"], fields["model_type"].startswith("unlabeled")
     model = about["model"]
     name = f"{model['name']}, pretrained with {about.get('objective')}"
     options = ", ".join(
         f"{k} {v}"
         for k, v in model.items()
-        if k in ("dim", "depth", "heads", "patch_size", "widths", "depths", "registers")
+        if k in ("dim", "depth", "heads", "patch_size", "widths", "depths", "registers", "architecture")
     )
     return [
         "---",
-        "library_name: transformers" if not fields["model_type"].startswith("unlabeled") else "library_name: unlabeled",
+        f"library_name: {'timm' if 'architecture' in fields else 'unlabeled' if own else 'transformers'}",
         "tags: [self-supervised, image-feature-extraction]",
         "---",
         f"# {name}, step {about.get('step')}",
@@ -49,6 +49,8 @@ def _head(fields: dict[str, Any]) -> list[str]:
 def _use(fields: dict[str, Any]) -> list[str]:
     if fields["model_type"].startswith("unlabeled"):
         return ["    from pretrain.weights import load_backbone", "    encoder, about = load_backbone(FOLDER)", ""]
+    if "architecture" in fields:
+        return ["    import timm", '    model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', ""]
     return [
         "    from transformers import AutoImageProcessor, AutoModel",
         "    processor, model = AutoImageProcessor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()",

@@ -14,6 +14,7 @@ PATIENCE = 20  # rows in a row
 POINT = 0.1  # of the feature_std that the run began with
 DIRECTIONS = 1.5  # rank below which tokens lie on a line
 SILENT = 0.995  # of ln K: assignments as even as if all images were the same
+BEGINNING = 300  # steps in which that is nothing to speak of
 
 
 class Watch:
@@ -39,7 +40,7 @@ class Watch:
         bad = {
             "feature_std": value < POINT * first,
             "rank": value < DIRECTIONS < first,
-            "teacher_entropy": self.most is not None and value > SILENT * self.most,
+            "teacher_entropy": self.most is not None and value > SILENT * self.most and step >= BEGINNING,
         }[kind]
         self.count[key] = self.count.get(key, 0) + 1 if bad else 0
         if self.count[key] >= PATIENCE and key not in self.said:

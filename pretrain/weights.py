@@ -7,9 +7,8 @@ all that changes the numbers; `load_run(objective, SOURCE)` fills a whole object
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pretrain.checkpoint_format import Reader, fill, read_metadata
 from pretrain.checkpoint_store import ABOUT
 from pretrain.checkpoint_tools import locate
 from pretrain.errors import UserError
-from pretrain.layouts import official, timm, transformers
+from pretrain.layouts import official, timm, transformers, transformers_config
 from pretrain.layouts.transformers import State, with_key_bias, without_key_bias
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
@@ -58,6 +57,11 @@ class Source:
         return transformers.read(self.cfg, tensors, self.kind)
 
 
+def reading() -> bool:
+    """Whether weights are read: not inside of `unread`."""
+    return _reading
+
+
 @contextlib.contextmanager
 def unread() -> Iterator[None]:
     """Inside, `load_into` leaves a backbone as it is: for what is overwritten from a checkpoint, or never computed with."""
@@ -88,17 +92,17 @@ def find(source: str | Path) -> Source:
     if "unlabeled" in fields:
         about = fields["unlabeled"]
         model = dict(about["model"])
-        return Source(str(path), _config(model.pop("name"), model, str(path)), "unlabeled", about=about)
+        return Source(str(path), config_of(model.pop("name"), model, str(path)), "unlabeled", about=about)
     if "architecture" in fields:
         name, options = timm.describe(fields, str(path))
         shown = fields.get("pretrained_cfg", {})
         look = {"mean": list(shown.get("mean", MEAN)), "std": list(shown.get("std", STD))}
-        return Source(str(path), _config(name, options, str(path)), "timm", about=_about(look))
+        return Source(str(path), config_of(name, options, str(path)), "timm", about=_about(look))
     if "model_type" in fields:
-        name, options = transformers.describe(fields, str(path))
+        name, options = transformers_config.describe(fields, str(path))
         kind = fields["model_type"]
         return Source(
-            str(path), _config(name, options, str(path)), "transformers", kind, about=_about(_processor(path))
+            str(path), config_of(name, options, str(path)), "transformers", kind, about=_about(_processor(path))
         )
     raise UserError(
         f"{path}: config.json has neither model_type (transformers), architecture (timm) nor the key unlabeled"
@@ -110,7 +114,7 @@ def _checkpoint(where: str) -> Source:
     recipe = store.about(name)["recipe"]
     model = dict(recipe["model"])
     about = {"mean": recipe["data"]["mean"], "std": recipe["data"]["std"], "step": int(name)}
-    cfg = _config(model.pop("name"), model, where)
+    cfg = config_of(model.pop("name"), model, where)
     return Source(where, cfg, "checkpoint", about=_about(about) | {"objective": recipe["objective"]["name"]})
 
 
@@ -122,10 +126,10 @@ def _file(path: Path) -> Source:
             f"{path}: has not the names of a DINOv2 or DINOv3 file ({names} …); name a transformers or timm folder"
         )
     name, options = official.describe(tensors, str(path))
-    return Source(str(path), _config(name, options, str(path)), "official", tensors=tensors, about=_about({}))
+    return Source(str(path), config_of(name, options, str(path)), "official", tensors=tensors, about=_about({}))
 
 
-def _config(name: str, options: dict[str, Any], where: str) -> Any:
+def config_of(name: str, options: dict[str, Any], where: str) -> Any:
     cls, defaults = presets.choose(name, f"{where}: ")
     cfg = config.build(cls, options, {"": where}, "model.", defaults)
     cfg.name = name
@@ -169,7 +173,7 @@ def _tensors(folder: Path) -> State:
 
 
 # ---------------------------------------------------------------- checkpoints
-def _model_tensors(where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
+def model_tensors(where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """(what reads a checkpoint, {name: shape} of the model's tensors)."""
     store, name = locate(where)
     files = store.about(name)["files"]
@@ -184,7 +188,7 @@ def _model_tensors(where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
 
 def _encoder_of(where: str) -> State:
     """The encoder in a checkpoint: the teacher's backbone where there is one."""
-    reader, held = _model_tensors(where)
+    reader, held = model_tensors(where)
     prefix = next((p for p in ("teacher.backbone.", "backbone.") if any(k.startswith(p) for k in held)), None)
     if prefix is None:
         raise UserError(f"{where}: holds no backbone under a name that is known; export it with `unlabeled export RUN`")
@@ -198,7 +202,7 @@ def load_run(objective: Objective, where: str) -> set[str]:
 
     Raises UserError that names every tensor that is missing, unexpected or of another shape, but those that `objective.fresh` allows.
     """
-    reader, held = _model_tensors(where)
+    reader, held = model_tensors(where)
     own = objective.state_dict()
     alike = {k: v for k, v in own.items() if held.get(k) == tuple(v.shape)}
     wrong = [f"missing {k}" for k in own if k not in held and not k.startswith(objective.fresh)]
@@ -210,61 +214,6 @@ def load_run(objective: Objective, where: str) -> set[str]:
     fill({"model": state}, reader, where, alone=True)
     objective.load_state_dict(state, strict=False)
     return set(state)
-
-
-def heads_of(where: str) -> dict[str, tuple[int, int, int, int, bool]]:
-    """Arguments of the `PrototypeHead`s that the teacher in a checkpoint has. Raises UserError where there are none."""
-    source = find(where)
-    held = _model_tensors(where)[1] if source.layout == "checkpoint" else {}
-    objective = locate_recipe(where)["objective"] if held else {}
-    unit = bool(objective.get("unit_prototypes", True))
-    out = {}
-    for name in ("dino_head", "ibot_head"):
-        prefix = f"teacher.{name}."
-        if f"{prefix}prototypes" not in held:
-            raise UserError(
-                f"{where}: has no {name}, only a backbone; write objective.loss=features, or name a run of dinov2 or dinov3"
-            )
-        (hidden, inputs), (count, bottleneck) = held[f"{prefix}mlp.0.weight"], held[f"{prefix}prototypes"]
-        out[name] = (inputs, hidden, bottleneck, count, unit)
-    return out
-
-
-def locate_recipe(where: str) -> dict[str, Any]:
-    """The recipe that a checkpoint was written by, as plain values."""
-    store, name = locate(where)
-    return store.about(name)["recipe"]
-
-
-def load_teacher(teacher: torch.nn.ModuleDict, where: str) -> None:
-    """Fill {"backbone": …} from any source, and heads, if it has some, from the checkpoint that the source then is."""
-    load_into(teacher["backbone"], where)  # type: ignore[arg-type]
-    heads = [name for name in teacher if name != "backbone"]
-    if not heads or not _reading:
-        return
-    reader, _ = _model_tensors(where)
-    state = {
-        f"teacher.{name}.{k}": torch.empty_like(v) for name in heads for k, v in teacher[name].state_dict().items()
-    }
-    fill({"model": state}, reader, where, alone=True)
-    teacher.load_state_dict({k.removeprefix("teacher."): v for k, v in state.items()}, strict=False)
-
-
-def like(where: str) -> Backbone:
-    """A backbone of the kind that lies somewhere, with random weights."""
-    return presets.build(find(where).cfg)
-
-
-def builders(specs: list[str]) -> dict[str, Callable[[], Backbone]]:
-    """{name: builder} of models given as "NAME" or "NAME option=value …"; of several with one name, the later ones are numbered."""
-    out: dict[str, Callable[[], Backbone]] = {}
-    for spec in specs:
-        name, *options = spec.split()
-        values = dict(config.parse_override(option) for option in options)
-        cfg = _config(name, values, f"objective.students {spec!r}")
-        count = sum(key.partition("-")[0] == name for key in out)
-        out[f"{name}-{count + 1}" if count else name] = functools.partial(presets.build, cfg)
-    return out
 
 
 def _listed(wrong: list[str]) -> str:
@@ -290,7 +239,7 @@ def load_into(backbone: Backbone, source: str | Path) -> None:
         _fill(backbone, find(source), f"model.name = {backbone.cfg.name}")
 
 
-SAME = ("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem")
+SAME = ("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem", "architecture")
 
 
 def _fill(backbone: Backbone, found: Source, what: str) -> None:
@@ -320,7 +269,11 @@ def _fill(backbone: Backbone, found: Source, what: str) -> None:
 def _adapted(ours: Any, theirs: Any, state: State, own: State) -> State:
     """The state with what is allowed to differ made alike."""
     state = dict(state)
-    if not isinstance(ours, presets.ResNet) and ours.layer_scale is not None and theirs.layer_scale is None:
+    if (
+        isinstance(ours, (presets.ViT, presets.ConvNeXt))
+        and ours.layer_scale is not None
+        and theirs.layer_scale is None
+    ):
         state |= {k: torch.ones_like(v) for k, v in own.items() if k.endswith(".gamma")}
     if not isinstance(ours, presets.ViT):
         return state

@@ -23,6 +23,11 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors) of our state dict."""
     if isinstance(cfg, presets.ViT):
         return vit_to_transformers(cfg, state)
+    if isinstance(cfg, presets.Timm):  # timm's own: create_model("local-dir:FOLDER") opens it, too
+        fields = {"model_type": "timm_wrapper", "architecture": cfg.architecture, "num_classes": 0}
+        shown = {"input_size": [cfg.in_channels, cfg.image_size, cfg.image_size], "num_classes": 0}
+        fields |= {"model_args": {"in_chans": cfg.in_channels}, "pretrained_cfg": shown}
+        return fields, {k.removeprefix("network."): v for k, v in state.items()}
     return (convnext_to_transformers if isinstance(cfg, presets.ConvNeXt) else resnet_to_transformers)(cfg, state)
 
 
@@ -30,6 +35,8 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
     """Our state dict of what `write` gave, or of another file of transformers' `kind` (its model_type)."""
     if isinstance(cfg, presets.ViT):
         return vit_from_transformers(cfg, tensors, kind)
+    if isinstance(cfg, presets.Timm):
+        return {f"network.{k}": v for k, v in tensors.items()}
     if isinstance(cfg, presets.ConvNeXt):
         out = {_convnext_key(key, back=True): value for key, value in tensors.items()}
         return {k: v for k, v in out.items() if cfg.layer_scale is not None or not k.endswith(".gamma")}
@@ -305,74 +312,3 @@ def _resnet_key(cfg: presets.ResNet, key: str) -> str:
     key = re.sub(r"^blocks\.(\d+)", lambda m: "encoder.stages.{}.layers.{}".format(*stages[int(m[1])]), key)
     key = re.sub(r"\.layers\.(\d+)\.([01])\.", r".layer.\1.\2.", key) if key.count(".layers.") > 1 else key
     return re.sub(r"\.0\.(?=weight)", ".convolution.", re.sub(r"\.1\.(?=\w+$)", ".normalization.", key))
-
-
-# ---------------------------------------------------------------- config.json of others
-def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """(our model's name, its options) from config.json's fields; absent ones have transformers' defaults. Raises UserError for a class we have not."""
-    kind = fields.get("model_type")
-    if kind == "dinov3_convnext":
-        return "convnext", {
-            "widths": fields.get("hidden_sizes", [96, 192, 384, 768]),
-            "depths": fields.get("depths", [3, 3, 9, 3]),
-            "in_channels": fields.get("num_channels", 3),
-            "norm_eps": fields.get("layer_norm_eps", 1e-6),
-            "image_size": fields.get("image_size", 224),
-        }
-    if kind == "resnet":
-        sizes, bottleneck = fields.get("hidden_sizes", [256, 512, 1024, 2048]), fields.get("layer_type") != "basic"
-        return "resnet", {
-            "widths": [s // 4 for s in sizes] if bottleneck else sizes,
-            "depths": fields.get("depths", [3, 4, 6, 3]),
-            "block": "bottleneck" if bottleneck else "basic",
-            "in_channels": fields.get("num_channels", 3),
-        }
-    if kind not in ("dinov3_vit", "dinov2", "dinov2_with_registers", "vit", "vit_mae"):
-        known = "dinov3_vit, dinov3_convnext, dinov2, dinov2_with_registers, vit, vit_mae, resnet"
-        raise UserError(f"{where}: model_type = {kind!r}: not known; known: {known}")
-    return "vit", _describe_vit(kind, fields, where)
-
-
-def _describe_vit(kind: str, fields: dict[str, Any], where: str) -> dict[str, Any]:
-    rope, plain = kind == "dinov3_vit", kind in ("vit", "vit_mae")
-    small = {"hidden_size": 384, "num_attention_heads": 6} if rope else {}
-    f = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, **small, **fields}
-    dim = f["hidden_size"]
-    out = {
-        "image_size": f.get("image_size", 224),
-        "patch_size": f.get("patch_size", 14 if kind.startswith("dinov2") else 16),
-        "in_channels": f.get("num_channels", 3),
-        "dim": dim,
-        "depth": f["num_hidden_layers"],
-        "heads": f["num_attention_heads"],
-        "registers": f.get("num_register_tokens", 4 if kind == "dinov2_with_registers" else 0),
-        "norm_eps": f.get("layer_norm_eps", 1e-5 if rope else 1e-12 if plain else 1e-6),
-        "positions": "rope" if rope else "learned",
-        "qkv_bias": f.get("query_bias" if rope else "qkv_bias", True),
-        "layer_scale": None if plain else f.get("layerscale_value", 1.0),
-        "mask_token": not plain and f.get("use_mask_token", True),
-    }
-    gated = f.get("use_gated_mlp" if rope else "use_swiglu_ffn", False)
-    if rope or plain:
-        out["mlp_ratio"] = f.get("intermediate_size", 1536 if rope else 3072) / dim
-    else:
-        hidden = dim * f.get("mlp_ratio", 4)
-        out["mlp_ratio"] = ((int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden) / dim
-    out["mlp"] = "swiglu" if gated else "gelu"
-    if rope:
-        parameters = f.get("rope_parameters") or {}
-        out["rope_base"] = float(parameters.get("rope_theta", f.get("rope_theta", 100.0)))
-        out["key_bias"] = f.get("key_bias", False) if out["qkv_bias"] else True
-        out |= {f"rope_{k}": f.get(f"pos_embed_{k}") for k in ("shift", "jitter", "rescale")}
-        wanted = {
-            "value_bias": out["qkv_bias"],
-            "mlp_bias": True,
-            "proj_bias": True,
-            "hidden_act": "silu" if gated else "gelu",
-        }
-        for key, value in wanted.items():
-            if f.get(key, value) != value:
-                raise UserError(
-                    f"{where}: {key} = {f[key]!r}: only {value!r} is known with the rest of this config.json"
-                )
-    return out

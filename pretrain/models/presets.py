@@ -65,6 +65,15 @@ class ResNet(Section):
     depths: list[int] = field(default_factory=lambda: [2, 2, 2, 2])
 
 
+@dataclass
+class Timm(Section):
+    """Any network of timm by its name there, randomly initialised: `model: {name: timm, architecture: convnextv2_atto}`. Takes no masks."""
+
+    architecture: str = "convnext_atto"
+    image_size: int = 224
+    in_channels: int = 3
+
+
 def _vit(dim: int, depth: int, heads: int, **more: Any) -> tuple[type[ViT], dict]:
     return ViT, {"dim": dim, "depth": depth, "heads": heads, **more}
 
@@ -109,6 +118,7 @@ PRESETS: dict[str, tuple[type[Section], dict]] = {
     "convnext_small": _convnext(96, 3, 3, 27, 3),
     "convnext_base": _convnext(128, 3, 3, 27, 3),
     "convnext_large": _convnext(192, 3, 3, 27, 3),
+    "timm": (Timm, {}),
     "resnet": (ResNet, {}),
     "resnet_micro": (ResNet, {"stem": "small", "widths": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}),
     "resnet18": (ResNet, {}),
@@ -140,6 +150,10 @@ def build(cfg: Any, **changes: Any) -> Backbone:
         from pretrain.models.convnext import ConvolutionalNetwork
 
         return ConvolutionalNetwork(cfg)
+    if isinstance(cfg, Timm):
+        from pretrain.models.timm_network import TimmNetwork
+
+        return TimmNetwork(cfg)
     from pretrain.models.resnet import ResidualNetwork
 
     return ResidualNetwork(cfg)

@@ -145,24 +145,26 @@ class VisionTransformer(Backbone):
         cfg, blocks = self.cfg, len(self.blocks)
         options = (cfg.rope_shift, cfg.rope_jitter, cfg.rope_rescale)
         if self.training and any(option is not None for option in options):
-            tables = self._tables(grid, device, rope_change(blocks, *options))  # [L, P + N, d]: each block has its own
+            tables = self._tables(
+                grid, device, rope_change(blocks, *options)
+            )  # [L, P + N, 1, d]: each block has its own
         else:
             if (grid, device) not in self._rotations:
                 with torch.inference_mode(False):  # training may need them later
                     self._rotations[grid, device] = self._tables(grid, device)
-            tables = self._rotations[grid, device]  # [1, P + N, d]
+            tables = self._rotations[grid, device]  # [1, P + N, 1, d]
         if keep is not None:
             prefix = torch.arange(self.prefix, device=device).expand(len(keep), -1)
             index = torch.cat([prefix, keep + self.prefix], dim=1)  # [B, P + K]
-            cos, sin = (table[:, index].unsqueeze(2) for table in tables)  # [L or 1, B, 1, P + K, d]
+            cos, sin = (table[:, index] for table in tables)  # [L or 1, B, P + K, 1, d]
             tables = (cos, sin)
         each = list(zip(tables[0], tables[1], strict=True))
         return each if len(each) == blocks else each * blocks
 
     def _tables(self, grid: tuple[int, int], device: torch.device, change: Tensor | None = None) -> Rotation:
-        """cos and sin [L or 1, P + N, d], fp32."""
+        """cos and sin [L or 1, P + N, 1, d], fp32."""
         periods = rope_periods(self.cfg.dim // self.cfg.heads, self.cfg.rope_base).to(device)
         angles = rope_angles(periods, grid, change)
         angles = angles if change is not None else angles.unsqueeze(0)
-        angles = torch.cat([angles.new_zeros(len(angles), self.prefix, angles.shape[2]), angles], dim=1)
+        angles = torch.cat([angles.new_zeros(len(angles), self.prefix, angles.shape[2]), angles], dim=1).unsqueeze(2)
         return angles.cos(), angles.sin()

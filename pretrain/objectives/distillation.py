@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.multicrop import multicrop
-from pretrain import weights
+from pretrain import teachers, weights
 from pretrain.config import Section
 from pretrain.objectives.base import Objective
 from pretrain.ops.align import align_map, align_mask, standardise
@@ -70,10 +70,10 @@ class Distillation(Objective):
             raise ValueError(
                 "objective.teacher is empty; name an export, a transformers or timm folder, an official file, or a run"
             )
-        self.teacher = nn.ModuleDict({"backbone": weights.like(cfg.teacher)})
-        sizes = weights.heads_of(cfg.teacher) if cfg.loss == "prototypes" else {}
+        self.teacher = nn.ModuleDict({"backbone": teachers.like(cfg.teacher)})
+        sizes = teachers.heads_of(cfg.teacher) if cfg.loss == "prototypes" else {}
         self.teacher.update({name: PrototypeHead(*size) for name, size in sizes.items()})
-        weights.load_teacher(self.teacher, cfg.teacher)
+        teachers.load_teacher(self.teacher, cfg.teacher)
         self.teacher.requires_grad_(False).eval()
         width = self.teacher["backbone"].embed_dim
 
@@ -89,7 +89,7 @@ class Distillation(Objective):
             heads = {name: PrototypeHead(body.embed_dim, *size[1:]) for name, size in sizes.items()}
             return nn.ModuleDict({"backbone": body, **heads})
 
-        builders = {"model": backbone} | weights.builders(cfg.students)
+        builders = {"model": backbone} | teachers.builders(cfg.students)
         self.students = nn.ModuleDict()
         for name, build in builders.items():
             with own_randomness(name):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from pretrain.optim import make_optimizer
 from pretrain.parallel import engine as engines
 from pretrain.recipe import Recipe, load
 from pretrain.train import build_objective
-from tests.conftest import SMALL, TINY, unlabeled
+from tests.conftest import SMALL, TINY, teacher, unlabeled
 from tests.launch.test_cli import cpu_seconds
 
 NAMES = objective.names()
@@ -30,7 +32,13 @@ ROOT = Path(__file__).parents[2]
 
 def tiny(name: str, *overrides: str) -> Recipe:
     common = [f"objective={name}", *TINY, *SMALL.get(name, []), "data.batch=16", "device=cpu"]
+    common += [f"objective.teacher={_teacher()}"] if name == "distillation" else []
     return load("demo", [*common, *overrides])
+
+
+@functools.cache
+def _teacher() -> Path:
+    return teacher(Path(tempfile.mkdtemp()))
 
 
 # ---------------------------------------------------------------- memory

@@ -251,3 +251,49 @@ def test_students_are_scored(shards: Path, tmp_path: Path):
         ("convnext_micro", 1),
     }
     assert "| test | knn | accuracy |" in (run / "export" / "vit" / "1" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "architecture", ["convnext_atto", "mobilenetv3_small_050", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
+)
+@torch.no_grad()
+def test_networks_of_timm(tmp_path: Path, architecture: str):
+    """Tokens are where they should be, another input size works (but for Swin), and timm opens what is exported."""
+    import timm
+
+    from pretrain import export
+    from pretrain.models import presets
+
+    cfg = presets.Timm(architecture=architecture, image_size=224 if "swin" in architecture else 64)
+    cfg.name = "timm"
+    body = presets.build(cfg).eval()
+    x = torch.randn(2, 3, body.image_size, body.image_size)
+    features, side = body(x), body.image_size // body.patch_size
+    assert features.grid == (side, side) and features.tokens.shape == (2, side * side, body.embed_dim)
+    assert features.cls.shape == (2, body.embed_dim) and features.cls.isfinite().all()
+    if "swin" not in architecture:
+        assert body([x, x[..., :32, :32]])[1].grid == (32 // body.patch_size, 32 // body.patch_size)
+    export.write(tmp_path / "out", body, {"step": 1, "objective": "distillation", "pool": "cls"}, [0.5] * 3, [0.25] * 3)
+    assert torch.equal(load_export(tmp_path / "out")[0](x).tokens, features.tokens)
+    if "vit" not in architecture:  # whose size timm is to be told
+        theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        torch.testing.assert_close(theirs.forward_features(x), body.network.forward_features(x))
+    for options in ({"mask": torch.zeros(2, 4)}, {"layers": 2}):
+        with pytest.raises(ValueError, match="a network of timm takes no mask"):
+            body(x, **options)
+
+
+def test_students_of_timm(shards: Path, tmp_path: Path):
+    options = [
+        "objective.students=[timm architecture=mobilenetv3_small_050 image_size=32]",
+        "objective.local_size=32",
+        "steps=2",
+    ]
+    run = train(tiny_recipe("distillation", shards, tmp_path / "run", *options))
+    encoder, about = load_export(run / "export" / "timm" / "2")
+    assert encoder.cfg.architecture == "mobilenetv3_small_050" and about["student"] == "timm"
+    assert "timm.create_model" in (run / "export" / "timm" / "2" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="timm has no such model"):
+        build_objective(
+            tiny_recipe("distillation", shards, tmp_path / "x", "objective.students=[timm architecture=nothing]")
+        )

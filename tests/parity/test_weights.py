@@ -83,7 +83,7 @@ def test_dinov3_to_transformers(hf, tmp_path: Path, mlp: str):
 
 @torch.no_grad()
 def test_bf16_is_close(hf, tmp_path: Path):
-    """Both in bf16: within 0.05 of features of size 1, where bf16 itself is 0.03 from fp32."""
+    """Under bf16 autocast no patch feature is further than 0.2 standard deviations from fp32, nor 0.3 from transformers' own in bf16."""
     model = vit(**DINOV3)
     export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
     theirs, x = open_with_transformers(hf, tmp_path / "out"), images()
@@ -441,7 +441,7 @@ def test_rope_is_changed_in_training_alone():
     whole = model._rotation((4, 4), None, torch.device("cpu"))[1][0]
     torch.manual_seed(0)
     part = model._rotation((4, 4), keep, torch.device("cpu"))[1][0]
-    assert part.shape == (2, 1, 7, 8) and torch.equal(part[1, 0, 5:], whole[[5, 7]])
+    assert part.shape == (2, 7, 1, 8) and torch.equal(part[1, 5:], whole[[5, 7]])
 
 
 def test_local_crops_have_a_norm_of_their_own():

@@ -1,0 +1,195 @@
+"""CPU seconds of a DINOv3 training step: ViT-S/16, 2 × 224 + 8 × 96 pixels, 4,096 prototypes, batch 4 and 8, against GEMM's rate and a composition of timm.
+
+    python benchmarks/dinov3_step.py [--batches 4 8] [--precisions fp32 bf16] [--rounds 3]
+
+One thread. share_of_gemm: FLOPs of the step's linear layers and convolutions, over its CPU seconds, over the rate of a 2048³ product of that precision in
+the same process. versus_timm: CPU seconds of the same step (crops, masks, losses, AdamW, average) put together from timm's DINOv3 ViT, one forward per size,
+and losses as one would write them, over ours. Timed in turn (product, ours, timm, product, …); each figure is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+from collections.abc import Callable
+from statistics import median
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from steps import CPU, cpu_seconds, emit, linear_flops
+from torch import Tensor, nn
+
+from data_pipeline.stream import to_device
+from pretrain.optim import thaw
+from pretrain.parallel.engine import Engine, keep_freed_memory
+from pretrain.recipe import load
+from pretrain.train import build_objective
+
+PROTOTYPES = 4096
+
+
+def ours(precision: str, batch: int, compiled: bool = False) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """(a batch, the step on it)."""
+    sizes = [f"objective.prototypes={PROTOTYPES}", "model.image_size=224", "model.drop_path=0.0", f"data.batch={batch}"]
+    cfg = load(
+        "dinov3_vits16_demo",
+        [*sizes, "device=cpu", f"precision={precision}", "objective.head_hidden=2048", "objective.head_bottleneck=256",
+         "objective.local_size=96", "objective.local_crops=8", "objective.momentum=0.994", "objective.teacher_temperature=0.07"],
+    )  # fmt: skip
+    engine = Engine(build_objective(cfg), cfg, CPU)
+    objective = engine.objective
+    if compiled:
+        for part in (objective.student["backbone"], objective.teacher["backbone"]):
+            for block in part.blocks:
+                block.compile()
+    views = type(objective).views(cfg.objective, 224, 16)
+    noise = np.random.default_rng(0)
+    parts = []
+    for slot in range(batch):
+        image = noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        sample = {"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": batch, "step": 0, "seed": 0}
+        parts.append(views(sample, lambda k, slot=slot: np.random.default_rng([slot, k])))
+    arrays = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
+    inputs = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
+
+    def step() -> None:
+        loss, _ = engine.forward(inputs, 0)
+        engine.backward(loss)
+        thaw(engine.optimizer, 0)
+        engine.step(lr=1e-4, weight_decay=0.04)
+        objective.after_step(0)
+
+    return inputs, step
+
+
+class Head(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 256)
+        )
+        self.last = nn.Linear(256, PROTOTYPES, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.normalize(self.mlp(x), dim=-1))
+
+
+class Network(nn.Module):
+    """timm's ViT with a mask token and two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import timm
+
+        self.vit = timm.create_model("vit_small_patch16_dinov3_qkvb", num_classes=0, img_size=224)
+        self.mask_token = nn.Parameter(torch.zeros(384))
+        self.dino, self.ibot = Head(384), Head(384)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(class tokens, patches) after the last norm."""
+        x = self.vit.patch_embed(images)  # [B, h, w, D]
+        if mask is not None:
+            x = torch.where(mask.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+        x, rope = self.vit._pos_embed(x)
+        for block in self.vit.blocks:
+            x = block(x, rope=rope)
+        x = self.vit.norm(x)
+        return x[:, 0], x[:, 5:]
+
+
+def centred(logits: Tensor, temperature: float) -> Tensor:
+    q = (logits.float() / temperature).exp()
+    for _ in range(3):
+        q = q / q.sum(0, keepdim=True) / q.shape[1]
+        q = q / q.sum(1, keepdim=True) / len(q)
+    return q * len(q)
+
+
+def entropy(p: Tensor, logits: Tensor) -> Tensor:
+    return -(p * F.log_softmax(logits.float() / 0.1, dim=-1)).sum(-1)
+
+
+def composition(precision: str, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """The same step from timm's parts."""
+    student = Network()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.04, fused=True)
+    images, local, mask = batch["global"].flatten(0, 1), batch["local"].flatten(0, 1), batch["mask"].flatten(0, 1)
+
+    def loss_of() -> Tensor:
+        with torch.no_grad():
+            cls, patches = teacher(images)
+            p_cls, p_patch = (
+                centred(teacher.dino(cls), 0.07).unflatten(0, (-1, 2)),
+                centred(teacher.ibot(patches[mask]), 0.07),
+            )
+        cls, patches = student(images, mask)
+        small, _ = student(local)
+        s, s_local = student.dino(cls).unflatten(0, (-1, 2)), student.dino(small).unflatten(0, (-1, 8))
+        pairs = [entropy(p_cls[:, t], s[:, 1 - t]) for t in range(2)]
+        pairs += [entropy(p_cls[:, t], s_local[:, i]) for t in range(2) for i in range(8)]
+        weight = (1 / mask.sum(1).clamp(min=1)).unsqueeze(1).expand_as(mask)[mask]
+        total = torch.stack(pairs).mean() + (entropy(p_patch, student.ibot(patches[mask])) * weight).sum() / len(mask)
+        for g in range(2):
+            z = F.normalize(cls.unflatten(0, (-1, 2))[:, g].float(), dim=-1)
+            near = (z @ z.T).fill_diagonal_(-1).argmax(1)
+            total = total - 0.1 * ((z - z[near]).norm(dim=-1) + 1e-8).log().mean()
+        return total
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for own, other in zip(teacher.parameters(), student.parameters(), strict=True):
+                own.mul_(0.994).add_(other, alpha=0.006)
+
+    return step
+
+
+def measure(precision: str, size: int, rounds: int, compiled: bool) -> None:
+    batch, step = ours(precision, size, compiled)
+    other = composition(precision, batch)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b, out = (torch.randn(2048, 2048, dtype=dtype) for _ in range(3))
+    product = lambda: torch.mm(a, b, out=out)  # noqa: E731
+    flops = linear_flops(ours(precision, size)[1])
+    warm = cpu_seconds(step)
+    product(), step(), other(), other()
+    shares, ratios = [], []
+    for _ in range(rounds):
+        before, own, theirs = cpu_seconds(product, 3), cpu_seconds(step), cpu_seconds(other)
+        gemm = 2 * 2048**3 / ((before + cpu_seconds(product, 3)) / 2)
+        shares.append(flops / own / gemm)
+        ratios.append(theirs / own)
+        line = f"b{size} {precision}: {own:.2f} CPU s a step (the first {warm:.1f}), timm {theirs:.2f}, {flops / 1e9:.0f} GFLOP, product {gemm / 1e12:.3f} TFLOP/s"
+        print(line, file=sys.stderr, flush=True)
+    prefix = f"dinov3_step.b{size}.{precision}{'.compiled' if compiled else ''}"
+    emit(f"{prefix}.share_of_gemm", median(shares), "ratio", "2048^3 GEMM, same process")
+    emit(f"{prefix}.versus_timm", median(ratios), "ratio", "the same step from timm's ViT, CPU seconds, interleaved")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="compile our blocks; the warm-up is printed")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for size in options.batches:
+        for precision in options.precisions:
+            measure(precision, size, options.rounds, options.compile)
+
+
+if __name__ == "__main__":
+    main()

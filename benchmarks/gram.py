@@ -1,0 +1,220 @@
+"""Gram anchoring on real images: the patch similarities of a small ViT blur while it is trained on, and a Gram stage brings them back.
+
+    python benchmarks/gram.py FOLDER [--steps 600] [--stage 150] [--picture gram.png]
+
+The demo's photographed textures (64 pixels). A DINOv3 ViT (4 blocks of 64, patches of 8) is pretrained; each export is scored on mosaics of four test images
+of different materials. The export with the best patch k-NN accuracy (what material is a patch, by its 20 nearest patches of training images) is the Gram
+teacher. From the last checkpoint, two runs of as many steps: as before (control), and with the Gram term. Figures, each for snapshot (the Gram teacher),
+before (the end of pretraining), control and after (the Gram stage):
+
+    gram.NAME             with which area under the ROC curve a patch's similarities tell its own image in a mosaic from the three others
+    gram.accuracy.NAME    patch k-NN accuracy
+    gram.agreement.NAME   correlation of the similarities with the snapshot's
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from steps import emit
+from torch import Tensor
+
+from data_pipeline.build import build
+from data_pipeline.demo_data import fetch
+from data_pipeline.shards import Samples
+from pretrain.export import load as load_export
+from pretrain.models.layers import Backbone
+from pretrain.ops.gram import resize_map
+from pretrain.recipe import load
+from pretrain.run_folder import exports
+from pretrain.train import train
+
+SIDE, PATCH = 64, 8
+MODEL = [
+    "model=dinov3_vits16",
+    "model.dim=64",
+    "model.depth=4",
+    "model.heads=2",
+    "model.patch_size=8",
+    "model.image_size=64",
+]
+MODEL += ["model.layer_scale=0.1", "model.registers=4"]
+COMMON = [
+    "objective.local_size=32",
+    "objective.local_crops=4",
+    "objective.head_hidden=256",
+    "objective.head_bottleneck=64",
+]
+COMMON += [
+    "objective.prototypes=256",
+    "objective.unit_prototypes=true",
+    "data.batch=32",
+    "data.workers=1",
+    "threads=1",
+    "precision=fp32",
+    "device=cpu",
+]
+COMMON += ["optim.layer_decay=1.0", "optim.patch_embed_lr=1.0", "optim.clip=3.0", "objective.flip=0.5", "log=50"]
+
+
+def pictures(shards: Path) -> tuple[np.ndarray, list[str]]:
+    samples = Samples([str(shards)])
+    return np.stack([samples.image(i, 3) for i in range(len(samples))]), [samples.label(i) for i in range(len(samples))]
+
+
+def mosaics(images: np.ndarray, labels: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [count, 3, 128, 128] of four images of different materials each, label numbers [count, 16, 16] of their patches)."""
+    rng, names = np.random.default_rng(0), sorted(set(labels))
+    number = np.array([names.index(label) for label in labels])
+    out, truth = np.empty((count, 3, 2 * SIDE, 2 * SIDE), np.uint8), np.empty((count, 16, 16), np.int64)
+    for n in range(count):
+        kinds = rng.choice(len(names), 4, replace=False)
+        for q, kind in enumerate(kinds):
+            image = images[rng.choice(np.flatnonzero(number == kind))]
+            y, x = divmod(q, 2)
+            out[n, :, y * SIDE : (y + 1) * SIDE, x * SIDE : (x + 1) * SIDE] = image.transpose(2, 0, 1)
+            truth[n, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] = kind
+    return out, truth
+
+
+@torch.inference_mode()
+def patches(encoder: Backbone, about: dict, images: np.ndarray) -> Tensor:
+    """L2-normalised patches [B, N, D] of uint8 images [B, 3, H, W]."""
+    mean, std = (torch.tensor(about[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    parts = [(torch.from_numpy(images[i : i + 64]).float() / 255 - mean) / std for i in range(0, len(images), 64)]
+    return torch.cat([F.normalize(encoder(part).tokens, dim=-1) for part in parts])
+
+
+class Score:
+    """Patch accuracy of exported folders, and similarity maps."""
+
+    def __init__(self, folder: Path):
+        images, labels = pictures(folder / "shards" / "train")
+        test, test_labels = pictures(folder / "shards" / "test")
+        names = sorted(set(labels))
+        keep = np.random.default_rng(1).permutation(len(images))[:400]
+        self.known = images[keep].transpose(0, 3, 1, 2)
+        self.kinds = torch.tensor([names.index(labels[i]) for i in keep]).repeat_interleave(64)
+        self.mosaics, truth = mosaics(test, test_labels, 60)
+        self.truth = torch.from_numpy(truth).flatten(1)
+
+    def accuracy(self, path: Path) -> float:
+        encoder, about = load_export(path)
+        gallery = patches(encoder, about, self.known).flatten(0, 1)
+        right = []
+        for tokens, truth in zip(patches(encoder, about, self.mosaics), self.truth, strict=True):
+            similarity, nearest = (tokens @ gallery.T).topk(20)
+            votes = torch.zeros(len(tokens), int(self.kinds.max()) + 1)
+            votes.scatter_add_(1, self.kinds[nearest], ((similarity - similarity[:, :1]) / 0.07).exp())
+            right.append((votes.argmax(1) == truth).float().mean())
+        return float(torch.stack(right).mean())
+
+    def similarities(self, path: Path, count: int = 30) -> Tensor:
+        """[count, 256, 256] between the patches of each mosaic."""
+        tokens = patches(*load_export(path), self.mosaics[:count])
+        return tokens @ tokens.transpose(1, 2)
+
+    def agreement(self, path: Path, snapshot: Path) -> float:
+        """Correlation of the similarities off the diagonal with a snapshot's, mean over mosaics."""
+        off = ~torch.eye(256, dtype=torch.bool)
+        pairs = zip(self.similarities(path), self.similarities(snapshot), strict=True)
+        return float(torch.stack([torch.corrcoef(torch.stack([a[off], b[off]]))[0, 1] for a, b in pairs]).mean())
+
+    def separation(self, path: Path) -> float:
+        """How well a patch's similarities tell its own image from the three others in a mosaic: the area under the ROC curve, mean over patches."""
+        out = []
+        for similarity, truth in zip(self.similarities(path), self.truth, strict=False):
+            same = truth.unsqueeze(1) == truth
+            ranks = similarity.argsort(1).argsort(1).float() + 1  # each patch is most alike to itself
+            own = same.sum(1) - 1
+            total = (ranks * same).sum(1) - 256
+            out.append(((total - own * (own + 1) / 2) / (own * (255 - own))).mean())
+        return float(torch.stack(out).mean())
+
+
+def picture(score: Score, folders: dict[str, Path], target: Path, rows: int = 5) -> None:
+    """Rows: a mosaic, then for each folder the similarity of all patches to the one at a quarter of the side."""
+    maps = {name: score.similarities(path, rows) for name, path in folders.items()}
+    place, lines = 4 * 16 + 4, []
+    for n in range(rows):
+        image = score.mosaics[n].transpose(1, 2, 0).copy()
+        image[30:42, 30:42] = image[30:42, 30:42] // 2 + np.array([127, 0, 0], np.uint8)
+        tiles = [image]
+        for each in maps.values():
+            shown = resize_map(each[n, place].view(1, 256, 1), (16, 16), (128, 128)).view(128, 128)
+            low, high = shown.quantile(0.02), shown.quantile(0.98)
+            tiles.append((((shown - low) / (high - low)).clamp(0, 1) * 255).byte().numpy()[..., None].repeat(3, -1))
+        lines.append(np.concatenate([np.pad(tile, ((0, 4), (0, 4), (0, 0)), constant_values=255) for tile in tiles], 1))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(lines)).save(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--stage", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("more", nargs="*", help="overrides of the recipe, such as objective.ibot_weight=0.0")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    fetch(options.folder / "images", "materials", lambda line: print(line, file=sys.stderr))
+    for split in ("train", "test"):
+        if not (options.folder / "shards" / split).is_dir():
+            build(options.folder / "images" / split, options.folder / "shards" / split)
+    data = [*MODEL, *COMMON, f"data.train={options.folder / 'shards' / 'train'}", *options.more]
+    score, begun = Score(options.folder), time.process_time()
+
+    def run(name: str, steps: int, *overrides: str) -> Path:
+        every = [
+            f"run={options.folder / name}",
+            f"steps={steps}",
+            f"export={max(1, steps // 10)}",
+            f"checkpoint={steps}",
+        ]
+        return train(load("dinov3_vits16_demo", [*data, *every, *overrides]))
+
+    warm = [f"optim.lr={{kind: constant, value: {options.lr}, warmup: 100, final: 0.0}}", "objective.momentum=0.99"]
+    fixed = ["objective.teacher_temperature={value: 0.07, start: 0.04, warmup: 0.1}"]
+    first = run("pretrain", options.steps, *warm, *fixed)
+    curve = {step: score.accuracy(path) for step, path in exports(first).items()}
+    print(
+        json.dumps({"accuracy": curve, "cpu_seconds": round(time.process_time() - begun)}), file=sys.stderr, flush=True
+    )
+    best = max((step for step in curve if 0 < step < options.steps), key=curve.__getitem__)
+    teacher, last = exports(first)[best], exports(first)[options.steps]
+    after = [*warm, "objective.teacher_temperature=0.07", f"init.run={first}"]
+    control = run("control", options.stage, *after)
+    gram = [
+        f"objective.gram_teacher={teacher}",
+        "objective.gram_size=128",
+        "objective.gram_weight=2.0",
+        "objective.gram_updates=0",
+    ]
+    stage = run("gram", options.stage, *after, *gram)
+    ends = {"before": last, "control": exports(control)[options.stage], "after": exports(stage)[options.stage]}
+    for name, path in {"snapshot": teacher, **ends}.items():
+        emit(f"gram.{name}", score.separation(path), "area under ROC", f"snapshot of step {best} of {options.steps}")
+        emit(f"gram.accuracy.{name}", score.accuracy(path), "patch accuracy", "20 nearest patches")
+    for name, path in ends.items():
+        emit(
+            f"gram.agreement.{name}", score.agreement(path, teacher), "correlation", "the snapshot's patch similarities"
+        )
+    if options.picture:
+        picture(score, {"snapshot": teacher, **ends}, options.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Any image network of timm behind `Features`, to be trained or distilled: its pooled features are cls, what comes before pooling are tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pretrain.models.layers import Backbone, Features
+from pretrain.models.presets import Timm
+
+
+class TimmNetwork(Backbone):
+    """Randomly initialised by timm. Its layers are not known, so `optim.layer_decay` and `optim.patch_embed_lr` do not reach it."""
+
+    def __init__(self, cfg: Timm):
+        super().__init__()
+        self.cfg = cfg
+        self.network: Any = _create(cfg)
+        self.embed_dim, self.image_size = self.network.num_features, cfg.image_size
+        embed: Any = getattr(self.network, "patch_embed", None)
+        sized = embed is not None and hasattr(self.network, "num_prefix_tokens")  # a plain ViT: one size all through
+        self.patch_size = embed.patch_size[0] if sized else _stride(self.network)
+        self.last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+
+    def shard_units(self) -> list[nn.Module]:
+        return [self]
+
+    def layer_of(self, name: str) -> tuple[int, int]:
+        return 1, 1
+
+    def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
+        """See `Backbone`; takes no mask, drops no patches, and has one layer of features."""
+        given = [*mask, *(keep or [])] if isinstance(mask, list) else [mask, keep]
+        if any(each is not None for each in given) or layers != 1:
+            raise ValueError(
+                "a network of timm takes no mask, no keep and layers=1 only; choose a ViT (model=vit_small)"
+            )
+        if isinstance(x, list):
+            return [self.forward(one) for one in x]
+        maps = self.network.forward_features(x)
+        if maps.ndim == 4:
+            maps = maps.permute(0, 3, 1, 2) if self.last else maps
+            grid, tokens, prefix = tuple(maps.shape[-2:]), maps.flatten(2).transpose(1, 2), 0
+            cls = self.network.forward_head(maps.permute(0, 2, 3, 1) if self.last else maps, pre_logits=True)
+        else:
+            prefix = self.network.num_prefix_tokens
+            grid, tokens = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size), maps[:, prefix:]
+            cls = self.network.forward_head(maps, pre_logits=True)
+        if cls.shape[-1] != tokens.shape[-1]:  # a head that widens: its features are not those of places
+            cls = tokens.mean(1)
+        return Features(cls, tokens, maps[:, 1:prefix] if prefix > 1 else tokens[:, :0], grid)
+
+
+def _create(cfg: Timm) -> nn.Module:
+    """timm's model without a classifier; ViTs for any input size. Raises ValueError where timm or the architecture is not there."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError("model.name = timm: is not installed; pip install timm") from None
+    if not timm.is_model(cfg.architecture):
+        raise ValueError(
+            f"model.architecture = {cfg.architecture!r}: timm has no such model; timm.list_models('*') lists them"
+        )
+    common = {"pretrained": False, "num_classes": 0, "in_chans": cfg.in_channels}
+    try:
+        return timm.create_model(cfg.architecture, img_size=cfg.image_size, dynamic_img_size=True, **common)
+    except TypeError:  # no ViT
+        return timm.create_model(cfg.architecture, **common)
+
+
+def _stride(network: Any) -> int:
+    """Pixels per cell of its last map."""
+    return network.feature_info[-1]["reduction"]
