@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from pretrain.checkpoint_store import Damaged, Files, Hashed, Store, damaged
 from pretrain.errors import UserError
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no process group
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint."
 _HARMLESS = {
