@@ -102,7 +102,12 @@ class _Files(FileSystemBase):
         else:
             with self.store.write(self.place, file) as below:
                 hashed = Hashed(below)
-                yield hashed
+                try:
+                    yield hashed
+                except RuntimeError:  # torch's zip writer has one of its own where a write fails
+                    if hashed.error is None:
+                        raise
+                    raise hashed.error from None
             self.files[file] = [hashed.size, hashed.digest.hexdigest()]
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
