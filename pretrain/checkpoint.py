@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +32,6 @@ from pretrain.parallel.engine import Engine
 from pretrain.recipe import Recipe
 from pretrain.run_folder import write_recipe
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no process group
 FORMAT = 2
 
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from pretrain.checkpoint_store import Damaged, Files, Hashed, Store, damaged
 from pretrain.errors import UserError
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no process group
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint."
 _HARMLESS = {
@@ -100,7 +102,12 @@ class _Files(FileSystemBase):
         else:
             with self.store.write(self.place, file) as below:
                 hashed = Hashed(below)
-                yield hashed
+                try:
+                    yield hashed
+                except RuntimeError:  # torch's zip writer has one of its own where a write fails
+                    if hashed.error is None:
+                        raise
+                    raise hashed.error from None
             self.files[file] = [hashed.size, hashed.digest.hexdigest()]
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:

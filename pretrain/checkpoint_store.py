@@ -47,6 +47,7 @@ class Hashed(io.RawIOBase):
 
     def __init__(self, below: IO[bytes]):
         self.below, self.size, self.digest = below, 0, xxhash.xxh3_128()
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -55,7 +56,11 @@ class Hashed(io.RawIOBase):
         view = memoryview(data).cast("B")
         self.digest.update(view)
         self.size += len(view)
-        self.below.write(view)
+        try:
+            self.below.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         return len(view)
 
     def tell(self) -> int:

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from launch.local import environments, wait
-from pretrain import config
+from pretrain import config, export
 from pretrain.train import STOPPED
-from tests.conftest import tiny_recipe
+from tests.conftest import tiny_recipe, unlabeled
 from tests.faults.test_kill import rows, wait_for
 
 # Modes round in different ways, and training makes of that another path in time: slowly with a small lr and a large eps (where a gradient is zero but
@@ -176,3 +178,9 @@ def test_the_commands_of_the_readme(launcher: str, shards: Path, tmp_path: Path)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    file = tmp_path / "model.safetensors"
+    for words in (["verify", run], ["inspect", run], ["consolidate", run, file]):
+        looked = unlabeled("checkpoint", *words)
+        assert looked.returncode == 0 and not looked.stderr, looked.stderr
+    weights, exported = load_file(file), export.load(run / "export" / "3")[0].state_dict()
+    assert all(torch.equal(value, weights[f"backbone.{key}"]) for key, value in exported.items())
