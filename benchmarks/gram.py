@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("more", nargs="*", help="overrides of the recipe, such as objective.ibot_weight=0.0")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     fetch(options.folder / "images", "materials", lambda line: print(line, file=sys.stderr))
     for split in ("train", "test"):
