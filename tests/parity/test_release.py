@@ -47,8 +47,6 @@ def test_forms(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("name", ["dinov3", "convnext"])
 def test_onnx(tmp_path: Path, name: str):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     export.write(tmp_path / "out", MODELS[name](), ABOUT, MEAN, STD)
     (line,) = release.release(tmp_path / "out", ["onnx"])
     assert "model.onnx: opened again" in line
