@@ -233,7 +233,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 3 MB."""
     path = tmp_path / "disk"
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
+    if problem := subprocess.run(mount, capture_output=True, text=True).stderr:
+        pytest.skip(f"a small disk cannot be mounted by this user: {problem}")
     yield path
     subprocess.run(["umount", "-l", str(path)], check=True)
 

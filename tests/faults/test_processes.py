@@ -167,10 +167,18 @@ def test_errors_are_said_once(shards: Path, tmp_path: Path):
 def test_the_commands_of_the_readme(launcher: str, shards: Path, tmp_path: Path):
     run = tmp_path / "run"
     mode = {"torchrun": "fsdp2", "deepspeed": "zero2"}[launcher]
+    port = environments(2)[0]["MASTER_PORT"]  # a free one
     path = recipe_file("mae", shards, run, "steps=3", f"parallel.mode={mode}")
     command = {
-        "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "-m", "pretrain.train"],
-        "deepspeed": ["deepspeed.launcher.runner", "--num_gpus=2", "--no_local_rank", "--module", "pretrain.train"],
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain.train"],
+        "deepspeed": [
+            "deepspeed.launcher.runner",
+            f"--master_port={port}",
+            "--num_gpus=2",
+            "--no_local_rank",
+            "--module",
+            "pretrain.train",
+        ],
     }[launcher]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
