@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ def _import(device: torch.device) -> Any:
     if device.type == "cpu":  # an operation that it would compile for minutes at the start; gloo does the same
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", message="`torch.distributed.* is deprecated", category=FutureWarning
+    )  # by DeepSpeed
     return deepspeed
 
 
