@@ -132,7 +132,8 @@ class Engine:
         """
         self.set_rates(lr, weight_decay)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.scale.down([local(g) for g in gradients])
+        pieces = [local(g) for g in gradients]
+        self.scale.down(pieces)
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         norm = norm.to(self.device)  # of offloaded gradients it is not there
@@ -141,7 +142,7 @@ class Engine:
         self.scale.adapt(norm)
         if self.clip is not None:
             factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(g) for g in gradients], factor)
+            torch._foreach_mul_(pieces, factor.to(pieces[0].device))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.micro = 0
@@ -180,15 +181,12 @@ class DDP(Engine):
         ids = [self.device.index] if self.device.type == "cuda" else None
         # buffers need no broadcast: batch norm's are computed from all processes' samples
         known = inspect.signature(DistributedDataParallel).parameters
-        quiet = {
-            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-        }  # its name until torch 2.14
-        return DistributedDataParallel(self.objective.to(self.device), device_ids=ids, **quiet)
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.14
+        return DistributedDataParallel(self.objective.to(self.device), device_ids=ids, **{name: False})
 
     def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
-        return (
-            contextlib.nullcontext() if last else self.module.no_sync()
-        )  # around the forward, too, or it has no effect
+        # around the forward, too, or it has no effect
+        return contextlib.nullcontext() if last else self.module.no_sync()
 
 
 class FSDP2(Engine):
@@ -213,9 +211,8 @@ class FSDP2(Engine):
             frozen = [u for u in units[:-1] if not any(p.requires_grad for p in u.parameters())]
             units = [u for u in units if u not in frozen]
             kept = {p for u in frozen for p in u.parameters()}
-        warnings.filterwarnings(
-            "ignore", message="FSDP2-wrapped module .* returned a view"
-        )  # nothing of ours changes one in place
+        # nothing of ours changes one in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for unit in units:
             # resharded after forward even where it is the root: a teacher has no backward that would do it
             fully_shard(

@@ -21,7 +21,9 @@ class LossScale:
 
     def down(self, gradients: list[Tensor]) -> None:
         if self.on:
-            torch._foreach_mul_(gradients, self.factor[0].reciprocal())
+            torch._foreach_mul_(
+                gradients, self.factor[0].reciprocal().to(gradients[0].device)
+            )  # offloaded ones are elsewhere
 
     def adapt(self, norm: Tensor) -> None:
         """After a step whose gradients had this norm: the same on all processes, as the norm is."""

@@ -100,6 +100,7 @@ def test_digits_splits_share_no_digit(digits):
     assert sum(map(len, numbers)) == len(set.union(*numbers)) == 1797
 
 
+@pytest.mark.slow
 def test_digits_are_the_same_every_time(digits, tmp_path):
     (tmp_path / "again").mkdir()  # an empty folder may be there
     demo_data.fetch(tmp_path / "again", "digits", quiet)

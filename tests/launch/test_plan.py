@@ -151,6 +151,7 @@ def blocks(tokens: int, dim: int, depth: int, batch: int) -> float:
     return depth * batch * (6 * tokens * 12 * dim**2 + 2 * (2 + 5) * tokens**2 * dim)
 
 
+@pytest.mark.slow
 def test_flops_of_mae_are_those_of_a_hand_count():
     cfg = load("mae_vits16", ["data.batch=64", "parallel.micro_batch=32"])
     batch, patches, kept = 64, 196, 49
@@ -196,6 +197,7 @@ def test_what_the_loss_gathers_counts():
     assert found.collectives["all-reduce"] >= 2 * 16 * 32 * 4  # gradients of the gathered embeddings of two views
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_traffic_is_that_of_the_engine(name: str, monkeypatch: pytest.MonkeyPatch):
     """The real FSDP2 engine, without memory and without other processes: the collectives that it calls in a step."""
