@@ -117,13 +117,11 @@ def export(args: argparse.Namespace) -> None:
     step = int(wanted)
     target = Path(args.target) if args.target else run / "export" / str(step)
     exports.save(target, objective, recipe, step)
-    from pretrain.release import release
+    from pretrain.release import opened_by, release
 
-    theirs = (
-        getattr(recipe.model, "stem", None) != "small" and recipe.model.name != "timm"
-    )  # what transformers has a class for
+    theirs, opener = opened_by(target)
     print("\n".join(release(target, [*(["transformers"] if theirs else []), *args.also])))
-    print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
+    print(f"{target}: {opener}")
 
 
 def snapshots(args: argparse.Namespace) -> None:
