@@ -16,6 +16,7 @@ from pretrain.models.text_layers import (
     Cache,
     Fused,
     Head,
+    Linear,
     Mlp,
     RMSNorm,
     Scope,
@@ -78,9 +79,9 @@ class CrossAttention(nn.Module):
     def __init__(self, cfg: EncoderDecoder):
         super().__init__()
         self.heads, width = cfg.heads, cfg.heads * cfg.head_dim
-        self.q = nn.Linear(cfg.dim, width, bias=False)
+        self.q = Linear(cfg.dim, width, bias=False)
         self.kv = Fused(cfg.dim, (width, width), bias=False)
-        self.proj = nn.Linear(width, cfg.dim, bias=False)
+        self.proj = Linear(width, cfg.dim, bias=False)
 
     def forward(
         self, x: Tensor, batch: int, memory: Tensor, mask: Tensor | None, cache: Cache | None, block: int

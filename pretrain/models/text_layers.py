@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.models.layers import Backbone, Rotation
 from pretrain.ops import cross_entropy as losses
+from pretrain.ops.products import linear
 
 
 class TextBackbone(Backbone):
@@ -127,6 +128,28 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 # ---------------------------------------------------------------- norms and MLPs
+class _RMSNorm(torch.autograd.Function):
+    """x [N, D] → x / sqrt(mean(x²) + eps) · weight, in x's type. On a CPU a seventh of the time of F.rms_norm with its backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # [N, 1]
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        # LayerNorm's kernel told that the mean is zero: what it takes off for the mean's own gradient is added again
+        mean, width = torch.zeros_like(scale), x.shape[-1:]
+        grad = grad.contiguous()
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, width, mean, scale, weight, None, [True, True, False]
+        )
+        return dx.addcmul_((grad @ weight).unsqueeze(1), scale, value=1 / x.shape[-1]), dw, None
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight (arXiv 1910.07467), in fp32 or wider, as LLaMA, Qwen3 and T5 have it."""
 
@@ -137,19 +160,50 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        weight = self.weight.to(wide.dtype)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            with torch.autocast("cpu", enabled=False):
+                return _RMSNorm.apply(wide.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape).to(x.dtype)
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
 def norm(kind: str, dim: int, eps: float) -> nn.Module:
     return RMSNorm(dim, eps) if kind == "rms" else nn.LayerNorm(dim, eps)
 
 
-class Fused(nn.Linear):
+class Linear(nn.Linear):
+    """nn.Linear, by the faster kernel where a CPU is slow in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Fused(Linear):
     """Several linear layers of one input as one; `parts` are the rows of each, for what treats them one by one (Muon, other libraries' layouts)."""
 
     def __init__(self, dim: int, parts: tuple[int, ...], bias: bool):
         super().__init__(dim, sum(parts), bias=bias)
         self.parts = parts
+
+
+class _SwiGLU(torch.autograd.Function):
+    """[N, 2·F], gate and up side by side → silu(gate) · up [N, F]. Only the input is kept, and backward writes one tensor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        to_gate, to_up = out.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=to_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        return out
 
 
 class Mlp(nn.Module):
@@ -159,11 +213,13 @@ class Mlp(nn.Module):
         super().__init__()
         self.kind = kind
         gated = kind in ("swiglu", "geglu")
-        self.up = Fused(dim, (width, width), bias) if gated else nn.Linear(dim, width, bias)
-        self.down = nn.Linear(width, dim, bias)
+        self.up = Fused(dim, (width, width), bias) if gated else Linear(dim, width, bias)
+        self.down = Linear(width, dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
+        if self.kind == "swiglu" and not torch.compiler.is_compiling():
+            return self.down(_SwiGLU.apply(x))
         if self.kind in ("swiglu", "geglu"):
             gate, up = x.chunk(2, dim=-1)
             return self.down((F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * up)
@@ -213,7 +269,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.window, self.scale = heads, kv_heads, head_dim, window, scale
         self.qkv = Fused(dim, tuple(n * head_dim for n in (heads, kv_heads, kv_heads)), bias)
-        self.proj = nn.Linear(heads * head_dim, dim, bias)
+        self.proj = Linear(heads * head_dim, dim, bias)
         self.q_norm = RMSNorm(head_dim, qk_norm) if qk_norm is not None else None
         self.k_norm = RMSNorm(head_dim, qk_norm) if qk_norm is not None else None
 
