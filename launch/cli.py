@@ -117,13 +117,20 @@ def export(args: argparse.Namespace) -> None:
     step = int(wanted)
     target = Path(args.target) if args.target else run / "export" / str(step)
     exports.save(target, objective, recipe, step)
-    from pretrain.release import release
+    from pretrain.release import opened_by, release
 
-    theirs = (
-        getattr(recipe.model, "stem", None) != "small" and recipe.model.name != "timm"
-    )  # what transformers has a class for
+    theirs, opener = opened_by(target)
     print("\n".join(release(target, [*(["transformers"] if theirs else []), *args.also])))
-    print(f"{target}: open it with transformers.AutoModel.from_pretrained({str(target)!r})")
+    print(f"{target}: {opener}")
+
+
+def generate(args: argparse.Namespace) -> None:
+    from pretrain import generate
+
+    sampling = generate.Sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    for piece in generate.text(args.model, args.prompt, sampling):
+        print(piece, end="", flush=True)
+    print()
 
 
 def snapshots(args: argparse.Namespace) -> None:
@@ -311,6 +318,18 @@ def parser() -> argparse.ArgumentParser:
                 "help": "timm, official, torch, onnx: written into the folder as well",
             },
         ),
+    )
+    add(
+        "generate",
+        generate,
+        "Go on with a text, with an exported language model; text comes as it is made.",
+        ("model", {"help": "an exported folder (RUN/export/STEP), or one of transformers with tokenizer.json"}),
+        ("prompt", {"nargs": "?", "default": "", "help": "what to go on from (default: the beginning of a document)"}),
+        ("--max-tokens", {"type": int, "default": 200, "help": "at most (default 200)"}),
+        ("--temperature", {"type": float, "default": 0.8, "help": "0: always the likeliest token (default 0.8)"}),
+        ("--top-k", {"type": int, "help": "draw from the k likeliest tokens only"}),
+        ("--top-p", {"type": float, "help": "draw from the fewest tokens that have this share of the probability"}),
+        ("--seed", {"type": int, "default": 0, "help": "another number, another text (default 0)"}),
     )
     add(
         "snapshots",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import config
+from pretrain.layouts.transformers_text import CLASSES, OWN
 from pretrain.run_folder import read_rows
 
 
@@ -25,28 +26,49 @@ def write(folder: Path) -> Path:
 
 
 def _head(fields: dict[str, Any]) -> list[str]:
-    about, own = fields["unlabeled"], fields["model_type"].startswith("unlabeled")
+    about, own, text = fields["unlabeled"], fields["model_type"].startswith("unlabeled"), _text_task(fields)
     model = about["model"]
     name = f"{model['name']}, pretrained with {about.get('objective')}"
     options = ", ".join(
         f"{k} {v}"
         for k, v in model.items()
         if k in ("dim", "depth", "heads", "patch_size", "widths", "depths", "registers", "architecture")
+        or (text and k in ("vocab_size", "context"))
     )
+    if text:
+        said = "A language model trained by `unlabeled`."
+        more = ""
+    else:
+        said = "A backbone trained without labels by `unlabeled`."
+        more = f" Pixels: mean {about['mean']}, std {about['std']} after division by 255; features are pooled by {about.get('pool', 'cls')}."
     return [
         "---",
         f"library_name: {'timm' if 'architecture' in fields else 'unlabeled' if own else 'transformers'}",
-        "tags: [self-supervised, image-feature-extraction]",
+        f"tags: [self-supervised, {text or 'image-feature-extraction'}]",
         "---",
         f"# {name}, step {about.get('step')}",
         "",
-        "A backbone trained without labels by `unlabeled`.",
-        f"Options: {options}. Pixels: mean {about['mean']}, std {about['std']} after division by 255; features are pooled by {about.get('pool', 'cls')}.",
+        said,
+        f"Options: {options}.{more}",
         "",
     ]
 
 
+def _text_task(fields: dict[str, Any]) -> str:
+    """The hub's word for what a text model does; "" for others."""
+    tasks = {"bert": "fill-mask", "t5": "text2text-generation", OWN: "text-generation"}
+    return tasks.get(fields["model_type"], "text-generation" if fields["model_type"] in CLASSES else "")
+
+
 def _use(fields: dict[str, Any]) -> list[str]:
+    if fields["model_type"] in CLASSES:
+        name = CLASSES[fields["model_type"]]
+        return [
+            f"    from transformers import AutoTokenizer, {name}",
+            f"    tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), {name}.from_pretrained(FOLDER).eval()",
+            "",
+            *([] if name == "BertForMaskedLM" else ['or `unlabeled generate FOLDER "Once upon a time"`.', ""]),
+        ]
     if fields["model_type"].startswith("unlabeled"):
         return ["    from pretrain.weights import load_backbone", "    encoder, about = load_backbone(FOLDER)", ""]
     if "architecture" in fields:
@@ -84,4 +106,4 @@ def _recipe(run: Path) -> list[str]:
     recipe = config.read_yaml(run / "recipe.yaml")
     steps, batch = recipe["steps"], recipe["data"]["batch"]
     text = (run / "recipe.yaml").read_text().strip()
-    return ["## Recipe", "", f"{steps} steps of {batch} images, {recipe['precision']}.", "", "```yaml", text, "```"]
+    return ["## Recipe", "", f"{steps} steps of {batch} samples, {recipe['precision']}.", "", "```yaml", text, "```"]

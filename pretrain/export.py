@@ -1,4 +1,4 @@
-"""Export: a folder config.json + model.safetensors that `transformers.AutoModel.from_pretrained` and `load` open.
+"""Export: a folder config.json + model.safetensors that `transformers.AutoModel.from_pretrained` and `load` open, with a tokenizer for text models.
 
 Which class of transformers stands for which backbone, and under which names, is in `pretrain/layouts/transformers.py`. The key `unlabeled` of config.json
 holds what `load` needs.
@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain import card, config, weights
+from pretrain.layouts import tokenizer as tokenizers
 from pretrain.layouts import transformers
 from pretrain.layouts.transformers import State
 from pretrain.models.layers import Backbone
+from pretrain.models.text_layers import TextBackbone
 from pretrain.objectives.base import Objective
 from pretrain.recipe import Recipe
 
@@ -26,11 +28,15 @@ def write(
     folder: Path,
     encoder: Backbone,
     about: dict[str, Any],
-    mean: list[float],
-    std: list[float],
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
     state: State | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
-    """Write an encoder as a folder, atomically, and read it back to see that nothing was lost. `state`: weights to write in place of its own."""
+    """Write an encoder as a folder, atomically, and read it back to see that nothing was lost. `state`: weights to write in place of its own.
+
+    `mean` and `std` are of the pixels that it was trained on; `tokenizer`, a tokenizer.json, of the text.
+    """
     cfg: Any = encoder.cfg
     if vars(cfg).get("local_cls_norm"):  # of training alone
         cfg = cfg.replace(local_cls_norm=False)
@@ -38,20 +44,9 @@ def write(
     state = {k: v.detach().cpu() for k, v in state.items() if not k.startswith("local_cls_norm.")}
     fields, tensors = transformers.write(cfg, state)
     fields["dtype"] = "float32"
-    fields["unlabeled"] = {"model": config.to_dict(cfg), "mean": mean, "std": std, **about}
-    processor = {  # the short side resized, the middle cropped: what `data_pipeline.views.center` shows to evaluation
-        "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": encoder.image_size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": encoder.image_size, "width": encoder.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }
+    text = isinstance(encoder, TextBackbone)
+    look = {} if text else {"mean": mean, "std": std}
+    fields["unlabeled"] = {"model": config.to_dict(cfg), **look, **about}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -60,8 +55,14 @@ def write(
         partial / "model.safetensors",
         metadata={"format": "pt"},
     )
+    if text and tokenizer is not None:
+        fields |= tokenizers.write(partial, Path(tokenizer), encoder.context)
+        if "decoder_start_token_id" in fields:  # T5 begins with padding
+            fields["decoder_start_token_id"] = fields.get("pad_token_id", 0)
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
-    (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    if not text:
+        processor = _processor(encoder.image_size, mean, std)
+        (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     again = load(partial)[0].state_dict()
     lost = [key for key in state if not torch.equal(again[key], state[key].to(again[key].dtype))]
     if lost:
@@ -70,17 +71,43 @@ def write(
     partial.rename(folder)
 
 
-def save(folder: Path, objective: Objective, recipe: Recipe, step: int, states: dict[str, State] | None = None) -> None:
+def _processor(size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
+    """preprocessor_config.json: the short side resized, the middle cropped, which is what `data_pipeline.views.center` shows to evaluation."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+
+
+def save(
+    folder: Path,
+    objective: Objective,
+    recipe: Recipe,
+    step: int,
+    states: dict[str, State] | None = None,
+    tokenizer: Path | None = None,
+) -> None:
     """Export an objective's encoder at a step of its run, and further ones to NAME/STEP beside it; folders that are there are left as they are.
 
-    `states`: the encoders' whole weights in main memory, where an engine has spread them (`Engine.encoder_states`).
+    `states`: the encoders' whole weights in main memory, where an engine has spread them (`Engine.encoder_states`). `tokenizer`: as for `write`.
     """
     for name, encoder in objective.encoders().items():
         about = {"step": step, "objective": recipe.objective.name, "pool": objective.pool}
         about |= {"student": name} if name != "model" else {}
         target = folder if name == "model" else folder.parent / name / folder.name
         if not (target / "config.json").is_file():
-            write(target, encoder, about, recipe.data.mean, recipe.data.std, states[name] if states else None)
+            write(
+                target, encoder, about, recipe.data.mean, recipe.data.std, states[name] if states else None, tokenizer
+            )
             card.write(target)
 
 

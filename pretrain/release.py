@@ -1,6 +1,6 @@
 """Further forms of an exported folder: timm's, the official layout, torch.export and ONNX, each opened again and compared before it counts as written.
 
-transformers  the folder itself                      AutoModel.from_pretrained(FOLDER)
+transformers  the folder itself                      AutoModel.from_pretrained(FOLDER); for text models, the only form
 timm          FOLDER/timm/                           timm.create_model("local-dir:FOLDER/timm", pretrained=True)
 official      FOLDER/official.pth                    the names of DINOv2's and DINOv3's own files
 torch         FOLDER/model.pt2                       torch.export.load(…).module()(images) → (cls, tokens); any batch, the model's image size
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from pretrain import weights
 from pretrain.errors import UserError, nearest
-from pretrain.layouts import official, timm
+from pretrain.layouts import official, timm, transformers_text
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
+from pretrain.models.text_layers import TextBackbone
 
 TOLERANCE = 1e-3  # of the largest feature: other libraries' kernels, and timm's own epsilon in norms
 Outputs = tuple[Tensor, Tensor | None]  # cls [B, D], tokens [B, N, D] where there are some
@@ -49,6 +50,8 @@ def release(folder: Path, forms: list[str]) -> list[str]:
         if form not in FORMS:
             raise UserError(f"{form!r}: no such form; {nearest(form, FORMS)}")
     encoder, about = weights.load_backbone(folder)
+    if isinstance(encoder, TextBackbone):
+        return [_text(folder, encoder, form) for form in forms]
     size = encoder.image_size
     images = torch.randn(2, encoder.cfg.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -69,6 +72,49 @@ def release(folder: Path, forms: list[str]) -> list[str]:
             )
         lines.append(f"{where}: opened again, features within {far:.0e} of ours")
     return lines
+
+
+def opened_by(folder: Path) -> tuple[bool, str]:
+    """(whether transformers has a class for an export, what to open it with)."""
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    if kind == "timm_wrapper":
+        return False, f"open it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
+    if kind.startswith("unlabeled"):
+        return False, f"open it with pretrain.weights.load_backbone({str(folder)!r}); transformers has no class for it"
+    return (
+        True,
+        f"open it with transformers.{transformers_text.CLASSES.get(kind, 'AutoModel')}.from_pretrained({str(folder)!r})",
+    )
+
+
+def _text(folder: Path, model: Any, form: str) -> str:
+    """A text model's logits, which transformers' class must give as well. Raises UserError where it has none."""
+    if form != "transformers":
+        raise UserError(f"{form!r}: text models have no such form; {folder} itself is for transformers")
+    kind, odd = transformers_text.kind_of(model.cfg)
+    if kind == transformers_text.OWN:
+        raise UserError(f"{folder}: transformers has no class for {odd} here; `weights.load_backbone` opens it")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    library = _import("transformers")
+    if library is None:
+        return f"{folder}: written; transformers is not installed here, so its logits were not compared"
+    theirs, info = getattr(library, transformers_text.CLASSES[kind]).from_pretrained(folder, output_loading_info=True)
+    if any(info.values()):
+        raise UserError(f"{folder}: transformers finds other keys than its class has: {info}")
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, (2, min(64, model.context)), generator=draw)
+    with torch.no_grad():
+        hidden = model(tokens).tokens
+        more = {}
+        if isinstance(model.cfg, presets.EncoderDecoder):
+            hidden, more = model.decoder(tokens, hidden), {"decoder_input_ids": tokens}
+        ours, found = model.head(hidden), theirs.eval()(input_ids=tokens, **more).logits
+    far = float((ours - found).abs().max()) / max(1.0, float(ours.abs().max()))
+    if not far <= TOLERANCE:
+        raise UserError(
+            f"{folder}: transformers gives other logits, {far:.1e} of the largest away; it is not to be used"
+        )
+    return f"{folder}: opened again, logits within {far:.0e} of ours"
 
 
 def _import(name: str) -> Any:

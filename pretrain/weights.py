@@ -239,11 +239,21 @@ def load_into(backbone: Backbone, source: str | Path) -> None:
         _fill(backbone, find(source), f"model.name = {backbone.cfg.name}")
 
 
-SAME = ("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem", "architecture")
+SAME = ("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem", "architecture", "kv_heads")
+SAME += ("norm", "qk_norm", "windows", "softcap", "tied", "buckets", "max_distance")
+
+
+def _options(cfg: Any) -> dict[str, Any]:
+    """A config's values with those settled that follow from others."""
+    if not isinstance(cfg, presets.Decoder):
+        return vars(cfg)
+    _, heads, kv_heads, _, _ = presets.decoder_sizes(cfg)
+    windows = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.depth)] if any(cfg.windows) else []
+    return vars(cfg) | {"heads": heads, "kv_heads": kv_heads, "windows": windows}
 
 
 def _fill(backbone: Backbone, found: Source, what: str) -> None:
-    ours, theirs = vars(backbone.cfg), vars(found.cfg)
+    ours, theirs = _options(backbone.cfg), _options(found.cfg)
     if type(backbone.cfg) is not type(found.cfg):
         kinds = type(found.cfg).__name__, type(backbone.cfg).__name__
         raise UserError(f"{found.where}: holds a {kinds[0]}, but model.name = {backbone.cfg.name} is a {kinds[1]}")

@@ -1,7 +1,8 @@
 """transformers' layout: config.json's fields and the tensors' names on disk (those of transformers 4, which 5 reads as well).
 
 A ViT with rotary positions is a `dinov3_vit`, any other a `dinov2` (with registers: `dinov2_with_registers`), a ConvNeXt a `dinov3_convnext`, a ResNet
-with the ImageNet stem a `resnet`; absent layer scales are written as ones. `vit` and the encoder of `vit_mae` are read, too.
+with the ImageNet stem a `resnet`; absent layer scales are written as ones. `vit` and the encoder of `vit_mae` are read, too. Text models are in
+`transformers_text.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.layouts import transformers_text
 from pretrain.models import presets
 
 State = dict[str, Tensor]
@@ -21,6 +23,8 @@ State = dict[str, Tensor]
 
 def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors) of our state dict."""
+    if transformers_text.is_text(cfg):
+        return transformers_text.write(cfg, state)
     if isinstance(cfg, presets.ViT):
         return vit_to_transformers(cfg, state)
     if isinstance(cfg, presets.Timm):  # timm's own: create_model("local-dir:FOLDER") opens it, too
@@ -33,6 +37,8 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
 
 def read(cfg: Any, tensors: State, kind: str = "") -> State:
     """Our state dict of what `write` gave, or of another file of transformers' `kind` (its model_type)."""
+    if transformers_text.is_text(cfg):
+        return transformers_text.read(cfg, tensors, kind)
     if isinstance(cfg, presets.ViT):
         return vit_from_transformers(cfg, tensors, kind)
     if isinstance(cfg, presets.Timm):

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.layouts import transformers_text_config
+from pretrain.layouts.transformers_text import CLASSES
 
 
 def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     """(our model's name, its options) from config.json's fields; absent ones have transformers' defaults. Raises UserError for a class we have not."""
     kind = fields.get("model_type")
+    if kind in CLASSES:
+        return transformers_text_config.describe(kind, fields, where)
     if kind == "dinov3_convnext":
         return "convnext", {
             "widths": fields.get("hidden_sizes", [96, 192, 384, 768]),
@@ -27,7 +31,9 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
             "in_channels": fields.get("num_channels", 3),
         }
     if kind not in ("dinov3_vit", "dinov2", "dinov2_with_registers", "vit", "vit_mae"):
-        known = "dinov3_vit, dinov3_convnext, dinov2, dinov2_with_registers, vit, vit_mae, resnet"
+        known = (
+            f"dinov3_vit, dinov3_convnext, dinov2, dinov2_with_registers, vit, vit_mae, resnet, {', '.join(CLASSES)}"
+        )
         raise UserError(f"{where}: model_type = {kind!r}: not known; known: {known}")
     return "vit", _describe_vit(kind, fields, where)
 

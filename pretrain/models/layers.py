@@ -20,16 +20,17 @@ Rotation = tuple[Tensor, Tensor]  # cos, sin: [N, 1, d] or [B, N, 1, d], fp32, t
 class Features(NamedTuple):
     """What every backbone returns. With `layers=n` the last n blocks' outputs stand side by side in D."""
 
-    cls: Tensor  # [B, D]     the pooled map for convolutional networks
-    tokens: Tensor  # [B, N, D]  patches, row-major
+    cls: Tensor  # [B, D]     the pooled map for convolutional networks, the last token for a causal decoder
+    tokens: Tensor  # [B, N, D]  patches, row-major; or tokens of text
     registers: Tensor  # [B, R, D]  R may be 0
-    grid: tuple[int, ...]  # (h, w) of the whole input, also where only some patches were kept
+    grid: tuple[int, ...]  # (h, w) of the whole input, also where only some patches were kept; (N,) for text
 
 
 class Backbone(nn.Module):
     """forward(x, mask=None, keep=None, layers=1) -> Features; a list of inputs gives a list of Features.
 
     x: float [B, C, H, W]. mask: bool [B, N], these patches are replaced by a learned token. keep: long [B, K], the others are dropped.
+    What reads text is a `TextBackbone`.
     """
 
     embed_dim: int

@@ -1,0 +1,44 @@
+"""The tokenizer in an exported folder: tokenizer.json with a tokenizer_config.json, so that `transformers.AutoTokenizer` opens it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+
+# names of special tokens by what they are for, the first that a tokenizer has; "sep" and "cls" are BERT's
+ROLES = {
+    "bos": ("<|bos|>", "<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"),
+    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]"),
+    "pad": ("<|pad|>", "<pad>", "[PAD]"),
+    "mask": ("<|mask|>", "<mask>", "[MASK]"),
+    "unk": ("<unk>", "[UNK]"),
+    "cls": ("[CLS]",),
+    "sep": ("[SEP]",),
+}
+
+
+def specials(path: Path) -> dict[str, tuple[str, int]]:
+    """{role: (token, id)} of a tokenizer.json; a T5's first padding token stands for its beginning, too. Raises UserError where it is none."""
+    try:
+        content = json.loads(path.read_text())
+        known = {**content["model"].get("vocab", {})} if isinstance(content["model"].get("vocab"), dict) else {}
+        known |= {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is no tokenizer.json ({error}); name the one of the token set") from None
+    found = {role: next((n for n in names if n in known), None) for role, names in ROLES.items()}
+    return {role: (name, known[name]) for role, name in found.items() if name is not None}
+
+
+def write(folder: Path, source: Path, context: int) -> dict[str, Any]:
+    """Put a tokenizer.json into a folder, with its tokenizer_config.json; the ids that belong in config.json."""
+    found = specials(source)
+    shutil.copyfile(source, folder / "tokenizer.json")
+    fields: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
+    fields |= {f"{role}_token": name for role, (name, _) in found.items()}
+    fields["clean_up_tokenization_spaces"] = False
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=1) + "\n")
+    return {f"{role}_token_id": number for role, (_, number) in found.items() if role in ("bos", "eos", "pad")}

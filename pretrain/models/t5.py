@@ -1,0 +1,210 @@
+"""T5 (arXiv 1910.10683), v1.0 and v1.1: an encoder and a decoder of pre-norm blocks with relative positions and without biases.
+
+Shapes: B rows, S tokens in the encoder, T in the decoder, D features, H heads of width d.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.models.layers import Features
+from pretrain.models.presets import EncoderDecoder
+from pretrain.models.text_layers import (
+    Cache,
+    Fused,
+    Head,
+    Linear,
+    Mlp,
+    RMSNorm,
+    Scope,
+    SelfAttention,
+    TextBackbone,
+    attend,
+    visible,
+)
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and bucket of distance, added to a stack's scores: half of the buckets for single distances, the others
+    logarithmic up to `max_distance`; with `both_sides`, half of all for each side (§2.1)."""
+
+    def __init__(self, cfg: EncoderDecoder, both_sides: bool):
+        super().__init__()
+        self.both_sides, self.max_distance = both_sides, cfg.max_distance
+        self.weight = nn.Parameter(torch.empty(cfg.buckets, cfg.heads))
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[1, H, T, S] from the places of queries [T] and keys [S]."""
+        distance = keys - queries.unsqueeze(1)  # [T, S]
+        count = len(self.weight)
+        base = torch.zeros_like(distance)
+        if self.both_sides:
+            count //= 2
+            base = (distance > 0).long() * count
+            distance = distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = count // 2
+        far = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (far * (count - exact)).long()).clamp(max=count - 1)
+        bucket = base + torch.where(distance < exact, distance, far)
+        return self.weight[bucket].permute(2, 0, 1).unsqueeze(0)
+
+
+def _attention(cfg: EncoderDecoder) -> SelfAttention:
+    return SelfAttention(cfg.dim, cfg.heads, cfg.heads, cfg.head_dim, bias=False, scale=1.0)
+
+
+class EncoderBlock(nn.Module):
+    """Flat tokens [B·S, D] → the same."""
+
+    def __init__(self, cfg: EncoderDecoder):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attn = _attention(cfg)
+        self.norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.mlp = Mlp(cfg.dim, cfg.mlp_width, cfg.mlp, bias=False)
+
+    def forward(self, x: Tensor, scope: Scope) -> Tensor:
+        x = x + self.attn(self.norm1(x), scope)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder's tokens to the encoder's states, unscaled and without positions."""
+
+    def __init__(self, cfg: EncoderDecoder):
+        super().__init__()
+        self.heads, width = cfg.heads, cfg.heads * cfg.head_dim
+        self.q = Linear(cfg.dim, width, bias=False)
+        self.kv = Fused(cfg.dim, (width, width), bias=False)
+        self.proj = Linear(width, cfg.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, batch: int, memory: Tensor, mask: Tensor | None, cache: Cache | None, block: int
+    ) -> Tensor:
+        """Flat tokens [B·T, D] → the same; memory [B, S, D], mask bool [B, 1, 1, S]."""
+        q = self.q(x).view(batch, -1, self.heads, self.q.out_features // self.heads).transpose(1, 2)
+        held = cache.memory.get(block) if cache is not None else None
+        if held is None:
+            k, v = self.kv(memory).view(batch, memory.shape[1], 2, self.heads, -1).unbind(2)
+            held = (k.transpose(1, 2), v.transpose(1, 2))
+            if cache is not None:
+                cache.memory[block] = held
+        out = attend(q, *held, mask, False, 1.0)
+        return self.proj(out.transpose(1, 2).reshape(len(x), -1))
+
+
+class DecoderBlock(nn.Module):
+    """Flat tokens [B·T, D] and the encoder's states [B, S, D] → flat tokens."""
+
+    def __init__(self, cfg: EncoderDecoder):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attn = _attention(cfg)
+        self.norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.cross = CrossAttention(cfg)
+        self.norm3 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.mlp = Mlp(cfg.dim, cfg.mlp_width, cfg.mlp, bias=False)
+
+    def forward(
+        self, x: Tensor, scope: Scope, memory: Tensor, mask: Tensor | None, cache: Cache | None = None, block: int = 0
+    ) -> Tensor:
+        x = x + self.attn(self.norm1(x), scope, cache, block)
+        x = x + self.cross(self.norm2(x), scope.batch, memory, mask, cache, block)
+        return x + self.mlp(self.norm3(x))
+
+
+class DecoderStack(nn.Module):
+    """(tokens long [B, T], memory [B, S, D], memory_mask bool [B, S] or None, true where a state may be seen) → [B, T, D] after the last norm."""
+
+    def __init__(self, cfg: EncoderDecoder, embed: nn.Embedding):
+        super().__init__()
+        self._embed = [embed]  # the encoder's, which owns it
+        self.relative = RelativeBias(cfg, both_sides=False)
+        self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.decoder_depth or cfg.depth))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+
+    def forward(
+        self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """With a cache, tokens are those that follow on what it has seen, and memory is what it was when the cache was empty."""
+        b, t = tokens.shape
+        seen = cache.length if cache is not None else 0
+        keys = torch.arange(seen + t, device=tokens.device)
+        bias = self.relative(keys[seen:], keys)
+        if t > 1:
+            bias = bias.masked_fill(~visible(keys[seen:], keys, 0, None, causal=True), float("-inf"))
+        mask = memory_mask[:, None, None] if memory_mask is not None else None
+        x, scope = self._embed[0](tokens).flatten(0, 1), Scope(b, t, None, {0: bias}, causal=False)
+        for i, block in enumerate(self.blocks):
+            x = block(x, scope, memory, mask, cache, i)
+        if cache is not None:
+            cache.length += t
+        return self.norm(x).view(b, t, -1)
+
+
+class EncoderDecoderTransformer(TextBackbone):
+    """The encoder, which evaluation sees, with the decoder as `decoder`; `head` takes the decoder's states."""
+
+    def __init__(self, cfg: EncoderDecoder):
+        super().__init__()
+        self.cfg, self.embed_dim, self.context, self.vocab_size = cfg, cfg.dim, cfg.context, cfg.vocab_size
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.relative = RelativeBias(cfg, both_sides=True)
+        self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.depth))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.decoder = DecoderStack(cfg, self.embed)
+        self.head = Head(
+            cfg.dim, cfg.vocab_size, self.embed if cfg.tied else None, scale=cfg.dim**-0.5 if cfg.tied else 1.0
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Every matrix normal with the variance of one over what it sums up, queries divided by sqrt(d), as attention does not do it (mesh TensorFlow)."""
+        for name, part in self.named_modules():
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=part.in_features**-0.5)
+                if name.endswith(("qkv", "cross.q")):
+                    width = self.cfg.heads * self.cfg.head_dim
+                    with torch.no_grad():
+                        part.weight[:width].mul_(self.cfg.head_dim**-0.5)
+            elif isinstance(part, RelativeBias):
+                nn.init.normal_(part.weight, std=self.cfg.dim**-0.5)
+        nn.init.normal_(self.embed.weight, std=1.0)
+        if not self.cfg.tied:
+            nn.init.normal_(self.head.weight, std=self.cfg.dim**-0.5)
+
+    def shard_units(self) -> list[nn.Module]:
+        return [*self.blocks, *self.decoder.blocks]
+
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """The decoder's blocks count on from the encoder's."""
+        depth, last = len(self.blocks), len(self.blocks) + len(self.decoder.blocks) + 1
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            return int(parts[1]) + 1, last
+        if parts[:2] == ["decoder", "blocks"]:
+            return depth + int(parts[2]) + 1, last
+        if parts[0] == "norm":
+            return depth + 1, last
+        return (0 if parts[0] in ("embed", "relative") else last), last
+
+    def forward(self, tokens: Tensor, *, documents: Tensor | None = None, layers: int = 1) -> Features:
+        """The encoder's; `cls` is each row's first token."""
+        b, t = tokens.shape
+        places = torch.arange(t, device=tokens.device)
+        bias = self.relative(places, places)
+        if documents is not None:
+            bias = bias.masked_fill(~visible(places, places, 0, documents, causal=False), float("-inf"))
+        scope = Scope(b, t, None, {0: bias}, causal=False)
+        x, outputs = self.embed(tokens).flatten(0, 1), []
+        for i, block in enumerate(self.blocks):
+            x = block(x, scope)
+            if i >= len(self.blocks) - layers:
+                outputs.append(self.norm(x).view(b, t, -1))
+        out = torch.cat(outputs, dim=-1) if layers > 1 else outputs[0]
+        return Features(out[:, 0], out, out[:, :0], (t,))

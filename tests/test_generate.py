@@ -1,0 +1,116 @@
+"""Generation: the sampler against a loop without cache, its options, text of whole characters, and the command on our folders and transformers'."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from launch.cli import main
+from pretrain import export, generate
+from pretrain.errors import UserError
+from pretrain.generate import Sampling
+from tests.parity.test_text_models import ABOUT, MODELS, SMALL, build, hf
+
+__all__ = ["hf"]
+SPECIALS = ["<|endoftext|>", "<|pad|>", "<|mask|>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte-level, every byte a token."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator([], trainers.BpeTrainer(vocab_size=259, special_tokens=SPECIALS, initial_alphabet=alphabet))
+    path = tmp_path_factory.mktemp("tokens") / "tokenizer.json"
+    own.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"windows": [4, 0], "kv_heads": 2}, {"positions": "learned"}])
+def test_the_same_as_without_a_cache(options: dict):
+    model, prompt = build("gpt", {**SMALL, **options}), [5, 9, 2]
+    for sampling in (Sampling(12, 0.0), Sampling(12, 1.0, seed=4)):
+        made = list(generate.tokens(model, prompt, sampling))
+        generator, whole = torch.Generator().manual_seed(4), list(prompt)
+        for _ in range(12):
+            with torch.no_grad():
+                logits = model.head(model(torch.tensor([whole])).tokens[0, -1])
+            whole.append(sampling.draw(logits, generator))
+        assert whole[3:] == made and len(set(made)) > 1
+
+
+def test_t5_is_what_transformers_generates(tmp_path: Path, hf: ModuleType, tokenizer: Path):
+    model = build("t5_small", {**MODELS["t5"][1], "vocab_size": 260})
+    export.write(tmp_path / "out", model, ABOUT, tokenizer=tokenizer)
+    theirs = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    ids = Tokenizer.from_file(str(tokenizer)).encode("the cat").ids
+    made = theirs.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False)[0].tolist()
+    ours = list(generate.tokens(model, ids, Sampling(9, 0.0), [0], start=1))
+    assert made[0] == 1 and [token for token in made[1:] if token != 0] == ours
+
+
+def test_options(monkeypatch: pytest.MonkeyPatch):
+    logits, generator = torch.tensor([0.0, 3.0, 2.0, 1.0]), torch.Generator().manual_seed(0)
+
+    def drawn(**options: float) -> list[float]:
+        """Shares of 2000 draws."""
+        sampling = Sampling(**{"temperature": 1.0, **options})  # type: ignore[arg-type]
+        counts = torch.bincount(torch.tensor([sampling.draw(logits, generator) for _ in range(2000)]), minlength=4)
+        return (counts / 2000).tolist()
+
+    assert drawn() == pytest.approx(logits.softmax(0).tolist(), abs=0.04)
+    assert drawn(temperature=0.0) == [0, 1, 0, 0]
+    assert drawn(temperature=2.0) == pytest.approx((logits / 2).softmax(0).tolist(), abs=0.04)
+    assert drawn(top_k=2) == pytest.approx([0, *logits[1:3].softmax(0).tolist(), 0], abs=0.04)
+    assert drawn(top_p=0.7) == pytest.approx([0, *logits[1:3].softmax(0).tolist(), 0], abs=0.04)
+    for options in ({"top_k": 0}, {"top_p": 1.5}, {"temperature": -1.0}, {"tokens": 0}):
+        with pytest.raises(UserError, match="must be"):
+            Sampling(**options)  # type: ignore[arg-type]
+    model = build("gpt", SMALL)
+    made = list(generate.tokens(model, [5], Sampling(23, 1.0)))
+    assert list(generate.tokens(model, [5], Sampling(23, 1.0), stop=[made[6]])) == made[: made.index(made[6])]
+    assert len(list(generate.tokens(model, [5] * 20, Sampling(23)))) == 4  # the context's end
+    assert max(generate.tokens(model, [5], Sampling(20, 50.0), vocabulary=10)) < 10
+    with pytest.raises(UserError, match="the prompt has 24 tokens"):
+        list(generate.tokens(model, [5] * 24, Sampling()))
+
+
+def test_characters_are_whole(tokenizer: Path):
+    own, said = Tokenizer.from_file(str(tokenizer)), "naïve 🙂 日本"
+    pieces = list(generate.characters(own, own.encode(said).ids))
+    assert "".join(pieces) == said and "�" not in "".join(pieces) and "🙂" in pieces
+    ids = own.encode("日").ids
+    broken = [*own.encode("a").ids, *ids[:2], *own.encode("bc").ids]
+    assert "".join(generate.characters(own, broken)) == own.decode(broken) == "a�bc"
+    assert "".join(generate.characters(own, ids[:2])) == "�"
+
+
+def test_the_command(
+    tmp_path: Path, hf: ModuleType, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def said(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["unlabeled", "generate", *arguments])
+        code = main()
+        return code or 0, *capsys.readouterr()
+
+    model = build("gpt", {**SMALL, "vocab_size": 320})
+    export.write(tmp_path / "ours", model, ABOUT, tokenizer=tokenizer)
+    code, text, _ = said(str(tmp_path / "ours"), "the cat", "--max-tokens", "9", "--seed", "3")
+    assert code == 0 and 1 <= len(text.rstrip("\n")) <= 9 * 2
+    assert said(str(tmp_path / "ours"), "the cat", "--max-tokens", "9", "--seed", "3")[1] == text
+    hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    hf.AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    assert said(str(tmp_path / "theirs"), "the cat", "--max-tokens", "9", "--seed", "3")[1] == text
+    assert said(str(tmp_path / "ours"), "--max-tokens", "3")[0] == 0  # from a document's beginning
+    export.write(tmp_path / "bert", build("bert_base", {**SMALL, "vocab_size": 320}), ABOUT, tokenizer=tokenizer)
+    code, _, error = said(str(tmp_path / "bert"), "the cat")
+    assert code == 2 and "a BERT fills in masked tokens and cannot write text" in error
+    export.write(tmp_path / "bare", model, ABOUT)
+    assert "has no tokenizer.json" in said(str(tmp_path / "bare"), "the cat")[2]
