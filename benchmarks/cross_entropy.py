@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -85,7 +86,7 @@ def main() -> None:
     for precision in ("fp32", "bf16"):
         ratios = []
         for _ in range(options.rounds):
-            seconds = {name: cpu_seconds(lambda f=f: step(f, precision, *given)) for name, f in LOSSES.items()}
+            seconds = {name: cpu_seconds(partial(step, loss, precision, *given)) for name, loss in LOSSES.items()}
             ratios.append(seconds["ours"] / seconds["plain"])
         what = f"{ROWS} x {WIDTH} -> {CLASSES}, {precision}, one thread, F.linear and F.cross_entropy"
         emit(f"cross_entropy.{precision}.cpu_versus_plain", median(ratios), "×", what)
