@@ -202,6 +202,8 @@ class FSDP2(Engine):
         # autocast does what it does in the other modes; here, beside it, weights cross processes in the compute type
         compute = COMPUTE[self.precision]
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # with a type to reduce in, PyTorch asks for gradients of units that were not called, as an average's are not in training
+        no_gradients = MixedPrecisionPolicy(param_dtype=compute, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if parallel.offload else OffloadPolicy()
         from_first = _from_first(self.recipe)
         given = self.objective.state_dict() if from_first and self.rank == 0 else {}
@@ -218,7 +220,7 @@ class FSDP2(Engine):
             fully_shard(
                 unit,
                 mesh=mesh,
-                mp_policy=policy,
+                mp_policy=policy if any(p.requires_grad for p in unit.parameters()) else no_gradients,
                 offload_policy=offload,
                 reshard_after_forward=True,
                 ignored_params=kept,

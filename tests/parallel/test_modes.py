@@ -14,6 +14,7 @@ import yaml
 
 from launch.local import environments, wait
 from pretrain import objective
+from tests.conftest import teacher
 from tests.parallel.modes import LR
 
 MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -40,6 +41,7 @@ MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
 def run(mode: str, shards: Path, folder: Path, **more: Any) -> list[dict[str, Any]]:
     """What each process found, in rank order."""
     name, count, options = MODES[mode]
+    teacher(shards.parent)  # before several processes look for it
     job = folder / "job.yaml"
     given = {"shards": str(shards), "mode": name, "options": options | more.pop("options", {}), "target": str(folder)}
     job.write_text(yaml.safe_dump(given | more))
@@ -73,10 +75,17 @@ def close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, weight
             torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=tolerance, atol=tolerance / 10
         )
     assert ours["weights"].keys() == theirs["weights"].keys()
+    name, away = max(distances(ours, theirs).items(), key=lambda item: item[1])
+    assert away < weights, f"{name}: {away}"
+
+
+def distances(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """How far each weight is from the other run's, relative to its size; one without a gradient is not moved but by rounding."""
+    out = {}
     for name in ours["weights"]:
         value, other = ours["weights"][name].double(), theirs["weights"][name].double()
-        size = other.norm() + LR * other.numel() ** 0.5  # a weight without a gradient is not moved but by rounding
-        assert (value - other).norm() < weights * size, f"{name}: {(value - other).norm() / size}"
+        out[name] = float((value - other).norm() / (other.norm() + LR * other.numel() ** 0.5))
+    return out
 
 
 @pytest.mark.slow
@@ -101,15 +110,17 @@ def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: 
 @pytest.mark.parametrize("name", objective.names())
 @pytest.mark.parametrize("mode", [m for m in MODES if "bf16" in m and m != "single-bf16"])
 def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
-    """To 1 % over all steps. Not SimCLR: the batch norm of its head divides the almost equal features of an untrained network by their small
-    spread, and their rounding with it, so two runs in bf16 part at the first update; there, loss and gradient norm agree to 5 %."""
+    """To 1 % over all steps; weights to 5 %, or to twice as far as one process in bf16 is away from itself in fp32. Not SimCLR: the batch norm of its
+    head divides the almost equal features of an untrained network by their small spread, and their rounding with it, so two runs in bf16 part at the
+    first update; there, loss and gradient norm agree to 5 %."""
     alone = found("single-bf16")[0][name]
+    rounding = max(distances(alone, found("single")[0][name]).values())
     for process in found(mode):
         if name == "simclr":
             for key in ("loss", "norm"):
                 assert process[name][key][0] == pytest.approx(alone[key][0], rel=5e-2)
         else:
-            close(process[name], alone, 1e-2, 5e-2)
+            close(process[name], alone, 1e-2, max(5e-2, 2 * rounding))
 
 
 @pytest.mark.slow
