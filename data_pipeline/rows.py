@@ -79,10 +79,10 @@ class Rows:
         held = self.vocabulary
         return next((number for number in (held.pad, held.eos) if number is not None), 0)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """A hash of every byte and of how rows are cut from them."""
-        return xxhash.xxh3_128_hexdigest(f"{self.blocks.id} {self.length} {self.packing}")
+        return xxhash.xxh3_128_hexdigest(f"{self.blocks.id} {self.length} {self.packing}".encode())
 
     @property
     def total_bytes(self) -> int:
@@ -172,7 +172,13 @@ class Rows:
         width = int(self.blocks.width[w.shard])
         if len(data) != (w.end - w.begin) * width:
             raise Damaged(f"{len(data)} of {(w.end - w.begin) * width} bytes could be read")
-        blocks.check_pages(data, w.begin // PAGE, docs, width)
+        first = w.begin // PAGE
+        pages: Iterable[int] = range(first, -(-w.end // PAGE))
+        if self.packing == "best_fit":
+            pages = sorted(
+                {n for at, size in self._parts(w, docs) for n in range(at // PAGE, (at + size - 1) // PAGE + 1)}
+            )
+        blocks.check_pages(data, first, pages, docs, width)
 
     def checked(self, number: int, members: dict[int, Any]) -> dict[int, Any]:
         """Members that came from the feeder, whose .docs was checked on the way."""
@@ -189,19 +195,21 @@ class Rows:
         """{"tokens": int64 [T + 1], "documents": int32 [T + 1]}: documents are counted from 0 in each row, padding is −1."""
         w, docs = self.window(number), members[0]
         data = np.frombuffer(members[1], blocks.dtype(self.blocks.width[w.shard]))
-        low, high = np.searchsorted(docs.starts, (w.first, w.last), "right")
-        starts = docs.starts[low:high]
         if self.packing == "best_fit":
-            return self._packed(self._layout(w.first, w.last, starts.tobytes())[w.row % ROWS], data, w.begin)
+            return self._packed(self._parts(w, docs), data, w.begin)
         size = w.last - w.first + 1
         out = np.empty(self.length + 1, np.int64)
         out[:size] = data[w.first - w.begin : w.last + 1 - w.begin]
         documents = np.zeros(self.length + 1, np.int32)
         if self.document_mask:
-            documents[starts - w.first] = 1
+            documents[_starts(w, docs) - w.first] = 1
             np.cumsum(documents, out=documents)
         out[size:], documents[size:] = self.pad, -1
         return {"tokens": out, "documents": documents}
+
+    def _parts(self, w: Window, docs: Docs) -> list[Part]:
+        """The pieces of documents that a row of `best_fit` is made of."""
+        return self._layout(w.first, w.last, _starts(w, docs).tobytes())[w.row % ROWS]
 
     def _lay_out(self, first: int, last: int, starts: bytes) -> list[list[Part]]:
         return best_fit(first, last, np.frombuffer(starts, "<u4"), self.length)
@@ -215,3 +223,9 @@ class Rows:
             documents[at : at + size] = n if self.document_mask else 0
             at += size
         return {"tokens": out, "documents": documents}
+
+
+def _starts(w: Window, docs: Docs) -> np.ndarray:
+    """Where documents begin in a window, but for its first token."""
+    low, high = np.searchsorted(docs.starts, (w.first, w.last), "right")
+    return docs.starts[low:high]

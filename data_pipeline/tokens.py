@@ -29,7 +29,7 @@ from data_pipeline.storage import DataError
 from data_pipeline.vocabulary import Vocabulary
 
 FORMAT = 1
-PAGE = 4096  # tokens
+PAGE = 1024  # tokens: what one damaged byte costs
 BLOCK = 1 << 18  # targets of a block, unless `shards tokenize --block` says otherwise
 DOCS, TOKENS = "docs", "tokens"  # extensions
 
@@ -61,11 +61,13 @@ def parse_docs(data: bytes) -> Docs:
     return Docs(both[:n], both[n:], np.frombuffer(data, "<u8", int(head[2]), 16 + 8 * n))
 
 
-def check_pages(data: bytes, first: int, docs: Docs, width: int) -> None:
-    """Raises `Damaged` where pages `first`.. of a block, whole, are not what was hashed."""
+def check_pages(data: bytes, first: int, pages: Iterable[int], docs: Docs, width: int) -> None:
+    """Raises `Damaged` where some pages of a block are not what was hashed; `data` begins with page `first`."""
     step = PAGE * width
-    for n, at in enumerate(range(0, len(data), step), first):
-        if n >= len(docs.pages) or xxhash.xxh3_64_intdigest(data[at : at + step]) != docs.pages[n]:
+    view = memoryview(data)
+    for n in pages:
+        at = (n - first) * step
+        if n >= len(docs.pages) or xxhash.xxh3_64_intdigest(view[at : at + step]) != docs.pages[n]:
             raise Damaged(f"the tokens from {n * PAGE} on are not those that were written: their hash is another")
 
 
