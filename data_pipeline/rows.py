@@ -64,6 +64,7 @@ class Rows:
         self._per_block = -(-held.block // length)
         rest = held.tokens - 1 - (np.diff(held.first) - 1) * held.block  # targets of each shard's last block
         self.first = np.concatenate([[0], np.cumsum((np.diff(held.first) - 1) * self._per_block - (-rest // length))])
+        self.pad = held.pad
         self._docs = functools.lru_cache(KEPT)(self._read_docs)
         self._layout = functools.lru_cache(KEPT)(self._lay_out)
 
@@ -73,11 +74,6 @@ class Rows:
     @property
     def vocabulary(self) -> Vocabulary:
         return self.blocks.vocabulary
-
-    @functools.cached_property
-    def pad(self) -> int:
-        held = self.vocabulary
-        return next((number for number in (held.pad, held.eos) if number is not None), 0)
 
     @functools.cached_property
     def id(self) -> str:

@@ -273,6 +273,7 @@ def _publish(
         "block": about["block"],
         "vocabulary": vocabulary.size,
         "tokenizer": vocabulary.hash,
+        "pad": next((one for one in (vocabulary.pad, vocabulary.eos) if one is not None), 0),
         "exact_bytes": is_byte_level(json.loads(vocabulary.text)),
         "shards": {f"{number:06d}.tar": part["tokens"] for number, part in enumerate(parts)},
         **{key: summary[key] for key in ("documents", "tokens", "bytes")},

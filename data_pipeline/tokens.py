@@ -67,8 +67,14 @@ def check_pages(data: bytes, first: int, pages: Iterable[int], docs: Docs, width
     view = memoryview(data)
     for n in pages:
         at = (n - first) * step
-        if n >= len(docs.pages) or xxhash.xxh3_64_intdigest(view[at : at + step]) != docs.pages[n]:
-            raise Damaged(f"the tokens from {n * PAGE} on are not those that were written: their hash is another")
+        found, expected = (
+            xxhash.xxh3_64_intdigest(view[at : at + step]),
+            int(docs.pages[n]) if n < len(docs.pages) else 0,
+        )
+        if found != expected:
+            raise Damaged(
+                f"the tokens from {n * PAGE} on are not those that were written: their hash is {found:016x}, not {expected:016x}"
+            )
 
 
 class Blocks(Samples):
@@ -78,7 +84,7 @@ class Blocks(Samples):
         super().__init__(specs, fetcher)
         abouts = [_about(part.manifest, self.names) for part in self.manifests]
         _check_tokenizers(abouts, self.specs)
-        self.hash = abouts[0]["tokenizer"]
+        self.hash, self.pad = abouts[0]["tokenizer"], abouts[0]["pad"]
         rows = [(about, part, row) for about, part in zip(abouts, self.manifests, strict=True) for row in part.rows]
         counts = [int(part.manifest.counts[row]) for _, part, row in rows]
         self.width = np.array([np.dtype(about["dtype"]).itemsize for about, _, _ in rows])  # bytes a token [shards]

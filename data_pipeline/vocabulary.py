@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.storage import DataError, is_local, open_store
+from data_pipeline.fetch import Missing, patiently
+from data_pipeline.storage import DataError, open_store
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SENTINEL = re.compile(r"^<\|?extra_id_(\d+)\|?>$")
@@ -152,12 +153,8 @@ def _content(url: str) -> str | None:
     """A small text file; None where there is none."""
     fs, path = open_store(url)
     try:
-        return fs.cat_file(path).decode()
-    except FileNotFoundError:
+        return patiently(url, lambda: fs.cat_file(path)).decode()
+    except Missing:
         return None
     except UnicodeDecodeError:
         raise DataError(f"{url}: is no text, so no tokenizer.json") from None
-    except OSError as error:
-        if is_local(url):
-            raise DataError(f"{url}: cannot be read ({error.strerror or error})") from None
-        raise

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,9 @@ from data_pipeline.stream import Reading, Stream
 from data_pipeline.tokens import Blocks
 from data_pipeline.vocabulary import Vocabulary
 from tests.data.building import quiet
+from tests.data.test_store import forget_connections
 from tests.data.texts import read, shards_of, texts_in, tokens_of, write_texts
-from tests.services import ObjectStore
+from tests.services import FaultProxy, ObjectStore, environment
 from tests.tars import jpeg, write_tar
 
 
@@ -351,25 +353,39 @@ def test_tokenizing_that_is_killed_goes_on_and_ends_the_same(tmp_path: Path):
     assert kills == 3 and content(target) == expected and not state.exists()
 
 
+@pytest.fixture
+def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
+    """The way to the store, on which faults can be set."""
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    with FaultProxy(store.port) as proxy:
+        for name, value in environment(proxy.port).items():
+            monkeypatch.setenv(name, value)
+        forget_connections()
+        yield proxy
+    forget_connections()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
-def test_rows_of_a_store_are_those_of_a_disk(store: ObjectStore, held: Path, tmp_path: Path, monkeypatch, packing):
-    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+def test_rows_of_a_store_are_those_of_a_disk(
+    store: ObjectStore, proxy: FaultProxy, held: Path, tmp_path: Path, packing: str
+):
     url = store.put_folder(held, f"tokens-{packing}")
+    proxy.set(error_rate=0.05, short_rate=0.1, flip_rate=0.1)
     local = Stream(Rows([str(held)], 64, packing), keep, 12, 3, workers=0)
     expected = [next(local) for _ in range(20)]
-    for reading in (Reading(workers=2), Reading(workers=1, cache=str(tmp_path / "held"))):
+    for reading in (Reading(workers=2), Reading(workers=1, cache=str(tmp_path / "held"), cache_gb=1)):
         remote = Stream(Rows([url], 64, packing), keep, 12, 3, reading=reading)
         for batch in expected:
             found = next(remote)
             for key in batch:
                 assert np.array_equal(found[key], batch[key])
+        assert not remote.ledger.bad
         remote.close()
 
 
 @pytest.mark.slow
-def test_tokens_are_written_to_a_store(store: ObjectStore, texts: Path, held: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+def test_tokens_are_written_to_a_store(store: ObjectStore, proxy: FaultProxy, texts: Path, held: Path):
     source = store.put_folder(texts, "texts")
     target = source.rsplit("/", 1)[0] + "/made"
     tokens_of(source, target)  # type: ignore[arg-type]
