@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from data_pipeline.decode import PICTURES, Damaged, Encoded
+from data_pipeline.decode import Damaged
 from data_pipeline.order import fold
 from data_pipeline.plan import Plan
 from data_pipeline.remote import AGAIN, READ, Bytes
-from data_pipeline.shards import Samples
+from data_pipeline.rows import Rows
+from data_pipeline.shards import Look, Samples
 from data_pipeline.slabs import Slabs
 from data_pipeline.storage import DataError
 from data_pipeline.views import Rng, generators
@@ -29,19 +29,12 @@ TRIES = 64  # damaged samples in a row before the data is given up
 PLANNED = 4096  # slots that are planned at a time
 
 
-@dataclass
-class Look:
-    """What is made of the bytes, beside the objective's views."""
-
-    extensions: tuple[str, ...] = PICTURES  # the members that are read
-    channels: int = 3
-    color: str = "exact"  # or "fused", "device": see views.py
-
-
 class Batches(Dataset):
     """Item i is micro-batch i of the run, of this process: i = step · accumulate + micro."""
 
-    def __init__(self, samples: list[Samples], plan: Plan, views: Views, look: Look, spread: tuple[int, int, int]):
+    def __init__(
+        self, samples: Sequence[Samples | Rows], plan: Plan, views: Views, look: Look, spread: tuple[int, int, int]
+    ):
         self.samples, self.plan, self.views, self.look = samples, plan, views, look
         self.rank, self.world, self.accumulate = spread
         self.threads, self.slabs = 1, Slabs(1)
@@ -105,7 +98,7 @@ class Batches(Dataset):
         """({column: bytes or Damaged} of each slot, counts)."""
         if self.feeder is not None:
             members, counts = self.feeder.read(_worker(), step, np.array(pairs))
-            return members, Counter(counts)
+            return [self._checked(*pair, held) for pair, held in zip(pairs, members, strict=True)], Counter(counts)
         members = [self._local(d, virtual) for d, virtual in pairs]
         return members, sum((samples.fetcher.new_counts() for samples in self.samples), Counter())
 
@@ -119,7 +112,11 @@ class Batches(Dataset):
         """One sample outside of a batch: a neighbour, or a second look."""
         if self.feeder is None:
             return self._local(d, virtual)
-        return self.feeder.read(_worker(), 0, np.array([[d, virtual]]), AGAIN if again else READ)[0][0]
+        members = self.feeder.read(_worker(), 0, np.array([[d, virtual]]), AGAIN if again else READ)[0][0]
+        return self._checked(d, virtual, members)
+
+    def _checked(self, d: int, virtual: int, members: dict) -> dict[int, Any]:
+        return self.samples[d].checked(virtual % len(self.samples[d]), members)
 
     def _sample(self, d: int, virtual: int, members: dict, about: dict, bad: list) -> dict[str, Any]:
         """A slot's part of the batch, from its own sample or, where that is damaged, from the next one of its chunk."""
@@ -153,12 +150,7 @@ class Batches(Dataset):
         if wrong := _first_damage(members):
             raise wrong
         epoch, number = divmod(virtual, len(self.samples[d]))
-        sample: dict[str, Any] = {self.samples[d].extensions[c]: data for c, data in members.items()}
-        image = next((e for e in PICTURES if e in sample), None)
-        if image:
-            sample["image"] = Encoded(sample[image], image, self.look.channels)
-        elif set(self.look.extensions) <= set(PICTURES):
-            raise Damaged(f"holds no image member ({', '.join(PICTURES)})")
+        sample = self.samples[d].sample(number, members, self.look)
         sample |= about | {"id": number, "epoch": epoch, "dataset": d, "color": self.look.color}
         return {"id": number, **self.views(sample, generators((_key(self.plan.seed, d, epoch), number)))}
 

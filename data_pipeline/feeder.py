@@ -32,7 +32,8 @@ from data_pipeline.cache import Cache
 from data_pipeline.fetch import Fetcher
 from data_pipeline.plan import Phase
 from data_pipeline.remote import HEAD, NAME, READ, REPLY, receive
-from data_pipeline.shards import Samples, plan_of, span
+from data_pipeline.rows import Rows
+from data_pipeline.shards import Piece, Samples, plan_of
 from data_pipeline.storage import DataError
 
 PLANNED = 4096  # slots that are planned at a time
@@ -79,7 +80,7 @@ class Server:
 
     def __init__(self, config: dict[str, Any]):
         self.fetcher = Fetcher(config["inflight"], config["attempt_seconds"], config["retry_seconds"])
-        self.samples = [Samples(specs, self.fetcher) for specs in config["datasets"]]
+        self.samples = [_open(about, self.fetcher) for about in config["datasets"]]
         self.columns = [samples.columns(config["extensions"]) for samples in self.samples]
         phases = [Phase(p[0], p[1], tuple(p[2]), tuple(p[3])) for p in config["phases"]]
         self.plan = plan_of(self.samples, phases, config["seed"], config["shuffle"])
@@ -176,13 +177,17 @@ class Server:
             if held is not None:
                 out += held
                 continue
-            begin, end = span(piece.records, self.columns[d])
-            data = self.fetcher.range(piece.url, begin, end)
+            begin, data = self._bytes(d, piece)
             out.append(_Range(piece.first, piece.url, begin, piece.records, data))
             if self.cache is not None:
                 after = self.plan.orders[d].next_use(piece.first, epoch + 1)
                 self.cache.write(self._folder(d), piece.first, len(piece.records), data, after)
         return out
+
+    def _bytes(self, d: int, piece: Piece) -> tuple[int, bytes]:
+        """(what the first byte counts as, the wanted bytes) of a piece."""
+        begin, ranges = self.samples[d].ranges(piece, self.columns[d])
+        return begin, b"".join(self.fetcher.range(piece.url, *ends) for ends in ranges)
 
     def _folder(self, d: int) -> str:
         """What cached ranges depend on: the shards, and which members they hold."""
@@ -198,7 +203,8 @@ class Server:
             if data is None:
                 self.cache.drop(self._folder(d), start)
                 return None
-            out.append(_Range(start, piece.url, span(piece.records, self.columns[d])[0], piece.records, data))
+            begin, _ = self.samples[d].ranges(piece, self.columns[d])
+            out.append(_Range(start, piece.url, begin, piece.records, data))
             self.cache.used_again(self._folder(d), start, self.plan.orders[d].next_use(start, epoch + 1))
         if out:
             with self.lock:
@@ -257,8 +263,8 @@ class Server:
             for start, _ in self.cache.covers(self._folder(d), number, 1):
                 self.cache.drop(self._folder(d), start)
         (piece,) = self.samples[d].pieces(number, 1)
-        begin, end = span(piece.records, self.columns[d])
-        return _Range(number, piece.url, begin, piece.records, self.fetcher.range(piece.url, begin, end))
+        begin, data = self._bytes(d, piece)
+        return _Range(number, piece.url, begin, piece.records, data)
 
     def _take_counts(self) -> dict[str, int]:
         """What has happened since the last answer, and how much is held now."""
@@ -269,6 +275,11 @@ class Server:
             out["held"] = sum(c.bytes for c in self.chunks.values())
             out["queue"] = sum(not c.future.done() for c in self.chunks.values())
         return dict(out)
+
+
+def _open(about: dict[str, Any], fetcher: Fetcher) -> Samples | Rows:
+    """The dataset that a set's `about` describes."""
+    return Rows(**about, fetcher=fetcher) if "length" in about else Samples(**about, fetcher=fetcher)
 
 
 def _inside(ranges: list[_Range], number: int) -> _Range:

@@ -33,7 +33,16 @@ from pretrain.errors import command
 from pretrain.progress import Progress
 
 VIDEOS = ("mp4", "webm", "mkv", "avi", "mov")
-MEMBERS = (*IMAGES, "npy", *VIDEOS, "cls", "json", "txt")  # what a sample may hold; other members are left unread
+MEMBERS = (
+    *IMAGES,
+    "npy",
+    *VIDEOS,
+    "cls",
+    "json",
+    "txt",
+    "docs",
+    "tokens",
+)  # what a sample may hold; other members are left unread
 MAX_MEMBER_BYTES = 256 << 20
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("hash", "<u8")])  # of one member, inside the tar
 FORMAT = 1

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.storage import DataError
 
 if TYPE_CHECKING:
+    from data_pipeline.rows import Rows
     from data_pipeline.shards import Samples
 
 ALWAYS = 10  # this many damaged samples never end a run, however small the data is
@@ -35,7 +37,7 @@ class Ledger:
         self._total = 0
         self._read_all()
 
-    def watch(self, samples: list[Samples]) -> None:
+    def watch(self, samples: Sequence[Samples | Rows]) -> None:
         """The data that the shares are of."""
         self._total = sum(len(s) for s in samples)
         self._samples = samples

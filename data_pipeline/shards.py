@@ -10,23 +10,36 @@ import io
 import os
 import tarfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from data_pipeline import index
-from data_pipeline.decode import PICTURES, Damaged, decode_image
+from data_pipeline.decode import PICTURES, Damaged, Encoded, decode_image
 from data_pipeline.fetch import Fetcher
 from data_pipeline.index import MEMBERS, RECORD, Manifest
 from data_pipeline.plan import Phase, Plan
 from data_pipeline.storage import DataError, cache_folder, find_shards, is_local, write_whole
 
+if TYPE_CHECKING:
+    from data_pipeline.rows import Rows
+
 PART = 8 << 20  # bytes of one request for it
 COPIED_INDEX = 1 << 30  # bytes; the index of a remote set is copied up to this size, and read by range beyond it
+
+
+@dataclass
+class Look:
+    """What is made of the bytes, beside the objective's views."""
+
+    extensions: tuple[str, ...] = PICTURES  # the members that are read
+    channels: int = 3
+    color: str = "exact"  # or "fused", "device": see views.py
 
 
 class Piece(NamedTuple):
@@ -35,6 +48,7 @@ class Piece(NamedTuple):
     first: int
     url: str
     records: np.ndarray
+    ranges: tuple[tuple[int, int], ...] = ()  # of bytes, where they do not follow from the records (rows.py)
 
 
 class Samples:
@@ -70,6 +84,11 @@ class Samples:
             picked = ([column[i] for i in rows] for column in (m.names, m.sizes, m.counts, m.hashes))
             out.update((m.id if whole else index.dataset_id(*picked)).encode())
         return out.hexdigest()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What opens the same samples in another process."""
+        return {"specs": self.specs}
 
     @property
     def total_bytes(self) -> int:
@@ -154,6 +173,25 @@ class Samples:
         wanted = set(extensions)
         return [c for c, e in enumerate(self.extensions) if e in wanted]
 
+    def ranges(self, piece: Piece, columns: list[int]) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """(the offset of the first byte, the byte ranges) of the wanted members of a piece."""
+        begin, end = span(piece.records, columns)
+        return begin, ((begin, end),)
+
+    def checked(self, number: int, members: dict[int, Any]) -> dict[int, Any]:
+        """The members of a sample by column, as they came from the feeder, which checks every hash that the index has."""
+        return members
+
+    def sample(self, number: int, members: dict[int, Any], look: Look) -> dict[str, Any]:
+        """What the views get of a sample's members: their bytes by extension, and its image. Raises `Damaged`."""
+        out: dict[str, Any] = {self.extensions[c]: data for c, data in members.items()}
+        image = next((e for e in PICTURES if e in out), None)
+        if image:
+            out["image"] = Encoded(out[image], image, look.channels)
+        elif set(look.extensions) <= set(PICTURES):
+            raise Damaged(f"holds no image member ({', '.join(PICTURES)})")
+        return out
+
     def image(self, number: int, channels: int = 3) -> np.ndarray:
         """The sample's image, uint8 [H, W, channels]."""
         for extension, data in self.read(number, PICTURES).items():
@@ -171,7 +209,7 @@ class Samples:
         return names[int(text)] if names and text.isdigit() and int(text) < len(names) else text
 
 
-def remember(samples: list[Samples], folder: Path) -> None:
+def remember(samples: Sequence[Samples | Rows], folder: Path) -> None:
     """Write down in a run's folder what its data is made of; where that was done before, refuse data that differs, and say where."""
     for n, here in enumerate(samples):
         path, now = folder / f"{n}.json", here.merged()
@@ -185,7 +223,7 @@ def remember(samples: list[Samples], folder: Path) -> None:
             )
 
 
-def plan_of(samples: list[Samples], phases: list[Phase], seed: int, shuffle: bool) -> Plan:
+def plan_of(samples: Sequence[Samples | Rows], phases: list[Phase], seed: int, shuffle: bool) -> Plan:
     """The plan for these datasets: the same in every process."""
     return Plan([len(s) for s in samples], phases, seed, shuffle, [s.total_bytes / len(s) for s in samples])
 

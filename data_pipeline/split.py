@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import index
 from data_pipeline.build import build
 from data_pipeline.sources.base import Options
 from data_pipeline.storage import DataError
@@ -37,6 +38,12 @@ def split(
     Keys and members stay as they are. The same key goes to the same side whatever else the set holds. Returns the summary of each side, as
     `build` does. Can be stopped and given again: sides that are whole are kept, the others go on.
     """
+    held = index.load(normal(str(source)))
+    if held is not None and "tokens" in held.about:
+        raise DataError(
+            f"{source}: holds tokens, whose documents run on from sample to sample; split the text shards,"
+            f" then tokenize each side with --tokenizer {source}/tokenizer.json"
+        )
     out = {}
     for side, (low, high) in sides(val, test).items():
         place = f"{normal(str(target))}/{side}"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -36,6 +37,7 @@ class Stats:
     members: dict[str, int] = field(default_factory=dict)
     member_bytes: dict[str, int] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
+    tokens: list[dict[str, Any]] = field(default_factory=list)  # what the manifests of token sets say
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     images: list[tuple[int, int, str]] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
@@ -53,6 +55,7 @@ def gather(url: str | Path, looked_at: int = LOOKED_AT) -> Stats:
     manifests = [part.manifest for part in samples.manifests]
     out = Stats(len(samples), sum(len(m.names) for m in manifests), samples.total_bytes)
     out.classes = [name for m in manifests for name in m.classes]
+    out.tokens = [m.about["tokens"] for m in manifests if "tokens" in m.about]
     sizes, counts, totals = [], Counter[str](), Counter[str]()
     for first in range(0, len(samples), AT_ONCE):
         for piece in samples.pieces(first, min(AT_ONCE, len(samples) - first)):
@@ -88,6 +91,11 @@ def describe(stats: Stats) -> list[str]:
     out = [
         f"{stats.samples} samples, {stats.bytes / 1e6:.1f} MB in {stats.shards} shards, {len(stats.classes)} classes"
     ]
+    for about in stats.tokens:
+        ratio = about["bytes"] / max(1, about["tokens"])
+        out.append(
+            f"{about['documents']} documents, {about['tokens']} tokens of {about['vocabulary']}, {about['bytes'] / 1e6:.1f} MB of text ({ratio:.2f} bytes a token)"
+        )
     out += ["", "members"]
     for extension, count in stats.members.items():
         share = f"{100 * count / max(1, stats.samples):.1f} % of the samples"

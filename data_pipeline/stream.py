@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data_pipeline import device_color
-from data_pipeline.batches import Batches, Look, Views
+from data_pipeline.batches import Batches, Views
 from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Phase
 from data_pipeline.remote import Bytes, Feeder
-from data_pipeline.shards import Samples, plan_of
+from data_pipeline.rows import Rows
+from data_pipeline.shards import Look, Samples, plan_of
 from data_pipeline.slabs import Slabs
 from data_pipeline.storage import DataError, is_local
 from data_pipeline.watch import Meter, Watchdog
@@ -57,7 +58,7 @@ class Stream:
 
     def __init__(
         self,
-        samples: Samples | list[Samples],
+        samples: Samples | Rows | Sequence[Samples | Rows],
         views: Views,
         batch: int,
         seed: int = 0,
@@ -71,7 +72,7 @@ class Stream:
         reading: Reading | None = None,
         ledger: Ledger | None = None,
     ):
-        self.samples = samples if isinstance(samples, list) else [samples]
+        self.samples = [samples] if isinstance(samples, (Samples, Rows)) else list(samples)
         phases = phases or [Phase(0, batch)]
         for phase in phases:
             self._check(phase, world, accumulate)
@@ -160,7 +161,7 @@ class Stream:
             return None
         r = self.reading
         config = {
-            "datasets": [s.specs for s in self.samples],
+            "datasets": [s.about for s in self.samples],
             "phases": [[p.step, p.batch, p.weights, p.homogeneous] for p in self.plan.phases],
             "extensions": self.batches.look.extensions,
             **{"seed": self.plan.seed, "shuffle": self.plan.shuffle, "step": step},
@@ -208,8 +209,10 @@ class Stream:
         self.micro = state["step"] * self.accumulate
 
 
-def to_device(batch: dict[str, Tensor], device: torch.device, mean: list[float], std: list[float]) -> dict[str, Tensor]:
-    """The batch on the device, uint8 images [..., C, H, W] as floats (x / 255 − mean) / std; colours that were left to the device are changed first."""
+def to_device(
+    batch: dict[str, Tensor], device: torch.device, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> dict[str, Tensor]:
+    """The batch on the device, tokens as they are, uint8 images [..., C, H, W] as floats (x / 255 − mean) / std; colours that were left to the device are changed first."""
     moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     out = {}
     for key, value in moved.items():

@@ -26,6 +26,29 @@ def shards_index(args: argparse.Namespace) -> None:
     print(f"{args.url}: {held.samples} samples, {held.total_bytes / 1e6:.1f} MB in {len(held.names)} shards, indexed")
 
 
+def shards_tokenizer(args: argparse.Namespace) -> None:
+    from data_pipeline.tokenizer import train
+
+    vocabulary = train(args.source, args.target, args.vocab, args.specials, int(args.text_mb * 1e6))
+    print(f"{args.target}: a byte-level BPE of {vocabulary.size} tokens")
+
+
+def shards_tokenize(args: argparse.Namespace) -> None:
+    from data_pipeline.tokenize_text import describe, tokenize
+
+    summary = tokenize(
+        args.source,
+        args.target,
+        args.tokenizer,
+        args.vocab,
+        tuple(args.specials),
+        args.shard_mb,
+        args.block,
+        workers=args.workers,
+    )
+    print("\n".join(describe(summary, args.target)))
+
+
 def shards_verify(args: argparse.Namespace) -> int:
     from data_pipeline import index
 
@@ -116,7 +139,8 @@ def export(args: argparse.Namespace) -> None:
     checkpoint.load_model(store, wanted, objective)
     step = int(wanted)
     target = Path(args.target) if args.target else run / "export" / str(step)
-    exports.save(target, objective, recipe, step)
+    tokenizer = run / "tokenizer.json"
+    exports.save(target, objective, recipe, step, tokenizer=tokenizer if tokenizer.is_file() else None)
     from pretrain.release import opened_by, release
 
     theirs, opener = opened_by(target)
@@ -249,6 +273,41 @@ def parser() -> argparse.ArgumentParser:
         ("--label-field", {"default": "", "metavar": "NAME", "help": "column of the label (default: label, class, …)"}),
         ("--lines", {"action": "store_true", "help": ".txt: a document per line, not per file"}),
         shard_mb,
+        workers,
+        under=group,
+    )
+    specials = (
+        "--specials",
+        {
+            "nargs": "+",
+            "default": [],
+            "metavar": "TOKEN",
+            "help": 'special tokens beside <|endoftext|>, <|pad|> and <|mask|>; "sentinels": the 100 of T5',
+        },
+    )
+    add(
+        "tokenizer",
+        shards_tokenizer,
+        "Train a byte-level BPE tokenizer on text shards.",
+        ("source", {"help": "folder or URL of text shards"}),
+        ("target", {"help": "a .json file to write, or a folder for tokenizer.json and tokenizer_config.json"}),
+        ("--vocab", {"type": int, "default": 4096, "help": "tokens, special ones among them (default 4096)"}),
+        specials,
+        ("--text-mb", {"type": float, "default": 256, "help": "MB of text from all over the set (default 256)"}),
+        under=group,
+    )
+    add(
+        "tokenize",
+        shards_tokenize,
+        "Write text shards as token shards, which training reads. What cannot be used is left out and named; what was stopped goes on when the same"
+        " command is given again.",
+        ("source", {"help": "folder or URL of text shards, as `unlabeled shards build` writes them"}),
+        ("target", {"help": "folder or URL for the token shards; must not exist"}),
+        ("--tokenizer", {"default": "", "metavar": "FILE", "help": "a tokenizer.json, or a folder that holds one"}),
+        ("--vocab", {"type": int, "default": 0, "help": "train a new tokenizer of so many tokens on the source"}),
+        specials,
+        ("--shard-mb", {"type": float, "default": 256, "help": "MB of text of the largest shard (default 256)"}),
+        ("--block", {"type": int, "default": 1 << 18, "help": "tokens of the longest row to be read (default 262144)"}),
         workers,
         under=group,
     )

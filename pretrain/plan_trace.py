@@ -27,7 +27,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pretrain.config import ConfigError
+from pretrain.inputs import inputs, is_text, length_of
 from pretrain.models import layers
+from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
 from pretrain.optim import make_optimizer
 from pretrain.parallel import blocks
@@ -176,13 +178,11 @@ ATTENTION = {  # the CPU's kernels, which torch's counter does not know
 def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     """A micro-batch that the objective's views made of noise, as the device sees it. Call it under the fake mode: floats and images are fake."""
     body = objective.encoder()
-    views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
-    rng = np.random.default_rng(0)
-    side, made = max(64, int(1.2 * body.image_size)), min(count, SAMPLES)
+    views = type(objective).views(cfg.objective, *inputs(cfg, body))
+    rng, made = np.random.default_rng(0), min(count, SAMPLES)
     parts = []
     for n in range(made):
-        image = rng.integers(0, 256, (side, side, cfg.model.in_channels), dtype=np.uint8)  # type: ignore[attr-defined]
-        sample = {"image": image, "id": n, "epoch": 0, "slot": n, "batch": made, "step": 0, "seed": cfg.seed}
+        sample = {**_noise(cfg, body, rng), "id": n, "epoch": 0, "slot": n, "batch": made, "step": 0, "seed": cfg.seed}
         parts.append(views(sample, lambda k, n=n: np.random.default_rng([n, k])))  # type: ignore[misc]
     batch = {}
     for key, value in parts[0].items():
@@ -192,6 +192,15 @@ def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
             with _disable_current_modes():
                 batch[key] = torch.from_numpy(np.stack([parts[i % made][key] for i in range(count)]))
     return batch
+
+
+def _noise(cfg: Recipe, body: Backbone, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """An image or a row of text that views can work on."""
+    if is_text(cfg):
+        tokens = rng.integers(4, body.vocab_size, length_of(cfg) + 1)  # type: ignore[attr-defined]
+        return {"tokens": tokens, "documents": np.zeros(len(tokens), np.int32)}
+    side = max(64, int(1.2 * body.image_size))
+    return {"image": rng.integers(0, 256, (side, side, cfg.model.in_channels), dtype=np.uint8)}  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -74,6 +74,11 @@ class Data(Section):
     bad_share: float = 1e-4  # of the samples may be damaged, and 10 in any case, before the run ends
     bad_shard_share: float = 0.01  # the same for one shard
     fetch: Fetch = field(default_factory=Fetch)
+    length: int | None = None  # text: tokens of a row, T; null: model.context
+    packing: Literal["split", "best_fit"] = (
+        "split"  # text: rows cut from the concatenation, or documents laid whole into rows where they fit
+    )
+    document_mask: bool = True  # text: tokens see and predict their own document only
     mean: list[float] = field(
         default_factory=lambda: [0.485, 0.456, 0.406]
     )  # of the training pixels, in [0, 1], one for each of model.in_channels; ImageNet's

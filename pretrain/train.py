@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.batches import Look
 from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Phase
-from data_pipeline.shards import Samples, remember
+from data_pipeline.rows import Rows
+from data_pipeline.shards import Look, remember
+from data_pipeline.storage import write_whole
 from data_pipeline.stream import Reading, Stream, default_workers, to_device
+from data_pipeline.vocabulary import TOKENIZER
 from pretrain import auto, checkpoint, collapse, config, export, plan, recipe, weights
 from pretrain.config import ConfigError
 from pretrain.errors import command
 from pretrain.guard import Guard
+from pretrain.inputs import Dataset, check, inputs, is_text, open_samples
 from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
@@ -80,7 +84,9 @@ def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Ob
         torch.device("meta") if empty else contextlib.nullcontext(),
     ):
         try:
-            objective = find(cfg.objective.name)(cfg.objective, lambda **changes: backbone(cfg, **changes))
+            kind = find(cfg.objective.name)
+            check(cfg, kind)
+            objective = kind(cfg.objective, lambda **changes: backbone(cfg, **changes))
             if start:
                 objective.started(weights.load_run(objective, cfg.init.run) if cfg.init.run else set())
         except ValueError as error:
@@ -96,12 +102,7 @@ def backbone(cfg: Recipe, **changes: Any) -> Backbone:
     return body
 
 
-def open_samples(cfg: Recipe) -> list[Samples]:
-    """The datasets of a recipe: one, or those that it mixes."""
-    return [Samples(source.shards) for source in cfg.data.mix] if cfg.data.mix else [Samples(cfg.data.train)]
-
-
-def phases_of(cfg: Recipe, samples: list[Samples]) -> list[Phase]:
+def phases_of(cfg: Recipe, samples: Sequence[Dataset]) -> list[Phase]:
     """The recipe's phases, with every value written out."""
     mix = cfg.data.mix
     own = [float(len(s)) if source.weight is None else source.weight for s, source in zip(samples, mix, strict=False)]
@@ -115,12 +116,8 @@ def phases_of(cfg: Recipe, samples: list[Samples]) -> list[Phase]:
     return out
 
 
-def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledger: Path | None = None) -> Stream:
-    body, data, channels = objective.encoder(), cfg.data, cfg.model.in_channels  # type: ignore[attr-defined]
-    for key, values in (("mean", data.mean), ("std", data.std)):
-        if len(values) != channels:
-            raise ConfigError(f"data.{key} = {values}: model.in_channels = {channels}, so write {channels} values")
-    views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
+def build_stream(cfg: Recipe, objective: Objective, samples: Sequence[Dataset], ledger: Path | None = None) -> Stream:
+    views, data = type(objective).views(cfg.objective, *inputs(cfg, objective.encoder(), samples)), cfg.data
     fetch = data.fetch
     reading = Reading(
         workers=default_workers(processes.here()) if data.workers is None else data.workers,
@@ -143,10 +140,25 @@ def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledg
         world=processes.world(),
         accumulate=accumulation(cfg, objective.couples_batch, processes.world()),
         phases=phases_of(cfg, samples),
-        look=Look(channels=channels, color=data.color),
+        look=_look(cfg),
         reading=reading,
         ledger=Ledger(ledger, processes.rank(), data.bad_share, data.bad_shard_share),
     )
+
+
+def _look(cfg: Recipe) -> Look:
+    if is_text(cfg):
+        return Look(())
+    data, channels = cfg.data, cfg.model.in_channels  # type: ignore[attr-defined]
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != channels:
+            raise ConfigError(f"data.{key} = {values}: model.in_channels = {channels}, so write {channels} values")
+    return Look(channels=channels, color=data.color)
+
+
+def placed(cfg: Recipe, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on the device, images normalised as the recipe says."""
+    return to_device(batch, device) if is_text(cfg) else to_device(batch, device, cfg.data.mean, cfg.data.std)
 
 
 class Log:
@@ -200,6 +212,9 @@ def _train(cfg: Recipe, device: torch.device) -> Path:
     size = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
     engine = engines.build(objective, cfg, device)
     processes.first(lambda: remember(samples, run / "data"))
+    if isinstance(samples[0], Rows):
+        vocabulary = samples[0].vocabulary
+        processes.first(lambda: write_whole(str(run / TOKENIZER), [vocabulary.text.encode()]))  # goes into exports
     guard = Guard(objective, cfg.skip, device)
     saver = checkpoint.Saver(run, cfg, say)
     step = _resume(run, saver, engine, stream, guard, say)
@@ -297,7 +312,7 @@ def _step(
     for micro in range(engine.accumulate):
         batch = next(stream)
         clock.lap("data")
-        batch = to_device(batch, engine.device, cfg.data.mean, cfg.data.std)
+        batch = placed(cfg, batch, engine.device)
         with engine.microbatch(last=micro + 1 == engine.accumulate):
             loss, logs = engine.forward(batch, step)
             engine.backward(loss)
@@ -318,10 +333,11 @@ def _export(cfg: Recipe, run: Path, step: int, engine: Engine, stream: Stream, w
     folder = run / "export" / str(step)
     if not processes.first(lambda: (folder / "config.json").is_file()):
         states = engine.encoder_states()
-        processes.first(lambda: export.save(folder, engine.objective, cfg, step, states))
+        tokenizer = run / TOKENIZER if is_text(cfg) else None
+        processes.first(lambda: export.save(folder, engine.objective, cfg, step, states, tokenizer))
     if type(engine.objective).pictures is Objective.pictures:
         return
-    batch = to_device(stream.first(), engine.device, cfg.data.mean, cfg.data.std)
+    batch = placed(cfg, stream.first(), engine.device)
     pictures = engine.pictures(batch)
     for name, picture in pictures.items() if writer.writes else ():
         path = run / "pictures" / f"{name}-{step:09d}.png"
@@ -345,7 +361,7 @@ def _resume(run: Path, saver: checkpoint.Saver, engine: Engine, stream: Stream, 
 
 
 def _measure_precision(cfg: Recipe, objective: Objective, stream: Stream, device: torch.device) -> str:
-    batch = to_device(stream.first(), device, cfg.data.mean, cfg.data.std)
+    batch = placed(cfg, stream.first(), device)
     mine = faster_precision(objective.to(device), batch, device)  # all measure: the loss may need all
     return processes.first(lambda: mine)
 

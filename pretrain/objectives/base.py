@@ -13,7 +13,7 @@ from pretrain.models.layers import Backbone
 
 Batch = dict[str, Tensor]
 # "image": an `Encoded` or uint8 [H, W, C], as `crops` takes it; "color": how it does colours; "id", "epoch"; "slot": place in the global batch of
-# "batch" samples at "step"; "seed"
+# "batch" samples at "step"; "seed". Of text: "tokens" int64 [T + 1], "documents" int32 [T + 1], counted from 0 in each row, −1 for padding
 Sample = dict[str, Any]
 
 
@@ -27,6 +27,7 @@ class Objective(nn.Module):
     skipped: Tensor | None = (
         None  # scalar on the device, 1 where the step that `after_step` follows was skipped: then nothing may move
     )
+    reads: Literal["images", "text"] = "images"  # what it trains on
     fresh: tuple[
         str, ...
     ] = ()  # beginnings of the names of tensors that a checkpoint which a run starts from may lack or have more of
@@ -40,6 +41,8 @@ class Objective(nn.Module):
     @staticmethod
     def views(cfg: Any, image_size: int, patch_size: int) -> Callable[[Sample, Rng], dict[str, np.ndarray]]:
         """What makes one sample's part of a batch, in the data workers: `view(sample, rng)`. uint8 arrays [..., C, H, W] are normalised on the device.
+
+        An objective that reads text gets (T, `Vocabulary`) in place of the two sizes: see `pretrain.inputs.inputs`.
 
         `rng(k)` is the sample's k-th generator: `crops` takes 0, 1, 2, ... for its views; masks take those from `views.MASKS` on.
         """

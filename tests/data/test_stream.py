@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from data_pipeline import index
-from data_pipeline.batches import Look
 from data_pipeline.ledger import ALWAYS, Ledger
 from data_pipeline.plan import Phase
-from data_pipeline.shards import Samples
+from data_pipeline.shards import Look, Samples
 from data_pipeline.storage import DataError
 from data_pipeline.stream import Reading, Stream, to_device
 from data_pipeline.views import Augment, crops

@@ -1,0 +1,393 @@
+"""Token sets: every document is there byte for byte, every token is a target exactly once, rows are the same for any processes and stores."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import index, tokenizer
+from data_pipeline.ledger import Ledger
+from data_pipeline.packing import best_fit
+from data_pipeline.plan import Phase
+from data_pipeline.rows import Rows
+from data_pipeline.shards import Samples
+from data_pipeline.split import split
+from data_pipeline.stats import describe, gather
+from data_pipeline.storage import DataError
+from data_pipeline.stream import Reading, Stream
+from data_pipeline.tokens import Blocks
+from data_pipeline.vocabulary import Vocabulary
+from tests.data.building import quiet
+from tests.data.test_store import forget_connections
+from tests.data.texts import read, shards_of, texts_in, tokens_of, write_texts
+from tests.services import FaultProxy, ObjectStore, environment
+from tests.tars import jpeg, write_tar
+
+
+def keep(sample, rng):
+    return {key: sample[key] for key in ("tokens", "documents")} | {"draw": rng(1).random()}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts") / "text")
+
+
+@pytest.fixture(scope="module")
+def held(texts: Path) -> Path:
+    return tokens_of(texts, texts.parent / "tokens")
+
+
+# ---------------------------------------------------------------- what a set holds
+def test_every_document_comes_back_with_its_bytes(texts: Path, held: Path):
+    blocks, originals = Blocks([str(held)]), texts_in(texts)
+    vocabulary = blocks.vocabulary
+    own = vocabulary.tokenizer()
+    documents = list(blocks.documents())
+    assert len(documents) == len(originals) == 120
+    for (ids, size), text in zip(documents, originals, strict=True):
+        assert size == len(text.encode()) == vocabulary.token_bytes[ids].sum()
+        assert ids[0] == vocabulary.bos == vocabulary.eos == ids[-1] and not vocabulary.special[ids[1:-1]].any()
+        assert own.decode(ids[1:-1].tolist()) == text  # what spells a special token is text
+    about = index.load(str(held)).about
+    assert about["tokens"]["bytes"] == sum(len(t.encode()) for t in originals)
+    assert about["tokens"]["tokens"] == sum(len(ids) for ids, _ in documents) == sum(about["tokens"]["shards"].values())
+    assert (
+        about["tokens"]["exact_bytes"]
+        and about["tokens"]["dtype"] == "<u2"
+        and len(blocks) > 3 * len(about["tokens"]["shards"])
+    )
+    assert index.verify(held, quiet) == []
+    assert "documents" in "\n".join(describe(gather(held)))
+
+
+def test_transformers_opens_the_tokenizer_beside_the_tokens(held: Path):
+    transformers = pytest.importorskip("transformers")
+    theirs, mine = transformers.AutoTokenizer.from_pretrained(held), Vocabulary.read(str(held))
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id) == (mine.eos, mine.pad, mine.mask)
+    assert theirs("the sea under 語")["input_ids"] == mine.tokenizer().encode("the sea under 語").ids
+    assert len(theirs) == mine.size == 400
+
+
+def test_a_tokenizer_is_the_same_again_and_has_the_specials_asked_for(texts: Path, tmp_path: Path):
+    said: list[str] = []
+    made = [
+        tokenizer.train(str(texts), tmp_path / f"{n}.json", 450, ["sentinels", "<|user|>"], 50_000, said.append)
+        for n in range(2)
+    ]
+    assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes() and not said
+    assert made[0].size == 450 and len(made[0].sentinels) == 100 and made[0].sentinels[0] == 3
+    ids = {t["content"]: t["id"] for t in json.loads(made[0].text)["added_tokens"]}
+    assert (ids["<extra_id_99>"], ids["<|user|>"]) == (made[0].sentinels[-1], 103)
+    assert not made[0].token_bytes[:104].any() and made[0].token_bytes[104:].min() == 1
+    with pytest.raises(DataError, match="write 259 "):
+        tokenizer.train(str(texts), tmp_path / "small.json", 100)
+    with pytest.raises(DataError, match=r"holds .jpg and no .txt"):
+        write_tar(tmp_path / "i.tar", [("0.jpg", jpeg())])
+        tokenizer.train(str(tmp_path / "i.tar"), tmp_path / "i.json", 300)
+
+
+def test_roles_of_other_tokenizers_and_their_bytes(tmp_path: Path):
+    def vocabulary(names: list[str], config: dict | None = None) -> Vocabulary:
+        added = [{"id": n, "content": name, "special": True} for n, name in enumerate(names)]
+        text = json.dumps({"model": {"type": "WordPiece", "vocab": {"sea": len(names)}}, "added_tokens": added})
+        return Vocabulary.parse(text, json.dumps(config or {}))
+
+    bert = vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    assert (bert.size, bert.pad, bert.bos, bert.eos, bert.mask) == (6, 0, 2, 3, 4)
+    t5 = vocabulary(["<pad>", "</s>", "<unk>", "<extra_id_1>", "<extra_id_0>"])
+    assert (t5.pad, t5.bos, t5.eos, t5.sentinels) == (0, None, 1, (4, 3))
+    named = vocabulary(["<a>", "<b>"], {"eos_token": {"content": "<b>"}, "bos_token": "<a>"})
+    assert (named.bos, named.eos) == (0, 1)
+    with pytest.raises(DataError, match="not byte-level"):
+        _ = bert.token_bytes
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for name, match in [("tokenizer.json", "is no tokenizer.json"), ("other", "no such file")]:
+        with pytest.raises(DataError, match=match):
+            Vocabulary.read(str(tmp_path / name))
+
+
+def test_damaged_documents_are_named_and_left_out(tmp_path: Path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_tar(folder / "0.tar", [("a.txt", b"fine sea " * 40), ("b.txt", b"\xff\xfe bad"), ("c.json", b"{}")])
+    write_tar(folder / "1.tar", [("d.txt", b"damaged later" * 20), ("e.txt", b"good wind " * 30)])
+    index.write(folder, quiet)
+    data = bytearray((folder / "1.tar").read_bytes())
+    data[520] ^= 1
+    (folder / "1.tar").write_bytes(data)
+    held = tokens_of(folder, tmp_path / "tokens", vocab=270, shard_mb=1)
+    assert len(list(Blocks([str(held)]).documents())) == 2
+    bad = {row["path"].rpartition("/")[2]: row["reason"] for row in map(json.loads, (held / "bad.jsonl").open())}
+    assert bad.keys() == {"b", "c", "d"} and "is not UTF-8" in bad["b"] and "no .txt" in bad["c"] and "hash" in bad["d"]
+
+
+def test_large_vocabularies_take_four_bytes_a_token(texts: Path, tmp_path: Path):
+    content = json.loads(tokenizer.train(str(texts), tmp_path / "a.json", 300).text)
+    words = {f"Ġw{n}": 300 + n for n in range(70000)}  # never reached by a merge, but part of the vocabulary
+    content["model"]["vocab"] |= words
+    (tmp_path / "large.json").write_text(json.dumps(content))
+    large = tokens_of(texts, tmp_path / "large", vocab=0, tokenizer_file=tmp_path / "large.json")
+    small = tokens_of(texts, tmp_path / "small", vocab=0, tokenizer_file=tmp_path / "a.json")
+    assert index.load(str(large)).about["tokens"]["dtype"] == "<u4"
+    for one, other in zip(Blocks([str(large)]).documents(), Blocks([str(small)]).documents(), strict=True):
+        assert np.array_equal(one[0], other[0]) and one[1] == other[1]
+    one, other = Rows([str(large)], 100), Rows([str(small)], 100)
+    assert np.array_equal(read(one, 77)["tokens"], read(other, 77)["tokens"])
+
+
+# ---------------------------------------------------------------- rows
+@pytest.mark.parametrize("length", [64, 1000, 4096])
+def test_split_rows_make_every_token_a_target_exactly_once(held: Path, length: int):
+    rows, at = Rows([str(held)], length), 0
+    for documents in shards_of(held):
+        tokens = np.concatenate(documents).astype(np.int64)
+        number = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+        seen = 1  # the first token of a shard is only an input
+        while seen < len(tokens):
+            row = read(rows, at)
+            count = int((row["documents"] >= 0).sum())
+            assert np.array_equal(row["tokens"][:count], tokens[seen - 1 : seen - 1 + count])
+            assert np.array_equal(row["documents"][:count], number[seen - 1 : seen - 1 + count] - number[seen - 1])
+            assert (row["documents"][count:] == -1).all() and (row["tokens"][count:] == rows.pad).all()
+            seen, at = seen + count - 1, at + 1
+        assert seen == len(tokens)
+    assert at == len(rows)
+    assert not read(Rows([str(held)], length, document_mask=False), 3)["documents"].any()
+
+
+@pytest.mark.parametrize("length", [50, 128])
+def test_best_fit_rows_make_every_token_inside_a_document_a_target_exactly_once(held: Path, length: int):
+    rows, plain = Rows([str(held)], length, "best_fit"), Rows([str(held)], length)
+    pairs: Counter[tuple[int, int]] = Counter()
+    wasted = 0
+    for number in range(len(rows)):
+        row = read(rows, number)
+        same = (row["documents"][1:] == row["documents"][:-1]) & (row["documents"][1:] >= 0)
+        pairs.update(zip(row["tokens"][:-1][same].tolist(), row["tokens"][1:][same].tolist(), strict=True))
+        wasted += int((row["documents"] < 0).sum())
+    whole: Counter[tuple[int, int]] = Counter()
+    for document in itertools.chain.from_iterable(shards_of(held)):
+        whole.update(itertools.pairwise(document.tolist()))
+    assert pairs == whole and len(rows) == len(plain)
+    assert wasted < 0.06 * len(rows) * length  # short shards and blocks: their last windows have room
+
+
+def naive_best_fit(first: int, last: int, starts: list[int], length: int) -> list[list[tuple[int, int]]]:
+    """The same by looking at everything every time."""
+    here = sorted({first, *(s for s in starts if first < s <= last)})
+    pieces = []
+    for begin, end in zip(here, [*here[1:], last + 1], strict=True):
+        if begin == last:
+            continue
+        while end - begin > length + 1:
+            pieces.append((begin, length + 1))
+            begin += length
+        pieces += [(begin, end - begin)] if end - begin > 1 else []
+    rows: list[list[tuple[int, int]]] = [[] for _ in range(-(-(last - first) // length))]
+
+    def free(n: int) -> int:
+        return length + 1 - sum(size for _, size in rows[n])
+
+    left = []
+    for start, size in sorted(pieces, key=lambda p: (-p[1], p[0])):
+        fitting = [n for n in range(len(rows)) if free(n) >= size]
+        if fitting:
+            rows[min(fitting, key=lambda n: (free(n), n))].append((start, size))
+        else:
+            left.append((start, size))
+    for start, size in left:
+        while size > 1:
+            fitting = [n for n in range(len(rows)) if free(n) >= size]
+            n = (
+                min(fitting, key=lambda n: (free(n), n))
+                if fitting
+                else max(range(len(rows)), key=lambda n: (free(n), n))
+            )
+            take = min(size, free(n))
+            rows[n].append((start, take))
+            start, size = start + take - 1, size - take + 1
+    return sorted(sorted(row) for row in rows)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_best_fit_equals_a_naive_one_and_loses_nothing(data: st.DataObject):
+    length = data.draw(st.integers(1, 12))
+    first = data.draw(st.integers(0, 5))
+    last = first + data.draw(st.integers(1, 32 * length))
+    starts = sorted(data.draw(st.sets(st.integers(0, last + 5), max_size=80)))
+    rows = best_fit(first, last, np.array(starts, "<u4"), length)
+    assert rows == naive_best_fit(first, last, starts, length)
+    assert len(rows) == -(-(last - first) // length) and all(sum(size for _, size in row) <= length + 1 for row in rows)
+    targets = Counter(t for row in rows for start, size in row for t in range(start + 1, start + size))
+    assert targets == Counter(t for t in range(first + 1, last + 1) if t not in starts)
+
+
+# ---------------------------------------------------------------- streams
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_batches_are_the_same_for_any_number_of_processes_and_workers_and_after_a_resume(
+    held: Path, tmp_path: Path, packing
+):
+    def stream(rank=0, world=1, accumulate=1, **reading) -> Stream:
+        both = [Rows([str(held)], 64, packing), Rows([str(held)], 64, packing)]
+        phases = [Phase(0, 12, (3.0, 1.0), (0.0, 0.0)), Phase(3, 24, (1.0, 1.0), (0.0, 0.0))]
+        reading = Reading(**{"workers": 0, **reading})
+        return Stream(both, keep, 12, 3, rank=rank, world=world, accumulate=accumulate, phases=phases, reading=reading)
+
+    whole = stream()
+    batches = [next(whole) for _ in range(6)]
+    for world, accumulate, reading in [(2, 1, {}), (3, 2, {"workers": 2}), (1, 3, {"cache": str(tmp_path / "c")})]:
+        streams = [stream(r, world, accumulate, **reading) for r in range(world)]
+        for s in streams:
+            s.load_state_dict({**s.state_dict(), "step": 2})
+        for batch in batches[2:]:
+            parts = [next(s) for s in streams for _ in range(accumulate)]
+            for key in batch:
+                assert np.array_equal(np.concatenate([p[key] for p in parts]), batch[key]), (world, accumulate, key)
+        for s in streams:
+            s.close()
+    assert batches[0]["tokens"].shape == (12, 65) and len(json.dumps(whole.state_dict())) < 200
+    other = Stream(Rows([str(held)], 32, packing), keep, 12, 3, workers=0)
+    with pytest.raises(DataError, match="written on other data"):
+        other.load_state_dict(whole.state_dict())
+
+
+def test_an_epoch_has_every_row_once(held: Path):
+    rows = Rows([str(held)], 100)
+    stream = Stream(rows, keep, 9, workers=0)
+    seen = Counter(n for _ in range(2 * len(rows) // 9) for n in next(stream)["id"].tolist())
+    assert set(seen) == set(range(len(rows))) and set(seen.values()) <= {1, 2, 3} and stream.epochs[0] > 1.9
+
+
+def test_damaged_pages_are_replaced_and_named(held: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in held.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    rows = Rows([str(copy)], 64)
+    url, _, (offset, _, _) = rows.blocks.members(0)
+    data = bytearray(Path(url).read_bytes())
+    data[offset + 700] ^= 4  # token 350, of row 5; the page has rows 0 to 15
+    Path(url).write_bytes(data)
+    ledger = Ledger(None, share=1, shard_share=1)
+    stream = Stream(Rows([str(copy)], 64), keep, 8, shuffle=False, workers=0, ledger=ledger)
+    batch = next(stream)
+    clean = Stream(Rows([str(held)], 64), keep, 8, shuffle=False, workers=0)
+    sound = {tuple(read(rows, n)["tokens"].tolist()) for n in range(16, len(rows))}
+    assert all(tuple(row.tolist()) in sound for row in batch["tokens"]) and len(next(clean)["tokens"]) == 8
+    assert ("000000-000000 row 5") in {key for _, key in ledger.bad} and "tokens from 0 on" in next(
+        iter(ledger.bad.values())
+    )
+    assert any("000000-000000.tokens" in problem for problem in index.verify(copy, quiet))
+
+
+# ---------------------------------------------------------------- errors
+def test_errors_say_what_to_write(texts: Path, held: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=r"holds .txt and no tokens; make them with `unlabeled shards tokenize"):
+        Rows([str(texts)], 64)
+    with pytest.raises(DataError, match=r"data.length = 5000: must be 1 or more, and at most the 4096 tokens"):
+        Rows([str(held)], 5000)
+    other = tokens_of(texts, tmp_path / "other", vocab=300)
+    with pytest.raises(DataError, match="different tokenizers"):
+        Rows([str(held), str(other)], 64)
+    (other / "tokenizer.json").write_text((held / "tokenizer.json").read_text())
+    with pytest.raises(DataError, match="is not the tokenizer that the tokens beside it were made with"):
+        _ = Rows([str(other)], 64).vocabulary
+    with pytest.raises(DataError, match="split the text shards"):
+        split(held, tmp_path / "split", 0.1, workers=1)
+    for options, match in [
+        ({"vocab": 0}, "either --tokenizer FILE, or --vocab N"),
+        ({"block": 5000}, "write a multiple of 1024"),
+        ({"vocab": 300, "shard_mb": 0}, "--shard-mb 0"),
+        ({"vocab": 0, "tokenizer_file": held, "specials": ("<a>",)}, "--specials is for a new tokenizer"),
+    ]:
+        with pytest.raises(DataError, match=match):
+            tokens_of(texts, tmp_path / "never", **options)
+    write_tar(tmp_path / "i.tar", [("0.jpg", jpeg())])
+    with pytest.raises(DataError, match=r"holds .jpg and no .txt"):
+        tokens_of(tmp_path / "i.tar", tmp_path / "never")
+
+
+# ---------------------------------------------------------------- processes, kills, stores
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_tokenizing_is_the_same_for_any_number_of_processes(texts: Path, held: Path, tmp_path: Path):
+    assert content(tokens_of(texts, tmp_path / "tokens", workers=3)) == content(held)
+    again = tokens_of(texts, tmp_path / "tokens", workers=1)  # nothing is done
+    assert content(again) == content(held)
+
+
+@pytest.mark.slow
+def test_tokenizing_that_is_killed_goes_on_and_ends_the_same(tmp_path: Path):
+    texts = write_texts(tmp_path / "text", 600, 2, 4000)
+    expected = content(tokens_of(texts, tmp_path / "whole"))
+    target = tmp_path / "killed"
+    words = [sys.executable, "-m", "launch.cli", "shards", "tokenize", str(texts), str(target), "--vocab", "400"]
+    words += ["--shard-mb", "0.1", "--block", "4096", "--workers", "2"]
+    state, kills = Path(f"{target}.partial"), 0
+    while not target.exists():
+        done = len(list(state.glob("[0-9]*.json")))
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and (kills > 2 or len(list(state.glob("[0-9]*.json"))) < done + 2):
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills == 3 and content(target) == expected and not state.exists()
+
+
+@pytest.fixture
+def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
+    """The way to the store, on which faults can be set."""
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    with FaultProxy(store.port) as proxy:
+        for name, value in environment(proxy.port).items():
+            monkeypatch.setenv(name, value)
+        forget_connections()
+        yield proxy
+    forget_connections()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_rows_of_a_store_are_those_of_a_disk(
+    store: ObjectStore, proxy: FaultProxy, held: Path, tmp_path: Path, packing: str
+):
+    url = store.put_folder(held, f"tokens-{packing}")
+    proxy.set(error_rate=0.05, short_rate=0.1, flip_rate=0.1)
+    local = Stream(Rows([str(held)], 64, packing), keep, 12, 3, workers=0)
+    expected = [next(local) for _ in range(20)]
+    for reading in (Reading(workers=2), Reading(workers=1, cache=str(tmp_path / "held"), cache_gb=1)):
+        remote = Stream(Rows([url], 64, packing), keep, 12, 3, reading=reading)
+        for batch in expected:
+            found = next(remote)
+            for key in batch:
+                assert np.array_equal(found[key], batch[key])
+        assert not remote.ledger.bad
+        remote.close()
+
+
+@pytest.mark.slow
+def test_tokens_are_written_to_a_store(store: ObjectStore, proxy: FaultProxy, texts: Path, held: Path):
+    source = store.put_folder(texts, "texts")
+    target = source.rsplit("/", 1)[0] + "/made"
+    tokens_of(source, target)  # type: ignore[arg-type]
+    assert Samples([target]).id == Samples([str(held)]).id and index.verify(target, quiet) == []
+    assert Vocabulary.read(target).hash == Vocabulary.read(str(held)).hash

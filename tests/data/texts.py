@@ -1,0 +1,84 @@
+"""What the tests of tokens share: documents of made-up prose as text shards, token sets of them, and what a set's rows should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline import index
+from data_pipeline.rows import Rows
+from data_pipeline.shards import Samples
+from data_pipeline.tokenize_text import tokenize
+from data_pipeline.tokens import Blocks
+from tests.data.building import quiet
+from tests.tars import write_tar
+
+WORDS = [
+    "the",
+    "of",
+    "und",
+    "Straße",
+    "λόγος",
+    "слово",
+    "語",
+    "naïve",
+    "a",
+    "I",
+    "we",
+    "it",
+    "sea",
+    "ship",
+    "wind",
+    "over",
+    "under",
+    "\n\n",
+    "1789",
+    "<|endoftext|>",
+    "<mask>",
+    "🐍",
+    ",",
+    ".",
+    ";",
+    "'",
+    '"',
+]
+
+
+def prose(seed: int, words: int) -> str:
+    rng = np.random.default_rng(seed)
+    return " ".join(WORDS[n] for n in rng.zipf(1.3, words) % len(WORDS)) + f" {seed}."
+
+
+def write_texts(folder: Path, count: int = 120, shards: int = 3, longest: int = 600, seed: int = 0) -> Path:
+    """Text shards of `count` documents of 1 to `longest` words; one of them is far longer than a block."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for shard in range(shards):
+        samples = []
+        for n in range(shard, count, shards):
+            words = 9000 if n == 7 else int(np.exp(rng.uniform(0, np.log(longest))))
+            samples.append((f"{n:05d}.txt", prose(1000 * seed + n, words).encode()))
+        write_tar(folder / f"{shard:03d}.tar", samples)
+    index.write(folder, quiet)
+    return folder
+
+
+def tokens_of(texts: Path, target: Path, **options) -> Path:
+    tokenize(texts, target, **{"vocab": 400, "shard_mb": 0.1, "block": 4096, "workers": 1, "say": quiet, **options})
+    return target
+
+
+def texts_in(folder: Path) -> list[str]:
+    samples = Samples([str(folder)])
+    return [samples.read(n)["txt"].decode() for n in range(len(samples))]
+
+
+def read(rows: Rows, number: int) -> dict[str, np.ndarray]:
+    return rows.sample(number, rows.read_columns(number, [0, 1]), None)
+
+
+def shards_of(folder: Path) -> list[list[np.ndarray]]:
+    """The documents of each shard."""
+    held = Blocks([str(folder)])
+    return [[tokens for tokens, _ in held.documents(n, n + 1)] for n in range(len(held.first) - 1)]
