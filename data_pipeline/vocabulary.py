@@ -93,7 +93,8 @@ class Vocabulary:
     def special(self) -> np.ndarray:
         """bool [size]: tokens that stand for no text."""
         out = np.zeros(self.size, bool)
-        for token in json.loads(self.text).get("added_tokens") or []:
+        out[[n for n in (self.bos, self.eos, self.pad, self.mask, *self.sentinels) if n is not None]] = True
+        for token in json.loads(self.text or "{}").get("added_tokens") or []:
             out[token["id"]] |= bool(token.get("special"))
         return out
 

@@ -60,14 +60,15 @@ def length_of(cfg: Recipe) -> int:
 
 
 def inputs(cfg: Recipe, body: Backbone, samples: Sequence[Dataset] | None = None) -> tuple[Any, ...]:
-    """What `Objective.views` gets after its own options: (image_size, patch_size), or (T, vocabulary) for text.
+    """What `Objective.views` gets after its own options: (image_size, patch_size), or (T, vocabulary, document_mask) for text.
 
     Without `samples`, as for a plan, the vocabulary is as large as the model's, and stands in for the tokenizer's.
     """
     if not isinstance(body, TextBackbone):
         return body.image_size, body.patch_size
     first = samples[0] if samples else None
-    return length_of(cfg), first.vocabulary if isinstance(first, Rows) else Vocabulary.standing_in(body.vocab_size)
+    vocabulary = first.vocabulary if isinstance(first, Rows) else Vocabulary.standing_in(body.vocab_size)
+    return length_of(cfg), vocabulary, cfg.data.document_mask
 
 
 def check(cfg: Recipe, kind: type[Objective]) -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -309,10 +309,14 @@ def _step(
     """One step: forward and backward of its micro-batches, the update unless the guard skips it; what is to be logged, still on the device."""
     rows: list[dict[str, Tensor]] = []  # of the micro-batches
     guard.before()
-    for micro in range(engine.accumulate):
-        batch = next(stream)
-        clock.lap("data")
-        batch = placed(cfg, batch, engine.device)
+
+    def fetched() -> Iterator[dict[str, Tensor]]:
+        for _ in range(engine.accumulate):
+            batch = next(stream)
+            clock.lap("data")
+            yield placed(cfg, batch, engine.device)
+
+    for micro, batch in enumerate(engine.micro_batches(fetched())):
         with engine.microbatch(last=micro + 1 == engine.accumulate):
             loss, logs = engine.forward(batch, step)
             engine.backward(loss)

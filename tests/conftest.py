@@ -53,6 +53,14 @@ SMALL = {
     ],
 }
 
+# objectives that read text: their models at the same size, on rows of 32 tokens
+SIZE = ["model.dim=32", "model.depth=2", "model.heads=2", "model.context=32", "model.vocab_size=512"]
+TEXT = {
+    "gpt": ["model=gpt_micro", *SIZE],
+    "bert": ["model=bert_micro", *SIZE],
+    "t5": ["model=t5_micro", *SIZE, "model.mlp_width=64", "data.document_mask=false"],
+}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
@@ -102,8 +110,22 @@ def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
         "log=1",
         "log.flops=false",
     ]
-    own = [*SMALL.get(name, []), *([f"objective.teacher={teacher(shards.parent)}"] if name == "distillation" else [])]
-    return load("demo", [f"objective={name}", *TINY, *own, *data, "optim.lr=1e-3", *overrides])
+    own = [*TINY, *SMALL.get(name, [])]
+    if name in TEXT:
+        data[0] = f"data.train={tokens(shards.parent)}"
+        own = [*TEXT[name], "eval.image_size=null", "threads=1", "precision=fp32"]
+    own += [f"objective.teacher={teacher(shards.parent)}"] if name == "distillation" else []
+    return load("demo", [f"objective={name}", *own, *data, "optim.lr=1e-3", *overrides])
+
+
+def tokens(folder: Path) -> Path:
+    """A token set of made-up prose, with masks and sentinels."""
+    from tests.data.texts import tokens_of, write_texts
+
+    target = folder / "tokens"
+    if not target.is_dir():
+        tokens_of(write_texts(folder / "texts"), target, vocab=500, specials=("sentinels",))
+    return target
 
 
 MORE = ("distillation",)  # objectives of which one set of options does not read all

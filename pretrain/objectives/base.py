@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.views import Rng
 from pretrain.models.layers import Backbone
+from pretrain.ops.cross_entropy import IGNORED
 
 Batch = dict[str, Tensor]
 # "image": an `Encoded` or uint8 [H, W, C], as `crops` takes it; "color": how it does colours; "id", "epoch"; "slot": place in the global batch of
@@ -28,6 +29,7 @@ class Objective(nn.Module):
         None  # scalar on the device, 1 where the step that `after_step` follows was skipped: then nothing may move
     )
     reads: Literal["images", "text"] = "images"  # what it trains on
+    counted: str | None = None  # the part of a batch whose entries other than -100 are counted: the loss is a mean over those of the global batch
     fresh: tuple[
         str, ...
     ] = ()  # beginnings of the names of tensors that a checkpoint which a run starts from may lack or have more of
@@ -42,7 +44,7 @@ class Objective(nn.Module):
     def views(cfg: Any, image_size: int, patch_size: int) -> Callable[[Sample, Rng], dict[str, np.ndarray]]:
         """What makes one sample's part of a batch, in the data workers: `view(sample, rng)`. uint8 arrays [..., C, H, W] are normalised on the device.
 
-        An objective that reads text gets (T, `Vocabulary`) in place of the two sizes: see `pretrain.inputs.inputs`.
+        An objective that reads text gets (T, `Vocabulary`, whether documents are to be masked) in place of the two sizes: see `pretrain.inputs.inputs`.
 
         `rng(k)` is the sample's k-th generator: `crops` takes 0, 1, 2, ... for its views; masks take those from `views.MASKS` on.
         """
@@ -54,6 +56,14 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, detached scalars to log)."""
         raise NotImplementedError
+
+    def mean(self, total: Tensor, batch: Batch) -> Tensor:
+        """A sum over a micro-batch's targets as its part of the mean over the global batch's: the engine gives their `count` with the batch."""
+        return total / batch["count"] if "count" in batch else total / self.count(batch).clamp_min(1)
+
+    def count(self, batch: Batch) -> Tensor:
+        """The number of targets of a micro-batch, a scalar."""
+        return (batch[self.counted or "targets"] != IGNORED).sum()
 
     def after_step(self, step: int) -> None:
         """After the optimizer's step: move the teacher, the queue; not where `self.skipped` is 1 (`ema_update` takes it)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,17 @@ class Engine:
         self.seed(step)
         with self.autocast():
             return self.module(batch, step)
+
+    def micro_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """A step's micro-batches. Where the loss is a mean over targets whose number varies, all are fetched first, and each gets `count`: the mean of
+        these numbers over micro-batches and processes, so that the mean of the losses is the mean over the targets of the global batch."""
+        if self.objective.counted is None:
+            yield from batches
+            return
+        held = list(batches)
+        count = processes.mean(torch.stack([self.objective.count(batch) for batch in held]).float().mean())
+        for batch in held:
+            yield batch | {"count": count.clamp_min(1e-9)}
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, COMPUTE[self.precision], enabled=self.precision != "fp32")

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.stream import to_device
 from pretrain import config, objective
 from pretrain.checkpoint import all_of
 from pretrain.config import ConfigError
@@ -21,10 +20,11 @@ from pretrain.export import load as load_export
 from pretrain.models.layers import Backbone
 from pretrain.parallel.engine import Engine
 from pretrain.recipe import load
-from pretrain.train import build_objective, build_stream, open_samples, train
-from tests.conftest import MORE, SMALL, TINY, more, tiny_recipe
+from pretrain.train import build_objective, build_stream, open_samples, placed, train
+from tests.conftest import MORE, SMALL, TEXT, TINY, more, tiny_recipe
 
 NAMES = objective.names()
+IMAGES = [name for name in NAMES if name not in TEXT]
 everywhere = pytest.mark.parametrize("name", NAMES)
 
 
@@ -32,7 +32,7 @@ def setup(name: str, shards: Path, run: Path, *overrides: str):
     cfg = tiny_recipe(name, shards, run, *overrides)
     model = build_objective(cfg)
     stream = build_stream(cfg, model, open_samples(cfg))
-    return cfg, model, stream, to_device(stream.first(), torch.device("cpu"), cfg.data.mean, cfg.data.std)
+    return cfg, model, stream, placed(cfg, stream.first(), torch.device("cpu"))
 
 
 def losses(run: Path) -> list[float]:
@@ -85,12 +85,12 @@ def test_encoder_is_a_backbone_that_exports(name: str, shards: Path, tmp_path: P
     encoder, about = load_export(run / "export" / "2")
     assert isinstance(encoder, Backbone) and about["objective"] == name and about["step"] == 2
     untrained, _ = load_export(run / "export" / "0")
-    image = torch.randn(2, 3, 32, 32)
-    features, before = encoder(image), untrained(image)
+    given, grid = (torch.randint(500, (2, 16)), (16,)) if name in TEXT else (torch.randn(2, 3, 32, 32), (4, 4))
+    features, before = encoder(given), untrained(given)
     assert (
         features.cls.shape == (2, encoder.embed_dim)
         and features.tokens.shape == (2, 16, encoder.embed_dim)
-        and features.grid == (4, 4)
+        and features.grid == grid
     )
     assert not torch.equal(features.cls, before.cls)
 
@@ -106,19 +106,18 @@ def test_learns(name: str, shards: Path, tmp_path: Path):
 @everywhere
 def test_resume_is_exact(name: str, shards: Path, tmp_path: Path):
     """Stopped after a checkpoint and started again: every loss equals the uninterrupted run's, to the last bit."""
-    whole = train(tiny_recipe(name, shards, tmp_path / "whole", "model.drop_path=0.2", "checkpoint=3"))
-    part = tiny_recipe(name, shards, tmp_path / "part", "model.drop_path=0.2", "checkpoint=3")
-    train(part)
+    options = ["checkpoint=3", *([] if name in TEXT else ["model.drop_path=0.2"])]
+    whole = train(tiny_recipe(name, shards, tmp_path / "whole", *options))
+    train(tiny_recipe(name, shards, tmp_path / "part", *options))
     for folder in all_of(tmp_path / "part")[1:]:  # what a kill after step 6 would have left
         shutil.rmtree(folder)
     (tmp_path / "part" / "checkpoints" / "latest").unlink()
     rows = (tmp_path / "part" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "part" / "metrics.jsonl").write_text("".join(rows[:7]) + '{"step": 7, "lo')
-    resumed = train(tiny_recipe(name, shards, tmp_path / "part", "model.drop_path=0.2", "checkpoint=3"))
+    resumed = train(tiny_recipe(name, shards, tmp_path / "part", *options))
     assert len(losses(whole)) == 8 and losses(resumed) == losses(whole)
-    assert torch.equal(
-        load_export(whole / "export" / "8")[0].norm.weight, load_export(resumed / "export" / "8")[0].norm.weight
-    )
+    weights = [load_export(run / "export" / "8")[0].state_dict() for run in (whole, resumed)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 @everywhere
@@ -134,8 +133,8 @@ def test_accumulation(name: str, shards: Path, tmp_path: Path):
         cfg, model, stream, _ = setup(name, shards, tmp_path / "run", *overrides)
         engine = Engine(model, cfg, torch.device("cpu"))
         assert engine.accumulate == (4 if overrides else 1)
-        for micro in range(engine.accumulate):
-            batch = to_device(next(stream), engine.device, cfg.data.mean, cfg.data.std)
+        fetched = [placed(cfg, next(stream), engine.device) for _ in range(engine.accumulate)]
+        for micro, batch in enumerate(engine.micro_batches(fetched)):
             with engine.microbatch(last=micro + 1 == engine.accumulate):
                 engine.backward(engine.forward(batch, 0)[0])
         gradients.append(torch.cat([p.grad.flatten() for p in engine.parameters]))
@@ -158,10 +157,20 @@ def test_every_option_is_checked_and_read(name: str, shards: Path, tmp_path: Pat
         assert field.name in read, f"nothing reads objective.{field.name}"
 
 
-@everywhere
+@pytest.mark.parametrize("name", [*IMAGES, "gpt"])
 def test_a_key_that_nothing_reads_stops_the_run(name: str, shards: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nothing reads model.rope_base = 7"):
         train(tiny_recipe(name, shards, tmp_path / "run", "model.rope_base=7", "model.positions=learned"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "says"),
+    [("gpt", "vit_micro", "gpt: trains on text, but model.name = vit_micro reads images"),
+     ("mae", "gpt_micro", "mae: trains on images, but model.name = gpt_micro reads text")],
+)  # fmt: skip
+def test_a_model_that_reads_something_else_is_refused(objective: str, model: str, says: str):
+    with pytest.raises(ConfigError, match=says):
+        build_objective(load("demo", [f"objective={objective}", f"model={model}"]))
 
 
 def test_bf16_stays_close_to_fp32(shards: Path, tmp_path: Path):

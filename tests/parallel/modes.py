@@ -10,28 +10,29 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from data_pipeline.shards import Samples
-from data_pipeline.stream import Stream, to_device
+from data_pipeline.shards import Look
+from data_pipeline.stream import Stream
 from pretrain import config, objective
 from pretrain.guard import Guard
+from pretrain.inputs import inputs, open_samples
 from pretrain.parallel import engine as engines
 from pretrain.parallel import processes
 from pretrain.parallel.device import pick_device
 from pretrain.parallel.shards import whole, whole_state
 from pretrain.recipe import Recipe
-from pretrain.train import build_objective
-from tests.conftest import tiny_recipe
+from pretrain.train import build_objective, placed
+from tests.conftest import TEXT, tiny_recipe
 
 STEPS, BATCH, ACCUMULATE, LR = 4, 8, 2, 5e-4
 
 
 def batches(cfg: Recipe, shards: Path, count: int) -> list[dict[str, Tensor]]:
-    """Whole micro-batches of real images, the same on every process."""
-    model = build_objective(cfg)
-    body = model.encoder()
-    views = type(model).views(cfg.objective, body.image_size, body.patch_size)
-    stream = Stream(Samples([str(shards)]), views, BATCH, workers=0)
-    return [to_device(next(stream), torch.device("cpu"), cfg.data.mean, cfg.data.std) for _ in range(count)]
+    """Whole micro-batches of real data, the same on every process."""
+    model, samples = build_objective(cfg), open_samples(cfg)
+    views = type(model).views(cfg.objective, *inputs(cfg, model.encoder(), samples))
+    look = Look(()) if cfg.objective.name in TEXT else Look()
+    stream = Stream(samples, views, BATCH, workers=0, look=look)
+    return [placed(cfg, next(stream), torch.device("cpu")) for _ in range(count)]
 
 
 def mine(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,14 +49,15 @@ def recipe_of(name: str, shards: Path, mode: str, options: dict[str, Any]) -> Re
 
 
 def one_step(
-    engine: engines.Engine, guard: Guard, data: list[dict[str, Tensor]], step: int
+    engine: engines.Engine, guard: Guard, data: list[dict[str, Tensor]], step: int, poison: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `pretrain.train` does in a step; (mean loss, mean logs, gradient norm)."""
+    """What `pretrain.train` does in a step; (mean loss, mean logs, gradient norm). `poison`: of the last micro-batch."""
     guard.before()
     losses, logs = [], []
-    for micro in range(engine.accumulate):
+    for micro, batch in enumerate(engine.micro_batches(data[: engine.accumulate])):
         with engine.microbatch(last=micro + 1 == engine.accumulate):
-            loss, log = engine.forward(data[micro], step)
+            spoilt = poison and micro + 1 == engine.accumulate
+            loss, log = engine.forward(poisoned(batch) if spoilt else batch, step)
             engine.backward(loss)
         losses.append(loss.detach().float())
         logs.append(torch.stack([v.float() for v in log.values()]) if log else torch.zeros(0))
@@ -76,10 +78,13 @@ def poisoned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch with one value that is not finite, on the last process only."""
     if processes.rank() + 1 < processes.world():
         return batch
-    return {
-        k: v.clone().index_fill_(0, torch.tensor([0]), torch.nan) if v.is_floating_point() else v
-        for k, v in batch.items()
-    }
+
+    def spoil(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        return value * torch.nan if value.ndim == 0 else value.clone().index_fill_(0, torch.tensor([0]), torch.nan)
+
+    return {key: spoil(value) for key, value in batch.items()}
 
 
 def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> d
     out["weights"] = whole_state(model)
 
     before = everything(engine)
-    one_step(engine, guard, [*parts[: engine.accumulate - 1], poisoned(parts[0])], STEPS)
+    one_step(engine, guard, parts, STEPS, poison=True)
     after = everything(engine)
     out["skipped"] = float(guard.skipped)
     out["changed"] = [key for key in before if not torch.equal(before[key], after[key]) and not key.startswith("scale")]

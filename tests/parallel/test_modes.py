@@ -14,7 +14,7 @@ import yaml
 
 from launch.local import environments, wait
 from pretrain import objective
-from tests.conftest import teacher
+from tests.conftest import teacher, tokens
 from tests.parallel.modes import LR
 
 MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -41,7 +41,8 @@ MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
 def run(mode: str, shards: Path, folder: Path, **more: Any) -> list[dict[str, Any]]:
     """What each process found, in rank order."""
     name, count, options = MODES[mode]
-    teacher(shards.parent)  # before several processes look for it
+    for make in (teacher, tokens):  # before several processes look for them
+        make(shards.parent)
     job = folder / "job.yaml"
     given = {"shards": str(shards), "mode": name, "options": options | more.pop("options", {}), "target": str(folder)}
     job.write_text(yaml.safe_dump(given | more))
