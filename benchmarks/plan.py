@@ -15,12 +15,15 @@ highest resident set since then is Linux's VmHWM.
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import gc
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,7 +33,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.stream import to_device
-from pretrain import objective, plan
+from pretrain import export, objective, plan
+from pretrain.models.presets import build
 from pretrain.objectives.base import Objective
 from pretrain.parallel import engine as engines
 from pretrain.parallel import processes
@@ -50,7 +54,20 @@ FEW = {"mae": ["objective.decoder_depth=1"], "dinov2": ["objective.prototypes=64
 
 def recipe(name: str, mode: str, precision: str, *more: str) -> Recipe:
     common = [f"objective={name}", "device=cpu", f"parallel.mode={mode}", f"precision={precision}"]
+    if name == "distillation":
+        common += ["objective.loss=features", f"objective.teacher={teacher()}"]
     return load("demo", [*common, *more])
+
+
+@functools.cache
+def teacher() -> Path:
+    """An untrained network to distil."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    export.write(
+        Path(folder.name) / "teacher", build(load("demo", MODEL).model), {"pool": "cls"}, [0.5] * 3, [0.25] * 3
+    )
+    return Path(folder.name) / "teacher"
 
 
 def batch_of(cfg: Recipe, model: Objective) -> dict[str, Tensor]:

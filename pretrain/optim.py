@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError
 from pretrain.models.layers import Backbone
+from pretrain.muon import MuonAdamW
 from pretrain.recipe import Optim
 
 LAST = "prototypes"  # name of the last layer of a head over prototypes
@@ -29,17 +30,32 @@ def parameter_groups(module: nn.Module, cfg: Optim) -> list[dict]:
         raise ConfigError(f"optim.patch_embed_lr = {cfg.patch_embed_lr}: must be 0 or more")
     bodies = {f"{name}." if name else "": m for name, m in module.named_modules() if isinstance(m, Backbone)}
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    hidden = _hidden_matrices(bodies) if cfg.name == "muon" else {}
     if cfg.freeze_last_layer and not any(name.rpartition(".")[2] == LAST for name in trained):
         raise ConfigError(
             f"optim.freeze_last_layer = {cfg.freeze_last_layer}: this objective has no prototypes; leave it out"
         )
-    groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+    groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        groups.setdefault(_factors(name, parameter, bodies, cfg), []).append(parameter)
+        key = _factors(name, parameter, bodies, cfg)
+        groups.setdefault((*key, hidden.get(parameter)), []).append(parameter)
+    own = {"muon": False} if cfg.name == "muon" else {}
     return [
         {"params": p, "lr_scale": scale, "wd_scale": decay, "scale": scale, "frozen": frozen}
-        for (scale, decay, frozen), p in groups.items()
+        | (own if parts is None else {"muon": True, "parts": parts})
+        for (scale, decay, frozen, parts), p in groups.items()
     ]
+
+
+def _hidden_matrices(bodies: dict[str, Backbone]) -> dict[nn.Parameter, tuple[int, ...]]:
+    """The linear layers' matrices inside of the backbones' blocks, with the rows of those that stand one above the other in each; () for one alone."""
+    found = {}
+    for body in bodies.values():
+        for name, module in body.named_modules():
+            layer, last = body.layer_of(f"{name}.weight") if isinstance(module, nn.Linear) else (0, 0)
+            if 0 < layer < last:
+                found[module.weight] = getattr(module, "parts", ())
+    return found
 
 
 def _factors(name: str, parameter: Tensor, bodies: dict[str, Backbone], cfg: Optim) -> tuple[float, float, int]:
@@ -63,6 +79,10 @@ def thaw(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def make_optimizer(module: nn.Module, cfg: Optim) -> torch.optim.Optimizer:
-    """Fused AdamW; `thaw` and `Engine.step` set lr and weight decay each step."""
-    groups = parameter_groups(module, cfg)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    """Fused AdamW, or Muon beside it; `thaw` and `Engine.step` set lr and weight decay each step."""
+    groups, betas = parameter_groups(module, cfg), (cfg.beta1, cfg.beta2)
+    if cfg.name == "muon":
+        if not any(group["muon"] for group in groups):
+            raise ConfigError("optim.name = muon: this model's blocks have no trained matrices; write optim.name=adamw")
+        return MuonAdamW(groups, cfg.momentum, betas, cfg.eps)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=cfg.eps, fused=True)

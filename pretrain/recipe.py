@@ -82,13 +82,17 @@ class Data(Section):
 
 @dataclass
 class Optim(Section):
-    """AdamW (arXiv 1711.05101). Weight decay falls on matrices only: not on biases, norms, scales, tokens and position tables."""
+    """AdamW (arXiv 1711.05101), or Muon for the matrices inside of blocks and AdamW for the rest. Weight decay falls on matrices only: not on biases,
+    norms, scales, tokens and position tables."""
 
+    shorthand = "name"
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Schedule = field(default_factory=lambda: Schedule(1e-3))
     weight_decay: Schedule = field(default_factory=lambda: Schedule(0.05))
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.95  # of Muon
     clip: float | None = None  # of the global gradient norm; null: none
     layer_decay: float = 1.0  # block i of the backbone's n learns at the rate × this^(n − i)
     patch_embed_lr: float = 1.0  # factor of the patch embedding's rate, on top

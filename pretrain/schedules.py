@@ -17,7 +17,7 @@ class Schedule(Section):
     """`start` → `value` in a straight line over `warmup` steps, then `value` → `final` by `kind` until step `steps`.
 
     `warmup` and `decay` are steps, or shares of the run where they are below 1; a learning rate's warmup may be `auto` (pretrain/auto.py). `kind`: constant; linear; cosine (half a cosine);
-    wsd (constant, then a straight line over the last `decay`). `steps` is the length of the run unless it is given.
+    wsd (constant, then over the last `decay` by `shape`: a straight line, or 1 - sqrt of what is done, arXiv 2405.18392). `steps` is the length of the run unless it is given.
     """
 
     value: float = 0.0
@@ -26,6 +26,7 @@ class Schedule(Section):
     final: float = 0.0
     warmup: float | Literal["auto"] = 0.0
     decay: float = 0.2
+    shape: Literal["linear", "1-sqrt"] = "linear"
     steps: int | None = None
 
     def __call__(self, step: int) -> float:
@@ -48,6 +49,8 @@ class Schedule(Section):
         done = min(1.0, max(0.0, (step - first) / max(1, self.steps - 1 - first)))
         if kind == "cosine":
             done = 0.5 - 0.5 * math.cos(math.pi * done)
+        elif kind == "wsd" and self.shape == "1-sqrt":
+            done = math.sqrt(done)
         return value + (final - value) * done
 
 

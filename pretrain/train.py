@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ from pretrain.parallel.engine import Engine, accumulation
 from pretrain.peak import peak
 from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare, write_recipe
+from pretrain.schedules import Schedule
 
 STOPPED = 75  # exit code of a run that was told to stop and wrote its checkpoint: the same command goes on
 READ_LATER = ("eval.", "checkpoint.", "init.")  # by the evaluation stage; by the first save; by a new run alone
@@ -335,6 +337,10 @@ def _resume(run: Path, saver: checkpoint.Saver, engine: Engine, stream: Stream, 
     store, name = found
     step = checkpoint.load(store, name, engine, stream, guard=guard)
     say(f"{run}: goes on from step {step} ({store.path(name)})")
+    before = config.build(Schedule, store.about(name)["recipe"]["optim"]["lr"], {"": store.path(name)})(step)
+    now = saver.recipe.optim.lr(step)
+    if not math.isclose(now, before, rel_tol=1e-6):  # a decay that branches off belongs before any other has begun
+        say(f"optim.lr is {now:.4g} at step {step}; where the checkpoint comes from, it is {before:.4g}")
     return step
 
 

@@ -124,6 +124,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = QueryKeyValue(dim) if qkv_bias and not key_bias else nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv.parts = (dim, dim, dim)  # rows of matrices that Muon treats one by one
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None) -> Tensor:

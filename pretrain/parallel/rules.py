@@ -30,5 +30,10 @@ def check(recipe: Recipe, processes: int) -> None:
     if parallel.frozen == "replicated" and mode != "fsdp2":
         cuts = "cuts all parameters" if mode == "zero3" else "cuts no parameters, so that it has no effect"
         raise ConfigError(f"parallel.frozen = replicated: {mode} {cuts}; take it out, or write parallel.mode=fsdp2")
+    if recipe.optim.name == "muon" and (mode.startswith("zero") or parallel.offload):
+        what = (
+            "DeepSpeed flattens the matrices" if mode.startswith("zero") else "its iteration wants them on the device"
+        )
+        raise ConfigError(f"optim.name = muon: {what}; write parallel.mode=fsdp2 without offload, or optim.name=adamw")
     if recipe.precision == "fp16" and mode.startswith("zero"):
         raise ConfigError(f"precision = fp16: {mode} has fp32 and bf16; or write parallel.mode=ddp or fsdp2")

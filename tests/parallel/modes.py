@@ -110,11 +110,11 @@ def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> d
     return out
 
 
-def main(shards: Path, mode: str, options: dict[str, Any], target: Path) -> None:
+def main(shards: Path, mode: str, options: dict[str, Any], target: Path, names: list[str]) -> None:
     device = processes.start(mode, pick_device("cpu"))
     torch.set_num_threads(1)
     found = {}
-    for name in objective.names():
+    for name in names:
         own = {key: value for key, value in options.items() if not isinstance(value, dict)} | options.get(name, {})
         cfg = recipe_of(name, shards, mode, own)
         found[name] = train(cfg, batches(cfg, shards, STEPS * ACCUMULATE), device)
@@ -124,4 +124,5 @@ def main(shards: Path, mode: str, options: dict[str, Any], target: Path) -> None
 
 if __name__ == "__main__":
     job = config.read_yaml(Path(sys.argv[1]))
-    main(Path(job["shards"]), job["mode"], job["options"], Path(job["target"]))
+    names = job.get("objectives") or objective.names()
+    main(Path(job["shards"]), job["mode"], job["options"], Path(job["target"]), names)

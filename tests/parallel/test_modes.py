@@ -37,11 +37,12 @@ MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-def run(mode: str, shards: Path, folder: Path) -> list[dict[str, Any]]:
+def run(mode: str, shards: Path, folder: Path, **more: Any) -> list[dict[str, Any]]:
     """What each process found, in rank order."""
     name, count, options = MODES[mode]
     job = folder / "job.yaml"
-    job.write_text(yaml.safe_dump({"shards": str(shards), "mode": name, "options": options, "target": str(folder)}))
+    given = {"shards": str(shards), "mode": name, "options": options | more.pop("options", {}), "target": str(folder)}
+    job.write_text(yaml.safe_dump(given | more))
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.parallel.modes", str(job)],
@@ -109,3 +110,17 @@ def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
                 assert process[name][key][0] == pytest.approx(alone[key][0], rel=5e-2)
         else:
             close(process[name], alone, 1e-2, 5e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2", "hsdp2x2"])
+def test_muon_is_the_same_in_every_mode(mode: str, shards: Path, tmp_path: Path):
+    """Among 4 processes a ViT's matrices are cut unevenly; a step that is not finite leaves its momentum bit-equal, too."""
+    muon = {"options": {"optim.name": "muon"}, "objectives": ["mae"]}
+    found = {}
+    for name in ("single", mode):
+        (tmp_path / name).mkdir()
+        found[name] = [process["mae"] for process in run(name, shards, tmp_path / name, **muon)]
+    for process in found[mode]:
+        close(process, found["single"][0], 1e-5, 1e-5)
+        assert process["skipped"] == 1.0 and not process["changed"] and not process["stuck"]
