@@ -4,7 +4,7 @@ Claims, for 6 blocks of width 384 (6 heads, SwiGLU of 1024, RoPE, RMSNorm, untie
 precision P, eager and compiled (M):
 
     text.vV.P.M.versus_llama                  CPU seconds of a step of LlamaForCausalLM / ours: its tokens per CPU second in terms of ours
-    text.v50304.P.peak_memory_versus_llama    our peak memory / its, beyond what the process held before the model was built
+    text.v50304.P.peak_memory_versus_llama    our peak memory / its after four steps, beyond what the process held when a step of a tiny model had loaded all libraries
 
 A step is forward, backward and fused AdamW as a user of each would run them: theirs with `labels=`, ours with the chunked loss of the head; bf16 is autocast
 on fp32 weights for both. Compiled: `torch.compile(model)` for theirs, `parallel.compile`, which compiles the blocks, for ours. Each side has a process of its
@@ -81,35 +81,40 @@ def serve(side: str, vocabulary: int, precision: str, compiled: bool, keep: bool
     """One side's process: a step, or a product, for each line that it reads; its CPU seconds go back."""
     from pretrain.parallel.device import keep_freed_memory
 
-    import transformers.models.llama.modeling_llama  # noqa: F401, I001  in the memory that both start from
-    import pretrain.models.text  # noqa: F401
-    import pretrain.weights  # noqa: F401
-
     torch.set_num_threads(1)
     if keep:
         keep_freed_memory()
     torch.manual_seed(0)
+    make = {"ours": ours, "llama": llama}[side]
+
+    def stepper(loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(loss_of.parameters, lr=1e-4, fused=True)  # type: ignore[attr-defined]
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = loss_of()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def product() -> float:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        a, b = (torch.ones(2048, 2048, dtype=dtype) for _ in range(2))
+        out = torch.empty(2048, 2048, dtype=dtype)
+        torch.mm(a, b, out=out)
+        start = time.process_time()
+        torch.mm(a, b, out=out)
+        return time.process_time() - start
+
+    stepper(make(64, False))()  # whatever the libraries load when first used
     before = resident()
-    loss_of = {"ours": ours, "llama": llama}[side](vocabulary, compiled)
-    optimizer = torch.optim.AdamW(loss_of.parameters, lr=1e-4, fused=True)  # type: ignore[attr-defined]
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
-    out = torch.empty(2048, 2048, dtype=dtype)
-    tasks = {"step": step, "product": lambda: torch.mm(a, b, out=out)}
+    tasks = {"step": stepper(make(vocabulary, compiled)), "product": product, "peak": lambda: None}
     for line in sys.stdin:
         task = line.strip()
         start = time.process_time()
-        if task != "peak":
-            tasks[task]()
-        seconds = time.process_time() - start
+        seconds = tasks[task]() or time.process_time() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
         print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
 
@@ -137,12 +142,9 @@ class Side:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def close(self) -> float:
-        """The peak of its memory in bytes."""
-        peak = self.ask("peak")["peak"]
+    def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
-        return peak
 
 
 def linear_flops(vocabulary: int) -> float:
@@ -157,9 +159,10 @@ def emit(name: str, value: float, unit: str, versus: str) -> None:
 
 def measure(vocabulary: int, precision: str, mode: str, rounds: int, same: bool) -> None:
     sides = {name: Side(name, vocabulary, precision, mode, same or name == "ours") for name in SIDES}
-    for _ in range(3):  # compilation, optimizer state, and until all memory is there
+    for _ in range(4):  # compilation, optimizer state, and until all memory is there
         for side in sides.values():
             side.ask("step")
+    peaks = {name: side.ask("peak")["peak"] for name, side in sides.items()}
     ratios = []
     for _ in range(rounds):
         seconds = {name: side.ask("step")["seconds"] for name, side in sides.items()}
@@ -167,9 +170,14 @@ def measure(vocabulary: int, precision: str, mode: str, rounds: int, same: bool)
         rate = 2 * 2048**3 / median(sides["ours"].ask("product")["seconds"] for _ in range(3))
         shares = {name: linear_flops(vocabulary) / s / rate for name, s in seconds.items()}
         said = ", ".join(f"{n} {seconds[n]:.2f} CPU s ({shares[n]:.2f} of the GEMM rate)" for n in SIDES)
-        print(f"v{vocabulary} {precision} {mode}: {said}, product {rate / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
-    peaks = {name: side.close() for name, side in sides.items()}
-    emit(f"text.v{vocabulary}.{precision}.{mode}.versus_llama", median(ratios), "ratio", "LlamaForCausalLM, interleaved")
+        print(
+            f"v{vocabulary} {precision} {mode}: {said}, product {rate / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True
+        )
+    for side in sides.values():
+        side.close()
+    emit(
+        f"text.v{vocabulary}.{precision}.{mode}.versus_llama", median(ratios), "ratio", "LlamaForCausalLM, interleaved"
+    )
     if mode == "eager":
         print(f"peak: ours {peaks['ours'] / 2**20:.0f} MiB, llama {peaks['llama'] / 2**20:.0f} MiB", file=sys.stderr)
         if vocabulary == 50304:
