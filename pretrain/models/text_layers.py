@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.layers import Backbone, Rotation
-from pretrain.ops import cross_entropy as losses
+from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.products import linear
 
 
@@ -40,7 +40,7 @@ class Scope(NamedTuple):
 
     batch: int
     length: int
-    rotation: Rotation | None  # cos, sin [T, 1, d/2] or [B, T, 1, d/2], fp32
+    rotation: Rotation | None  # cos [T, 1, d] or [B, T, 1, d], its two halves alike, and sin of half that width; fp32
     masks: dict[int, Tensor]  # bool [B or 1, 1, T, S], true where a query sees a key; or float, added to the scores
     causal: bool  # what a window without a mask means: only what stands before, or everything
 
@@ -79,23 +79,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
 
 # ---------------------------------------------------------------- rotary positions
 def rotary_tables(positions: Tensor, head_dim: int, base: float) -> Rotation:
-    """cos and sin [..., 1, d/2] of positions [...], fp32: angle j of position p is p · base^(-2j/d) (arXiv 2104.09864)."""
+    """cos [..., 1, d], twice the same, and sin [..., 1, d/2] of positions [...], fp32: angle j of position p is p · base^(-2j/d) (arXiv 2104.09864)."""
     rates = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
     angles = (positions.unsqueeze(-1).float() * rates).unsqueeze(-2)
-    return angles.cos(), angles.sin()
+    return torch.cat([angles, angles], dim=-1).cos(), angles.sin()
 
 
 def _turn(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
-    """Write x [B, T, J, d] to `out`, pairs (j, j + d/2) rotated by ± their tokens' angles, computed in fp32 or wider."""
+    """Write x [B, T, J, d] to `out`, pairs (j, j + d/2) rotated by ± their tokens' angles, computed in fp32 or wider. A row at a time, to stay in cache."""
     half = x.shape[-1] // 2
-    wide, turned = x, out
-    if x.dtype in (torch.bfloat16, torch.float16):
-        wide, turned = x.float(), torch.empty(x.shape, device=x.device)
-    a, b = wide[..., :half], wide[..., half:]
-    torch.mul(a, cos, out=turned[..., :half]).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=turned[..., half:]).addcmul_(a, sin, value=sign)
-    if turned is not out:
-        out.copy_(turned)
+    for i in range(len(x)):
+        wide, turned = x[i], out[i]
+        c, s = (cos[i], sin[i]) if cos.ndim == 4 else (cos, sin)
+        if x.dtype in (torch.bfloat16, torch.float16):
+            wide, turned = wide.float(), torch.empty(wide.shape, device=x.device)
+        torch.mul(wide, c, out=turned)
+        turned[..., :half].addcmul_(wide[..., half:], s, value=-sign)
+        turned[..., half:].addcmul_(wide[..., :half], s, value=sign)
+        if turned.dtype != out.dtype:
+            out[i] = turned
 
 
 class _Rotate(torch.autograd.Function):
@@ -105,9 +107,11 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor):
         ctx.sizes = (heads, kv_heads)
         ctx.save_for_backward(cos, sin)
-        turned = torch.empty_like(x[:, :, : heads + kv_heads], memory_format=torch.contiguous_format)
+        v = x[:, :, heads + kv_heads :]
+        turned = torch.empty(*x.shape[:2], heads + kv_heads, x.shape[3], dtype=x.dtype, device=x.device)
         _turn(x[:, :, : heads + kv_heads], turned, cos, sin, 1.0)
-        return turned[:, :, :heads], turned[:, :, heads:], x[:, :, heads + kv_heads :]
+        # a copy of the values, as a view would keep queries and keys until the backward, too
+        return turned[:, :, :heads], turned[:, :, heads:], v.contiguous()
 
     @staticmethod
     def backward(ctx, q: Tensor, k: Tensor, v: Tensor):  # type: ignore[override]
@@ -122,7 +126,7 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """x [B, T, J, d] rotated, as plain operations, for what is compiled and for normed queries and keys."""
-    cos, sin = rotation
+    sin, cos = rotation[1], rotation[0][..., : x.shape[-1] // 2]
     a, b = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -186,23 +190,29 @@ class Fused(Linear):
         self.parts = parts
 
 
+ROWS = 128  # of tokens that a CPU works on at a time, so that they stay in its cache
+
+
 class _SwiGLU(torch.autograd.Function):
     """[N, 2·F], gate and up side by side → silu(gate) · up [N, F]. Only the input is kept, and backward writes one tensor."""
 
     @staticmethod
     def forward(ctx, x: Tensor):
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        out = x.new_empty(len(x), x.shape[1] // 2)
+        for rows, part in zip(x.split(ROWS), out.split(ROWS), strict=True):
+            gate, up = rows.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), up, out=part)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
-        to_gate, to_up = out.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=to_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        for rows, above, below in zip(x.split(ROWS), grad.split(ROWS), out.split(ROWS), strict=True):
+            (gate, up), (to_gate, to_up) = rows.chunk(2, dim=-1), below.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), above, out=to_up)
+            torch.ops.aten.silu_backward.grad_input(above * up, gate, grad_input=to_gate)
         return out
 
 
@@ -218,7 +228,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if self.kind == "swiglu" and not torch.compiler.is_compiling():
+        if self.kind == "swiglu" and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return self.down(_SwiGLU.apply(x))
         if self.kind in ("swiglu", "geglu"):
             gate, up = x.chunk(2, dim=-1)
@@ -285,7 +295,8 @@ class SelfAttention(nn.Module):
     def _split(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """Queries [B, T, H, d], keys and values [B, T, K, d], normed and rotated."""
         sizes = [self.heads, self.kv_heads, self.kv_heads]
-        if rotation is not None and self.q_norm is None and not torch.compiler.is_compiling():
+        plain = torch.compiler.is_compiling() or qkv.device.type != "cpu"
+        if rotation is not None and self.q_norm is None and not plain:
             return _Rotate.apply(qkv, *sizes[:2], *rotation)
         q, k, v = qkv.split(sizes, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -324,7 +335,7 @@ class Head(nn.Module):
             hidden = self.transform(hidden)
         if targets is not None:
             options = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale, "z_loss": z_loss}
-            return losses.cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), **options)
+            return cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), **options)
         logits = F.linear(hidden, self.weight, self.bias if self.scale == 1 else None)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.scale != 1:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.ops.products import rounded, through_fp32
+from pretrain.ops.products import through_fp32
 
 IGNORED = -100  # a target that counts for nothing
 CHUNKS = 8  # more of them cost time: each adds to the whole gradient of the weights
@@ -65,7 +65,8 @@ class _Chunked(torch.autograd.Function):
         dtype = hidden.dtype if hidden.dtype == torch.float64 else dtype
         with torch.autocast(kind, enabled=False):
             exact = torch.float64 if dtype == torch.float64 else torch.float32
-            h, w = (rounded(x) if wide else x.to(dtype) for x in (hidden, weight))
+            # by the fp32 kernel, weights as they are: a rounded copy would cost memory for less exactness
+            h, w = (hidden.float(), weight.float()) if wide else (hidden.to(dtype), weight.to(dtype))
             needed = ctx.needs_input_grad[:3]
             grads = [
                 torch.empty_like(hidden) if needed[0] else None,

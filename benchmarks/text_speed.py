@@ -1,0 +1,208 @@
+"""How fast a decoder trains on one CPU thread, and how much memory it takes, against transformers' LlamaForCausalLM.
+
+Claims, for 6 blocks of width 384 (6 heads, SwiGLU of 1024, RoPE, RMSNorm, untied head), batches of 8 × 256 tokens, vocabularies V of 50,304 and 4,096, in
+precision P, eager and compiled (M):
+
+    text.vV.P.M.versus_llama                  CPU seconds of a step of LlamaForCausalLM / ours: its tokens per CPU second in terms of ours
+    text.v50304.P.peak_memory_versus_llama    our peak memory / its after four steps, beyond what the process held when a step of a tiny model had loaded all libraries
+
+A step is forward, backward and fused AdamW as a user of each would run them: theirs with `labels=`, ours with the chunked loss of the head; bf16 is autocast
+on fp32 weights for both. Compiled: `torch.compile(model)` for theirs, `parallel.compile`, which compiles the blocks, for ours. Each side has a process of its
+own, with the allocator that its user has (`pretrain.train` keeps freed memory; `--same-allocator` lets theirs do so, too), and the two take turns; each figure
+is the median over rounds of that round's ratio. The share of the GEMM rate, linear FLOPs of a step / its CPU seconds / rate of a 2048³ product in the same
+process and precision, goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+DIM, DEPTH, HEADS, WIDTH, LENGTH, BATCH = 384, 6, 6, 1024, 256, 8
+SIDES = ("ours", "llama")
+
+
+def ours(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
+    """What computes the mean loss of a batch, as `objective: gpt` does."""
+    from pretrain import weights
+    from pretrain.models import presets
+
+    sizes = {"dim": DIM, "depth": DEPTH, "heads": HEADS, "mlp_width": WIDTH, "context": LENGTH}
+    model = presets.build(weights.config_of("gpt", {**sizes, "vocab_size": vocabulary, "qk_norm": False}, "benchmark"))
+    tokens = torch.randint(0, vocabulary, (BATCH, LENGTH + 1))
+    if compiled:
+        for block in model.blocks:  # type: ignore[attr-defined]
+            block.compile()
+    model.train()
+
+    def loss() -> torch.Tensor:
+        hidden = model(tokens[:, :-1]).tokens
+        return model.head(hidden, tokens[:, 1:]) / (BATCH * LENGTH)
+
+    loss.parameters = list(model.parameters())  # type: ignore[attr-defined]
+    return loss
+
+
+def llama(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=DIM,
+        intermediate_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        max_position_embeddings=LENGTH,
+    )
+    model = LlamaForCausalLM(config).train()
+    tokens = torch.randint(0, vocabulary, (BATCH, LENGTH))
+    called = torch.compile(model) if compiled else model
+
+    def loss() -> torch.Tensor:
+        return called(input_ids=tokens, labels=tokens).loss
+
+    loss.parameters = list(model.parameters())  # type: ignore[attr-defined]
+    return loss
+
+
+def serve(side: str, vocabulary: int, precision: str, compiled: bool, keep: bool) -> None:
+    """One side's process: a step, or a product, for each line that it reads; its CPU seconds go back."""
+    from pretrain.parallel.device import keep_freed_memory
+
+    torch.set_num_threads(1)
+    if keep:
+        keep_freed_memory()
+    torch.manual_seed(0)
+    make = {"ours": ours, "llama": llama}[side]
+
+    def stepper(loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(loss_of.parameters, lr=1e-4, fused=True)  # type: ignore[attr-defined]
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = loss_of()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def product() -> float:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        a, b = (torch.ones(2048, 2048, dtype=dtype) for _ in range(2))
+        out = torch.empty(2048, 2048, dtype=dtype)
+        torch.mm(a, b, out=out)
+        start = time.process_time()
+        torch.mm(a, b, out=out)
+        return time.process_time() - start
+
+    stepper(make(64, False))()  # whatever the libraries load when first used
+    before = resident()
+    tasks = {"step": stepper(make(vocabulary, compiled)), "product": product, "peak": lambda: None}
+    for line in sys.stdin:
+        task = line.strip()
+        start = time.process_time()
+        seconds = tasks[task]() or time.process_time() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+
+
+def resident() -> int:
+    """Bytes of main memory that this process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+class Side:
+    def __init__(self, name: str, vocabulary: int, precision: str, mode: str, keep: bool):
+        words = ["--serve", name, str(vocabulary), precision, mode, "keep" if keep else "plain"]
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if os.environ.get("VERBOSE") else quiet,
+            text=True,
+        )
+
+    def ask(self, task: str) -> dict[str, float]:
+        self.process.stdin.write(task + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def linear_flops(vocabulary: int) -> float:
+    """Of a step, forward and backward; attention's products are left out."""
+    block = 4 * DIM * DIM + 3 * DIM * WIDTH
+    return 6.0 * BATCH * LENGTH * (DEPTH * block + DIM * vocabulary)
+
+
+def emit(name: str, value: float, unit: str, versus: str) -> None:
+    print(json.dumps({"name": name, "value": float(f"{value:.3g}"), "unit": unit, "versus": versus}), flush=True)
+
+
+def measure(vocabulary: int, precision: str, mode: str, rounds: int, same: bool) -> None:
+    sides = {name: Side(name, vocabulary, precision, mode, same or name == "ours") for name in SIDES}
+    for _ in range(4):  # compilation, optimizer state, and until all memory is there
+        for side in sides.values():
+            side.ask("step")
+    peaks = {name: side.ask("peak")["peak"] for name, side in sides.items()}
+    ratios = []
+    for _ in range(rounds):
+        seconds = {name: side.ask("step")["seconds"] for name, side in sides.items()}
+        ratios.append(seconds["llama"] / seconds["ours"])
+        rate = 2 * 2048**3 / median(sides["ours"].ask("product")["seconds"] for _ in range(3))
+        shares = {name: linear_flops(vocabulary) / s / rate for name, s in seconds.items()}
+        said = ", ".join(f"{n} {seconds[n]:.2f} CPU s ({shares[n]:.2f} of the GEMM rate)" for n in SIDES)
+        print(
+            f"v{vocabulary} {precision} {mode}: {said}, product {rate / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True
+        )
+    for side in sides.values():
+        side.close()
+    emit(
+        f"text.v{vocabulary}.{precision}.{mode}.versus_llama", median(ratios), "ratio", "LlamaForCausalLM, interleaved"
+    )
+    if mode == "eager":
+        print(f"peak: ours {peaks['ours'] / 2**20:.0f} MiB, llama {peaks['llama'] / 2**20:.0f} MiB", file=sys.stderr)
+        if vocabulary == 50304:
+            name = f"text.v{vocabulary}.{precision}.peak_memory_versus_llama"
+            emit(name, peaks["ours"] / peaks["llama"], "ratio", "LlamaForCausalLM")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=[50304, 4096])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--same-allocator", action="store_true", help="let theirs keep freed memory as well")
+    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        side, vocabulary, precision, mode, keep = options.serve
+        serve(side, int(vocabulary), precision, mode == "compiled", keep == "keep")
+        return
+    for vocabulary in options.vocabularies:
+        for precision in options.precisions:
+            for mode in options.modes:
+                measure(vocabulary, precision, mode, options.rounds, options.same_allocator)
+
+
+if __name__ == "__main__":
+    main()
