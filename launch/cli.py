@@ -78,6 +78,14 @@ def shards_preview(args: argparse.Namespace) -> None:
     from pretrain.recipe import load
 
     recipe = load(args.recipe, args.overrides)
+    from pretrain.inputs import is_text
+
+    if is_text(recipe):
+        from launch import preview_text
+
+        text = "\n".join(preview_text.preview(recipe, args.rows))
+        print(f"{text}\n‹ › is not predicted; ⟦seen→asked for⟧")
+        return
     from launch.preview import preview
 
     print(
@@ -86,10 +94,12 @@ def shards_preview(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    from launch.local import train
+    from launch.local import provide, train
     from pretrain.recipe import load
 
-    return train(load(args.recipe, args.overrides), args.processes)
+    recipe = load(args.recipe, args.overrides)
+    provide(recipe)
+    return train(recipe, args.processes)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -225,6 +235,12 @@ def demo(args: argparse.Namespace) -> int:
     return demo(args.source, args.overrides)
 
 
+def demo_text(args: argparse.Namespace) -> None:
+    from data_pipeline.demo_text import make
+
+    make(Path(args.target), args.source, args.vocab)
+
+
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         "unlabeled", description="Pretrain foundation models on unlabeled data, from a laptop to a cluster."
@@ -336,10 +352,17 @@ def parser() -> argparse.ArgumentParser:
     add(
         "preview",
         shards_preview,
-        "Draw what a recipe's model will see: every view of some samples, masked patches dark.",
+        "Draw what a recipe's model will see: every view of some samples, masked patches dark; of text, print rows with what is predicted.",
         ("recipe", {"help": "a recipe's name, a .yaml file, or a run folder"}),
         overrides,
-        ("--out", {"default": "preview.png", "metavar": "FILE", "help": "picture to write (default preview.png)"}),
+        (
+            "--out",
+            {
+                "default": "preview.png",
+                "metavar": "FILE",
+                "help": "picture to write (default preview.png; text is printed)",
+            },
+        ),
         ("--rows", {"type": int, "default": 8, "help": "samples (default 8)"}),
         under=group,
     )
@@ -445,6 +468,21 @@ def parser() -> argparse.ArgumentParser:
         "Fetch real photographs, pretrain on them without labels, score, and write a report.",
         source,
         overrides,
+    )
+    add(
+        "demo-text",
+        demo_text,
+        "Fetch real text and make token sets of it: TARGET/train, TARGET/val and TARGET/test, with a tokenizer of their own.",
+        ("target", {"nargs": "?", "default": "runs/demo-text", "help": "folder (default runs/demo-text)"}),
+        (
+            "--source",
+            {
+                "default": "auto",
+                "choices": ["auto", "speeches", "stdlib"],
+                "help": "the text (default: the State of the Union addresses, else Python's standard library)",
+            },
+        ),
+        ("--vocab", {"type": int, "default": 4096, "help": "tokens of its tokenizer (default 4096)"}),
     )
     return out
 

@@ -17,6 +17,17 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import prepare
 
 PATIENCE = 30.0  # seconds that the others have to end by themselves when one has failed: they may be writing
+DEMO_TEXT = Path("runs/demo-text")  # gpt_demo names the token sets in it
+
+
+def provide(recipe: Recipe) -> None:
+    """Make the demo text where a recipe names it and it is not there."""
+    data = recipe.data
+    named = [Path(spec) for spec in (*data.train, *(shards for source in data.mix for shards in source.shards))]
+    if any(path.parent == DEMO_TEXT and not path.exists() for path in named):
+        from data_pipeline.demo_text import make
+
+        make(DEMO_TEXT)
 
 
 def train(recipe: Recipe, processes: int = 1) -> int:

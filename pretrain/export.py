@@ -105,9 +105,9 @@ def save(
         about |= {"student": name} if name != "model" else {}
         target = folder if name == "model" else folder.parent / name / folder.name
         if not (target / "config.json").is_file():
-            write(
-                target, encoder, about, recipe.data.mean, recipe.data.std, states[name] if states else None, tokenizer
-            )
+            text = isinstance(encoder, TextBackbone)
+            mean, std = (None, None) if text else (recipe.data.mean, recipe.data.std)
+            write(target, encoder, about, mean, std, states[name] if states else None, tokenizer)
             card.write(target)
 
 

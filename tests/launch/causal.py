@@ -1,0 +1,43 @@
+"""Next-token prediction, as small as can be: what the tests of text runs train before and beside the objectives that come with the project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pretrain.config import Section
+from pretrain.objectives.base import Objective
+
+
+@dataclass
+class Config(Section):
+    pass
+
+
+class Causal(Objective):
+    reads = "text"
+
+    def __init__(self, cfg: Any, backbone: Any):
+        super().__init__(cfg, backbone)
+        self.backbone = backbone()
+
+    @staticmethod
+    def views(cfg: Any, length: int, vocabulary: Any) -> Any:
+        def view(sample: dict[str, Any], rng: Any) -> dict[str, np.ndarray]:
+            assert sample["tokens"].shape == (length + 1,) and sample["tokens"].max() < vocabulary.size
+            return {"tokens": sample["tokens"], "documents": sample["documents"]}
+
+        return view
+
+    def forward(self, batch: Any, step: int) -> Any:
+        tokens, documents = batch["tokens"], batch["documents"]
+        same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
+        hidden = self.backbone(tokens[:, :-1], documents=documents[:, :-1]).tokens
+        logits = self.backbone.head(hidden)
+        loss = (logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0] * same).sum() / -same.sum()
+        return loss, {}
+
+    def encoder(self) -> Any:
+        return self.backbone
