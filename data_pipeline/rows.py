@@ -25,7 +25,14 @@ from data_pipeline.tokens import PAGE, Blocks, Docs
 from data_pipeline.vocabulary import Vocabulary
 
 Packing = Literal["split", "best_fit"]
+IGNORED = -100  # a target that counts for nothing
 KEPT = 1024  # .docs members, and layouts of windows, that are kept: some kilobytes each
+
+
+def next_tokens(tokens: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """What follows each of the first T of a row's T + 1 tokens, [T]; IGNORED where that is of another document, or padding."""
+    known = (documents[1:] == documents[:-1]) & (documents[1:] >= 0)
+    return np.where(known, tokens[1:], IGNORED)
 
 
 class Window(NamedTuple):

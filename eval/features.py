@@ -20,7 +20,9 @@ from data_pipeline.shards import Samples
 from data_pipeline.storage import DataError
 from data_pipeline.stream import to_device
 from data_pipeline.views import center
+from eval.texts import TextEncoder, name_of
 from pretrain.models.layers import Features
+from pretrain.models.text_layers import TextBackbone
 
 
 @dataclass
@@ -94,14 +96,16 @@ def _pixels(images: Tensor) -> Features:
     return Features(flat, flat.unsqueeze(1), flat.unsqueeze(1)[:, :0], (1, 1))
 
 
-def open_encoder(model: str, image_size: int | None = None) -> tuple[Encoder, dict[str, Any]]:
-    """(encoder, what is known of it) for an exported folder, or for the word "pixels": the image at 32 pixels, flat."""
+def open_encoder(model: str, image_size: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """(`Encoder` or `TextEncoder`, what is known of it) for an exported folder, or for the word "pixels": the image at 32 pixels, flat."""
     if model == "pixels":
         return Encoder(_pixels, "pixels", 32, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), {"step": 0}
     from pretrain.export import load
 
     backbone, about = load(Path(model))
-    name = about.get("student") or ("untrained" if about.get("step") == 0 else "pretrained")
+    name = name_of(about)
+    if isinstance(backbone, TextBackbone):
+        return TextEncoder(backbone, name, Path(model), about.get("pool", "mean")), about
     return Encoder(
         backbone, name, image_size or backbone.image_size, about["mean"], about["std"], about.get("pool", "cls")
     ), about

@@ -19,11 +19,12 @@ from PIL import Image
 
 from data_pipeline.shards import Samples
 from data_pipeline.storage import DataError
-from eval import knn, linear, pictures
+from eval import knn, linear, pictures, report_text
 from eval.features import Encoder, open_encoder
+from eval.report_text import section
 from pretrain.errors import UserError
 from pretrain.objective import purpose
-from pretrain.recipe import Recipe, load
+from pretrain.recipe import Recipe, is_text, load
 from pretrain.run_folder import exports, read_rows
 
 MODELS = ("pixels", "untrained", "pretrained")
@@ -36,6 +37,7 @@ HOW = {
     "knn": f"The {knn.Config().k} nearest gallery images by cosine similarity vote with weight exp(similarity / {knn.Config().temperature}).",
     "linear": f"One linear layer, {linear.Config().steps:,} steps; its learning rate is chosen on a held-out tenth of the gallery.",
 }
+ACCURACIES = ("accuracy", "balanced_accuracy")
 CAPTIONS = {
     "reconstructions": "From left to right: the image, the patches that the encoder sees, and the image with the hidden patches painted in."
 }
@@ -83,9 +85,11 @@ def write(run: str | Path) -> Path:
         step: open_encoder(str(exported[step]), recipe.eval.image_size)[0] for step in (min(exported), max(exported))
     }
     scores = read_rows(run / "results.jsonl")
-    parts = [_head(run, recipe, rows, encoders[max(encoders)].backbone), _scores(recipe, scores), _curves(rows, scores)]
+    backbone = encoders[max(encoders)].backbone
+    parts = [_head(run, recipe, rows, backbone), _scores(recipe, scores), report_text.scores(scores)]
+    parts += [_curves(rows, scores), report_text.samples(read_rows(run / "samples.jsonl"))]
     try:
-        parts.append(_learned(recipe, encoders))
+        parts.append("" if is_text(recipe) else _learned(recipe, encoders))
     except DataError as error:  # the data has moved, or this is another machine
         parts.append(f'<p class="soft">Pictures of patches and of neighbours are left out: {escape(str(error))}</p>')
     parts += [_drawn(run), _foot(run)]
@@ -97,11 +101,6 @@ def write(run: str | Path) -> Path:
         encoding="utf-8",
     )
     return partial.replace(run / "report.html")
-
-
-def _section(title: str, text: str, *parts: str, columns: str = "300px", kind: str = "grid") -> str:
-    body = f'<div class="{kind}" style="--least:{columns}">{"".join(parts)}</div>' if any(parts) else ""
-    return f'<section><h2>{title}</h2><p class="soft">{text}</p>{body}</section>'
 
 
 def _head(run: Path, recipe: Recipe, rows: list[dict], backbone: Any) -> str:
@@ -121,7 +120,7 @@ def _head(run: Path, recipe: Recipe, rows: list[dict], backbone: Any) -> str:
         "objective": recipe.objective.name,
         "encoder": recipe.model.name,
         "its parameters": f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M",
-        "training images": samples and f"{int(samples):,}",
+        "training rows" if is_text(recipe) else "training images": samples and f"{int(samples):,}",
         "steps × batch": f"{recipe.steps:,} × {recipe.data.batch:,}",
         "precision": precision,
         "training time": f"{seconds:.0f} s"
@@ -154,7 +153,7 @@ def _scores(recipe: Recipe, rows: list[dict]) -> str:
     row = next(iter(next(iter(tables.values())).values()))
     count, known = row["count"], f" and a gallery of {row['gallery_count']:,} labelled images to learn from"
     text = f"Test accuracy on {count:,} images{known}. Encoders are frozen, and pixels and the untrained network are the floors to beat."
-    return _section(
+    return section(
         "Scores",
         f"{text} Balanced: the mean of the classes' accuracies. ±: the 95% interval that follows from the number of test images.",
         *cards,
@@ -187,12 +186,11 @@ def _curves(rows: list[dict], scores: list[dict]) -> str:
         return sorted(found), [found[step] for step in sorted(found)]
 
     charts = [pictures.chart("loss", {"": series("loss")})]
-    val = [r for r in scores if r.get("split") == "val" and r["model"] != "pixels"]
+    bits = [r for r in scores if (r.get("split"), r["metric"]) == ("val", "bits_per_byte")]
+    charts.append(pictures.chart("bits per byte on val", {"": series("value", bits)}, points=True))
+    val = [r for r in scores if r.get("split") == "val" and r["model"] != "pixels" and r["metric"] in ACCURACIES]
     for protocol in dict.fromkeys(r["protocol"] for r in val):
-        own = {
-            m: [r for r in val if (r["protocol"], r["metric"]) == (protocol, m)]
-            for m in ("accuracy", "balanced_accuracy")
-        }
+        own = {m: [r for r in val if (r["protocol"], r["metric"]) == (protocol, m)] for m in ACCURACIES}
         lines = {metric.partition("_")[0]: series("value", some) for metric, some in own.items()}
         charts.append(
             pictures.chart(f"{'k-NN' if protocol == 'knn' else protocol} on val", lines, percent=True, points=True)
@@ -209,7 +207,7 @@ def _curves(rows: list[dict], scores: list[dict]) -> str:
             zero=True,
         )
     )
-    return _section(
+    return section(
         "Curves",
         "By step: faint what was measured (spikes beyond the frame are cut), strong its moving mean; at the top right that mean's last value.",
         *charts,
@@ -245,7 +243,7 @@ def _learned(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
         verdicts += kinds
     text = f"Left a query, then the six images with the nearest pooled features by cosine, among {len(others):,} of {len(gallery):,} gallery images."
     text += f" {verdicts.count('right')} of {len(verdicts)} are of the query's class." if any(verdicts) else ""
-    return _patches(images, labels, encoders) + _section("Nearest neighbours", text, *out, columns="420px")
+    return _patches(images, labels, encoders) + section("Nearest neighbours", text, *out, columns="420px")
 
 
 def _thumbnail(image: np.ndarray, label: str | None, kind: str = "") -> str:
@@ -271,7 +269,7 @@ def _patches(images: np.ndarray, labels: pictures.Labels, encoders: dict[int, En
         " most (PCA) are shown as red, green and blue: patches of one colour look alike to the network. Colours do not compare between columns."
     )
     grid = f'<div class="mosaics" style="grid-template-columns:repeat({len(columns)},1fr)">{cells}</div>'
-    return _section("What the patches learned", text, grid, kind="")
+    return section("What the patches learned", text, grid, kind="")
 
 
 def _drawn(run: Path) -> str:
@@ -292,14 +290,14 @@ def _drawn(run: Path) -> str:
             figures.append(f'<figure><img alt="{escape(name)}" src="{url}"><figcaption>{caption}</figcaption></figure>')
         if figures:
             text = CAPTIONS.get(name, "Drawn by the objective.")
-            out += _section(escape(name.capitalize()), text, *figures, columns="150px", kind="grid drawn")
+            out += section(escape(name.capitalize()), text, *figures, columns="150px", kind="grid drawn")
     return out
 
 
 def _foot(run: Path) -> str:
     text = f"<code>unlabeled train {escape(shlex.quote(str(run)))}</code> goes on with this run; <code>overwrite=true</code> starts it anew."
     recipe = f'<details class="card"><summary>The resolved recipe</summary><pre>{escape((run / "recipe.yaml").read_text())}</pre></details>'
-    return _section(
+    return section(
         "How to run it again",
         f"{text} This page: Python {platform.python_version()}, torch {torch.__version__}.",
         recipe,

@@ -12,6 +12,12 @@ Row = dict[
 ]  # model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out, seconds
 
 
+MAIN = {
+    "accuracy": "{:.1%}",
+    "bits_per_byte": "{:.3f}",
+}  # the metric of a protocol that stands for it, and how it is written
+
+
 def append(path: Path, rows: list[Row]) -> None:
     """Add rows with one write, so that processes that score at the same time do not mix their lines."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -26,14 +32,15 @@ def append(path: Path, rows: list[Row]) -> None:
 
 
 def table(rows: list[Row], split: str = "test") -> str:
-    """The accuracy of every model by protocol, as text: a line per model; of several exports the last, of several rows the newest."""
-    rows = sorted((r for r in rows if r["metric"] == "accuracy" and r["split"] == split), key=lambda r: r["step"])
+    """Every model's main score by protocol, as text: a line per model; of several exports the last, of several rows the newest."""
+    rows = sorted((r for r in rows if r["metric"] in MAIN and r["split"] == split), key=lambda r: r["step"])
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
     usual = ("pixels", "untrained", "pretrained")
     models = [m for m in usual if any(r["model"] == m for r in rows)]
     models += sorted({r["model"] for r in rows} - set(usual))  # students
-    lines = [f"{split + ' accuracy':<16}" + "".join(f"{p:>10}" for p in protocols)]
+    wide = max([10, *(len(p) + 2 for p in protocols)])
+    lines = [f"{split:<16}" + "".join(f"{p:>{wide}}" for p in protocols)]
     for model in models:
-        last = {r["protocol"]: r["value"] for r in rows if r["model"] == model}
-        lines.append(f"{model:<16}" + "".join(f"{last[p]:>10.1%}" if p in last else f"{'-':>10}" for p in protocols))
+        last = {r["protocol"]: MAIN[r["metric"]].format(r["value"]) for r in rows if r["model"] == model}
+        lines.append(f"{model:<16}" + "".join(f"{last.get(p, '-'):>{wide}}" for p in protocols))
     return "\n".join(lines)

@@ -12,7 +12,8 @@ from eval.results import Row
 from pretrain import config
 from pretrain.errors import UserError, nearest
 
-PROTOCOLS = ("knn", "linear")
+PROTOCOLS = ("knn", "linear", "bits_per_byte")
+TEXT = ("bits_per_byte",)  # those of language models; the others score images
 
 
 def check(protocols: Sequence[str]) -> None:
@@ -32,16 +33,18 @@ def evaluate(
 ) -> list[Row]:
     """Rows for every metric of every protocol. `model` is an exported folder or "pixels"; `options` is {"knn": {"k": 20}}."""
     check([*protocols, *(options or {})])
-    from eval.features import open_encoder  # imports torch
+    from eval.features import Encoder, open_encoder  # imports torch
 
     encoder, about = open_encoder(str(model), image_size)
     rows: list[Row] = []
     for name in protocols:
         protocol = importlib.import_module(f"eval.{name}")
         cfg = config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
+        if (name in TEXT) == isinstance(encoder, Encoder):
+            reads = "images" if isinstance(encoder, Encoder) else "text"
+            raise UserError(f"{model}: reads {reads}, which {name} does not score; choose {_choice(name not in TEXT)}")
         start = time.perf_counter()
         scores = protocol.run(encoder, list(gallery), list(query), cfg)
-        known, asked = encoder.labelled(list(gallery)), encoder.labelled(list(query))
         common = {
             "model": encoder.name,
             "step": about["step"],
@@ -49,16 +52,23 @@ def evaluate(
             "version": protocol.VERSION,
             "split": split,
         }
-        data = {
-            "gallery": list(gallery),
-            "gallery_count": len(known.labels),
-            "query": list(query),
-            "count": len(asked.labels),
-        }
-        data["left_out"] = known.left_out + asked.left_out
+        data = {"gallery": list(gallery), "query": list(query), **_counts(encoder, gallery, query, scores)}
         seconds = round(time.perf_counter() - start, 2)
         rows += [
             common | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds}
             for metric, value in scores.items()
         ]
     return rows
+
+
+def _choice(text: bool) -> str:
+    return " or ".join(name for name in PROTOCOLS if (name in TEXT) == text)
+
+
+def _counts(encoder: Any, gallery: Sequence[str], query: Sequence[str], scores: dict[str, float]) -> dict[str, Any]:
+    """How much was looked at, in what unit."""
+    if "bytes" in scores:
+        return {"gallery_count": 0, "count": int(scores.pop("bytes")), "left_out": 0, "unit": "bytes"}
+    known, asked = encoder.labelled(list(gallery)), encoder.labelled(list(query))
+    left_out = known.left_out + asked.left_out
+    return {"gallery_count": len(known.labels), "count": len(asked.labels), "left_out": left_out, "unit": "images"}

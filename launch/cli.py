@@ -78,7 +78,7 @@ def shards_preview(args: argparse.Namespace) -> None:
     from pretrain.recipe import load
 
     recipe = load(args.recipe, args.overrides)
-    from pretrain.inputs import is_text
+    from pretrain.recipe import is_text
 
     if is_text(recipe):
         from launch import preview_text
@@ -126,7 +126,9 @@ def evaluate(args: argparse.Namespace) -> None:
     own = run is not None and len(words) == len(args.protocols)  # nothing was changed: the run's own score
     rows = evaluate(args.model, words or ["knn"], **data, split="test" if own else "custom", options=options)
     for row in rows:
-        print(f"{row['model']:<12}{row['protocol']:<10}{row['metric']:<20}{row['value']:.4f}   ({row['count']} images)")
+        print(
+            f"{row['model']:<12}{row['protocol']:<10}{row['metric']:<20}{row['value']:.4f}   ({row['count']:,} {row['unit']})"
+        )
     if run is not None:
         results.append(run / "results.jsonl", rows)
 

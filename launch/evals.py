@@ -10,20 +10,24 @@ import select
 import sys
 import time
 import traceback
+from html import escape
 from pathlib import Path
+from typing import Any
 
 from eval import results
 from eval.run import evaluate
 from pretrain import card
 from pretrain.errors import UserError, command
-from pretrain.recipe import Recipe, load
+from pretrain.recipe import Recipe, is_text, load
 from pretrain.run_folder import exports, read_rows, students
+
+SAMPLED = 100  # tokens that a language model writes behind a prompt, at each export
 
 
 def jobs(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
     """(model, step, split) of every evaluation that is due: val for each export, test for pixels, the first and the last export."""
     cfg, out = recipe.eval, []
-    if cfg.test and cfg.pixels:
+    if cfg.test and cfg.pixels and not is_text(recipe):
         out.append(("pixels", 0, "test"))
     for step, folder in [*exports(run).items(), *(pair for found in students(run).values() for pair in found.items())]:
         if cfg.val:
@@ -51,8 +55,20 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
         for row in rows:
             student = "" if row["model"] in ("untrained", "pretrained") else f"{row['model']}/"
             board.add_scalar(f"{student}{split}/{row['protocol']}/{row['metric']}", row["value"], step)  # type: ignore[attr-defined]
+        if split == "val" and cfg.prompts:
+            for row in (written := samples(Path(model), step, cfg.prompts)):
+                board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)  # type: ignore[attr-defined]
+            results.append(run / "samples.jsonl", written)
         board.flush()  # type: ignore[attr-defined]
         card.write(Path(model))
+
+
+def samples(folder: Path, step: int, prompts: list[str]) -> list[dict[str, Any]]:
+    """How an exported language model goes on from each prompt."""
+    from pretrain.generate import Sampling, text
+
+    how = Sampling(SAMPLED)
+    return [{"step": step, "prompt": prompt, "text": "".join(text(folder, prompt, how))} for prompt in prompts]
 
 
 def watch(run: Path) -> None:

@@ -13,16 +13,11 @@ from pretrain.config import ConfigError
 from pretrain.models.layers import Backbone
 from pretrain.models.text_layers import TextBackbone
 from pretrain.objectives.base import Objective
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, is_text
 
 ROUND = 64  # a vocabulary's rows in a model are a multiple of it: quicker products
 
 Dataset = Samples | Rows
-
-
-def is_text(cfg: Recipe) -> bool:
-    """Whether a recipe's model reads tokens."""
-    return hasattr(type(cfg.model), "vocab_size")
 
 
 def open_samples(cfg: Recipe) -> list[Samples] | list[Rows]:

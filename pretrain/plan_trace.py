@@ -27,14 +27,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pretrain.config import ConfigError
-from pretrain.inputs import inputs, is_text, length_of
+from pretrain.inputs import inputs, length_of
 from pretrain.models import layers
 from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
 from pretrain.optim import make_optimizer
 from pretrain.parallel import blocks
 from pretrain.parallel.engine import COMPUTE
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, is_text
 
 SAMPLES = 16  # whose views are made to learn the shapes; larger batches repeat them
 CATEGORIES = ("parameters", "casts", "gradients", "optimizer", "teacher", "activations")

@@ -189,6 +189,7 @@ class Eval(Section):
     final: list[str] = field(default_factory=lambda: ["knn", "linear"])  # for the first and the last export, on test
     image_size: int | None = None  # pixels; null: the model's
     pixels: bool = True  # score raw pixels too, as the floor
+    prompts: list[str] = field(default_factory=list)  # that a language model goes on from at each export
 
 
 @dataclass
@@ -213,6 +214,11 @@ class Recipe(Section):
     export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
     eval: Eval = field(default_factory=Eval)
+
+
+def is_text(recipe: Recipe) -> bool:
+    """Whether a recipe's model reads tokens."""
+    return hasattr(type(vars(recipe)["model"]), "vocab_size")
 
 
 def names() -> dict[str, str]:

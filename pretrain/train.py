@@ -29,7 +29,7 @@ from pretrain import auto, checkpoint, collapse, config, export, plan, recipe, w
 from pretrain.config import ConfigError
 from pretrain.errors import command
 from pretrain.guard import Guard
-from pretrain.inputs import Dataset, check, inputs, is_text, open_samples
+from pretrain.inputs import Dataset, check, inputs, open_samples
 from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
@@ -41,7 +41,7 @@ from pretrain.parallel import processes, rules, timeouts
 from pretrain.parallel.device import faster_precision, keep_freed_memory, pick_device
 from pretrain.parallel.engine import Engine, accumulation
 from pretrain.peak import peak
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, is_text
 from pretrain.run_folder import prepare, write_recipe
 from pretrain.schedules import Schedule
 

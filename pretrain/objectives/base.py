@@ -29,7 +29,9 @@ class Objective(nn.Module):
         None  # scalar on the device, 1 where the step that `after_step` follows was skipped: then nothing may move
     )
     reads: Literal["images", "text"] = "images"  # what it trains on
-    counted: str | None = None  # the part of a batch whose entries other than -100 are counted: the loss is a mean over those of the global batch
+    counted: str | None = (
+        None  # the part of a batch whose entries other than -100 are counted: the loss is a mean over those of the global batch
+    )
     fresh: tuple[
         str, ...
     ] = ()  # beginnings of the names of tensors that a checkpoint which a run starts from may lack or have more of

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
+from data_pipeline.rows import next_tokens
 from pretrain.config import Section
 from pretrain.objectives.base import Objective
-from pretrain.ops.cross_entropy import IGNORED
 
 
 @dataclass
@@ -34,8 +32,7 @@ class GPT(Objective):
     def views(cfg, length, vocabulary, document_mask):
         def view(sample, rng):
             tokens, documents = sample["tokens"], sample["documents"]
-            known = (documents[1:] == documents[:-1]) & (documents[1:] >= 0)
-            row = {"tokens": tokens[:-1], "targets": np.where(known, tokens[1:], IGNORED)}
+            row = {"tokens": tokens[:-1], "targets": next_tokens(tokens, documents)}
             return row | ({"documents": documents[:-1]} if document_mask else {})
 
         return view
