@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 
-ROWS = 32  # of a window: what is read to make one row of `best_fit`
+ROWS = 64  # of a window, all read to make one row of `best_fit`; more would cut fewer documents
 
 Part = tuple[int, int]  # (first token, how many) of a piece of a document, inside the block
 

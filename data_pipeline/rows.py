@@ -7,6 +7,7 @@ memory. Either way a block has ceil(P / T) rows, of which the last may be padded
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
@@ -68,10 +69,12 @@ class Rows:
                 f"data.length = {length}: must be 1 or more, and at most the {held.block.min()} tokens of a block of {self.names};"
                 " `unlabeled shards tokenize --block` makes longer ones"
             )
-        self._per_block = -(-held.block // length)
+        per_block = -(-held.block // length)
         rest = held.tokens - 1 - (np.diff(held.first) - 1) * held.block  # targets of each shard's last block
-        self.first = np.concatenate([[0], np.cumsum((np.diff(held.first) - 1) * self._per_block - (-rest // length))])
-        self.pad = held.pad
+        self.first = np.concatenate([[0], np.cumsum((np.diff(held.first) - 1) * per_block - (-rest // length))])
+        self.pad, self._begins = held.pad, self.first.tolist()  # plain numbers are quicker than numpy's
+        sizes = (held.first[:-1], held.block, held.tokens, per_block)
+        self._sizes = list(zip(*(column.tolist() for column in sizes), strict=True))
         self._docs = functools.lru_cache(KEPT)(self._read_docs)
         self._layout = functools.lru_cache(KEPT)(self._lay_out)
 
@@ -111,9 +114,10 @@ class Rows:
     # -- where rows are
     def window(self, number: int) -> Window:
         """Where the tokens of a row are."""
-        shard = int(np.searchsorted(self.first, number, "right")) - 1
-        inside, row = divmod(number - int(self.first[shard]), int(self._per_block[shard]))
-        targets, span = self.blocks.size(shard, inside) - 1, self.length
+        shard = bisect.bisect_right(self._begins, number) - 1
+        first_block, block, tokens, per_block = self._sizes[shard]
+        inside, row = divmod(number - self._begins[shard], per_block)
+        targets, span = min(block, tokens - 1 - inside * block), self.length
         if self.packing == "best_fit":
             span *= ROWS
             first = row // ROWS * span
@@ -121,7 +125,7 @@ class Rows:
             first = row * span
         last = min(first + span, targets)
         begin, end = first // PAGE * PAGE, min((last // PAGE + 1) * PAGE, targets + 1)
-        return Window(int(self.blocks.first[shard]) + inside, shard, first, last, row, begin, end)
+        return Window(first_block + inside, shard, first, last, row, begin, end)
 
     def pieces(self, number: int, count: int) -> list[Piece]:
         """The rows [number, number + count) by block. Their records count from 1 in what `ranges` gives, .docs first; .tokens has no hash: `checked`."""
@@ -230,5 +234,5 @@ class Rows:
 
 def _starts(w: Window, docs: Docs) -> np.ndarray:
     """Where documents begin in a window, but for its first token."""
-    low, high = np.searchsorted(docs.starts, (w.first, w.last), "right")
+    low, high = docs.starts.searchsorted(np.array([w.first, w.last], np.uint32), "right")
     return docs.starts[low:high]

@@ -104,10 +104,6 @@ class Blocks(Samples):
             )
         return held
 
-    def size(self, shard: int, inside: int) -> int:
-        """Tokens that block `inside` of a shard holds."""
-        return int(min(self.block[shard], self.tokens[shard] - 1 - inside * self.block[shard])) + 1
-
     def members(self, number: int) -> tuple[str, tuple[int, int, int], tuple[int, int, int]]:
         """(url, (offset, bytes, hash) of .docs, and of .tokens) of a block."""
         (piece,) = self.pieces(number, 1)

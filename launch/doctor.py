@@ -28,6 +28,7 @@ EXTRAS = {
     "aiohttp": "http",
     "obstore": "obstore",
     "pyarrow": "parquet",
+    "tokenizers": "text",
     "av": "video",
     "submitit": "slurm",
     "deepspeed": "deepspeed",

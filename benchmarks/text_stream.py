@@ -1,0 +1,100 @@
+"""What it costs to bring rows of tokens to the trainer, beside a flat file of all tokens that is memory-mapped and cut at random places, as nanoGPT does.
+
+    text_stream.{split,best_fit}.T{256,1024,4096}.cpu_versus_memmap   our CPU seconds per token over theirs, in one process. We draw every row once an
+                                    epoch, from shards, with documents and with every page's hash checked; a memory map does none of these
+
+The text is Python's standard library with a byte-level BPE of 4,096 tokens. CPU seconds of one process; the two take turns; medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from data_pipeline.demo_text import make
+from data_pipeline.rows import Packing, Rows
+from data_pipeline.stream import Stream
+from data_pipeline.tokens import Blocks
+
+BATCH = 16
+
+
+def ours(tokens: Path, length: int, packing: Packing) -> Callable[[], None]:
+    def view(sample: dict, rng: object) -> dict:
+        return {"tokens": sample["tokens"], "documents": sample["documents"]}
+
+    stream = Stream(Rows([str(tokens)], length, packing), view, BATCH, workers=0)
+    return lambda: next(stream) and None
+
+
+def memmap(file: Path, length: int) -> Callable[[], None]:
+    """A batch from random places of the flat file: inputs and targets as two tensors of int64."""
+
+    def batch() -> None:
+        data = np.memmap(file, np.uint16, "r")  # anew for each batch, or its pages stay in memory
+        places = torch.randint(len(data) - length, (BATCH,)).tolist()
+        torch.stack([torch.from_numpy(data[i : i + length].astype(np.int64)) for i in places])
+        torch.stack([torch.from_numpy(data[i + 1 : i + 1 + length].astype(np.int64)) for i in places])
+
+    return batch
+
+
+def cpu_per_token(batch: Callable[[], None], length: int, tokens: int) -> float:
+    count = max(1, tokens // (BATCH * length))
+    began = time.process_time()
+    for _ in range(count):
+        batch()
+    return (time.process_time() - began) / (count * BATCH * length)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="of a round")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder, "text"), "stdlib", say=lambda _: None)
+        train = Path(folder, "text", "train")
+        flat = Path(folder, "flat.bin")
+        flat.write_bytes(b"".join(tokens.tobytes() for tokens, _ in Blocks([str(train)]).documents()))
+        for length in (256, 1024, 4096):
+            parts = {
+                "memmap": memmap(flat, length),
+                "split": ours(train, length, "split"),
+                "best_fit": ours(train, length, "best_fit"),
+            }
+            took: dict[str, list[float]] = {name: [] for name in parts}
+            for part in parts.values():
+                part()
+            for _ in range(args.rounds):
+                for name, part in parts.items():
+                    took[name].append(cpu_per_token(part, length, args.tokens))
+            for name in ("split", "best_fit"):
+                ratio = median(a / b for a, b in zip(took[name], took["memmap"], strict=True))
+                figure = f"text_stream.{name}.T{length}.cpu_versus_memmap"
+                millions = 1e-6 / median(took[name])
+                print(
+                    json.dumps(
+                        {
+                            "figure": figure,
+                            "value": round(ratio, 2),
+                            "million_tokens_per_cpu_second": round(millions, 1),
+                        }
+                    )
+                )
+
+
+if __name__ == "__main__":
+    main()
