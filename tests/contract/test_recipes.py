@@ -8,7 +8,7 @@ import pytest
 
 from pretrain import plan, recipe
 from pretrain.train import train
-from tests.conftest import SMALL, TINY, more, teacher_run, tiny_recipe
+from tests.conftest import SIZE, SMALL, TINY, more, teacher_run, tiny_recipe, tokens
 
 HEADS = ["objective.prototypes=64", "objective.head_hidden=64", "objective.head_bottleneck=32"]
 IBOT = ["objective.ibot_prototypes=32", "objective.ibot_hidden=48", "objective.ibot_bottleneck=16"]
@@ -54,9 +54,22 @@ def reduced(name: str, shards: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_recipe_trains_two_steps(name: str, shards: Path, tmp_path: Path):
-    micro = ["parallel.micro_batch=8"] if recipe.load(name).parallel.micro_batch else []
+    given = recipe.load(name)
+    micro = ["parallel.micro_batch=8"] if given.parallel.micro_batch else []
     data = [f"data.train={shards}", "data.batch=16", "data.workers=0", "steps=2", f"run={tmp_path / 'run'}"]
-    cfg = recipe.load(name, [*TINY, *reduced(name, shards), *micro, *data])
+    own = [*TINY, *reduced(name, shards)]
+    if recipe.is_text(given):
+        own = [
+            *SIZE,
+            "threads=1",
+            "precision=fp32",
+            "parallel.mode=single",
+            "parallel.recompute=none",
+            "parallel.compile=false",
+        ]
+        own += ["model.kv_heads=1"] * hasattr(type(given.model), "kv_heads") + ["model.mlp_width=64", "data.length=32"]
+        data[0] = f"data.train={tokens(shards.parent)}"
+    cfg = recipe.load(name, [*own, *micro, *data])
     run = train(cfg)
     assert (run / "export" / "2" / "model.safetensors").is_file()
     again = recipe.load(run)  # what was stored is whole: it loads, and resolves to itself

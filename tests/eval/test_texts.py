@@ -1,0 +1,133 @@
+"""Bits per byte against a naive sum, its exact accounting and its errors; what a text run writes while it goes on, and its report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.storage import DataError
+from data_pipeline.tokens import Blocks
+from eval import report, results
+from eval.features import open_encoder
+from eval.run import evaluate
+from pretrain.errors import UserError
+from pretrain.run_folder import read_rows
+from pretrain.train import train
+from tests.conftest import TEXT, tiny_recipe, tokens, unlabeled
+from tests.data.texts import tokens_of
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The last exports of a decoder and an encoder."""
+    out = tmp_path_factory.mktemp("runs")
+    found = {name: train(tiny_recipe(name, shards, out / name, "steps=4")) for name in ("gpt", "bert")}
+    return {name: run / "export" / "4" for name, run in found.items()}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_bits_per_byte_is_the_naive_sum_over_documents(masked: bool, runs: dict[str, Path], shards: Path):
+    """Row by row of 32 tokens, one token at a time, in float64."""
+    held = tokens(shards.parent)
+    rows = evaluate(
+        runs["gpt"], ["bits_per_byte"], [], [str(held)], options={"bits_per_byte": {"document_mask": masked}}
+    )
+    value = {row["metric"]: row for row in rows}
+    encoder, _ = open_encoder(str(runs["gpt"]))
+    model, blocks = encoder.backbone.double(), Blocks([str(held)])
+    documents = [list(blocks.documents(n, n + 1)) for n in range(len(blocks.first) - 1)]
+    text = sum(size for shard in documents for _, size in shard)
+    assert value["bits_per_byte"]["count"] == text and value["bits_per_byte"]["unit"] == "bytes"  # every byte once
+    if not masked:
+        return
+    nats, count = 0.0, 0
+    with torch.inference_mode():
+        for shard in documents:
+            at = 0  # in the shard: rows begin at multiples of 32
+            for ids, _ in shard:
+                for begin in range(0, len(ids)):
+                    place = at + begin
+                    if begin + 1 >= len(ids):
+                        break
+                    seen = ids[max(0, begin - place % 32) : begin + 1]
+                    logits = model.head(model(torch.tensor(seen[None].astype("int64"))).tokens[0, -1])
+                    nats -= float(logits.double().log_softmax(-1)[int(ids[begin + 1])])
+                    count += 1
+                    if count >= 400:
+                        break
+                at += len(ids)
+                if count >= 400:
+                    break
+            break
+    # the same model on the first 400 targets, by the protocol's own batches
+    from eval.bits_per_byte import batch
+
+    encoder.backbone.float()
+    opened = encoder.rows([str(held)], None, True)
+    total, seen_targets, number = 0.0, 0, 0
+    with torch.inference_mode():
+        while seen_targets < 400:
+            ids, docs, targets = batch(opened, range(number, number + 1))
+            valid = (targets != -100).nonzero()[:, 1].tolist()[: 400 - seen_targets]
+            keep = torch.full_like(targets, -100)
+            keep[0, valid] = targets[0, valid]
+            total += float(model.head(model(ids[:, :-1], documents=docs[:, :-1]).tokens, keep))
+            seen_targets += len(valid)
+            number += 1
+    assert total == pytest.approx(nats, rel=1e-5)
+
+
+def test_an_untrained_model_needs_about_the_logarithm_of_its_vocabulary(shards: Path, tmp_path: Path):
+    run = train(tiny_recipe("gpt", shards, tmp_path / "run", "steps=1"))
+    rows = evaluate(run / "export" / "0", ["bits_per_byte"], [], [str(tokens(shards.parent))])
+    value = {row["metric"]: row["value"] for row in rows}
+    assert value["bits_per_token"] == pytest.approx(math.log2(512), rel=0.02)
+    assert value["unigram"] < value["bits_per_byte"] and {row["model"] for row in rows} == {"untrained"}
+    assert f"{value['bits_per_byte']:.3f}" in results.table(rows)
+
+
+def test_what_is_refused(runs: dict[str, Path], shards: Path, tmp_path: Path):
+    held = [str(tokens(shards.parent))]
+    with pytest.raises(UserError, match="bits per byte are those of a decoder"):
+        evaluate(runs["bert"], ["bits_per_byte"], [], held)
+    with pytest.raises(UserError, match="reads text, which knn does not score; choose bits_per_byte"):
+        evaluate(runs["gpt"], ["knn"], held, held)
+    with pytest.raises(DataError, match="no token set is named"):
+        evaluate(runs["gpt"], ["bits_per_byte"], [], [])
+    other = tokens_of(shards.parent / "texts", tmp_path / "other", vocab=450)
+    with pytest.raises(DataError, match=r"was made with another tokenizer .* --tokenizer .*tokenizer.json"):
+        evaluate(runs["gpt"], ["bits_per_byte"], [], [str(other)])
+
+
+@pytest.mark.slow
+def test_a_text_run_is_scored_and_sampled_while_it_goes_on(shards: Path, tmp_path: Path):
+    held, run = tokens(shards.parent), tmp_path / "run"
+    scored = [f"eval.val={held}", f"eval.test={held}", "eval.periodic=[bits_per_byte]", "eval.final=[bits_per_byte]"]
+    options = [
+        "eval.prompts=[the sea, '']",
+        "steps=20",
+        "export=10",
+        "data.workers=0",
+        "data.batch=16",
+        "optim.lr=1e-2",
+    ]
+    done = unlabeled(
+        "train", "demo", "objective=gpt", *TEXT["gpt"], f"data.train={held}", f"run={run}", *options, *scored
+    )
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(run / "results.jsonl")
+    val = {r["step"]: r["value"] for r in rows if (r["split"], r["metric"]) == ("val", "bits_per_byte")}
+    assert sorted(val) == [0, 10, 20] and val[20] < val[0]
+    assert {r["model"] for r in rows if r["split"] == "test"} == {"untrained", "pretrained"}
+    written = read_rows(run / "samples.jsonl")
+    assert [(r["step"], r["prompt"]) for r in written] == [(s, p) for s in (0, 10, 20) for p in ("the sea", "")]
+    page = report.write(run).read_text()
+    for part in ("bits per byte on val", "Samples", "<b>the sea</b>", "token frequencies", "training rows"):
+        assert part in page, part
+    board = b"".join(path.read_bytes() for path in (run / "tensorboard").glob("events*"))
+    assert b"samples/the sea" in board and b"val/bits_per_byte/bits_per_byte" in board
+    assert json.loads((run / "export" / "20" / "config.json").read_text())["model_type"]
