@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from data_pipeline.stream import to_device
 from pretrain.optim import thaw
-from pretrain.parallel.engine import Engine, keep_freed_memory
+from pretrain.parallel.device import keep_freed_memory
+from pretrain.parallel.engine import Engine
 from pretrain.recipe import load
 from pretrain.train import build_objective
 
