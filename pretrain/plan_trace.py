@@ -204,6 +204,8 @@ def _setting(cfg: Recipe, processes: int) -> Iterator[None]:
         for name in vars(nn.init):  # it draws until numbers fit, which fake ones never do
             if name.endswith("_") and not name.startswith("_"):
                 stack.enter_context(unittest.mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
+        # one piece instead of hundreds, each of which would cost Python's time
+        stack.enter_context(unittest.mock.patch.object(fused, "pieces", lambda n, *tensors: [tensors]))
         if cfg.device != "cpu":  # there, bf16 attention is computed in fp32
             stack.enter_context(unittest.mock.patch.object(layers, "attend", F.scaled_dot_product_attention))
             stack.enter_context(unittest.mock.patch.object(fused, "possible", lambda x: False))

@@ -158,7 +158,7 @@ class Attention(nn.Module):
         scale: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if fused.possible(x) and max(n for _, n in shapes) <= fused.LONGEST:
+        if fused.possible(x) and max(n for _, n in shapes) <= fused.LONGEST * (x.shape[1] // self.heads):
             return self.proj(fused.attend(self.qkv(x, shapes, self.heads, rotations)), scale, residual)
         qkv = self.qkv(x)
         if rotations is not None:
