@@ -186,8 +186,8 @@ class _Attend(torch.autograd.Function):
             _, b, heads, n, width = part.shape
             rows = grad[start : start + b * n].view(b, n, heads, width).transpose(1, 2).reshape(b * heads, n, width)
             out.append(torch.empty_like(part))
-            pieces = pieces(n, rows, *part.flatten(1, 2), probabilities, *out[-1].flatten(1, 2))
-            for g, q, k, v, p, to_q, to_k, to_v in pieces:
+            cut = pieces(n, rows, *part.flatten(1, 2), probabilities, *out[-1].flatten(1, 2))
+            for g, q, k, v, p, to_q, to_k, to_v in cut:
                 torch.bmm(p.mT, g, out=to_v)
                 s = torch._softmax_backward_data(g @ v.mT, p, -1, p.dtype)  # of what softmax was given
                 torch.baddbmm(to_q, s, k, beta=0, alpha=width**-0.5, out=to_q)
