@@ -3,7 +3,7 @@
     python benchmarks/dinov3_step.py [--batches 4 8] [--precisions fp32 bf16] [--rounds 3]
 
 One thread. share_of_gemm: FLOPs of the step's linear layers and convolutions, over its CPU seconds, over the rate of a 2048³ product of that precision in
-the same process. versus_timm: CPU seconds of the same step (crops, masks, losses, AdamW, average) put together from timm's DINOv3 ViT, one forward per size,
+the same process; share_of_own_products: over the rate of the blocks' own products, each by itself, forward and backward. versus_timm: CPU seconds of the same step (crops, masks, losses, AdamW, average) put together from timm's DINOv3 ViT, one forward per size,
 and losses as one would write them, over ours. Timed in turn (product, ours, timm, product, …); each figure is the median of the rounds' ratios.
 """
 
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from data_pipeline.stream import to_device
 from pretrain.optim import thaw
-from pretrain.parallel.engine import Engine, keep_freed_memory
+from pretrain.parallel.device import keep_freed_memory
+from pretrain.parallel.engine import Engine
 from pretrain.recipe import load
 from pretrain.train import build_objective
 
@@ -155,25 +156,47 @@ def composition(precision: str, batch: dict[str, Tensor]) -> Callable[[], None]:
     return step
 
 
+def own_products(size: int, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
+    """(every product that a block of the student makes for all its tokens, forward and backward; their FLOPs)."""
+    tokens = size * (2 * 201 + 8 * 41)
+    cases = []
+    for inputs, outputs in ((384, 1152), (384, 384), (384, 1536), (1536, 384)):
+        x, w, g = (torch.randn(*shape).to(dtype) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+        cases.append((x, w, g, torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)))
+
+    def run() -> None:
+        for x, w, g, y, dx, dw in cases:
+            torch.mm(x, w.t(), out=y)
+            torch.mm(g, w, out=dx)
+            torch.mm(g.t(), x, out=dw)
+
+    return run, 6 * tokens * sum(w.numel() for _, w, *_ in cases)
+
+
 def measure(precision: str, size: int, rounds: int, compiled: bool) -> None:
     batch, step = ours(precision, size, compiled)
     other = composition(precision, batch)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b, out = (torch.randn(2048, 2048, dtype=dtype) for _ in range(3))
     product = lambda: torch.mm(a, b, out=out)  # noqa: E731
+    own, own_flops = own_products(size, dtype)
     flops = linear_flops(ours(precision, size)[1])
     warm = cpu_seconds(step)
-    product(), step(), other(), other()
-    shares, ratios = [], []
+    product(), own(), step(), other(), other()
+    shares, own_shares, ratios = [], [], []
     for _ in range(rounds):
-        before, own, theirs = cpu_seconds(product, 3), cpu_seconds(step), cpu_seconds(other)
+        before, ours_took, theirs = cpu_seconds(product, 3), cpu_seconds(step), cpu_seconds(other)
         gemm = 2 * 2048**3 / ((before + cpu_seconds(product, 3)) / 2)
-        shares.append(flops / own / gemm)
-        ratios.append(theirs / own)
-        line = f"b{size} {precision}: {own:.2f} CPU s a step (the first {warm:.1f}), timm {theirs:.2f}, {flops / 1e9:.0f} GFLOP, product {gemm / 1e12:.3f} TFLOP/s"
+        blocks = own_flops / cpu_seconds(own)
+        shares.append(flops / ours_took / gemm)
+        own_shares.append(flops / ours_took / blocks)
+        ratios.append(theirs / ours_took)
+        line = f"b{size} {precision}: {ours_took:.2f} CPU s a step (the first {warm:.1f}), timm {theirs:.2f}, {flops / 1e9:.0f} GFLOP"
+        line += f", product {gemm / 1e12:.3f} TFLOP/s, the blocks' own {blocks / 1e12:.3f}"
         print(line, file=sys.stderr, flush=True)
     prefix = f"dinov3_step.b{size}.{precision}{'.compiled' if compiled else ''}"
     emit(f"{prefix}.share_of_gemm", median(shares), "ratio", "2048^3 GEMM, same process")
+    emit(f"{prefix}.share_of_own_products", median(own_shares), "ratio", "the blocks' matrix shapes, same process")
     emit(f"{prefix}.versus_timm", median(ratios), "ratio", "the same step from timm's ViT, CPU seconds, interleaved")
 
 

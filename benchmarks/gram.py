@@ -3,8 +3,8 @@
     python benchmarks/gram.py FOLDER [--steps 600] [--stage 150] [--picture gram.png]
 
 The demo's photographed textures (64 pixels). A DINOv3 ViT (4 blocks of 64, patches of 8) is pretrained; each export is scored on mosaics of four test images
-of different materials. The export with the best patch k-NN accuracy (what material is a patch, by its 20 nearest patches of training images) is the Gram
-teacher. From the last checkpoint, two runs of as many steps: as before (control), and with the Gram term. Figures, each for snapshot (the Gram teacher),
+of different materials. The export at two fifths of the run is the Gram teacher (patch k-NN accuracy, what material is a patch by its 20 nearest patches of
+training images, differs too little between exports to choose one). From the last checkpoint, two runs of as many steps: as before (control), and with the Gram term. Figures, each for snapshot (the Gram teacher),
 before (the end of pretraining), control and after (the Gram stage):
 
     gram.NAME             with which area under the ROC curve a patch's similarities tell its own image in a mosaic from the three others
@@ -193,7 +193,7 @@ def main() -> None:
     print(
         json.dumps({"accuracy": curve, "cpu_seconds": round(time.process_time() - begun)}), file=sys.stderr, flush=True
     )
-    best = max((step for step in curve if 0 < step < options.steps), key=curve.__getitem__)
+    best = min(curve, key=lambda step: abs(step - 0.4 * options.steps))
     teacher, last = exports(first)[best], exports(first)[options.steps]
     after = [*warm, "objective.teacher_temperature=0.07", f"init.run={first}"]
     control = run("control", options.stage, *after)

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from pretrain.config import ConfigError
 from pretrain.inputs import inputs, length_of
-from pretrain.models import layers
+from pretrain.models import fused, layers
 from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
 from pretrain.optim import make_optimizer
@@ -213,8 +213,11 @@ def _setting(cfg: Recipe, processes: int) -> Iterator[None]:
         for name in vars(nn.init):  # it draws until numbers fit, which fake ones never do
             if name.endswith("_") and not name.startswith("_"):
                 stack.enter_context(unittest.mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
+        # one piece instead of hundreds, each of which would cost Python's time
+        stack.enter_context(unittest.mock.patch.object(fused, "pieces", lambda n, *tensors: [tensors]))
         if cfg.device != "cpu":  # there, bf16 attention is computed in fp32
             stack.enter_context(unittest.mock.patch.object(layers, "attend", F.scaled_dot_product_attention))
+            stack.enter_context(unittest.mock.patch.object(fused, "possible", lambda x: False))
         if alone:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
             stack.callback(dist.destroy_process_group)

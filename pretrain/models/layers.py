@@ -7,13 +7,15 @@ T = Σ B·N, with `shapes` = [(B, N), …]: linear layers and norms see all toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Shapes = list[tuple[int, int]]
+from pretrain.models import fused
+
+Shapes = fused.Shapes
 Rotation = tuple[Tensor, Tensor]  # cos, sin: [N, 1, d] or [B, N, 1, d], fp32, their two halves alike
 
 
@@ -106,28 +108,60 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class QueryKeyValue(nn.Linear):
-    """[T, D] → [T, 3·D] with biases [2·D] for queries and values only; without rotary positions, softmax would drop one for keys anyway."""
+    """[T, D] → [T, 3·D], without a bias, with one, or with biases [2·D] for queries and values only: without rotary positions, softmax would drop one
+    for keys anyway."""
 
-    def __init__(self, dim: int):
-        super().__init__(dim, 3 * dim)
-        self.bias = nn.Parameter(torch.zeros(2 * dim))
+    def __init__(self, dim: int, bias: bool = True, key_bias: bool = False):
+        super().__init__(dim, 3 * dim, bias=bias)
+        self.parts = (dim, dim, dim)  # rows of matrices that Muon treats one by one
+        if bias and not key_bias:
+            self.bias = nn.Parameter(torch.zeros(2 * dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def whole_bias(self) -> Tensor | None:
+        if self.bias is None or len(self.bias) == self.out_features:
+            return self.bias
         query, value = self.bias.chunk(2)
-        return F.linear(x, self.weight, torch.cat([query, torch.zeros_like(query), value]))
+        return torch.cat([query, torch.zeros_like(query), value])
+
+    def forward(
+        self, x: Tensor, shapes: Shapes | None = None, heads: int = 1, rotations: list[Rotation] | None = None
+    ) -> Any:
+        """With `shapes`, what `fused.query_key_value` makes of it."""
+        if shapes is not None:
+            return fused.query_key_value(x, self.weight, self.whole_bias(), shapes, heads, rotations)
+        return F.linear(x, self.weight, self.whole_bias())
+
+
+class Linear(nn.Linear):
+    """residual + scale · (x Wᵀ + bias) of rows x [T, D']."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        if fused.possible(x):
+            return fused.linear(x, self.weight, self.bias, scale, residual)
+        out = super().forward(x)
+        out = out if scale is None else out * scale
+        return out if residual is None else residual + out
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over each sequence of a flat list."""
+    """Multi-head self-attention over each sequence of a flat list; `scale` and `residual` as of the last `Linear`."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, key_bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = QueryKeyValue(dim) if qkv_bias and not key_bias else nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.qkv.parts = (dim, dim, dim)  # rows of matrices that Muon treats one by one
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = QueryKeyValue(dim, qkv_bias, key_bias)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        shapes: Shapes,
+        rotations: list[Rotation] | None = None,
+        scale: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if fused.possible(x) and max(n for _, n in shapes) <= fused.LONGEST * (x.shape[1] // self.heads):
+            return self.proj(fused.attend(self.qkv(x, shapes, self.heads, rotations)), scale, residual)
         qkv = self.qkv(x)
         if rotations is not None:
             parts = _Rotate.apply(qkv, shapes, self.heads, *(table for pair in rotations for table in pair))
@@ -139,17 +173,17 @@ class Attention(nn.Module):
             # each [B, H, N, d]; taken apart before they are transposed, so that backward has one copy less (1 to 2 % of a ViT-S step)
             q, k, v = (each.transpose(1, 2) for each in part.unbind(2))
             out.append(attend(q, k, v).transpose(1, 2).reshape(b * n, -1))
-        return self.proj(torch.cat(out) if len(out) > 1 else out[0])
+        return self.proj(torch.cat(out) if len(out) > 1 else out[0], scale, residual)
 
 
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)), scale, residual)
 
 
 class SwiGLU(nn.Module):
@@ -157,26 +191,25 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden)
-        self.w2 = nn.Linear(dim, hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w1 = Linear(dim, hidden)
+        self.w2 = Linear(dim, hidden)
+        self.w3 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+    def forward(self, x: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x), scale, residual)
 
 
 class LayerScale(nn.Module):
-    """A learned factor per feature (arXiv 2103.17239)."""
+    """A learned factor per feature (arXiv 2103.17239), which the last linear layer of a branch applies."""
 
     def __init__(self, dim: int, initial: float):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), initial))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
 
-
-Branch = Callable[[Tensor, Shapes, list[Rotation] | None], Tensor]
+Branch = Callable[
+    ..., Tensor
+]  # (x, shapes, rotations, residual): residual + branch(x), or branch(x) where there is none
 
 
 class DropPath(nn.Module):
@@ -194,7 +227,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor, shapes: Shapes, branch: Branch, rotations: list[Rotation] | None = None) -> Tensor:
         """x [T, D]; the branch gets the kept images' tokens, their shapes and rotations."""
         if not self.training or self.rate == 0:
-            return x + branch(x, shapes, rotations)
+            return branch(x, shapes, rotations, x)
         rows, kept, scales, turned, start = [], [], [], [], 0
         for i, (b, n) in enumerate(shapes):
             count = max(int(b * (1 - self.rate)), 1)
@@ -245,8 +278,8 @@ class Block(nn.Module):
             shapes = [(b, last) for b, _ in shapes]
         return self.drop_path(x, shapes, self._transform)
 
-    def _mix(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None) -> Tensor:
-        return self.ls1(self.attn(self.norm1(x), shapes, rotations))
+    def _mix(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None, residual: Tensor | None = None):
+        return self.attn(self.norm1(x), shapes, rotations, getattr(self.ls1, "gamma", None), residual)
 
-    def _transform(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x)))
+    def _transform(self, x: Tensor, shapes: Shapes, rotations: list[Rotation] | None, residual: Tensor | None = None):
+        return self.mlp(self.norm2(x), getattr(self.ls2, "gamma", None), residual)

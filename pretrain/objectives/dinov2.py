@@ -39,6 +39,9 @@ class Config(Section):
     momentum: Literal["auto"] | Schedule = field(default_factory=lambda: Schedule(0.992, kind="cosine", final=1.0))
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
+    koleo_group: int | None = (
+        None  # images of the batch in one; null: all of it. The paper's "per GPU" is its batch on each GPU
+    )
     local_crops: int = 8
     local_size: int = 96  # pixels
     global_scale: float = 0.32  # smallest share of the image's area in a global crop, and the largest in a local one
@@ -94,7 +97,7 @@ class DINOv2(Objective):
         local, glob = dino_terms(s_global, s_local, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
         ibot = ibot_term(s_patch, p_patch, mask, cfg.student_temperature)
         cls = features[0].cls.unflatten(0, (-1, crops))
-        spread = sum(koleo(cls[:, i]) for i in range(crops))
+        spread = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
         loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
         logs = {"dino_local": local, "dino_global": glob, "ibot": ibot, "koleo": spread / crops}
         logs |= health(cls[:, 0], p_cls)

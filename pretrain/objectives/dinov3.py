@@ -24,7 +24,7 @@ from pretrain.objectives.base import Objective
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.gram import gram_loss, resize_map
 from pretrain.ops.heads import PrototypeHead
-from pretrain.ops.koleo import grouped_koleo, koleo
+from pretrain.ops.koleo import koleo
 from pretrain.ops.self_distillation import dino_terms, health, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.schedules import Schedule
@@ -47,7 +47,9 @@ class Config(Section):
     local_weight: Schedule = field(default_factory=lambda: Schedule(1.0))
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
-    koleo_group: int | None = None  # images; null: those of each process
+    koleo_group: int | None = (
+        None  # images of the batch in one; null: all of it. The papers' "per GPU" is their batch on each GPU
+    )
     koleo_neighbours: int = 1  # in a group
     gram_teacher: str = "none"  # or an export, a checkpoint (RUN/checkpoints/STEP), init (the one of init.run), ema (the teacher at the start)
     gram_weight: Schedule = field(default_factory=lambda: Schedule(2.0))
@@ -128,7 +130,7 @@ class DINOv3(Objective):
         local, glob = dino_terms(s_global, s_local, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
         ibot = ibot_term(s_patch, p_patch, mask, cfg.student_temperature)
         cls = features[0].cls.unflatten(0, (-1, crops))  # [B, G, D]
-        spread = sum(self.spread(cls[:, i]) for i in range(crops))
+        spread = sum(koleo(cls[:, i], cfg.koleo_group, cfg.koleo_neighbours) for i in range(crops))
         loss = cfg.local_weight(step) * local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
         logs = {"dino_local": local, "dino_global": glob, "ibot": ibot, "koleo": spread / crops}
         if self.gram is not None:
@@ -143,13 +145,6 @@ class DINOv3(Objective):
         features = self.teacher["backbone"](images)
         p_cls = sinkhorn(self.teacher["dino_head"](features.cls), temperature)
         return p_cls, sinkhorn(self.teacher["ibot_head"](features.tokens[mask]), temperature)
-
-    def spread(self, cls: Tensor) -> Tensor:
-        """KoLeo of class tokens [B, D]: of each process by itself, or in groups over all of them."""
-        group, neighbours = self.cfg.koleo_group, self.cfg.koleo_neighbours
-        if group is None and neighbours == 1:
-            return koleo(cls)
-        return grouped_koleo(cls, group or len(cls), neighbours)
 
     def anchor(self, student, images: Tensor, mask: Tensor) -> Tensor:
         """The Gram term of the student's global features and the larger images [B·G, 3, S, S]."""

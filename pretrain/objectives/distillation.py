@@ -3,6 +3,8 @@
     teacher: 2 global crops → class tokens and patches, once for all students;   each student: the same crops and n local ones, nothing masked
     prototypes: DINO and iBOT with the teacher's own heads: its assignments p, the student's new heads s, no mask, iBOT at the sampled patches
     features:   1 − cos(W x, ẑ) for class tokens and for patches; ẑ are the teacher's, with mean 0 and variance 1 of each coordinate over the batch
+                + KL of softmax_j(cos(ẑ_i, ẑ_j) / τ) and softmax_j(cos(x_i, x_j) / τ) over the batch's class tokens (SEED, 2101.04731): W leaves the
+                geometry of x itself free, which retrieval and k-NN look at
     Patches are compared at the student's grid: the teacher's map is averaged down or interpolated to it, so that cells cover the same pixels.
     loss = sum over students, none of which another one's numbers depend on;   what is exported: each student's moving average
 
@@ -27,6 +29,7 @@ from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
 from pretrain.ops.randomness import own_randomness
+from pretrain.ops.relations import relation_loss
 from pretrain.ops.self_distillation import dino_terms, health, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.schedules import Schedule
@@ -46,7 +49,10 @@ class Config(Section):
     )
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
-    patch_weight: float = 1.0  # of `features`
+    koleo_group: int | None = None  # images of the batch in one; null: all of it
+    patch_weight: float = 1.0  # of `features`, as the next two
+    relation_weight: float = 1.0
+    relation_temperature: float = 0.1  # τ
     local_crops: int = 8
     local_size: int = 96  # pixels
     global_scale: float = 0.32  # smallest share of the image's area in a global crop, and the largest in a local one
@@ -148,7 +154,7 @@ class Distillation(Objective):
         local, glob = dino_terms(s_global, s_local, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
         ibot = ibot_term(student["ibot_head"](own.tokens[mask]), p_patch, mask, cfg.student_temperature)
         cls = own.cls.unflatten(0, (-1, crops))
-        spread = sum(koleo(cls[:, i]) for i in range(crops))
+        spread = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
         loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
         return loss, {"dino": local + glob, "ibot": ibot, "koleo": spread / crops, **health(cls[:, 0], p_cls)}
 
@@ -159,13 +165,15 @@ class Distillation(Objective):
         crops, small = batch["global"].shape[1], batch["local"].shape[1]
         own = features[0]
         away = self.distance(student["cls_head"](own.cls), z_cls)
+        relations = relation_loss(own.cls, z_cls, self.cfg.relation_temperature)
         if small:
             both = z_cls.unflatten(0, (-1, crops)).mean(1)  # [B, D]
             local = self.distance(student["cls_head"](features[1].cls), both.repeat_interleave(small, 0))
             away = (crops * away + small * local) / (crops + small)
         tokens = align_map(teacher.tokens, teacher.grid, own.grid).flatten(0, 1)
         patches = self.distance(student["patch_head"](own.tokens.flatten(0, 1)), standardise(tokens))
-        return away + self.cfg.patch_weight * patches, {"cls": away, "patches": patches}
+        loss = away + self.cfg.patch_weight * patches + self.cfg.relation_weight * relations
+        return loss, {"cls": away, "patches": patches, "relations": relations}
 
     @staticmethod
     def distance(x: Tensor, z: Tensor) -> Tensor:

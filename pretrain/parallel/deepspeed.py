@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from pretrain.config import ConfigError
+from pretrain.models.layers import Block, LayerScale
 from pretrain.objectives.base import Batch, Objective
 from pretrain.parallel.engine import Engine, Judge
 from pretrain.parallel.shards import whole
@@ -70,6 +71,12 @@ class Zero(Engine):
 
     def spread(self) -> Any:
         self.deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+        for block in (
+            self.objective.modules()
+        ):  # a block reads its layer scales itself: the linear layers before them apply them
+            for part in block.children() if isinstance(block, Block) else ():
+                if isinstance(part, LayerScale):
+                    self.deepspeed.zero.register_external_parameter(block, part.gamma)
         # autocast inside of DeepSpeed's call, which would switch off one around it: gradients and gathered weights stay in fp32
         forward = self.objective.forward
 

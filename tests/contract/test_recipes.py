@@ -29,7 +29,7 @@ def reduced(name: str, shards: Path) -> list[str]:
     if name == "dinov3_vits16_demo":
         return [*HEADS[1:], *CROPS]
     if name == "dinov3_vitl16_im1k":
-        return [*HEADS, *CROPS]
+        return [*HEADS, *CROPS, "objective.koleo_group=8"]
     if name == "dinov3_vit7b16_pretrain":
         return [*RUN_SIZES]
     if name == "dinov3_vit7b16_gram":
@@ -49,7 +49,8 @@ def reduced(name: str, shards: Path) -> list[str]:
             "objective.students=[convnext_micro]",
             "objective.local_size=32",
         ]
-    return SMALL.get(recipe.load(name).objective.name, [])
+    group = ["objective.koleo_group=8"] if name == "dinov2_vitl14" else []
+    return [*SMALL.get(recipe.load(name).objective.name, []), *group]
 
 
 @pytest.mark.parametrize("name", recipe.names())
@@ -83,6 +84,7 @@ def test_recipe_is_planned(name: str, shards: Path):
     small = (
         [f"objective.teacher={teacher_run(shards)}", "objective.students=[convnext_tiny]"] if "distill" in name else []
     )
+    small += ["objective.koleo_group=16"] if "vitl1" in name else []
     cfg = recipe.load(name, [f"data.train={shards}", "data.batch=32", "parallel.micro_batch=null", *small])
     traced = plan.trace(cfg)
     assert traced.trained > 1e4 and traced.flops > 1e9 and traced.peak > 1e6

@@ -139,7 +139,9 @@ def test_recomputation_trades_activations_for_flops():
 
 def test_bf16_keeps_a_cast_of_the_weights():
     """Autocast's copies are needed until the backward has passed; where units are gathered in bf16 there are none."""
-    found = plan.trace(tiny("simclr", "precision=bf16", "model.dim=128"), 1)
+    found = plan.trace(
+        tiny("simclr", "precision=bf16", "model.dim=128", "device=cuda"), 1
+    )  # on a CPU, they are made anew
     assert 0.4 < found.memory["casts"] / found.memory["parameters"] <= 0.5
     assert "casts" not in plan.trace(tiny("simclr", "precision=bf16", "parallel.mode=fsdp2"), 2).memory
 

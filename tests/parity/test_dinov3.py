@@ -20,7 +20,7 @@ from pretrain.export import load as load_export
 from pretrain.models import presets
 from pretrain.objectives.dinov3 import Config, DINOv3
 from pretrain.ops.gram import gram_loss, resize_map
-from pretrain.ops.koleo import grouped_koleo, koleo
+from pretrain.ops.koleo import koleo
 from pretrain.ops.self_distillation import health
 from pretrain.optim import thaw
 from pretrain.parallel.engine import Engine
@@ -118,19 +118,19 @@ def test_grouped_koleo(group: int, neighbours: int):
                 logs += [((row - o + 1e-8).square().sum().sqrt() + 1e-8).log() for o in others[:neighbours]]
         return -mean(logs)
 
-    assert_same(lambda x: grouped_koleo(x, group, neighbours), naive, normal(12, 4))
+    assert_same(lambda x: koleo(x, group, neighbours), naive, normal(12, 4))
     if neighbours == 1 and group == 12:
-        assert_same(lambda x: grouped_koleo(x, group), koleo, normal(12, 4))
+        assert_same(lambda x: koleo(x, group), koleo, normal(12, 4))
 
 
 def test_grouped_koleo_at_its_edges():
     x = normal(1, 4).expand(4, -1).clone().requires_grad_()
-    value = grouped_koleo(x, 2)
+    value = koleo(x, 2)
     value.backward()
     assert value.isfinite() and x.grad.isfinite().all()
     for group, neighbours in [(3, 1), (1, 1), (2, 2), (4, 0)]:
         with pytest.raises(ValueError, match=f"KoLeo over groups of {group} with {neighbours} neighbours: the 4 rows"):
-            grouped_koleo(x, group, neighbours)
+            koleo(x, group, neighbours)
 
 
 def test_health():

@@ -16,9 +16,10 @@ from pretrain.errors import UserError
 from pretrain.export import load as load_export
 from pretrain.ops.align import align_map, align_mask, standardise
 from pretrain.ops.randomness import own_randomness
+from pretrain.ops.relations import relation_loss
 from pretrain.train import build_objective, build_stream, open_samples, train
 from tests.conftest import more, tiny_recipe
-from tests.parity.test_losses import naive_dino, naive_ibot, naive_koleo, naive_sinkhorn, noise, normal
+from tests.parity.test_losses import assert_same, naive_dino, naive_ibot, naive_koleo, naive_sinkhorn, noise, normal
 
 SMALL_STUDENTS = "objective.students=[vit dim=24 depth=2 heads=2 image_size=32 patch_size=4 drop_path=0.5, convnext_micro drop_path=0.5]"
 
@@ -55,6 +56,33 @@ def test_standardise():
     torch.testing.assert_close(z.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(z.var(0, correction=0), torch.ones(4, dtype=torch.float64), rtol=1e-6, atol=0)
     assert standardise(torch.ones(3, 2)).isfinite().all()
+
+
+def naive_relations(x: Tensor, z: Tensor, temperature: float) -> Tensor:
+    """KL divergence of softmaxes over the other rows, row by row."""
+    rows = []
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if j != i]
+        p, q = (
+            torch.stack([a[i] @ a[j] / (a[i].norm() * a[j].norm()) / temperature for j in others]).softmax(0)
+            for a in (z, x)
+        )
+        rows.append((p * (p / q).log()).sum())
+    return torch.stack(rows).mean()
+
+
+def test_relations():
+    z = normal(7, 5, seed=1)
+    for temperature in (0.1, 1.0):
+        assert_same(
+            lambda x, t=temperature: relation_loss(x, z, t),
+            lambda x, t=temperature: naive_relations(x, z, t),
+            normal(7, 3),
+        )
+    same = relation_loss(3 * z, z, 0.1)  # lengths do not count
+    assert abs(float(same)) < 1e-12
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relation_loss(z.float(), z.float(), 0.1).dtype == torch.float32
 
 
 def test_own_randomness():
@@ -122,7 +150,13 @@ def test_prototypes(shards: Path, tmp_path: Path):
 
 
 def test_features(shards: Path, tmp_path: Path):
-    model, batch = setup(shards, tmp_path / "run", "objective.patch_weight=0.5")
+    model, batch = setup(
+        shards,
+        tmp_path / "run",
+        "objective.patch_weight=0.5",
+        "objective.relation_weight=0.7",
+        "objective.relation_temperature=0.2",
+    )
     teacher, student, crops = model.teacher["backbone"], model.students["model"], batch["global"].flatten(0, 1)
     seen = [teacher(crop[None]) for crop in crops]
     cls = torch.cat([f.cls for f in seen])
@@ -144,7 +178,8 @@ def test_features(shards: Path, tmp_path: Path):
     patches = torch.cat(
         [away(student["patch_head"](f.tokens[0]), z_cells[16 * n : 16 * n + 16]) for n, f in enumerate(own)]
     )
-    expected = torch.stack(terms).mean() + 0.5 * patches.mean()
+    relations = naive_relations(torch.cat([f.cls for f in own]), z, 0.2)
+    expected = torch.stack(terms).mean() + 0.5 * patches.mean() + 0.7 * relations
     loss, _ = model(batch, 0)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 

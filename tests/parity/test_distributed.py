@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.ops.contrastive import nt_xent
 from pretrain.ops.gather import gather, logsumexp_over_batch, sum_over_world, world
-from pretrain.ops.koleo import grouped_koleo
+from pretrain.ops.koleo import koleo
+from pretrain.ops.relations import relation_loss
 from pretrain.ops.sinkhorn import sinkhorn
 from tests.parity.test_dinov3 import batch_of, dinov3
 from tests.parity.test_losses import dinov2, dinov2_batch, normal
@@ -97,14 +98,26 @@ def check_dinov2() -> Result:
 
 
 def check_grouped_koleo() -> Result:
-    """Groups that span processes; one neighbour and two."""
+    """Groups that span processes, that lie within one, and the whole batch; one neighbour and two."""
     torch.manual_seed(0)
     network = nn.Linear(5, 4).double()
     out = []
-    for group, neighbours in ((8, 1), (8, 2), (2, 1)):
-        loss = grouped_koleo(network(mine(normal(8, 5))), group, neighbours)
+    for group, neighbours in ((8, 1), (8, 2), (4, 2), (2, 1), (None, 1), (None, 3)):
+        loss = koleo(network(mine(normal(8, 5))), group, neighbours)
         out += [loss.detach(), *torch.autograd.grad(loss, list(network.parameters()))]
+    loss = koleo(
+        network(mine(normal(12, 5))), 4
+    )  # of two processes with six rows each, the second group has rows of both
+    out += [loss.detach(), *torch.autograd.grad(loss, list(network.parameters()))]
     return {"mean": out}
+
+
+def check_relations() -> Result:
+    """Each crop is compared with those of all processes, and its gradient comes from their losses, too."""
+    torch.manual_seed(0)
+    network = nn.Linear(5, 4).double()
+    loss = relation_loss(network(mine(normal(8, 5))), mine(normal(8, 6, seed=1)), 0.1)
+    return {"mean": [loss.detach(), *torch.autograd.grad(loss, list(network.parameters()))]}
 
 
 def check_dinov3() -> Result:

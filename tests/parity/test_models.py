@@ -443,11 +443,11 @@ def test_drop_path():
     rotations = [(torch.arange(40.0).view(40, 1, 1, 1).expand(-1, 1, 2, 4),) * 2, (torch.ones(5, 4),) * 2]
     seen = []
 
-    def branch(x: Tensor, shapes: list, rotations: list) -> Tensor:
+    def branch(x: Tensor, shapes: list, rotations: list, residual: Tensor | float = 0.0) -> Tensor:
         seen.append((shapes, rotations))
         out = torch.ones_like(x)
         out[: shapes[0][0] * 2] *= rotations[0][0][:, 0, :, :1].reshape(-1, 1) + 1
-        return out
+        return out + residual
 
     assert torch.equal(layer.eval()(x, shapes, branch, rotations)[80:], x[80:] + 1) and seen[0][0] == shapes
     torch.manual_seed(0)
