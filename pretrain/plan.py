@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pretrain.config import ConfigError
 from pretrain.parallel import rules
 from pretrain.peak import PEAKS, peak_of
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, is_text
 
 if TYPE_CHECKING:
     from pretrain.plan_trace import Unit
@@ -188,11 +188,15 @@ def describe(cfg: Recipe, device: str, mfu: float, processes: int = 1) -> list[s
     teacher = f", {plan.frozen / 1e6:.1f} M of a teacher" if plan.frozen else ""
     again = f"; {_scaled(plan.computed)} with what is computed again" if plan.computed != plan.flops else ""
     micro = f" in {plan.accumulate} micro-batches of {plan.micro}" if plan.accumulate > 1 else f" at once: {plan.micro}"
+    unit, seen = "images", f"{cfg.steps * plan.batch / 1e6:.3g} M images"
+    if is_text(cfg):
+        length = cfg.data.length or cfg.model.context  # type: ignore[attr-defined]
+        unit, seen = f"rows of {length} tokens", f"{cfg.steps * plan.batch * length / 1e9:.3g} G tokens"
     out = [
         f"{cfg.objective.name} on {cfg.model.name}, {cfg.precision}, {cfg.parallel.mode} on {processes} × {device}",
         f"parameters   {plan.trained / 1e6:.1f} M trained{teacher}",
-        f"a step       {plan.batch} images, for a process{micro}; {_scaled(plan.flops)}{again}",
-        f"the run      {cfg.steps} steps, {cfg.steps * plan.batch / 1e6:.3g} M images, {_scaled(cfg.steps * plan.computed)}",
+        f"a step       {plan.batch} {unit}, for a process{micro}; {_scaled(plan.flops)}{again}",
+        f"the run      {cfg.steps} steps, {seen}, {_scaled(cfg.steps * plan.computed)}",
         f"time         {_time(hours)} at {mfu:.0%} of {processes} × {peak / 1e12:.3g} TFLOP/s",
         f"memory       {_sizes(plan.memory)} of each device",
     ]

@@ -32,6 +32,7 @@ from pretrain.models import fused, layers
 from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
 from pretrain.optim import make_optimizer
+from pretrain.ops import cross_entropy
 from pretrain.parallel import blocks
 from pretrain.parallel.engine import COMPUTE
 from pretrain.recipe import Recipe, is_text
@@ -215,6 +216,7 @@ def _setting(cfg: Recipe, processes: int) -> Iterator[None]:
                 stack.enter_context(unittest.mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
         # one piece instead of hundreds, each of which would cost Python's time
         stack.enter_context(unittest.mock.patch.object(fused, "pieces", lambda n, *tensors: [tensors]))
+        stack.enter_context(unittest.mock.patch.object(cross_entropy, "CACHED", 1 << 62))
         if cfg.device != "cpu":  # there, bf16 attention is computed in fp32
             stack.enter_context(unittest.mock.patch.object(layers, "attend", F.scaled_dot_product_attention))
             stack.enter_context(unittest.mock.patch.object(fused, "possible", lambda x: False))

@@ -85,9 +85,18 @@ def test_recipe_is_planned(name: str, shards: Path):
         [f"objective.teacher={teacher_run(shards)}", "objective.students=[convnext_tiny]"] if "distill" in name else []
     )
     small += ["objective.koleo_group=16"] if "vitl1" in name else []
-    cfg = recipe.load(name, [f"data.train={shards}", "data.batch=32", "parallel.micro_batch=null", *small])
+    batch = 2 if recipe.is_text(recipe.load(name)) else 32
+    cfg = recipe.load(name, [f"data.train={shards}", f"data.batch={batch}", "parallel.micro_batch=null", *small])
     traced = plan.trace(cfg)
     assert traced.trained > 1e4 and traced.flops > 1e9 and traced.peak > 1e6
     if name == "dinov3_vit7b16_gram":
         assert traced.trained / 1e9 == pytest.approx(6.716 + 0.29, rel=0.05) and traced.frozen > 1.9 * traced.trained
+    sizes = {
+        "gpt2_124m": 124.4,
+        "llama_1b": 1235.8,
+        "llama_8b": 8030.3,
+        "bert_base": 109.5,
+        "t5_base": 222.9,
+    }  # millions, as published
+    assert traced.trained / 1e6 == pytest.approx(sizes.get(name, traced.trained / 1e6), rel=0.005)
     assert more("distillation", shards)
