@@ -31,8 +31,8 @@ from pretrain.inputs import inputs, length_of
 from pretrain.models import fused, layers
 from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
-from pretrain.optim import make_optimizer
 from pretrain.ops import cross_entropy
+from pretrain.optim import make_optimizer
 from pretrain.parallel import blocks
 from pretrain.parallel.engine import COMPUTE
 from pretrain.recipe import Recipe, is_text
