@@ -9,6 +9,8 @@ Shapes: T tokens of all sizes, D features, H heads, d = D / H; `shapes` = [(B, N
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,12 +18,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Shapes = list[tuple[int, int]]
+_on = True
 LONGEST = 4  # tokens of a sequence for each feature of a head: longer ones' probabilities would be a great part of all activations, and no faster
 
 
 def possible(x: Tensor) -> bool:
     """Whether these functions are for x. Half precision would not hold weights times a small factor; compilers and exporters want plain operations."""
-    return x.device.type == "cpu" and _compute(x) != torch.float16 and not torch.compiler.is_compiling()
+    return _on and x.device.type == "cpu" and _compute(x) != torch.float16 and not torch.compiler.is_compiling()
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Plain operations in the meantime: selective recomputation has to know which of them are matrix products."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pretrain.config import ConfigError
+from pretrain.models import fused
 from pretrain.models.layers import Backbone, Block
 from pretrain.objectives.base import Objective
 
@@ -57,9 +58,10 @@ def blocks_of(objective: Objective) -> list[nn.Module]:
 
 def _recompute(block: nn.Module, how: str) -> None:
     inner = block.forward
-    options: dict[str, Any] = (
-        {} if how == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
-    )
+    options: dict[str, Any] = {}
+    if how == "selective":
+        inner = fused.switched_off()(inner)
+        options = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
 
     def forward(*args: Any, **kwargs: Any) -> Any:  # a function of ours: torch.compile passes over torch's own
         return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
