@@ -12,19 +12,8 @@ from torch import Tensor, nn
 
 from pretrain.models.layers import Features
 from pretrain.models.presets import EncoderDecoder
-from pretrain.models.text_layers import (
-    Cache,
-    Fused,
-    Head,
-    Linear,
-    Mlp,
-    RMSNorm,
-    Scope,
-    SelfAttention,
-    TextBackbone,
-    attend,
-    visible,
-)
+from pretrain.models.text_layers import Cache, Head, Scope, SelfAttention, TextBackbone, attend, visible
+from pretrain.models.text_mlp import Fused, Linear, Mlp, RMSNorm
 
 
 class RelativeBias(nn.Module):

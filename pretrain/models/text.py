@@ -14,16 +14,15 @@ from pretrain.models.presets import Decoder, TextEncoder, decoder_sizes
 from pretrain.models.text_layers import (
     Cache,
     Head,
-    Mlp,
     Scope,
     SelfAttention,
     TextBackbone,
     document_positions,
     initialise,
-    norm,
     rotary_tables,
     visible,
 )
+from pretrain.models.text_mlp import Mlp, norm
 
 
 class DecoderBlock(nn.Module):

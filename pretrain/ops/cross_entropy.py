@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.ops.products import through_fp32
 
 IGNORED = -100  # a target that counts for nothing
-CHUNKS = 8  # more of them cost time: each adds to the whole gradient of the weights
+CHUNKS = 4  # more of them cost time: each adds to the whole gradient of the weights
 LARGEST = 1 << 27  # logits of a chunk
 CACHED = 1 << 19  # logits that are worked on at a time on a CPU: 2 MB
 

@@ -18,7 +18,8 @@ from pretrain import export, release, weights
 from pretrain.errors import UserError
 from pretrain.layouts import transformers_text
 from pretrain.models import presets
-from pretrain.models.text_layers import Cache, RMSNorm, TextBackbone
+from pretrain.models.text_layers import Cache, TextBackbone
+from pretrain.models.text_mlp import RMSNorm
 from pretrain.ops import products
 from tests.parity.test_models import noise
 
