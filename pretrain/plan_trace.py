@@ -219,7 +219,7 @@ def _setting(cfg: Recipe, processes: int) -> Iterator[None]:
         stack.enter_context(unittest.mock.patch.object(cross_entropy, "CACHED", 1 << 62))
         if cfg.device != "cpu":  # there, bf16 attention is computed in fp32
             stack.enter_context(unittest.mock.patch.object(layers, "attend", F.scaled_dot_product_attention))
-            stack.enter_context(unittest.mock.patch.object(fused, "possible", lambda x: False))
+            stack.enter_context(unittest.mock.patch.object(fused, "possible", lambda *_: False))
         if alone:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
             stack.callback(dist.destroy_process_group)

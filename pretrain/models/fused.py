@@ -22,9 +22,11 @@ _on = True
 LONGEST = 4  # tokens of a sequence for each feature of a head: longer ones' probabilities would be a great part of all activations, and no faster
 
 
-def possible(x: Tensor) -> bool:
-    """Whether these functions are for x. Half precision would not hold weights times a small factor; compilers and exporters want plain operations."""
-    return _on and x.device.type == "cpu" and _compute(x) != torch.float16 and not torch.compiler.is_compiling()
+def possible(x: Tensor, weight: Tensor) -> bool:
+    """Whether these functions are for x. Half precision would not hold weights times a small factor, which excludes fp16, and weights that FSDP2 has
+    gathered in it; compilers and exporters want plain operations."""
+    known = x.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    return _on and known and _compute(x) != torch.float16 and not torch.compiler.is_compiling()
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ class Linear(nn.Linear):
     """residual + scale · (x Wᵀ + bias) of rows x [T, D']."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        if fused.possible(x):
+        if fused.possible(x, self.weight):
             return fused.linear(x, self.weight, self.bias, scale, residual)
         out = super().forward(x)
         out = out if scale is None else out * scale
@@ -160,7 +160,9 @@ class Attention(nn.Module):
         scale: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if fused.possible(x) and max(n for _, n in shapes) <= fused.LONGEST * (x.shape[1] // self.heads):
+        if fused.possible(x, self.qkv.weight) and max(n for _, n in shapes) <= fused.LONGEST * (
+            x.shape[1] // self.heads
+        ):
             return self.proj(fused.attend(self.qkv(x, shapes, self.heads, rotations)), scale, residual)
         qkv = self.qkv(x)
         if rotations is not None:

@@ -45,7 +45,7 @@ def test_the_same_as_plain_operations(options: dict, precision: str, monkeypatch
     monkeypatch.setattr(fused, "attend", lambda parts: used.append(len(parts)) or real(parts))
     ours = results(model, weights, keep, precision)
     assert used == [2, 2]
-    monkeypatch.setattr(fused, "possible", lambda x: False)
+    monkeypatch.setattr(fused, "possible", lambda *_: False)
     plain = results(model, weights, keep, precision)
     assert used == [2, 2]
     for one, other in zip(ours, plain, strict=True):
@@ -63,9 +63,10 @@ def test_where_it_is_not_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fused, "LONGEST", 1)
     monkeypatch.setattr(fused, "attend", None)
     torch.testing.assert_close(model(x).tokens, expected, rtol=1e-10, atol=1e-10)
+    weight = torch.ones(4, 4)
     with torch.autocast("cpu", torch.float16):
-        assert not fused.possible(x)
-    assert fused.possible(x)
+        assert not fused.possible(x, weight)
+    assert fused.possible(x, weight) and not fused.possible(x, weight.bfloat16())
     with torch.no_grad():
         program = torch.export.export(model, (x,)).module()
         torch.testing.assert_close(program(x).tokens, expected, rtol=1e-10, atol=1e-10)
