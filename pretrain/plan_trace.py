@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from pretrain import objective as objectives
 from pretrain.config import ConfigError
 from pretrain.models import layers
-from pretrain.objective import views
 from pretrain.objectives.base import Objective
 from pretrain.optim import make_optimizer
 from pretrain.parallel import blocks
@@ -177,7 +177,7 @@ ATTENTION = {  # the CPU's kernels, which torch's counter does not know
 def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     """A micro-batch that the objective's views made of noise, as the device sees it. Call it under the fake mode: floats and images are fake."""
     body = objective.encoder()
-    make = views(objective, cfg, body)
+    make = objectives.views(objective, cfg, body)
     rng = np.random.default_rng(0)
     side, made = max(64, int(1.2 * body.image_size)), min(count, SAMPLES)
     parts = []
