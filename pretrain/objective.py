@@ -18,7 +18,11 @@ from pretrain.config import ConfigError, Section
 from pretrain.errors import nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pretrain.models.layers import Backbone
     from pretrain.objectives.base import Objective
+    from pretrain.recipe import Recipe
 
 FOLDER = Path(__file__).parent / "objectives"
 LIGHT = ("__future__", "dataclasses", "typing", "pretrain.config", "pretrain.schedules")
@@ -86,3 +90,11 @@ def find(name: str) -> type[Objective]:
             f"{path}: holds {len(classes)} classes that derive from Objective, but one file is one method"
         )
     return classes[0]
+
+
+def views(objective: Objective, recipe: Recipe, body: Backbone) -> Callable[..., dict]:
+    """What makes one sample's part of a batch, for a backbone. Raises ConfigError for sizes that do not fit it."""
+    try:
+        return type(objective).views(recipe.objective, body.image_size, body.patch_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from pretrain import objective as objectives
 from pretrain.config import ConfigError
 from pretrain.models import fused, layers
 from pretrain.objectives.base import Objective
@@ -176,14 +177,14 @@ ATTENTION = {  # the CPU's kernels, which torch's counter does not know
 def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     """A micro-batch that the objective's views made of noise, as the device sees it. Call it under the fake mode: floats and images are fake."""
     body = objective.encoder()
-    views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
+    make = objectives.views(objective, cfg, body)
     rng = np.random.default_rng(0)
     side, made = max(64, int(1.2 * body.image_size)), min(count, SAMPLES)
     parts = []
     for n in range(made):
         image = rng.integers(0, 256, (side, side, cfg.model.in_channels), dtype=np.uint8)  # type: ignore[attr-defined]
         sample = {"image": image, "id": n, "epoch": 0, "slot": n, "batch": made, "step": 0, "seed": cfg.seed}
-        parts.append(views(sample, lambda k, n=n: np.random.default_rng([n, k])))  # type: ignore[misc]
+        parts.append(make(sample, lambda k, n=n: np.random.default_rng([n, k])))  # type: ignore[misc]
     batch = {}
     for key, value in parts[0].items():
         if value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating):

@@ -28,7 +28,7 @@ from pretrain.guard import Guard
 from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
-from pretrain.objective import find
+from pretrain.objective import find, views
 from pretrain.objectives.base import Objective
 from pretrain.optim import thaw
 from pretrain.parallel import engine as engines
@@ -118,7 +118,6 @@ def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledg
     for key, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != channels:
             raise ConfigError(f"data.{key} = {values}: model.in_channels = {channels}, so write {channels} values")
-    views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
     fetch = data.fetch
     reading = Reading(
         workers=default_workers(processes.here()) if data.workers is None else data.workers,
@@ -133,7 +132,7 @@ def build_stream(cfg: Recipe, objective: Objective, samples: list[Samples], ledg
     )
     return Stream(
         samples,
-        views,
+        views(objective, cfg, body),
         data.batch,
         cfg.seed,
         data.shuffle,
@@ -210,7 +209,8 @@ def _train(cfg: Recipe, device: torch.device) -> Path:
     )
     writer = Writer(run, step, cfg.steps, cfg.log.every, stream, device, *_flops(cfg, engine, say))
     writer.readers.append(lambda rows: guard.read(rows, run, stream, say))
-    writer.readers.append(collapse.Watch(vars(cfg.objective).get("prototypes"), say).read)
+    watch = collapse.Watch(vars(cfg.objective).get("prototypes"), say, run / "metrics.jsonl")
+    writer.readers.append(watch.read)
     gc.collect()
     gc.freeze()  # what is there by now stays
     gc.disable()  # the loop runs it at fixed steps
