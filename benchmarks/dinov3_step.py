@@ -25,6 +25,7 @@ from steps import CPU, cpu_seconds, emit, linear_flops
 from torch import Tensor, nn
 
 from data_pipeline.stream import to_device
+from pretrain.inputs import of_noise
 from pretrain.optim import thaw
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
@@ -48,13 +49,7 @@ def ours(precision: str, batch: int, compiled: bool = False) -> tuple[dict[str, 
         for part in (objective.student["backbone"], objective.teacher["backbone"]):
             for block in part.blocks:
                 block.compile()
-    views = type(objective).views(cfg.objective, 224, 16)
-    noise = np.random.default_rng(0)
-    parts = []
-    for slot in range(batch):
-        image = noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)
-        sample = {"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": batch, "step": 0, "seed": 0}
-        parts.append(views(sample, lambda k, slot=slot: np.random.default_rng([slot, k])))
+    parts = of_noise(cfg, objective, batch)
     arrays = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
     inputs = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
 

@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 
 from data_pipeline.build import build
-from data_pipeline.shards import Samples
 from data_pipeline.stream import Stream
 from pretrain.checkpoint import Saver
+from pretrain.inputs import open_samples, views
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
 from pretrain.recipe import Recipe, load
@@ -110,8 +110,9 @@ def saves(shards: Path, folder: Path, rounds: int) -> tuple[float, float, float]
         for parameter in engine.parameters:  # so that the optimizer has its state
             parameter.grad = torch.zeros_like(parameter)
         engine.step(0.0, 0.0)
-        views = type(engine.objective).views(cfg.objective, 224, 16)
-        parts[mode] = (Saver(Path(cfg.run), cfg, print), engine, Stream(Samples([str(shards)]), views, 8, workers=0))
+        samples = open_samples(cfg)
+        stream = Stream(samples, views(cfg, engine.objective, samples), 8, workers=0)
+        parts[mode] = (Saver(Path(cfg.run), cfg, print), engine, stream)
     times: dict[str, list[float]] = {"sync": [], "async": [], "behind": []}
     for n in range(1, rounds + 2):
         for mode, (saver, engine, stream) in parts.items():

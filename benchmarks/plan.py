@@ -32,20 +32,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.stream import to_device
 from pretrain import export, objective, plan
+from pretrain.inputs import of_noise
 from pretrain.models.presets import build
 from pretrain.objectives.base import Objective
 from pretrain.parallel import engine as engines
 from pretrain.parallel import processes
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.recipe import Recipe, load
-from pretrain.train import build_objective
+from pretrain.train import build_objective, placed
 
 CPU = torch.device("cpu")
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-MODEL = ["model=vit", "model.dim=512", "model.depth=6", "model.heads=8", "parallel.micro_batch=null"]
-SMALL = ["model=vit", "model.dim=64", "model.depth=1", "model.heads=2", "parallel.micro_batch=null", "data.batch=2"]
+MODEL = ["model.dim=512", "model.depth=6", "model.heads=8", "parallel.micro_batch=null"]
+SMALL = ["model.dim=64", "model.depth=1", "model.heads=2", "parallel.micro_batch=null", "data.batch=2"]
+BODY = {"gpt": "gpt_micro", "bert": "bert_micro", "t5": "t5_micro"}  # for others vit
 BATCH = {"mae": 16, "dinov2": 4}  # images; for others 8
 COUNT = {"single": 1, "ddp": 2, "fsdp2": 2}  # processes
 OPTIONS = {"dinov2": ["objective.prototypes=4096"]}
@@ -53,7 +54,13 @@ FEW = {"mae": ["objective.decoder_depth=1"], "dinov2": ["objective.prototypes=64
 
 
 def recipe(name: str, mode: str, precision: str, *more: str) -> Recipe:
-    common = [f"objective={name}", "device=cpu", f"parallel.mode={mode}", f"precision={precision}"]
+    common = [
+        f"objective={name}",
+        f"model={BODY.get(name, 'vit')}",
+        "device=cpu",
+        f"parallel.mode={mode}",
+        f"precision={precision}",
+    ]
     if name == "distillation":
         common += ["objective.loss=features", f"objective.teacher={teacher()}"]
     return load("demo", [*common, *more])
@@ -65,20 +72,17 @@ def teacher() -> Path:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     export.write(
-        Path(folder.name) / "teacher", build(load("demo", MODEL).model), {"pool": "cls"}, [0.5] * 3, [0.25] * 3
+        Path(folder.name) / "teacher",
+        build(load("demo", ["model=vit", *MODEL]).model),
+        {"pool": "cls"},
+        [0.5] * 3,
+        [0.25] * 3,
     )
     return Path(folder.name) / "teacher"
 
 
 def batch_of(cfg: Recipe, model: Objective) -> dict[str, Tensor]:
-    """What the objective's views make of noise, every sample by itself."""
-    body = model.encoder()
-    views = type(model).views(cfg.objective, body.image_size, body.patch_size)
-    noise, parts = np.random.default_rng(0), []
-    for slot in range(cfg.data.batch // processes.world()):
-        image = noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)
-        sample = {"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": cfg.data.batch, "step": 0, "seed": 0}
-        parts.append(views(sample, lambda k, slot=slot: np.random.default_rng([slot, k])))
+    parts = of_noise(cfg, model, cfg.data.batch // processes.world())
     return {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
 
 
@@ -86,7 +90,7 @@ def train(cfg: Recipe, steps: int) -> None:
     engine = engines.build(build_objective(cfg), cfg, CPU)
     arrays = batch_of(cfg, engine.objective)
     for step in range(steps):
-        batch = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
+        batch = placed(cfg, arrays, CPU)
         with engine.microbatch(last=True):
             loss, _ = engine.forward(batch, step)
             engine.backward(loss)

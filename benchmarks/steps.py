@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.stream import to_device
+from pretrain.inputs import of_noise
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
 from pretrain.recipe import Recipe, load
@@ -51,14 +52,7 @@ def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """(a batch, the step on it) of one of our objectives."""
     engine = Engine(build_objective(cfg), cfg, CPU)
     objective, size = engine.objective, BATCH[cfg.objective.name]
-    body = objective.encoder()
-    views = type(objective).views(cfg.objective, body.image_size, body.patch_size)
-    noise = np.random.default_rng(0)
-    parts = []
-    for slot in range(size):
-        image = noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)
-        sample = {"image": image, "id": slot, "epoch": 0, "slot": slot, "batch": size, "step": 0, "seed": 0}
-        parts.append(views(sample, lambda k, slot=slot: np.random.default_rng([slot, k])))
+    parts = of_noise(cfg, objective, size)
     arrays = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
     batch = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
 

@@ -27,7 +27,8 @@ def multicrop(
 
     `resolutions`: rows of (global, local, Gram pixels, weight), of which each step takes one, drawn from (seed, step): DINOv3's high-resolution stage.
     """
-    rows = _checked(resolutions or [[image_size, cfg.local_size, gram_size, 1.0]], patch_size, gram_size > 0)
+    rows = resolutions or [[image_size, cfg.local_size, gram_size, 1.0]]
+    _check(rows, patch_size, gram_size > 0, cfg.local_crops > 0)
     weights = tuple(row[3] for row in rows)
     sizes = [tuple(map(int, row[:3])) for row in rows]
     augments = [_augments(cfg, size) for size in sizes]
@@ -53,13 +54,15 @@ def pick(seed: int, step: int, weights: tuple[float, ...]) -> int:
     return min(int(np.searchsorted(np.cumsum(weights), place, side="right")), len(weights) - 1)
 
 
-def _checked(rows: list[list[float]], patch_size: int, gram: bool) -> list[list[float]]:
+def _check(rows: list[list[float]], patch_size: int, gram: bool, local: bool) -> None:
+    """Raises ValueError for sizes that are no whole patches, or for a Gram crop where there is no Gram teacher."""
     for row in rows:
         if len(row) != 4 or row[3] <= 0:
             raise ValueError(
                 f"objective.resolutions: {row} must be [global, local, Gram pixels (0: none), weight above 0]"
             )
-        if row[0] < patch_size or any(size % patch_size for size in row[:3]):
+        least = row[:2] if local else row[:1]
+        if min(least) < patch_size or any(size % patch_size for size in row[:3]):
             raise ValueError(
                 f"crops of {[int(size) for size in row[:3]]} pixels do not divide into patches of {patch_size}"
             )
@@ -67,7 +70,6 @@ def _checked(rows: list[list[float]], patch_size: int, gram: bool) -> list[list[
             raise ValueError(
                 f"objective.resolutions: {row} must have Gram pixels where, and only where, there is a gram_teacher"
             )
-    return rows
 
 
 def _augments(cfg: Any, sizes: Sizes) -> dict[str, list[Augment]]:

@@ -17,7 +17,8 @@ def write(folder: Path) -> Path:
     run = next((p for p in folder.resolve().parents if (p / "recipe.yaml").is_file()), None)
     lines = [*_head(fields), *_use(fields)]
     if run is not None:
-        lines += [*_scores(run, fields["unlabeled"].get("step")), *_data(run), *_recipe(run)]
+        about = fields["unlabeled"]
+        lines += [*_scores(run, about.get("step"), about.get("student")), *_data(run), *_recipe(run)]
     target = folder / "README.md"
     temporary = folder / ".README.md"
     temporary.write_text("\n".join(lines) + "\n")
@@ -81,8 +82,10 @@ def _use(fields: dict[str, Any]) -> list[str]:
     ]
 
 
-def _scores(run: Path, step: int | None) -> list[str]:
-    rows = [r for r in read_rows(run / "results.jsonl") if r["step"] == step and r.get("model") != "pixels"]
+def _scores(run: Path, step: int | None, student: str | None) -> list[str]:
+    """Of the recipe's own model, or of one of its further students."""
+    names = (student,) if student else ("untrained", "pretrained")
+    rows = [r for r in read_rows(run / "results.jsonl") if r["step"] == step and r.get("model") in names]
     if not rows:
         return ["## Scores", "", "None were taken of this step.", ""]
     lines = ["## Scores", "", "| split | protocol | metric | value | images |", "|---|---|---|---|---|"]

@@ -6,8 +6,10 @@ began with and what a healthy one begins with. The run goes on: whether to stop 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PATIENCE = 20  # rows in a row
@@ -18,18 +20,18 @@ BEGINNING = 300  # steps in which that is nothing to speak of
 
 
 class Watch:
-    """Reads rows of metrics; `prototypes` is K, or None where there are none."""
+    """Reads rows of metrics; `prototypes` is K, or None where there are none; `metrics` the file that a run which goes on has begun to write."""
 
-    def __init__(self, prototypes: int | None, say: Callable[[str], None]):
+    def __init__(self, prototypes: int | None, say: Callable[[str], None], metrics: Path | None = None):
         self.most = math.log(prototypes) if prototypes else None
         self.say = say
-        self.first: dict[str, float] = {}
+        self.first = _beginning(metrics) if metrics is not None else {}
         self.count: dict[str, int] = {}
         self.said: set[str] = set()
 
     def read(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            for key in [k for k in row if k.rpartition("/")[2] in ("feature_std", "rank", "teacher_entropy")]:
+            for key in _watched(row):
                 self._look(key, row[key], row["step"])
 
     def _look(self, key: str, value: float, step: int) -> None:
@@ -58,3 +60,19 @@ class Watch:
             f"the class tokens of all images are becoming alike ({was}; a fresh network has feature_std 0.1 to 0.9 and a rank of 3 or more); lower optim.lr,"
             " raise objective.momentum or objective.koleo_weight, or train with a larger batch"
         )
+
+
+def _watched(row: dict[str, Any]) -> list[str]:
+    return [key for key in row if key.rpartition("/")[2] in ("feature_std", "rank", "teacher_entropy")]
+
+
+def _beginning(metrics: Path) -> dict[str, float]:
+    """What the run began with: its first row, not the first one after a restart, where it may have collapsed already."""
+    if not metrics.is_file():
+        return {}
+    with metrics.open(errors="replace") as file:
+        try:
+            row = json.loads(file.readline())
+        except ValueError:  # a killed process leaves half of a line
+            return {}
+    return {key: row[key] for key in _watched(row) if math.isfinite(row[key])}

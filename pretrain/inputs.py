@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from data_pipeline.rows import Rows
 from data_pipeline.shards import Samples
@@ -64,6 +66,40 @@ def inputs(cfg: Recipe, body: Backbone, samples: Sequence[Dataset] | None = None
     first = samples[0] if samples else None
     vocabulary = first.vocabulary if isinstance(first, Rows) else Vocabulary.standing_in(body.vocab_size)
     return length_of(cfg), vocabulary, cfg.data.document_mask
+
+
+def views(cfg: Recipe, objective: Objective, samples: Sequence[Dataset] | None = None) -> Callable[..., dict]:
+    """What makes one sample's part of a batch for the objective's model. Raises ConfigError for sizes that do not fit it."""
+    try:
+        return type(objective).views(cfg.objective, *inputs(cfg, objective.encoder(), samples))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def of_noise(cfg: Recipe, objective: Objective, count: int) -> list[dict[str, np.ndarray]]:
+    """What the objective's views make of `count` images or rows that hold nothing: a batch where there are no data."""
+    make, rng = views(cfg, objective), np.random.default_rng(0)
+    parts = []
+    for n in range(count):
+        sample = {
+            **_noise(cfg, objective.encoder(), rng),
+            "id": n,
+            "epoch": 0,
+            "slot": n,
+            "batch": count,
+            "step": 0,
+            "seed": cfg.seed,
+        }
+        parts.append(make(sample, lambda k, n=n: np.random.default_rng([n, k])))
+    return parts
+
+
+def _noise(cfg: Recipe, body: Backbone, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    if is_text(cfg):
+        tokens = rng.integers(4, body.vocab_size, length_of(cfg) + 1)  # type: ignore[attr-defined]
+        return {"tokens": tokens, "documents": np.zeros(len(tokens), np.int32)}
+    side = max(64, int(1.2 * body.image_size))
+    return {"image": rng.integers(0, 256, (side, side, cfg.model.in_channels), dtype=np.uint8)}  # type: ignore[attr-defined]
 
 
 def check(cfg: Recipe, kind: type[Objective]) -> None:

@@ -27,15 +27,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pretrain.config import ConfigError
-from pretrain.inputs import inputs, length_of
+from pretrain.inputs import of_noise
 from pretrain.models import fused, layers
-from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
 from pretrain.ops import cross_entropy
 from pretrain.optim import make_optimizer
 from pretrain.parallel import blocks
 from pretrain.parallel.engine import COMPUTE
-from pretrain.recipe import Recipe, is_text
+from pretrain.recipe import Recipe
 
 SAMPLES = 16  # whose views are made to learn the shapes; larger batches repeat them
 CATEGORIES = ("parameters", "casts", "gradients", "optimizer", "teacher", "activations")
@@ -178,13 +177,8 @@ ATTENTION = {  # the CPU's kernels, which torch's counter does not know
 
 def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     """A micro-batch that the objective's views made of noise, as the device sees it. Call it under the fake mode: floats and images are fake."""
-    body = objective.encoder()
-    views = type(objective).views(cfg.objective, *inputs(cfg, body))
-    rng, made = np.random.default_rng(0), min(count, SAMPLES)
-    parts = []
-    for n in range(made):
-        sample = {**_noise(cfg, body, rng), "id": n, "epoch": 0, "slot": n, "batch": made, "step": 0, "seed": cfg.seed}
-        parts.append(views(sample, lambda k, n=n: np.random.default_rng([n, k])))  # type: ignore[misc]
+    made = min(count, SAMPLES)
+    parts = of_noise(cfg, objective, made)
     batch = {}
     for key, value in parts[0].items():
         if value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating):
@@ -193,15 +187,6 @@ def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
             with _disable_current_modes():
                 batch[key] = torch.from_numpy(np.stack([parts[i % made][key] for i in range(count)]))
     return batch
-
-
-def _noise(cfg: Recipe, body: Backbone, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """An image or a row of text that views can work on."""
-    if is_text(cfg):
-        tokens = rng.integers(4, body.vocab_size, length_of(cfg) + 1)  # type: ignore[attr-defined]
-        return {"tokens": tokens, "documents": np.zeros(len(tokens), np.int32)}
-    side = max(64, int(1.2 * body.image_size))
-    return {"image": rng.integers(0, 256, (side, side, cfg.model.in_channels), dtype=np.uint8)}  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

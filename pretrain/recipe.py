@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain import config, objective
+from pretrain import bounds, config, objective
 from pretrain.config import ConfigError, Origin, Section
 from pretrain.errors import nearest
 from pretrain.models import presets
@@ -296,4 +296,5 @@ def resolve(recipe: Recipe) -> Recipe:
         every = vars(stored[owner])[name]
         if every is not None and every < 1:
             raise ConfigError(f"{key} = {every}: must be 1 or more{' steps' if 'every' in name else ''}")
+    bounds.check(recipe)
     return recipe

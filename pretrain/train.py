@@ -29,7 +29,7 @@ from pretrain import auto, checkpoint, collapse, config, export, plan, recipe, w
 from pretrain.config import ConfigError
 from pretrain.errors import command
 from pretrain.guard import Guard
-from pretrain.inputs import Dataset, check, inputs, open_samples
+from pretrain.inputs import Dataset, check, open_samples, views
 from pretrain.metrics import Clock, Writer
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
@@ -117,7 +117,7 @@ def phases_of(cfg: Recipe, samples: Sequence[Dataset]) -> list[Phase]:
 
 
 def build_stream(cfg: Recipe, objective: Objective, samples: Sequence[Dataset], ledger: Path | None = None) -> Stream:
-    views, data = type(objective).views(cfg.objective, *inputs(cfg, objective.encoder(), samples)), cfg.data
+    data = cfg.data
     fetch = data.fetch
     reading = Reading(
         workers=default_workers(processes.here()) if data.workers is None else data.workers,
@@ -132,7 +132,7 @@ def build_stream(cfg: Recipe, objective: Objective, samples: Sequence[Dataset], 
     )
     return Stream(
         samples,
-        views,
+        views(cfg, objective, samples),
         data.batch,
         cfg.seed,
         data.shuffle,
@@ -227,7 +227,8 @@ def _train(cfg: Recipe, device: torch.device) -> Path:
     )
     writer = Writer(run, step, cfg.steps, cfg.log.every, stream, device, *_flops(cfg, engine, say))
     writer.readers.append(lambda rows: guard.read(rows, run, stream, say))
-    writer.readers.append(collapse.Watch(vars(cfg.objective).get("prototypes"), say).read)
+    watch = collapse.Watch(vars(cfg.objective).get("prototypes"), say, run / "metrics.jsonl")
+    writer.readers.append(watch.read)
     gc.collect()
     gc.freeze()  # what is there by now stays
     gc.disable()  # the loop runs it at fixed steps

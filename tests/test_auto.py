@@ -113,12 +113,34 @@ def test_collapse_is_named_once():
     assert line.startswith("step 319:") and "vit/teacher_entropy = 4.16" in line and "ln K = 4.16" in line
 
 
+def test_a_run_that_goes_on_remembers_how_it_began(tmp_path: Path):
+    """What was collapsed before a restart still is, and is not taken for the beginning."""
+    path = tmp_path / "metrics.jsonl"
+    for text, count in [
+        ('{"step": 0, "feature_std": 0.5, "rank": 9.0, "loss": 3.0}\n{"step"', 1),
+        ('{"st', 0),
+        ("", 0),
+    ]:
+        path.write_text(text)
+        said: list[str] = []
+        watch = collapse.Watch(64, said.append, path)
+        watch.read([{"step": 100 + i, "feature_std": 0.01} for i in range(30)])
+        assert len(said) == count and all("0.5 at the start" in line for line in said)
+    assert collapse.Watch(64, said.append, tmp_path / "nothing").first == {}
+
+
 def test_what_is_no_collapse():
     assert said_of(feature_std=[0.5] * 80, rank=[5.0, 1.2] * 40, teacher_entropy=[3.9, 4.16] * 40) == []
     assert said_of(feature_std=[0.5, *[0.01] * 19, 0.5, *[0.01] * 19]) == []
     assert said_of(rank=[1.0] * 60) == []  # a batch of two has no more
     assert said_of(feature_std=[0.5, *[float("nan")] * 60]) == []
     assert said_of(None, teacher_entropy=[4.16] * 60) == []
+    # beside the thresholds: a tenth of the first spread, a rank of 1.5, 0.995 of ln K from step 300 on
+    assert said_of(feature_std=[0.5] + [0.051] * 40) == [] and len(said_of(feature_std=[0.5] + [0.049] * 40)) == 1
+    assert said_of(rank=[9.0] + [1.51] * 40) == [] and len(said_of(rank=[9.0] + [1.49] * 40)) == 1
+    few, most = [0.994 * math.log(64)] * 400, [0.996 * math.log(64)] * 400
+    assert said_of(teacher_entropy=few) == [] and len(said_of(teacher_entropy=most)) == 1
+    assert said_of(teacher_entropy=most[:300]) == []
 
 
 @pytest.mark.slow

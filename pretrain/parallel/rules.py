@@ -35,5 +35,26 @@ def check(recipe: Recipe, processes: int) -> None:
             "DeepSpeed flattens the matrices" if mode.startswith("zero") else "its iteration wants them on the device"
         )
         raise ConfigError(f"optim.name = muon: {what}; write parallel.mode=fsdp2 without offload, or optim.name=adamw")
+    _check_koleo(recipe, processes)
     if recipe.precision == "fp16" and mode.startswith("zero"):
         raise ConfigError(f"precision = fp16: {mode} has fp32 and bf16; or write parallel.mode=ddp or fsdp2")
+
+
+def _check_koleo(recipe: Recipe, processes: int) -> None:
+    """KoLeo's groups are of the images that a forward sees, over all processes."""
+    options = vars(recipe.objective)
+    group, neighbours = options.get("koleo_group"), options.get("koleo_neighbours", 1)
+    if group is None:
+        return
+    if neighbours >= group:
+        raise ConfigError(
+            f"objective.koleo_neighbours = {neighbours}: must be less than objective.koleo_group = {group}"
+        )
+    micro = recipe.parallel.micro_batch
+    for batch in [recipe.data.batch, *(phase.batch for phase in recipe.data.phases if phase.batch)]:
+        rows = batch if micro is None else micro * processes
+        if rows % group:
+            what = f"data.batch = {batch}" if micro is None else f"micro-batches of {micro} on {processes} processes"
+            raise ConfigError(
+                f"objective.koleo_group = {group}: does not divide {what}; write one that does, or null for one group of all"
+            )

@@ -20,6 +20,7 @@ from pretrain.export import load as load_export
 from pretrain.models.layers import Backbone
 from pretrain.parallel.engine import Engine
 from pretrain.recipe import load
+from pretrain.schedules import Schedule
 from pretrain.train import build_objective, build_stream, open_samples, placed, train
 from tests.conftest import MORE, SMALL, TEXT, TINY, more, tiny_recipe
 
@@ -155,6 +156,28 @@ def test_every_option_is_checked_and_read(name: str, shards: Path, tmp_path: Pat
         read |= vars(cfg.objective)["_read"]
     for field in dataclasses.fields(type(cfg.objective)):
         assert field.name in read, f"nothing reads objective.{field.name}"
+
+
+class Asked(Schedule):
+    """A schedule that remembers for which steps it was asked."""
+
+    def __call__(self, step: int) -> float:
+        self.__dict__.setdefault("steps_asked", []).append(step)
+        return super().__call__(step)
+
+
+@everywhere
+def test_schedules_are_read_at_the_step(name: str, shards: Path, tmp_path: Path):
+    for options in [[], *([more(name, shards)] if name in MORE else [])]:
+        cfg, model, _, batch = setup(name, shards, tmp_path / "run", *options)
+        schedules = {k: v for k, v in vars(cfg.objective).items() if isinstance(v, Schedule)}
+        for schedule in schedules.values():
+            schedule.__class__ = Asked
+        model(batch, 5)
+        model.after_step(5)
+        asked = {k: vars(v).get("steps_asked", []) for k, v in schedules.items()}
+        assert all(set(steps) <= {5} for steps in asked.values()), asked
+        assert any(asked.values()) or not asked
 
 
 @pytest.mark.parametrize("name", [*IMAGES, "gpt"])

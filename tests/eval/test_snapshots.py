@@ -64,6 +64,9 @@ def test_a_run_is_compared(shards: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert [r["step"] for r in rows] == [1, 2] and all(r["score"] == r["agreement"] * r["contrast"] for r in rows)
     best = 1 + int(rows[1]["score"] > rows[0]["score"])
     assert f"gram_teacher={run / 'export' / str(best)}" in table(rows, run)
+    for first, second, step in [(0.9, 0.1, 1), (0.1, 0.9, 2)]:
+        rows[0]["score"], rows[1]["score"] = first, second
+        assert table(rows, run).endswith(f"gram_teacher={run / 'export' / str(step)}")
     args = parser().parse_args(["snapshots", str(run), "--images", "8"])
     args.main(args)
     assert f"step {best} has the clearest similarities" in capsys.readouterr().out

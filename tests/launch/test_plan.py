@@ -23,7 +23,7 @@ from pretrain.optim import make_optimizer
 from pretrain.parallel import engine as engines
 from pretrain.recipe import Recipe, load
 from pretrain.train import build_objective
-from tests.conftest import SMALL, TINY, teacher, unlabeled
+from tests.conftest import SMALL, TEXT, TINY, teacher, unlabeled
 from tests.launch.test_cli import cpu_seconds
 
 NAMES = objective.names()
@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def tiny(name: str, *overrides: str) -> Recipe:
-    common = [f"objective={name}", *TINY, *SMALL.get(name, []), "data.batch=16", "device=cpu"]
+    own = TEXT.get(name) or [*TINY, *SMALL.get(name, [])]
+    common = [f"objective={name}", *own, "threads=1", "precision=fp32", "data.batch=16", "device=cpu"]
     common += [f"objective.teacher={_teacher()}"] if name == "distillation" else []
     return load("demo", [*common, *overrides])
 

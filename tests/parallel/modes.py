@@ -14,7 +14,7 @@ from data_pipeline.shards import Look
 from data_pipeline.stream import Stream
 from pretrain import config, objective
 from pretrain.guard import Guard
-from pretrain.inputs import inputs, open_samples
+from pretrain.inputs import open_samples, views
 from pretrain.parallel import engine as engines
 from pretrain.parallel import processes
 from pretrain.parallel.device import pick_device
@@ -29,9 +29,9 @@ STEPS, BATCH, ACCUMULATE, LR = 4, 8, 2, 5e-4
 def batches(cfg: Recipe, shards: Path, count: int) -> list[dict[str, Tensor]]:
     """Whole micro-batches of real data, the same on every process."""
     model, samples = build_objective(cfg), open_samples(cfg)
-    views = type(model).views(cfg.objective, *inputs(cfg, model.encoder(), samples))
+    make = views(cfg, model, samples)
     look = Look(()) if cfg.objective.name in TEXT else Look()
-    stream = Stream(samples, views, BATCH, workers=0, look=look)
+    stream = Stream(samples, make, BATCH, workers=0, look=look)
     return [placed(cfg, next(stream), torch.device("cpu")) for _ in range(count)]
 
 

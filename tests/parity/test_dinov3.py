@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.multicrop import multicrop, pick
+from data_pipeline.multicrop import _augments, multicrop, pick
+from data_pipeline.views import Augment
 from pretrain.config import ConfigError
 from pretrain.errors import UserError
 from pretrain.export import load as load_export
@@ -225,6 +227,30 @@ def test_forward(options: dict):
     assert not any(p.requires_grad for p in [*model.teacher.parameters(), *model.gram.parameters()])
 
 
+def test_schedules_are_followed():
+    """Weights, temperature and momentum are those of the step."""
+    line = lambda first, last: Schedule(first, kind="linear", final=last, steps=11)  # noqa: E731
+    model, batch = dinov3(gram_teacher="ema").double(), batch_of()
+    noise(model.student, 1), noise(model.teacher, 2), noise(model.gram, 3)
+    cfg = model.cfg
+    cfg.gram_weight, cfg.local_weight = line(0.0, 2.0), line(1.0, 0.5)
+    for step, gram, local in [(0, 0.0, 1.0), (5, 1.0, 0.75), (10, 2.0, 0.5), (99, 2.0, 0.5)]:
+        loss, logs = model(batch, step)
+        parts = local * logs["dino_local"] + logs["dino_global"] + logs["ibot"] + 0.2 * logs["koleo"]
+        torch.testing.assert_close(loss.detach(), parts + gram * logs["gram"])
+    found = []
+    for temperature in (line(0.2, 0.7), Schedule(0.45), Schedule(0.2)):
+        cfg.teacher_temperature = temperature
+        found.append(model(batch, 5)[0].item())
+    assert found[0] == pytest.approx(found[1]) and abs(found[0] - found[2]) > 1e-3
+    cfg.momentum = line(0.5, 1.0)
+    for step, momentum in [(5, 0.75), (10, 1.0)]:
+        before = model.teacher["dino_head"].prototypes.clone()
+        model.after_step(step)
+        expected = momentum * before + (1 - momentum) * model.student["dino_head"].prototypes.detach()
+        torch.testing.assert_close(model.teacher["dino_head"].prototypes.detach(), expected)
+
+
 def test_gram_teacher_follows_a_few_times():
     model = dinov3(gram_teacher="ema", gram_every=2, gram_updates=2)
     noise(model.teacher, 1)
@@ -270,6 +296,19 @@ def test_gram_views_are_the_same_crops():
         assert np.corrcoef(small.ravel(), view.mean(0).ravel())[0, 1] > 0.8
     without = multicrop(plain, 64, 8)(sample(), rng_of)
     assert "gram" not in without and all(np.array_equal(without[k], out[k]) for k in without)  # other views do not move
+
+
+def test_each_view_has_its_own_operations():
+    """Probabilities of blur are those of the first, the second and the local crops, in this order; only the second is solarised; Gram crops keep
+    their colours."""
+    made = _augments(Config(blur=[0.1, 0.9, 0.5], flip=0.3, local_crops=3), (64, 32, 128))
+    assert [a.blur for a in made["global"]] == [0.1, 0.9] and [a.solarize for a in made["global"]] == [0, 0.2]
+    assert [a.blur for a in made["local"]] == [0.5] * 3 and made["local"][0].solarize == 0
+    assert [a.scale for a in (*made["global"], made["local"][0])] == [(0.32, 1.0), (0.32, 1.0), (0.05, 0.32)]
+    for augment in (*made["global"], made["local"][0]):
+        assert augment.jitter == (0.4, 0.4, 0.2, 0.1) and augment.gray == 0.2 and augment.flip == 0.3
+    plain = Augment(128, (0.32, 1.0), flip=0.3)
+    assert made["gram"] == [plain, plain] and "gram" not in _augments(Config(), (64, 32, 0))
 
 
 def test_resolutions_are_drawn_by_step():
@@ -520,6 +559,16 @@ def test_stages_chain(shards: Path, tmp_path: Path):
         )
     )
     assert len(losses(high)) == 4 and all(row["gram"] > 0 for row in losses(high))
+
+    # stopped after two steps and started again: the same sizes at the same steps, the same losses
+    again = [*third, "objective.gram_every=100", "objective.local_size=96", "objective.gram_size=512"]
+    shutil.copytree(high, tmp_path / "resumed")
+    for path in ("checkpoints/000000004", "export/4"):
+        shutil.rmtree(tmp_path / "resumed" / path)
+    (tmp_path / "resumed" / "checkpoints" / "latest").unlink()
+    resumed = train(tiny_recipe("dinov3", shards, tmp_path / "resumed", *again))
+    told = [[{k: row[k] for k in ("loss", "gram", "ibot")} for row in losses(run)] for run in (high, resumed)]
+    assert told[0] == told[1] and "goes on from step 2" in (resumed / "log.txt").read_text()
 
     for source in (second / "export" / "4", first / "checkpoints" / "000000002"):
         cfg = tiny_recipe("dinov3", shards, tmp_path / "x", *DINO, f"objective.gram_teacher={source}")

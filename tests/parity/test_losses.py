@@ -210,9 +210,10 @@ def test_sinkhorn_shares_prototypes_evenly():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sinkhorn_does_not_overflow_or_underflow(dtype: torch.dtype):
-    q = sinkhorn((1e4 * normal(6, 9)).to(dtype), 0.04)
-    assert q.dtype == torch.float32 and q.isfinite().all()
-    torch.testing.assert_close(q.sum(1), torch.ones(6))
+    for logits in (1e4 * normal(6, 9), 1e38 * normal(6, 9).sign(), torch.eye(9)[:6] * torch.finfo(dtype).max):
+        q = sinkhorn(logits.to(dtype), 0.04)
+        assert q.dtype == torch.float32 and q.isfinite().all()
+        torch.testing.assert_close(q.sum(1), torch.ones(6))
     # a constant per prototype falls out at the first step, even where exp() of it would be 0 or infinite
     logits = normal(6, 9)
     far = torch.tensor([0.0, -1e3, 1e3, 0, 1e3, -1e3, 50, 0, -50], dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,45 @@ def test_block_mask_is_made_of_blocks_everywhere():
     assert often.min() > 0.02 and often.max() < 0.6 and np.abs(often - often[::-1, ::-1]).max() < 0.06
     same = [block_mask((14, 14), 60, np.random.default_rng(3)) for _ in range(2)]
     assert np.array_equal(*same)
+
+
+def naive_block_mask(side: int, count: int, rng: random.Random) -> np.ndarray:
+    """The published procedure, cell by cell: blocks until ten tries in a row fail, then single cells."""
+    on: set[tuple[int, int]] = set()
+    while len(on) < count:
+        added = False
+        for _ in range(10):
+            area = rng.uniform(4, max(4, min(count - len(on), side * side / 2)))
+            aspect = 0.3 * (1 / 0.09) ** rng.random()
+            h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if 0 < h < side and 0 < w < side:
+                top, left = rng.randint(0, side - h), rng.randint(0, side - w)
+                new = {(top + i, left + j) for i in range(h) for j in range(w)} - on
+                if new and len(new) <= count - len(on):
+                    on |= new
+                    added = True
+                    break
+        if not added:
+            free = [(i, j) for i in range(side) for j in range(side) if (i, j) not in on]
+            on |= set(rng.sample(free, count - len(on)))
+    return np.array([[(i, j) in on for j in range(side)] for i in range(side)])
+
+
+@pytest.mark.parametrize("count", [19, 60, 98])
+def test_block_masks_are_distributed_as_published(count: int):
+    """Borders between masked and other cells, masked cells with no masked neighbour, and how far a mask spreads: means over 600 masks."""
+
+    def shape(mask: np.ndarray) -> list[float]:
+        wide = np.pad(mask, 1)
+        near = wide[:-2, 1:-1].astype(int) + wide[2:, 1:-1] + wide[1:-1, :-2] + wide[1:-1, 2:]
+        rows, columns = np.nonzero(mask)
+        return [(4 - near)[mask].sum(), (mask & (near == 0)).sum(), rows.std(), columns.std()]
+
+    rng, plain = np.random.default_rng(0), random.Random(1)
+    ours = np.array([shape(block_mask((14, 14), count, rng)) for _ in range(600)])
+    theirs = np.array([shape(naive_block_mask(14, count, plain)) for _ in range(600)])
+    error = np.sqrt((ours.var(0) + theirs.var(0)) / 600)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4 * error + 1e-9).all(), (ours.mean(0), theirs.mean(0), error)
 
 
 @pytest.mark.parametrize(

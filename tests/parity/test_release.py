@@ -92,6 +92,14 @@ def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
     (run / "results.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"value": 0.8125}) + "\n")
     card.write(folder)
     assert "| test | knn | accuracy | 0.8125 | 12 |" in (folder / "README.md").read_text()
+    (run / "results.jsonl").write_text(json.dumps(row | {"model": "convnext_tiny"}) + "\n")  # a further student's
+    card.write(folder)
+    assert "None were taken" in (folder / "README.md").read_text()
+    fields = json.loads((folder / "config.json").read_text())
+    fields["unlabeled"]["student"] = "convnext_tiny"
+    (run / "export" / "convnext_tiny" / "2").mkdir(parents=True)
+    (run / "export" / "convnext_tiny" / "2" / "config.json").write_text(json.dumps(fields))
+    assert "| test | knn | accuracy | 0.7500 | 12 |" in card.write(run / "export" / "convnext_tiny" / "2").read_text()
     args = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--also", "timm", "torch"])
     args.main(args)
     said = capsys.readouterr().out

@@ -20,7 +20,7 @@ from pretrain import export, weights
 from pretrain.errors import UserError
 from pretrain.layouts import official, timm
 from pretrain.models import presets
-from pretrain.models.convnext import ConvolutionalNetwork
+from pretrain.models.convnext import ConvBlock, ConvolutionalNetwork
 from pretrain.models.layers import Attention, QueryKeyValue
 from pretrain.models.positions import rope_angles, rope_change, rope_periods
 from tests.parity.test_models import (
@@ -370,6 +370,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path):
     for options, message in cases:
         with pytest.raises(UserError, match=message):
             weights.load_into(vit(**options), tmp_path / "out")
+    export.write(tmp_path / "rope", vit(**DINOV3), ABOUT, MEAN, STD)
+    with pytest.raises(UserError, match=r"model.rope_base = 10.0, there 100.0; set these to what is there"):
+        weights.load_into(vit(**DINOV3, rope_base=10.0), tmp_path / "rope")
     with pytest.raises(UserError, match=r"holds a ViT, but model\.name = convnext is a ConvNeXt"):
         weights.load_into(convnext(), tmp_path / "out")
     save_file({"a.weight": torch.ones(2)}, tmp_path / "other.safetensors")
@@ -381,6 +384,29 @@ def test_what_does_not_fit_is_named(tmp_path: Path):
 
 
 # ---------------------------------------------------------------- options of training
+def test_initial_values():
+    """Linears and tokens from a normal of 0.02 (cut at two sigma for linears), kernels uniform below 1/√fan-in, biases and the mask token zero."""
+    cfg = presets.ViT(image_size=64, patch_size=8, dim=128, depth=2, heads=4, **{**DINOV3, "registers": 16})
+    cfg.name = "vit"
+    torch.manual_seed(0)
+    found = presets.build(cfg).state_dict()
+    for name, value in found.items():
+        if name.endswith("bias") or name == "mask_token":
+            assert not value.any(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        elif name.endswith("gamma"):
+            assert (value == 1e-5).all(), name
+        elif name == "patch_embed.weight":
+            bound = (3 * 64) ** -0.5
+            assert 0.98 * bound < value.abs().max() <= bound
+            assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        else:
+            assert value.std().item() == pytest.approx(0.02, rel=0.25), name
+    learned = presets.build(cfg.replace(positions="learned", key_bias=True)).state_dict()["pos_embed"]
+    assert learned.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_keys_have_no_bias():
     torch.manual_seed(0)
     plain, ours = nn.Linear(8, 24).double(), QueryKeyValue(8).double()
@@ -459,6 +485,8 @@ def test_local_crops_have_a_norm_of_their_own():
             before = (other - norm.bias) / norm.weight  # normalised, not yet scaled
             torch.testing.assert_close(value, before * own.weight + own.bias, rtol=1e-3, atol=1e-4)
             assert not torch.allclose(value, other, atol=1e-2)
+    pair = model(x[:2])  # one size of local crops, as all recipes have
+    assert torch.equal(pair[0].cls, common[0].cls) and torch.allclose(pair[1].cls, ours[1].cls, atol=1e-5)
     two = model(x, layers=2)
     assert torch.equal(two[1].cls[:, 32:], ours[1].cls) and two[2].registers.shape == (2, 4, 64)
 
@@ -494,6 +522,12 @@ def test_convnext_drop_path_and_refusals():
     first = model(x).cls
     torch.manual_seed(0)
     assert torch.equal(model(x).cls, first) and not torch.allclose(model.eval()(x).cls, first)
+    block, maps = ConvBlock(4, 0.5, 0.3, 1e-6), torch.randn(8, 4, 6, 6)
+    noise(block)
+    change, whole = block.train()(maps) - maps, block.eval()(maps) - maps
+    kept = change.flatten(1).any(1)
+    assert kept.sum() == 5  # ⌊8 · 0.7⌋
+    torch.testing.assert_close(change[kept], whole[kept] * 8 / 5)
     for options in ({"mask": torch.zeros(4, 4)}, {"layers": 2}):
         with pytest.raises(ValueError, match="a ConvNeXt takes no mask"):
             model(x, **options)

@@ -1,0 +1,89 @@
+"""Options that make no sense are one line before anything runs, not a traceback out of a data worker or a loss that is not a number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain import recipe
+from pretrain.config import ConfigError
+from pretrain.parallel import rules
+from pretrain.train import train
+from tests.conftest import tiny_recipe
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_recipes_are_within(name: str):
+    recipe.load(name)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("objective.blur=[0.5]", r"objective.blur = \[0.5\]: write three"),
+        ("objective.blur=[0.5, 2, 0.1]", r"objective.blur\[1\] = 2.0: must be from 0 to 1"),
+        ("objective.mask_share=1.5", "objective.mask_share = 1.5: must be from 0 to 1"),
+        ("objective.mask_ratio_min=0.6", "mask_ratio_min = 0.6: must be at most objective.mask_ratio_max = 0.5"),
+        ("objective.local_scale=0.5", "local_scale = 0.5: must be at most objective.global_scale = 0.32"),
+        ("objective.global_scale=0", "objective.global_scale = 0.0: must be above 0 and at most 1"),
+        ("objective.local_crops=-1", "objective.local_crops = -1: must be 0 or more"),
+        ("objective.gram_size=0", "objective.gram_size = 0: must be 1 or more"),
+        ("objective.gram_every=0", "objective.gram_every = 0: must be 1 or more"),
+        ("objective.prototypes=0", "objective.prototypes = 0: must be 1 or more"),
+        ("objective.ibot_prototypes=0", "objective.ibot_prototypes = 0: must be 1 or more"),
+        ("objective.koleo_group=1", "objective.koleo_group = 1: must be 2 or more, or null"),
+        ("objective.student_temperature=0", "objective.student_temperature = 0.0: must be above 0"),
+        ("objective.teacher_temperature=0", "objective.teacher_temperature.value = 0.0: must be above 0"),
+        (
+            "objective.teacher_temperature={kind: cosine, value: 0.07, final: 0.0}",
+            "objective.teacher_temperature.final = 0.0: must be above 0",
+        ),
+        ("objective.momentum=1.5", "objective.momentum.value = 1.5: must be from 0 to 1"),
+        ("model.patch_size=0", "model.patch_size = 0: must be 1 or more"),
+        ("model.registers=-1", "model.registers = -1: must be 0 or more"),
+        ("optim.clip=0", "optim.clip = 0.0: must be above 0, or null"),
+        ("optim.freeze_backbone=-1", "optim.freeze_backbone = -1: must be 0 or more"),
+    ],
+)
+def test_refused_as_it_is_read(option: str, message: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        tiny_recipe("dinov3", tmp_path, tmp_path / "run", option)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("objective.local_size=20", r"crops of \[32, 20, 64\] pixels do not divide into patches of 8"),
+        ("objective.resolutions=[[32, 16, 64]]", "must be .global, local, Gram pixels"),
+        ("objective.resolutions=[[32, 0, 64, 1]]", r"crops of \[32, 0, 64\] pixels do not divide"),
+        ("objective.koleo_group=3", "objective.koleo_group = 3: does not divide data.batch = 16"),
+        ("objective.koleo_neighbours=4", "koleo_neighbours = 4: must be less than objective.koleo_group = 4"),
+    ],
+)
+def test_refused_before_the_first_step(option: str, message: str, shards: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_recipe("dinov3", shards, tmp_path / "run", option))
+
+
+def test_groups_of_koleo_divide_what_a_forward_sees(tmp_path: Path):
+    """The micro-batches of all processes, and the batch of every phase."""
+    options = ["objective.koleo_group=8", "data.batch=32"]
+    micro = [*options, "parallel.micro_batch=4", "parallel.mode=ddp"]
+    rules.check(tiny_recipe("dinov3", tmp_path, tmp_path / "run", *micro), 2)
+    with pytest.raises(ConfigError, match="does not divide micro-batches of 4 on 1 processes"):
+        rules.check(tiny_recipe("dinov3", tmp_path, tmp_path / "run", *micro), 1)
+    with pytest.raises(ConfigError, match=r"does not divide data\.batch = 12"):
+        rules.check(
+            tiny_recipe("dinov3", tmp_path, tmp_path / "run", *options, "data.phases=[{step: 4, batch: 12}]"), 1
+        )
+
+
+def test_options_of_a_users_own_objective_are_its_own(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        '"""Mine."""\nfrom dataclasses import dataclass\nfrom pretrain.config import Section\n'
+        "@dataclass\nclass Config(Section):\n    momentum: float = 3.0\n"
+    )
+    loaded = recipe.load("demo", [f"objective={path}", "data.train=x"])
+    assert vars(loaded.objective)["momentum"] == 3.0
