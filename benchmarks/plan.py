@@ -63,6 +63,8 @@ def recipe(name: str, mode: str, precision: str, *more: str) -> Recipe:
     ]
     if name == "distillation":
         common += ["objective.loss=features", f"objective.teacher={teacher()}"]
+    if name == "t5":
+        common += ["data.document_mask=false"]
     return load("demo", [*common, *more])
 
 
