@@ -35,6 +35,7 @@ def train(recipe: Recipe, processes: int = 1) -> int:
     if processes < 1:
         raise UserError(f"--processes {processes}: write 1 or more")
     rules.check(recipe, processes)
+    print(*recipe.derived, sep="\n", end="\n" * bool(recipe.derived), flush=True)
     run = prepare(recipe)
     evals = recipe.eval
     scoring = _python("launch.evals", run, stdin=subprocess.PIPE, nice=10) if evals.val or evals.test else None

@@ -205,7 +205,7 @@ def describe(cfg: Recipe, device: str, mfu: float, processes: int = 1) -> list[s
     if plan.collectives:
         each = ", ".join(f"{name} {_size(size)}" for name, size in plan.collectives.items())
         out.append(f"traffic      a step: {each}")
-    return out
+    return out + [f"derived      {line}" for line in cfg.derived]
 
 
 def _size(size: float) -> str:

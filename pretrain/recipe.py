@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pretrain import bounds, config, objective
+from pretrain import bounds, config, dial, objective
 from pretrain.config import ConfigError, Origin, Section
 from pretrain.errors import nearest
 from pretrain.models import presets
@@ -18,6 +18,12 @@ from pretrain.schedules import Schedule
 
 FOLDER = Path(__file__).parent / "recipes"
 CHOSEN = {"model", "objective"}  # sections whose options depend on their name
+
+
+if TYPE_CHECKING:
+    Derived = int
+else:
+    Derived = int | Literal["auto"]  # `resolve` puts a number in its place before anything computes with it
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Data(Section):
         default_factory=list
     )  # folders, tars or globs of WebDataset shards, local or any fsspec URL, read as one dataset
     mix: list[Source] = field(default_factory=list)  # instead of `train`: several datasets and their weights
-    batch: int = 256
+    batch: Derived = 256  # auto, for decoders: see pretrain/dial.py
     phases: list[Phase] = field(default_factory=list)  # changes of batch or weights; may be added while a run goes on
     shuffle: bool = True
     workers: int | None = None  # data processes per trainer process; null: from the machine's cores
@@ -194,7 +200,7 @@ class Eval(Section):
 
 @dataclass
 class Recipe(Section):
-    steps: int
+    steps: Derived  # auto, for decoders: see pretrain/dial.py
     model: Section = field(metadata={"choose": presets.choose})
     objective: Section = field(metadata={"choose": objective.config_class})
     run: str = ""  # the run folder; empty: runs/<name of the recipe>
@@ -214,6 +220,7 @@ class Recipe(Section):
     export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
     eval: Eval = field(default_factory=Eval)
+    derived = list[str]()  # no field; of an instance: what the size dial derived, in lines
 
 
 def is_text(recipe: Recipe) -> bool:
@@ -269,8 +276,9 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Give every schedule the run's length where it has none, and check what one field alone cannot tell."""
+    """Settle what the size dial derives, give every schedule the run's length where it has none, and check what one field alone cannot tell."""
     stored = vars(recipe)
+    recipe.derived = [*recipe.derived, *dial.turn(recipe)]
     for section in config.sections(recipe):
         if isinstance(section, Schedule):
             if vars(section)["steps"] is None:

@@ -16,11 +16,12 @@ from pretrain.config import Section
 class Schedule(Section):
     """`start` → `value` in a straight line over `warmup` steps, then `value` → `final` by `kind` until step `steps`.
 
-    `warmup` and `decay` are steps, or shares of the run where they are below 1; a learning rate's warmup may be `auto` (pretrain/auto.py). `kind`: constant; linear; cosine (half a cosine);
+    `warmup` and `decay` are steps, or shares of the run where they are below 1; a learning rate's warmup may be `auto` (pretrain/auto.py), and a decoder's
+    its value (pretrain/dial.py). `kind`: constant; linear; cosine (half a cosine);
     wsd (constant, then over the last `decay` by `shape`: a straight line, or 1 - sqrt of what is done, arXiv 2405.18392). `steps` is the length of the run unless it is given.
     """
 
-    value: float = 0.0
+    value: float | Literal["auto"] = 0.0
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     start: float = 0.0
     final: float = 0.0
@@ -32,6 +33,8 @@ class Schedule(Section):
     def __call__(self, step: int) -> float:
         """The value at `step`, counted from 0. Warm-up reaches `value` at step `warmup`; `final` is reached at step `steps` - 1."""
         value, kind, warmup = self.value, self.kind, self.warmup
+        if value == "auto":
+            raise ValueError("a schedule whose value is auto has to be settled first (pretrain/dial.py)")
         if kind == "constant" and not warmup:
             return value
         if warmup == "auto":

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import auto, collapse, recipe
-from pretrain.train import train
-from tests.conftest import tiny_recipe
+from pretrain import auto, collapse, dial, recipe
+from pretrain.config import ConfigError
+from pretrain.train import build_objective, train
+from tests.conftest import tiny_recipe, tokens, unlabeled
 
 ALL = [
     "objective.prototypes=auto",
@@ -149,3 +150,59 @@ def test_a_run_that_collapses_says_so(shards: Path, tmp_path: Path):
     options = ["objective.koleo_weight=-30.0", "objective.momentum=0.5", "optim.lr=3e-3", "steps=150", "log=10"]
     run = train(tiny_recipe("dinov2", shards, tmp_path / "run", *options))
     assert "collapse: the class tokens of all images are becoming alike" in (run / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------- the size dial
+def test_the_dial_counts_the_weights_of_the_model():
+    """Every matrix but the embedding, as the model has them."""
+    for overrides in ([], ["model.mlp=swiglu"], ["model.kv_heads=1", "model.dim=96", "model.heads=3"]):
+        cfg = recipe.load(
+            "gpt_dial", ["data.train=x", "model.depth=2", "model.vocab_size=640", "model.context=64", *overrides]
+        )
+        body = build_objective(cfg).encoder()
+        matrices = sum(p.numel() for name, p in body.named_parameters() if p.ndim == 2 and "embed" not in name)
+        assert dial.weights(cfg.model) == matrices
+
+
+def test_the_dial_follows_its_laws():
+    """One number gives width, heads, batch, steps and rate; larger models get more tokens, larger batches and lower rates."""
+    found = {}
+    for depth in (4, 8, 12, 20, 26):
+        cfg = recipe.load("gpt_dial", ["data.train=x", f"model.depth={depth}"])
+        n = dial.weights(cfg.model)
+        compute = 6 * n * 12 * n
+        tokens = cfg.data.batch * 2048
+        assert math.log2(cfg.data.batch).is_integer() and 0.7 < tokens / (0.2920 * compute**0.3271) < 1.42
+        assert cfg.steps * tokens == pytest.approx(12 * n, rel=0.01)
+        assert cfg.optim.lr.value == pytest.approx(0.3118 * compute**-0.125, rel=0.01)
+        assert cfg.optim.lr.steps == cfg.steps
+        found[depth] = (cfg.data.batch, cfg.steps, cfg.optim.lr.value)
+    batches, steps, rates = zip(*found.values(), strict=True)
+    assert (
+        list(batches) == sorted(batches) and list(steps) == sorted(steps) and list(rates) == sorted(rates, reverse=True)
+    )
+
+
+def test_the_dial_is_said_and_stored(shards: Path, tmp_path: Path):
+    """By the command line; what is given stays as it is."""
+    overrides = ["model.depth=1", "model.vocab_size=512", "model.context=32", f"data.train={tokens(shards.parent)}"]
+    overrides += ["data.workers=0", "steps=3", "device=cpu", "precision=fp32", "threads=1", f"run={tmp_path / 'run'}"]
+    done = unlabeled("train", "gpt_dial", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "data.batch = 64 (auto: 2,048 tokens in rows of 32" in done.stdout and "optim.lr.value = " in done.stdout
+    assert "steps = " not in done.stdout.partition("gpt on")[0]
+    stored = recipe.load(tmp_path / "run")
+    assert (stored.data.batch, stored.steps) == (64, 3) and not stored.derived
+    assert unlabeled("train", "gpt_dial", *overrides).returncode == 0  # the same run: nothing to do
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["steps=auto"], r"steps = auto: is derived for decoders \(model=gpt\), not for model.name = "),
+        (["optim.weight_decay=auto"], "of all schedules only optim.lr can be derived"),
+    ],
+)
+def test_the_dial_is_for_decoders(overrides: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        recipe.load("demo", overrides)
