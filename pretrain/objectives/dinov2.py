@@ -22,7 +22,7 @@ from pretrain.objectives.base import Objective
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
-from pretrain.ops.self_distillation import dino_terms, health, ibot_term
+from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.schedules import Schedule
 
@@ -89,14 +89,10 @@ class DINOv2(Objective):
         if batch["local"].shape[1]:
             inputs, masks = [images, batch["local"].flatten(0, 1)], [mask, None]
         features = self.student["backbone"](inputs, mask=masks)
-        logits = self.student["dino_head"](torch.cat([f.cls for f in features]))  # [B·G + B·L, K]
-        s_global = logits[: len(images)].unflatten(0, (-1, crops))  # [B, G, K]
-        s_local = logits[len(images) :].unflatten(0, (len(s_global), batch["local"].shape[1]))  # [B, L, K]
-        s_patch = self.student["ibot_head"](features[0].tokens[mask])  # [M, K]
-
-        local, glob = dino_terms(s_global, s_local, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
-        ibot = ibot_term(s_patch, p_patch, mask, cfg.student_temperature)
-        cls = features[0].cls.unflatten(0, (-1, crops))
+        cls, small = by_image(features, crops)  # [B, G, D], [B, L, D]
+        dino_head, ibot_head = self.student["dino_head"], self.student["ibot_head"]
+        local, glob = dino_terms(dino_head, cls, small, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
+        ibot = ibot_term(ibot_head, features[0].tokens[mask], p_patch, mask, cfg.student_temperature)
         spread = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
         loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
         logs = {"dino_local": local, "dino_global": glob, "ibot": ibot, "koleo": spread / crops}

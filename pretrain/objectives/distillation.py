@@ -30,7 +30,7 @@ from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
 from pretrain.ops.randomness import own_randomness
 from pretrain.ops.relations import relation_loss
-from pretrain.ops.self_distillation import dino_terms, health, ibot_term
+from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.schedules import Schedule
 
@@ -142,21 +142,23 @@ class Distillation(Objective):
         self, student, features, teacher, p_cls: Tensor, batch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """DINO, iBOT and KoLeo of one student, as in DINOv2."""
-        cfg, crops, small = self.cfg, batch["global"].shape[1], batch["local"].shape[1]
-        own = features[0]
+        cfg, crops, own = self.cfg, batch["global"].shape[1], features[0]
         mask = align_mask(batch["mask"].flatten(0, 1), teacher.grid, own.grid)  # [B·G, N of the student]
         with torch.no_grad():
             patches = align_map(teacher.tokens, teacher.grid, own.grid)[mask]
             p_patch = sinkhorn(self.teacher["ibot_head"](patches), cfg.teacher_temperature(step))  # [M, K]
-        logits = student["dino_head"](torch.cat([f.cls for f in features]))  # [B·G + B·L, K]
-        s_global = logits[: len(p_cls)].unflatten(0, (-1, crops))
-        s_local = logits[len(p_cls) :].unflatten(0, (len(s_global), small))
-        local, glob = dino_terms(s_global, s_local, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
-        ibot = ibot_term(student["ibot_head"](own.tokens[mask]), p_patch, mask, cfg.student_temperature)
-        cls = own.cls.unflatten(0, (-1, crops))
+        cls, small = by_image(features, crops)  # [B, G, D], [B, L, D]
+        p_cls = p_cls.unflatten(0, (-1, crops))
+        local, glob = dino_terms(student["dino_head"], cls, small, p_cls, cfg.student_temperature)
+        ibot = ibot_term(student["ibot_head"], own.tokens[mask], p_patch, mask, cfg.student_temperature)
         spread = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
         loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
-        return loss, {"dino": local + glob, "ibot": ibot, "koleo": spread / crops, **health(cls[:, 0], p_cls)}
+        return loss, {
+            "dino": local + glob,
+            "ibot": ibot,
+            "koleo": spread / crops,
+            **health(cls[:, 0], p_cls.flatten(0, 1)),
+        }
 
     def by_features(
         self, student, features, teacher, z_cls: Tensor, batch, step: int

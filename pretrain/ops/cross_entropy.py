@@ -1,4 +1,4 @@
-"""Cross-entropies: of hidden states and a head's weights, without ever holding all logits; and of logits against soft targets.
+"""The cross-entropy of hidden states and a head's weights, without ever holding all logits: of language models, and of heads of prototypes.
 
 Shapes: N rows, D features, V classes (tokens of a vocabulary, or prototypes).
 """
@@ -16,15 +16,6 @@ IGNORED = -100  # a target that counts for nothing
 CHUNKS = 4  # more of them cost time: each adds to the whole gradient of the weights
 LARGEST = 1 << 27  # logits of a chunk
 CACHED = 1 << 19  # logits that are worked on at a time on a CPU: 2 MB
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """-Σ_k targets_k · log softmax(logits / temperature)_k per row: [...] from [..., K] and targets whose rows sum to 1.
-
-    Written as logsumexp − Σ targets · logits, which never holds the log-softmax; at least fp32.
-    """
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    return logits.logsumexp(-1) - (targets * logits).sum(-1)
 
 
 class _Options(NamedTuple):
@@ -48,8 +39,8 @@ def cross_entropy(
 ) -> Tensor:
     """Σ over rows of row_weights · (−log softmax(logits)_target + z_loss · logsumexp(logits)²), a scalar in fp32 or wider.
 
-    hidden [N, D], weight [V, D], targets long [N] (-100: the row counts for nothing) or float [N, V] whose rows sum to 1; no gradient goes to these, nor
-    to row_weights [N]. logits = scale · hidden weightᵀ + bias, then softcap · tanh(logits / softcap) (arXiv 2408.00118); z_loss as in arXiv 2204.02311.
+    hidden [N, D], weight [V, D], targets long [N] (-100: the row counts for nothing) or float [N / n, V] whose rows sum to 1, each the target of n rows
+    on end; no gradient goes to these, nor to row_weights [N]. logits = scale · hidden weightᵀ + bias, then softcap · tanh(logits / softcap) (arXiv 2408.00118); z_loss as in arXiv 2204.02311.
     Rows are taken in chunks, and their gradients are computed at once, so that logits of one chunk is all that there is at any time. Products are in
     the precision of autocast, all else in fp32 or wider.
     """
@@ -79,7 +70,7 @@ class _Chunked(torch.autograd.Function):
             for part in _parts(len(h), -(-len(h) // o.chunks)):
                 logits = h[part] @ w.t()
                 own = None if rows is None else rows[part]
-                loss += _in_blocks(logits, targets[part], bias, own, o, any(needed))
+                loss += _in_blocks(logits, _of(targets, part, len(h)), bias, own, o, any(needed))
                 _add_gradients(grads, part, h, w, logits)
             if grads[2] is not None:
                 grads[2] /= o.scale  # which the products were multiplied by, the bias was not
@@ -93,6 +84,13 @@ class _Chunked(torch.autograd.Function):
 
 def _parts(count: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, count)) for i in range(0, count, max(1, size))]
+
+
+def _of(targets: Tensor, part: slice, count: int) -> Tensor:
+    """The targets of a part of `count` rows."""
+    if len(targets) == count:
+        return targets[part]
+    return targets[torch.arange(part.start, part.stop, device=targets.device) // (count // len(targets))]
 
 
 def _add_gradients(grads: list[Tensor | None], part: slice, h: Tensor, w: Tensor, slopes: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.layers import trunc_normal
+from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.sync_norm import BatchNorm
 
 
@@ -35,7 +36,13 @@ class PrototypeHead(nn.Module):
         self.apply(trunc_normal)
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, temperature: float = 1.0, row_weights: Tensor | None = None
+    ) -> Tensor:
+        """Logits [..., K]; or, with targets [R / n, K], each of which is that of n rows of x [R, D] on end, the sum of the rows' cross-entropies at that
+        temperature, without ever holding all logits: see `pretrain.ops.cross_entropy`."""
         x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
         prototypes = F.normalize(self.prototypes, dim=-1) if self.unit else self.prototypes
+        if targets is not None:
+            return cross_entropy(x, prototypes, targets, row_weights=row_weights, scale=1 / temperature)
         return F.linear(x, prototypes.to(x.dtype))

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.ops.cross_entropy import soft_cross_entropy
+from pretrain.models.layers import Features
 from pretrain.ops.gather import gather
 
+Head = Callable[
+    ..., Tensor
+]  # (rows [R, D], targets [R / n, K], temperature, row_weights [R]) → the sum of their cross-entropies
 
-def dino_terms(s_global: Tensor, s_local: Tensor, p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(local term, global term) of student logits [B, G or L, K] and teacher assignments p [B, G, K] (DINO, arXiv 2104.14294, eq. 3).
+
+def dino_terms(head: Head, x_global: Tensor, x_local: Tensor, p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(local term, global term) of the student's class tokens [B, G or L, D] and teacher assignments p [B, G, K] (DINO, arXiv 2104.14294, eq. 3).
 
     Cross-entropies weighted by their number of (student, teacher) pairs, the same crop left out: their sum is the mean over all pairs. −Σ p log softmax(s)
     is linear in p, so the teacher crops that a student crop is compared with are averaged first.
     """
-    crops, small = s_global.shape[1], s_local.shape[1]
+    crops, small = x_global.shape[1], x_local.shape[1]
     pairs_global, pairs_local = crops * (crops - 1), crops * small
     others = (p.sum(1, keepdim=True) - p) / (crops - 1)  # [B, G, K]
-    glob = soft_cross_entropy(s_global, others, temperature).mean()
+    glob = head(x_global.flatten(0, 1), others.flatten(0, 1), temperature) / (len(p) * crops)
     if not small:
         return glob * 0, glob
-    local = soft_cross_entropy(s_local, p.mean(1, keepdim=True), temperature).mean()
+    local = head(x_local.flatten(0, 1), p.mean(1), temperature) / (len(p) * small)
     total = pairs_global + pairs_local
     return local * pairs_local / total, glob * pairs_global / total
 
 
-def ibot_term(s: Tensor, p: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of student logits and teacher assignments [M, K] at the patches that mask [B·G, N] names (iBOT, arXiv 2111.07832).
+def ibot_term(head: Head, x: Tensor, p: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the student's tokens [M, D] and teacher assignments [M, K] at the patches that mask [B·G, N] names (iBOT, arXiv 2111.07832).
 
     Averaged over each image's own masked patches, summed over images, divided by all of them, masked or not.
     """
     weight = (1 / mask.sum(1).clamp_min(1)).unsqueeze(1).expand_as(mask)[mask]  # [M]
-    return (soft_cross_entropy(s, p, temperature) * weight).sum() / len(mask)
+    return head(x, p, temperature, weight) / len(mask)
+
+
+def by_image(features: list[Features], crops: int) -> tuple[Tensor, Tensor]:
+    """Class tokens [B, G, D] and [B, L, D] of the features of B·G global and B·L local crops, of which there may be none."""
+    cls = features[0].cls.unflatten(0, (-1, crops))
+    if len(features) == 1:
+        return cls, cls[:, :0]
+    return cls, features[1].cls.unflatten(0, (len(cls), -1))
 
 
 @torch.no_grad()

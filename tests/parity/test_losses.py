@@ -24,7 +24,7 @@ from pretrain.objectives.mae import Config as MAEConfig
 from pretrain.objectives.simclr import Config as SimCLRConfig
 from pretrain.objectives.simclr import SimCLR
 from pretrain.ops.contrastive import nt_xent
-from pretrain.ops.cross_entropy import soft_cross_entropy
+from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
@@ -158,19 +158,6 @@ def test_nt_xent_known_values():
     assert nt_xent(torch.ones(4, 3), torch.ones(4, 3), 0.1).item() == pytest.approx(math.log(7), rel=1e-5)
 
 
-def test_soft_cross_entropy():
-    logits, targets = normal(3, 4, 7), normal(3, 4, 7, seed=1).softmax(-1)
-
-    def naive(x: Tensor) -> Tensor:
-        return sum(naive_cross_entropy(x[i, j], targets[i, j], 0.3) * (i + 1) for i in range(3) for j in range(4))
-
-    weights = torch.arange(1, 4).unsqueeze(1)
-    assert_same(lambda x: (soft_cross_entropy(x, targets, 0.3) * weights).sum(), naive, logits)
-    assert_same(lambda x: soft_cross_entropy(x, targets).sum(), lambda x: -(targets * x.log_softmax(-1)).sum(), logits)
-    half = soft_cross_entropy(logits.bfloat16(), targets.float(), 0.1)
-    assert half.dtype == torch.float32 and half.shape == (3, 4)
-
-
 def test_koleo():
     assert_same(koleo, naive_koleo, normal(9, 4))
     assert_same(koleo, naive_koleo, normal(2, 4))
@@ -229,7 +216,7 @@ def test_losses_stay_in_fp32_under_autocast():
         lambda: nt_xent(a, b, 0.1),
         lambda: koleo(near),
         lambda: sinkhorn(a, 0.05),
-        lambda: soft_cross_entropy(a, b.softmax(-1), 0.1),
+        lambda: cross_entropy(a, torch.eye(8), b.softmax(-1), scale=10.0),
     ]
     for function in functions:
         plain = function()
@@ -252,6 +239,15 @@ def test_prototype_head():
 
     weights = normal(4, 7, seed=1)
     assert_same(lambda x: (head(x) * weights).sum(), lambda x: (naive(x) * weights).sum(), x)
+
+    targets, rows = normal(2, 7, seed=2).softmax(-1), normal(4, seed=3)  # each target is that of two rows
+
+    def terms(x: Tensor) -> Tensor:
+        return sum(rows[i] * naive_cross_entropy(naive(x)[i], targets[i // 2], 0.1) for i in range(4))
+
+    assert_same(lambda x: head(x, targets, 0.1, rows), terms, x)
+    prototypes = [torch.autograd.grad(loss, head.prototypes)[0] for loss in (head(x, targets, 0.1, rows), terms(x))]
+    torch.testing.assert_close(*prototypes)
 
 
 def test_patchify():
@@ -356,12 +352,18 @@ def dinov2_batch(local_crops: int = 3, images: int = 4) -> dict[str, Tensor]:
     }
 
 
+def as_it_is(x: Tensor, targets: Tensor, temperature: float, row_weights: Tensor | None = None) -> Tensor:
+    """A head whose logits are its input."""
+    unit = torch.eye(x.shape[1], dtype=x.dtype)
+    return cross_entropy(x, unit, targets, scale=1 / temperature, row_weights=row_weights)
+
+
 @pytest.mark.parametrize("crops, small", [(2, 3), (2, 0), (3, 2)])
 def test_dino_terms(crops: int, small: int):
     p = normal(4, crops, 11).mul(3).softmax(-1)
 
     def ours(s_global: Tensor, s_local: Tensor) -> Tensor:
-        local, glob = dino_terms(s_global, s_local, p, 0.1)
+        local, glob = dino_terms(as_it_is, s_global, s_local, p, 0.1)
         return 2 * local + 3 * glob
 
     def naive(s_global: Tensor, s_local: Tensor) -> Tensor:
@@ -379,8 +381,8 @@ def test_ibot_term():
     mask = dinov2_batch()["mask"].flatten(0, 1)
     count = int(mask.sum())
     p, s = normal(count, 11).mul(3).softmax(-1), normal(count, 11, seed=1).tanh()
-    assert_same(lambda s: ibot_term(s, p, mask, 0.1), lambda s: naive_ibot(s, p, mask, 0.1), s)
-    nothing = ibot_term(s[:0].clone().requires_grad_(), p[:0], torch.zeros_like(mask), 0.1)
+    assert_same(lambda s: ibot_term(as_it_is, s, p, mask, 0.1), lambda s: naive_ibot(s, p, mask, 0.1), s)
+    nothing = ibot_term(as_it_is, s[:0].clone().requires_grad_(), p[:0], torch.zeros_like(mask), 0.1)
     nothing.backward()
     assert nothing == 0
 
@@ -592,10 +594,12 @@ def test_losses_equal_lightlys():
         return loss(list(teacher.unbind(1)), [*s_global.unbind(1), *s_local.unbind(1)], teacher_temp=0.0625)
 
     s_global, s_local = normal(4, 2, 11, seed=1), normal(4, 3, 11, seed=2)
-    assert_same(lambda g, s: sum(dino_terms(g, s, p, 0.1)), theirs, s_global, s_local)
+    assert_same(lambda g, s: sum(dino_terms(as_it_is, g, s, p, 0.1)), theirs, s_global, s_local)
 
     mask = dinov2_batch()["mask"].flatten(0, 1)
     teacher, s_patch = normal(int(mask.sum()), 11), normal(int(mask.sum()), 11, seed=1)
     patch_loss = IBOTPatchLoss(output_dim=11, student_temp=0.1, teacher_temp=0.0625).double()
     p = (teacher / 0.0625).softmax(-1)
-    assert_same(lambda s: ibot_term(s, p, mask, 0.1), lambda s: patch_loss(teacher, s, mask.view(-1, 4, 4)), s_patch)
+    assert_same(
+        lambda s: ibot_term(as_it_is, s, p, mask, 0.1), lambda s: patch_loss(teacher, s, mask.view(-1, 4, 4)), s_patch
+    )
