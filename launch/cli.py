@@ -133,6 +133,18 @@ def evaluate(args: argparse.Namespace) -> None:
         results.append(run / "results.jsonl", rows)
 
 
+def harness(args: argparse.Namespace) -> None:
+    from eval import results
+    from eval.harness import evaluate
+
+    rows = evaluate(args.model, args.tasks, args.include, args.shots, args.limit, args.batch, not args.no_bos)
+    for row in rows:
+        print(f"{row['model']:<12}{row['metric']:<40}{row['value']:.4f}   ({row['count']:,} {row['unit']})")
+    run = next((p for p in Path(args.model).resolve().parents if (p / "recipe.yaml").is_file()), None)
+    if run is not None:
+        results.append(run / "results.jsonl", rows)
+
+
 def export(args: argparse.Namespace) -> None:
     from pretrain.recipe import load
 
@@ -414,6 +426,18 @@ def parser() -> argparse.ArgumentParser:
         ("--top-k", {"type": int, "help": "draw from the k likeliest tokens only"}),
         ("--top-p", {"type": float, "help": "draw from the fewest tokens that have this share of the probability"}),
         ("--seed", {"type": int, "default": 0, "help": "another number, another text (default 0)"}),
+    )
+    add(
+        "harness",
+        harness,
+        "Score an exported decoder with lm-evaluation-harness.",
+        ("model", {"help": "an exported folder (RUN/export/STEP)"}),
+        ("tasks", {"nargs": "+", "help": "names of tasks"}),
+        ("--include", {"help": "a folder of YAML files of your own tasks"}),
+        ("--shots", {"type": int, "help": "examples before each question (default: the task's)"}),
+        ("--limit", {"type": int, "help": "documents of each task (default: all)"}),
+        ("--batch", {"type": int, "default": 16, "help": "texts at a time (default 16)"}),
+        ("--no-bos", {"action": "store_true", "help": "no BOS before a context"}),
     )
     add(
         "snapshots",

@@ -1,0 +1,196 @@
+"""lm-evaluation-harness on an exported decoder: `unlabeled harness RUN/export/STEP arc_easy hellaswag`, or tasks of your own from YAML files (`--include`).
+
+Importing this module also registers the model with the harness, for its own command line: `--model unlabeled --model_args path=FOLDER`. A context begins
+with BOS, as documents do in training; `bos=False` leaves it out, which is what the harness does with most models of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.features import open_encoder
+from eval.results import Row
+from eval.texts import TextEncoder
+from pretrain import generate
+from pretrain.errors import UserError, nearest
+from pretrain.models.presets import Decoder
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError:
+    raise UserError("lm_eval is not installed; pip install 'unlabeled[harness]'") from None
+
+VERSION = 1
+Pair = tuple[list[int], list[int]]  # tokens that are given, tokens that are scored
+Score = tuple[float, bool]  # natural logarithm of their probability, whether each is the likeliest
+
+
+@register_model("unlabeled")
+class Model(TemplateLM):
+    """What the harness asks of a language model. `batch_size` texts are scored at a time; raises UserError for a folder that is no decoder."""
+
+    def __init__(self, path: str, batch_size: int | str = 16, bos: bool = True, **_: Any):
+        super().__init__()
+        encoder, self.about = open_encoder(path)
+        if not isinstance(encoder, TextEncoder) or not isinstance(encoder.backbone.cfg, Decoder):
+            kind = f"{encoder.backbone.cfg.name}" if isinstance(encoder, TextEncoder) else "model of images"
+            raise UserError(f"{path}: holds a {kind}, but the harness scores decoders; name an export of gpt")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"--batch {batch_size}: write 1 or more")
+        self.name, self.model, self.vocabulary = encoder.name, encoder.backbone, encoder.vocabulary
+        self._device = encoder.device  # `device` of the harness's class says it
+        self.batch, self.bos, self.tokens = int(batch_size), bos, self.vocabulary.tokenizer()
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.prefix_token_id if self.vocabulary.eos is None else self.vocabulary.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        first = self.vocabulary.bos if self.vocabulary.bos is not None else self.vocabulary.eos
+        if first is None:
+            raise UserError(
+                f"{self.vocabulary.source}: has no token that begins or ends a text, which the harness needs"
+            )
+        return first
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        begin = self.bos and add_special_tokens is not False and self.vocabulary.bos is not None
+        return [*([self.vocabulary.bos] if begin else []), *self.tokens.encode(string, add_special_tokens=False).ids]  # type: ignore[list-item]
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
+        scored = list(self._scores([(given, asked) for _, given, asked in requests]))
+        for (key, *_), score in zip(requests, scored, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, score)
+        return scored
+
+    def _scores(self, pairs: Sequence[Pair]) -> Iterator[Score]:
+        """In the order of the pairs; those of like lengths are computed together."""
+        order = sorted(range(len(pairs)), key=lambda n: -sum(map(len, pairs[n])))
+        found: dict[int, Score] = {}
+        for first in range(0, len(order), self.batch):
+            some = order[first : first + self.batch]
+            found |= zip(some, self._together([pairs[n] for n in some]), strict=True)
+        return (found[n] for n in range(len(pairs)))
+
+    @torch.inference_mode()
+    def _together(self, pairs: Sequence[Pair]) -> list[Score]:
+        """Padding stands behind a text, where a causal model does not see it. What is too long loses its beginning."""
+        context = self.model.context
+        for _, asked in pairs:
+            if not 1 <= len(asked) <= context:
+                raise UserError(
+                    f"a task asks for {len(asked)} tokens at once, and the model has a context of {context}"
+                )
+        rows = [(given + asked)[-context - 1 :] for given, asked in pairs]
+        tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.long)
+        for n, row in enumerate(rows):
+            tokens[n, : len(row) - 1] = torch.tensor(row[:-1])
+        hidden = self.model(tokens.to(self.device)).tokens
+        out = []
+        for n, (row, (_, asked)) in enumerate(zip(rows, pairs, strict=True)):
+            logits = self.model.head(hidden[n, len(row) - 1 - len(asked) : len(row) - 1])
+            targets = torch.tensor(asked, device=self.device)
+            likely = logits.log_softmax(-1).gather(1, targets.unsqueeze(1))
+            out.append((float(likely.sum()), bool((logits.argmax(-1) == targets).all())))
+        return out
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts: each token once, in rows that follow on one another."""
+        out = []
+        for (text,) in (request.args for request in requests):
+            tokens = self.tok_encode(text, add_special_tokens=False)
+            rows = get_rolling_token_windows(tokens, self.prefix_token_id, self.model.context, 1)
+            out.append(sum(value for value, _ in self._scores(list(map(make_disjoint_window, rows)))))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), out[-1])
+        return out
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Text behind each context, up to the first of the task's `until`; one at a time, with a key-value cache."""
+        out = []
+        for context, options in (request.args for request in requests):
+            until = options.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            most = min(int(options.get("max_gen_toks", 256)), self.model.context - 1)
+            warm = options.get("do_sample", float(options.get("temperature") or 0) > 0)
+            sampling = generate.Sampling(most, float(options.get("temperature") or 1) if warm else 0.0)
+            given = self.tok_encode(context)[-(self.model.context - most) :] or [self.prefix_token_id]
+            text, ids = "", []
+            for token in generate.tokens(self.model, given, sampling, [self.eot_token_id], self.vocabulary.size):
+                ids.append(token)
+                text = self.tokens.decode(ids)
+                if any(end in text for end in until):
+                    break
+            for end in until:
+                text = text.partition(end)[0] if end else text
+            out.append(text)
+            self.cache_hook.add_partial("generate_until", (context, options), text)
+        return out
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[str],
+    include: str | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch: int = 16,
+    bos: bool = True,
+) -> list[Row]:
+    """A row for every number of every task. `include`: a folder of task files; `shots`: examples before each question; `limit`: of each task's documents."""
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"--include {include}: no such folder; it holds the YAML files of tasks")
+    for flag, value, least in (("--shots", shots, 0), ("--limit", limit, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{flag} {value}: write {least} or more")
+    adapter = Model(model, batch, bos)
+    manager = TaskManager(include_path=include)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise UserError(f"{task!r}: no such task; {nearest(task, manager.all_tasks)}")
+    found = simple_evaluate(
+        adapter,
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    rows = []
+    for task, scores in found["results"].items():
+        for key, value in scores.items():
+            metric, _, filtered = key.partition(",")
+            if (
+                isinstance(value, bool | str)
+                or value is None
+                or metric.endswith("_stderr")
+                or metric in ("name", "sample_len", "sample_count")
+            ):
+                continue
+            rows.append(
+                {
+                    "model": adapter.name,
+                    "step": adapter.about["step"],
+                    "protocol": "harness",
+                    "version": VERSION,
+                    "split": "test" if limit is None else "custom",
+                    "metric": f"{task}/{metric}" if filtered in ("", "none") else f"{task}/{metric}/{filtered}",
+                    "value": round(float(value), 6),
+                    "gallery_count": 0,
+                    "count": found["n-samples"][task]["effective"] if task in found["n-samples"] else 0,
+                    "left_out": 0,
+                    "unit": "documents",
+                }
+            )
+    return rows
