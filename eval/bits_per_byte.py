@@ -34,8 +34,10 @@ class Config(Section):
 
 def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg: Config) -> dict[str, float]:
     """Bits per byte, bits per token, and `unigram`: the bits per byte of the text's own token frequencies, which context has to beat."""
-    if not isinstance(encoder.backbone.cfg, Decoder):
-        raise UserError(f"{encoder.folder}: bits per byte are those of a decoder, and this is none; use text_probe")
+    if encoder.folder is None or not isinstance(encoder.backbone.cfg, Decoder):
+        raise UserError(
+            f"{encoder.folder or encoder.name}: bits per byte are those of a decoder, and this is none; use linear"
+        )
     rows = encoder.rows(query, cfg.length, cfg.document_mask)
     bits, counts = 0.0, np.zeros(encoder.backbone.vocab_size, np.int64)
     with torch.inference_mode():

@@ -6,7 +6,6 @@ Protocols see an `Encoder`: an exported folder, or raw pixels as the floor that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,9 @@ from data_pipeline.shards import Samples
 from data_pipeline.storage import DataError
 from data_pipeline.stream import to_device
 from data_pipeline.views import center
-from eval.texts import TextEncoder, name_of
+from eval.texts import Labelled, TextEncoder, bytes_of, name_of
 from pretrain.models.layers import Features
 from pretrain.models.text_layers import TextBackbone
-
-
-@dataclass
-class Labelled:
-    """Features [N, D] (fp32, on CPU) and label names of a set; `left_out` images could not be read."""
-
-    features: Tensor
-    labels: list[str]
-    left_out: int
 
 
 class Encoder:
@@ -97,7 +87,10 @@ def _pixels(images: Tensor) -> Features:
 
 
 def open_encoder(model: str, image_size: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """(`Encoder` or `TextEncoder`, what is known of it) for an exported folder, or for the word "pixels": the image at 32 pixels, flat."""
+    """(`Encoder` or `TextEncoder`, what is known of it) for an exported folder, or for a word: "pixels", the image at 32 pixels, flat; "bytes", how often a
+    text has each byte."""
+    if model == "bytes":
+        return TextEncoder(bytes_of, "bytes"), {"step": 0}
     if model == "pixels":
         return Encoder(_pixels, "pixels", 32, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), {"step": 0}
     from pretrain.export import load

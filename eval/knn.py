@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.features import Encoder
+from eval.texts import TextEncoder
 from pretrain.config import Section
 
 VERSION = 1  # raised when a change could move a score
@@ -23,7 +24,7 @@ class Config(Section):
     temperature: float = 0.07
 
 
-def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
+def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"accuracy": share of query images whose class wins the vote, "balanced_accuracy": its mean over classes}."""
     known, asked = encoder.labelled(gallery), encoder.labelled(query)
     names = sorted(set(known.labels))

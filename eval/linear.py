@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eval.features import Encoder
 from eval.knn import accuracies
+from eval.texts import TextEncoder
 from pretrain.config import Section
 
 VERSION = 1
@@ -29,7 +30,7 @@ class Config(Section):
     seed: int = 0
 
 
-def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
+def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"accuracy", "balanced_accuracy", "rate": the learning rate that won on the held-out part}."""
     known, asked = encoder.labelled(gallery), encoder.labelled(query)
     names = sorted(set(known.labels))

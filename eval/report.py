@@ -27,7 +27,7 @@ from pretrain.objective import purpose
 from pretrain.recipe import Recipe, is_text, load
 from pretrain.run_folder import exports, read_rows
 
-MODELS = ("pixels", "untrained", "pretrained")
+MODELS = ("pixels", "bytes", "untrained", "pretrained")
 TRIED, GALLERY = (
     512,
     1536,
@@ -151,11 +151,12 @@ def _scores(recipe: Recipe, rows: list[dict]) -> str:
     if not cards:
         return ""
     row = next(iter(next(iter(tables.values())).values()))
-    count, known = row["count"], f" and a gallery of {row['gallery_count']:,} labelled images to learn from"
-    text = f"Test accuracy on {count:,} images{known}. Encoders are frozen, and pixels and the untrained network are the floors to beat."
+    count, known = row["count"], f" and a gallery of {row['gallery_count']:,} labelled {row['unit']} to learn from"
+    unit, floor = row["unit"], "bytes" if row["unit"] == "texts" else "pixels"
+    text = f"Test accuracy on {count:,} {unit}{known}. Encoders are frozen, and {floor} and the untrained network are the floors to beat."
     return section(
         "Scores",
-        f"{text} Balanced: the mean of the classes' accuracies. ±: the 95% interval that follows from the number of test images.",
+        f"{text} Balanced: the mean of the classes' accuracies. ±: the 95% interval that follows from the number of test {unit}.",
         *cards,
         columns="400px",
     )
@@ -188,7 +189,11 @@ def _curves(rows: list[dict], scores: list[dict]) -> str:
     charts = [pictures.chart("loss", {"": series("loss")})]
     bits = [r for r in scores if (r.get("split"), r["metric"]) == ("val", "bits_per_byte")]
     charts.append(pictures.chart("bits per byte on val", {"": series("value", bits)}, points=True))
-    val = [r for r in scores if r.get("split") == "val" and r["model"] != "pixels" and r["metric"] in ACCURACIES]
+    val = [
+        r
+        for r in scores
+        if r.get("split") == "val" and r["model"] not in ("pixels", "bytes") and r["metric"] in ACCURACIES
+    ]
     for protocol in dict.fromkeys(r["protocol"] for r in val):
         own = {m: [r for r in val if (r["protocol"], r["metric"]) == (protocol, m)] for m in ACCURACIES}
         lines = {metric.partition("_")[0]: series("value", some) for metric, some in own.items()}

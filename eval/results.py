@@ -35,7 +35,7 @@ def table(rows: list[Row], split: str = "test") -> str:
     """Every model's main score by protocol, as text: a line per model; of several exports the last, of several rows the newest."""
     rows = sorted((r for r in rows if r["metric"] in MAIN and r["split"] == split), key=lambda r: r["step"])
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
-    usual = ("pixels", "untrained", "pretrained")
+    usual = ("pixels", "bytes", "untrained", "pretrained")
     models = [m for m in usual if any(r["model"] == m for r in rows)]
     models += sorted({r["model"] for r in rows} - set(usual))  # students
     wide = max([10, *(len(p) + 2 for p in protocols)])

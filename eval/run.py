@@ -13,7 +13,7 @@ from pretrain import config
 from pretrain.errors import UserError, nearest
 
 PROTOCOLS = ("knn", "linear", "bits_per_byte")
-TEXT = ("bits_per_byte",)  # those of language models; the others score images
+TEXT = ("bits_per_byte",)  # those of language models alone; the others score features of labelled images or texts
 
 
 def check(protocols: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def evaluate(
     image_size: int | None = None,
     options: dict[str, dict[str, Any]] | None = None,
 ) -> list[Row]:
-    """Rows for every metric of every protocol. `model` is an exported folder or "pixels"; `options` is {"knn": {"k": 20}}."""
+    """Rows for every metric of every protocol. `model` is an exported folder, "pixels" or "bytes"; `options` is {"knn": {"k": 20}}."""
     check([*protocols, *(options or {})])
     from eval.features import Encoder, open_encoder  # imports torch
 
@@ -40,9 +40,9 @@ def evaluate(
     for name in protocols:
         protocol = importlib.import_module(f"eval.{name}")
         cfg = config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
-        if (name in TEXT) == isinstance(encoder, Encoder):
-            reads = "images" if isinstance(encoder, Encoder) else "text"
-            raise UserError(f"{model}: reads {reads}, which {name} does not score; choose {_choice(name not in TEXT)}")
+        if name in TEXT and isinstance(encoder, Encoder):
+            others = " or ".join(other for other in PROTOCOLS if other not in TEXT)
+            raise UserError(f"{model}: reads images, which {name} does not score; choose {others}")
         start = time.perf_counter()
         scores = protocol.run(encoder, list(gallery), list(query), cfg)
         common = {
@@ -61,14 +61,13 @@ def evaluate(
     return rows
 
 
-def _choice(text: bool) -> str:
-    return " or ".join(name for name in PROTOCOLS if (name in TEXT) == text)
-
-
 def _counts(encoder: Any, gallery: Sequence[str], query: Sequence[str], scores: dict[str, float]) -> dict[str, Any]:
     """How much was looked at, in what unit."""
     if "bytes" in scores:
         return {"gallery_count": 0, "count": int(scores.pop("bytes")), "left_out": 0, "unit": "bytes"}
+    from eval.texts import TextEncoder
+
     known, asked = encoder.labelled(list(gallery)), encoder.labelled(list(query))
     left_out = known.left_out + asked.left_out
-    return {"gallery_count": len(known.labels), "count": len(asked.labels), "left_out": left_out, "unit": "images"}
+    unit = "texts" if isinstance(encoder, TextEncoder) else "images"
+    return {"gallery_count": len(known.labels), "count": len(asked.labels), "left_out": left_out, "unit": unit}

@@ -395,7 +395,7 @@ def parser() -> argparse.ArgumentParser:
         "eval",
         evaluate,
         "Score a frozen model. Inside a run folder the recipe says on what; else write gallery=SHARDS query=SHARDS.",
-        ("model", {"help": 'an exported folder (RUN/export/STEP), or "pixels"'}),
+        ("model", {"help": 'an exported folder (RUN/export/STEP), "pixels" or "bytes"'}),
         ("protocols", {"nargs": "*", "metavar": "PROTOCOL|key=value", "help": "knn, linear; options such as knn.k=20"}),
     )
     add(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import results
-from eval.run import evaluate
+from eval.run import TEXT, evaluate
 from pretrain import card
 from pretrain.errors import UserError, command
 from pretrain.recipe import Recipe, is_text, load
@@ -25,10 +25,10 @@ SAMPLED = 100  # tokens that a language model writes behind a prompt, at each ex
 
 
 def jobs(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
-    """(model, step, split) of every evaluation that is due: val for each export, test for pixels, the first and the last export."""
+    """(model, step, split) of every evaluation that is due: val for each export, test for the floor (pixels or bytes), the first and the last export."""
     cfg, out = recipe.eval, []
-    if cfg.test and cfg.pixels and not is_text(recipe):
-        out.append(("pixels", 0, "test"))
+    if cfg.test and cfg.pixels and any(name not in TEXT for name in cfg.final):
+        out.append(("bytes" if is_text(recipe) else "pixels", 0, "test"))
     for step, folder in [*exports(run).items(), *(pair for found in students(run).values() for pair in found.items())]:
         if cfg.val:
             out.append((str(folder), step, "val"))
@@ -42,16 +42,19 @@ def name_of(model: str) -> str:
     path = Path(model)
     if path.parent.name not in ("", ".", "export"):
         return path.parent.name
-    return {"pixels": "pixels", "0": "untrained"}.get(path.name, "pretrained")
+    return {"pixels": "pixels", "bytes": "bytes", "0": "untrained"}.get(path.name, "pretrained")
 
 
 def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: object) -> None:
     """One evaluation: rows to results.jsonl, scalars to TensorBoard at the export's step."""
     cfg = recipe.eval
     gallery, query = (cfg.gallery, cfg.val) if split == "val" else (cfg.test_gallery or cfg.gallery, cfg.test)
-    rows = evaluate(model, cfg.periodic if split == "val" else cfg.final, gallery, query, split, cfg.image_size)
+    names = cfg.periodic if split == "val" else cfg.final
+    floor = model in ("pixels", "bytes")
+    names = [name for name in names if not floor or name not in TEXT]
+    rows = evaluate(model, names, gallery, query, split, cfg.image_size)
     results.append(run / "results.jsonl", rows)
-    if model != "pixels":
+    if not floor:
         for row in rows:
             student = "" if row["model"] in ("untrained", "pretrained") else f"{row['model']}/"
             board.add_scalar(f"{student}{split}/{row['protocol']}/{row['metric']}", row["value"], step)  # type: ignore[attr-defined]

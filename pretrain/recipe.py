@@ -194,7 +194,7 @@ class Eval(Section):
     periodic: list[str] = field(default_factory=lambda: ["knn"])  # for every export, on val
     final: list[str] = field(default_factory=lambda: ["knn", "linear"])  # for the first and the last export, on test
     image_size: int | None = None  # pixels; null: the model's
-    pixels: bool = True  # score raw pixels too, as the floor
+    pixels: bool = True  # score raw pixels (of text, bytes) too, as the floor
     prompts: list[str] = field(default_factory=list)  # that a language model goes on from at each export
 
 

@@ -1,0 +1,121 @@
+"""Frozen features of labelled texts: what stands for a text, and scores of encoders beside the untrained one and bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.build import build
+from data_pipeline.storage import DataError
+from eval.features import open_encoder
+from eval.run import evaluate
+from eval.texts import bytes_of, load_texts
+from pretrain.errors import UserError
+from pretrain.run_folder import read_rows
+from pretrain.train import train
+from tests.conftest import tiny_recipe, unlabeled
+from tests.tars import write_tar
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Real text in two classes: pieces of the standard library's code, and of its licences and documentation strings in prose."""
+    import asyncio
+    import pydoc_data.topics
+
+    folder = tmp_path_factory.mktemp("labelled")
+    code = "\n".join(path.read_text() for path in sorted(Path(asyncio.__file__).parent.glob("*.py")))
+    prose = "\n".join(pydoc_data.topics.topics.values())
+    rows = [
+        {"text": t[2000 * n :][:300], "label": name}
+        for n in range(60)
+        for name, t in (("code", code), ("prose", prose))
+    ]
+    for split, part in (("train", rows[:80]), ("test", rows[80:])):
+        (folder / split).mkdir()
+        (folder / split / "rows.jsonl").write_text("\n".join(map(json.dumps, part)))
+        build(folder / split, folder / f"{split}-shards")
+    return {split: folder / f"{split}-shards" for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def exports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("runs")
+    runs = {n: train(tiny_recipe(n, shards, out / n, "steps=4")) for n in ("gpt", "bert", "t5", "mae")}
+    return {name: str(run / "export" / "4") for name, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "t5"])
+def test_a_text_is_the_mean_of_its_tokens(name: str, exports: dict[str, str], labelled: dict[str, Path]):
+    """Each by itself, between BOS and EOS, cut to 32 tokens; in the shards' order."""
+    encoder, _ = open_encoder(exports[name])
+    found = encoder.labelled([str(labelled["test"])])
+    texts, labels, left_out = load_texts([str(labelled["test"])])
+    assert found.labels == labels and sorted(set(labels)) == ["code", "prose"] and left_out == 0 and len(texts) == 40
+    tokenizer, vocabulary = encoder.vocabulary.tokenizer(), encoder.vocabulary
+    texts.append("ship")
+    mine = encoder.pooled([*texts[:5], "ship", ""])
+    for row, text in zip(mine, [*texts[:5], "ship", ""], strict=True):
+        ids = [vocabulary.bos, *tokenizer.encode(text, add_special_tokens=False).ids, vocabulary.eos][:32]
+        with torch.no_grad():
+            alone = encoder.backbone(torch.tensor([ids])).tokens.mean(1)[0]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine[:5], found.features[:5], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_text(exports: dict[str, str], labelled: dict[str, Path]):
+    """Code and prose are told apart by bytes, and by features of encoders that have hardly been trained."""
+    assert bytes_of("aab").sum() == 1 and bytes_of("aab")[97] == pytest.approx(2 / 3) and not bytes_of("").any()
+    for model in ("bytes", exports["bert"], exports["t5"]):
+        rows = evaluate(model, ["linear", "knn"], [str(labelled["train"])], [str(labelled["test"])])
+        value = {(row["protocol"], row["metric"]): row for row in rows}
+        assert value["linear", "accuracy"]["value"] >= 0.7, model
+        assert value["knn", "accuracy"]["unit"] == "texts" and value["knn", "accuracy"]["gallery_count"] == 80
+        assert value["knn", "accuracy"]["count"] == 40
+
+
+@pytest.mark.slow
+def test_a_run_scores_its_encoder(shards: Path, labelled: dict[str, Path], tmp_path: Path):
+    """While it goes on, with bytes and the untrained encoder beside it, in the report and on the card."""
+    data = [f"eval.gallery={labelled['train']}", f"eval.val={labelled['test']}", f"eval.test={labelled['test']}"]
+    recipe = tiny_recipe(
+        "bert", shards, tmp_path / "run", "steps=4", "eval.periodic=[knn]", "eval.final=[linear]", *data
+    )
+    from pretrain.run_folder import prepare
+
+    prepare(recipe)
+    done = unlabeled("train", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "run" / "results.jsonl")
+    test = {row["model"] for row in rows if (row["split"], row["protocol"]) == ("test", "linear")}
+    assert test == {"bytes", "untrained", "pretrained"}
+    assert {row["step"] for row in rows if (row["split"], row["protocol"]) == ("val", "knn")} == {0, 4}
+    done = unlabeled("report", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Test accuracy on 40 texts and a gallery of 80 labelled texts" in page and "images" not in page
+    assert "| linear |" in (tmp_path / "run" / "export" / "4" / "README.md").read_text()
+
+
+def test_errors_say_what_to_do(exports: dict[str, str], labelled: dict[str, Path], shards: Path, tmp_path: Path):
+    text = [str(labelled["train"])], [str(labelled["test"])]
+    with pytest.raises(DataError, match="no labelled text shards are named"):
+        evaluate(exports["bert"], ["linear"], [], [])
+    with pytest.raises(DataError, match=r"no \.txt; make text shards"):
+        evaluate(exports["bert"], ["linear"], [str(shards)], [str(shards)])
+    with pytest.raises(UserError, match="bits per byte are those of a decoder"):
+        evaluate("bytes", ["bits_per_byte"], *text)
+    with pytest.raises(UserError, match="reads images, which bits_per_byte does not score; choose knn or linear"):
+        evaluate(exports["mae"], ["bits_per_byte"], *text)
+    (tmp_path / "bare").mkdir()
+    write_tar(tmp_path / "bare" / "0.tar", [("a.txt", b"no label")])
+    with pytest.raises(DataError, match=r"has no \.cls member"):
+        evaluate("bytes", ["linear"], [str(tmp_path / "bare")], [str(tmp_path / "bare")])
+    (tmp_path / "bad").mkdir()
+    write_tar(
+        tmp_path / "bad" / "0.tar", [("a.txt", b"\xff\xfe"), ("a.cls", b"0"), ("b.txt", b"fine"), ("b.cls", b"1")]
+    )
+    assert load_texts([str(tmp_path / "bad")]) == (["fine"], ["1"], 1)
