@@ -19,13 +19,30 @@ from torch.autograd.function import once_differentiable
 
 Shapes = list[tuple[int, int]]
 _on = True
+_here = True
 LONGEST = 4  # tokens of a sequence for each feature of a head: longer ones' probabilities would be a great part of all activations, and no faster
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU, for what is done in another way there."""
+    return _here and x.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    """In the meantime tensors on the CPU stand for those of another device: for a plan."""
+    global _here
+    before, _here = _here, False
+    try:
+        yield
+    finally:
+        _here = before
 
 
 def possible(x: Tensor, weight: Tensor) -> bool:
     """Whether these functions are for x. Half precision would not hold weights times a small factor, which excludes fp16, and weights that FSDP2 has
     gathered in it; compilers and exporters want plain operations."""
-    known = x.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    known = on_cpu(x) and weight.dtype in (torch.float32, torch.float64)
     return _on and known and _compute(x) != torch.float16 and not torch.compiler.is_compiling()
 
 

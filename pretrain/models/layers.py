@@ -100,7 +100,7 @@ class _Rotate(torch.autograd.Function):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v for q, k, v [B, H, N, d]."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+    if fused.on_cpu(q) and q.dtype == torch.bfloat16 and q.requires_grad:
         # PyTorch's CPU kernel goes backward slower in bf16 than in fp32: this takes 7 to 11 % off a ViT-S step
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)

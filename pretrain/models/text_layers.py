@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models import fused
 from pretrain.models.layers import Backbone, Rotation
 from pretrain.models.text_mlp import Fused, Linear, RMSNorm
 from pretrain.ops.cross_entropy import cross_entropy
@@ -68,7 +69,7 @@ def visible(queries: Tensor, keys: Tensor, window: int, documents: Tensor | None
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v for q [B, H, T, d] and k, v [B, K, S, d]; scale is d^-1/2 unless given. `mask`: bool, or float to be added."""
     grouped = q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+    if fused.on_cpu(q) and q.dtype == torch.bfloat16 and q.requires_grad:
         # PyTorch's CPU kernel goes backward slower in bf16 than in fp32
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
@@ -186,7 +187,7 @@ class SelfAttention(nn.Module):
     def _split(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """Queries [B, T, H, d], keys and values [B, T, K, d], normed and rotated."""
         sizes = [self.heads, self.kv_heads, self.kv_heads]
-        plain = torch.compiler.is_compiling() or qkv.device.type != "cpu"
+        plain = torch.compiler.is_compiling() or not fused.on_cpu(qkv)
         if rotation is not None and self.q_norm is None and not plain:
             return _Rotate.apply(qkv, *sizes[:2], *rotation)
         q, k, v = qkv.split(sizes, dim=2)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.models import fused
+
 
 @cache
 def fp32_is_faster() -> bool:
@@ -34,7 +36,7 @@ def fp32_is_faster() -> bool:
 def through_fp32(x: Tensor) -> bool:
     """Whether products with x are to be computed by the fp32 kernel though bf16 is asked for."""
     asked = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return x.device.type == "cpu" and asked and x.dtype != torch.float64 and fp32_is_faster()
+    return fused.on_cpu(x) and asked and x.dtype != torch.float64 and fp32_is_faster()
 
 
 def rounded(x: Tensor) -> Tensor:
