@@ -73,6 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
         # PyTorch's CPU kernel goes backward slower in bf16 than in fp32
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
             out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
             return out.to(torch.bfloat16)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
