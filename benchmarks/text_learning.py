@@ -19,6 +19,7 @@ between neighbours. Muon's learning rate is tuned among the same at the largest 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -79,7 +80,8 @@ def say(line: str) -> None:
 def ours(folder: Path, run: str, steps: int, lr: float, *more: str) -> Callable[[str], float]:
     """Train our decoder; what gives its bits per byte on a split."""
     start = time.process_time()
-    out = train(recipe("gpt", folder, run, steps, lr, *more)) / "export" / str(steps)
+    with contextlib.redirect_stdout(sys.stderr):
+        out = train(recipe("gpt", folder, run, steps, lr, *more)) / "export" / str(steps)
     seconds = time.process_time() - start
 
     @functools.cache
@@ -184,7 +186,8 @@ def muon_versus_adamw(folder: Path, steps: int, lrs: Sequence[float]) -> None:
 # ---------------------------------------------------------------- losses
 def versus_unigram(name: str, folder: Path, steps: int, lr: float) -> None:
     start = time.process_time()
-    run = train(recipe(name, folder, name, steps, lr))
+    with contextlib.redirect_stdout(sys.stderr):
+        run = train(recipe(name, folder, name, steps, lr))
     seconds = time.process_time() - start
     held = folder / ("sentinels" if name == "t5" else "text") / "val"
     cfg = recipe(name, folder, name, steps, lr, f"data.train={held}", f"init={run / 'export' / str(steps)}")
@@ -225,7 +228,8 @@ def main() -> None:
     parser.add_argument("--lrs", type=float, nargs="+", default=list(LRS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    corpus(options.folder)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for figures
+        corpus(options.folder)
     for part in options.parts:
         if part == "gpt":
             versus_gpt2(options.folder, options.steps, options.lrs)

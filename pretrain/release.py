@@ -163,11 +163,12 @@ def _official(folder: Path, encoder: Backbone, about: dict, images: Tensor) -> t
     target = folder / "official.pth"
     torch.save({k: v.contiguous() for k, v in official.write(encoder.cfg, encoder.state_dict()).items()}, target)
     again, _ = weights.load_backbone(target)
-    norms = {m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)}
-    for module in again.modules():  # a file of tensors alone does not say it
+    own, taken = ({m.eps for m in body.modules() if isinstance(m, nn.LayerNorm)} for body in (encoder, again))
+    for module in again.modules():
         if isinstance(module, nn.LayerNorm):
-            module.eps = next(iter(norms))
-    return str(target), Plain(again)(images)
+            module.eps = next(iter(own))
+    note = f" (has no place for the norms' eps, {next(iter(own)):g}; those who read it take {next(iter(taken)):g})"
+    return f"{target}{'' if own == taken else note}", Plain(again)(images)
 
 
 def _torch(folder: Path, encoder: Backbone, about: dict, images: Tensor) -> tuple[str, Outputs | None]:

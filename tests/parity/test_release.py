@@ -35,6 +35,8 @@ def test_forms(tmp_path: Path, name: str):
     export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
     lines = release.release(tmp_path / "out", ["transformers", "timm", "official", "torch"])
     assert len(lines) == 4 and all("opened again" in line for line in lines)
+    usual = {"dinov3": 1e-5, "registers": 1e-6}
+    assert ("has no place for the norms' eps" in lines[2]) == (name in usual and model.cfg.norm_eps != usual[name])
     again, about = weights.load_backbone(tmp_path / "out" / "timm")
     assert about["mean"] == MEAN
     size = model.image_size
