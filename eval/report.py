@@ -151,8 +151,9 @@ def _scores(recipe: Recipe, rows: list[dict]) -> str:
     if not cards:
         return ""
     row = next(iter(next(iter(tables.values())).values()))
-    count, known = row["count"], f" and a gallery of {row['gallery_count']:,} labelled {row['unit']} to learn from"
-    unit, floor = row["unit"], "bytes" if row["unit"] == "texts" else "pixels"
+    count, unit = row["count"], row.get("unit", "images")
+    known = f" and a gallery of {row['gallery_count']:,} labelled {unit} to learn from"
+    floor = "bytes" if unit == "texts" else "pixels"
     text = f"Test accuracy on {count:,} {unit}{known}. Encoders are frozen, and {floor} and the untrained network are the floors to beat."
     return section(
         "Scores",

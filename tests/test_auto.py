@@ -183,6 +183,7 @@ def test_the_dial_follows_its_laws():
     )
 
 
+@pytest.mark.slow
 def test_the_dial_is_said_and_stored(shards: Path, tmp_path: Path):
     """By the command line; what is given stays as it is."""
     overrides = ["model.depth=1", "model.vocab_size=512", "model.context=32", f"data.train={tokens(shards.parent)}"]

@@ -143,6 +143,7 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_decay_branches_from_a_checkpoint(name: str, shards: Path, tmp_path: Path):
     """A stable run's checkpoint, continued in another folder with a shorter horizon, is the run that had that horizon from its start."""

@@ -96,6 +96,7 @@ def test_encoder_is_a_backbone_that_exports(name: str, shards: Path, tmp_path: P
     assert not torch.equal(features.cls, before.cls)
 
 
+@pytest.mark.slow
 @everywhere
 def test_learns(name: str, shards: Path, tmp_path: Path):
     """The same small set over and over: the loss falls well below where it began."""
@@ -196,6 +197,7 @@ def test_a_model_that_reads_something_else_is_refused(objective: str, model: str
         build_objective(load("demo", [f"objective={objective}", f"model={model}"]))
 
 
+@pytest.mark.slow
 def test_bf16_stays_close_to_fp32(shards: Path, tmp_path: Path):
     for name in NAMES:
         curves = [

@@ -53,6 +53,7 @@ def reduced(name: str, shards: Path) -> list[str]:
     return [*SMALL.get(recipe.load(name).objective.name, []), *group]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipe.names())
 def test_recipe_trains_two_steps(name: str, shards: Path, tmp_path: Path):
     given = recipe.load(name)

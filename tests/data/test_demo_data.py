@@ -196,6 +196,7 @@ def test_package_after_one_update(tmp_path, apt):
 
 
 # ---------------------------------------------------------------- without a mirror
+@pytest.mark.slow
 def test_auto_says_why_and_takes_digits(tmp_path, apt, digits):
     apt("echo 'E: Unable to locate package ufoai-textures' >&2; exit 100")
     said: list[str] = []

@@ -47,6 +47,7 @@ def test_permute_mixes():
 
 
 # ---------------------------------------------------------------- one dataset
+@pytest.mark.slow
 @given(
     count=st.integers(20, 700),
     lanes=st.integers(1, 16),

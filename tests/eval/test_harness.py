@@ -163,6 +163,7 @@ def test_the_command(exports: dict[str, str], tasks: Path):
     assert unlabeled("report", run).returncode == 0
 
 
+@pytest.mark.slow
 def test_errors_say_what_to_do(exports: dict[str, str], tasks: Path, monkeypatch: pytest.MonkeyPatch):
     from eval import harness
 

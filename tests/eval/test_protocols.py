@@ -121,6 +121,7 @@ def test_errors(tmp_path: Path, shards: Path):
         evaluate("pixels", ["knn"], [str(shards)], [str(shards)], options={"knn": {"kk": 3}})
 
 
+@pytest.mark.slow
 def test_command_line(shards: Path):
     done = unlabeled("eval", "pixels", "knn", f"gallery={shards}", f"query={shards}", "knn.k=1")
     assert done.returncode == 0 and "1.0000   (48 images)" in done.stdout, done.stderr

@@ -111,6 +111,7 @@ def setup(shards: Path, run: Path, *overrides: str) -> tuple:
     return model.eval(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
 
 
+@pytest.mark.slow
 def test_prototypes(shards: Path, tmp_path: Path):
     """Patches of 8 pixels against the teacher's of 4, crop by crop."""
     model, batch = setup(shards, tmp_path / "run", *more("distillation", shards), "objective.teacher_temperature=0.2")

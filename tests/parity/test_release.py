@@ -47,6 +47,7 @@ def test_forms(tmp_path: Path, name: str):
         torch.testing.assert_close(tokens, again(x).tokens, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov3", "convnext"])
 def test_onnx(tmp_path: Path, name: str):
     export.write(tmp_path / "out", MODELS[name](), ABOUT, MEAN, STD)
