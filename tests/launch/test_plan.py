@@ -83,6 +83,13 @@ def test_peak_is_that_of_torchs_own_tracker(name: str):
     assert plan.trace(cfg, 1).peak == pytest.approx(peak["Total"], rel=0.01)
 
 
+def test_another_device_is_planned_by_its_own_operations():
+    """A decoder on a CPU takes fewer passes and keeps less for backward; its products are the same."""
+    here, there = (plan.trace(tiny("gpt", f"device={device}", "model.mlp=swiglu")) for device in ("cpu", "cuda"))
+    assert there.memory["activations"] > 1.02 * here.memory["activations"]
+    assert there.flops == pytest.approx(here.flops, rel=0.05)
+
+
 def test_categories_are_those_of_the_parameters():
     cfg = tiny("dinov2", "data.batch=4")
     model = build_objective(cfg)
