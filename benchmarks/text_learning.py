@@ -61,7 +61,7 @@ MODELS = {
     "bert": ["model=bert_base"],
     "t5": ["model=t5_v1_1_small", "model.head_dim=32", "model.mlp_width=256", "data.document_mask=false"],
 }
-OWN_STEPS, OWN_LR = {"bert": 2000, "t5": 1000}, {"bert": 1e-3, "t5": 2e-3}
+OWN_STEPS, OWN_LR = {"bert": 4000, "t5": 1000}, {"bert": 1e-3, "t5": 2e-3}
 
 
 def recipe(name: str, folder: Path, run: str, steps: int, lr: float, *more: str) -> Recipe:
