@@ -165,6 +165,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "objective.prototypes": 131072,
         "objective.head_hidden": 2048,
         "objective.head_bottleneck": 384,
+        "objective.ibot_bottleneck": 256,
         "optim.beta1": 0.9,
         "optim.beta2": 0.999,
         "optim.clip": 3.0,

@@ -20,7 +20,7 @@ from data_pipeline.multicrop import multicrop
 from pretrain.config import Section
 from pretrain.objectives.base import Objective
 from pretrain.ops.ema import ema_update, make_teacher
-from pretrain.ops.heads import PrototypeHead
+from pretrain.ops.heads import PrototypeHead, head_sizes
 from pretrain.ops.koleo import koleo
 from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
@@ -32,6 +32,9 @@ class Config(Section):
     prototypes: int | Literal["auto"] = 65536  # auto, here and below: from data, steps and batch (pretrain/auto.py)
     head_hidden: int = 2048
     head_bottleneck: int = 256
+    ibot_prototypes: int | None = None  # null: as of the DINO head, as the next two
+    ibot_hidden: int | None = None
+    ibot_bottleneck: int | None = None
     student_temperature: float = 0.1
     teacher_temperature: Literal["auto"] | Schedule = field(
         default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.3)
@@ -61,14 +64,9 @@ class DINOv2(Objective):
 
     def __init__(self, cfg, backbone):
         super().__init__(cfg, backbone)
-
-        def head(width: int) -> nn.Module:
-            return PrototypeHead(width, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes)
-
-        body = backbone(mask_token=True)
-        self.student = nn.ModuleDict(
-            {"backbone": body, "dino_head": head(body.embed_dim), "ibot_head": head(body.embed_dim)}
-        )
+        body, (dino, ibot) = backbone(mask_token=True), head_sizes(cfg)
+        heads = {"dino_head": PrototypeHead(body.embed_dim, *dino), "ibot_head": PrototypeHead(body.embed_dim, *ibot)}
+        self.student = nn.ModuleDict({"backbone": body, **heads})
         self.teacher = make_teacher(self.student).eval()
 
     def train(self, mode: bool = True):

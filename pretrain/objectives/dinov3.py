@@ -23,7 +23,7 @@ from pretrain.config import Section
 from pretrain.objectives.base import Objective
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.gram import gram_loss, resize_map
-from pretrain.ops.heads import PrototypeHead
+from pretrain.ops.heads import PrototypeHead, head_sizes
 from pretrain.ops.koleo import koleo
 from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
@@ -83,10 +83,8 @@ class DINOv3(Objective):
     def __init__(self, cfg, backbone):
         super().__init__(cfg, backbone)
         body = backbone(mask_token=True)
-        sizes = (cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes)
-        others = (cfg.ibot_hidden, cfg.ibot_bottleneck, cfg.ibot_prototypes)
-        ibot = [own or common for own, common in zip(others, sizes, strict=True)]
-        dino_head = PrototypeHead(body.embed_dim, *sizes, unit=cfg.unit_prototypes)
+        dino, ibot = head_sizes(cfg)
+        dino_head = PrototypeHead(body.embed_dim, *dino, unit=cfg.unit_prototypes)
         ibot_head = PrototypeHead(body.embed_dim, *ibot, unit=cfg.unit_prototypes)
         self.student = nn.ModuleDict({"backbone": body, "dino_head": dino_head, "ibot_head": ibot_head})
         self.teacher = make_teacher(self.student).eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,12 @@ class ProjectionHead(nn.Sequential):
         super().__init__(
             nn.Linear(inputs, hidden, bias=False), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, outputs)
         )
+
+
+def head_sizes(cfg: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(hidden, bottleneck, prototypes) of the DINO head and of the iBOT head; what the latter's options leave null is as of the former."""
+    dino = (cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes)
+    return dino, (cfg.ibot_hidden or dino[0], cfg.ibot_bottleneck or dino[1], cfg.ibot_prototypes or dino[2])
 
 
 class PrototypeHead(nn.Module):
