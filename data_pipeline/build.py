@@ -23,7 +23,7 @@ from data_pipeline.sources import find_source, open_source
 from data_pipeline.sources.base import Block, Entry, Options, Source, failure
 from data_pipeline.sources.files import open_video
 from data_pipeline.storage import DataError, is_local, open_store, stamp, write_whole
-from data_pipeline.workplace import Workplace, normal, put_shard
+from data_pipeline.workplace import Workplace, normal, put_shard, write_all
 from pretrain.errors import command
 from pretrain.progress import Progress
 
@@ -71,7 +71,7 @@ def build(
             place.begin(about, surveys)
         tasks = list(_tasks(held.blocks(surveys), limit))
         settings["classes"] = held.classes
-        parts = _write_shards(place, settings, tasks, workers)
+        parts = write_all(place, work, settings, tasks, workers, "shards", "rows")
         bad = [*held.bad, *(pair for f in held.files for pair in surveys.get(f.path, {}).get("bad", []))]
         summary = _summary(held, parts, bad)
         if not summary["samples"]:
@@ -193,29 +193,6 @@ def check(members: dict[str, bytes], decode: bool = True) -> str:
 
 
 # ---------------------------------------------------------------- all tasks
-def _write_shards(
-    place: Workplace, settings: dict[str, Any], tasks: list[dict[str, Any]], workers: int
-) -> list[dict[str, Any]]:
-    """What each task left, in order; those that are done already are not done again."""
-    parts = place.done()
-    left = [task for task in tasks if task["number"] not in parts]
-    total = sum(task["rows"] for task in tasks)
-    rows = total - sum(task["rows"] for task in left)
-    progress = Progress("shards", total, rows)
-
-    def report(count: int) -> None:
-        nonlocal rows
-        rows += count
-        if rows < total:
-            progress.update(rows, f"{len(parts)} of {len(tasks)} shards")
-
-    for answer in crew.run(work, settings, left, workers, report):
-        parts[answer["number"]] = answer["part"]
-    progress.update(total, f"{len(tasks)} shards")
-    progress.close()
-    return [parts[number] for number in sorted(parts)]
-
-
 def _summary(source: Source, parts: list[dict[str, Any]], bad: list[tuple[str, str]]) -> dict[str, Any]:
     sizes, members, dropped = Counter[int](), Counter[str](), Counter[str]()
     for part in parts:

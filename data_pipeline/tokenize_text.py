@@ -26,9 +26,8 @@ from data_pipeline.shards import Samples
 from data_pipeline.storage import DataError, open_store, write_whole
 from data_pipeline.tokens import BLOCK, PAGE
 from data_pipeline.vocabulary import Vocabulary, is_byte_level
-from data_pipeline.workplace import Workplace, normal, put_shard
+from data_pipeline.workplace import Workplace, normal, put_shard, write_all
 from pretrain.errors import command
-from pretrain.progress import Progress
 
 FORMAT = 1  # of plans and parts
 AT_ONCE = 4 << 20  # bytes of text that are tokenized in one call
@@ -83,7 +82,7 @@ def tokenize(
             tokenizer.write_folder(text, given)
         settings = {"source": source, "target": target, "tokenizer": text, "block": block}
         tasks = list(plan(samples, int(shard_mb * 1e6)))
-        parts = _write_shards(place, settings, tasks, workers)
+        parts = write_all(place, work, settings, tasks, workers, "tokenize", "count")
         summary = _summary(parts, given)
         if not summary["tokens"]:
             place.remove()
@@ -227,29 +226,6 @@ class _Blocks:
 
 
 # ---------------------------------------------------------------- all tasks
-def _write_shards(
-    place: Workplace, settings: dict[str, Any], tasks: list[dict[str, Any]], workers: int
-) -> list[dict[str, Any]]:
-    """What each task left, in order; those that are done already are not done again."""
-    parts = place.done()
-    left = [task for task in tasks if task["number"] not in parts]
-    total = sum(task["count"] for task in tasks)
-    done = total - sum(task["count"] for task in left)
-    progress = Progress("tokenize", total, done)
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if done < total:
-            progress.update(done, f"{len(parts)} of {len(tasks)} shards")
-
-    for answer in crew.run(work, settings, left, workers, report):
-        parts[answer["number"]] = answer["part"]
-    progress.update(total, f"{len(tasks)} shards")
-    progress.close()
-    return [parts[number] for number in sorted(parts)]
-
-
 def _summary(parts: list[dict[str, Any]], vocabulary: Vocabulary) -> dict[str, Any]:
     sums = {key: sum(part[key] for part in parts) for key in ("documents", "tokens", "bytes")}
     bad = [{"path": path, "reason": reason} for part in parts for path, reason in part["bad"]]

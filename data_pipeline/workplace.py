@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from data_pipeline import crew
+from data_pipeline.crew import Work
 from data_pipeline.index import MANIFEST
 from data_pipeline.sources.base import reachable
 from data_pipeline.storage import DataError, is_local, open_store, write_whole
+from pretrain.progress import Progress
 
 CLAIM_SECONDS = 10  # how long to wait for the workers of a killed build to end
 
@@ -178,3 +181,32 @@ def put_shard(target: str, number: int, write: Callable[[IO[bytes]], dict[str, A
         raise DataError(f"{place}: cannot be written ({error.strerror or error})") from None
     write_whole(f"{state_folder(target)}/{part_name(number)}.json", [json.dumps(part).encode()])
     return part
+
+
+def write_all(
+    place: Workplace,
+    work: Work,
+    settings: dict[str, Any],
+    tasks: list[dict[str, Any]],
+    workers: int,
+    title: str,
+    unit: str,
+) -> list[dict[str, Any]]:
+    """What each task left, in order, with a line of progress in `unit`s of the tasks; those that are done already are not done again."""
+    parts = place.done()
+    left = [task for task in tasks if task["number"] not in parts]
+    total = sum(task[unit] for task in tasks)
+    done = total - sum(task[unit] for task in left)
+    progress = Progress(title, total, done)
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if done < total:
+            progress.update(done, f"{len(parts)} of {len(tasks)} shards")
+
+    for answer in crew.run(work, settings, left, workers, report):
+        parts[answer["number"]] = answer["part"]
+    progress.update(total, f"{len(tasks)} shards")
+    progress.close()
+    return [parts[number] for number in sorted(parts)]

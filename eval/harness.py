@@ -41,7 +41,7 @@ class Model(TemplateLM):
         super().__init__()
         encoder, self.about = open_encoder(path)
         if not isinstance(encoder, TextEncoder) or not isinstance(encoder.backbone.cfg, Decoder):
-            kind = f"{encoder.backbone.cfg.name}" if isinstance(encoder, TextEncoder) else "model of images"
+            kind = encoder.backbone.cfg.name if isinstance(encoder, TextEncoder) else "model of images"
             raise UserError(f"{path}: holds a {kind}, but the harness scores decoders; name an export of gpt")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch {batch_size}: write 1 or more")
@@ -120,7 +120,7 @@ class Model(TemplateLM):
         out = []
         for context, options in (request.args for request in requests):
             until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
+            until = [end for end in ([until] if isinstance(until, str) else until) if end]
             most = min(int(options.get("max_gen_toks", 256)), self.model.context - 1)
             warm = options.get("do_sample", float(options.get("temperature") or 0) > 0)
             sampling = generate.Sampling(most, float(options.get("temperature") or 1) if warm else 0.0)
@@ -132,7 +132,7 @@ class Model(TemplateLM):
                 if any(end in text for end in until):
                     break
             for end in until:
-                text = text.partition(end)[0] if end else text
+                text = text.partition(end)[0]
             out.append(text)
             self.cache_hook.add_partial("generate_until", (context, options), text)
         return out
