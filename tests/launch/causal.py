@@ -1,4 +1,4 @@
-"""Next-token prediction, as small as can be: what the tests of text runs train before and beside the objectives that come with the project."""
+"""Next-token prediction, as small as can be: an objective on text in a file of its user's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Causal(Objective):
         self.backbone = backbone()
 
     @staticmethod
-    def views(cfg: Any, length: int, vocabulary: Any) -> Any:
+    def views(cfg: Any, length: int, vocabulary: Any, document_mask: bool) -> Any:
         def view(sample: dict[str, Any], rng: Any) -> dict[str, np.ndarray]:
             assert sample["tokens"].shape == (length + 1,) and sample["tokens"].max() < vocabulary.size
             return {"tokens": sample["tokens"], "documents": sample["documents"]}

@@ -74,10 +74,12 @@ def test_what_views_get_of_the_data(held: Path, tmp_path: Path):
 
     cfg = recipe(held, tmp_path / "run", "data.length=16")
     samples, body = open_samples(cfg), build_objective(cfg).encoder()
-    length, vocabulary = inputs(cfg, body, samples)
-    assert length == 16 and vocabulary.size == 400 and isinstance(samples[0], Rows)
-    length, vocabulary = inputs(cfg, body)  # before there are data
+    length, vocabulary, document_mask = inputs(cfg, body, samples)
+    assert length == 16 and vocabulary.size == 400 and document_mask and isinstance(samples[0], Rows)
+    length, vocabulary, _ = inputs(cfg, body)  # before there are data
     assert (length, vocabulary.size, len(vocabulary.sentinels)) == (16, 448, 100)
+    cfg = recipe(held, tmp_path / "run", "data.document_mask=false")
+    assert inputs(cfg, body, samples)[2] is False
 
 
 def test_recipes_that_do_not_fit_their_data_are_refused(texts: Path, held: Path, shards: Path, tmp_path: Path):
