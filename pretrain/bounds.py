@@ -20,7 +20,9 @@ RULES: dict[str, dict[str, Rule]] = {
     "objective": {
         **dict.fromkeys(("flip", "solarize", "blur", "mask_share", "mask_ratio_min", "mask_ratio_max"), SHARE),
         **dict.fromkeys(("global_scale", "local_scale", "crop_scale"), PART),
-        **dict.fromkeys(("student_temperature", "teacher_temperature", "temperature"), POSITIVE),
+        **dict.fromkeys(
+            ("student_temperature", "teacher_temperature", "temperature", "relation_temperature"), POSITIVE
+        ),
         **dict.fromkeys(("prototypes", "head_hidden", "head_bottleneck", "head_outputs"), COUNT),
         **dict.fromkeys(("ibot_prototypes", "ibot_hidden", "ibot_bottleneck"), COUNT),
         **dict.fromkeys(("local_size", "gram_size", "gram_every", "koleo_neighbours"), COUNT),
