@@ -16,13 +16,19 @@ PATIENCE = 20  # rows in a row
 POINT = 0.1  # of the feature_std that the run began with
 DIRECTIONS = 1.5  # rank below which tokens lie on a line
 SILENT = 0.995  # of ln K: assignments as even as if all images were the same
-BEGINNING = 300  # steps in which that is nothing to speak of
+BEGINNING = 300  # steps in which that is nothing to speak of, or those of the learning rate's warm-up
 
 
 class Watch:
-    """Reads rows of metrics; `prototypes` is K, or None where there are none; `metrics` the file that a run which goes on has begun to write."""
+    """Reads rows of metrics; `prototypes` is K, or None where there are none; `metrics` the file that a run which goes on has begun to write.
 
-    def __init__(self, prototypes: int | None, say: Callable[[str], None], metrics: Path | None = None):
+    `warmup`: steps of the learning rate's, in which a network that has hardly moved assigns all images alike.
+    """
+
+    def __init__(
+        self, prototypes: int | None, say: Callable[[str], None], metrics: Path | None = None, warmup: int = 0
+    ):
+        self.beginning = max(BEGINNING, warmup)
         self.most = math.log(prototypes) if prototypes else None
         self.say = say
         self.first = _beginning(metrics) if metrics is not None else {}
@@ -42,7 +48,7 @@ class Watch:
         bad = {
             "feature_std": value < POINT * first,
             "rank": value < DIRECTIONS < first,
-            "teacher_entropy": self.most is not None and value > SILENT * self.most and step >= BEGINNING,
+            "teacher_entropy": self.most is not None and value > SILENT * self.most and step >= self.beginning,
         }[kind]
         self.count[key] = self.count.get(key, 0) + 1 if bad else 0
         if self.count[key] >= PATIENCE and key not in self.said:

@@ -32,29 +32,36 @@ class Schedule(Section):
 
     def __call__(self, step: int) -> float:
         """The value at `step`, counted from 0. Warm-up reaches `value` at step `warmup`; `final` is reached at step `steps` - 1."""
-        value, kind, warmup = self.value, self.kind, self.warmup
+        value, kind = self.value, self.kind
         if value == "auto":
             raise ValueError("a schedule whose value is auto has to be settled first (pretrain/dial.py)")
-        if kind == "constant" and not warmup:
+        if kind == "constant" and not self.warmup:
             return value
-        if warmup == "auto":
-            raise ValueError("a schedule whose warmup is auto has to be settled first (pretrain/auto.py)")
         # every field that can matter is read at every step, so that `config.unread` tells the truth after the first one
-        start = self.start if warmup else value
+        warmup, length = self.warmup_steps(), self._length()
+        start = self.start if self.warmup else value
         final = self.final if kind != "constant" else value
         decay = self.decay if kind == "wsd" else 1.0
-        if self.steps is None:
-            raise ValueError("a schedule that is not constant needs `steps`, the length of the run")
-        warmup = _steps(warmup, self.steps)
         if step < warmup:
             return start + (value - start) * step / warmup
-        first = max(warmup, self.steps - _steps(decay, self.steps)) if kind == "wsd" else warmup
-        done = min(1.0, max(0.0, (step - first) / max(1, self.steps - 1 - first)))
+        first = max(warmup, length - _steps(decay, length)) if kind == "wsd" else warmup
+        done = min(1.0, max(0.0, (step - first) / max(1, length - 1 - first)))
         if kind == "cosine":
             done = 0.5 - 0.5 * math.cos(math.pi * done)
         elif kind == "wsd" and self.shape == "1-sqrt":
             done = math.sqrt(done)
         return value + (final - value) * done
+
+    def warmup_steps(self) -> int:
+        """The steps before `value` is reached."""
+        if self.warmup == "auto":
+            raise ValueError("a schedule whose warmup is auto has to be settled first (pretrain/auto.py)")
+        return _steps(self.warmup, self._length()) if self.warmup else 0
+
+    def _length(self) -> int:
+        if self.steps is None:
+            raise ValueError("a schedule that is not constant needs `steps`, the length of the run")
+        return self.steps
 
 
 def _steps(length: float, total: int) -> int:

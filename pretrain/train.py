@@ -227,7 +227,8 @@ def _train(cfg: Recipe, device: torch.device) -> Path:
     )
     writer = Writer(run, step, cfg.steps, cfg.log.every, stream, device, *_flops(cfg, engine, say))
     writer.readers.append(lambda rows: guard.read(rows, run, stream, say))
-    watch = collapse.Watch(vars(cfg.objective).get("prototypes"), say, run / "metrics.jsonl")
+    prototypes, warmup = vars(cfg.objective).get("prototypes"), cfg.optim.lr.warmup_steps()
+    watch = collapse.Watch(prototypes, say, run / "metrics.jsonl", warmup)
     writer.readers.append(watch.read)
     gc.collect()
     gc.freeze()  # what is there by now stays

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain import config
@@ -26,7 +28,7 @@ from pretrain.layouts import official, timm, transformers, transformers_config
 from pretrain.layouts.transformers import State, with_key_bias, without_key_bias
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
-from pretrain.models.positions import interpolate_table
+from pretrain.models.positions import resize_table
 from pretrain.objectives.base import Objective
 
 _reading = True
@@ -200,20 +202,30 @@ def _encoder_of(where: str) -> State:
 def load_run(objective: Objective, where: str) -> set[str]:
     """Fill an objective with a checkpoint's weights; the names that were filled. Each process reads all of them.
 
+    A position table of another size is resized to the model's, as a stage at higher resolution needs it.
     Raises UserError that names every tensor that is missing, unexpected or of another shape, but those that `objective.fresh` allows.
     """
     reader, held = model_tensors(where)
     own = objective.state_dict()
-    alike = {k: v for k, v in own.items() if held.get(k) == tuple(v.shape)}
+    alike = {k: v for k, v in own.items() if held.get(k) == tuple(v.shape) or (k in held and _is_table(k, v, held[k]))}
     wrong = [f"missing {k}" for k in own if k not in held and not k.startswith(objective.fresh)]
     wrong += [f"unexpected {k}" for k in held if k not in own and not k.startswith(objective.fresh)]
     wrong += [f"{k} is {list(held[k])}, here {list(v.shape)}" for k, v in own.items() if k in held and k not in alike]
     if wrong:
         raise UserError(f"{where}: is a checkpoint of another model: {_listed(wrong)}")
-    state = {k: torch.empty_like(v) for k, v in alike.items()}
+    state = {k: v.new_empty(held[k]) for k, v in alike.items()}
     fill({"model": state}, reader, where, alone=True)
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            body = cast(Any, objective.get_submodule(key.rpartition(".")[0]))
+            state[key] = resize_table(value, math.isqrt(own[key].shape[1] - 1), antialias=body.cfg.registers > 0)
     objective.load_state_dict(state, strict=False)
     return set(state)
+
+
+def _is_table(name: str, own: Tensor, theirs: tuple[int, ...]) -> bool:
+    """Whether both are position tables [1, 1 + side², D] of one width."""
+    return name.endswith("pos_embed") and len(theirs) == 3 and theirs[2] == own.shape[2]
 
 
 def _listed(wrong: list[str]) -> str:
@@ -299,7 +311,6 @@ def _adapted(ours: Any, theirs: Any, state: State, own: State) -> State:
         change = with_key_bias if ours.key_bias else lambda bias: without_key_bias(bias, "attn.qkv.bias")
         state |= {k: change(v) for k, v in state.items() if k.endswith("qkv.bias")}
     if "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape:
-        side, table = ours.image_size // ours.patch_size, state["pos_embed"]
-        table = interpolate_table(table[:, 1:], (side, side), antialias=ours.registers > 0)
-        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], table], dim=1)
+        side = ours.image_size // ours.patch_size
+        state["pos_embed"] = resize_table(state["pos_embed"], side, antialias=ours.registers > 0)
     return {k: v.to(own[k].dtype) if k in own else v for k, v in state.items()}

@@ -96,9 +96,9 @@ def rows(**series: list[float]) -> list[dict]:
     ]
 
 
-def said_of(prototypes: int | None = 64, **series: list[float]) -> list[str]:
+def said_of(prototypes: int | None = 64, warmup: int = 0, **series: list[float]) -> list[str]:
     said: list[str] = []
-    watch = collapse.Watch(prototypes, said.append)
+    watch = collapse.Watch(prototypes, said.append, warmup=warmup)
     for row in rows(**series):
         watch.read([row])
     return said
@@ -112,6 +112,8 @@ def test_collapse_is_named_once():
     assert line.startswith("step 24:")
     (line,) = said_of(vit__teacher_entropy=[math.log(64)] * 400)  # at the beginning, it is so
     assert line.startswith("step 319:") and "vit/teacher_entropy = 4.16" in line and "ln K = 4.16" in line
+    (line,) = said_of(teacher_entropy=[math.log(64)] * 600, warmup=500)  # the network has hardly moved before
+    assert line.startswith("step 519:")
 
 
 def test_a_run_that_goes_on_remembers_how_it_began(tmp_path: Path):

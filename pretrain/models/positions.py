@@ -29,6 +29,11 @@ def interpolate_table(table: Tensor, grid: tuple[int, int], antialias: bool) -> 
     return resized.flatten(2).transpose(1, 2).to(table.dtype)
 
 
+def resize_table(table: Tensor, side: int, antialias: bool) -> Tensor:
+    """A position table [1, 1 + N, D], the class token's first, for another grid: [1, 1 + side², D]."""
+    return torch.cat([table[:, :1], interpolate_table(table[:, 1:], (side, side), antialias)], dim=1)
+
+
 def rope_periods(head_dim: int, base: float) -> Tensor:
     """base^(2k / (head_dim / 2)) for k < head_dim / 4, fp32 (arXiv 2508.10104)."""
     if head_dim % 4:

@@ -593,6 +593,26 @@ def test_stages_chain(shards: Path, tmp_path: Path):
         tiny_recipe("dinov3", shards, tmp_path / "x", "init.run=a", "init.backbone=b")
 
 
+def test_a_stage_at_another_size_resizes_learned_positions(shards: Path, tmp_path: Path):
+    """DINOv2's short stage at 518 pixels: every network's table for the new grid, as `transformers` resizes it; the rest as it was."""
+    first = train(tiny_recipe("dinov2", shards, tmp_path / "first", "model.positions=learned", "steps=2"))
+    small = build_objective(
+        tiny_recipe("dinov2", shards, tmp_path / "x", f"init.run={first}", "model.positions=learned"), start=True
+    )
+    options = ["model.positions=learned", "model.image_size=64", f"init.run={first}"]
+    large = build_objective(tiny_recipe("dinov2", shards, tmp_path / "x", *options), start=True)
+    was, now = small.state_dict(), large.state_dict()
+    tables = [key for key in now if key.endswith("pos_embed")]
+    assert tables == ["student.backbone.pos_embed", "teacher.backbone.pos_embed"]
+    for key in tables:
+        grid = was[key][:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+        resized = F.interpolate(grid, size=(8, 8), mode="bicubic").flatten(2).transpose(1, 2)
+        torch.testing.assert_close(now[key], torch.cat([was[key][:, :1], resized], dim=1))
+    assert all(torch.equal(now[key], was[key]) for key in now if key not in tables)
+    second = train(tiny_recipe("dinov2", shards, tmp_path / "second", *options, "steps=2"))
+    assert len(losses(second)) == 2
+
+
 def test_continued_pretraining_from_a_backbone(shards: Path, tmp_path: Path):
     """The heads begin anew and warm up alone; then the backbone moves, too. Any objective can do it."""
     first = train(tiny_recipe("mae", shards, tmp_path / "mae", *DINO[:2], "steps=2"))
