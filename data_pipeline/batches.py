@@ -18,13 +18,13 @@ from data_pipeline.order import fold
 from data_pipeline.plan import Plan
 from data_pipeline.remote import AGAIN, READ, Bytes
 from data_pipeline.rows import Rows
-from data_pipeline.shards import Look, Samples
+from data_pipeline.shards import LOOKS, Look, Samples
 from data_pipeline.slabs import Slabs
 from data_pipeline.storage import DataError
 from data_pipeline.views import Rng, generators
 
 Views = Callable[[dict[str, Any], Rng], dict[str, Any]]
-LOOKS = 5  # at a remote sample whose hash is wrong
+SURE = 3  # times that a remote sample is wrong in the same way: then the store itself holds it so, as the way changes other bytes each time
 TRIES = 64  # damaged samples in a row before the data is given up
 PLANNED = 4096  # slots that are planned at a time
 
@@ -135,15 +135,15 @@ class Batches(Dataset):
         )
 
     def _look_again(self, d: int, virtual: int, members: dict) -> dict[int, bytes | Damaged]:
-        """Members with a wrong hash, asked for anew until they are right, or wrong in the same way twice: then the store itself holds them so."""
-        wrong = _first_damage(members)
+        """Members with a wrong hash, asked for anew until they are right, or have been wrong in the same way `SURE` times."""
+        seen: Counter[str] = Counter()
         for _ in range(LOOKS if self.feeder else 0):
-            if wrong is None:
+            if (wrong := _first_damage(members)) is None:
+                break
+            seen[str(wrong)] += 1
+            if seen[str(wrong)] == SURE:
                 break
             members = self._one(d, virtual, again=True)
-            before, wrong = wrong, _first_damage(members)
-            if str(wrong) == str(before):
-                break
         return members
 
     def _views(self, d: int, virtual: int, members: dict, about: dict) -> dict[str, Any]:

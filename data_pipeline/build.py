@@ -22,15 +22,13 @@ from data_pipeline.index import MAX_MEMBER_BYTES, VIDEOS
 from data_pipeline.sources import find_source, open_source
 from data_pipeline.sources.base import Block, Entry, Options, Source, failure
 from data_pipeline.sources.files import open_video
-from data_pipeline.storage import DataError, is_local, open_store, stamp, write_whole
-from data_pipeline.workplace import Workplace, normal, put_shard, write_all
+from data_pipeline.storage import DataError, is_local, stamp
+from data_pipeline.workplace import Workplace, finished, left_out, normal, put_bad, put_shard, write_all
 from pretrain.errors import command
 from pretrain.progress import Progress
 
 FORMAT = 1  # of plans and parts; another number, and a stopped build is not gone on with
-BAD = "bad.jsonl"
 TAR_END = 10240  # bytes of zeros that a tar ends in, at most
-SHOWN = 20  # of what was left out, in a summary
 
 
 def build(
@@ -61,8 +59,10 @@ def build(
     place, workers = Workplace(target), workers or crew.cores()
     held.begin()
     about = _about(held, shard_mb)
-    if (finished := _finished(target, about)) is not None:
-        return finished
+    if (made := finished(target, about)) is not None:
+        there, stored = made
+        notes = [*stored["notes"], f"{target}: was built before, from the same files; nothing was done"]
+        return {**stored, "classes": there.classes, "notes": notes}
     try:
         surveys = place.claim(about)
         settings = {"kind": held.kind, "source": source, "options": asdict(options), "limit": limit, "target": target}
@@ -236,29 +236,12 @@ def _nothing(name: str, source: Source, bad: list[dict[str, str]]) -> str:
 def _publish(
     place: Workplace, summary: dict[str, Any], about: dict[str, Any], say: Callable[[str], None], workers: int
 ) -> None:
-    lines = (json.dumps(row).encode() + b"\n" for row in summary["bad"])
-    write_whole(f"{place.shards}/{BAD}", lines)
+    put_bad(place, summary["bad"])
     stored = {k: v for k, v in summary.items() if k != "classes"}
     held = {**stored, "bad": len(summary["bad"]), "from": about}
     extra = {"classes": summary["classes"], "source": summary["kind"], "build": held}
     index.write(place.shards, say, extra, workers)
     place.publish()
-
-
-def _finished(target: str, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a target that the very same build has made already, None where there is no such thing."""
-    try:
-        held = index.load(target)
-        if held is None or held.about.get("build", {}).get("from") != about:
-            return None
-        fs, path = open_store(f"{target}/{BAD}")
-        bad = [json.loads(line) for line in fs.cat_file(path).splitlines()]
-    except (DataError, OSError, ValueError):
-        return None
-    Workplace(target).sweep()
-    stored = {k: v for k, v in held.about["build"].items() if k != "from"}
-    notes = [*stored["notes"], f"{target}: was built before, from the same files; nothing was done"]
-    return {**stored, "classes": held.classes, "notes": notes, "bad": bad}
 
 
 def describe(summary: dict[str, Any], target: str) -> list[str]:
@@ -268,10 +251,7 @@ def describe(summary: dict[str, Any], target: str) -> list[str]:
         return ", ".join(f"{count} .{extension}" for extension, count in numbers.items())
 
     bad, spread = summary["bad"], summary["sample_bytes"]
-    out = [f"left out: {row['path']}: {row['reason']}" for row in bad[:SHOWN]]
-    if len(bad) > SHOWN:
-        out.append(f"left out: … and {len(bad) - SHOWN} more, all in {target}/{BAD}")
-    out += summary["notes"]
+    out = left_out(bad, target) + summary["notes"]
     if summary["dropped"]:
         out.append(f"members that shards do not hold: {counts(summary['dropped'])}")
     if summary["unread"]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from data_pipeline.rows import Rows
 
 PART = 8 << 20  # bytes of one request for it
+LOOKS = 10  # at what a store gives with a wrong hash
 COPIED_INDEX = 1 << 30  # bytes; the index of a remote set is copied up to this size, and read by range beyond it
 
 
@@ -335,12 +336,7 @@ def _map(manifest: Manifest, size: int, fetcher: Fetcher) -> np.ndarray:
     local = is_local(url)
     path = Path(url.removeprefix("file://")) if local else cache_folder("index") / f"{manifest.index_hash}.bin"
     if not local and not path.is_file():
-        parts = [fetcher.range(url, at, min(size, at + PART)) for at in range(0, size, PART)]
-        if xxhash.xxh3_128_hexdigest(b"".join(parts)) != manifest.index_hash:
-            raise DataError(
-                f"{url}: is not the file that the manifest was written with; run `unlabeled shards index` again"
-            )
-        write_whole(str(path), parts)
+        write_whole(str(path), _whole(manifest, size, fetcher))
     try:
         if path.stat().st_size == size:
             return np.memmap(path, RECORD, "r") if size else np.zeros(0, RECORD)
@@ -349,3 +345,14 @@ def _map(manifest: Manifest, size: int, fetcher: Fetcher) -> np.ndarray:
         )
     except FileNotFoundError:
         raise DataError(f"{url}: no such file; run `unlabeled shards index` again") from None
+
+
+def _whole(manifest: Manifest, size: int, fetcher: Fetcher) -> list[bytes]:
+    """The index in parts; asked for again where its hash is wrong, as that may be of the way."""
+    for _ in range(LOOKS):
+        parts = [fetcher.range(manifest.index, at, min(size, at + PART)) for at in range(0, size, PART)]
+        if xxhash.xxh3_128_hexdigest(b"".join(parts)) == manifest.index_hash:
+            return parts
+    raise DataError(
+        f"{manifest.index}: is not the file that the manifest was written with; run `unlabeled shards index` again"
+    )

@@ -19,14 +19,13 @@ from typing import IO, Any
 import numpy as np
 
 from data_pipeline import crew, index, tokenizer, tokens
-from data_pipeline.build import BAD
 from data_pipeline.crew import Report
 from data_pipeline.decode import Damaged
 from data_pipeline.shards import Samples
-from data_pipeline.storage import DataError, open_store, write_whole
+from data_pipeline.storage import DataError, open_store
 from data_pipeline.tokens import BLOCK, PAGE
 from data_pipeline.vocabulary import Vocabulary, is_byte_level
-from data_pipeline.workplace import Workplace, normal, put_shard, write_all
+from data_pipeline.workplace import Workplace, finished, left_out, normal, put_bad, put_shard, write_all
 from pretrain.errors import command
 
 FORMAT = 1  # of plans and parts
@@ -69,8 +68,8 @@ def tokenize(
     given = Vocabulary.read(str(tokenizer_file)) if tokenizer_file else None
     about = {"format": FORMAT, "source": samples.id, "shard_mb": shard_mb, "block": block}
     about |= {"tokenizer": given.hash} if given else {"vocab": vocab, "specials": list(specials)}
-    if (finished := _finished(target, about)) is not None:
-        return finished
+    if (made := finished(target, about)) is not None:
+        return {**made[1], "finished": True}
     place = Workplace(target)
     try:
         if place.claim(about) is None:
@@ -241,7 +240,7 @@ def _publish(
     say: Callable[[str], None],
     workers: int,
 ) -> None:
-    write_whole(f"{place.shards}/{BAD}", (json.dumps(row).encode() + b"\n" for row in summary["bad"]))
+    put_bad(place, summary["bad"])
     tokenizer.write_folder(place.shards, vocabulary)
     held = {
         "format": tokens.FORMAT,
@@ -259,26 +258,10 @@ def _publish(
     place.publish()
 
 
-def _finished(target: str, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a target that the very same command has made already, None where there is no such thing."""
-    try:
-        held = index.load(target)
-        if held is None or held.about.get("build", {}).get("from") != about:
-            return None
-        fs, path = open_store(f"{target}/{BAD}")
-        bad = [json.loads(line) for line in fs.cat_file(path).splitlines()]
-    except (DataError, OSError, ValueError):
-        return None
-    Workplace(target).sweep()
-    return {**{k: v for k, v in held.about["build"].items() if k != "from"}, "bad": bad, "finished": True}
-
-
-def describe(summary: dict[str, Any], target: str, shown: int = 20) -> list[str]:
+def describe(summary: dict[str, Any], target: str) -> list[str]:
     """A summary in lines to print."""
     bad = summary["bad"]
-    out = [f"left out: {row['path']}: {row['reason']}" for row in bad[:shown]]
-    if len(bad) > shown:
-        out.append(f"left out: … and {len(bad) - shown} more, all in {target}/{BAD}")
+    out = left_out(bad, target)
     if summary.get("finished"):
         out.append(f"{target}: was made before, from the same text; nothing was done")
     ratio = summary["bytes"] / max(1, summary["tokens"])

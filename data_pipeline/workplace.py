@@ -15,13 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline import crew
+from data_pipeline import crew, index
 from data_pipeline.crew import Work
-from data_pipeline.index import MANIFEST
+from data_pipeline.index import MANIFEST, Manifest
 from data_pipeline.sources.base import reachable
 from data_pipeline.storage import DataError, is_local, open_store, write_whole
 from pretrain.progress import Progress
 
+BAD = "bad.jsonl"
+SHOWN = 20  # of what was left out, in a summary
 CLAIM_SECONDS = 10  # how long to wait for the workers of a killed build to end
 
 
@@ -210,3 +212,29 @@ def write_all(
     progress.update(total, f"{len(tasks)} shards")
     progress.close()
     return [parts[number] for number in sorted(parts)]
+
+
+# ---------------------------------------------------------------- what was left out, and what is there already
+def put_bad(place: Workplace, bad: list[dict[str, str]]) -> None:
+    """What was left out, beside the shards: a line with path and reason for each."""
+    write_whole(f"{place.shards}/{BAD}", (json.dumps(row).encode() + b"\n" for row in bad))
+
+
+def left_out(bad: list[dict[str, str]], target: str) -> list[str]:
+    """Lines to print."""
+    out = [f"left out: {row['path']}: {row['reason']}" for row in bad[:SHOWN]]
+    return out + ([f"left out: … and {len(bad) - SHOWN} more, all in {target}/{BAD}"] if len(bad) > SHOWN else [])
+
+
+def finished(target: str, about: dict[str, Any]) -> tuple[Manifest, dict[str, Any]] | None:
+    """(manifest, summary) of a target that the very same command has made already, None where there is no such thing."""
+    try:
+        held = index.load(target)
+        if held is None or held.about.get("build", {}).get("from") != about:
+            return None
+        fs, path = open_store(f"{target}/{BAD}")
+        bad = [json.loads(line) for line in fs.cat_file(path).splitlines()]
+    except (DataError, OSError, ValueError):
+        return None
+    Workplace(target).sweep()
+    return held, {k: v for k, v in held.about["build"].items() if k != "from"} | {"bad": bad}

@@ -16,7 +16,7 @@ from data_pipeline.build import build
 from pretrain import export
 from pretrain.models import presets
 from pretrain.recipe import Recipe, load
-from tests.services import ObjectStore
+from tests.services import FaultProxy, ObjectStore, environment
 
 # every objective at a size that trains in a second, on images of 32 pixels
 TINY = [
@@ -95,6 +95,30 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     """A real S3 server."""
     with ObjectStore(tmp_path_factory.mktemp("s3")) as store:
         yield store
+
+
+@pytest.fixture
+def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
+    """The way to the store, on which faults can be set; with a cache of the test's own."""
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    with FaultProxy(store.port) as proxy:
+        for name, value in environment(proxy.port).items():
+            monkeypatch.setenv(name, value)
+        forget_connections()
+        yield proxy
+    forget_connections()
+
+
+def forget_connections() -> None:
+    """Other tests have other servers and keys."""
+    import fsspec
+    import s3fs
+
+    from data_pipeline import fetch
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    fsspec.config.conf.clear()
+    fetch._backends.clear()
 
 
 def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:

@@ -14,10 +14,11 @@ import fsspec
 import pytest
 
 from data_pipeline import index
-from data_pipeline.build import BAD, describe
+from data_pipeline.build import describe
 from data_pipeline.shards import Samples
 from data_pipeline.sources import Options, find_source
 from data_pipeline.storage import DataError
+from data_pipeline.workplace import BAD
 from tests.data.building import make, quiet, reasons, samples_of
 from tests.tars import jpeg
 

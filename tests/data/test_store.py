@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.shards import Samples
 from data_pipeline.storage import DataError
 from data_pipeline.stream import Reading, Stream
+from tests.conftest import forget_connections
 from tests.services import BUCKET, FaultProxy, ObjectStore, environment
 from tests.tars import jpeg, write_tar
 
@@ -52,29 +52,6 @@ def expected(local: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def remote(store: ObjectStore, local: Path) -> str:
     return store.put_folder(local, "clean")
-
-
-@pytest.fixture
-def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
-    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
-    with FaultProxy(store.port) as proxy:
-        for name, value in environment(proxy.port).items():
-            monkeypatch.setenv(name, value)
-        forget_connections()
-        yield proxy
-    forget_connections()
-
-
-def forget_connections() -> None:
-    """Other tests have other servers and keys."""
-    import fsspec
-    import s3fs
-
-    from data_pipeline import fetch
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    fsspec.config.conf.clear()
-    fetch._backends.clear()
 
 
 def same(stream: Stream, expected: list[dict]) -> None:
@@ -140,6 +117,21 @@ def test_faults_on_the_way_change_nothing(remote: str, proxy: FaultProxy, expect
     if faults.keys() == {"slow_rate", "slow"}:
         assert figures["hedges"] > 0
     stream.close()
+
+
+def test_an_index_changed_on_the_way_is_asked_for_again(remote: str, proxy: FaultProxy, tmp_path: Path, monkeypatch):
+    *samples, last = [Samples([remote]) for _ in range(7)]
+    proxy.set(flip_rate=0.4)
+    counts = []
+    for n, some in enumerate(samples):
+        monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / f"cache{n}"))
+        some.pieces(0, 1)
+        counts.append(some.fetcher.counts["requests"])
+    assert set(counts) > {1}
+    proxy.set(flip_rate=1.0)
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"index-.*bin: is not the file that the manifest was written with"):
+        last.pieces(0, 1)
 
 
 def test_server_killed_and_started_again_while_we_read(store: ObjectStore, remote: str, proxy: FaultProxy, expected):

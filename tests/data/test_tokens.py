@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +30,8 @@ from data_pipeline.stream import Reading, Stream
 from data_pipeline.tokens import Blocks
 from data_pipeline.vocabulary import Vocabulary
 from tests.data.building import quiet
-from tests.data.test_store import forget_connections
 from tests.data.texts import read, shards_of, texts_in, tokens_of, write_texts
-from tests.services import FaultProxy, ObjectStore, environment
+from tests.services import FaultProxy, ObjectStore
 from tests.tars import jpeg, write_tar
 
 
@@ -351,18 +349,6 @@ def test_tokenizing_that_is_killed_goes_on_and_ends_the_same(tmp_path: Path):
             kills += 1
         process.wait()
     assert kills == 3 and content(target) == expected and not state.exists()
-
-
-@pytest.fixture
-def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
-    """The way to the store, on which faults can be set."""
-    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
-    with FaultProxy(store.port) as proxy:
-        for name, value in environment(proxy.port).items():
-            monkeypatch.setenv(name, value)
-        forget_connections()
-        yield proxy
-    forget_connections()
 
 
 @pytest.mark.slow

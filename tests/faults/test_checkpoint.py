@@ -21,7 +21,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.recipe import Recipe
 from pretrain.train import build_objective, build_stream, open_samples, train
 from tests.conftest import tiny_recipe
-from tests.services import FaultProxy, ObjectStore, environment
+from tests.services import FaultProxy, ObjectStore
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -320,18 +320,6 @@ def test_a_folder_that_becomes_read_only(shards: Path, tmp_path: Path, small_dis
 
 
 # ---------------------------------------------------------------- S3
-@pytest.fixture
-def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    from tests.data.test_store import forget_connections
-
-    with FaultProxy(store.port) as proxy:
-        for name, value in environment(proxy.port).items():
-            monkeypatch.setenv(name, value)
-        forget_connections()
-        yield proxy
-    forget_connections()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_s3_with_faults(shards: Path, tmp_path: Path, proxy: FaultProxy, mode: str):
