@@ -80,6 +80,7 @@ def digits(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_digits_counts_and_images(digits):
     meta = json.loads((digits / "set.json").read_text())
     assert meta["set"] == "digits" and meta["classes"] == [str(i) for i in range(10)]
@@ -95,6 +96,7 @@ def test_digits_counts_and_images(digits):
         assert pixels.shape == (64, 64, 3) and pixels.std() > 10
 
 
+@pytest.mark.slow
 def test_digits_splits_share_no_digit(digits):
     numbers = [{path.name[:4] for path in (digits / split).glob("*/*.png")} for split in demo_data.SPLITS]
     assert sum(map(len, numbers)) == len(set.union(*numbers)) == 1797
@@ -108,6 +110,7 @@ def test_digits_are_the_same_every_time(digits, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
+@pytest.mark.slow
 def test_a_set_that_is_there_is_kept(digits, monkeypatch):
     monkeypatch.setattr(demo_data, "_write", lambda *_: pytest.fail("written again"))
     assert demo_data.fetch(digits, "digits", quiet) == demo_data.fetch(digits, "auto", quiet) == "digits"
@@ -176,6 +179,7 @@ def pk3(names: list[str]) -> bytes:
     return raw.getvalue()
 
 
+@pytest.mark.slow
 def test_package_after_one_update(tmp_path, apt):
     names = [f"rock{i:02d}" for i in range(12)] + ["wood01a", "wood01b", "rock_door", "rock99_nm", "poster"]
     deb(tmp_path / "good.deb", "data.tar.xz", lzma.compress(tar({f"./{MEMBER}": pk3(names)})))

@@ -255,6 +255,7 @@ def test_names_are_escaped(tmp_path: Path, photos: Path):
     assert any("✓ <b>" in text for text in page.all("figcaption")) and "rows: <b>" in "".join(page.all("figcaption"))
 
 
+@pytest.mark.slow
 def test_errors(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="is no run folder"):
         report.write(tmp_path)

@@ -66,6 +66,7 @@ def test_a_text_is_the_mean_of_its_tokens(name: str, exports: dict[str, str], la
     torch.testing.assert_close(mine[:5], found.features[:5], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_of_text(exports: dict[str, str], labelled: dict[str, Path]):
     """Code and prose are told apart by bytes, and by features of encoders that have hardly been trained."""
     assert bytes_of("aab").sum() == 1 and bytes_of("aab")[97] == pytest.approx(2 / 3) and not bytes_of("").any()

@@ -271,6 +271,7 @@ def _size_of_a_checkpoint(shards: Path, tmp_path: Path) -> int:
     return size
 
 
+@pytest.mark.slow
 def test_a_full_disk_lets_the_run_go_on_when_told(shards: Path, tmp_path: Path, small_disk: Path):
     options = on(small_disk, "checkpoint.on_error=continue", "checkpoint.keep=1")
     size = _size_of_a_checkpoint(shards, tmp_path)
@@ -280,6 +281,7 @@ def test_a_full_disk_lets_the_run_go_on_when_told(shards: Path, tmp_path: Path, 
     assert len(losses(tmp_path / "run")) == 9 and Disk(str(small_disk)).latest() == "000000003"
 
 
+@pytest.mark.slow
 def test_a_full_disk_that_is_freed_in_time_loses_nothing(shards: Path, tmp_path: Path, small_disk: Path):
     import threading
 

@@ -93,6 +93,7 @@ def test_sigterm_ends_at_a_step_with_a_checkpoint(shards: Path, tmp_path: Path):
     assert [r["step"] for r in rows(run)] == list(range(120))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name(shards: Path, tmp_path: Path):
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=4", "checkpoint=2")
     train(cfg)

@@ -90,6 +90,7 @@ def test_another_device_is_planned_by_its_own_operations():
     assert there.flops == pytest.approx(here.flops, rel=0.05)
 
 
+@pytest.mark.slow
 def test_categories_are_those_of_the_parameters():
     cfg = tiny("dinov2", "data.batch=4")
     model = build_objective(cfg)
@@ -173,6 +174,7 @@ def test_flops_of_mae_are_those_of_a_hand_count():
     assert plan.trace(cfg, 1).flops == pytest.approx(hand, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 4])
 def test_flops_of_simclr_are_those_of_a_hand_count(processes: int):
     cfg = load("simclr_vits16", ["data.batch=64", *(["parallel.mode=ddp"] if processes > 1 else [])])

@@ -505,6 +505,7 @@ def losses(run: Path) -> list[dict]:
 DINO = ["model.positions=rope", "model.registers=2", "model.rope_rescale=2.0", "model.local_cls_norm=true"]
 
 
+@pytest.mark.slow
 def test_stages_chain(shards: Path, tmp_path: Path):
     """pretrain → gram → highres, each from the checkpoint of the one before; resumed runs do not read it again; a Gram teacher from an export."""
     first = train(

@@ -185,6 +185,7 @@ def test_features(shards: Path, tmp_path: Path):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_students_do_not_know_of_each_other(shards: Path, tmp_path: Path):
     """With and without the others: the same losses, and the same weights after some steps, though all have drop path."""
     results = []
@@ -319,6 +320,7 @@ def test_networks_of_timm(tmp_path: Path, architecture: str):
             body(x, **options)
 
 
+@pytest.mark.slow
 def test_students_of_timm(shards: Path, tmp_path: Path):
     options = [
         "objective.students=[timm architecture=mobilenetv3_small_050 image_size=32]",

@@ -77,6 +77,7 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "were not compared" in release.release(tmp_path / "out", ["torch"])[0]
 
 
+@pytest.mark.slow
 def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     run = train(tiny_recipe("dinov2", shards, tmp_path / "run", "steps=2", "checkpoint=1"))
     folder = run / "export" / "2"
