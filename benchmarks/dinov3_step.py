@@ -3,8 +3,9 @@
     python benchmarks/dinov3_step.py [--batches 4 8] [--precisions fp32 bf16] [--rounds 3]
 
 One thread. share_of_gemm: FLOPs of the step's linear layers and convolutions, over its CPU seconds, over the rate of a 2048³ product of that precision in
-the same process; share_of_own_products: over the rate of the blocks' own products, each by itself, forward and backward. versus_timm: CPU seconds of the same step (crops, masks, losses, AdamW, average) put together from timm's DINOv3 ViT, one forward per size,
-and losses as one would write them, over ours. Timed in turn (product, ours, timm, product, …); each figure is the median of the rounds' ratios.
+the same process, by torch.mm; share_of_own_products: over the rate of the blocks' own products, each by itself, forward and backward, by the kernel that
+the step takes for them. versus_timm: CPU seconds of the same step (crops, masks, losses, AdamW, average) put together from timm's DINOv3 ViT, one forward
+per size, and losses as one would write them, over ours. Timed in turn (product, ours, timm, product, …); each figure is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from data_pipeline.stream import to_device
 from pretrain.inputs import of_noise
+from pretrain.ops.products import product
 from pretrain.optim import thaw
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
@@ -157,15 +159,13 @@ def own_products(size: int, dtype: torch.dtype) -> tuple[Callable[[], None], int
     cases = []
     for inputs, outputs in ((384, 1152), (384, 384), (384, 1536), (1536, 384)):
         x, w, g = (torch.randn(*shape).to(dtype) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
-        cases.append((x, w, g, torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)))
+        cases.append((x, w, g))
 
     def run() -> None:
-        for x, w, g, y, dx, dw in cases:
-            torch.mm(x, w.t(), out=y)
-            torch.mm(g, w, out=dx)
-            torch.mm(g.t(), x, out=dw)
+        for x, w, g in cases:
+            product(x, w.t()), product(g, w), product(g.t(), x)
 
-    return run, 6 * tokens * sum(w.numel() for _, w, *_ in cases)
+    return run, 6 * tokens * sum(w.numel() for _, w, _ in cases)
 
 
 def measure(precision: str, size: int, rounds: int, compiled: bool) -> None:
@@ -173,15 +173,15 @@ def measure(precision: str, size: int, rounds: int, compiled: bool) -> None:
     other = composition(precision, batch)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b, out = (torch.randn(2048, 2048, dtype=dtype) for _ in range(3))
-    product = lambda: torch.mm(a, b, out=out)  # noqa: E731
+    square = lambda: torch.mm(a, b, out=out)  # noqa: E731
     own, own_flops = own_products(size, dtype)
     flops = linear_flops(ours(precision, size)[1])
     warm = cpu_seconds(step)
-    product(), own(), step(), other(), other()
+    square(), own(), step(), other(), other()
     shares, own_shares, ratios = [], [], []
     for _ in range(rounds):
-        before, ours_took, theirs = cpu_seconds(product, 3), cpu_seconds(step), cpu_seconds(other)
-        gemm = 2 * 2048**3 / ((before + cpu_seconds(product, 3)) / 2)
+        before, ours_took, theirs = cpu_seconds(square, 3), cpu_seconds(step), cpu_seconds(other)
+        gemm = 2 * 2048**3 / ((before + cpu_seconds(square, 3)) / 2)
         blocks = own_flops / cpu_seconds(own)
         shares.append(flops / ours_took / gemm)
         own_shares.append(flops / ours_took / blocks)

@@ -33,14 +33,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.stream import to_device
 from pretrain.inputs import of_noise
+from pretrain.ops.products import onednn
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
+from pretrain.plan_trace import FLOPS
 from pretrain.recipe import Recipe, load
 from pretrain.train import build_objective
 
 BATCH = {"mae": 16, "simclr": 8, "dinov2": 4}  # images per step; 4 to 9 CPU seconds each
 OPTIONS = {"mae": ["parallel.micro_batch=null"], "simclr": [], "dinov2": ["objective.prototypes=4096"]}
-LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+LINEAR = {
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.convolution,
+    torch.ops.aten.convolution_backward,
+    onednn,
+}
 CPU = torch.device("cpu")
 
 
@@ -136,7 +144,7 @@ def cpu_seconds(run: Callable[[], None], times: int = 1) -> float:
 
 
 def linear_flops(step: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         step()
     return sum(count for op, count in counter.get_flop_counts()["Global"].items() if op in LINEAR)
 

@@ -30,6 +30,7 @@ from pretrain.inputs import of_noise
 from pretrain.models import fused, text_mlp
 from pretrain.objectives.base import Objective
 from pretrain.ops import cross_entropy
+from pretrain.ops.products import elsewhere, fp32_is_faster, onednn
 from pretrain.optim import make_optimizer
 from pretrain.parallel import blocks
 from pretrain.parallel.engine import COMPUTE
@@ -168,10 +169,16 @@ def _attention_backward(grad, query, key, value, *_, **__) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-ATTENTION = {  # the CPU's kernels, which torch's counter does not know
+def _product(x, *_, out_shape, **__) -> int:
+    return 2 * x[-1] * out_shape.numel()
+
+
+FLOPS = {  # of the CPU's kernels, which torch's counter does not know
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+if onednn is not None:
+    FLOPS[onednn] = _product
 
 
 def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
@@ -199,11 +206,11 @@ def _setting(cfg: Recipe, processes: int) -> Iterator[None]:
             if name.endswith("_") and not name.startswith("_"):
                 stack.enter_context(unittest.mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
         # one piece instead of hundreds, each of which would cost Python's time
-        stack.enter_context(unittest.mock.patch.object(fused, "pieces", lambda n, *tensors: [tensors]))
+        stack.enter_context(unittest.mock.patch.object(fused, "pieces", lambda size, *tensors: [tensors]))
         stack.enter_context(unittest.mock.patch.object(cross_entropy, "CACHED", 1 << 62))
         stack.enter_context(unittest.mock.patch.object(text_mlp, "ROWS", 4096))
         if cfg.device != "cpu":
-            stack.enter_context(fused.elsewhere())
+            stack.enter_context(elsewhere())
         if alone:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
             stack.callback(dist.destroy_process_group)
@@ -216,6 +223,7 @@ def run(cfg: Recipe, micro: int, accumulate: int, processes: int, share: dict[st
     Raises ConfigError where the objective asks fake tensors for values.
     """
     memory, real = Memory(share), _Real()
+    fp32_is_faster()  # measured while tensors have numbers
     with _setting(cfg, processes), FakeTensorMode(allow_non_fake_inputs=True), real, memory:
         try:
             return _run(cfg, micro, min(accumulate, 2), memory, real)
@@ -246,7 +254,7 @@ def _run(cfg: Recipe, micro: int, accumulate: int, memory: Memory, real: _Real) 
             unit.calls = 0
         flops = 0
         for _ in range(accumulate):
-            with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                 with torch.autocast("cpu", COMPUTE[cfg.precision], enabled=cfg.precision != "fp32"):
                     loss, _ = objective(batch, 0)
                 (loss / accumulate).backward()

@@ -17,6 +17,7 @@ from pretrain.models import fused
 from pretrain.models.layers import Backbone, Rotation
 from pretrain.models.text_mlp import Fused, Linear, RMSNorm
 from pretrain.ops.cross_entropy import cross_entropy
+from pretrain.ops.products import on_cpu
 
 
 class TextBackbone(Backbone):
@@ -69,7 +70,10 @@ def visible(queries: Tensor, keys: Tensor, window: int, documents: Tensor | None
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v for q [B, H, T, d] and k, v [B, K, S, d]; scale is d^-1/2 unless given. `mask`: bool, or float to be added."""
     grouped = q.shape[1] != k.shape[1]
-    if fused.on_cpu(q) and q.dtype == torch.bfloat16 and q.requires_grad:
+    if fused.short_in_bf16(q, k) and not (mask is not None and mask.requires_grad):
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) if grouped else each for each in (k, v))
+        return fused.attend_rows(q, k, v, mask, causal, q.shape[-1] ** -0.5 if scale is None else scale)
+    if on_cpu(q) and q.dtype == torch.bfloat16 and q.requires_grad:
         # PyTorch's CPU kernel goes backward slower in bf16 than in fp32
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
@@ -188,7 +192,7 @@ class SelfAttention(nn.Module):
     def _split(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """Queries [B, T, H, d], keys and values [B, T, K, d], normed and rotated."""
         sizes = [self.heads, self.kv_heads, self.kv_heads]
-        plain = torch.compiler.is_compiling() or not fused.on_cpu(qkv)
+        plain = torch.compiler.is_compiling() or not on_cpu(qkv)
         if rotation is not None and self.q_norm is None and not plain:
             return _Rotate.apply(qkv, *sizes[:2], *rotation)
         q, k, v = qkv.split(sizes, dim=2)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models import fused
-from pretrain.ops.products import linear
+from pretrain.ops.products import linear, on_cpu
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,7 +45,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         weight = self.weight.to(wide.dtype)
-        if fused.on_cpu(x) and not torch.compiler.is_compiling():
+        if on_cpu(x) and not torch.compiler.is_compiling():
             with torch.autocast("cpu", enabled=False):
                 return _RMSNorm.apply(wide.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape).to(x.dtype)
         return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
@@ -109,7 +108,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if self.kind == "swiglu" and fused.on_cpu(x) and not torch.compiler.is_compiling():
+        if self.kind == "swiglu" and on_cpu(x) and not torch.compiler.is_compiling():
             return self.down(_SwiGLU.apply(x))
         if self.kind in ("swiglu", "geglu"):
             gate, up = x.chunk(2, dim=-1)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.ops.products import through_fp32
+from pretrain.ops.products import on_cpu, product, through_fp32
 
 IGNORED = -100  # a target that counts for nothing
 CHUNKS = 4  # more of them cost time: each adds to the whole gradient of the weights
 LARGEST = 1 << 27  # logits of a chunk
+CLASSES = 2048  # whose weights' gradients a CPU computes at a time
 CACHED = 1 << 19  # logits that are worked on at a time on a CPU: 2 MB
 
 
@@ -68,7 +69,7 @@ class _Chunked(torch.autograd.Function):
             valid = (targets != IGNORED).to(exact) if targets.ndim == 1 else None
             rows = valid if rows is None else rows.to(exact) if valid is None else rows.to(exact) * valid
             for part in _parts(len(h), -(-len(h) // o.chunks)):
-                logits = h[part] @ w.t()
+                logits = product(h[part], w.t())
                 own = None if rows is None else rows[part]
                 loss += _in_blocks(logits, _of(targets, part, len(h)), bias, own, o, any(needed))
                 _add_gradients(grads, part, h, w, logits)
@@ -97,12 +98,10 @@ def _add_gradients(grads: list[Tensor | None], part: slice, h: Tensor, w: Tensor
     """What a chunk's gradients by its logits [n, V] are by hidden states, weights and bias."""
     by_hidden, by_weight, by_bias = grads
     if by_hidden is not None:
-        by_hidden[part] = slopes @ w
+        by_hidden[part] = product(slopes, w)
     if by_weight is not None:
-        if slopes.dtype == by_weight.dtype:
-            by_weight.addmm_(slopes.t(), h[part])
-        else:
-            by_weight += slopes.t() @ h[part]
+        for some in _parts(len(w), CLASSES if on_cpu(w) else len(w)):  # so that no product is as large as all weights
+            by_weight[some] += product(slopes[:, some].t(), h[part])
     if by_bias is not None:
         by_bias += slopes.sum(0, dtype=by_bias.dtype)
 

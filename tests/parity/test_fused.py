@@ -31,9 +31,10 @@ def results(model: nn.Module, weights: list[Tensor], keep: Tensor | None, precis
     return [*out, *torch.autograd.grad(loss, [*images, *model.parameters()])]
 
 
-@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+@pytest.mark.parametrize(("precision", "attention"), [("fp64", "fp64"), ("bf16", "fp32"), ("bf16", "bf16")])
 @pytest.mark.parametrize("options", CASES)
-def test_the_same_as_plain_operations(options: dict, precision: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_same_as_plain_operations(options: dict, precision: str, attention: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fused, "fp32_is_faster", lambda: attention == "fp32")
     cfg = presets.ViT(**({"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 4} | options))
     model = VisionTransformer(cfg).train()
     noise(model, 1)
@@ -42,12 +43,13 @@ def test_the_same_as_plain_operations(options: dict, precision: str, monkeypatch
     weights = [torch.randn(3, 5 if options else 17, 32), torch.randn(4, 7, 32)]
     used = []
     real = fused.attend
-    monkeypatch.setattr(fused, "attend", lambda parts: used.append(len(parts)) or real(parts))
+    monkeypatch.setattr(fused, "attend", lambda parts: used.extend(part.dtype for part in parts) or real(parts))
     ours = results(model, weights, keep, precision)
-    assert used == [2, 2]
+    kind = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[attention]
+    assert used == [kind] * 4
     monkeypatch.setattr(fused, "possible", lambda *_: False)
     plain = results(model, weights, keep, precision)
-    assert used == [2, 2]
+    assert len(used) == 4
     for one, other in zip(ours, plain, strict=True):
         if precision == "fp64":
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -20,7 +20,6 @@ from pretrain.layouts import transformers_text
 from pretrain.models import presets
 from pretrain.models.text_layers import Cache, TextBackbone
 from pretrain.models.text_mlp import RMSNorm
-from pretrain.ops import products
 from tests.parity.test_models import noise
 
 ABOUT = {"step": 3, "objective": "gpt", "pool": "mean"}
@@ -253,24 +252,3 @@ def test_a_cache_changes_nothing_in_t5():
         whole, cache = model.decoder(tokens, memory, seen), Cache(18)
         for first, last in ((0, 7), (7, 8), (8, 18)):
             same(model.decoder(tokens[:, first:last], memory, seen, cache), whole[:, first:last])
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_products_through_fp32_are_those_of_bf16(bias: bool, monkeypatch: pytest.MonkeyPatch):
-    """The same operands rounded to bf16: outputs equal but for the order of sums, gradients at least as near to the exact ones as autocast's."""
-    draw = torch.Generator().manual_seed(0)
-    x, weight, slope = (torch.randn(shape, generator=draw) for shape in ((3, 5, 48), (32, 48), (3, 5, 32)))
-    given = [x, weight, *([torch.randn(32, generator=draw)] if bias else [])]
-
-    def run(faster: bool, low: bool) -> list[Tensor]:
-        monkeypatch.setattr(products, "fp32_is_faster", lambda: faster)
-        leaves = [value.clone().requires_grad_() for value in given]
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            out = products.linear(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, slope.to(out.dtype))]
-
-    ours, theirs, exact = run(True, True), run(False, True), run(True, False)
-    assert [value.dtype for value in ours] == [value.dtype for value in theirs]
-    torch.testing.assert_close(ours[0], theirs[0], rtol=2**-7, atol=2**-7)
-    for a, b, c in zip(ours[1:], theirs[1:], exact[1:], strict=True):
-        assert (a - c).norm() <= 1.05 * (b - c).norm()
