@@ -23,6 +23,7 @@ from pretrain.objectives.mae import MAE
 from pretrain.objectives.mae import Config as MAEConfig
 from pretrain.objectives.simclr import Config as SimCLRConfig
 from pretrain.objectives.simclr import SimCLR
+from pretrain.ops import products
 from pretrain.ops.contrastive import nt_xent
 from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.ema import ema_update, make_teacher
@@ -208,20 +209,28 @@ def test_sinkhorn_does_not_overflow_or_underflow(dtype: torch.dtype):
     assert sinkhorn(torch.zeros(0, 9), 0.04).shape == (0, 9)
 
 
-def test_losses_stay_in_fp32_under_autocast():
-    """The engine runs whole objectives under bf16 autocast: similarities divided by a temperature of 0.1 must not be rounded to 1/256."""
+def test_losses_stay_in_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch):
+    """The engine runs whole objectives under bf16 autocast: similarities divided by a temperature of 0.1 must not be rounded to 1/256.
+
+    A head's logits are a matrix product, whose operands and result bf16 may round where its kernel is the faster one, and nothing else."""
     a, b = normal(16, 8).float(), normal(16, 8, seed=1).float()
     near = a[:1] + 1e-2 * b  # neighbours that bf16 cannot tell apart
     functions = [
         lambda: nt_xent(a, b, 0.1),
         lambda: koleo(near),
         lambda: sinkhorn(a, 0.05),
-        lambda: cross_entropy(a, torch.eye(8), b.softmax(-1), scale=10.0),
     ]
     for function in functions:
         plain = function()
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(function(), plain, rtol=1e-5, atol=1e-7)
+    for faster in (True, False):
+        monkeypatch.setattr(products, "fp32_is_faster", lambda faster=faster: faster)
+        given = a if faster else a.bfloat16().float()  # times 1 and 0: the results need no rounding of their own
+        plain = cross_entropy(given, torch.eye(8), b.softmax(-1), scale=10.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = cross_entropy(a, torch.eye(8), b.softmax(-1), scale=10.0)
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
 
 
 def test_prototype_head():
