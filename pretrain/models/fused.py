@@ -191,9 +191,12 @@ def pieces(size: int, *tensors: Tensor) -> zip:
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, p: Tensor, out: Tensor, scale: float, masked: bool = False) -> None:
-    """Write softmax(q kᵀ · scale) to p [n, T, S], where the mask is if `masked`, and its product with v [n, S, d] to `out`."""
-    torch.baddbmm(p, q, k.mT, beta=int(masked), alpha=scale, out=p)
-    torch.softmax(p, -1, out=p)
+    """Write softmax(q kᵀ · scale) to p [n, T, S], where the mask is if `masked`, and its product with v [n, S, d] to `out`. Scores are not rounded."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    s = p.to(wide).baddbmm_(q.to(wide), k.to(wide).mT, beta=int(masked), alpha=scale)  # p itself where it is wide
+    torch.softmax(s, -1, out=s)
+    if s is not p:
+        p.copy_(s)
     torch.bmm(p, v, out=out)
 
 

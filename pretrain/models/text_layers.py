@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.models import fused
 from pretrain.models.layers import Backbone, Rotation
+from pretrain.models.layers import attend as attend_plainly
 from pretrain.models.text_mlp import Fused, Linear, RMSNorm
 from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.products import on_cpu
@@ -68,19 +69,12 @@ def visible(queries: Tensor, keys: Tensor, window: int, documents: Tensor | None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None = None) -> Tensor:
-    """softmax(q kᵀ · scale) v for q [B, H, T, d] and k, v [B, K, S, d]; scale is d^-1/2 unless given. `mask`: bool, or float to be added."""
-    grouped = q.shape[1] != k.shape[1]
+    """`layers.attend`, and in bf16 by products where these are a CPU's faster way."""
     if fused.short_in_bf16(q, k) and not (mask is not None and mask.requires_grad):
-        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) if grouped else each for each in (k, v))
+        groups = q.shape[1] // k.shape[1]
+        k, v = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (k, v))
         return fused.attend_rows(q, k, v, mask, causal, q.shape[-1] ** -0.5 if scale is None else scale)
-    if on_cpu(q) and q.dtype == torch.bfloat16 and q.requires_grad:
-        # PyTorch's CPU kernel goes backward slower in bf16 than in fp32
-        with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
-            mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-            return out.to(torch.bfloat16)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return attend_plainly(q, k, v, mask, causal, scale)
 
 
 # ---------------------------------------------------------------- rotary positions

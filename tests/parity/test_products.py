@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models import fused, text_layers
+from pretrain.models.text_layers import attend
 from pretrain.ops import products
 from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.plan_trace import FLOPS
@@ -141,7 +142,7 @@ def test_attention_in_bf16(kind: str, heads: int, monkeypatch: pytest.MonkeyPatc
 
     def run(native: bool, leaves: list[Tensor], mask: Tensor | None) -> list[Tensor]:
         monkeypatch.setattr(fused, "fp32_is_faster", lambda: not native)
-        return gradients(lambda q, k, v: text_layers.attend(q, k, v, mask, kind == "causal", 0.3), leaves)
+        return gradients(lambda q, k, v: attend(q, k, v, mask, kind == "causal", 0.3), leaves)
 
     exact = run(True, [leaf.double() for leaf in leaves], mask.double() if kind == "bias" else mask)
     near(run(False, leaves, mask), exact, 0.01)
@@ -158,7 +159,7 @@ def test_attention_in_bf16_is_for_short_rows_and_fixed_masks(monkeypatch: pytest
     assert not fused.short_in_bf16(q.detach()[:, :, :8], q[:, :, :8])
     learned = nn.Parameter(torch.zeros(1, 2, 8, 8))
     short = q[:, :, :8]
-    text_layers.attend(short, short, short, learned, False).sum().backward()
+    attend(short, short, short, learned, False).sum().backward()
     assert learned.grad is not None
     with fused.switched_off():
         assert not fused.short_in_bf16(short, short)
