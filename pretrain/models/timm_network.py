@@ -20,6 +20,7 @@ class TimmNetwork(Backbone):
         self.embed_dim, self.image_size = self.network.num_features, cfg.image_size
         embed: Any = getattr(self.network, "patch_embed", None)
         sized = embed is not None and hasattr(self.network, "num_prefix_tokens")  # a plain ViT: one size all through
+        self.whole_patches = sized
         self.patch_size = embed.patch_size[0] if sized else _stride(self.network)
         self.last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.stream import to_device
+from pretrain import export
 from pretrain.config import ConfigError
 from pretrain.errors import UserError
 from pretrain.export import load as load_export
+from pretrain.models import presets
 from pretrain.ops.align import align_map, align_mask, standardise
 from pretrain.ops.randomness import own_randomness
 from pretrain.ops.relations import relation_loss
-from pretrain.train import build_objective, build_stream, open_samples, train
+from pretrain.train import build_objective, build_stream, open_samples, placed, train
+from pretrain.weights import config_of
 from tests.conftest import more, tiny_recipe
 from tests.parity.test_losses import assert_same, naive_dino, naive_ibot, naive_koleo, naive_sinkhorn, noise, normal
 
@@ -242,6 +246,25 @@ def test_a_teacher_of_transformers(shards: Path, tmp_path: Path):
     assert about["student"] == "convnext_micro"
 
 
+def test_a_teacher_of_any_kind(shards: Path, tmp_path: Path):
+    """A convolutional network, whose cells are larger than the student's; a ViT with patches that do not divide local crops, which it does not see."""
+    for name, options, size, grid in (
+        ("convnext_micro", {"image_size": 64}, 64, (2, 2)),
+        ("resnet_micro", {}, 64, (8, 8)),
+        ("vit", {"dim": 32, "heads": 2, "depth": 1, "patch_size": 14, "image_size": 56}, 56, (4, 4)),
+    ):
+        cfg = config_of(name, options, "")
+        about = {"step": 1, "objective": "mae", "pool": "cls"}
+        export.write(tmp_path / name, presets.build(cfg), about, [0.5] * 3, [0.25] * 3)
+        sizes = [f"objective.teacher={tmp_path / name}", f"model.image_size={size}"]
+        cfg = tiny_recipe("distillation", shards, tmp_path / "run", *sizes)
+        objective = build_objective(cfg, start=True)
+        batch = next(build_stream(cfg, objective, open_samples(cfg)))
+        assert batch["mask"].shape[2] == math.prod(grid)
+        loss, _ = objective(placed(cfg, batch, torch.device("cpu")), 0)
+        assert loss.isfinite()
+
+
 def test_refusals(shards: Path, tmp_path: Path):
     cases = [
         (
@@ -250,6 +273,12 @@ def test_refusals(shards: Path, tmp_path: Path):
             "objective.local_size = 16 pixels is less than one cell .32. of convnext_micro",
         ),
         (["objective.loss=prototypes"], UserError, "has no dino_head, only a backbone; write objective.loss=features"),
+        (["objective.students=[convnext_micro]", "model.image_size=40"], ConfigError, "= 40 pixels .* cells of 32"),
+        (
+            ["objective.local_size=20"],
+            ConfigError,
+            "local_size = 20 pixels does not divide into patches of 8, .* model",
+        ),
         (["objective.students=[vit_smal]"], ConfigError, "no such model; did you mean"),
         (["objective.students=[vit_small depht=3]"], ConfigError, "no such key; did you mean"),
     ]
