@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pretrain import export, weights
+from pretrain.checkpoint_tools import locate
 from pretrain.errors import UserError
 from pretrain.layouts import official, timm
 from pretrain.models import presets
 from pretrain.models.convnext import ConvBlock, ConvolutionalNetwork
 from pretrain.models.layers import Attention, QueryKeyValue
 from pretrain.models.positions import rope_angles, rope_change, rope_periods
+from tests.conftest import teacher_run
 from tests.parity.test_models import (
     ABOUT,
     MEAN,
@@ -355,6 +357,23 @@ def test_what_may_differ(tmp_path: Path):
         assert_close(model.eval()(x).tokens, source(x).tokens)
     with weights.unread():
         weights.load_into(vit(dim=64), tmp_path / "nothing")
+
+
+def test_a_checkpoint_by_its_step(shards: Path):
+    """The zeros before a step may be left out; what is no checkpoint of a run is said to be none."""
+    folder = teacher_run(shards) / "checkpoints"
+    one, other = (weights.load_backbone(folder / name)[0].state_dict() for name in ("2", "000000002"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert locate(f"{folder}/2")[1] == "000000002"
+    for where, message in (
+        (folder / "7", "holds no checkpoint; .* has the steps 2"),
+        (folder.parent / "export" / "2", "is an export, a backbone alone; name its run"),
+        (folder.parent / "export", "holds no checkpoint; name a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            locate(str(where))
+    with pytest.raises(UserError, match="has the steps 2"):
+        weights.find(folder / "7")
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path):
