@@ -101,8 +101,17 @@ class Distillation(Objective):
         for name, build in builders.items():
             with own_randomness(name):
                 self.students[name] = student(build())
+            self.check_reads(f"objective.students: {name}", self.students[name]["backbone"])
             self.check_sizes(name, self.students[name]["backbone"])
+        self.check_reads(f"objective.teacher = {cfg.teacher}", self.teacher["backbone"])
         self.averages = nn.ModuleDict({name: make_teacher(s["backbone"]).eval() for name, s in self.students.items()})
+
+    def check_reads(self, what: str, body: Backbone) -> None:
+        """Raises ValueError for a network that cannot read what the recipe's model does."""
+        own, channels = (getattr(one.cfg, "in_channels", None) for one in (body, self.students["model"]["backbone"]))
+        if own != channels:
+            reads = "text" if own is None else f"images of {own} channels"
+            raise ValueError(f"{what}: reads {reads}, but model.in_channels = {channels}; name one that reads as many")
 
     def check_sizes(self, name: str, student: Backbone) -> None:
         """Raises ValueError for crops that a student cannot take, and for global ones whose border its cells leave out, so that they are not the teacher's."""

@@ -279,6 +279,9 @@ def test_refusals(shards: Path, tmp_path: Path):
             ConfigError,
             "local_size = 20 pixels does not divide into patches of 8, .* model",
         ),
+        (["objective.students=[gpt_micro]"], ConfigError, "gpt_micro: reads text, but model.in_channels = 3"),
+        (["objective.students=[vit_tiny depth=1 in_channels=1]"], ConfigError, "vit_tiny: reads images of 1 channels"),
+        (["model.in_channels=1"], ConfigError, "objective.teacher = .*: reads images of 3 channels, but .* = 1"),
         (["objective.students=[vit_smal]"], ConfigError, "no such model; did you mean"),
         (["objective.students=[vit_small depht=3]"], ConfigError, "no such key; did you mean"),
     ]
