@@ -85,13 +85,13 @@ def naive_cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> T
     return -sum(t * (e / sum(exponentials)).log() for t, e in zip(target, exponentials, strict=True))
 
 
-def naive_koleo(x: Tensor, eps: float = 1e-8) -> Tensor:
+def naive_koleo(x: Tensor, neighbours: int = 1, eps: float = 1e-8) -> Tensor:
     rows = [row / row.norm() for row in x]
     logs = []
     for i, row in enumerate(rows):
         others = [other for j, other in enumerate(rows) if j != i]
-        nearest = min(others, key=lambda other: (row - other).norm())
-        logs.append(((row - nearest + eps).square().sum().sqrt() + eps).log())
+        nearest = sorted(others, key=lambda other: (row - other).norm().item())[:neighbours]
+        logs += [((row - other + eps).square().sum().sqrt() + eps).log() for other in nearest]
     return -mean(logs)
 
 
