@@ -163,13 +163,17 @@ def export(args: argparse.Namespace) -> None:
     checkpoint.load_model(store, wanted, objective)
     step = int(wanted)
     target = Path(args.target) if args.target else run / "export" / str(step)
+    for folder in exports.folders(target, objective).values() if args.target else ():
+        if folder.exists():
+            raise UserError(f"{folder}: is there already; name another folder, or delete it")
     tokenizer = run / "tokenizer.json"
-    exports.save(target, objective, recipe, step, tokenizer=tokenizer if tokenizer.is_file() else None)
+    folders = exports.save(target, objective, recipe, step, None, tokenizer if tokenizer.is_file() else None, run)
     from pretrain.release import opened_by, release
 
-    theirs, opener = opened_by(target)
-    print("\n".join(release(target, [*(["transformers"] if theirs else []), *args.also])))
-    print(f"{target}: {opener}")
+    for folder in folders:
+        theirs, opener = opened_by(folder)
+        print("\n".join(release(folder, [*(["transformers"] if theirs else []), *args.also])))
+        print(f"{folder}: {opener}")
 
 
 def generate(args: argparse.Namespace) -> None:

@@ -108,4 +108,7 @@ def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
     args.main(args)
     said = capsys.readouterr().out
     assert said.count("opened again") == 3 and (tmp_path / "target" / "timm" / "config.json").is_file()
-    assert "Scores" not in (tmp_path / "target" / "README.md").read_text()  # lies outside of its run
+    text = (tmp_path / "target" / "README.md").read_text()  # which lies outside of its run
+    assert "None were taken" in text and "fingerprint `" in text and "prototypes: 64" in text
+    with pytest.raises(UserError, match="target: is there already; name another folder"):
+        args.main(args)
