@@ -171,8 +171,9 @@ def export(args: argparse.Namespace) -> None:
     from pretrain.release import opened_by, release
 
     for folder in folders:
-        theirs, opener = opened_by(folder)
-        print("\n".join(release(folder, [*(["transformers"] if theirs else []), *args.also])))
+        own, opener = opened_by(folder)
+        for line in release(folder, list(dict.fromkeys([own, *args.also] if own else args.also))):
+            print(line)
         print(f"{folder}: {opener}")
 
 

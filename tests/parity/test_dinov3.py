@@ -28,7 +28,7 @@ from pretrain.optim import thaw
 from pretrain.parallel.engine import Engine
 from pretrain.schedules import Schedule
 from pretrain.train import build_objective, train
-from tests.conftest import tiny_recipe
+from tests.conftest import teacher_run, tiny_recipe
 from tests.parity.test_losses import (
     assert_same,
     mean,
@@ -333,6 +333,8 @@ def test_resolutions_are_drawn_by_step():
         seen[shapes.pop()] += 1
     assert set(seen) == {(64, 16, 128), (96, 32, 128)}
     assert view(sample(1), rng_of)["mask"].shape == (2, (12 if pick(3, 1, (0.3, 0.7)) else 8) ** 2)
+    drawn = [[pick(seed, step, (0.3, 0.7)) for step in range(40)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
     shares = np.mean([pick(0, step, (0.3, 0.7)) for step in range(20000)])
     assert shares == pytest.approx(0.7, abs=0.01)
     for row, message in [
@@ -633,6 +635,17 @@ def test_a_stage_at_another_size_resizes_learned_positions(shards: Path, tmp_pat
     assert all(torch.equal(now[key], was[key]) for key in now if key not in tables)
     second = train(tiny_recipe("dinov2", shards, tmp_path / "second", *options, "steps=2"))
     assert len(losses(second)) == 2
+
+
+def test_a_run_of_another_model_is_refused(shards: Path, tmp_path: Path):
+    """All tensors that a stage has and the run before it has not, and the other way round, are named."""
+    common = [f"init.run={teacher_run(shards)}", "model.patch_size=4", "model.dim=48"]
+    for depth, message in (
+        (3, r"another model: missing student\.backbone\.blocks\.2\.norm1\.weight, missing .*, and \d+ more"),
+        (1, r"another model: unexpected student\.backbone\.blocks\.1\.\S+, unexpected .*, and \d+ more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_objective(tiny_recipe("dinov2", shards, tmp_path / "x", *common, f"model.depth={depth}"), start=True)
 
 
 def test_continued_pretraining_from_a_backbone(shards: Path, tmp_path: Path):

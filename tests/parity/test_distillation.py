@@ -20,6 +20,7 @@ from pretrain.models import presets
 from pretrain.ops.align import align_map, align_mask, standardise
 from pretrain.ops.randomness import own_randomness
 from pretrain.ops.relations import relation_loss
+from pretrain.release import opened_by, release
 from pretrain.train import build_objective, build_stream, open_samples, placed, train
 from pretrain.weights import config_of
 from tests.conftest import more, tiny_recipe
@@ -344,9 +345,11 @@ def test_networks_of_timm(tmp_path: Path, architecture: str):
         assert body([x, x[..., :32, :32]])[1].grid == (32 // body.patch_size, 32 // body.patch_size)
     export.write(tmp_path / "out", body, {"step": 1, "objective": "distillation", "pool": "cls"}, [0.5] * 3, [0.25] * 3)
     assert torch.equal(load_export(tmp_path / "out")[0](x).tokens, features.tokens)
+    assert opened_by(tmp_path / "out")[0] == "timm"
     if "vit" not in architecture:  # whose size timm is to be told
         theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
         torch.testing.assert_close(theirs.forward_features(x), body.network.forward_features(x))
+    assert release(tmp_path / "out", ["timm"])[0].endswith("opened again, features within 0e+00 of ours")
     for options in ({"mask": torch.zeros(2, 4)}, {"layers": 2}):
         with pytest.raises(ValueError, match="a network of timm takes no mask"):
             body(x, **options)
