@@ -168,6 +168,7 @@ def test_vit_to_timm_and_back(tmp_path: Path, options: dict):
         ("vit_giant_patch14_reg4_dinov2", {}),
         ("vit_small_patch14_dinov2", {}),
         ("convnext_tiny", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}),
+        ("convnext_atto", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}),  # its linears are 1 × 1 convolutions
     ],
 )
 @torch.no_grad()
