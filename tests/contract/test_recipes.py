@@ -78,6 +78,13 @@ def test_recipe_trains_two_steps(name: str, shards: Path, tmp_path: Path):
     assert recipe.config.to_dict(again) == recipe.config.to_dict(cfg)
 
 
+@pytest.mark.parametrize("name", [name for name in recipe.names() if name.startswith("dino")])
+def test_header_tells_the_batch_and_who_ran_it(name: str):
+    text = (recipe.FOLDER / f"{name}.yaml").read_text()
+    assert f"# Batch, hardware, time, score: {recipe.load(name).data.batch:,}; " in text
+    assert "ot run by us" in text.partition("steps:")[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipe.names())
 def test_recipe_is_planned(name: str, shards: Path):
