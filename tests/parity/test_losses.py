@@ -23,6 +23,7 @@ from pretrain.objectives.mae import MAE
 from pretrain.objectives.mae import Config as MAEConfig
 from pretrain.objectives.simclr import Config as SimCLRConfig
 from pretrain.objectives.simclr import SimCLR
+from pretrain.ops import products
 from pretrain.ops.contrastive import nt_xent
 from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.ema import ema_update, make_teacher
@@ -216,12 +217,21 @@ def test_losses_stay_in_fp32_under_autocast():
         lambda: nt_xent(a, b, 0.1),
         lambda: koleo(near),
         lambda: sinkhorn(a, 0.05),
-        lambda: cross_entropy(a, torch.eye(8), b.softmax(-1), scale=10.0),
     ]
     for function in functions:
         plain = function()
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(function(), plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("through", [True, False], ids=["through fp32", "in bf16"])
+def test_cross_entropy_rounds_products_alone_under_autocast(through: bool, monkeypatch: pytest.MonkeyPatch):
+    """On a CPU that multiplies fp32 faster not even these; on others the products, which with these weights are the hidden states, and nothing after."""
+    monkeypatch.setattr(products, "fp32_is_faster", lambda: through)
+    a, target = normal(16, 8).float(), normal(16, 8, seed=1).float().softmax(-1)
+    plain = cross_entropy(a if through else a.bfloat16().float(), torch.eye(8), target, scale=10.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(cross_entropy(a, torch.eye(8), target, scale=10.0), plain, rtol=1e-5, atol=1e-7)
 
 
 def test_prototype_head():
