@@ -152,8 +152,10 @@ def export(args: argparse.Namespace) -> None:
     recipe = load(run)  # before torch is imported: a wrong folder is said at once
     from pretrain import checkpoint
     from pretrain import export as exports
+    from pretrain.release import check, opened_by, release
     from pretrain.train import build_objective
 
+    check(args.also)
     store = checkpoint.store_of(run, recipe)
     wanted = store.latest() if args.step is None else checkpoint.name_of(args.step)
     if wanted not in store.whole():
@@ -168,8 +170,6 @@ def export(args: argparse.Namespace) -> None:
             raise UserError(f"{folder}: is there already; name another folder, or delete it")
     tokenizer = run / "tokenizer.json"
     folders = exports.save(target, objective, recipe, step, None, tokenizer if tokenizer.is_file() else None, run)
-    from pretrain.release import opened_by, release
-
     for folder in folders:
         own, opener = opened_by(folder)
         for line in release(folder, list(dict.fromkeys([own, *args.also] if own else args.also))):

@@ -44,11 +44,16 @@ class Plain(nn.Module):
         return features.cls, features.tokens
 
 
-def release(folder: Path, forms: list[str]) -> list[str]:
-    """Write an export's further forms; a line for each that says how far its outputs are from ours. Raises UserError where one cannot be, or differs."""
+def check(forms: list[str]) -> None:
+    """Raises UserError for a form that there is not."""
     for form in forms:
         if form not in FORMS:
             raise UserError(f"{form!r}: no such form; {nearest(form, FORMS)}")
+
+
+def release(folder: Path, forms: list[str]) -> list[str]:
+    """Write an export's further forms; a line for each that says how far its outputs are from ours. Raises UserError where one cannot be, or differs."""
+    check(forms)
     encoder, about = weights.load_backbone(folder)
     if isinstance(encoder, TextBackbone):
         return [_text(folder, encoder, form) for form in forms]

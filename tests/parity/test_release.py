@@ -104,6 +104,10 @@ def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
     (run / "export" / "convnext_tiny" / "2").mkdir(parents=True)
     (run / "export" / "convnext_tiny" / "2" / "config.json").write_text(json.dumps(fields))
     assert "| test | knn | accuracy | 0.7500 | 12 |" in card.write(run / "export" / "convnext_tiny" / "2").read_text()
+    wrong = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--also", "tim"])
+    with pytest.raises(UserError, match="no such form; did you mean timm"):
+        wrong.main(wrong)
+    assert not (tmp_path / "target").exists()
     args = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--also", "timm", "torch"])
     args.main(args)
     said = capsys.readouterr().out
