@@ -21,14 +21,20 @@ Sizes = tuple[int, int, int]  # pixels of a global, a local and a Gram crop; 0: 
 
 
 def multicrop(
-    cfg: Any, image_size: int, patch_size: int, gram_size: int = 0, resolutions: list[list[float]] | None = None
+    cfg: Any,
+    image_size: int,
+    patch_size: int,
+    gram_size: int = 0,
+    resolutions: list[list[float]] | None = None,
+    local_patch: int | None = None,
 ) -> Callable[[dict[str, Any], Rng], dict[str, np.ndarray]]:
     """The view function: {"global": [G, 3, H, W], "local": [L, 3, h, w], "mask": bool [G, N]} and "gram" [G, 3, S, S] where `gram_size` is given.
 
     `resolutions`: rows of (global, local, Gram pixels, weight), of which each step takes one, drawn from (seed, step): DINOv3's high-resolution stage.
+    `local_patch`: what a local crop has to divide into, where that is not `patch_size`.
     """
     rows = resolutions or [[image_size, cfg.local_size, gram_size, 1.0]]
-    _check(rows, patch_size, gram_size > 0, cfg.local_crops > 0)
+    _check(rows, patch_size, gram_size > 0, (local_patch or patch_size) if cfg.local_crops else None)
     weights = tuple(row[3] for row in rows)
     sizes = [tuple(map(int, row[:3])) for row in rows]
     augments = [_augments(cfg, size) for size in sizes]
@@ -54,18 +60,18 @@ def pick(seed: int, step: int, weights: tuple[float, ...]) -> int:
     return min(int(np.searchsorted(np.cumsum(weights), place, side="right")), len(weights) - 1)
 
 
-def _check(rows: list[list[float]], patch_size: int, gram: bool, local: bool) -> None:
-    """Raises ValueError for sizes that are no whole patches, or for a Gram crop where there is no Gram teacher."""
+def _check(rows: list[list[float]], patch_size: int, gram: bool, local_patch: int | None) -> None:
+    """Raises ValueError for sizes that are no whole patches, or for a Gram crop where there is no Gram teacher. `local_patch`: None for no local crops."""
     for row in rows:
         if len(row) != 4 or row[3] <= 0:
             raise ValueError(
                 f"objective.resolutions: {row} must be [global, local, Gram pixels (0: none), weight above 0]"
             )
-        least = row[:2] if local else row[:1]
-        if min(least) < patch_size or any(size % patch_size for size in row[:3]):
-            raise ValueError(
-                f"crops of {[int(size) for size in row[:3]]} pixels do not divide into patches of {patch_size}"
-            )
+        for size, patch in ((row[0], patch_size), (row[1], local_patch), (row[2], patch_size if row[2] else None)):
+            if patch and (size < patch or size % patch):
+                raise ValueError(
+                    f"crops of {[int(size) for size in row[:3]]} pixels do not divide into patches of {patch}"
+                )
         if gram != (row[2] > 0):
             raise ValueError(
                 f"objective.resolutions: {row} must have Gram pixels where, and only where, there is a gram_teacher"

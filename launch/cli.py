@@ -152,8 +152,10 @@ def export(args: argparse.Namespace) -> None:
     recipe = load(run)  # before torch is imported: a wrong folder is said at once
     from pretrain import checkpoint
     from pretrain import export as exports
+    from pretrain.release import check, opened_by, release
     from pretrain.train import build_objective
 
+    check(args.also)
     store = checkpoint.store_of(run, recipe)
     wanted = store.latest() if args.step is None else checkpoint.name_of(args.step)
     if wanted not in store.whole():
@@ -163,13 +165,16 @@ def export(args: argparse.Namespace) -> None:
     checkpoint.load_model(store, wanted, objective)
     step = int(wanted)
     target = Path(args.target) if args.target else run / "export" / str(step)
+    for folder in exports.folders(target, objective).values() if args.target else ():
+        if folder.exists():
+            raise UserError(f"{folder}: is there already; name another folder, or delete it")
     tokenizer = run / "tokenizer.json"
-    exports.save(target, objective, recipe, step, tokenizer=tokenizer if tokenizer.is_file() else None)
-    from pretrain.release import opened_by, release
-
-    theirs, opener = opened_by(target)
-    print("\n".join(release(target, [*(["transformers"] if theirs else []), *args.also])))
-    print(f"{target}: {opener}")
+    folders = exports.save(target, objective, recipe, step, None, tokenizer if tokenizer.is_file() else None, run)
+    for folder in folders:
+        own, opener = opened_by(folder)
+        for line in release(folder, list(dict.fromkeys([own, *args.also] if own else args.also))):
+            print(line)
+        print(f"{folder}: {opener}")
 
 
 def generate(args: argparse.Namespace) -> None:

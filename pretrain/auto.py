@@ -23,6 +23,15 @@ def prototypes(samples: int, batch: int) -> int:
     return 2 ** round(math.log2(wanted))
 
 
+def prototypes_of(run: str) -> int | None:
+    """As many as the run has that this one starts from."""
+    if not run:
+        return None
+    from pretrain.teachers import recipe_of
+
+    return recipe_of(run)["objective"].get("prototypes")
+
+
 def momentum(steps: int, batch: int) -> float:
     """0.996 for a batch of 1,024 (DINO) and the same half-life in samples for others, but at least twenty half-lives or so in the run; below 0.95 never."""
     return 1 - min(0.05, max(0.004 * batch / 1024, 20 / steps, 1e-4))
@@ -63,7 +72,9 @@ def settle(cfg: Recipe, samples: int | None = None) -> list[str]:
     objective, model = vars(cfg)["objective"], vars(cfg)["model"]
     own = vars(objective)
     if own.get("prototypes") == AUTO:
-        put(objective, "prototypes", "objective.", prototypes(count, batch), prototypes)
+        before = prototypes_of(vars(vars(cfg)["init"])["run"])
+        value, rule = (before, prototypes_of) if before else (prototypes(count, batch), prototypes)
+        put(objective, "prototypes", "objective.", value, rule)
     if own.get("momentum") == AUTO:
         schedule = Schedule(momentum(steps, batch), kind="cosine", final=1.0, steps=steps)
         put(objective, "momentum", "objective.", schedule, momentum)

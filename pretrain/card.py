@@ -11,10 +11,10 @@ from pretrain.layouts.transformers_text import CLASSES, OWN
 from pretrain.run_folder import read_rows
 
 
-def write(folder: Path) -> Path:
-    """Write the card of RUN/export/STEP, or of an export that lies elsewhere, without what its run would tell."""
+def write(folder: Path, run: Path | None = None) -> Path:
+    """Write the card of an export of `run`, which need not be told of RUN/export/STEP; of an export without a run, without what that would tell."""
     fields = json.loads((folder / "config.json").read_text())
-    run = next((p for p in folder.resolve().parents if (p / "recipe.yaml").is_file()), None)
+    run = run or next((p for p in folder.resolve().parents if (p / "recipe.yaml").is_file()), None)
     lines = [*_head(fields), *_use(fields)]
     if run is not None:
         about = fields["unlabeled"]

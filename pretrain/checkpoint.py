@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from data_pipeline.stream import Stream
 from pretrain import config
 from pretrain.checkpoint_format import Reader, Writer, differences, fill, read_metadata
-from pretrain.checkpoint_store import Damaged, Disk, Files, Store, digest_of, open_folder
+from pretrain.checkpoint_store import Damaged, Disk, Files, Store, digest_of, name_of, open_folder
 from pretrain.errors import UserError
 from pretrain.parallel import processes, timeouts
 from pretrain.parallel.engine import Engine
@@ -33,10 +33,6 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import write_recipe
 
 FORMAT = 2
-
-
-def name_of(step: int) -> str:
-    return f"{step:09d}"
 
 
 def store_of(run: Path, recipe: Recipe) -> Store:

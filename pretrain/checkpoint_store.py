@@ -35,6 +35,10 @@ class Damaged(UserError):
     """A checkpoint that is not as it was written."""
 
 
+def name_of(step: int) -> str:
+    return f"{step:09d}"
+
+
 def damaged(where: str, what: str) -> Damaged:
     return Damaged(
         f"{where}: {what}; this checkpoint cannot be used: go on from another with checkpoint.resume=FOLDER/STEP,"

@@ -1,6 +1,6 @@
 """`unlabeled checkpoint inspect|verify|consolidate PATH`: what a checkpoint is, whether it is whole, and its model as one file.
 
-PATH is a checkpoint (RUN/checkpoints/000001000, or a URL), or a folder of them, of which the latest is meant. No recipe, objective or process group is
+PATH is a checkpoint (RUN/checkpoints/1000, or a URL), or a folder of them, of which the latest is meant. No recipe, objective or process group is
 needed, and nothing that is read is executed.
 """
 
@@ -15,21 +15,39 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain.checkpoint_format import Reader, fill, read_metadata
-from pretrain.checkpoint_store import ABOUT, Damaged, Store, open_folder
+from pretrain.checkpoint_store import ABOUT, Damaged, Store, name_of, open_folder
 from pretrain.errors import UserError
 
 
 def locate(path: str) -> tuple[Store, str]:
-    """(store, name) of a checkpoint given by its path, by the folder of checkpoints, or by its run."""
+    """(store, name) of a checkpoint given by its path (the zeros before a step may be left out), by the folder of checkpoints, or by its run."""
     folder, _, name = path.rstrip("/").rpartition("/")
     store = open_folder(folder or ("." if not path.startswith("/") else "/"))
-    if store.size(name, ABOUT) is not None or name.isdigit():
+    if store.size(name, ABOUT) is not None:
         return store, name
+    if store.size(name, "config.json") is not None:
+        raise UserError(
+            f"{path}: is an export, a backbone alone; name its run, or a checkpoint such as RUN/checkpoints/1000"
+        )
+    if name.isdigit():
+        held = store.names()
+        if (full := name_of(int(name))) in held:  # whole or not: what is missing is said where it is read
+            return store, full
+        raise UserError(
+            f"{path}: holds no checkpoint; {store.url} has the steps {', '.join(str(int(n)) for n in held) or 'none'}"
+        )
     for url in (path.rstrip("/"), f"{path.rstrip('/')}/checkpoints"):
         store = open_folder(url)
         if newest := store.latest():
             return store, newest
-    raise UserError(f"{path}: holds no checkpoint; name a folder such as RUN/checkpoints/000001000")
+    raise UserError(f"{path}: holds no checkpoint; name a folder such as RUN/checkpoints/1000")
+
+
+def names_one(path: Path) -> bool:
+    """Whether that is a checkpoint, or a run, or a step beside checkpoints, which `locate` then finds or misses."""
+    if (path / ABOUT).is_file() or (path / "recipe.yaml").is_file():
+        return True
+    return path.name.isdigit() and any(path.parent.glob(f"*/{ABOUT}"))
 
 
 def inspect(path: str) -> list[str]:

@@ -88,6 +88,11 @@ def _processor(size: int, mean: list[float] | None, std: list[float] | None) -> 
     }
 
 
+def folders(folder: Path, objective: Objective) -> dict[str, Path]:
+    """Where an objective's encoders go: the recipe's own model to `folder`, further ones to NAME/STEP beside it."""
+    return {name: folder if name == "model" else folder.parent / name / folder.name for name in objective.encoders()}
+
+
 def save(
     folder: Path,
     objective: Objective,
@@ -95,20 +100,23 @@ def save(
     step: int,
     states: dict[str, State] | None = None,
     tokenizer: Path | None = None,
-) -> None:
-    """Export an objective's encoder at a step of its run, and further ones to NAME/STEP beside it; folders that are there are left as they are.
+    run: Path | None = None,
+) -> list[Path]:
+    """Export an objective's encoders at a step of its run to their `folders`, which are returned, `folder` first; those that are there are left as they are.
 
     `states`: the encoders' whole weights in main memory, where an engine has spread them (`Engine.encoder_states`). `tokenizer`: as for `write`.
+    `run`: whose recipe, data and scores the model card tells, where the folder lies outside of it.
     """
-    for name, encoder in objective.encoders().items():
+    places, encoders = folders(folder, objective), objective.encoders()
+    for name, target in places.items():
         about = {"step": step, "objective": recipe.objective.name, "pool": objective.pool}
         about |= {"student": name} if name != "model" else {}
-        target = folder if name == "model" else folder.parent / name / folder.name
         if not (target / "config.json").is_file():
-            text = isinstance(encoder, TextBackbone)
+            text = isinstance(encoders[name], TextBackbone)
             mean, std = (None, None) if text else (recipe.data.mean, recipe.data.std)
-            write(target, encoder, about, mean, std, states[name] if states else None, tokenizer)
-            card.write(target)
+            write(target, encoders[name], about, mean, std, states[name] if states else None, tokenizer)
+            card.write(target, run)
+    return sorted(places.values(), key=lambda place: place != folder)
 
 
 def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:

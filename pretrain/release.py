@@ -1,7 +1,7 @@
 """Further forms of an exported folder: timm's, the official layout, torch.export and ONNX, each opened again and compared before it counts as written.
 
 transformers  the folder itself                      AutoModel.from_pretrained(FOLDER); for text models, the only form
-timm          FOLDER/timm/                           timm.create_model("local-dir:FOLDER/timm", pretrained=True)
+timm          FOLDER/timm/                           timm.create_model("local-dir:FOLDER/timm", pretrained=True); of a network of timm, the folder itself
 official      FOLDER/official.pth                    the names of DINOv2's and DINOv3's own files
 torch         FOLDER/model.pt2                       torch.export.load(…).module()(images) → (cls, tokens); any batch, the model's image size
 onnx          FOLDER/model.onnx                      the same, for onnxruntime
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pretrain import weights
 from pretrain.errors import UserError, nearest
 from pretrain.layouts import official, timm, transformers_text
-from pretrain.models import presets
+from pretrain.models import presets, timm_network
 from pretrain.models.layers import Backbone
 from pretrain.models.text_layers import TextBackbone
 
@@ -44,11 +44,16 @@ class Plain(nn.Module):
         return features.cls, features.tokens
 
 
-def release(folder: Path, forms: list[str]) -> list[str]:
-    """Write an export's further forms; a line for each that says how far its outputs are from ours. Raises UserError where one cannot be, or differs."""
+def check(forms: list[str]) -> None:
+    """Raises UserError for a form that there is not."""
     for form in forms:
         if form not in FORMS:
             raise UserError(f"{form!r}: no such form; {nearest(form, FORMS)}")
+
+
+def release(folder: Path, forms: list[str]) -> list[str]:
+    """Write an export's further forms; a line for each that says how far its outputs are from ours. Raises UserError where one cannot be, or differs."""
+    check(forms)
     encoder, about = weights.load_backbone(folder)
     if isinstance(encoder, TextBackbone):
         return [_text(folder, encoder, form) for form in forms]
@@ -74,15 +79,15 @@ def release(folder: Path, forms: list[str]) -> list[str]:
     return lines
 
 
-def opened_by(folder: Path) -> tuple[bool, str]:
-    """(whether transformers has a class for an export, what to open it with)."""
+def opened_by(folder: Path) -> tuple[str, str]:
+    """(which form an exported folder itself is, or "" where only we open it; what to open it with)."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     if kind == "timm_wrapper":
-        return False, f"open it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
+        return "timm", f"open it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
     if kind.startswith("unlabeled"):
-        return False, f"open it with pretrain.weights.load_backbone({str(folder)!r}); transformers has no class for it"
+        return "", f"open it with pretrain.weights.load_backbone({str(folder)!r}); transformers has no class for it"
     return (
-        True,
+        "transformers",
         f"open it with transformers.{transformers_text.CLASSES.get(kind, 'AutoModel')}.from_pretrained({str(folder)!r})",
     )
 
@@ -143,6 +148,9 @@ def _transformers(folder: Path, encoder: Backbone, about: dict, images: Tensor) 
 
 
 def _timm(folder: Path, encoder: Backbone, about: dict, images: Tensor) -> tuple[str, Outputs | None]:
+    if isinstance(encoder, timm_network.TimmNetwork):
+        encoder.network = timm_network.create(encoder.cfg, str(folder)).eval()
+        return str(folder), Plain(encoder)(images)
     fields, tensors = timm.write(encoder.cfg, encoder.state_dict(), about["mean"], about["std"])
     target = folder / "timm"
     shutil.rmtree(target, ignore_errors=True)

@@ -59,6 +59,12 @@ def like(where: str) -> Backbone:
     return presets.build(weights.find(where).cfg)
 
 
+def cell_of(where: str) -> int:
+    """Pixels per token along one side of the backbone that lies somewhere."""
+    with torch.device("meta"):
+        return like(where).patch_size
+
+
 def builders(specs: list[str]) -> dict[str, Callable[[], Backbone]]:
     """{name: builder} of models given as "NAME" or "NAME option=value …"; of several with one name, the later ones are numbered."""
     out: dict[str, Callable[[], Backbone]] = {}

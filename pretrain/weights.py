@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pretrain import config
 from pretrain.checkpoint_format import Reader, fill, read_metadata
-from pretrain.checkpoint_store import ABOUT
-from pretrain.checkpoint_tools import locate
+from pretrain.checkpoint_tools import locate, names_one
 from pretrain.errors import UserError
 from pretrain.layouts import official, timm, transformers, transformers_config
 from pretrain.layouts.transformers import State, with_key_bias, without_key_bias
@@ -81,7 +80,7 @@ def find(source: str | Path) -> Source:
     path = Path(source)
     if path.is_file():
         return _file(path)
-    if "://" in str(source) or (path / ABOUT).is_file() or (path / "recipe.yaml").is_file():
+    if "://" in str(source) or names_one(path):
         return _checkpoint(str(source))
     try:
         fields = json.loads((path / "config.json").read_text())

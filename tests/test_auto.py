@@ -62,6 +62,19 @@ def test_values_are_said_stored_and_kept(shards: Path, tmp_path: Path, objective
     assert train(again) == run and "objective.momentum" not in (run / "log.txt").read_text().removeprefix(said)
 
 
+def test_a_stage_has_the_prototypes_of_the_run_that_it_starts_from(shards: Path, tmp_path: Path):
+    first = train(
+        tiny_recipe(
+            "dinov3", shards, tmp_path / "first", "objective.gram_size=512", "objective.gram_teacher=none", "steps=1"
+        )
+    )
+    options = ["objective.prototypes=auto", f"init.run={first}", "steps=1"]
+    second = train(tiny_recipe("dinov3", shards, tmp_path / "second", *options))
+    assert vars(recipe.load(second).objective)["prototypes"] == 64
+    said = (second / "log.txt").read_text()
+    assert "objective.prototypes = 64 (auto: As many as the run has that this one starts from)" in said
+
+
 def test_accumulation_in_small_batches(shards: Path, tmp_path: Path):
     """One process, batch 8 in micro-batches of 4."""
     run = train(

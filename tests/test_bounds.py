@@ -79,6 +79,16 @@ def test_groups_of_koleo_divide_what_a_forward_sees(tmp_path: Path):
         )
 
 
+def test_neighbours_of_koleo_are_fewer_than_what_a_forward_sees(tmp_path: Path):
+    options = ["objective.koleo_group=null", "data.batch=16", "objective.koleo_neighbours=8"]
+    rules.check(tiny_recipe("dinov3", tmp_path, tmp_path / "run", *options), 1)
+    micro = [*options, "parallel.micro_batch=4", "parallel.mode=ddp"]
+    with pytest.raises(ConfigError, match=r"koleo_neighbours = 8: .* images of micro-batches of 4 on 2 processes"):
+        rules.check(tiny_recipe("dinov3", tmp_path, tmp_path / "run", *micro), 2)
+    with pytest.raises(ConfigError, match=r"koleo_neighbours = 8: .* images of data\.batch = 8"):
+        rules.check(tiny_recipe("dinov3", tmp_path, tmp_path / "run", *options, "data.batch=8"), 1)
+
+
 def test_options_of_a_users_own_objective_are_its_own(tmp_path: Path):
     path = tmp_path / "mine.py"
     path.write_text(

@@ -176,7 +176,9 @@ def read(cfg: Any, tensors: State) -> State:
     own = presets.build(cfg).state_dict()
     if isinstance(cfg, presets.ConvNeXt):
         known = {_convnext_key(key): key for key in own}
-        return {known.get(k, k): v for k, v in tensors.items() if not k.startswith("head.fc")}
+        tensors = {known.get(k, k): v for k, v in tensors.items() if not k.startswith("head.fc")}
+        # the small ones have linears as 1 × 1 convolutions
+        return {k: v.flatten(1) if "pwconv" in k and v.shape[2:] == (1, 1) else v for k, v in tensors.items()}
     rope = cfg.positions == "rope"
     known = {_vit_key(key, rope): key for key in own}
     out: State = {}

@@ -39,6 +39,7 @@ class Backbone(nn.Module):
     embed_dim: int
     image_size: int
     patch_size: int  # pixels per token along one side
+    whole_patches = False  # whether an input's sides have to be multiples of it
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that a sharded engine wraps, children before parents."""

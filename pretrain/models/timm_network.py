@@ -16,10 +16,11 @@ class TimmNetwork(Backbone):
     def __init__(self, cfg: Timm):
         super().__init__()
         self.cfg = cfg
-        self.network: Any = _create(cfg)
+        self.network: Any = create(cfg)
         self.embed_dim, self.image_size = self.network.num_features, cfg.image_size
         embed: Any = getattr(self.network, "patch_embed", None)
         sized = embed is not None and hasattr(self.network, "num_prefix_tokens")  # a plain ViT: one size all through
+        self.whole_patches = sized
         self.patch_size = embed.patch_size[0] if sized else _stride(self.network)
         self.last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
 
@@ -52,8 +53,8 @@ class TimmNetwork(Backbone):
         return Features(cls, tokens, maps[:, 1:prefix] if prefix > 1 else tokens[:, :0], grid)
 
 
-def _create(cfg: Timm) -> nn.Module:
-    """timm's model without a classifier; ViTs for any input size. Raises ValueError where timm or the architecture is not there."""
+def create(cfg: Timm, folder: str = "") -> nn.Module:
+    """timm's model without a classifier, with the weights of a timm folder if one is named; ViTs for any input size. Raises ValueError where timm or the architecture is not there."""
     try:
         import timm
     except ImportError:
@@ -62,11 +63,12 @@ def _create(cfg: Timm) -> nn.Module:
         raise ValueError(
             f"model.architecture = {cfg.architecture!r}: timm has no such model; timm.list_models('*') lists them"
         )
-    common = {"pretrained": False, "num_classes": 0, "in_chans": cfg.in_channels}
+    name = f"local-dir:{folder}" if folder else cfg.architecture
+    common = {"pretrained": bool(folder), "num_classes": 0, "in_chans": cfg.in_channels}
     try:
-        return timm.create_model(cfg.architecture, img_size=cfg.image_size, dynamic_img_size=True, **common)
+        return timm.create_model(name, img_size=cfg.image_size, dynamic_img_size=True, **common)
     except TypeError:  # no ViT
-        return timm.create_model(cfg.architecture, **common)
+        return timm.create_model(name, **common)
 
 
 def _stride(network: Any) -> int:

@@ -28,6 +28,8 @@ def _check(cfg: ViT) -> None:
 
 
 class VisionTransformer(Backbone):
+    whole_patches = True
+
     def __init__(self, cfg: ViT):
         super().__init__()
         _check(cfg)

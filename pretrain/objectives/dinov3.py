@@ -150,8 +150,10 @@ class DINOv3(Objective):
 
     def after_step(self, step):
         ema_update(self.teacher, self.student, self.cfg.momentum(step), self.skipped)
+        if self.gram is None:
+            return
         every, most = self.cfg.gram_every, self.cfg.gram_updates
-        if self.gram is not None and (step + 1) % every == 0 and (step + 1) // every <= most:
+        if (step + 1) % every == 0 and (step + 1) // every <= most:
             ema_update(self.gram, self.teacher["backbone"], 0.0)
 
     def encoder(self):

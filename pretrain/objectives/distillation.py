@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.multicrop import multicrop
-from pretrain import teachers, weights
+from pretrain import teachers
 from pretrain.config import Section
+from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
 from pretrain.ops.align import align_map, align_mask, standardise
 from pretrain.ops.ema import ema_update, make_teacher
@@ -100,12 +101,30 @@ class Distillation(Objective):
         for name, build in builders.items():
             with own_randomness(name):
                 self.students[name] = student(build())
-            cell = self.students[name]["backbone"].patch_size
-            if cfg.local_crops and cfg.local_size < cell:
-                raise ValueError(
-                    f"objective.local_size = {cfg.local_size} pixels is less than one cell ({cell}) of {name}"
-                )
+            self.check_reads(f"objective.students: {name}", self.students[name]["backbone"])
+            self.check_sizes(name, self.students[name]["backbone"])
+        self.check_reads(f"objective.teacher = {cfg.teacher}", self.teacher["backbone"])
         self.averages = nn.ModuleDict({name: make_teacher(s["backbone"]).eval() for name, s in self.students.items()})
+
+    def check_reads(self, what: str, body: Backbone) -> None:
+        """Raises ValueError for a network that cannot read what the recipe's model does."""
+        own, channels = (getattr(one.cfg, "in_channels", None) for one in (body, self.students["model"]["backbone"]))
+        if own != channels:
+            reads = "text" if own is None else f"images of {own} channels"
+            raise ValueError(f"{what}: reads {reads}, but model.in_channels = {channels}; name one that reads as many")
+
+    def check_sizes(self, name: str, student: Backbone) -> None:
+        """Raises ValueError for crops that a student cannot take, and for global ones whose border its cells leave out, so that they are not the teacher's."""
+        local, cell = self.cfg.local_size, student.patch_size
+        image = self.students["model"]["backbone"].image_size
+        if image % cell:
+            raise ValueError(f"model.image_size = {image} pixels does not divide into cells of {cell}, those of {name}")
+        if self.cfg.local_crops and local < cell:
+            raise ValueError(f"objective.local_size = {local} pixels is less than one cell ({cell}) of {name}")
+        if self.cfg.local_crops and student.whole_patches and local % cell:
+            raise ValueError(
+                f"objective.local_size = {local} pixels does not divide into patches of {cell}, those of {name}"
+            )
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -115,7 +134,8 @@ class Distillation(Objective):
 
     @staticmethod
     def views(cfg, image_size, patch_size):
-        return multicrop(cfg, image_size, weights.find(cfg.teacher).cfg.patch_size)  # patches are sampled on its grid
+        # patches are sampled on the teacher's grid; local crops are for students alone, which have been asked
+        return multicrop(cfg, image_size, teachers.cell_of(cfg.teacher), local_patch=1)
 
     def forward(self, batch, step):
         images = batch["global"].flatten(0, 1)  # [B·G, ...]

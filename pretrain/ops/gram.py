@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.ops.gather import sum_over_world, world
+
 CHOICES = ("all", "masked", "unmasked")
 NEGATIVES = ("keep", "clip", "clip_teacher")
 
@@ -33,8 +35,8 @@ def gram_loss(
 ) -> Tensor:
     """Mean over pairs of patches of (s_i·s_j − t_i·t_j)² for L2-normalised student and teacher patches [B, N, D] (eq. 2 / N²), in fp32 or wider.
 
-    `tokens`: the pairs whose both patches are masked (mask bool [B, N]) or unmasked, or all. Each image's mean weighs the same; an image without such
-    patches counts for nothing. `negatives`: clip puts 0 for similarities below it, on both sides; clip_teacher does so to the teacher, and to the
+    `tokens`: the pairs whose both patches are masked (mask bool [B, N]) or unmasked, or all. Each image's mean weighs the same, on whichever process
+    it is; an image without such patches counts for nothing. `negatives`: clip puts 0 for similarities below it, on both sides; clip_teacher does so to the teacher, and to the
     student only where the teacher is negative as well. With `per_image` false, patches are also compared across the images of this process.
     """
     s, t = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-8) for x in (student, teacher))
@@ -57,4 +59,7 @@ def gram_loss(
     pairs = (chosen.unsqueeze(1) & chosen.unsqueeze(2)).to(error.dtype)
     count = pairs.sum((1, 2))
     means = (error * pairs).sum((1, 2)) / count.clamp(min=1)  # [B]
-    return means.sum() / (count > 0).sum().clamp(min=1)
+    images = (
+        sum_over_world((count > 0).sum()).clamp(min=1) / world()[1]
+    )  # that have any, on all processes: the mean over these is that of all
+    return means.sum() / images

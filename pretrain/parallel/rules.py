@@ -44,17 +44,17 @@ def _check_koleo(recipe: Recipe, processes: int) -> None:
     """KoLeo's groups are of the images that a forward sees, over all processes."""
     options = vars(recipe.objective)
     group, neighbours = options.get("koleo_group"), options.get("koleo_neighbours", 1)
-    if group is None:
-        return
-    if neighbours >= group:
+    if group is not None and neighbours >= group:
         raise ConfigError(
             f"objective.koleo_neighbours = {neighbours}: must be less than objective.koleo_group = {group}"
         )
     micro = recipe.parallel.micro_batch
     for batch in [recipe.data.batch, *(phase.batch for phase in recipe.data.phases if phase.batch)]:
         rows = batch if micro is None else micro * processes
-        if rows % group:
-            what = f"data.batch = {batch}" if micro is None else f"micro-batches of {micro} on {processes} processes"
+        what = f"data.batch = {batch}" if micro is None else f"micro-batches of {micro} on {processes} processes"
+        if group is None and neighbours >= max(rows, 2):
+            raise ConfigError(f"objective.koleo_neighbours = {neighbours}: must be less than the images of {what}")
+        if group is not None and rows % group:
             raise ConfigError(
                 f"objective.koleo_group = {group}: does not divide {what}; write one that does, or null for one group of all"
             )

@@ -72,6 +72,20 @@ def test_every_trainable_parameter_gets_a_gradient(name: str, shards: Path, tmp_
 
 
 @everywhere
+def test_frozen_networks_are_never_in_training(name: str, shards: Path, tmp_path: Path):
+    """A teacher's positions are as they are, and its drop path and batch norm as in evaluation, also after the loop has called `train`."""
+    _, model, _, _ = setup(name, shards, tmp_path / "run")
+    frozen = [
+        n
+        for n, module in model.train().named_modules()
+        if module.training
+        and any(True for _ in module.parameters())
+        and not any(p.requires_grad for p in module.parameters())
+    ]
+    assert model.training and frozen == []
+
+
+@everywhere
 def test_views_depend_on_the_generator_alone(name: str, shards: Path, tmp_path: Path):
     _, _, stream, batch = setup(name, shards, tmp_path / "run")
     again = stream.batches[0]

@@ -78,13 +78,18 @@ def test_recipe_trains_two_steps(name: str, shards: Path, tmp_path: Path):
     assert recipe.config.to_dict(again) == recipe.config.to_dict(cfg)
 
 
+@pytest.mark.parametrize("name", [name for name in recipe.names() if name.startswith("dino")])
+def test_header_tells_the_batch_and_who_ran_it(name: str):
+    text = (recipe.FOLDER / f"{name}.yaml").read_text()
+    assert f"# Batch, hardware, time, score: {recipe.load(name).data.batch:,}; " in text
+    assert "ot run by us" in text.partition("steps:")[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipe.names())
 def test_recipe_is_planned(name: str, shards: Path):
     """At full width, without weights or data. A teacher has to be there, as its options decide on the students' heads."""
-    small = (
-        [f"objective.teacher={teacher_run(shards)}", "objective.students=[convnext_tiny]"] if "distill" in name else []
-    )
+    small = [f"objective.teacher={teacher_run(shards)}"] if "distill" in name else []
     small += ["objective.koleo_group=16"] if "vitl1" in name else []
     batch = 2 if recipe.is_text(recipe.load(name)) else 32
     cfg = recipe.load(name, [f"data.train={shards}", f"data.batch={batch}", "parallel.micro_batch=null", *small])
@@ -92,6 +97,9 @@ def test_recipe_is_planned(name: str, shards: Path):
     assert traced.trained > 1e4 and traced.flops > 1e9 and traced.peak > 1e6
     if name == "dinov3_vit7b16_gram":
         assert traced.trained / 1e9 == pytest.approx(6.716 + 0.29, rel=0.05) and traced.frozen > 1.9 * traced.trained
+    if name == "dinov3_distill_multi":  # its eight students, as published, and their heads
+        bodies = 21.6 + 85.7 + 303.2 + 840.6 + 27.8 + 49.5 + 87.6 + 196.2
+        assert traced.trained / 1e6 == pytest.approx(bodies, rel=0.01)
     sizes = {
         "gpt2_124m": 124.4,
         "llama_1b": 1235.8,

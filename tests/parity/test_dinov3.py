@@ -28,7 +28,7 @@ from pretrain.optim import thaw
 from pretrain.parallel.engine import Engine
 from pretrain.schedules import Schedule
 from pretrain.train import build_objective, train
-from tests.conftest import tiny_recipe
+from tests.conftest import teacher_run, tiny_recipe
 from tests.parity.test_losses import (
     assert_same,
     mean,
@@ -110,15 +110,7 @@ def test_resize_map():
 @pytest.mark.parametrize("group, neighbours", [(6, 1), (3, 1), (4, 2), (12, 3)])
 def test_grouped_koleo(group: int, neighbours: int):
     def naive(x: Tensor) -> Tensor:
-        logs = []
-        for part in x.split(group):
-            rows = [row / row.norm() for row in part]
-            for i, row in enumerate(rows):
-                others = sorted(
-                    (o for j, o in enumerate(rows) if j != i), key=lambda o, row=row: (row - o).norm().item()
-                )
-                logs += [((row - o + 1e-8).square().sum().sqrt() + 1e-8).log() for o in others[:neighbours]]
-        return -mean(logs)
+        return mean([naive_koleo(part, neighbours) for part in x.split(group)])
 
     assert_same(lambda x: koleo(x, group, neighbours), naive, normal(12, 4))
     if neighbours == 1 and group == 12:
@@ -178,8 +170,14 @@ def batch_of(images: int = 4, gram: int = 64) -> dict[str, Tensor]:
             "ibot_hidden": 12,
             "ibot_bottleneck": 6,
         },
+        {
+            "gram_tokens": "unmasked",
+            "gram_negatives": "clip_teacher",
+            "gram_per_image": False,
+            "koleo_neighbours": 2,
+        },
     ],
-    ids=["plain", "options"],
+    ids=["plain", "options", "more options"],
 )
 def test_forward(options: dict):
     """The whole loss, crop by crop."""
@@ -212,9 +210,10 @@ def test_forward(options: dict):
     )
     ibot = naive_ibot(torch.stack(s_patch), p_patch, mask, 0.1)
     s, t = (torch.stack(each) for each in zip(*grams, strict=True))
-    gram = naive_gram(s, t, mask, options.get("gram_tokens", "all"), options.get("gram_negatives", "keep"), True)
-    group = options.get("koleo_group", 4)
-    uniform = sum(mean([naive_koleo(part) for part in torch.stack(rows).split(group)]) for rows in spread)
+    asked = {"gram_tokens": "all", "gram_negatives": "keep", "gram_per_image": True} | options
+    gram = naive_gram(s, t, mask, *(asked[f"gram_{key}"] for key in ("tokens", "negatives", "per_image")))
+    group, near = options.get("koleo_group", 4), options.get("koleo_neighbours", 1)
+    uniform = sum(mean([naive_koleo(part, near) for part in torch.stack(rows).split(group)]) for rows in spread)
     expected = 0.5 * local + glob + 0.7 * ibot + 0.1 * uniform + 1.5 * gram
     loss, logs = model(batch, 0)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)  # angles are fp32
@@ -274,6 +273,17 @@ def test_gram_teacher_follows_a_few_times():
     )
 
 
+def test_gram_options_without_a_gram_teacher_are_refused(shards: Path, tmp_path: Path):
+    options = [
+        "objective.gram_teacher=none",
+        "objective.gram_size=512",
+        "objective.gram_every=5",
+        "objective.gram_updates=1",
+    ]
+    with pytest.raises(ConfigError, match=r"nothing reads objective.gram_every = 5, objective.gram_updates = 1"):
+        train(tiny_recipe("dinov3", shards, tmp_path / "run", *options))
+
+
 # ---------------------------------------------------------------- views
 def sample(step: int = 0, slot: int = 0) -> dict:
     rng = np.random.default_rng(slot)
@@ -323,6 +333,8 @@ def test_resolutions_are_drawn_by_step():
         seen[shapes.pop()] += 1
     assert set(seen) == {(64, 16, 128), (96, 32, 128)}
     assert view(sample(1), rng_of)["mask"].shape == (2, (12 if pick(3, 1, (0.3, 0.7)) else 8) ** 2)
+    drawn = [[pick(seed, step, (0.3, 0.7)) for step in range(40)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
     shares = np.mean([pick(0, step, (0.3, 0.7)) for step in range(20000)])
     assert shares == pytest.approx(0.7, abs=0.01)
     for row, message in [
@@ -344,8 +356,9 @@ def test_counts_of_masks():
 # ---------------------------------------------------------------- one whole step
 def straight_step(
     state: dict[str, Tensor], batch: dict[str, Tensor], lr: float, wd: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """DINOv3's step from torch functions alone: (loss, all parameters after AdamW and the teacher's average). `state`: of student and teacher."""
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """DINOv3's step from torch functions alone: (loss, clipped gradients, all parameters after AdamW and the teacher's average). `state`: of student and
+    teacher."""
     p = {k: v.clone().requires_grad_(k.startswith("student")) for k, v in state.items()}
 
     def vit(x: Tensor, net: str, mask: Tensor | None = None) -> Tensor:
@@ -428,9 +441,9 @@ def straight_step(
     trained = {k: v for k, v in p.items() if v.requires_grad}
     gradients = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
     norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-    out = {}
+    clipped, out = {k: g * min(1.0, 0.5 / (norm.item() + 1e-6)) for k, g in gradients.items()}, {}
     for name, value in trained.items():
-        g = gradients[name] * min(1.0, 0.5 / (norm.item() + 1e-6))
+        g = clipped[name]
         rate = lr
         if ".backbone." in name:
             place = name.split("backbone.")[1]
@@ -445,7 +458,7 @@ def straight_step(
         out[name] = (value * (1 - rate * wd * decayed) - rate * first / (second.sqrt() + 1e-8)).detach()
         teacher = name.replace("student", "teacher")
         out[teacher] = 0.9 * p[teacher] + 0.1 * out[name]
-    return loss.detach(), out
+    return loss.detach(), clipped, out
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-6), ("bf16", 3e-2)])
@@ -477,7 +490,7 @@ def test_a_training_step_is_the_straight_script(shards: Path, tmp_path: Path, pr
     objective.to(dtype)
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch_of().items()}
     before = {k: v.clone() for k, v in objective.state_dict().items()}
-    expected, after = straight_step(before, batch, lr=0.01, wd=0.05)
+    expected, gradients, after = straight_step(before, batch, lr=0.01, wd=0.05)
     engine = Engine(objective, cfg, torch.device("cpu"))
     loss, _ = engine.forward(batch, 0)
     engine.backward(loss)
@@ -485,6 +498,16 @@ def test_a_training_step_is_the_straight_script(shards: Path, tmp_path: Path, pr
     engine.step(0.01, 0.05)
     objective.after_step(0)
     torch.testing.assert_close(loss.detach(), expected, rtol=tolerance, atol=0)
+    # Adam's first step is the gradient's sign: its length, and what clipping makes of it, show in the first moments
+    moments = {
+        name: engine.optimizer.state[p]["exp_avg"] / (1 - 0.9)
+        for name, p in objective.named_parameters()
+        if p.requires_grad
+    }
+    assert moments.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        away = (moments[name] - gradient).norm() / gradient.norm()
+        assert away < (1e-6 if precision == "fp64" else 0.25), name
     state = objective.state_dict()
     assert state.keys() == after.keys()
     moved = [float((after[k] - before[k]).abs().max()) for k in after]
@@ -492,7 +515,7 @@ def test_a_training_step_is_the_straight_script(shards: Path, tmp_path: Path, pr
     for name, value in after.items():
         if precision == "fp64":
             torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-7, msg=name)
-        else:  # the first step of Adam is the gradient's sign, which bf16 may turn where it is near zero
+        else:  # signs that bf16 may turn where a gradient is near zero
             same = ((state[name] - before[name]).sign() == (value - before[name]).sign()).float().mean()
             assert same > 0.85, name
 
@@ -612,6 +635,17 @@ def test_a_stage_at_another_size_resizes_learned_positions(shards: Path, tmp_pat
     assert all(torch.equal(now[key], was[key]) for key in now if key not in tables)
     second = train(tiny_recipe("dinov2", shards, tmp_path / "second", *options, "steps=2"))
     assert len(losses(second)) == 2
+
+
+def test_a_run_of_another_model_is_refused(shards: Path, tmp_path: Path):
+    """All tensors that a stage has and the run before it has not, and the other way round, are named."""
+    common = [f"init.run={teacher_run(shards)}", "model.patch_size=4", "model.dim=48"]
+    for depth, message in (
+        (3, r"another model: missing student\.backbone\.blocks\.2\.norm1\.weight, missing .*, and \d+ more"),
+        (1, r"another model: unexpected student\.backbone\.blocks\.1\.\S+, unexpected .*, and \d+ more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_objective(tiny_recipe("dinov2", shards, tmp_path / "x", *common, f"model.depth={depth}"), start=True)
 
 
 def test_continued_pretraining_from_a_backbone(shards: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -11,13 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.stream import to_device
+from pretrain import export
 from pretrain.config import ConfigError
 from pretrain.errors import UserError
 from pretrain.export import load as load_export
+from pretrain.models import presets
 from pretrain.ops.align import align_map, align_mask, standardise
 from pretrain.ops.randomness import own_randomness
 from pretrain.ops.relations import relation_loss
-from pretrain.train import build_objective, build_stream, open_samples, train
+from pretrain.release import opened_by, release
+from pretrain.train import build_objective, build_stream, open_samples, placed, train
+from pretrain.weights import config_of
 from tests.conftest import more, tiny_recipe
 from tests.parity.test_losses import assert_same, naive_dino, naive_ibot, naive_koleo, naive_sinkhorn, noise, normal
 
@@ -242,6 +247,41 @@ def test_a_teacher_of_transformers(shards: Path, tmp_path: Path):
     assert about["student"] == "convnext_micro"
 
 
+@pytest.mark.parametrize("unit", ["true", "false"])
+def test_a_teachers_heads_are_those_of_its_run(shards: Path, tmp_path: Path, unit: str):
+    """Sizes of each head, weights, and whether prototypes are of length 1; the students' new heads are of the same kind."""
+    options = ["objective.gram_teacher=none", "objective.gram_size=512", f"objective.unit_prototypes={unit}"]
+    options += ["objective.ibot_prototypes=32", "objective.ibot_hidden=48", "objective.ibot_bottleneck=16", "steps=1"]
+    run = train(tiny_recipe("dinov3", shards, tmp_path / "run", *options))
+    source = build_objective(tiny_recipe("dinov3", shards, tmp_path / "x", *options, f"init.run={run}"), start=True)
+    teacher = ["objective.loss=prototypes", f"objective.teacher={run}"]
+    model = build_objective(tiny_recipe("distillation", shards, tmp_path / "x", *teacher), start=True)
+    x = normal(5, 32).float()
+    for name in ("dino_head", "ibot_head"):
+        expected, student = source.teacher[name](x), model.students["model"][name]
+        assert torch.equal(model.teacher[name](x), expected)
+        assert student(x).shape == expected.shape and student.unit == (unit == "true")
+
+
+def test_a_teacher_of_any_kind(shards: Path, tmp_path: Path):
+    """A convolutional network, whose cells are larger than the student's; a ViT with patches that do not divide local crops, which it does not see."""
+    for name, options, size, grid in (
+        ("convnext_micro", {"image_size": 64}, 64, (2, 2)),
+        ("resnet_micro", {}, 64, (8, 8)),
+        ("vit", {"dim": 32, "heads": 2, "depth": 1, "patch_size": 14, "image_size": 56}, 56, (4, 4)),
+    ):
+        cfg = config_of(name, options, "")
+        about = {"step": 1, "objective": "mae", "pool": "cls"}
+        export.write(tmp_path / name, presets.build(cfg), about, [0.5] * 3, [0.25] * 3)
+        sizes = [f"objective.teacher={tmp_path / name}", f"model.image_size={size}"]
+        cfg = tiny_recipe("distillation", shards, tmp_path / "run", *sizes)
+        objective = build_objective(cfg, start=True)
+        batch = next(build_stream(cfg, objective, open_samples(cfg)))
+        assert batch["mask"].shape[2] == math.prod(grid)
+        loss, _ = objective(placed(cfg, batch, torch.device("cpu")), 0)
+        assert loss.isfinite()
+
+
 def test_refusals(shards: Path, tmp_path: Path):
     cases = [
         (
@@ -250,6 +290,15 @@ def test_refusals(shards: Path, tmp_path: Path):
             "objective.local_size = 16 pixels is less than one cell .32. of convnext_micro",
         ),
         (["objective.loss=prototypes"], UserError, "has no dino_head, only a backbone; write objective.loss=features"),
+        (["objective.students=[convnext_micro]", "model.image_size=40"], ConfigError, "= 40 pixels .* cells of 32"),
+        (
+            ["objective.local_size=20"],
+            ConfigError,
+            "local_size = 20 pixels does not divide into patches of 8, .* model",
+        ),
+        (["objective.students=[gpt_micro]"], ConfigError, "gpt_micro: reads text, but model.in_channels = 3"),
+        (["objective.students=[vit_tiny depth=1 in_channels=1]"], ConfigError, "vit_tiny: reads images of 1 channels"),
+        (["model.in_channels=1"], ConfigError, "objective.teacher = .*: reads images of 3 channels, but .* = 1"),
         (["objective.students=[vit_smal]"], ConfigError, "no such model; did you mean"),
         (["objective.students=[vit_small depht=3]"], ConfigError, "no such key; did you mean"),
     ]
@@ -312,9 +361,11 @@ def test_networks_of_timm(tmp_path: Path, architecture: str):
         assert body([x, x[..., :32, :32]])[1].grid == (32 // body.patch_size, 32 // body.patch_size)
     export.write(tmp_path / "out", body, {"step": 1, "objective": "distillation", "pool": "cls"}, [0.5] * 3, [0.25] * 3)
     assert torch.equal(load_export(tmp_path / "out")[0](x).tokens, features.tokens)
+    assert opened_by(tmp_path / "out")[0] == "timm"
     if "vit" not in architecture:  # whose size timm is to be told
         theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
         torch.testing.assert_close(theirs.forward_features(x), body.network.forward_features(x))
+    assert release(tmp_path / "out", ["timm"])[0].endswith("opened again, features within 0e+00 of ours")
     for options in ({"mask": torch.zeros(2, 4)}, {"layers": 2}):
         with pytest.raises(ValueError, match="a network of timm takes no mask"):
             body(x, **options)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.ops.contrastive import nt_xent
 from pretrain.ops.gather import gather, logsumexp_over_batch, sum_over_world, world
+from pretrain.ops.gram import gram_loss
 from pretrain.ops.koleo import koleo
 from pretrain.ops.relations import relation_loss
 from pretrain.ops.sinkhorn import sinkhorn
@@ -128,6 +129,19 @@ def check_dinov3() -> Result:
     loss, logs = model({key: mine(value) for key, value in batch.items()}, 0)
     gradients = torch.autograd.grad(loss, list(model.student.parameters()))
     return {"mean": [loss.detach(), *(logs[n] for n in ("dino_local", "ibot", "koleo", "gram")), *gradients]}
+
+
+def check_gram_of_masked_patches() -> Result:
+    """The masked patches of three images of the first half and of one of the second: each image weighs the same, on whichever process it is."""
+    torch.manual_seed(0)
+    network, mask = nn.Linear(5, 4).double(), torch.zeros(8, 6, dtype=torch.bool)
+    mask[0, 1:3], mask[1, ::2], mask[3], mask[6, 2:] = True, True, True, True
+    x, target, out = normal(8, 6, 5), normal(8, 6, 3, seed=1), []
+    for tokens in ("masked", "unmasked"):
+        loss = gram_loss(network(mine(x)), mine(target), mine(mask), tokens)
+        out += [loss.detach(), *torch.autograd.grad(loss, list(network.parameters())[:1])]
+    nothing = gram_loss(mine(x), mine(target), mine(mask & False), "masked")
+    return {"mean": [*out, nothing]}
 
 
 CHECKS: dict[str, Callable[[], Result]] = {

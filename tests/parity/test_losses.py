@@ -86,13 +86,13 @@ def naive_cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> T
     return -sum(t * (e / sum(exponentials)).log() for t, e in zip(target, exponentials, strict=True))
 
 
-def naive_koleo(x: Tensor, eps: float = 1e-8) -> Tensor:
+def naive_koleo(x: Tensor, neighbours: int = 1, eps: float = 1e-8) -> Tensor:
     rows = [row / row.norm() for row in x]
     logs = []
     for i, row in enumerate(rows):
         others = [other for j, other in enumerate(rows) if j != i]
-        nearest = min(others, key=lambda other: (row - other).norm())
-        logs.append(((row - nearest + eps).square().sum().sqrt() + eps).log())
+        nearest = sorted(others, key=lambda other: (row - other).norm().item())[:neighbours]
+        logs += [((row - other + eps).square().sum().sqrt() + eps).log() for other in nearest]
     return -mean(logs)
 
 
@@ -231,6 +231,16 @@ def test_losses_stay_in_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch):
         with torch.autocast("cpu", torch.bfloat16):
             ours = cross_entropy(a, torch.eye(8), b.softmax(-1), scale=10.0)
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("through", [True, False], ids=["through fp32", "in bf16"])
+def test_cross_entropy_rounds_products_alone_under_autocast(through: bool, monkeypatch: pytest.MonkeyPatch):
+    """On a CPU that multiplies fp32 faster not even these; on others the products, which with these weights are the hidden states, and nothing after."""
+    monkeypatch.setattr(products, "fp32_is_faster", lambda: through)
+    a, target = normal(16, 8).float(), normal(16, 8, seed=1).float().softmax(-1)
+    plain = cross_entropy(a if through else a.bfloat16().float(), torch.eye(8), target, scale=10.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(cross_entropy(a, torch.eye(8), target, scale=10.0), plain, rtol=1e-5, atol=1e-7)
 
 
 def test_prototype_head():

@@ -104,8 +104,15 @@ def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
     (run / "export" / "convnext_tiny" / "2").mkdir(parents=True)
     (run / "export" / "convnext_tiny" / "2" / "config.json").write_text(json.dumps(fields))
     assert "| test | knn | accuracy | 0.7500 | 12 |" in card.write(run / "export" / "convnext_tiny" / "2").read_text()
+    wrong = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--also", "tim"])
+    with pytest.raises(UserError, match="no such form; did you mean timm"):
+        wrong.main(wrong)
+    assert not (tmp_path / "target").exists()
     args = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--also", "timm", "torch"])
     args.main(args)
     said = capsys.readouterr().out
     assert said.count("opened again") == 3 and (tmp_path / "target" / "timm" / "config.json").is_file()
-    assert "Scores" not in (tmp_path / "target" / "README.md").read_text()  # lies outside of its run
+    text = (tmp_path / "target" / "README.md").read_text()  # which lies outside of its run
+    assert "None were taken" in text and "fingerprint `" in text and "prototypes: 64" in text
+    with pytest.raises(UserError, match="target: is there already; name another folder"):
+        args.main(args)

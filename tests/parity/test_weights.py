@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pretrain import export, weights
+from pretrain.checkpoint_tools import locate
 from pretrain.errors import UserError
 from pretrain.layouts import official, timm
 from pretrain.models import presets
 from pretrain.models.convnext import ConvBlock, ConvolutionalNetwork
 from pretrain.models.layers import Attention, QueryKeyValue
 from pretrain.models.positions import rope_angles, rope_change, rope_periods
+from tests.conftest import teacher_run
 from tests.parity.test_models import (
     ABOUT,
     MEAN,
@@ -96,6 +98,19 @@ def test_bf16_is_close(hf, tmp_path: Path):
     assert model._rotation((4, 4), None, torch.device("cpu"))[0][0].dtype == torch.float32
 
 
+def test_positions_are_of_fp32_in_a_bf16_model():
+    """At the published width of a head, whose periods bf16 does not hold: those of narrow heads, 1 and 10, it does."""
+    model = vit(**DINOV3, dim=64, heads=1).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        cos, sin = model._rotation((4, 6), None, torch.device("cpu"))[0]
+    centres = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in (4, 6)]
+    periods = torch.tensor([100 ** (2 * k / 32) for k in range(16)], dtype=torch.float64)
+    rows, columns = torch.meshgrid(*centres, indexing="ij")
+    angles = torch.cat([2 * math.pi * axis.reshape(-1, 1) / periods for axis in (rows, columns)], 1).repeat(1, 2)
+    torch.testing.assert_close(cos[5:, 0].double(), angles.cos(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(sin[5:, 0].double(), angles.sin(), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("layer_scale", [1e-6, None])
 @torch.no_grad()
 def test_convnext_to_transformers_and_timm(hf, tmp_path: Path, layer_scale: float | None):
@@ -166,6 +181,7 @@ def test_vit_to_timm_and_back(tmp_path: Path, options: dict):
         ("vit_giant_patch14_reg4_dinov2", {}),
         ("vit_small_patch14_dinov2", {}),
         ("convnext_tiny", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}),
+        ("convnext_atto", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}),  # its linears are 1 × 1 convolutions
     ],
 )
 @torch.no_grad()
@@ -355,6 +371,23 @@ def test_what_may_differ(tmp_path: Path):
         assert_close(model.eval()(x).tokens, source(x).tokens)
     with weights.unread():
         weights.load_into(vit(dim=64), tmp_path / "nothing")
+
+
+def test_a_checkpoint_by_its_step(shards: Path):
+    """The zeros before a step may be left out; what is no checkpoint of a run is said to be none."""
+    folder = teacher_run(shards) / "checkpoints"
+    one, other = (weights.load_backbone(folder / name)[0].state_dict() for name in ("2", "000000002"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert locate(f"{folder}/2")[1] == "000000002"
+    for where, message in (
+        (folder / "7", "holds no checkpoint; .* has the steps 2"),
+        (folder.parent / "export" / "2", "is an export, a backbone alone; name its run"),
+        (folder.parent / "export", "holds no checkpoint; name a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            locate(str(where))
+    with pytest.raises(UserError, match="has the steps 2"):
+        weights.find(folder / "7")
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path):
