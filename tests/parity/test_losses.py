@@ -209,10 +209,8 @@ def test_sinkhorn_does_not_overflow_or_underflow(dtype: torch.dtype):
     assert sinkhorn(torch.zeros(0, 9), 0.04).shape == (0, 9)
 
 
-def test_losses_stay_in_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch):
-    """The engine runs whole objectives under bf16 autocast: similarities divided by a temperature of 0.1 must not be rounded to 1/256.
-
-    A head's logits are a matrix product, whose operands and result bf16 may round where its kernel is the faster one, and nothing else."""
+def test_losses_stay_in_fp32_under_autocast():
+    """The engine runs whole objectives under bf16 autocast: similarities divided by a temperature of 0.1 must not be rounded to 1/256."""
     a, b = normal(16, 8).float(), normal(16, 8, seed=1).float()
     near = a[:1] + 1e-2 * b  # neighbours that bf16 cannot tell apart
     functions = [
@@ -224,13 +222,6 @@ def test_losses_stay_in_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch):
         plain = function()
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(function(), plain, rtol=1e-5, atol=1e-7)
-    for faster in (True, False):
-        monkeypatch.setattr(products, "fp32_is_faster", lambda faster=faster: faster)
-        given = a if faster else a.bfloat16().float()  # times 1 and 0: the results need no rounding of their own
-        plain = cross_entropy(given, torch.eye(8), b.softmax(-1), scale=10.0)
-        with torch.autocast("cpu", torch.bfloat16):
-            ours = cross_entropy(a, torch.eye(8), b.softmax(-1), scale=10.0)
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("through", [True, False], ids=["through fp32", "in bf16"])
