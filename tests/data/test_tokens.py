@@ -318,6 +318,11 @@ def test_errors_say_what_to_write(texts: Path, held: Path, tmp_path: Path):
     write_tar(tmp_path / "i.tar", [("0.jpg", jpeg())])
     with pytest.raises(DataError, match=r"holds .jpg and no .txt"):
         tokens_of(tmp_path / "i.tar", tmp_path / "never")
+    unreadable = tmp_path / "tokenizer.json"
+    unreadable.write_text('{"model": {"vocab": {"a": 0}}}')
+    with pytest.raises(DataError, match=rf"{unreadable}: tokenizers .* cannot read it"):
+        tokens_of(texts, tmp_path / "never", vocab=0, tokenizer_file=unreadable)
+    assert not (tmp_path / "never").exists()
 
 
 # ---------------------------------------------------------------- processes, kills, stores
