@@ -63,6 +63,7 @@ def test_a_run_on_text_trains_and_goes_on_as_if_it_had_not_stopped(held: Path, t
     run = train(recipe(held, tmp_path / "run", "data.packing=best_fit", "steps=2", "optim.lr.steps=4"))
     assert losses(run) == losses(whole)[:2] and losses(whole)[-1] < losses(whole)[0]
     assert (run / "tokenizer.json").read_bytes() == (held / "tokenizer.json").read_bytes()
+    assert (run / "tokenizer_config.json").read_bytes() == (held / "tokenizer_config.json").read_bytes()
     assert (run / "export" / "2" / "tokenizer.json").is_file()
     with pytest.raises(UserError, match=r"data.length: None → 16"):
         train(recipe(held, run, "data.packing=best_fit", "data.length=16"))
