@@ -41,6 +41,7 @@ def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg:
         raise UserError(
             f"{encoder.folder or encoder.name}: bits per byte are those of a decoder, and this is none; use linear"
         )
+    _check(cfg, encoder.backbone.cfg)
     rows, vocabulary = encoder.rows(query, cfg.length, cfg.document_mask), encoder.vocabulary
     byte_level = is_byte_level(json.loads(vocabulary.text))
     if not byte_level and vocabulary.bos is None:
@@ -67,6 +68,18 @@ def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg:
         "unigram": unigram / size,
         "bytes": float(size),
     }
+
+
+def _check(cfg: Config, model: Decoder) -> None:
+    """Raises UserError for rows that the model cannot read."""
+    if cfg.batch < 1:
+        raise UserError(f"bits_per_byte.batch = {cfg.batch}: must be 1 or more")
+    if cfg.length is not None and cfg.length < 1:
+        raise UserError(f"bits_per_byte.length = {cfg.length}: must be 1 or more, or null for the model's context")
+    if cfg.length is not None and cfg.length > model.context and model.positions == "learned":
+        raise UserError(
+            f"bits_per_byte.length = {cfg.length}: must be at most {model.context}, the positions that the model has learned"
+        )
 
 
 def batch(rows: Rows, numbers: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

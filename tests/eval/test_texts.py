@@ -15,6 +15,7 @@ from data_pipeline.tokens import Blocks
 from eval import report, results
 from eval.features import open_encoder
 from eval.run import evaluate
+from eval.texts import load_texts
 from pretrain.errors import UserError
 from pretrain.run_folder import read_rows
 from pretrain.train import train
@@ -133,6 +134,34 @@ def test_what_is_refused(runs: dict[str, Path], shards: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch": 0}, "bits_per_byte.batch = 0: must be 1 or more"),
+        ({"length": 0}, "bits_per_byte.length = 0: must be 1 or more, or null"),
+        ({"length": 33}, "bits_per_byte.length = 33: must be at most 32, the positions"),
+    ],
+)
+def test_rows_that_a_model_cannot_read(options: dict, message: str, shards: Path, tmp_path: Path):
+    run = train(tiny_recipe("gpt", shards, tmp_path / "run", "steps=1", "model.positions=learned"))
+    with pytest.raises(UserError, match=message):
+        evaluate(
+            run / "export" / "1",
+            ["bits_per_byte"],
+            [],
+            [str(tokens(shards.parent))],
+            options={"bits_per_byte": options},
+        )
+
+
+def test_texts_whose_rows_cannot_be_read_are_left_out(tmp_path: Path):
+    rows = [b"{broken", b'["label"]', b'{"label": "x"}']
+    members = [(f"{n}.{kind}", data) for n, row in enumerate(rows) for kind, data in (("txt", b"sea"), ("json", row))]
+    write_tar(tmp_path / "0.tar", members)
+    index.write(tmp_path, quiet)
+    assert load_texts([str(tmp_path)]) == (["sea"], ["x"], 2)
+
+
 def test_a_text_run_is_scored_and_sampled_while_it_goes_on(shards: Path, tmp_path: Path):
     held, run = tokens(shards.parent), tmp_path / "run"
     scored = [f"eval.val={held}", f"eval.test={held}", "eval.periodic=[bits_per_byte]", "eval.final=[bits_per_byte]"]
