@@ -328,6 +328,10 @@ def test_errors_say_what_to_write(texts: Path, held: Path, tmp_path: Path):
     write_tar(tmp_path / "i.tar", [("0.jpg", jpeg())])
     with pytest.raises(DataError, match=r"holds .jpg and no .txt"):
         tokens_of(tmp_path / "i.tar", tmp_path / "never")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.jsonl").write_text('{"text": "sea"}')
+    with pytest.raises(DataError, match=r"plain: holds text but no shards; make them with `unlabeled shards build"):
+        tokens_of(tmp_path / "plain", tmp_path / "never")
     unreadable = tmp_path / "tokenizer.json"
     unreadable.write_text('{"model": {"vocab": {"a": 0}}}')
     with pytest.raises(DataError, match=rf"{unreadable}: tokenizers .* cannot read it"):
