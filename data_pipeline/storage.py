@@ -113,6 +113,7 @@ def _what_instead(fs: Any, path: str) -> str:
     for f in files:
         if f.endswith(".tar"):
             return f"holds shards only in sub-folders; name those, for example {f.rsplit('/', 1)[0]}"
-        if f.lower().endswith(tuple("." + ending for ending in IMAGES)):
-            return f"holds images but no shards; make them with `unlabeled shards build {path} {path.rstrip('/')}-shards` and name that folder"
+        held = "images" if f.lower().endswith(tuple("." + ending for ending in IMAGES)) else "text"
+        if held == "images" or f.lower().endswith((".txt", ".jsonl", ".parquet")):
+            return f"holds {held} but no shards; make them with `unlabeled shards build {path} {path.rstrip('/')}-shards` and name that folder"
     return "is a folder without .tar shards"

@@ -66,6 +66,8 @@ def tokenize(
         held = ", ".join(f".{e}" for e in samples.extensions)
         raise DataError(f"{source}: holds {held} and no .txt; make text shards with `unlabeled shards build`")
     given = Vocabulary.read(str(tokenizer_file)) if tokenizer_file else None
+    if given:
+        given.tokenizer()  # refused before there are processes
     about = {"format": FORMAT, "source": samples.id, "shard_mb": shard_mb, "block": block}
     about |= {"tokenizer": given.hash} if given else {"vocab": vocab, "specials": list(specials)}
     if (made := finished(target, about)) is not None:

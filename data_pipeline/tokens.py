@@ -117,6 +117,19 @@ class Blocks(Samples):
             raise Damaged("lacks a member")
         return np.frombuffer(data[TOKENS], dtype(self.width[self.locate(number)[0]])), parse_docs(data[DOCS])
 
+    def text_bytes(self) -> int:
+        """Bytes of UTF-8 of the text of all documents. Raises `Damaged`."""
+        total = 0
+        for number in range(len(self)):
+            url, record, _ = self.members(number)
+            docs = parse_docs(fetch_docs(self.fetcher, url, record))
+            shard, last = self.locate(number)[0], number + 1 in self.first
+            own = (
+                slice(None) if last else docs.starts < self.block[shard]
+            )  # what begins at the last token begins the next block
+            total += int(docs.bytes[own].sum())
+        return total
+
     def documents(self, first: int = 0, last: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
         """(tokens with BOS and EOS, bytes of its text) of every document, in order, of shards [first, last). Raises `Damaged`."""
         for shard in range(first, len(self.first) - 1 if last is None else last):

@@ -114,8 +114,8 @@ class Vocabulary:
         return out
 
     def tokenizer(self) -> Any:
-        """The tokenizer itself. Text that spells a special token is encoded like any other text."""
-        tokenizer = need_tokenizers().Tokenizer.from_str(self.text)
+        """The tokenizer itself. Text that spells a special token is encoded like any other text. Raises DataError."""
+        tokenizer = open_tokenizer(self.text, self.source)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
@@ -131,6 +131,17 @@ def need_tokenizers() -> Any:
             "tokenizers: the package that tokenizes is not installed; pip install 'unlabeled[text]'"
         ) from None
     return tokenizers
+
+
+def open_tokenizer(text: str, source: str) -> Any:
+    """The tokenizer that the content of a tokenizer.json describes. Raises DataError."""
+    tokenizers = need_tokenizers()
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(
+            f"{source}: tokenizers {tokenizers.__version__} cannot read it ({error}); name one that it can, or update the package"
+        ) from None
 
 
 def is_byte_level(content: dict[str, Any]) -> bool:

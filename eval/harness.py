@@ -158,15 +158,21 @@ def evaluate(
     for task in tasks:
         if not manager.match_tasks([task]):
             raise UserError(f"{task!r}: no such task; {nearest(task, manager.all_tasks)}")
-    found = simple_evaluate(
-        adapter,
-        tasks=list(tasks),
-        num_fewshot=shots,
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    try:
+        found = simple_evaluate(
+            adapter,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    except ConnectionError as error:
+        raise UserError(
+            f"{', '.join(tasks)}: the texts of a task cannot be downloaded ({error}); "
+            "download them where there is a network (HF_HOME), or write a task for your own (--include FOLDER)"
+        ) from None
     rows = []
     for task, scores in found["results"].items():
         for key, value in scores.items():

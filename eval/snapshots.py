@@ -43,6 +43,8 @@ def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, An
     rows, pictures = [], None
     for step, folder in found.items():
         encoder, _ = open_encoder(str(folder))
+        if not isinstance(encoder, Encoder):
+            raise UserError(f"{run}: trains a model for text, which has no patches; name a run on images")
         if pictures is None:
             pictures = load(shards, encoder, images)
         values = [statistics(encoder, image) for image in pictures]

@@ -117,11 +117,12 @@ def load_texts(specs: Sequence[str]) -> tuple[list[str], list[str], int]:
     for number in range(len(samples)):
         try:
             members = samples.read(number, ("txt", "json"))
-            text = members["txt"].decode()
-        except (Damaged, KeyError, UnicodeDecodeError):
+            text, row = members["txt"].decode(), json.loads(members.get("json", b"{}"))
+        except (Damaged, KeyError, ValueError):  # ValueError: no UTF-8, or no JSON
+            continue
+        if not isinstance(row, dict):
             continue
         texts.append(text)
-        row = json.loads(members.get("json", b"{}"))
         field = next((name for name in LABEL_FIELDS if name in row), None)
         labels.append(samples.label(number) if field is None else str(row[field]))
     if not texts:

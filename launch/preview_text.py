@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from data_pipeline.rows import IGNORED
 from pretrain.inputs import open_samples
 from pretrain.recipe import Recipe
 from pretrain.run_folder import check_data
@@ -44,7 +45,7 @@ def lines(sample: dict[str, np.ndarray], decode: Decode) -> Iterator[str]:
     tokens = sample["tokens"]
     documents = sample.get("documents", np.zeros(len(tokens), np.int32))
     own = "decoder_tokens" in sample
-    targets = None if own else sample.get("targets")
+    targets = None if own else _masked_targets(sample)
     bounds = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), len(tokens)]
     for begin, end in pairwise(bounds):
         if documents[begin] < 0:
@@ -58,6 +59,19 @@ def lines(sample: dict[str, np.ndarray], decode: Decode) -> Iterator[str]:
     if own:
         asked = sample["targets"]
         yield f"  asked for, {int((asked >= 0).sum())} tokens: {decode(asked[asked >= 0])!r}"
+
+
+def _masked_targets(sample: dict[str, np.ndarray]) -> np.ndarray | None:
+    """What is asked for in place of each token, [T]; None where that is the token that follows."""
+    tokens, targets = sample["tokens"], sample.get("targets")
+    if targets is None:
+        return None
+    if "places" in sample:  # of the targets, so many in every row that some count for nothing
+        out = np.full(len(tokens), IGNORED)
+        out[sample["places"][targets != IGNORED]] = targets[targets != IGNORED]
+        return out
+    asked = targets[:-1] != IGNORED
+    return None if (targets[:-1] == tokens[1:])[asked].all() else targets
 
 
 def _causal(tokens: np.ndarray, decode: Decode) -> str:

@@ -26,7 +26,7 @@ RULES: dict[str, dict[str, Rule]] = {
         **dict.fromkeys(("prototypes", "head_hidden", "head_bottleneck", "head_outputs"), COUNT),
         **dict.fromkeys(("ibot_prototypes", "ibot_hidden", "ibot_bottleneck"), COUNT),
         **dict.fromkeys(("local_size", "gram_size", "gram_every", "koleo_neighbours"), COUNT),
-        **dict.fromkeys(("local_crops", "gram_updates"), AMOUNT),
+        **dict.fromkeys(("local_crops", "gram_updates", "z_loss"), AMOUNT),
         "momentum": SHARE,
         "koleo_group": ("2 or more, or null", lambda v: v >= 2),
     },
@@ -34,7 +34,11 @@ RULES: dict[str, dict[str, Rule]] = {
         **dict.fromkeys(
             ("image_size", "patch_size", "in_channels", "dim", "depth", "heads", "widths", "depths"), COUNT
         ),
+        **dict.fromkeys(
+            ("vocab_size", "context", "head_dim", "kv_heads", "mlp_width", "segments", "decoder_depth"), COUNT
+        ),
         **dict.fromkeys(("mlp_ratio", "rope_base", "norm_eps"), POSITIVE),
+        "buckets": ("4 or more", lambda v: v >= 4),
         "registers": AMOUNT,
     },
     "optim": {

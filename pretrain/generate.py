@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.vocabulary import open_tokenizer
 from pretrain import weights
 from pretrain.errors import UserError
 from pretrain.layouts.tokenizer import specials
@@ -130,15 +131,12 @@ def characters(tokenizer: Any, made: Iterable[int], after: Iterable[int] = ()) -
         yield now[len(before) :]
         held, shown = held[-1:], 1
     if len(held) > shown:
-        yield tokenizer.decode(held, skip_special_tokens=False)[len(tokenizer.decode(held[:shown])) :]
+        before, now = (tokenizer.decode(part, skip_special_tokens=False) for part in (held[:shown], held))
+        yield now[len(before) :]
 
 
 def _tokenizer(folder: Path) -> Any:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError("tokenizers is not installed; pip install tokenizers") from None
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no tokenizer.json; put the one of its training data there")
-    return Tokenizer.from_file(str(path))
+    return open_tokenizer(path.read_text(), str(path))

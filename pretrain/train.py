@@ -22,8 +22,8 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.plan import Phase
 from data_pipeline.rows import Rows
 from data_pipeline.shards import Look, remember
-from data_pipeline.storage import write_whole
 from data_pipeline.stream import Reading, Stream, default_workers, to_device
+from data_pipeline.tokenizer import write_folder
 from data_pipeline.vocabulary import TOKENIZER
 from pretrain import auto, checkpoint, collapse, config, export, plan, recipe, weights
 from pretrain.config import ConfigError
@@ -214,7 +214,7 @@ def _train(cfg: Recipe, device: torch.device) -> Path:
     processes.first(lambda: remember(samples, run / "data"))
     if isinstance(samples[0], Rows):
         vocabulary = samples[0].vocabulary
-        processes.first(lambda: write_whole(str(run / TOKENIZER), [vocabulary.text.encode()]))  # goes into exports
+        processes.first(lambda: write_folder(str(run), vocabulary))  # goes into exports
     guard = Guard(objective, cfg.skip, device)
     saver = checkpoint.Saver(run, cfg, say)
     step = _resume(run, saver, engine, stream, guard, say)

@@ -52,6 +52,26 @@ def test_refused_as_it_is_read(option: str, message: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "name, option, message",
+    [
+        ("gpt", "objective.z_loss=-1e-4", "objective.z_loss = -0.0001: must be 0 or more"),
+        ("gpt", "model.vocab_size=0", "model.vocab_size = 0: must be 1 or more"),
+        ("gpt", "model.context=0", "model.context = 0: must be 1 or more"),
+        ("gpt", "model.kv_heads=-1", "model.kv_heads = -1: must be 1 or more"),
+        ("gpt", "model.head_dim=0", "model.head_dim = 0: must be 1 or more"),
+        ("bert", "model.segments=0", "model.segments = 0: must be 1 or more"),
+        ("bert", "model.mlp_width=0", "model.mlp_width = 0: must be 1 or more"),
+        ("t5", "model.decoder_depth=-1", "model.decoder_depth = -1: must be 1 or more"),
+        ("t5", "model.buckets=2", "model.buckets = 2: must be 4 or more"),
+        ("t5", "model.max_distance=16", "model.max_distance = 16: must be above half of model.buckets = 32"),
+    ],
+)
+def test_of_text_refused_before_a_step(name: str, option: str, message: str, shards: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_recipe(name, shards, tmp_path / "run", option))
+
+
+@pytest.mark.parametrize(
     "option, message",
     [
         ("objective.local_size=20", r"crops of \[32, 20, 64\] pixels do not divide into patches of 8"),

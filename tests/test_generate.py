@@ -90,12 +90,14 @@ def test_characters_are_whole(tokenizer: Path):
     broken = [*own.encode("a").ids, *ids[:2], *own.encode("bc").ids]
     assert "".join(generate.characters(own, broken)) == own.decode(broken) == "a�bc"
     assert "".join(generate.characters(own, ids[:2])) == "�"
+    assert "".join(generate.characters(own, ids[:2], [own.token_to_id("<|endoftext|>")])) == "�"
 
 
 def test_the_command(
     tmp_path: Path, hf: ModuleType, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     def said(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # what others have said until now, DeepSpeed's import for one
         monkeypatch.setattr(sys, "argv", ["unlabeled", "generate", *arguments])
         code = main()
         return code or 0, *capsys.readouterr()
@@ -114,3 +116,6 @@ def test_the_command(
     assert code == 2 and "a BERT fills in masked tokens and cannot write text" in error
     export.write(tmp_path / "bare", model, ABOUT)
     assert "has no tokenizer.json" in said(str(tmp_path / "bare"), "the cat")[2]
+    (tmp_path / "ours" / "tokenizer.json").write_text("nothing")
+    code, _, error = said(str(tmp_path / "ours"), "the cat")
+    assert code == 2 and "tokenizer.json: tokenizers" in error and "cannot read it" in error

@@ -141,6 +141,10 @@ class EncoderDecoderTransformer(TextBackbone):
 
     def __init__(self, cfg: EncoderDecoder):
         super().__init__()
+        if cfg.max_distance <= cfg.buckets // 2:
+            raise ValueError(
+                f"model.max_distance = {cfg.max_distance}: must be above half of model.buckets = {cfg.buckets}, which single distances have"
+            )
         self.cfg, self.embed_dim, self.context, self.vocab_size = cfg, cfg.dim, cfg.context, cfg.vocab_size
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.relative = RelativeBias(cfg, both_sides=True)

@@ -68,8 +68,18 @@ def test_every_document_comes_back_with_its_bytes(texts: Path, held: Path):
         and about["tokens"]["dtype"] == "<u2"
         and len(blocks) > 3 * len(about["tokens"]["shards"])
     )
+    assert blocks.text_bytes() == about["tokens"]["bytes"]
     assert index.verify(held, quiet) == []
     assert "documents" in "\n".join(describe(gather(held)))
+
+
+def test_a_document_that_begins_with_a_block_counts_once(tmp_path: Path):
+    (tmp_path / "text").mkdir()
+    write_tar(tmp_path / "text" / "0.tar", [(f"{n}.txt", bytes([65 + n]) * 1022) for n in range(3)])
+    index.write(tmp_path / "text", quiet)
+    blocks = Blocks([str(tokens_of(tmp_path / "text", tmp_path / "tokens", vocab=259, block=1024))])
+    assert len(blocks) == 3 and blocks.load(0)[1].starts.tolist() == [0, 1024]  # a byte a token, BOS and EOS
+    assert [size for _, size in blocks.documents()] == [1022] * 3 and blocks.text_bytes() == 3 * 1022
 
 
 def test_transformers_opens_the_tokenizer_beside_the_tokens(held: Path):
@@ -318,6 +328,15 @@ def test_errors_say_what_to_write(texts: Path, held: Path, tmp_path: Path):
     write_tar(tmp_path / "i.tar", [("0.jpg", jpeg())])
     with pytest.raises(DataError, match=r"holds .jpg and no .txt"):
         tokens_of(tmp_path / "i.tar", tmp_path / "never")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.jsonl").write_text('{"text": "sea"}')
+    with pytest.raises(DataError, match=r"plain: holds text but no shards; make them with `unlabeled shards build"):
+        tokens_of(tmp_path / "plain", tmp_path / "never")
+    unreadable = tmp_path / "tokenizer.json"
+    unreadable.write_text('{"model": {"vocab": {"a": 0}}}')
+    with pytest.raises(DataError, match=rf"{unreadable}: tokenizers .* cannot read it"):
+        tokens_of(texts, tmp_path / "never", vocab=0, tokenizer_file=unreadable)
+    assert not (tmp_path / "never").exists()
 
 
 # ---------------------------------------------------------------- processes, kills, stores

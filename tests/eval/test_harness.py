@@ -179,6 +179,13 @@ def test_errors_say_what_to_do(exports: dict[str, str], tasks: Path, monkeypatch
         harness.evaluate(exports["gpt"], ["local_choose"], "nowhere")
     with pytest.raises(UserError, match="--limit 0: write 1 or more"):
         harness.evaluate(exports["gpt"], ["local_choose"], str(tasks), limit=0)
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
+
+    monkeypatch.setattr(harness, "simple_evaluate", unreachable)
+    with pytest.raises(UserError, match=r"arc_easy: the texts of a task cannot be downloaded .*ai2_arc"):
+        harness.evaluate(exports["gpt"], ["arc_easy"])
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)

@@ -74,3 +74,6 @@ def test_a_run_is_compared(shards: Path, tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "none" / "export").mkdir(parents=True)
     with pytest.raises(UserError, match="has no export of a trained step"):
         compare(tmp_path / "none", [str(shards)])
+    text = train(tiny_recipe("gpt", shards, tmp_path / "text", "steps=1"))
+    with pytest.raises(UserError, match="trains a model for text, which has no patches"):
+        compare(text, [str(shards)])

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline import index, tokenizer
 from data_pipeline.storage import DataError
 from data_pipeline.tokens import Blocks
 from eval import report, results
 from eval.features import open_encoder
 from eval.run import evaluate
+from eval.texts import load_texts
 from pretrain.errors import UserError
 from pretrain.run_folder import read_rows
 from pretrain.train import train
 from tests.conftest import TEXT, tiny_recipe, tokens, unlabeled
+from tests.data.building import quiet
 from tests.data.texts import tokens_of
+from tests.tars import write_tar
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,32 @@ def test_an_untrained_model_needs_about_the_logarithm_of_its_vocabulary(shards: 
     assert f"{value['bits_per_byte']:.3f}" in results.table(rows)
 
 
+def test_a_tokenizer_that_changes_text_has_the_bytes_of_its_documents(shards: Path, tmp_path: Path):
+    """NFC makes one token, of two bytes, of "e" and an accent, which are three."""
+    (tmp_path / "text").mkdir()
+    texts = ["cafe\u0301 " * 40, "nai\u0308ve sea " * 60]
+    write_tar(tmp_path / "text" / "0.tar", [(f"{n}.txt", text.encode()) for n, text in enumerate(texts)])
+    index.write(tmp_path / "text", quiet)
+    file = tmp_path / "tokenizer.json"
+    tokenizer.train(str(tmp_path / "text"), file, 300, say=quiet)
+    content = json.loads(file.read_text()) | {"normalizer": {"type": "NFC"}}
+    file.write_text(json.dumps(content))
+    held = tokens_of(tmp_path / "text", tmp_path / "tokens", vocab=0, tokenizer_file=file)
+    run = train(tiny_recipe("gpt", shards, tmp_path / "run", f"data.train={held}", "data.batch=4", "steps=1"))
+    rows = {row["metric"]: row for row in evaluate(run / "export" / "1", ["bits_per_byte"], [], [str(held)])}
+    count = sum(len(text.encode()) for text in texts)
+    total = Blocks([str(held)]).tokens.sum() - len(texts)  # BOS is given
+    assert rows["bits_per_byte"]["count"] == count
+    assert rows["bits_per_byte"]["value"] * count == pytest.approx(rows["bits_per_token"]["value"] * total)
+    content["added_tokens"] = content["added_tokens"][1:]
+    del content["model"]["vocab"]["<|endoftext|>"]
+    file.write_text(json.dumps(content))
+    held = tokens_of(tmp_path / "text", tmp_path / "other", vocab=0, tokenizer_file=file)
+    run = train(tiny_recipe("gpt", shards, tmp_path / "bare", f"data.train={held}", "data.batch=4", "steps=1"))
+    with pytest.raises(UserError, match="not byte-level and has no token that begins a document"):
+        evaluate(run / "export" / "1", ["bits_per_byte"], [], [str(held)])
+
+
 def test_what_is_refused(runs: dict[str, Path], shards: Path, tmp_path: Path):
     held = [str(tokens(shards.parent))]
     with pytest.raises(UserError, match="bits per byte are those of a decoder"):
@@ -104,6 +134,34 @@ def test_what_is_refused(runs: dict[str, Path], shards: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch": 0}, "bits_per_byte.batch = 0: must be 1 or more"),
+        ({"length": 0}, "bits_per_byte.length = 0: must be 1 or more, or null"),
+        ({"length": 33}, "bits_per_byte.length = 33: must be at most 32, the positions"),
+    ],
+)
+def test_rows_that_a_model_cannot_read(options: dict, message: str, shards: Path, tmp_path: Path):
+    run = train(tiny_recipe("gpt", shards, tmp_path / "run", "steps=1", "model.positions=learned"))
+    with pytest.raises(UserError, match=message):
+        evaluate(
+            run / "export" / "1",
+            ["bits_per_byte"],
+            [],
+            [str(tokens(shards.parent))],
+            options={"bits_per_byte": options},
+        )
+
+
+def test_texts_whose_rows_cannot_be_read_are_left_out(tmp_path: Path):
+    rows = [b"{broken", b'["label"]', b'{"label": "x"}']
+    members = [(f"{n}.{kind}", data) for n, row in enumerate(rows) for kind, data in (("txt", b"sea"), ("json", row))]
+    write_tar(tmp_path / "0.tar", members)
+    index.write(tmp_path, quiet)
+    assert load_texts([str(tmp_path)]) == (["sea"], ["x"], 2)
+
+
 def test_a_text_run_is_scored_and_sampled_while_it_goes_on(shards: Path, tmp_path: Path):
     held, run = tokens(shards.parent), tmp_path / "run"
     scored = [f"eval.val={held}", f"eval.test={held}", "eval.periodic=[bits_per_byte]", "eval.final=[bits_per_byte]"]

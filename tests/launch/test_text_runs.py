@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,7 @@ def test_a_run_on_text_trains_and_goes_on_as_if_it_had_not_stopped(held: Path, t
     run = train(recipe(held, tmp_path / "run", "data.packing=best_fit", "steps=2", "optim.lr.steps=4"))
     assert losses(run) == losses(whole)[:2] and losses(whole)[-1] < losses(whole)[0]
     assert (run / "tokenizer.json").read_bytes() == (held / "tokenizer.json").read_bytes()
+    assert (run / "tokenizer_config.json").read_bytes() == (held / "tokenizer_config.json").read_bytes()
     assert (run / "export" / "2" / "tokenizer.json").is_file()
     with pytest.raises(UserError, match=r"data.length: None → 16"):
         train(recipe(held, run, "data.packing=best_fit", "data.length=16"))
@@ -105,6 +107,12 @@ def test_recipes_that_do_not_fit_their_data_are_refused(texts: Path, held: Path,
 def test_a_preview_shows_documents_and_what_is_not_predicted(held: Path, tmp_path: Path):
     out = "\n".join(preview(recipe(held, tmp_path / "run", "data.packing=best_fit"), 30))
     assert out.count("row ") == 30 and "‹" in out and "document 1, " in out
+    out = "\n".join(preview(tiny_recipe("gpt", held, tmp_path / "gpt"), 8))
+    assert out.count("‹") >= 8 and "⟦" not in out
+    out = "\n".join(preview(tiny_recipe("bert", held, tmp_path / "bert"), 8))
+    shown = re.findall(r"⟦(.+?)→(.+?)⟧", out)
+    assert 20 <= len(shown) <= 40  # 15 % of 8 rows of 32
+    assert sum(seen == "<|mask|>" for seen, _ in shown) == out.count("<|mask|>") > len(shown) / 2
     words = np.array(["<s>", "the", "sea", "of", "[M]", "wind"])
 
     def decode(ids: np.ndarray) -> str:
@@ -119,6 +127,13 @@ def test_a_preview_shows_documents_and_what_is_not_predicted(held: Path, tmp_pat
     ]
     masked = sample | {"targets": np.array([-100, -100, 5, -100, -100, -100])}
     assert next(lines(masked, decode)) == "  document 0, 3 tokens: '<s> the⟦[M]→wind⟧'"
+    placed = sample | {"places": np.array([2, 4, 0]), "targets": np.array([5, 3, -100])}
+    assert list(lines(placed, decode))[:2] == [
+        "  document 0, 3 tokens: '<s> the⟦[M]→wind⟧'",
+        "  document 1, 2 tokens: '<s>⟦sea→of⟧'",
+    ]
+    follow = sample | {"targets": np.array([1, 4, -100, 2, -100, -100])}
+    assert list(lines(follow, decode)) == list(lines(sample, decode))
     spans = {"tokens": np.array([1, 4]), "decoder_tokens": np.array([0, 4]), "targets": np.array([4, 2])}
     assert list(lines(spans, decode))[-1] == "  asked for, 2 tokens: '[M] sea'"
 

@@ -5,6 +5,7 @@ The second half: packed documents compute what separate ones do, attention's pat
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -159,6 +160,17 @@ def test_the_tokenizer_opens(tmp_path: Path, hf: ModuleType, tokenizer: Path):
     assert opened.decode(ids) == "the cat" and opened.eos_token == "<|endoftext|>" and opened.pad_token_id == 1
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.config.eos_token_id, model.config.pad_token_id) == (0, 1)
+    own = tmp_path / "own"  # whose tokenizer_config.json says what its tokens are for
+    own.mkdir()
+    content = json.loads(tokenizer.read_text())
+    content["added_tokens"].append({**content["added_tokens"][1], "content": "<turn>", "id": 40})
+    (own / "tokenizer.json").write_text(json.dumps(content))
+    named = {"eos_token": {"content": "<turn>"}, "pad_token": "<|pad|>", "chat_template": "{{ messages }}", "x": 1}
+    (own / "tokenizer_config.json").write_text(json.dumps(named))
+    export.write(tmp_path / "named", build(*MODELS["llama"]), ABOUT, tokenizer=own / "tokenizer.json")
+    opened = hf.AutoTokenizer.from_pretrained(tmp_path / "named")
+    assert (opened.eos_token, opened.chat_template) == ("<turn>", "{{ messages }}")
+    assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "named").config.eos_token_id == 40
     with pytest.raises(UserError, match=r"is no tokenizer\.json"):
         export.write(tmp_path / "none", build(*MODELS["llama"]), ABOUT, tokenizer=tmp_path / "out" / "config.json")
 
