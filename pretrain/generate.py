@@ -112,6 +112,8 @@ def text(folder: str | Path, prompt: str, sampling: Sampling) -> Iterator[str]:
     ids = tokenizer.encode(prompt).ids or ([begin] if begin is not None else ends[:1])
     if not ids or max(ids) >= model.vocab_size:
         raise UserError(f"{folder}: its tokenizer has no token for an empty prompt, or more tokens than the model")
+    if isinstance(model.cfg, presets.EncoderDecoder) and ids[-1] not in ends:
+        ids = [*ids, *ends[:1]]  # as what its encoder read in training
     start = fields.get("decoder_start_token_id") or 0
     made = tokens(model, ids, sampling, ends, tokenizer.get_vocab_size(), start)
     yield from characters(tokenizer, made, [] if isinstance(model.cfg, presets.EncoderDecoder) else ids[-1:])

@@ -56,6 +56,18 @@ def test_t5_is_what_transformers_generates(tmp_path: Path, hf: ModuleType, token
     assert made[0] == 1 and [token for token in made[1:] if token != 0] == ours
 
 
+def test_what_t5_reads_ends_as_in_training(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
+    export.write(
+        tmp_path / "out", build("t5_small", {**MODELS["t5"][1], "vocab_size": 260}), ABOUT, tokenizer=tokenizer
+    )
+    read = []
+    monkeypatch.setattr(generate, "tokens", lambda model, prompt, *_: read.append(prompt) or iter(()))
+    ids = Tokenizer.from_file(str(tokenizer)).encode("the cat").ids
+    for prompt in ("the cat", ""):
+        assert not [*generate.text(tmp_path / "out", prompt, Sampling(3))]
+    assert read == [[*ids, 0], [0]]
+
+
 def test_options(monkeypatch: pytest.MonkeyPatch):
     logits, generator = torch.tensor([0.0, 3.0, 2.0, 1.0]), torch.Generator().manual_seed(0)
 
