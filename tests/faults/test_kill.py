@@ -44,10 +44,10 @@ def start(path: Path) -> subprocess.Popen:
     )
 
 
-def trainer_of(process: subprocess.Popen) -> int:
-    """The trainer's process id, below the command that started it."""
+def trainer_of(process: subprocess.Popen) -> int | None:
+    """The trainer's process id, below the command that started it; None before it is there."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return int(next(c for c in children if b"pretrain.train" in Path(f"/proc/{c}/cmdline").read_bytes()))
+    return next((int(c) for c in children if b"pretrain.train" in Path(f"/proc/{c}/cmdline").read_bytes()), None)
 
 
 def wait_for(condition, process: subprocess.Popen) -> bool:
@@ -68,7 +68,8 @@ def test_killed_at_random_steps(name: str, shards: Path, tmp_path: Path):
     kills = 0
     for step in sorted(random.sample(range(5, 110), 3)):
         process = start(path)
-        if wait_for(lambda step=step: len(rows(run)) > step, process):
+        # the rows of the one before may be as many already
+        if wait_for(lambda step=step, own=process: len(rows(run)) > step and trainer_of(own), process):
             os.kill(trainer_of(process), signal.SIGKILL)
             kills += 1
         assert process.wait() != 0
