@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.ops.products import on_cpu, product, through_fp32
 
 IGNORED = -100  # a target that counts for nothing
-CHUNKS = 4  # more of them cost time: each adds to the whole gradient of the weights
+CHUNKS = 2  # for each byte of a logit; more of them cost time: each adds to the whole gradient of the weights
 LARGEST = 1 << 27  # logits of a chunk
 CLASSES = 2048  # whose weights' gradients a CPU computes at a time
 CACHED = 1 << 19  # logits that are worked on at a time on a CPU: 2 MB
@@ -23,7 +23,7 @@ class _Options(NamedTuple):
     softcap: float | None
     z_loss: float
     scale: float
-    chunks: int
+    chunks: int | None
 
 
 def cross_entropy(
@@ -45,7 +45,6 @@ def cross_entropy(
     Rows are taken in chunks, and their gradients are computed at once, so that logits of one chunk is all that there is at any time. Products are in
     the precision of autocast, all else in fp32 or wider.
     """
-    chunks = chunks or max(CHUNKS, -(-len(hidden) * len(weight) // LARGEST))
     return _Chunked.apply(hidden, weight, bias, targets, row_weights, _Options(softcap, z_loss, scale, chunks))
 
 
@@ -68,7 +67,8 @@ class _Chunked(torch.autograd.Function):
             loss = torch.zeros((), dtype=exact, device=hidden.device)
             valid = (targets != IGNORED).to(exact) if targets.ndim == 1 else None
             rows = valid if rows is None else rows.to(exact) if valid is None else rows.to(exact) * valid
-            for part in _parts(len(h), -(-len(h) // o.chunks)):
+            chunks = o.chunks or max(CHUNKS * h.element_size(), -(-len(h) * len(w) // LARGEST))
+            for part in _parts(len(h), -(-len(h) // chunks)):
                 logits = product(h[part], w.t())
                 own = None if rows is None else rows[part]
                 loss += _in_blocks(logits, _of(targets, part, len(h)), bias, own, o, any(needed))
