@@ -2,33 +2,62 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+READY_DEMO := .venv/.ready-demo
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
+# pytest-xdist: one worker for each core, in the order that tests/conftest.py gives
+WORKERS ?= $(shell nproc)
+# some tests mount small disks: where the user may not, in a namespace that he may mount in
+SPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2>/dev/null && echo unshare -rm; })
+SPREAD := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-quick lint bench clean
-demo: $(READY)
+.PHONY: demo test test-quick test-matrix test-gpu lint docs bench clean
+demo: $(READY_DEMO)
 	$(BIN)/unlabeled demo
 
 test: $(READY) lint
-	$(PYTEST) --durations=15
+	$(SPACE) $(PYTEST) $(SPREAD)
 
 test-quick: $(READY)
-	$(PYTEST) -m "not slow"
+	$(SPACE) $(PYTEST) $(SPREAD) -m "not slow"
+
+# what `make test` shows for one objective, mode or recipe of each property, for all the others
+test-matrix: $(READY)
+	$(SPACE) $(PYTEST) $(SPREAD) --matrix -m matrix
+
+# what only a GPU can show; ends at once on a machine without one
+test-gpu: $(READY)
+	$(PYTEST) tests/gpu --device cuda
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the pages of docs/ as a site in site/; a broken link is an error
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+
 # make bench BENCH=steps runs benchmarks/steps.py; one JSON line per figure
 bench: $(READY)
 	$(BIN)/python benchmarks/$(BENCH).py
 
-$(READY): requirements.txt pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unlabeled needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+
+# everything, for development: the pins as they stand
+$(READY): requirements.txt pyproject.toml | $(BIN)/python
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@ $(READY_DEMO)
+
+# what the demo needs, of the same pins; modules are compiled when they are first imported, as most never are
+$(READY_DEMO): requirements.txt pyproject.toml | $(BIN)/python
+	@echo "installing what the demo needs into .venv (2 to 3 minutes)"
+	@$(PIP) --no-compile --constraint requirements.txt setuptools
+	@$(PIP) --no-compile --constraint requirements.txt --no-build-isolation --editable '.[demo]'
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -1,11 +1,16 @@
-"""CPU seconds of a DINOv3 training step: ViT-S/16, 2 × 224 + 8 × 96 pixels, 4,096 prototypes, batch 4 and 8, against GEMM's rate and a composition of timm.
+"""CPU seconds of a DINOv3 training step with ViT-S/16, 2 × 224 + 8 × 96 pixels, 4,096 prototypes and batches of 4 and
+8, compared with the rate of matrix products and with the same step made of timm's modules.
 
     python benchmarks/dinov3_step.py [--batches 4 8] [--precisions fp32 bf16] [--rounds 3]
 
-One thread. share_of_gemm: FLOPs of the step's linear layers and convolutions, over its CPU seconds, over the rate of a 2048³ product of that precision in
-the same process, by torch.mm; share_of_own_products: over the rate of the blocks' own products, each by itself, forward and backward, by the kernel that
-the step takes for them. versus_timm: CPU seconds of the same step (crops, masks, losses, AdamW, average) put together from timm's DINOv3 ViT, one forward
-per size, and losses as one would write them, over ours. Timed in turn (product, ours, timm, product, …); each figure is the median of the rounds' ratios.
+One thread. All parts are timed alternately, and each figure is the median of the rounds' ratios.
+
+    share_of_gemm           FLOPs of the step's linear layers and convolutions / its CPU seconds / the rate of a 2048³
+                            product of that precision in the same process (torch.mm)
+    share_of_own_products   the same, relative to the rate of the products that the blocks make, each timed alone, forward
+                            and backward, with the kernel that the step uses
+    versus_timm             CPU seconds of the same step (crops, masks, losses, AdamW, moving average) made of timm's
+                            DINOv3 ViT with one forward for each size and straightforward losses / ours
 """
 
 from __future__ import annotations
@@ -19,20 +24,16 @@ from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from steps import CPU, cpu_seconds, emit, linear_flops
 from torch import Tensor, nn
 
-from data_pipeline.stream import to_device
-from pretrain.inputs import of_noise
-from pretrain.ops.products import product
-from pretrain.optim import thaw
+from pretrain.build import build_objective, noise_batch, placed
+from pretrain.optim.groups import thaw
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
-from pretrain.recipe import load
-from pretrain.train import build_objective
+from pretrain.recipes.recipe import load
 
 PROTOTYPES = 4096
 
@@ -51,9 +52,7 @@ def ours(precision: str, batch: int, compiled: bool = False) -> tuple[dict[str, 
         for part in (objective.student["backbone"], objective.teacher["backbone"]):
             for block in part.blocks:
                 block.compile()
-    parts = of_noise(cfg, objective, batch)
-    arrays = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
-    inputs = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
+    inputs = placed(objective, noise_batch(cfg, objective, batch), CPU)
 
     def step() -> None:
         loss, _ = engine.forward(inputs, 0)
@@ -163,7 +162,7 @@ def own_products(size: int, dtype: torch.dtype) -> tuple[Callable[[], None], int
 
     def run() -> None:
         for x, w, g in cases:
-            product(x, w.t()), product(g, w), product(g.t(), x)
+            x @ w.t(), g @ w, g.t() @ x
 
     return run, 6 * tokens * sum(w.numel() for _, w, _ in cases)
 

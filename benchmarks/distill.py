@@ -1,11 +1,13 @@
-"""Students of a teacher that was pretrained here, against the same students trained from scratch with the same budget, on real images.
+"""Compares students of a teacher that is pretrained here with the same students trained from scratch with the same
+budget, on real images.
 
     python benchmarks/distill.py FOLDER [--teacher-steps 500] [--steps 150] [--seeds 3]
 
-The demo's photographed textures. The demo's ViT (3 blocks of 96, patches of 4) is pretrained by SimCLR; then, for each seed, a ViT (2 blocks of 48) and a
-ConvNeXt learn its features in one run, and each alone by SimCLR, for as many steps, images and crops, at the same rate. The teacher's pretraining and its
-forward on the students' crops come on top. Figures, k-NN accuracy on test textures that nothing was trained on, mean over seeds:
-distill.{vit,convnext}.{distilled,scratch}.knn.
+The images are the demo's photographed textures. The demo's ViT (3 blocks of width 96, patches of 4) is pretrained with
+SimCLR. Then, for each seed, a ViT (2 blocks of width 48) and a ConvNeXt learn its features in one run, and each is
+trained alone with SimCLR, with the same number of steps, images and crops and the same learning rate. The cost of the
+teacher's pretraining and of its forward on the students' crops is not counted. Figures: k-NN accuracy on test textures
+that were not used in any training, mean over seeds: distill.{vit,convnext}.{distilled,scratch}.knn.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from steps import emit
 
-from data_pipeline.build import build
-from data_pipeline.demo_data import fetch
+from data_pipeline.build.build_shards import build
+from data_pipeline.build.demo_images import fetch
 from eval.run import evaluate
-from pretrain.recipe import load
+from pretrain.recipes.recipe import load
 from pretrain.train import train
 
 ENGINE = ["data.workers=1", "threads=1", "precision=fp32", "device=cpu", "log=50"]

@@ -1,12 +1,13 @@
-"""What the loop and a checkpoint take from the training, on one CPU thread with ViT-S/16 at 224 px.
+"""The time that the training loop and checkpoints take, on one CPU thread with ViT-S/16 at 224 pixels.
 
-    engine.loop_overhead.X     share of a step of objective X that is neither forward, backward nor the optimizer's step: waiting for data, the guard
-                               against non-finite steps, metrics, signals, the teacher's average where there is one
+    engine.loop_overhead.X     share of a step of objective X outside of forward, backward and the optimizer's step:
+                               waiting for data, the check for non-finite steps, metrics, signals, the teacher's average
     engine.loop_overhead       the largest of these
-    engine.async_save_stall    how long `checkpoint.mode=async` holds the training up for a save, over what a sync save of the same state takes
-    engine.async_save_wait     the same for a second save that comes right behind, while the first is still being written
+    engine.async_save_stall    time that an asynchronous save stops the training / time of a synchronous save
+    engine.async_save_wait     the same for a second save that begins while the first is still being written
 
-The training is `pretrain.train` itself on real shards, its engine's methods timed from outside. Of a save, the first is left out (its memory is new).
+The training is `pretrain.train` on real shards, with the methods of its engine timed from outside. The first save of
+each kind is not counted, because it allocates memory.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.build import build
-from data_pipeline.stream import Stream
-from pretrain.checkpoint import Saver
-from pretrain.inputs import open_samples, views
+from data_pipeline.build.build_shards import build
+from data_pipeline.stream.stream import Stream
+from pretrain.build import build_objective, open_samples, views
+from pretrain.checkpoint.save import Saver
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
-from pretrain.recipe import Recipe, load
-from pretrain.run_folder import write_recipe
-from pretrain.train import build_objective, train
+from pretrain.recipes.recipe import Recipe, load
+from pretrain.run_folder.recipe_file import write_recipe
+from pretrain.train import train
 
 OBJECTIVES = {"mae": ["parallel.micro_batch=null"], "simclr": [], "dinov2": ["objective.prototypes=4096"]}
 
@@ -60,7 +61,8 @@ def photos(folder: Path, count: int = 64) -> Path:
 
 
 def overhead(cfg: Recipe) -> float:
-    """Train; the share of the wall time of steps 3 and later that is not inside the engine's forward, backward and step."""
+    """Train, and return the share of the wall time of steps 3 and later outside of the engine's forward, backward and
+    step."""
     inside, marks = 0.0, []
 
     def timed(method: Callable) -> Callable:

@@ -1,15 +1,18 @@
-"""Gram anchoring on real images: the patch similarities of a small ViT blur while it is trained on, and a Gram stage brings them back.
+"""Gram anchoring on real images: the patch similarities of a small ViT degrade in long training, and a Gram stage
+restores them.
 
     python benchmarks/gram.py FOLDER [--steps 600] [--stage 150] [--picture gram.png]
 
-The demo's photographed textures (64 pixels). A DINOv3 ViT (4 blocks of 64, patches of 8) is pretrained; each export is scored on mosaics of four test images
-of different materials. The export at two fifths of the run is the Gram teacher (patch k-NN accuracy, what material is a patch by its 20 nearest patches of
-training images, differs too little between exports to choose one). From the last checkpoint, two runs of as many steps: as before (control), and with the Gram term. Figures, each for snapshot (the Gram teacher),
-before (the end of pretraining), control and after (the Gram stage):
+The images are the demo's photographed textures (64 pixels). A DINOv3 ViT (4 blocks of width 64, patches of 8) is
+pretrained, and each export is scored on mosaics of four test images of different materials. The export at two fifths of
+the run is the Gram teacher (the k-NN accuracy of patches differs too little between exports to choose one). From the
+last checkpoint, two runs of equal length continue: without a Gram term (control) and with it. NAME is snapshot (the
+Gram teacher), before (the end of pretraining), control, or after (the Gram stage):
 
-    gram.NAME             with which area under the ROC curve a patch's similarities tell its own image in a mosaic from the three others
-    gram.accuracy.NAME    patch k-NN accuracy
-    gram.agreement.NAME   correlation of the similarities with the snapshot's
+    gram.NAME             area under the ROC curve with which the similarities of a patch distinguish its own image of a
+                          mosaic from the three others
+    gram.accuracy.NAME    k-NN accuracy of patches: the material, by the 20 nearest patches of training images
+    gram.agreement.NAME   correlation of the similarities with those of the snapshot
 """
 
 from __future__ import annotations
@@ -30,14 +33,14 @@ from PIL import Image
 from steps import emit
 from torch import Tensor
 
-from data_pipeline.build import build
-from data_pipeline.demo_data import fetch
-from data_pipeline.shards import Samples
-from pretrain.export import load as load_export
+from data_pipeline.build.build_shards import build
+from data_pipeline.build.demo_images import fetch
+from data_pipeline.shards.samples import Samples
+from pretrain.interchange.export import load as load_export
 from pretrain.models.layers import Backbone
 from pretrain.ops.gram import resize_map
-from pretrain.recipe import load
-from pretrain.run_folder import exports
+from pretrain.recipes.recipe import load
+from pretrain.run_folder.export_folders import exports
 from pretrain.train import train
 
 SIDE, PATCH = 64, 8
@@ -74,7 +77,8 @@ def pictures(shards: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def mosaics(images: np.ndarray, labels: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [count, 3, 128, 128] of four images of different materials each, label numbers [count, 16, 16] of their patches)."""
+    """(mosaics uint8 [count, 3, 128, 128] of four images of different materials, label numbers [count, 16, 16] of their
+    patches)."""
     rng, names = np.random.default_rng(0), sorted(set(labels))
     number = np.array([names.index(label) for label in labels])
     out, truth = np.empty((count, 3, 2 * SIDE, 2 * SIDE), np.uint8), np.empty((count, 16, 16), np.int64)
@@ -132,7 +136,8 @@ class Score:
         return float(torch.stack([torch.corrcoef(torch.stack([a[off], b[off]]))[0, 1] for a, b in pairs]).mean())
 
     def separation(self, path: Path) -> float:
-        """How well a patch's similarities tell its own image from the three others in a mosaic: the area under the ROC curve, mean over patches."""
+        """Area under the ROC curve with which the similarities of a patch distinguish its own image of a mosaic from
+        the three others, mean over patches."""
         out = []
         for similarity, truth in zip(self.similarities(path), self.truth, strict=False):
             same = truth.unsqueeze(1) == truth

@@ -1,15 +1,18 @@
-"""What `unlabeled plan` says a step needs, against what real steps take.
+"""Compares the memory that `unlabeled plan` predicts for a step with the memory that real steps take.
 
-Claims, for every objective, in a process of its own on the CPU:
+Figures, for every objective in a separate process on the CPU:
 
-    plan.memory.versus_measured    the plan's peak / what the resident set grows by at its highest while the objective trains; one line for each objective
-    plan.memory.M.versus_measured  the same for two processes and parallel.mode M, with DINOv2: the first process
-    plan.memory.O.heap             what the resident set grows by in the heap as trainings have it / with every tensor in a mapping of its own
+    plan.memory.versus_measured    predicted peak / largest growth of the resident set during training; one line for
+                                   each objective
+    plan.memory.M.versus_measured  the same for DINOv2 on two processes with parallel.mode M, for the first process
+    plan.memory.O.heap             largest growth of the resident set with the allocator of a training / with a memory
+                                   mapping for each tensor
 
-A tensor in a mapping of its own (glibc's MALLOC_MMAP_THRESHOLD_) goes back to the system when it is freed, so the resident set is what is needed: that is
-what the first figure is about. Trainings keep freed memory for the next tensors, which is faster, and of which some lies between two tensors and fits
-neither: that is the second one. Before the first reading, a small model of the same objective trains, so that libraries and their buffers are there. The
-highest resident set since then is Linux's VmHWM.
+With a memory mapping for each tensor (glibc's MALLOC_MMAP_THRESHOLD_), freed tensors are returned to the system, so
+that the resident set is the memory in use; the first figures are measured so. A training keeps freed memory for later
+tensors, which is faster, but leaves gaps that no tensor fits: the last figure. Before the first reading, a small model
+of the same objective is trained, so that libraries and their buffers are loaded. The largest resident set since then is
+Linux's VmHWM.
 """
 
 from __future__ import annotations
@@ -26,21 +29,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pretrain.parallel.modes import build_engine
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain import export, objective, plan
-from pretrain.inputs import of_noise
-from pretrain.models.presets import build
+from pretrain.build import build_objective, noise_batch, placed
+from pretrain.estimate import plan
+from pretrain.interchange import export
+from pretrain.models.build import build_model
+from pretrain.objectives import finder
 from pretrain.objectives.base import Objective
-from pretrain.parallel import engine as engines
 from pretrain.parallel import processes
 from pretrain.parallel.device import keep_freed_memory
-from pretrain.recipe import Recipe, load
-from pretrain.train import build_objective, placed
+from pretrain.recipes.recipe import Recipe, load
 
 CPU = torch.device("cpu")
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -75,7 +79,7 @@ def teacher() -> Path:
     atexit.register(folder.cleanup)
     export.write(
         Path(folder.name) / "teacher",
-        build(load("demo", ["model=vit", *MODEL]).model),
+        build_model(load("demo", ["model=vit", *MODEL]).model),
         {"pool": "cls"},
         [0.5] * 3,
         [0.25] * 3,
@@ -84,15 +88,14 @@ def teacher() -> Path:
 
 
 def batch_of(cfg: Recipe, model: Objective) -> dict[str, Tensor]:
-    parts = of_noise(cfg, model, cfg.data.batch // processes.world())
-    return {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
+    return noise_batch(cfg, model, cfg.data.batch // processes.world())
 
 
 def train(cfg: Recipe, steps: int) -> None:
-    engine = engines.build(build_objective(cfg), cfg, CPU)
+    engine = build_engine(build_objective(cfg), cfg, CPU)
     arrays = batch_of(cfg, engine.objective)
     for step in range(steps):
-        batch = placed(cfg, arrays, CPU)
+        batch = placed(engine.objective, arrays, CPU)
         with engine.microbatch(last=True):
             loss, _ = engine.forward(batch, step)
             engine.backward(loss)
@@ -150,7 +153,7 @@ def emit(name: str, value: float, unit: str, versus: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", default=objective.names(), choices=objective.names())
+    parser.add_argument("--objectives", nargs="+", default=finder.names(), choices=finder.names())
     parser.add_argument("--modes", nargs="+", default=list(COUNT), choices=list(COUNT))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--heap", action="store_true", help="measure in a training's heap, too")

@@ -1,7 +1,8 @@
-"""1.7 billion samples in 170,000 shards for 2,048 processes: what one of them pays to start, to resume, and per sample.
+"""The cost of 1.7 billion samples in 170,000 shards for one of 2,048 ranks: time to start and to resume, memory, and
+CPU time per sample.
 
-The manifest is real and comes over HTTP; the shards exist on paper only. Everything else is measured in a fresh process, as a rank would run it.
-A second part computes, from the plan itself, what the store and a node of that cluster would see.
+The manifest is complete and is read over HTTP, but the shards do not exist. Each figure is measured in a new process, as
+a rank runs it. A second part computes the load of the store and the memory of a node from the plan.
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from data_pipeline import index
-from data_pipeline.plan import Phase
-from data_pipeline.shards import Samples, plan_of
+from data_pipeline.order.schedule import Phase
+from data_pipeline.shards.dataset import make_plan
+from data_pipeline.shards.manifest import Manifest, dataset_id, render_manifest
+from data_pipeline.shards.samples import Samples
 
 SHARDS, PER_SHARD, RANKS, BATCH, NODE = 170_000, 10_000, 2048, 65_536, 8
 SAMPLE_BYTES = 75_000
 
 
-def paper_manifest(folder: Path) -> None:
-    """manifest.json of shards that do not exist."""
+def write_manifest(folder: Path) -> None:
+    """Write the manifest.json of shards that do not exist."""
     rng = np.random.default_rng(0)
     names = [f"part-{n // 1000:03d}/{n:06d}.tar" for n in range(SHARDS)]
     counts = PER_SHARD + rng.integers(-500, 501, SHARDS)
     hashes = [f"{value:032x}" for value in rng.integers(0, 2**63, SHARDS).tolist()]
-    identity = index.dataset_id(names, counts * SAMPLE_BYTES, counts, hashes)
-    manifest = index.Manifest(
+    identity = dataset_id(names, counts * SAMPLE_BYTES, counts, hashes)
+    manifest = Manifest(
         str(folder),
         names,
         counts * SAMPLE_BYTES,
@@ -50,25 +52,25 @@ def paper_manifest(folder: Path) -> None:
         "0" * 32,
         identity,
     )
-    (folder / "manifest.json").write_text(index.render(manifest))
+    (folder / "manifest.json").write_text(render_manifest(manifest))
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
 
 def rank(url: str, step: int) -> dict[str, float]:
-    """Start (step 0) or resume, and draw the samples of many steps; run in a process of its own."""
+    """Figures of one rank that starts at a step and draws the samples of many steps; to be run in its own process."""
     samples = Samples([url])
-    plan = plan_of([samples], [Phase(0, BATCH)], 0, True)
+    plan = make_plan([samples], [Phase(0, BATCH)], 0, True)
     plan.ahead(step, 1, 1234, RANKS)
-    started = time.time() - psutil.Process().create_time()  # with Python's own start and all imports
+    started = time.time() - psutil.Process().create_time()  # includes the start of Python and all imports
     cpu = time.process_time()
     drawn = 0
     for k in range(8):
         _, slots = plan.ahead(step + 128 * k, 128, 1234, RANKS)
-        drawn += len(slots.virtual)
+        drawn += len(slots.global_index)
     state = {"step": step, "data": samples.id[:8], "order": plan.constants()}
     return {
         "startup_seconds": started,
@@ -79,16 +81,19 @@ def rank(url: str, step: int) -> dict[str, float]:
 
 
 def cluster(url: str, steps: int = 64) -> dict[str, float]:
-    """Requests per second and prefix, and memory per node, of a cluster that takes 2 steps a second."""
+    """Requests per second in total and for the busiest prefix of the store, and memory of a node, at 2 steps per
+    second."""
     samples = Samples([url])
-    plan = plan_of([samples], [Phase(0, BATCH)], 0, True)
+    plan = make_plan([samples], [Phase(0, BATCH)], 0, True)
     order = plan.orders[0]
     ranks = range(0, RANKS, 32)
     chunks, prefixes = 0, Counter()
     for r in ranks:
         _, slots = plan.ahead(1_000_000, steps, r, RANKS)
-        numbers = np.unique(slots.virtual // order.chunk)
-        new = np.setdiff1d(numbers, np.unique(plan.ahead(1_000_000 - steps, steps, r, RANKS)[1].virtual // order.chunk))
+        numbers = np.unique(slots.global_index // order.chunk)
+        new = np.setdiff1d(
+            numbers, np.unique(plan.ahead(1_000_000 - steps, steps, r, RANKS)[1].global_index // order.chunk)
+        )
         chunks += len(new)
         for number in new.tolist():
             prefixes[samples.locate(number * order.chunk % len(samples))[0] // 1000] += 1
@@ -111,8 +116,8 @@ def main() -> None:
         print(json.dumps(rank(args.rank[0], int(args.rank[1]))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        paper_manifest(Path(folder))
-        handler = partial(Quiet, directory=folder)
+        write_manifest(Path(folder))
+        handler = partial(QuietHandler, directory=folder)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"

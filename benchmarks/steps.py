@@ -1,16 +1,19 @@
-"""How fast a training step is on one CPU thread: against what the machine can multiply, and against lightly's modules.
+"""The speed of a training step on one CPU thread, compared with the rate of matrix products and with lightly's modules.
 
-Claims, for MAE, SimCLR and DINOv2 with ViT-S/16 at 224 px, in fp32 and under bf16 autocast:
+Figures, for MAE, SimCLR and DINOv2 with ViT-S/16 at 224 pixels, in fp32 and with bf16 autocast:
 
-    step.X.P.share_of_gemm          linear FLOPs of the step / its CPU seconds / rate of a 2048³ matrix product in the same precision
+    step.X.P.share_of_gemm          linear FLOPs of the step / its CPU seconds / rate of a 2048³ matrix product in the
+                                    same precision
     step.X.P.samples_per_cpu_second images (of any number of views) per CPU second
-    step.X.P.versus_lightly         CPU seconds of the same step built from lightly's modules / ours; above 1, ours is faster
+    step.X.P.versus_lightly         CPU seconds of the same step made of lightly's modules / ours; above 1, ours is
+                                    faster
 
-A step is that of the recipe X_vits16 with a small batch: forward, backward, gradient norm, fused AdamW, and the teacher's average where there is
-one, through `Engine`, on images that the objective's own views made of noise. Linear FLOPs are the matrix products of linear layers and of the patch
-convolution, forward and backward, as `FlopCounterMode` sees them (teacher and heads included); attention's products, norms and the rest count as
-overhead. lightly's modules get the same images, sizes, optimizer and allocator. All are timed in turn (product, ours, lightly, product, ...), and
-each figure is the median over rounds of that round's ratio of CPU seconds.
+A step is that of the recipe X_vits16 with a small batch: forward, backward, gradient norm, fused AdamW and the
+teacher's average, if there is one, through `Engine`, on images that the objective's views make of noise. Linear FLOPs
+are those of the matrix products of linear layers and of the patch convolution, forward and backward, as
+`FlopCounterMode` counts them (including teacher and heads); the products of attention, norms and all else count as
+overhead. lightly's modules get the same images, sizes, optimizer and allocator. All are timed alternately, and each
+figure is the median of the rounds' ratios of CPU seconds.
 """
 
 from __future__ import annotations
@@ -26,19 +29,15 @@ from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.stream import to_device
-from pretrain.inputs import of_noise
-from pretrain.ops.products import onednn
+from pretrain.build import build_objective, noise_batch, placed
+from pretrain.estimate.trace import FLOPS
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
-from pretrain.plan_trace import FLOPS
-from pretrain.recipe import Recipe, load
-from pretrain.train import build_objective
+from pretrain.recipes.recipe import Recipe, load
 
 BATCH = {"mae": 16, "simclr": 8, "dinov2": 4}  # images per step; 4 to 9 CPU seconds each
 OPTIONS = {"mae": ["parallel.micro_batch=null"], "simclr": [], "dinov2": ["objective.prototypes=4096"]}
@@ -47,7 +46,6 @@ LINEAR = {
     torch.ops.aten.addmm,
     torch.ops.aten.convolution,
     torch.ops.aten.convolution_backward,
-    onednn,
 }
 CPU = torch.device("cpu")
 
@@ -60,9 +58,7 @@ def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """(a batch, the step on it) of one of our objectives."""
     engine = Engine(build_objective(cfg), cfg, CPU)
     objective, size = engine.objective, BATCH[cfg.objective.name]
-    parts = of_noise(cfg, objective, size)
-    arrays = {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
-    batch = to_device(arrays, CPU, cfg.data.mean, cfg.data.std)
+    batch = placed(objective, noise_batch(cfg, objective, size), CPU)
 
     def step() -> None:
         with engine.microbatch(last=True):

@@ -1,15 +1,20 @@
-"""What it costs to bring samples from shards to the trainer, beside webdataset, streaming (MosaicML) and litdata on the same JPEGs.
+"""The cost of bringing samples from shards to the trainer, compared with webdataset, streaming (MosaicML) and litdata
+on the same JPEGs.
 
-    stream.raw.cpu_versus_X    our CPU seconds per sample over theirs, all processes, one data worker: the encoded bytes reach the trainer. We read
-                               fully shuffled and check every hash; they read in file order and check nothing
-    stream.raw.wall_versus_X   the same of wall time
-    stream.s3_30ms.rate_versus_webdataset   samples per second from a real S3 server, 30 ms before each answer, ours over webdataset's single stream
-    stream.s3_30ms_23MBps...                the same where a connection carries at most 23 MB/s
-    stream.shuffle.chi2_per_dof             1.28 million samples sorted by class, batches of 4,096, 33 thousand held; 1 is a fair draw
+    stream.raw.cpu_versus_X    CPU seconds per sample, ours / theirs, of all processes with one data worker: the encoded
+                               bytes reach the trainer. Ours are fully shuffled with every hash checked; theirs are in
+                               file order without any check
+    stream.raw.wall_versus_X   the same for wall time
+    stream.s3_30ms.rate_versus_webdataset   samples per second from a real S3 server that waits 30 ms before each answer,
+                                            ours / webdataset's single stream
+    stream.s3_30ms_23MBps...                the same with at most 23 MB/s for each connection
+    stream.shuffle.chi2_per_dof             randomness of the order for 1.28 million samples that are sorted by class,
+                                            with batches of 4,096 and 33 thousand samples in memory; 1 is ideal
 
-CPU per sample is the difference between long and short runs, so that start-up does not count; runs take turns, medians over rounds.
-streaming and litdata want older numpy than we: give a Python that has them with --peers (python -m venv; pip install mosaicml-streaming litdata
-webdataset torch). Without it, only webdataset is compared.
+CPU time per sample is the difference between long and short runs, so that the start does not count. Runs alternate, and
+figures are medians over rounds. streaming and litdata need an older numpy than ours: name a Python that has them with
+--peers (python -m venv; pip install mosaicml-streaming litdata webdataset torch). Without it, only webdataset is
+compared.
 """
 
 from __future__ import annotations
@@ -34,15 +39,15 @@ COUNT, SHARDS, BATCH = 8192, 16, 64
 
 # ---------------------------------------------------------------- one run, in a process of its own
 def ours(source: str, workers: int, samples: int) -> int:
-    from data_pipeline.shards import Samples
-    from data_pipeline.stream import Reading, Stream
+    from data_pipeline.shards.samples import Samples
+    from data_pipeline.stream.stream import Reading, Stream
 
     held = Samples([source])
     largest = max(int(piece.records["size"].max()) for piece in held.pieces(0, len(held)))
     row = np.zeros(largest, np.uint8)  # a batch has rows of one length
 
     def raw(sample: dict, rng: Any) -> dict:
-        data = np.frombuffer(sample["jpg"], np.uint8)
+        data = np.frombuffer(sample["image"].data, np.uint8)
         row[: data.size] = data
         return {"bytes": row, "size": data.size}
 
@@ -152,7 +157,7 @@ def make_shards(folder: Path) -> None:
     from sklearn.datasets import load_sample_image
     from webdataset import TarWriter
 
-    from data_pipeline import index
+    from data_pipeline.shards import index
 
     pictures = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
     rng = np.random.default_rng(0)
@@ -185,7 +190,10 @@ def local(source: str, peers: str | None, rounds: int) -> None:
 
 
 def remote(source: str, rounds: int) -> None:
-    """Without a limit, both are bound by the machine; with one per connection, as stores have it, by how many connections they use."""
+    """Samples per second from an S3 server, with and without a limit of the rate of each connection.
+
+    Without a limit the machine is the bottleneck; with a limit, as stores have it, the number of connections is.
+    """
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.services import FaultProxy, ObjectStore, environment
 
@@ -211,13 +219,13 @@ def _rate(loader: str, url: str, env: dict[str, str]) -> float:
 
 
 def shuffle() -> None:
-    from data_pipeline.plan import Phase, Plan
+    from data_pipeline.order.schedule import Phase, Plan
 
     count, classes, batch = 1_280_000, 1000, 4096
     plan = Plan([count], [Phase(0, batch)])
     expected, ratios = batch / classes, []
     for step in range(100, 150):
-        labels = plan.slots(step, 0, batch).virtual % count // (count // classes)
+        labels = plan.slots(step, 0, batch).global_index % count // (count // classes)
         ratios.append(
             float(((np.bincount(labels, minlength=classes) - expected) ** 2 / expected).sum() / (classes - 1))
         )

@@ -1,19 +1,22 @@
-"""What our language models learn from real text, against a plain GPT-2 loop, AdamW, and the frequencies of tokens.
+"""What our language models learn from real text, compared with a plain GPT-2 loop, with AdamW, and with token
+frequencies.
 
     python benchmarks/text_learning.py FOLDER [--parts gpt muon bert t5]
 
-The State of the Union addresses with a byte-level BPE of 4,096 tokens (FOLDER gets texts, token sets and runs); everything by `train`, with recipes by
-overrides, on one thread. Claims:
+The text is the State of the Union addresses with a byte-level BPE of 4,096 tokens (texts, token sets and runs go to
+FOLDER). All trainings use `train`, with recipes changed by overrides, on one thread.
 
-    text_learning.gpt.bpb_versus_gpt2       bits per byte on test of our decoder / of transformers' GPT2LMHeadModel
-    text_learning.muon.tokens_versus_adamw  tokens that Muon+AdamW needs to reach the value that AdamW ends at / AdamW's
-    text_learning.{bert,t5}.versus_unigram  loss on held-out text / entropy of its targets' own frequencies
+    text_learning.gpt.bpb_versus_gpt2       bits per byte on test, our decoder / transformers' GPT2LMHeadModel
+    text_learning.muon.tokens_versus_adamw  tokens that Muon with AdamW needs to reach AdamW's final value / AdamW's tokens
+    text_learning.{bert,t5}.versus_unigram  loss on held-out text / entropy of the frequencies of its targets
 
-gpt: our `gpt` (RoPE, RMSNorm, QK-norm, relu², tied head, 4 blocks of 128) with AdamW against GPT-2 of the same blocks, in a loop like nanoGPT's: the same
-batches in the same order, AdamW (0.9, 0.95; weight decay 0.1 on matrices), gradients clipped at 1, 20 steps of warm-up and a cosine to a tenth, GPT-2's own
-initial weights, no dropout. Parameters differ by less than 5 %. Both take the best of the same learning rates by their value on val; test is read once.
-muon: complete runs, each with its own cosine, over several shares of AdamW's steps; the share at which their values on val cross AdamW's, by straight lines
-between neighbours. Muon's learning rate is tuned among the same at the largest share, AdamW's is that of gpt.
+gpt: our `gpt` (RoPE, RMSNorm, QK-norm, relu², tied head, 4 blocks of width 128) with AdamW, against GPT-2 with the same
+blocks in a loop like nanoGPT's: the same batches in the same order, AdamW (0.9, 0.95; weight decay 0.1 on matrices),
+gradients clipped at 1, 20 steps of warm-up and a cosine to a tenth, GPT-2's own initial weights, no dropout. The
+numbers of parameters differ by less than 5 %. Both use the best of the same learning rates by their value on val; test
+is used once. muon: complete runs, each with its own cosine, for several shares of AdamW's steps; the figure is the
+share at which their values on val cross AdamW's, by linear interpolation. Muon's learning rate is tuned among the same
+values at the largest share; AdamW's is that of gpt.
 """
 
 from __future__ import annotations
@@ -37,15 +40,15 @@ import torch.nn.functional as F
 from steps import emit
 from torch import Tensor, nn
 
-from data_pipeline import demo_text
-from data_pipeline.rows import IGNORED, Rows
-from data_pipeline.tokenize_text import tokenize
+from common.schedules import Schedule
+from data_pipeline.build import demo_text
+from data_pipeline.build.tokenize_text import tokenize
+from data_pipeline.shards.rows import IGNORED, Rows
 from eval.bits_per_byte import batch as rows_of
 from eval.run import evaluate
-from pretrain.inputs import open_samples
-from pretrain.recipe import Recipe, load
-from pretrain.schedules import Schedule
-from pretrain.train import build_objective, build_stream, train
+from pretrain.build import build_objective, build_stream, open_samples
+from pretrain.recipes.recipe import Recipe, load
+from pretrain.train import train
 
 VOCABULARY, CONTEXT, DIM, DEPTH, HEADS, BATCH = 4096, 256, 128, 4, 4, 8
 LRS = (1e-3, 2e-3, 4e-3)

@@ -1,16 +1,21 @@
-"""How fast a decoder trains on one CPU thread, and how much memory it takes, against transformers' LlamaForCausalLM.
+"""Measure speed and memory of training a decoder on one CPU thread, in comparison with transformers' LlamaForCausalLM.
 
-Claims, for 6 blocks of width 384 (6 heads, SwiGLU of 1024, RoPE, RMSNorm, untied head), batches of 8 × 256 tokens, vocabularies V of 50,304 and 4,096, in
-precision P, eager and compiled (M):
+The model has 6 blocks of width 384 (6 heads, SwiGLU of width 1024, RoPE, RMSNorm, untied head), and a batch has 8 × 256
+tokens. Figures for vocabulary V (50304, 4096), precision P (fp32, bf16) and mode M (eager, compiled):
 
-    text.vV.P.M.versus_llama                  CPU seconds of a step of LlamaForCausalLM / ours: its tokens per CPU second in terms of ours
-    text.v50304.P.peak_memory_versus_llama    our peak memory / its after four steps, beyond what the process held when a step of a tiny model had loaded all libraries
+    text.vV.P.M.versus_llama                  CPU seconds of a step: LlamaForCausalLM / ours
+    text.v50304.P.peak_memory_versus_llama    increase of the peak memory of the process by four eager steps: ours /
+                                              LlamaForCausalLM. The reference point is the memory after a step of a tiny
+                                              model, when all libraries have been loaded.
 
-A step is forward, backward and fused AdamW as a user of each would run them: theirs with `labels=`, ours with the chunked loss of the head; bf16 is autocast
-on fp32 weights for both. Compiled: `torch.compile(model)` for theirs, `parallel.compile`, which compiles the blocks, for ours. Each side has a process of its
-own, with the allocator that its user has (`pretrain.train` keeps freed memory; `--same-allocator` lets theirs do so, too), and the two take turns; each figure
-is the median over rounds of that round's ratio. The share of the GEMM rate, linear FLOPs of a step / its CPU seconds / rate of a 2048³ product in the same
-process and precision, goes to stderr.
+A step is forward, backward and fused AdamW, as a user of each library would write them: LlamaForCausalLM is called with
+`labels=`, our model computes the loss of its head in chunks. bf16 is autocast with fp32 weights for both. Compiled
+means `torch.compile(model)` for LlamaForCausalLM, and every block compiled for our model, as `parallel.compile` does.
+Each model is measured in a process of its own, with the allocator settings of its users: `pretrain.train` lets the
+allocator keep freed memory, and `--same-allocator` does so for LlamaForCausalLM, too. The two processes alternate, and
+each ratio of times is the median over the rounds. The script also prints to stderr how close each model comes to the
+speed of matrix products: FLOPs of the linear layers of a step / its CPU seconds / FLOP/s of a 2048³ product in the same
+precision in our process.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ import time
 from collections.abc import Callable
 from statistics import median
 
+from pretrain.models.build import build_model
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,12 +42,13 @@ SIDES = ("ours", "llama")
 
 
 def ours(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
-    """What computes the mean loss of a batch, as `objective: gpt` does."""
-    from pretrain import weights
-    from pretrain.models import presets
+    """Build our model. Returns a function that computes the mean loss of a batch as `objective: gpt` does; the
+    function's attribute `parameters` lists the parameters of the model.
+    """
+    from pretrain.interchange.weight_sources import model_config
 
     sizes = {"dim": DIM, "depth": DEPTH, "heads": HEADS, "mlp_width": WIDTH, "context": LENGTH}
-    model = presets.build(weights.config_of("gpt", {**sizes, "vocab_size": vocabulary, "qk_norm": False}, "benchmark"))
+    model = build_model(model_config("gpt", {**sizes, "vocab_size": vocabulary, "qk_norm": False}, "benchmark"))
     tokens = torch.randint(0, vocabulary, (BATCH, LENGTH + 1))
     if compiled:
         for block in model.blocks:  # type: ignore[attr-defined]
@@ -56,6 +64,7 @@ def ours(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
 
 
 def llama(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
+    """The same as `ours` for transformers' LlamaForCausalLM."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -68,17 +77,19 @@ def llama(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
     )
     model = LlamaForCausalLM(config).train()
     tokens = torch.randint(0, vocabulary, (BATCH, LENGTH))
-    called = torch.compile(model) if compiled else model
+    forward = torch.compile(model) if compiled else model
 
     def loss() -> torch.Tensor:
-        return called(input_ids=tokens, labels=tokens).loss
+        return forward(input_ids=tokens, labels=tokens).loss
 
     loss.parameters = list(model.parameters())  # type: ignore[attr-defined]
     return loss
 
 
 def serve(side: str, vocabulary: int, precision: str, compiled: bool, keep: bool) -> None:
-    """One side's process: a step, or a product, for each line that it reads; its CPU seconds go back."""
+    """The main function of the process of one model: for each line of standard input ("step", "product" or "peak"), run
+    that task, and print one line of JSON with its CPU seconds and the increase of the peak memory in bytes.
+    """
     from pretrain.parallel.device import keep_freed_memory
 
     torch.set_num_threads(1)
@@ -108,7 +119,7 @@ def serve(side: str, vocabulary: int, precision: str, compiled: bool, keep: bool
         torch.mm(a, b, out=out)
         return time.process_time() - start
 
-    stepper(make(64, False))()  # whatever the libraries load when first used
+    stepper(make(64, False))()  # a step of a tiny model, so that all libraries are loaded before memory is measured
     before = resident()
     tasks = {"step": stepper(make(vocabulary, compiled)), "product": product, "peak": lambda: None}
     for line in sys.stdin:
@@ -126,6 +137,8 @@ def resident() -> int:
 
 
 class Side:
+    """The process of one model, which runs `serve`."""
+
     def __init__(self, name: str, vocabulary: int, precision: str, mode: str, keep: bool):
         words = ["--serve", name, str(vocabulary), precision, mode, "keep" if keep else "plain"]
         quiet = subprocess.DEVNULL
@@ -138,6 +151,7 @@ class Side:
         )
 
     def ask(self, task: str) -> dict[str, float]:
+        """Run a task of `serve` in the process and return its answer."""
         self.process.stdin.write(task + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -148,7 +162,7 @@ class Side:
 
 
 def linear_flops(vocabulary: int) -> float:
-    """Of a step, forward and backward; attention's products are left out."""
+    """The FLOPs of the linear layers in a step, forward and backward, without the matrix products of attention."""
     block = 4 * DIM * DIM + 3 * DIM * WIDTH
     return 6.0 * BATCH * LENGTH * (DEPTH * block + DIM * vocabulary)
 
@@ -159,7 +173,7 @@ def emit(name: str, value: float, unit: str, versus: str) -> None:
 
 def measure(vocabulary: int, precision: str, mode: str, rounds: int, same: bool) -> None:
     sides = {name: Side(name, vocabulary, precision, mode, same or name == "ours") for name in SIDES}
-    for _ in range(4):  # compilation, optimizer state, and until all memory is there
+    for _ in range(4):  # warm-up: compile, allocate the optimizer state, and reach the peak of memory
         for side in sides.values():
             side.ask("step")
     peaks = {name: side.ask("peak")["peak"] for name, side in sides.items()}
@@ -169,9 +183,11 @@ def measure(vocabulary: int, precision: str, mode: str, rounds: int, same: bool)
         ratios.append(seconds["llama"] / seconds["ours"])
         rate = 2 * 2048**3 / median(sides["ours"].ask("product")["seconds"] for _ in range(3))
         shares = {name: linear_flops(vocabulary) / s / rate for name, s in seconds.items()}
-        said = ", ".join(f"{n} {seconds[n]:.2f} CPU s ({shares[n]:.2f} of the GEMM rate)" for n in SIDES)
+        said = ", ".join(f"{n} {seconds[n]:.2f} CPU s ({shares[n]:.0%} of the speed of a product)" for n in SIDES)
         print(
-            f"v{vocabulary} {precision} {mode}: {said}, product {rate / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True
+            f"v{vocabulary} {precision} {mode}: {said}, matrix product {rate / 1e9:.0f} GFLOP/s",
+            file=sys.stderr,
+            flush=True,
         )
     for side in sides.values():
         side.close()
@@ -179,7 +195,10 @@ def measure(vocabulary: int, precision: str, mode: str, rounds: int, same: bool)
         f"text.v{vocabulary}.{precision}.{mode}.versus_llama", median(ratios), "ratio", "LlamaForCausalLM, interleaved"
     )
     if mode == "eager":
-        print(f"peak: ours {peaks['ours'] / 2**20:.0f} MiB, llama {peaks['llama'] / 2**20:.0f} MiB", file=sys.stderr)
+        print(
+            f"increase of peak memory: ours {peaks['ours'] / 2**20:.0f} MiB, llama {peaks['llama'] / 2**20:.0f} MiB",
+            file=sys.stderr,
+        )
         if vocabulary == 50304:
             name = f"text.v{vocabulary}.{precision}.peak_memory_versus_llama"
             emit(name, peaks["ours"] / peaks["llama"], "ratio", "LlamaForCausalLM")
@@ -190,8 +209,12 @@ def main() -> None:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[50304, 4096])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--same-allocator", action="store_true", help="let theirs keep freed memory as well")
+    parser.add_argument("--rounds", type=int, default=5, help="how many steps of each model are timed")
+    parser.add_argument(
+        "--same-allocator",
+        action="store_true",
+        help="let the allocator keep freed memory for LlamaForCausalLM, too, as pretrain.train does",
+    )
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:

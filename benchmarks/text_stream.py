@@ -1,9 +1,11 @@
-"""What it costs to bring rows of tokens to the trainer, beside a flat file of all tokens that is memory-mapped and cut at random places, as nanoGPT does.
+"""The cost of bringing rows of tokens to the trainer, compared with a memory-mapped flat file of all tokens that is
+read at random places, as in nanoGPT.
 
-    text_stream.{split,best_fit}.T{256,1024,4096}.cpu_versus_memmap   our CPU seconds per token over theirs, in one process. We draw every row once an
-                                    epoch, from shards, with documents and with every page's hash checked; a memory map does none of these
+    text_stream.{split,best_fit}.T{256,1024,4096}.cpu_versus_memmap   CPU seconds per token in one process, ours / theirs
 
-The text is Python's standard library with a byte-level BPE of 4,096 tokens. CPU seconds of one process; the two take turns; medians over rounds.
+Ours read every row once in an epoch, from shards, with the documents, and check the hash of every page; a memory map
+does none of these. The text is Python's standard library with a byte-level BPE of 4,096 tokens. CPU seconds are those
+of one process; the two alternate, and figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from data_pipeline.demo_text import make
-from data_pipeline.rows import Packing, Rows
-from data_pipeline.stream import Stream
-from data_pipeline.tokens import Blocks
+from data_pipeline.build.demo_text import make
+from data_pipeline.shards.rows import Packing, Rows
+from data_pipeline.shards.token_blocks import Blocks
+from data_pipeline.stream.stream import Stream
 
 BATCH = 16
 

@@ -1,22 +1,29 @@
-"""How fast DINO's ten views of a JPEG are made on one core, against torchvision's transforms on Pillow images, and whether they are the same views.
+"""The speed of making DINO's ten views of a JPEG on one core, compared with torchvision's transforms on Pillow images,
+and whether both make the same views.
 
-Claims, for 2 × 224 and 8 × 96 pixels with the whole recipe (flip, jitter, grey, blur, solarize), for photographs of 500×375 and 1024×768 pixels:
+Figures, for 2 × 224 and 8 × 96 pixels with the whole recipe (flip, jitter, grey, blur, solarize), for photographs of
+500×375 and 1024×768 pixels (S):
 
-    views.S.exact_f32.ratio   CPU seconds of the reference / ours with the exact colours, normalised float32 as the reference gives
-    views.S.exact_u8.ratio    the same with uint8 views, which is what workers hand on: the device normalises
-    views.S.fused_u8.ratio    the same with fused colours;   views.S.device_u8.ratio with colours left to the device
+    views.S.exact_f32.ratio   CPU seconds of the reference / ours, with exact colours and normalised float32 output, as
+                              the reference gives
+    views.S.exact_u8.ratio    the same with uint8 views, as data workers make them: the device normalises
+    views.S.fused_u8.ratio    the same with fused colours;   views.S.device_u8.ratio without colours, for the device
     views.S.X.images_per_second  per core
-    views.S.fused_u8.share_of_floor  CPU seconds of nothing but the decoding and the ten antialiased resizes / all of ours
-    views.1024x768.scaled_decode  share of the images that fused views decode at less than their size, and what of their views' gradient energy that leaves
-    views.S.ks.V.X.p          smallest p over six statistics of views from X against views from the reference (two-sample Kolmogorov-Smirnov), for the
-                              second global and a local view; one line with all six goes to stderr. X = reference is a second sample of the
-                              reference: the least of six uniform numbers is below 0.05 in every fourth case. X = aliased, resizing without antialias,
-                              shows what the test can see, and has to come out small. So may X = fused at 1024x768, where the decoding is scaled
+    views.S.fused_u8.share_of_floor  CPU seconds of only the decoding and the ten antialiased resizes / all of ours
+    views.1024x768.scaled_decode  share of the images that fused views decode below their full size, and the share of
+                              their views' gradient energy that remains
+    views.S.ks.V.X.p          smallest p over six statistics of views from X against views from the reference (two-sample
+                              Kolmogorov-Smirnov), for the second global and a local view; a line with all six is printed
+                              to stderr. X = reference is a second sample of the reference: the smallest of six uniform
+                              numbers is below 0.05 in one of four cases. X = aliased, resizing without antialiasing,
+                              shows the power of the test, and must be small. X = fused at 1024x768 may be small, too,
+                              because it decodes at a smaller scale
 
-The reference is the pipeline as it is published with DINOv2 and v3: Pillow decodes, torchvision's v2 transforms follow, all on one thread. Blur has
-probability 1, 0.1 and 0.5 on both sides. The photographs are windows of the textures that the demo uses, or of scikit-learn's two pictures where those
-cannot be had, saved with the JPEG quality whose mean size comes nearest to 75 kB and 237 kB. All pipelines take turns on groups of eight
-images; each figure is the median over rounds of the ratio within a round.
+The reference is the published pipeline of DINOv2 and v3: Pillow decodes, torchvision's v2 transforms follow, all on one
+thread. Blur has probability 1, 0.1 and 0.5 on both sides. The photographs are windows of the textures that the demo
+uses (or of two pictures of scikit-learn, if these cannot be downloaded), saved with the JPEG quality whose mean size is
+closest to 75 kB and 237 kB. All pipelines alternate on groups of eight images; each figure is the median of the rounds'
+ratios.
 """
 
 from __future__ import annotations
@@ -45,15 +52,17 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from torchvision.transforms import v2
 
-from data_pipeline import views as engine
-from data_pipeline.decode import Encoded
-from data_pipeline.demo_data import textures_file
-from data_pipeline.device_color import normalize
-from data_pipeline.storage import DataError
-from data_pipeline.views import Augment, center, crops, generators, random_box, resize
+from common.errors import DataError
+from data_pipeline.build.demo_images import textures_file
+from data_pipeline.formats.decode import Encoded
+from data_pipeline.views import augmentations as engine
+from data_pipeline.views import device_color
+from data_pipeline.views.augmentations import Augment, center, crops, generators, random_box, resize
+from data_pipeline.views.colors import LUMA
 from pretrain.parallel.device import keep_freed_memory
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+CONSTANTS = device_color.constants(MEAN, STD, torch.device("cpu"))
 JITTER = (0.4, 0.4, 0.2, 0.1)
 BLUR = (1.0, 0.1, 0.5)
 WIDE, SMALL = (0.32, 1.0), (0.05, 0.32)
@@ -149,7 +158,7 @@ def ours(color: str) -> Callable[[bytes, int], dict[str, np.ndarray]]:
 
 def exact_f32(data: bytes, number: int) -> dict[str, Tensor]:
     arrays = crops({"image": Encoded(data, "jpg")}, VIEWS, generators((0, number)))
-    return {name: normalize(torch.from_numpy(array), MEAN, STD) for name, array in arrays.items()}
+    return {name: device_color.normalize(torch.from_numpy(array), CONSTANTS) for name, array in arrays.items()}
 
 
 def floor(data: bytes, number: int) -> list[np.ndarray]:
@@ -215,7 +224,7 @@ STATISTICS = ("luma", "luma spread", "gradient energy", "fine to coarse gradient
 def statistics(view: np.ndarray) -> list[float]:
     """Six numbers of a uint8 view [3, H, W]."""
     x = view.astype(np.float64)
-    luma = np.tensordot(engine.LUMA, x, 1)
+    luma = np.tensordot(LUMA, x, 1)
     fine = np.square(np.diff(luma, axis=1)).mean() + np.square(np.diff(luma, axis=0)).mean()
     coarse = np.square(luma[:, 4:] - luma[:, :-4]).mean() + np.square(luma[4:] - luma[:-4]).mean()
     spread = (x.max(0) - x.min(0)).mean()

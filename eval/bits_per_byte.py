@@ -1,10 +1,14 @@
-"""Bits per byte: how many bits a decoder needs for a byte of held-out text, whatever its tokenizer.
+"""Bits per byte: the number of bits that a decoder needs for a byte of held-out text. It does not depend on the
+tokenizer.
 
     −Σ log₂ p(token | the tokens before it in its document and row) / Σ bytes of these tokens
 
-Every token of every document is predicted once, the one that ends a document among them, which has no bytes; only a document's first token
-(BOS, where the tokenizer has one) is given. Rows of `length` tokens follow on one another, so a row's first tokens see little before them.
-Bytes are those of the text as it was: a tokenizer that changes text before it cuts it (NFC, lower case) has those of its documents, and has to have a BOS.
+Every token of every document is predicted once, including the token that ends a document, which has no bytes. Only the
+first token of a document (BOS, if the tokenizer has one) is given. Consecutive rows of `length` tokens are scored, so
+the first tokens of a row have little context. The bytes are those of the original text: for a tokenizer that changes
+text (NFC, lower case) they are taken from the documents, which needs a BOS token. Text that a tokenizer does not know
+costs almost no bits, so a set with more than MAX_UNKNOWN_SHARE of it is refused; below that, `unknown_share` is
+reported beside the score.
 """
 
 from __future__ import annotations
@@ -17,27 +21,31 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data_pipeline.decode import Damaged
-from data_pipeline.rows import IGNORED, Rows, next_tokens
-from data_pipeline.vocabulary import is_byte_level
+from common.config import Section, option
+from common.errors import Damaged, UserError
+from data_pipeline.shards.rows import IGNORED, Rows, targets_of
+from data_pipeline.shards.vocabulary import is_byte_level
 from eval.texts import TextEncoder
-from pretrain.config import Section
-from pretrain.errors import UserError
 from pretrain.models.presets import Decoder
 
 VERSION = 1
+MAX_UNKNOWN_SHARE = 0.001  # share of the tokens that may stand for text that the tokenizer does not know
 
 
 @dataclass
 class Config(Section):
-    length: int | None = None  # tokens of a row; null: the model's context
-    document_mask: bool = True  # false: a row's earlier documents are seen, as a model that was trained so expects
-    batch: int = 16  # rows at a time
+    length: int | None = option(None, low=1)  # number of tokens in a row; null: the model's context
+    # whether tokens attend to their own document only; false for a model that was trained without data.document_mask
+    document_mask: bool = True
+    batch: int = option(16, low=1)  # number of rows in a batch
 
 
 def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg: Config) -> dict[str, float]:
-    """Bits per byte, bits per token, and `unigram`: the bits per byte of the text's own token frequencies, which context has to beat."""
-    if encoder.folder is None or not isinstance(encoder.backbone.cfg, Decoder):
+    """{"bits_per_byte", "bits_per_token", "unigram", "bytes"}, and "unknown_share" if it is not 0.
+
+    "unigram": the bits per byte with the token frequencies of the text itself, a baseline without any context.
+    """
+    if encoder.folder is None or not encoder.backbone.cfg.causal:
         raise UserError(
             f"{encoder.folder or encoder.name}: bits per byte are those of a decoder, and this is none; use linear"
         )
@@ -46,44 +54,52 @@ def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg:
     byte_level = is_byte_level(json.loads(vocabulary.text))
     if not byte_level and vocabulary.bos is None:
         raise UserError(
-            f"{vocabulary.source}: is not byte-level and has no token that begins a document, so the bytes of what is predicted are not known;"
-            " tokenize with one that is, or has"
+            f"{vocabulary.source}: is not byte-level and has no token that begins a document, so the bytes of the"
+            " predicted tokens are not known; tokenize with a tokenizer that is byte-level, or has such a token"
         )
     bits, counts = 0.0, np.zeros(encoder.backbone.vocab_size, np.int64)
     with torch.inference_mode():
         for first in range(0, len(rows), cfg.batch):
             tokens, documents, targets = batch(rows, range(first, min(first + cfg.batch, len(rows))))
-            seen = {"documents": documents[:, :-1].to(encoder.device)} if cfg.document_mask else {}
-            hidden = encoder.backbone(tokens[:, :-1].to(encoder.device), **seen).tokens
+            mask = {"documents": documents[:, :-1].to(encoder.device)} if cfg.document_mask else {}
+            hidden = encoder.backbone(tokens[:, :-1].to(encoder.device), **mask).tokens
             bits += float(encoder.backbone.head(hidden, targets.to(encoder.device))) / math.log(2)
             counts += np.bincount(targets[targets != IGNORED].numpy(), minlength=len(counts))
     size = int(counts[: vocabulary.size] @ vocabulary.token_bytes) if byte_level else rows.blocks.text_bytes()
     if not size:
         raise UserError(f"{rows.names}: holds no text")
+    unknown = (rows.blocks.lost + (0 if vocabulary.unk is None else int(counts[vocabulary.unk]))) / int(counts.sum())
+    if unknown > MAX_UNKNOWN_SHARE:
+        raise UserError(
+            f"{rows.names}: {unknown:.1%} of its tokens stand for text that the tokenizer does not know, so its bits per"
+            f" byte would say nothing (at most {MAX_UNKNOWN_SHARE:.1%} may); tokenize with a byte-level tokenizer,"
+            " `unlabeled shards tokenize TEXT TARGET --vocab N`"
+        )
     shares = counts[counts > 0] / counts.sum()
     unigram = float(-(counts.sum() * shares * np.log2(shares)).sum())
     return {
         "bits_per_byte": bits / size,
         "bits_per_token": bits / int(counts.sum()),
         "unigram": unigram / size,
+        **({"unknown_share": unknown} if unknown else {}),
         "bytes": float(size),
     }
 
 
 def _check(cfg: Config, model: Decoder) -> None:
     """Raises UserError for rows that the model cannot read."""
-    if cfg.batch < 1:
-        raise UserError(f"bits_per_byte.batch = {cfg.batch}: must be 1 or more")
-    if cfg.length is not None and cfg.length < 1:
-        raise UserError(f"bits_per_byte.length = {cfg.length}: must be 1 or more, or null for the model's context")
     if cfg.length is not None and cfg.length > model.context and model.positions == "learned":
         raise UserError(
-            f"bits_per_byte.length = {cfg.length}: must be at most {model.context}, the positions that the model has learned"
+            f"bits_per_byte.length = {cfg.length}: must be at most {model.context}, the number of positions that the"
+            " model has learned"
         )
 
 
 def batch(rows: Rows, numbers: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens and documents [B, T + 1], targets [B, T]. A damaged row is an error: a score that leaves text out compares with none."""
+    """(tokens [B, T + 1], documents [B, T + 1], targets [B, T]) of the rows with the given numbers.
+
+    Raises UserError for a damaged row, because a score without it could not be compared with others.
+    """
     samples = []
     for number in numbers:
         try:
@@ -91,5 +107,5 @@ def batch(rows: Rows, numbers: range) -> tuple[torch.Tensor, torch.Tensor, torch
         except Damaged as reason:
             raise UserError(f"{' '.join(rows.name(number))}: {reason}; `unlabeled shards verify` names all") from None
     tokens, documents = (np.stack([s[key] for s in samples]) for key in ("tokens", "documents"))
-    targets = np.stack([next_tokens(s["tokens"], s["documents"]) for s in samples])
+    targets = np.stack([targets_of(s) for s in samples])
     return torch.from_numpy(tokens), torch.from_numpy(documents), torch.from_numpy(targets)

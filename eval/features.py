@@ -1,6 +1,6 @@
-"""Features of labelled images from a frozen encoder, extracted once per set and kept.
+"""Features of labelled images from a frozen encoder, which are computed once for each set.
 
-Protocols see an `Encoder`: an exported folder, or raw pixels as the floor that every network has to beat. N images, D features.
+Protocols get an `Encoder`: an exported folder, or raw pixels as a baseline. N images, D features.
 """
 
 from __future__ import annotations
@@ -14,35 +14,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.decode import Damaged
-from data_pipeline.shards import Samples
-from data_pipeline.storage import DataError
-from data_pipeline.stream import to_device
-from data_pipeline.views import center
+from common.errors import Absent, Damaged, DataError, UserError
+from data_pipeline.formats.decode_budget import Budget
+from data_pipeline.formats.image_formats import IMAGE_MEMBERS
+from data_pipeline.parts.image import Image
+from data_pipeline.shards.samples import Samples
+from data_pipeline.views.augmentations import center
 from eval.texts import Labelled, TextEncoder, bytes_of, name_of
 from pretrain.models.layers import Features
-from pretrain.models.text_layers import TextBackbone
+from pretrain.parallel.device import pick_device
 
 
 class Encoder:
-    """A frozen backbone with its own pixels' normalisation and pooling; `name` stands in result rows."""
+    """A frozen backbone with its normalisation of pixels (`mean`, `std`) and its pooling; `name` is for result rows.
+
+    `backbone` is a `Backbone`, or any function from normalised images [B, C, S, S] to `Features`.
+    """
+
+    unit = "images"  # the word for samples in messages and results
 
     def __init__(
-        self, backbone: Any, name: str, image_size: int, mean: Sequence[float], std: Sequence[float], pool: str = "cls"
+        self,
+        backbone: Any,
+        name: str,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        pool: str = "cls",
+        device: str = "auto",
     ):
         self.backbone, self.name, self.image_size, self.pool = backbone, name, image_size, pool
         self.mean, self.std = list(mean), list(std)
+        self.part = Image(len(self.mean), mean=self.mean, std=self.std)
         self.channels = len(self.mean)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = pick_device(device, key="eval.device")
         if isinstance(backbone, torch.nn.Module):
             backbone.to(self.device).eval()
-        self._kept: dict[tuple[str, ...], Labelled] = {}
+        self._labelled: dict[tuple[str, ...], Labelled] = {}
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Features:
         """Features of uint8 images [B, 3, H, W], on the device."""
-        batch = to_device({"image": torch.from_numpy(images)}, self.device, self.mean, self.std)
-        return self.backbone(batch["image"])
+        return self.backbone(self.part.place(torch.from_numpy(images), self.device))
 
     def pooled(self, images: np.ndarray) -> Tensor:
         """One vector per image [B, D]: the class token, or the mean of the patches."""
@@ -50,55 +63,73 @@ class Encoder:
         return (features.cls if self.pool == "cls" else features.tokens.mean(1)).float().cpu()
 
     def labelled(self, specs: Sequence[str], batch: int = 64) -> Labelled:
-        """Features and labels of all images in the shards, in order; damaged images are left out and counted."""
+        """Features and labels of all images in the shards, in order, without damaged images and samples without an
+        image."""
         key = tuple(specs)
-        if key not in self._kept:
-            images, labels, left_out = load_images(specs, self.image_size, self.channels)
+        if key not in self._labelled:
+            images, labels, left_out, absent = load_images(specs, self.image_size, self.channels)
             parts = [self.pooled(images[i : i + batch]) for i in range(0, len(images), batch)]
-            self._kept[key] = Labelled(torch.cat(parts), labels, left_out)
-        return self._kept[key]
+            self._labelled[key] = Labelled(
+                torch.cat(parts), labels, left_out, absent, Samples(specs).hashes(IMAGE_MEMBERS)
+            )
+        return self._labelled[key]
 
 
-def load_images(specs: Sequence[str], size: int, channels: int = 3) -> tuple[np.ndarray, list[str], int]:
-    """(uint8 [N, channels, size, size] as evaluation sees them, labels, how many were damaged)."""
+def load_images(specs: Sequence[str], size: int, channels: int = 3) -> tuple[np.ndarray, list[str], int, int]:
+    """(center crops uint8 [N, channels, size, size], labels, number of damaged images, number of samples without an
+    image)."""
     if not specs:
         raise DataError(
-            "no labelled shards are named; write eval.gallery=… and eval.test=… (or gallery=… query=… for `unlabeled eval`)"
+            "no labelled shards are named; write eval.gallery=… and eval.test=… (or gallery=… query=… for `unlabeled"
+            " eval`)"
         )
-    samples = Samples(specs)
+    samples, budget = Samples(specs), Budget()
 
-    def one(number: int) -> tuple[np.ndarray, str] | None:
+    def read(number: int) -> tuple[np.ndarray, str] | Damaged:
         try:
-            return center(samples.image(number, channels), size), samples.label(number)
-        except Damaged:
-            return None
+            with budget.lease() as take:
+                return center(samples.image(number, channels, take), size), samples.label(number)
+        except Damaged as reason:
+            return reason
 
     with ThreadPool() as pool:
-        pairs = pool.map(one, range(len(samples)))
-    good = [pair for pair in pairs if pair is not None]
+        pairs = pool.map(read, range(len(samples)))
+    good = [pair for pair in pairs if not isinstance(pair, Damaged)]
+    absent = sum(isinstance(pair, Absent) for pair in pairs)
     if not good:
         raise DataError(f"{samples.names}: none of the {len(samples)} images can be read")
-    return np.stack([image for image, _ in good]), [label for _, label in good], len(pairs) - len(good)
+    return np.stack([image for image, _ in good]), [label for _, label in good], len(pairs) - len(good) - absent, absent
 
 
 def _pixels(images: Tensor) -> Features:
+    """Normalised pixels [B, C, S, S] as the features of an image."""
     flat = images.flatten(1)
     return Features(flat, flat.unsqueeze(1), flat.unsqueeze(1)[:, :0], (1, 1))
 
 
-def open_encoder(model: str, image_size: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """(`Encoder` or `TextEncoder`, what is known of it) for an exported folder, or for a word: "pixels", the image at 32 pixels, flat; "bytes", how often a
-    text has each byte."""
-    if model == "bytes":
-        return TextEncoder(bytes_of, "bytes"), {"step": 0}
-    if model == "pixels":
-        return Encoder(_pixels, "pixels", 32, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), {"step": 0}
-    from pretrain.export import load
+def open_encoder(model: str, image_size: int | None = None, device: str = "auto") -> tuple[Any, dict[str, Any]]:
+    """(an `Encoder` or `TextEncoder`, facts about it: step, pool, …) for an exported folder or a baseline.
 
-    backbone, about = load(Path(model))
-    name = name_of(about)
-    if isinstance(backbone, TextBackbone):
-        return TextEncoder(backbone, name, Path(model), about.get("pool", "mean")), about
-    return Encoder(
-        backbone, name, image_size or backbone.image_size, about["mean"], about["std"], about.get("pool", "cls")
-    ), about
+    The baselines are "pixels", the pixels of an image of side 32, and "bytes", the byte frequencies of a text.
+    `device`: cpu, cuda, cuda:1, …, or auto, the best one.
+    """
+    if model == "bytes":
+        return TextEncoder(bytes_of, "bytes", device=device), {"step": 0}
+    if model == "pixels":
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        return Encoder(_pixels, "pixels", 32, mean, std, device=device), {"step": 0}
+    from pretrain.interchange.export import load
+
+    backbone, facts = load(Path(model))
+    name = name_of(facts)
+    if backbone.cfg.reads == "tokens":
+        return TextEncoder(backbone, name, Path(model), facts.get("pool", "mean"), device), facts
+    if backbone.cfg.reads != "image":
+        raise UserError(f"{model}: reads {backbone.cfg.reads}, but the protocols score models of images and of text")
+    mean, std, channels = facts["mean"], facts["std"], backbone.cfg.in_channels
+    if not all(values and len(values) == channels for values in (mean, std)):
+        raise DataError(
+            f"{model}: mean and std are {[mean, std]}, but its images have {channels} channels; export it again"
+        )
+    size = image_size or backbone.image_size
+    return Encoder(backbone, name, size, mean, std, facts.get("pool", "cls"), device), facts

@@ -1,7 +1,9 @@
-"""lm-evaluation-harness on an exported decoder: `unlabeled harness RUN/export/STEP arc_easy hellaswag`, or tasks of your own from YAML files (`--include`).
+"""lm-evaluation-harness on an exported decoder: `unlabeled harness RUN/export/STEP arc_easy hellaswag`, or tasks of
+your own from YAML files (`--include`).
 
-Importing this module also registers the model with the harness, for its own command line: `--model unlabeled --model_args path=FOLDER`. A context begins
-with BOS, as documents do in training; `bos=False` leaves it out, which is what the harness does with most models of transformers.
+Importing this module also registers the model for the harness's own command line: `--model unlabeled --model_args
+path=FOLDER`. A context begins with BOS, as documents do in training; `bos=False` omits it, as the harness does for most
+models of transformers.
 """
 
 from __future__ import annotations
@@ -12,12 +14,11 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError, nearest
+from common.untrusted import is_number
+from eval import generate
 from eval.features import open_encoder
 from eval.results import Row
-from eval.texts import TextEncoder
-from pretrain import generate
-from pretrain.errors import UserError, nearest
-from pretrain.models.presets import Decoder
 
 try:
     from lm_eval import simple_evaluate
@@ -29,24 +30,27 @@ except ImportError:
     raise UserError("lm_eval is not installed; pip install 'unlabeled[harness]'") from None
 
 VERSION = 1
-Pair = tuple[list[int], list[int]]  # tokens that are given, tokens that are scored
-Score = tuple[float, bool]  # natural logarithm of their probability, whether each is the likeliest
+Pair = tuple[list[int], list[int]]  # (tokens of the context, tokens that are scored)
+Score = tuple[float, bool]  # (log-likelihood of the scored tokens, whether greedy decoding would produce them)
 
 
 @register_model("unlabeled")
 class Model(TemplateLM):
-    """What the harness asks of a language model. `batch_size` texts are scored at a time; raises UserError for a folder that is no decoder."""
+    """The interface of the harness to an exported decoder. Raises UserError for another folder.
+
+    `batch_size`: number of texts in a batch. `bos`: whether a context begins with BOS.
+    """
 
     def __init__(self, path: str, batch_size: int | str = 16, bos: bool = True, **_: Any):
         super().__init__()
-        encoder, self.about = open_encoder(path)
-        if not isinstance(encoder, TextEncoder) or not isinstance(encoder.backbone.cfg, Decoder):
-            kind = encoder.backbone.cfg.name if isinstance(encoder, TextEncoder) else "model of images"
+        encoder, self.facts = open_encoder(path)
+        if encoder.unit != "texts" or not encoder.backbone.cfg.causal:
+            kind = encoder.backbone.cfg.name if encoder.unit == "texts" else "model of images"
             raise UserError(f"{path}: holds a {kind}, but the harness scores decoders; name an export of gpt")
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        if not is_number(str(batch_size)) or int(batch_size) < 1:
             raise UserError(f"--batch {batch_size}: write 1 or more")
         self.name, self.model, self.vocabulary = encoder.name, encoder.backbone, encoder.vocabulary
-        self._device = encoder.device  # `device` of the harness's class says it
+        self._device = encoder.device  # the property `device` of TemplateLM returns it
         self.batch, self.bos, self.tokens = int(batch_size), bos, self.vocabulary.tokenizer()
 
     @property
@@ -55,7 +59,7 @@ class Model(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context: BOS, or EOS if the tokenizer has no BOS."""
         first = self.vocabulary.bos if self.vocabulary.bos is not None else self.vocabulary.eos
         if first is None:
             raise UserError(
@@ -68,45 +72,48 @@ class Model(TemplateLM):
         return [*([self.vocabulary.bos] if begin else []), *self.tokens.encode(string, add_special_tokens=False).ids]  # type: ignore[list-item]
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
-        scored = list(self._scores([(given, asked) for _, given, asked in requests]))
+        scored = list(self._scores([(context, target) for _, context, target in requests]))
         for (key, *_), score in zip(requests, scored, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, score)
         return scored
 
     def _scores(self, pairs: Sequence[Pair]) -> Iterator[Score]:
-        """In the order of the pairs; those of like lengths are computed together."""
+        """The scores in the order of the pairs. Pairs of similar length are computed in one batch."""
         order = sorted(range(len(pairs)), key=lambda n: -sum(map(len, pairs[n])))
-        found: dict[int, Score] = {}
+        scores: dict[int, Score] = {}
         for first in range(0, len(order), self.batch):
-            some = order[first : first + self.batch]
-            found |= zip(some, self._together([pairs[n] for n in some]), strict=True)
-        return (found[n] for n in range(len(pairs)))
+            numbers = order[first : first + self.batch]
+            scores |= zip(numbers, self._score_batch([pairs[n] for n in numbers]), strict=True)
+        return (scores[n] for n in range(len(pairs)))
 
     @torch.inference_mode()
-    def _together(self, pairs: Sequence[Pair]) -> list[Score]:
-        """Padding stands behind a text, where a causal model does not see it. What is too long loses its beginning."""
+    def _score_batch(self, pairs: Sequence[Pair]) -> list[Score]:
+        """The scores of one batch. A text that is longer than the model's context loses its beginning.
+
+        Padding comes after a text, where a causal model does not attend to it.
+        """
         context = self.model.context
-        for _, asked in pairs:
-            if not 1 <= len(asked) <= context:
+        for _, target in pairs:
+            if not 1 <= len(target) <= context:
                 raise UserError(
-                    f"a task asks for {len(asked)} tokens at once, and the model has a context of {context}"
+                    f"a task asks for {len(target)} tokens at once, and the model has a context of {context}"
                 )
-        rows = [(given + asked)[-context - 1 :] for given, asked in pairs]
+        rows = [(given + target)[-context - 1 :] for given, target in pairs]
         tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.long)
         for n, row in enumerate(rows):
             tokens[n, : len(row) - 1] = torch.tensor(row[:-1])
         hidden = self.model(tokens.to(self.device)).tokens
         out = []
-        for n, (row, (_, asked)) in enumerate(zip(rows, pairs, strict=True)):
-            logits = self.model.head(hidden[n, len(row) - 1 - len(asked) : len(row) - 1])
-            targets = torch.tensor(asked, device=self.device)
-            likely = logits.log_softmax(-1).gather(1, targets.unsqueeze(1))
-            out.append((float(likely.sum()), bool((logits.argmax(-1) == targets).all())))
+        for n, (row, (_, target)) in enumerate(zip(rows, pairs, strict=True)):
+            logits = self.model.head(hidden[n, len(row) - 1 - len(target) : len(row) - 1])
+            targets = torch.tensor(target, device=self.device)
+            log_likelihood = logits.log_softmax(-1).gather(1, targets.unsqueeze(1))
+            out.append((float(log_likelihood.sum()), bool((logits.argmax(-1) == targets).all())))
         return out
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts: each token once, in rows that follow on one another."""
+        """The log-likelihoods of whole texts: each token is scored once, in consecutive rows."""
         out = []
         for (text,) in (request.args for request in requests):
             tokens = self.tok_encode(text, add_special_tokens=False)
@@ -116,15 +123,16 @@ class Model(TemplateLM):
         return out
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text behind each context, up to the first of the task's `until`; one at a time, with a key-value cache."""
+        """The texts that continue each context, up to the first of the task's texts `until`. One context at a time,
+        with a key-value cache."""
         out = []
         for context, options in (request.args for request in requests):
             until = options.get("until") or []
             until = [end for end in ([until] if isinstance(until, str) else until) if end]
-            most = min(int(options.get("max_gen_toks", 256)), self.model.context - 1)
-            warm = options.get("do_sample", float(options.get("temperature") or 0) > 0)
-            sampling = generate.Sampling(most, float(options.get("temperature") or 1) if warm else 0.0)
-            given = self.tok_encode(context)[-(self.model.context - most) :] or [self.prefix_token_id]
+            limit = min(int(options.get("max_gen_toks", 256)), self.model.context - 1)
+            random = options.get("do_sample", float(options.get("temperature") or 0) > 0)
+            sampling = generate.Sampling(limit, float(options.get("temperature") or 1) if random else 0.0)
+            given = self.tok_encode(context)[-(self.model.context - limit) :] or [self.prefix_token_id]
             text, ids = "", []
             for token in generate.tokens(self.model, given, sampling, [self.eot_token_id], self.vocabulary.size):
                 ids.append(token)
@@ -147,7 +155,11 @@ def evaluate(
     batch: int = 16,
     bos: bool = True,
 ) -> list[Row]:
-    """A row for every number of every task. `include`: a folder of task files; `shots`: examples before each question; `limit`: of each task's documents."""
+    """A row for every metric of every task.
+
+    `include`: a folder with task files. `shots`: number of examples before each question. `limit`: number of documents
+    of each task that are scored. `batch`, `bos`: see `Model`. Raises UserError.
+    """
     if include is not None and not Path(include).is_dir():
         raise UserError(f"--include {include}: no such folder; it holds the YAML files of tasks")
     for flag, value, least in (("--shots", shots, 0), ("--limit", limit, 1)):
@@ -187,7 +199,7 @@ def evaluate(
             rows.append(
                 {
                     "model": adapter.name,
-                    "step": adapter.about["step"],
+                    "step": adapter.facts["step"],
                     "protocol": "harness",
                     "version": VERSION,
                     "split": "test" if limit is None else "custom",
@@ -196,6 +208,7 @@ def evaluate(
                     "gallery_count": 0,
                     "count": found["n-samples"][task]["effective"] if task in found["n-samples"] else 0,
                     "left_out": 0,
+                    "passed_over": 0,
                     "unit": "documents",
                 }
             )

@@ -1,6 +1,7 @@
 """k-nearest-neighbour classification on frozen features, as DINO and DINOv2 report it (arXiv 2104.14294, 2304.07193).
 
-Cosine similarity of the query with every gallery image; the k nearest vote with weight exp(similarity / temperature) for their class.
+Cosine similarity of the query with every gallery image; the k nearest vote with weight exp(similarity / temperature)
+for their class.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.config import Section, option
 from eval.features import Encoder
 from eval.texts import TextEncoder
-from pretrain.config import Section
 
-VERSION = 1  # raised when a change could move a score
+VERSION = 1  # incremented by changes that can affect scores
 
 
 @dataclass
 class Config(Section):
-    k: int = 10  # more than the gallery holds: all of it
-    temperature: float = 0.07
+    k: int = option(10, low=1)  # number of neighbours that vote; in a smaller gallery all images vote
+    temperature: float = option(0.07, above=0)  # of the weights of votes
 
 
 def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
@@ -34,7 +35,8 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
 
 
 def classify(gallery: Tensor, classes: Tensor, query: Tensor, k: int, temperature: float, chunk: int = 1024) -> Tensor:
-    """Class numbers [Q] for query features [Q, D] from gallery features [N, D] with class numbers [N]; memory grows with `chunk` · N."""
+    """Class numbers [Q] for query features [Q, D] from gallery features [N, D] with class numbers [N]; memory grows
+    with `chunk` · N."""
     gallery, k = F.normalize(gallery, dim=1), min(k, len(gallery))
     votes = []
     for part in F.normalize(query, dim=1).split(chunk):
@@ -46,7 +48,10 @@ def classify(gallery: Tensor, classes: Tensor, query: Tensor, k: int, temperatur
 
 
 def accuracies(predicted: Tensor, labels: list[str], names: list[str]) -> dict[str, float]:
-    """Accuracy and class-balanced accuracy of predicted class numbers; a label that the gallery does not know counts as wrong."""
+    """{"accuracy", "balanced_accuracy"} of predicted class numbers [Q], which index `names`, against the Q `labels`.
+
+    A label that is not among `names`, the gallery's classes, counts as wrong.
+    """
     right = torch.tensor(
         [names[int(p)] == label for p, label in zip(predicted, labels, strict=True)], dtype=torch.float64
     )

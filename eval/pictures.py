@@ -1,7 +1,7 @@
 """Pictures for the report: images, patches and curves.
 
-Patch features are shown as colours: the three directions in which they vary most (PCA) become red, green and blue, as DINOv2 shows them
-(arXiv 2304.07193). Shapes: N images, M mosaics, S pixels per image side, h × w patches, D features.
+Patch features are shown as colours: the three directions in which they vary most (PCA) become red, green and blue, as
+DINOv2 shows them (arXiv 2304.07193). Shapes: N images, M mosaics, S pixels per image side, h × w patches, D features.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.decode import Damaged
-from data_pipeline.shards import Samples
-from data_pipeline.storage import DataError
-from data_pipeline.views import center
+from common.errors import Damaged, DataError
+from data_pipeline.shards.samples import Samples
+from data_pipeline.views.augmentations import center
 from eval.features import Encoder
 
 Series = dict[str, tuple[list[float], list[float]]]  # {name: (steps, values)}
-Labels = Sequence[str | None]  # None where an image has no label
+SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXED = ("FLOP/s", "B")  # units that take such a prefix
+Labels = Sequence[str | None]  # None for an image without a label
 
 
 def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labels]:
-    """Up to `limit` images, evenly spaced, as evaluation sees them: (uint8 [N, 3, S, S], labels). Damaged images are left out."""
+    """(center crops uint8 [N, 3, S, S], labels) of up to `limit` images that are evenly spaced, without damaged
+    ones."""
     images, labels = [], []
     for number in np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int):
         try:
@@ -47,9 +49,11 @@ def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labe
 
 
 def spread(labels: Labels, groups: int, each: int) -> list[list[int]]:
-    """Numbers of images in `groups` groups of `each`: one class per group, another class each time as far as they go, evenly spaced.
+    """The numbers of the images in `groups` groups of `each`. A group has images of one class, evenly spaced; as long
+    as there are further classes, each group has another one.
 
-    Classes with fewer than `each` images are passed over. Without a class that is left, and without labels, all images are one class.
+    Classes with fewer than `each` images are ignored. If there is no other class, or if there are no labels, all images
+    count as one class.
     """
     classes: dict[str, list[int]] = {}
     for number, label in enumerate(labels):
@@ -57,10 +61,8 @@ def spread(labels: Labels, groups: int, each: int) -> list[list[int]]:
     found = [classes[name] for name in sorted(classes) if len(classes[name]) >= each] or [list(range(len(labels)))]
     if len(found) > groups:
         found = [found[i * len(found) // groups] for i in range(groups)]
-    parts, out = (
-        each * -(-groups // len(found)),
-        [],
-    )  # a class is cut into so many parts, and the middle image of each is taken
+    out = []
+    parts = each * -(-groups // len(found))  # each class is divided into so many parts, whose middle images are taken
     for group in range(groups):
         turn, members = group // len(found), found[group % len(found)]
         out.append([members[(2 * (turn + j * (parts // each)) + 1) * len(members) // (2 * parts)] for j in range(each)])
@@ -80,9 +82,11 @@ def patch_features(encoder: Encoder, image: np.ndarray) -> np.ndarray:
 
 
 def pca_colors(features: np.ndarray) -> np.ndarray:
-    """Patch features [M, h, w, D] as colours, uint8 [M, h, w, 3]: their first three principal components, fitted over all patches together.
+    """Patch features [M, h, w, D] as colours, uint8 [M, h, w, 3]: their first three principal components, computed for
+    all patches together.
 
-    A component's sign is arbitrary: its largest loading is made positive. Its 2nd to 98th percentile spans 0 to 255.
+    The arbitrary sign of a component is chosen so that its largest loading is positive. Its 2nd and 98th percentiles
+    become 0 and 255.
     """
     flat = np.nan_to_num(features.reshape(-1, features.shape[-1]).astype(np.float64))
     flat -= flat.mean(0)
@@ -103,10 +107,11 @@ def similarity(encoder: Encoder, queries: np.ndarray, gallery: np.ndarray, batch
     return F.normalize(pooled[0], dim=1) @ F.normalize(pooled[1], dim=1).T
 
 
-def data_url(image: np.ndarray, most: int | None = None) -> str:
-    """An image uint8 [3, H, W] or [H, W, 3] as a data: URL, made smaller where a side is longer than `most` pixels. PNG; large ones JPEG."""
+def data_url(image: np.ndarray, max_side: int | None = None) -> str:
+    """An image uint8 [3, H, W] or [H, W, 3] as a data: URL, a PNG or, if it is large, a JPEG. It is reduced if a side
+    is longer than `max_side` pixels."""
     picture = Image.fromarray(image if image.shape[2] == 3 else image.transpose(1, 2, 0))
-    picture.thumbnail((most or picture.width, most or picture.height))
+    picture.thumbnail((max_side or picture.width, max_side or picture.height))
     kind, file = "png" if picture.width * picture.height < 500_000 else "jpeg", io.BytesIO()
     picture.save(file, kind, quality=90)
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
@@ -120,19 +125,37 @@ def _ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _number(value: float, percent: bool = False) -> str:
+def _number(value: float, percent: bool = False, unit: str = "") -> str:
+    """A value as text with an SI prefix: 1250 becomes "1.25k", "1.25 kB" or "1.25k samples/s", depending on the
+    unit."""
     if percent:
         return f"{100 * value:.3g}%"
-    if abs(value) >= 1e3:
-        return f"{value / 1e6:.4g}M" if abs(value) >= 1e6 else f"{value / 1e3:.4g}k"
-    return f"{value:.1e}".replace(".0", "").replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+    size, prefix = next(((s, p) for s, p in SI if s <= abs(value) < 1e18), (1.0, ""))
+    if unit in PREFIXED:
+        return f"{value / size:.3g} {prefix}{unit}"
+    end = f" {unit}" if unit else ""
+    if prefix:
+        return f"{value / size:.4g}{prefix}{end}"
+    small = 0 < abs(value) < 1e-3
+    return (f"{value:.1e}".replace(".0", "").replace("e-0", "e-") if small else f"{value:.3g}") + end
 
 
 def chart(
-    title: str, series: Series, percent: bool = False, zero: bool = False, points: bool = False, smooth: bool = True
+    title: str,
+    series: Series,
+    percent: bool = False,
+    zero: bool = False,
+    points: bool = False,
+    smooth: bool = True,
+    unit: str = "",
 ) -> str:
-    """One SVG chart, or nothing where nothing was measured. In view: the 1st to 99th percentile of the values, and all of their mean."""
-    lines = {}  # name → (steps, means, moving means) of at most 400 stretches, and [(step, lowest), (step, highest)] of each: no spike is lost
+    """A chart as SVG, or "" if there are no values. `unit` is printed after the last value.
+
+    The vertical axis shows the 1st to 99th percentile of the values, and the whole moving mean.
+    """
+    # For each name, the values are averaged over at most 400 intervals of steps: (steps, means, moving means), and the
+    # lowest and the highest value of each interval as [(step, value), …], so that no spike is lost.
+    lines = {}
     for name, (steps, values) in series.items():
         if steps:
             parts = [np.array_split(a, min(400, len(a))) for a in (steps, values)]
@@ -142,10 +165,10 @@ def chart(
             lines[name] = (x, y, np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same"), raw)
     if not lines:
         return ""
-    seen = np.concatenate(
+    shown = np.concatenate(
         [np.append(np.percentile([b for _, b in raw], [1, 99]), mean) for _, _, mean, raw in lines.values()]
     )
-    low, high = 0.0 if zero else seen.min(), seen.max()
+    low, high = 0.0 if zero else shown.min(), shown.max()
     room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     low, high = low if zero or low >= 0 > low - room else low - room, high + room
     first, last = min(x[0] for x, *_ in lines.values()), max(x[-1] for x, *_ in lines.values())
@@ -154,7 +177,7 @@ def chart(
         lambda x: 48 + 360 * (x - first) / (last - first),
         lambda y: 198 - 188 * (min(max(y, low), high) - low) / (high - low),
     )
-    drawn, now = "", []
+    drawn, last_values = "", []
     for t in _ticks(low, high):
         drawn += f'<line x1="48" x2="408" y1="{down(t):.1f}" y2="{down(t):.1f}"/>'
         drawn += f'<text x="42" y="{down(t) + 4:.1f}" text-anchor="end">{_number(t, percent)}</text>'
@@ -168,7 +191,10 @@ def chart(
             path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in line)
             drawn += f'<polyline class="s{i} {kind}" points="{path}"/>'
         for a, b in zip(x, y, strict=True) if points else ():
-            drawn += f'<circle class="s{i}" cx="{across(a):.1f}" cy="{down(b):.1f}" r="4"><title>step {a:g}: {_number(b, percent)}</title></circle>'
-        now.append(f'<b class="s{i}">{name}</b> {_number(mean[-1], percent)}')
+            label = f"step {a:g}: {_number(b, percent)}"
+            drawn += (
+                f'<circle class="s{i}" cx="{across(a):.1f}" cy="{down(b):.1f}" r="4"><title>{label}</title></circle>'
+            )
+        last_values.append(f'<b class="s{i}">{name}</b> {_number(mean[-1], percent, unit)}')
     svg = f'<svg viewBox="0 0 420 222" role="img" aria-label="{escape(title)} by step">{drawn}</svg>'
-    return f'<div class="card"><h3>{escape(title)}<span>{" · ".join(now)}</span></h3>{svg}</div>'
+    return f'<div class="card"><h3>{escape(title)}<span>{" · ".join(last_values)}</span></h3>{svg}</div>'

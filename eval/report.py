@@ -1,6 +1,6 @@
-"""The report of a run: `write("runs/demo")` makes runs/demo/report.html, one file that needs no network and no other file.
+"""The report of a run: `write("runs/demo")` writes runs/demo/report.html, a single file that loads nothing else.
 
-It reads the run folder, and the images that the recipe names. A section with nothing to show is left out.
+It reads the run folder, and the images that the recipe names. Sections without content are omitted.
 """
 
 from __future__ import annotations
@@ -17,30 +17,35 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.shards import Samples
-from data_pipeline.storage import DataError
-from eval import knn, linear, pictures, report_text
+from common.errors import DataError, UserError
+from common.output import masked
+from data_pipeline.shards.samples import Samples
+from eval import knn, linear, pictures, report_text, results
 from eval.features import Encoder, open_encoder
+from eval.report_curves import curves
 from eval.report_text import section
-from pretrain.errors import UserError
-from pretrain.objective import purpose
-from pretrain.recipe import Recipe, is_text, load
-from pretrain.run_folder import exports, read_rows
+from pretrain import collapse_monitor
+from pretrain.interchange.export_formats import opened_by
+from pretrain.objectives.finder import is_file, purpose
+from pretrain.parallel.device import scoring_device
+from pretrain.recipes.recipe import Recipe, stored
+from pretrain.run_folder.export_folders import exports
+from pretrain.run_folder.jsonl_rows import read_rows
 
 MODELS = ("pixels", "bytes", "untrained", "pretrained")
-TRIED, GALLERY = (
-    512,
-    1536,
-)  # of the test and the gallery images at most so many, evenly spaced, are looked at for the pictures
-NO_TERM = ("step", "loss", "grad_norm", "lr", "samples_per_second", "data_share", "loop_share")
-HOW = {
-    "knn": f"The {knn.Config().k} nearest gallery images by cosine similarity vote with weight exp(similarity / {knn.Config().temperature}).",
-    "linear": f"One linear layer, {linear.Config().steps:,} steps; its learning rate is chosen on a held-out tenth of the gallery.",
+# The pictures are made from at most so many test and gallery images, evenly spaced over the sets.
+MAX_TEST_IMAGES, MAX_GALLERY_IMAGES = 512, 1536
+EXPLANATIONS = {
+    "knn": f"The {knn.Config().k} nearest gallery images by cosine similarity vote with weight exp(similarity /"
+    f" {knn.Config().temperature}).",
+    "linear": f"One linear layer, {linear.Config().steps:,} steps; its learning rate is chosen on a held-out tenth of the"
+    " gallery.",
 }
-ACCURACIES = ("accuracy", "balanced_accuracy")
 CAPTIONS = {
-    "reconstructions": "From left to right: the image, the patches that the encoder sees, and the image with the hidden patches painted in."
+    "reconstructions": "From left to right: the image, the patches that the encoder sees, and the image with the masked"
+    " patches filled in by the model."
 }
+UNITS = {"image": "images", "tokens": "rows"}  # the word for samples, for each part that a model can read
 STYLE = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#171a21;--soft:#626b7a;--line:#e3e6ec;--s0:#4a4ee0;--s1:#d9772b;--grey:#98a1b0;--good:#14894e;--bad:#d23b3b}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1116;--card:#181b22;--ink:#e8eaf0;--soft:#99a2b2;--line:#2a2f3a;--s0:#8d92ff;--s1:#f0a060;
@@ -50,7 +55,7 @@ main{max-width:1080px;margin:auto;padding:36px 18px 64px} h1{font-size:2.1rem;li
 h2{font-size:1.3rem;margin:48px 0 4px} h3{font-size:.95rem;margin:0;display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1em}
 p{margin:.4em 0;max-width:90ch} h3 span{font-weight:400} .soft,figcaption,small,dt,th,h3 span{color:var(--soft)} .soft{font-size:.92rem}
 .chip{display:inline-block;border-radius:9px;padding:1px 10px;font-size:.85rem;font-weight:600;color:var(--card);background:var(--s1)}
-.done{background:var(--good)} .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px;min-width:0}
+.done{background:var(--good)} .bad{background:var(--bad)} .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px;min-width:0}
 .grid{display:grid;gap:14px;margin-top:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--least)),1fr))} dd{margin:0;font-weight:600}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;margin:18px 0 0} dt,th{font-size:.82rem}
 table{border-collapse:collapse;width:100%;margin:10px 0 6px;font-variant-numeric:tabular-nums} th{font-weight:400;text-align:left}
@@ -64,33 +69,32 @@ img{display:block;width:100%;border-radius:6px} .drawn img,.mosaics img+img{imag
 .mosaics{display:grid;gap:10px;margin-top:14px} .mosaics figcaption{grid-column:1/-1;margin-top:-6px} .near img{aspect-ratio:1;outline-offset:-2px}
 .near{display:grid;grid-template-columns:1.1fr repeat(6,1fr);gap:6px;padding:12px} .near figure:first-child{margin-right:8px}
 .near figcaption{font-size:.72rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis} .right img{outline:3px solid var(--good)}
-.wrong img{outline:3px solid var(--bad)} summary{cursor:pointer;font-weight:600} code{overflow-wrap:anywhere} pre{overflow:auto;font-size:.82rem}
+.wrong img{outline:3px solid var(--bad)} summary{cursor:pointer;font-weight:600} .lead{font-size:1.15rem}
+.next{margin-top:14px} .next p{font-size:.88rem} details{margin-top:14px} code{overflow-wrap:anywhere} pre{overflow:auto;font-size:.82rem}
 """
 
 
 def write(run: str | Path) -> Path:
-    """Write RUN/report.html. UserError where the folder is no run, or has no metrics or no export yet."""
+    """Write RUN/report.html. Raises UserError if the folder is no run folder, or has no metrics or no export yet."""
     run = Path(run)
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(
-            f"{run}: is no run folder (recipe.yaml is missing); name a folder that `unlabeled train` wrote, such as runs/demo"
-        )
-    recipe, rows, exported = load(run), read_rows(run / "metrics.jsonl"), exports(run)
+    recipe, rows, exported = stored(run), read_rows(run / "metrics.jsonl"), exports(run)
     for found, what in ((rows, "metrics (metrics.jsonl)"), (exported, "export (export/STEP)")):
         if not found:
             raise UserError(
                 f"{run}: has no {what} yet, so there is nothing to report; train it first: unlabeled train {run}"
             )
+    device = scoring_device(recipe.eval.device, recipe.device)
     encoders = {
-        step: open_encoder(str(exported[step]), recipe.eval.image_size)[0] for step in (min(exported), max(exported))
+        step: open_encoder(str(exported[step]), recipe.eval.image_size, device)[0]
+        for step in (min(exported), max(exported))
     }
     scores = read_rows(run / "results.jsonl")
     backbone = encoders[max(encoders)].backbone
-    parts = [_head(run, recipe, rows, backbone), _scores(recipe, scores), report_text.scores(scores)]
-    parts += [_curves(rows, scores), report_text.samples(read_rows(run / "samples.jsonl"))]
+    parts = [_head(run, recipe, rows, backbone, scores), _scores(recipe, scores), report_text.scores(scores)]
+    parts += [curves(rows, scores), report_text.samples(read_rows(run / "samples.jsonl"))]
     try:
-        parts.append("" if is_text(recipe) else _learned(recipe, encoders))
-    except DataError as error:  # the data has moved, or this is another machine
+        parts.append(_learned(recipe, encoders) if recipe.model.reads == "image" else "")
+    except DataError as error:  # the data were moved, or are on another machine
         parts.append(f'<p class="soft">Pictures of patches and of neighbours are left out: {escape(str(error))}</p>')
     parts += [_drawn(run), _foot(run)]
     partial = run / ".report.html"
@@ -103,72 +107,142 @@ def write(run: str | Path) -> Path:
     return partial.replace(run / "report.html")
 
 
-def _head(run: Path, recipe: Recipe, rows: list[dict], backbone: Any) -> str:
+def _head(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: list[dict]) -> str:
     log = (run / "log.txt").read_text(errors="replace") if (run / "log.txt").is_file() else ""
     samples, precision = (re.findall(r" trained\), (\d+) samples, batch \d+, (.+?),", log) or [("", recipe.precision)])[
         -1
     ]
-    flushed = [
-        i for i, row in enumerate(rows) if row.get("samples_per_second")
-    ]  # these rows speak for themselves and those since the last
+    # The speed in a row is the mean since the last row that has one.
+    flushed = [i for i, row in enumerate(rows) if row.get("samples_per_second")]
     seconds = sum(
         (i - before) * recipe.data.batch / rows[i]["samples_per_second"]
         for before, i in zip([-1, *flushed], flushed, strict=False)
     )
-    minutes, done = seconds / 60, min(rows[-1]["step"] + 1, recipe.steps)
+    done = min(rows[-1]["step"] + 1, recipe.steps)
     facts = {
         "objective": recipe.objective.name,
         "encoder": recipe.model.name,
         "its parameters": f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M",
-        "training rows" if is_text(recipe) else "training images": samples and f"{int(samples):,}",
+        f"training {UNITS[recipe.model.reads]}": samples and f"{int(samples):,}",
         "steps × batch": f"{recipe.steps:,} × {recipe.data.batch:,}",
         "precision": precision,
-        "training time": f"{seconds:.0f} s"
-        if minutes < 2
-        else f"{minutes:.0f} min"
-        if minutes < 120
-        else f"{minutes / 60:.1f} h",
+        "training time": _duration(seconds),
     }
     listed = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items() if value)
     status = (
         f'chip done">finished: {done:,} steps' if done >= recipe.steps else f'chip">step {done:,} of {recipe.steps:,}'
     )
-    text = escape(purpose(recipe.objective.name))
+    if verdict := collapse_monitor.verdict(rows, recipe.objective.assignments(), recipe.optim.lr.warmup_steps()):
+        status += (
+            f'</span> <span class="chip bad">collapsed</span><p class="down">This run {escape(verdict)}.</p><span>'
+        )
+    text = "" if is_file(recipe.objective.name) else escape(purpose(recipe.objective.name))
     return (
         f'<h1>{escape(run.resolve().name)}</h1><span class="{status}</span><p>{text}</p><dl class="card">{listed}</dl>'
+        f"{_outcome(recipe, scores)}{_next_steps(run, recipe, done)}"
     )
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _outcome(recipe: Recipe, rows: list[dict]) -> str:
+    """One sentence with the score for each protocol, compared with the untrained network and raw pixels."""
+    sentences = [
+        _sentence("k-NN" if name == "knn" else name, value, next(iter(table.values())))
+        for name, table in _tables(recipe, rows).items()
+        if "pretrained" in (value := _accuracies(table))
+    ]
+    value = {row["model"]: row["value"] for row in rows if (row["metric"], row["split"]) == ("bits_per_byte", "test")}
+    if "pretrained" in value:
+        text = f"<b>{value['pretrained']:.3f} bits per byte</b> on test text"
+        below = value["untrained"] - value["pretrained"] if "untrained" in value else math.nan
+        sentences.append(f"{text}, {below:.3f} below the untrained network." if below > 0 else f"{text}.")
+    return "".join(f'<p class="lead">{text}</p>' for text in sentences)
+
+
+def _sentence(protocol: str, value: dict[str, float], row: dict) -> str:
+    baselines = {"untrained": "the untrained network", "pixels": "raw pixels", "bytes": "raw bytes"}
+    gains = {name: 100 * (value["pretrained"] - value[model]) for model, name in baselines.items() if model in value}
+    text = [
+        f'<span class="{"up" if gain > 0 else "down"}">{abs(gain):.1f} points {"above" if gain > 0 else "below"} {name}</span>'
+        for name, gain in gains.items()
+        if math.isfinite(gain)
+    ]
+    counted = f"of {row.get('count', 0):,} test {row.get('unit', 'images')}"
+    return f"<b>{escape(protocol)}: {value['pretrained']:.1%}</b> {counted}{', ' * bool(text)}{' and '.join(text)}."
+
+
+def _next_steps(run: Path, recipe: Recipe, done: int) -> str:
+    """Commands that use the results of the run."""
+    name, folder = shlex.quote(str(run)), f"{run}/export/{max(exports(run))}"
+    quoted = shlex.quote(folder)
+    steps = []
+    if done < recipe.steps:
+        steps.append(("continue the run", f"unlabeled train {name}"))
+    if recipe.model.reads == "image" or not recipe.model.writes:
+        steps.append(
+            ("score it on labelled data of your own", f"unlabeled eval {quoted} knn linear gallery=SHARDS query=SHARDS")
+        )
+    if recipe.model.writes:
+        steps.append(("generate text", f'unlabeled generate {name} "PROMPT"'))
+    steps.append(("export the weights", f"unlabeled export {name} FOLDER"))
+    steps.append(("use it in Python", opened_by(Path(folder))[1].removeprefix("open it with ")))
+    if not recipe.eval.test and recipe.model.reads == "image":
+        steps.append(("score the exports of the next run", "eval.gallery=SHARDS eval.val=SHARDS eval.test=SHARDS"))
+    listed = "".join(f"<p><small>{what}</small><br><code>{escape(command)}</code></p>" for what, command in steps)
+    return f'<div class="card next"><h3>What to do next</h3>{listed}</div>'
 
 
 # ---------------------------------------------------------------- scores
 def _scores(recipe: Recipe, rows: list[dict]) -> str:
-    """Test accuracy on the recipe's own data; of several exports the last, of several rows the newest."""
-    gallery, query = recipe.eval.test_gallery or recipe.eval.gallery, recipe.eval.test
-    tables: dict[str, dict[tuple[str, str], dict]] = {}  # protocol → (model, metric) → row
-    for row in sorted(rows, key=lambda r: r["step"]):
-        if (row.get("split"), row.get("gallery"), row.get("query")) == ("test", gallery, query):
-            tables.setdefault(row["protocol"], {})[row["model"], row["metric"]] = row
+    """The test accuracy on the data that the recipe names: a card for each protocol."""
+    tables = _tables(recipe, rows)
     cards = [_card(name, table) for name, table in tables.items() if any(metric == "accuracy" for _, metric in table)]
     if not cards:
         return ""
     row = next(iter(next(iter(tables.values())).values()))
-    count, unit = row["count"], row.get("unit", "images")
-    known = f" and a gallery of {row['gallery_count']:,} labelled {unit} to learn from"
-    floor = "bytes" if unit == "texts" else "pixels"
-    text = f"Test accuracy on {count:,} {unit}{known}. Encoders are frozen, and {floor} and the untrained network are the floors to beat."
+    count, unit = row.get("count", 0), row.get("unit", "images")
+    gallery = f" with a gallery of {row.get('gallery_count', 0):,} labelled {unit}"
+    raw = "bytes" if unit == "texts" else "pixels"
+    text = f"Test accuracy on {count:,} {unit}{gallery}. Encoders are frozen; raw {raw} and the untrained network are"
+    text += f" baselines. Balanced: the mean of the classes' accuracies. ±: the 95% interval for {count:,} test {unit}."
     return section(
         "Scores",
-        f"{text} Balanced: the mean of the classes' accuracies. ±: the 95% interval that follows from the number of test {unit}.",
+        text,
         *cards,
         columns="400px",
     )
 
 
+def _tables(recipe: Recipe, rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
+    """{protocol: {(model, metric): row}} on the test data that the recipe names.
+
+    Of several exports of a model the last one counts, of several rows for one export the newest.
+    """
+    gallery, query = recipe.eval.test_gallery or recipe.eval.gallery, recipe.eval.test
+    out: dict[str, dict[tuple[str, str], dict]] = {}
+    for row in sorted(rows, key=lambda r: r["step"]):
+        if (row.get("split"), row.get("gallery"), row.get("query")) == ("test", gallery, query):
+            out.setdefault(row["protocol"], {})[row["model"], row["metric"]] = row
+    return out
+
+
+def _accuracies(table: dict[tuple[str, str], dict]) -> dict[str, float]:
+    """{model: accuracy} of a protocol's table."""
+    return {model: table[model, "accuracy"]["value"] for model in MODELS if (model, "accuracy") in table}
+
+
 def _card(protocol: str, table: dict[tuple[str, str], dict]) -> str:
-    value = {model: table[model, "accuracy"]["value"] for model in MODELS if (model, "accuracy") in table}
+    value = _accuracies(table)
     lines, gains = "", []
     for model, v in value.items():
         balanced = table.get((model, "balanced_accuracy"), {}).get("value")
-        error = 196 * math.sqrt(v * (1 - v) / max(1, table[model, "accuracy"]["count"]))
+        error = 196 * math.sqrt(max(0.0, v * (1 - v)) / max(1, table[model, "accuracy"].get("count", 0)))
         bar = f'<span class="bar"><i style="width:{v / max(*value.values(), 1e-9):.1%}"></i></span>'
         lines += f'<tr class="{model}"><th>{model}</th><td><b>{v:.1%}</b> <small>± {error:.1f}</small>{bar}</td>'
         lines += f"<td>{'' if balanced is None else f'{balanced:.1%}'}</td></tr>"
@@ -178,68 +252,32 @@ def _card(protocol: str, table: dict[tuple[str, str], dict]) -> str:
             )
     title = f"<h3>{'k-NN' if protocol == 'knn' else escape(protocol)}<span>{' · '.join(gains)}</span></h3>"
     table_of = f"<table><tr><th></th><th>accuracy</th><th>balanced</th></tr>{lines}</table>"
-    return f'<div class="card">{title}{table_of}<small>{HOW.get(protocol, "")}</small></div>'
-
-
-# ---------------------------------------------------------------- curves
-def _curves(rows: list[dict], scores: list[dict]) -> str:
-    def series(key: str, among: list[dict] = rows) -> tuple[list[float], list[float]]:
-        found = {r["step"]: r[key] for r in among if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])}
-        return sorted(found), [found[step] for step in sorted(found)]
-
-    charts = [pictures.chart("loss", {"": series("loss")})]
-    bits = [r for r in scores if (r.get("split"), r["metric"]) == ("val", "bits_per_byte")]
-    charts.append(pictures.chart("bits per byte on val", {"": series("value", bits)}, points=True))
-    val = [
-        r
-        for r in scores
-        if r.get("split") == "val" and r["model"] not in ("pixels", "bytes") and r["metric"] in ACCURACIES
-    ]
-    for protocol in dict.fromkeys(r["protocol"] for r in val):
-        own = {m: [r for r in val if (r["protocol"], r["metric"]) == (protocol, m)] for m in ACCURACIES}
-        lines = {metric.partition("_")[0]: series("value", some) for metric, some in own.items()}
-        charts.append(
-            pictures.chart(f"{'k-NN' if protocol == 'knn' else protocol} on val", lines, percent=True, points=True)
-        )
-    for key in [*dict.fromkeys(key for row in rows for key in row if key not in NO_TERM), "grad_norm"]:
-        charts.append(pictures.chart(key.replace("_", " "), {"": series(key)}))
-    charts.append(pictures.chart("learning rate", {"": series("lr")}, smooth=False))
-    charts.append(pictures.chart("samples per second", {"": series("samples_per_second")}, zero=True))
-    charts.append(
-        pictures.chart(
-            "share of time",
-            {"waiting for data": series("data_share"), "loop": series("loop_share")},
-            percent=True,
-            zero=True,
-        )
-    )
-    return section(
-        "Curves",
-        "By step: faint what was measured (spikes beyond the frame are cut), strong its moving mean; at the top right that mean's last value.",
-        *charts,
-    )
+    notes = "".join(f'<p class="down">{escape(note)}</p>' for note in results.notes([*table.values()]))
+    return f'<div class="card">{title}{table_of}{notes}<small>{EXPLANATIONS.get(protocol, "")}</small></div>'
 
 
 # ---------------------------------------------------------------- images
 def _learned(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
-    """Patches and neighbours: of the labelled test and gallery images where the recipe names such, else of training images."""
+    """The sections on patches and on nearest neighbours, for labelled test and gallery images if the recipe names them,
+    otherwise for training images."""
     cfg, last = recipe.eval, encoders[max(encoders)]
     if last.channels != 3:
-        return ""  # nothing that a page can show as it is
-    known = cfg.test_gallery or cfg.gallery
-    labelled = bool(cfg.test and known)
+        return ""  # a page can show images of three channels only
+    gallery_shards = cfg.test_gallery or cfg.gallery
+    labelled = bool(cfg.test and gallery_shards)
     train = recipe.data.train or recipe.data.mix[0].shards
     samples = Samples(cfg.test if labelled else train)
-    gallery = Samples(known) if labelled else samples
-    images, labels = pictures.load_some(samples, TRIED, last.image_size)
+    gallery = Samples(gallery_shards) if labelled else samples
+    images, labels = pictures.load_some(samples, MAX_TEST_IMAGES, last.image_size)
     labels = labels if labelled else [None] * len(images)
-    others, names = pictures.load_some(gallery, GALLERY, last.image_size) if labelled else (images, labels)
-    asked = list(dict.fromkeys(number for (number,) in pictures.spread(labels, 8, 1)))
-    near = pictures.similarity(last, images[asked], others)
-    if not labelled:  # an image is no neighbour of its own
-        near[range(len(asked)), asked] = -2
+    others, names = pictures.load_some(gallery, MAX_GALLERY_IMAGES, last.image_size) if labelled else (images, labels)
+    queries = list(dict.fromkeys(number for (number,) in pictures.spread(labels, 8, 1)))
+    similarity = pictures.similarity(last, images[queries], others)
+    if not labelled:  # an image is not its own neighbour
+        similarity[range(len(queries)), queries] = -2
     out, verdicts = [], []
-    for number, best in zip(asked, near.topk(min(6, len(others) - (not labelled))).indices.tolist(), strict=True):
+    nearest = similarity.topk(min(6, len(others) - (not labelled))).indices.tolist()
+    for number, best in zip(queries, nearest, strict=True):
         kinds = [
             "" if None in (labels[number], names[i]) else "right" if names[i] == labels[number] else "wrong"
             for i in best
@@ -247,7 +285,10 @@ def _learned(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
         found = [_thumbnail(others[i], names[i], kind) for i, kind in zip(best, kinds, strict=True)]
         out.append(f'<div class="card near">{_thumbnail(images[number], labels[number])}{"".join(found)}</div>')
         verdicts += kinds
-    text = f"Left a query, then the six images with the nearest pooled features by cosine, among {len(others):,} of {len(gallery):,} gallery images."
+    text = (
+        "On the left is a query, then come the six images whose pooled features have the largest cosine similarity to"
+    )
+    text += f" its features, among {len(others):,} of {len(gallery):,} gallery images."
     text += f" {verdicts.count('right')} of {len(verdicts)} are of the query's class." if any(verdicts) else ""
     return _patches(images, labels, encoders) + section("Nearest neighbours", text, *out, columns="420px")
 
@@ -271,15 +312,16 @@ def _patches(images: np.ndarray, labels: pictures.Labels, encoders: dict[int, En
         rows = [labels[g[0]] or "" for g in groups[4 * i : 4 * i + 4] if len({labels[n] for n in g}) == 1]
         cells += f"<figcaption>rows: {escape(', '.join(rows))}</figcaption>" if len(rows) == 4 and all(rows) else ""
     text = (
-        "Each mosaic of 4 × 4 images goes through the encoder as one picture. The three directions in which the patch features of all mosaics vary"
-        " most (PCA) are shown as red, green and blue: patches of one colour look alike to the network. Colours do not compare between columns."
+        "Each mosaic of 4 × 4 images is one input of the encoder. The first three principal components (PCA) of the patch"
+        " features of all mosaics are shown as red, green and blue: patches of similar colour have similar features."
+        " Colours of different columns cannot be compared."
     )
     grid = f'<div class="mosaics" style="grid-template-columns:repeat({len(columns)},1fr)">{cells}</div>'
     return section("What the patches learned", text, grid, kind="")
 
 
 def _drawn(run: Path) -> str:
-    """The first and the last of each of the objective's pictures."""
+    """The first and the last of the pictures that the objective has drawn, for each kind."""
     found: dict[str, list[Path]] = {}
     for path in sorted((run / "pictures").glob("*-*.png")):
         found.setdefault(path.stem.rpartition("-")[0], []).append(path)
@@ -291,7 +333,7 @@ def _drawn(run: Path) -> str:
                 with Image.open(path) as picture:
                     url = pictures.data_url(np.asarray(picture.convert("RGB")))
                 caption = f"step {int(path.stem.rpartition('-')[2]):,}"
-            except (OSError, ValueError, SyntaxError):  # damaged, or not one of ours
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a damaged or foreign file
                 continue
             figures.append(f'<figure><img alt="{escape(name)}" src="{url}"><figcaption>{caption}</figcaption></figure>')
         if figures:
@@ -301,8 +343,10 @@ def _drawn(run: Path) -> str:
 
 
 def _foot(run: Path) -> str:
-    text = f"<code>unlabeled train {escape(shlex.quote(str(run)))}</code> goes on with this run; <code>overwrite=true</code> starts it anew."
-    recipe = f'<details class="card"><summary>The resolved recipe</summary><pre>{escape((run / "recipe.yaml").read_text())}</pre></details>'
+    command = f"<code>unlabeled train {escape(shlex.quote(str(run)))}</code>"
+    text = f"{command} continues this run; with <code>overwrite=true</code> it starts again."
+    yaml = escape(masked((run / "recipe.yaml").read_text()))
+    recipe = f'<details class="card"><summary>The resolved recipe</summary><pre>{yaml}</pre></details>'
     return section(
         "How to run it again",
         f"{text} This page: Python {platform.python_version()}, torch {torch.__version__}.",

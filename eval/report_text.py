@@ -1,4 +1,4 @@
-"""What the report of a language model has in place of pictures: bits per byte, and what the model writes."""
+"""The sections that the report of a language model has in place of pictures: bits per byte, and generated text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from eval.results import Row
 
 
 def section(title: str, text: str, *parts: str, columns: str = "300px", kind: str = "grid") -> str:
+    """A section of the report as HTML. `columns`: smallest width of a column of `parts`; `kind`: CSS class of
+    `parts`."""
     body = f'<div class="{kind}" style="--least:{columns}">{"".join(parts)}</div>' if any(parts) else ""
     return f'<section><h2>{title}</h2><p class="soft">{text}</p>{body}</section>'
 
 
 def scores(rows: list[Row]) -> str:
-    """Bits per byte of the untrained and the pretrained model on test text, beside the text's own token frequencies."""
+    """Bits per byte on test text for the untrained model, the pretrained model, and the token frequencies of the
+    text."""
     found: dict[tuple[str, str], Row] = {}
     for row in sorted(rows, key=lambda r: r["step"]):
         if (row.get("split"), row["protocol"]) == ("test", "bits_per_byte"):
@@ -21,22 +24,24 @@ def scores(rows: list[Row]) -> str:
     if ("pretrained", "bits_per_byte") not in found:
         return ""
     row = found["pretrained", "bits_per_byte"]
-    value = {"token frequencies": found["pretrained", "unigram"]["value"]}
-    value |= {model: r["value"] for (model, metric), r in found.items() if metric == "bits_per_byte"}
-    longest, lines = max(value.values()), ""
+    value = {model: r["value"] for (model, metric), r in found.items() if metric == "bits_per_byte"}
+    if ("pretrained", "unigram") in found:
+        value["token frequencies"] = found["pretrained", "unigram"]["value"]
+    longest, lines = max(*value.values(), 1e-9), ""
     for name in ("untrained", "token frequencies", "pretrained"):
         if name in value:
             bar = f'<span class="bar"><i style="width:{value[name] / longest:.1%}"></i></span>'
             lines += f'<tr class="{name.split()[0]}"><th>{name}</th><td><b>{value[name]:.3f}</b>{bar}</td></tr>'
     text = (
-        f"Bits that the model needs for a byte of {row['count']:,} bytes of test text, less is better. Every token is predicted once from those before it"
-        " in its document and row; the frequencies are those of the test text's own tokens."
+        f"Bits that the model needs for each byte of {row.get('count', 0):,} bytes of test text; less is better. Every token"
+        " is predicted once from the tokens before it in its document and row. The token frequencies are those of the test"
+        " text."
     )
     return section("Scores", text, f'<div class="card"><table>{lines}</table></div>', columns="400px")
 
 
 def samples(rows: list[Row]) -> str:
-    """What the first, the middle and the last export write behind each prompt."""
+    """The texts with which the first, the middle and the last export continue each prompt."""
     steps = sorted({row["step"] for row in rows})
     if not steps:
         return ""
@@ -45,6 +50,4 @@ def samples(rows: list[Row]) -> str:
         latest = {row["prompt"]: row["text"] for row in rows if row["step"] == step}
         texts = "".join(f"<p><b>{escape(prompt)}</b>{escape(text)}</p>" for prompt, text in latest.items())
         cards.append(f'<div class="card"><h3>step {step:,}</h3>{texts}</div>')
-    return section(
-        "Samples", "How the model goes on from each prompt, which is bold; drawn at temperature 0.8.", *cards
-    )
+    return section("Samples", "How the model continues each prompt (bold), sampled at temperature 0.8.", *cards)

@@ -7,40 +7,71 @@ import os
 from pathlib import Path
 from typing import Any
 
-Row = dict[
-    str, Any
-]  # model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out, seconds
+from common import output
+from common.errors import UserError
 
+# Keys: model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out (number of
+# damaged samples), passed_over (number of samples without an image or a text), seconds, and note if there is a remark.
+Row = dict[str, Any]
 
-MAIN = {
-    "accuracy": "{:.1%}",
-    "bits_per_byte": "{:.3f}",
-}  # the metric of a protocol that stands for it, and how it is written
+MAIN_METRICS = {"accuracy": "{:.1%}", "bits_per_byte": "{:.3f}"}  # {the main metric of a protocol: its number format}
 
 
 def append(path: Path, rows: list[Row]) -> None:
     """Add rows with one write, so that processes that score at the same time do not mix their lines."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{path}: scores cannot be written ({error.strerror})") from None
     try:
         if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
-            data = b"\n" + data  # a killed process left half a line: do not glue a row to it
+            data = b"\n" + data  # after half a line, which a killed process has left
         os.write(handle, data)
     finally:
         os.close(handle)
 
 
 def table(rows: list[Row], split: str = "test") -> str:
-    """Every model's main score by protocol, as text: a line per model; of several exports the last, of several rows the newest."""
-    rows = sorted((r for r in rows if r["metric"] in MAIN and r["split"] == split), key=lambda r: r["step"])
+    """A text table of the main metrics: a line for each model, a column for each protocol.
+
+    Of several exports of a model the last one counts, of several rows for one export the newest.
+    """
+    rows = sorted((r for r in rows if r["metric"] in MAIN_METRICS and r["split"] == split), key=lambda r: r["step"])
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
     usual = ("pixels", "bytes", "untrained", "pretrained")
     models = [m for m in usual if any(r["model"] == m for r in rows)]
     models += sorted({r["model"] for r in rows} - set(usual))  # students
-    wide = max([10, *(len(p) + 2 for p in protocols)])
-    lines = [f"{split:<16}" + "".join(f"{p:>{wide}}" for p in protocols)]
+    width = max([10, *(len(p) + 2 for p in protocols)])
+    cells = [[split, "".join(f"{p:>{width}}" for p in protocols)]]
+    shown: list[Row] = []
     for model in models:
-        last = {r["protocol"]: MAIN[r["metric"]].format(r["value"]) for r in rows if r["model"] == model}
-        lines.append(f"{model:<16}" + "".join(f"{last.get(p, '-'):>{wide}}" for p in protocols))
-    return "\n".join(lines)
+        last = {r["protocol"]: r for r in rows if r["model"] == model}
+        shown += last.values()
+        values = {p: MAIN_METRICS[r["metric"]].format(r["value"]) for p, r in last.items()}
+        cells.append([model, "".join(f"{values.get(p, '-'):>{width}}" for p in protocols)])
+    return "\n".join([*output.columns(cells, [16]), *notes(shown)])
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """One line of text for each row, followed by notes."""
+    cells = [[r["model"], r["protocol"], r["metric"], f"{r['value']:.4f}   ({r['count']:,} {r['unit']})"] for r in rows]
+    return [*output.columns(cells, [12, 10, 20]), *notes(rows)]
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """The notes of some rows, without repetitions, and the numbers of samples that were not scored."""
+    out = [row["note"] for row in rows if row.get("note")]
+    for row in rows:
+        damaged, bare, unit = row.get("left_out", 0), row.get("passed_over", 0), row.get("unit", "images")
+        parts = [f"{damaged} damaged {unit} were left out"] if damaged else []
+        parts += [f"{bare} samples without {unit} were passed over"] if bare else []
+        out += [f"of gallery and query, {' and '.join(parts)}"] if parts else []
+    return [f"note: {note}" for note in dict.fromkeys(out)]
+
+
+def check_target(path: str) -> None:
+    """Raises UserError for a path that is no .jsonl file; "" stands for the default and is accepted."""
+    if path and (not path.endswith(".jsonl") or Path(path).is_dir()):
+        raise UserError(f"--out {path}: write the name of a file that ends in .jsonl; rows are added to it")

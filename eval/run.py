@@ -1,4 +1,5 @@
-"""Score a frozen model: `evaluate("runs/demo/export/600", ["knn", "linear"], gallery=[…], query=[…])` gives one row per metric."""
+"""Scores a frozen model: `evaluate("runs/demo/export/600", ["knn", "linear"], gallery=[…], query=[…])` returns one row
+for each metric."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import config
+from common.errors import UserError, nearest
 from eval.results import Row
-from pretrain import config
-from pretrain.errors import UserError, nearest
 
 PROTOCOLS = ("knn", "linear", "bits_per_byte")
-TEXT = ("bits_per_byte",)  # those of language models alone; the others score features of labelled images or texts
+TEXT = ("bits_per_byte",)  # protocols for language models; the others score features of labelled images or texts
 
 
 def check(protocols: Sequence[str]) -> None:
+    """Raises UserError for a name that is no protocol."""
     for name in protocols:
         if name not in PROTOCOLS:
             raise UserError(f"{name!r}: no such protocol; {nearest(name, PROTOCOLS)}")
@@ -30,29 +32,39 @@ def evaluate(
     split: str = "test",
     image_size: int | None = None,
     options: dict[str, dict[str, Any]] | None = None,
+    device: str = "auto",
 ) -> list[Row]:
-    """Rows for every metric of every protocol. `model` is an exported folder, "pixels" or "bytes"; `options` is {"knn": {"k": 20}}."""
-    check([*protocols, *(options or {})])
-    from eval.features import Encoder, open_encoder  # imports torch
+    """A row for every metric of every protocol.
 
-    encoder, about = open_encoder(str(model), image_size)
+    `model`: an exported folder, "pixels" or "bytes". `options`: of protocols, as in {"knn": {"k": 20}}. `device`:
+    where features are computed; auto: the best one. The `note` of a row names problems of the data that make its score
+    less meaningful. Raises DataError for data on which a score would
+    mean nothing, and UserError for a protocol that does not fit the model.
+    """
+    check([*protocols, *(options or {})])
+    from eval import score_checks
+    from eval.features import open_encoder  # imports torch
+
+    encoder, facts = open_encoder(str(model), image_size, device)
     rows: list[Row] = []
     for name in protocols:
         protocol = importlib.import_module(f"eval.{name}")
         cfg = config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
-        if name in TEXT and isinstance(encoder, Encoder):
+        if name in TEXT and encoder.unit != "texts":
             others = " or ".join(other for other in PROTOCOLS if other not in TEXT)
             raise UserError(f"{model}: reads images, which {name} does not score; choose {others}")
         start = time.perf_counter()
+        note = "" if name in TEXT else score_checks.judge(encoder, list(gallery), list(query), encoder.unit)
         scores = protocol.run(encoder, list(gallery), list(query), cfg)
         common = {
             "model": encoder.name,
-            "step": about["step"],
+            "step": facts["step"],
             "protocol": name,
             "version": protocol.VERSION,
             "split": split,
         }
         data = {"gallery": list(gallery), "query": list(query), **_counts(encoder, gallery, query, scores)}
+        data |= {"note": note} if note else {}
         seconds = round(time.perf_counter() - start, 2)
         rows += [
             common | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds}
@@ -62,12 +74,14 @@ def evaluate(
 
 
 def _counts(encoder: Any, gallery: Sequence[str], query: Sequence[str], scores: dict[str, float]) -> dict[str, Any]:
-    """How much was looked at, in what unit."""
+    """The numbers of samples that were scored and that were not, and the word for them."""
     if "bytes" in scores:
-        return {"gallery_count": 0, "count": int(scores.pop("bytes")), "left_out": 0, "unit": "bytes"}
-    from eval.texts import TextEncoder
-
+        return {"gallery_count": 0, "count": int(scores.pop("bytes")), "left_out": 0, "passed_over": 0, "unit": "bytes"}
     known, asked = encoder.labelled(list(gallery)), encoder.labelled(list(query))
-    left_out = known.left_out + asked.left_out
-    unit = "texts" if isinstance(encoder, TextEncoder) else "images"
-    return {"gallery_count": len(known.labels), "count": len(asked.labels), "left_out": left_out, "unit": unit}
+    return {
+        "gallery_count": len(known.labels),
+        "count": len(asked.labels),
+        "left_out": known.left_out + asked.left_out,
+        "passed_over": known.passed_over + asked.passed_over,
+        "unit": encoder.unit,
+    }

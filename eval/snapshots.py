@@ -1,16 +1,19 @@
-"""Which export of a run serves best as a Gram teacher: statistics of its patch similarities, without labels (DINOv3, arXiv 2508.10104 §4).
+"""Compares the exports of a run as Gram teachers, by statistics of their patch similarities. No labels are needed
+(DINOv3, arXiv 2508.10104 §4).
 
-For some images of the run's own data, each export's patches are compared with each other (cosine, N × N per image), twice: from the image at the model's
-size, and from the image at twice that size, with the features resized to the same grid. Long training makes these maps noisy:
+For some images of the run's own data, the patches of an image are compared with each other (cosine similarity, an N × N
+map), twice: from the image at the model's size, and from the image at twice that size, with the features resized to the
+same grid. Long training makes these maps noisy:
 
-    agreement   correlation of the two maps off the diagonal: what depends on the resolution is noise
-    contrast    standard deviation of the similarities: 0 where all patches are alike
-    coherence   how much more alike direct neighbours are than any two patches, in standard deviations of the similarities
-    score       agreement × contrast: the part of the similarities' spread that both resolutions share
+    agreement   correlation of the two maps without their diagonals: noise is what depends on the resolution
+    contrast    standard deviation of the similarities: 0 if all patches are alike
+    coherence   mean similarity of adjacent patches minus that of all pairs, divided by the contrast
+    score       agreement × contrast: the part of the contrast that both resolutions share
 
-A short run rises in contrast all along, and the last export then has the best score; one whose dense features degrade loses agreement faster than it
-gains contrast. Agreement alone falls from the start: in `benchmarks/gram.py` it does so together with the area under ROC of similarity maps (0.865 to
-0.804 in 600 steps), while patch k-NN accuracy rises and then stands. Where labels exist, a dense score tells more.
+In a short run contrast rises all the time, so that the last export has the best score. In a run whose dense features
+degrade, agreement falls faster than contrast rises. Agreement alone falls from the start: in `benchmarks/gram.py` it
+falls together with the area under the ROC curve of similarity maps (0.865 to 0.804 in 600 steps), while the accuracy of
+k-NN on patches rises and then stays constant. If labels exist, a dense score tells more.
 """
 
 from __future__ import annotations
@@ -23,18 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.shards import Samples
-from data_pipeline.views import center
+from common.errors import UserError
+from data_pipeline.shards.samples import Samples
+from data_pipeline.views.augmentations import center
 from eval.features import Encoder, open_encoder
-from pretrain.errors import UserError
 from pretrain.ops.gram import resize_map
-from pretrain.run_folder import exports
+from pretrain.run_folder.export_folders import exports
 
 COLUMNS = ("agreement", "contrast", "coherence", "score")
 
 
 def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, Any]]:
-    """A row for each export but the untrained one: step and the four statistics, means over images. Raises UserError where there are none."""
+    """A row for each export except the untrained one: its step, and the means of the four statistics over images.
+
+    Raises UserError if there is no such export, or if the model does not read images.
+    """
     found = {step: folder for step, folder in exports(run).items() if step > 0}
     if not found:
         raise UserError(
@@ -43,7 +49,7 @@ def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, An
     rows, pictures = [], None
     for step, folder in found.items():
         encoder, _ = open_encoder(str(folder))
-        if not isinstance(encoder, Encoder):
+        if encoder.unit != "images":
             raise UserError(f"{run}: trains a model for text, which has no patches; name a run on images")
         if pictures is None:
             pictures = load(shards, encoder, images)
@@ -54,7 +60,7 @@ def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, An
 
 
 def load(shards: list[str], encoder: Encoder, count: int) -> np.ndarray:
-    """uint8 [count, C, 2S, 2S], evenly out of the shards."""
+    """Center crops uint8 [count, C, 2S, 2S] of images that are spread evenly over the shards. S: the encoder's size."""
     samples = Samples(shards)
     places = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)
     return np.stack([center(samples.image(int(i), encoder.channels), 2 * encoder.image_size) for i in places])
@@ -84,7 +90,7 @@ def similarities(tokens: Tensor) -> Tensor:
 
 
 def table(rows: list[dict[str, Any]], run: Path) -> str:
-    """The rows as text, and which one to take."""
+    """The rows as a text table, and the override that chooses the best export as the Gram teacher."""
     lines = [f"{'step':>10}" + "".join(f"{c:>12}" for c in COLUMNS)]
     lines += [f"{r['step']:>10}" + "".join(f"{r[c]:>12.4f}" for c in COLUMNS) for r in rows]
     best = max(rows, key=lambda r: r["score"])

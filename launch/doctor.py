@@ -1,4 +1,4 @@
-"""What is installed here, what is missing, and the command that installs it."""
+"""The command `doctor`: lists installed and missing packages, devices and programs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import platform
 import shutil
 
-NEEDED = (
+from common.output import say
+
+REQUIRED = (
     "torch",
     "torchvision",
     "webdataset",
@@ -21,6 +23,7 @@ NEEDED = (
     "opencv-python-headless",
     "PyYAML",
 )
+# {optional package: the extra of `unlabeled` that installs it}
 EXTRAS = {
     "s3fs": "s3",
     "gcsfs": "gs",
@@ -40,27 +43,27 @@ EXTRAS = {
 
 
 def report() -> int:
-    """Print a line per fact; 1 where something that is needed is missing, else 0."""
+    """Print one line for each package, device and program. Returns 1 if a required package is missing, otherwise 0."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    print(
-        f"python      {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory"
-    )
-    missing = [name for name in NEEDED if not _line(name, "pip install unlabeled")]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory"
+    say(f"python      {platform.python_version()} on {machine}")
+    missing = [name for name in REQUIRED if not _say_version(name, "pip install unlabeled")]
     for name, extra in EXTRAS.items():
-        _line(name, f"pip install 'unlabeled[{extra}]'")
+        _say_version(name, f"pip install 'unlabeled[{extra}]'")
     if "torch" not in missing:
         _devices()
     for tool, use in (("apt-get", "the demo's photographs"), ("sbatch", "Slurm")):
-        print(f"{tool:<12}{'found' if shutil.which(tool) else 'not found'} (for {use})")
+        say(f"{tool:<12}{'found' if shutil.which(tool) else 'not found'} (for {use})")
     return 1 if missing else 0
 
 
-def _line(name: str, command: str) -> bool:
+def _say_version(name: str, command: str) -> bool:
+    """Print the version of a package, or the command that installs it. Returns whether it is installed."""
     try:
-        print(f"{name:<24}{importlib.metadata.version(name)}")
+        say(f"{name:<24}{importlib.metadata.version(name)}")
         return True
     except importlib.metadata.PackageNotFoundError:
-        print(f"{name:<24}missing: {command}")
+        say(f"{name:<24}missing: {command}")
         return False
 
 
@@ -70,10 +73,9 @@ def _devices() -> None:
     from pretrain.parallel.device import bf16_possible
 
     for i in range(torch.cuda.device_count()):
-        print(
-            f"cuda:{i}      {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
-        )
+        memory = torch.cuda.get_device_properties(i).total_memory / 2**30
+        say(f"cuda:{i}      {torch.cuda.get_device_name(i)}, {memory:.0f} GiB")
     if not torch.cuda.is_available():
-        print("cuda        none found; training runs on the CPU")
+        say("cuda        none found; training runs on the CPU")
     bf16 = "in hardware" if bf16_possible(torch.device("cpu")) else "not in hardware"
-    print(f"cpu         bfloat16 {bf16}, {torch.get_num_threads()} threads")
+    say(f"cpu         bfloat16 {bf16}, {torch.get_num_threads()} threads")

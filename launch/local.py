@@ -1,63 +1,110 @@
-"""Run a recipe on this machine: the trainer as one or more processes of their own, and beside it the process that scores its exports."""
+"""Runs a recipe on this machine: starts one or more training processes, and beside them the process that scores the
+exports."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from pretrain.errors import UserError
-from pretrain.parallel import rules
-from pretrain.recipe import Recipe
-from pretrain.run_folder import prepare
+from common.child_signals import signals_blocked
+from common.errors import UserError
+from common.output import say
+from eval.scoring import Scoring, check
+from pretrain import image_folders
+from pretrain.recipes import parallel_checks
+from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.prepare import prepare, run_folder_lock
+from pretrain.run_folder.run_lock import LAUNCHER_VARIABLE, LOCK_TOKEN_VARIABLE
+from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED, STOPPED_EARLY, Stop, Stopped
 
-PATIENCE = 30.0  # seconds that the others have to end by themselves when one has failed: they may be writing
-DEMO_TEXT = Path("runs/demo-text")  # gpt_demo names the token sets in it
+GRACE_SECONDS = 30.0  # after one process has failed, the time in which the others may finish writing and end
+DEMO_TEXT = Path("runs/demo-text")  # the token shards that the recipe gpt_demo names
 
 
 def provide(recipe: Recipe) -> None:
-    """Make the demo text where a recipe names it and it is not there."""
+    """Provide data that a recipe names and that do not exist yet: shards of folders of images, and the demo text.
+
+    If the recipe trains on other text, the demo text is removed from the sets of `eval`, because its tokenizer differs.
+    """
+    image_folders.use_shards(recipe)
     data = recipe.data
-    named = [Path(spec) for spec in (*data.train, *(shards for source in data.mix for shards in source.shards))]
-    if any(path.parent == DEMO_TEXT and not path.exists() for path in named):
-        from data_pipeline.demo_text import make
+    train = [Path(spec) for spec in (*data.train, *(shards for source in data.mix for shards in source.shards))]
+    if train and not any(path.parent == DEMO_TEXT for path in train):
+        _drop_demo_text(recipe, train[0])
+    if any(path.parent == DEMO_TEXT and not path.exists() for path in train):
+        from data_pipeline.build.demo_text import make
 
         make(DEMO_TEXT)
 
 
+def _drop_demo_text(recipe: Recipe, train: Path) -> None:
+    """Remove the demo text from the sets of `eval`, and say so."""
+    changed = []
+    for key in ("gallery", "val", "test", "test_gallery"):
+        specs = vars(recipe.eval)[key]
+        if any(Path(spec).parent == DEMO_TEXT for spec in specs):
+            setattr(recipe.eval, key, [spec for spec in specs if Path(spec).parent != DEMO_TEXT])
+            changed.append(key)
+    if changed:
+        say(
+            f"no scores on {' and '.join(f'eval.{key}' for key in changed)}: the recipe names the demo text there, which"
+            f" was made with another tokenizer than {train}; for scores write"
+            f" {' '.join(f'eval.{key}=TOKENS' for key in changed)}, made with --tokenizer {train}/tokenizer.json"
+        )
+
+
 def train(recipe: Recipe, processes: int = 1) -> int:
-    """Start both, wait for both; the trainer's exit code. A signal goes to the trainer, which ends at the next step with a checkpoint."""
+    """Start the training and the scoring processes, and wait for all of them.
+
+    Returns the exit status of the training, or EXIT_UNSCORED if it has succeeded but scores are missing. A signal is passed
+    on to the training processes, which write a checkpoint after the current step and end.
+    """
     if processes < 1:
         raise UserError(f"--processes {processes}: write 1 or more")
-    rules.check(recipe, processes)
-    print(*recipe.derived, sep="\n", end="\n" * bool(recipe.derived), flush=True)
-    run = prepare(recipe)
-    evals = recipe.eval
-    scoring = _python("launch.evals", run, stdin=subprocess.PIPE, nice=10) if evals.val or evals.test else None
-    trainers = [_python("pretrain.train", run, **extra) for extra in environments(processes)]
+    parallel_checks.check(recipe, processes)
+    check(recipe)
+    say(*recipe.derived)
+    scoring = Scoring(recipe)
+    with run_folder_lock() as lock, Stop() as stop:
+        try:
+            run = prepare(recipe, lock)
+            stop.deferred = True  # from here on signals are passed on to the training processes
+            scoring.start(run)
+            # They share the lock of this process, and end if it ends.
+            shared = {LOCK_TOKEN_VARIABLE: lock.token, LAUNCHER_VARIABLE: str(os.getpid())}
+            trainers = [_python("pretrain.train", run, **shared, **ranks) for ranks in environments(processes)]
+        except Stopped:
+            say(f"{recipe.run}: {STOPPED_EARLY}", file=sys.stderr)
+            return EXIT_STOPPED
 
-    def pass_on(number: int, frame: object) -> None:
-        for trainer in trainers:
-            trainer.send_signal(number)
+        def pass_on(number: int) -> None:
+            for trainer in trainers:
+                trainer.send_signal(number)
 
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(each, pass_on)
-    code = wait(trainers)
-    if scoring is not None and scoring.stdin is not None:
+        stop.on_signal(pass_on)
+        code = wait(trainers)
         if code:
             scoring.kill()
-        scoring.stdin.close()  # no more exports will come: it ends when all are scored
-        scoring.wait()
-    return code
+            return code
+        try:
+            with stop.interruptible():
+                problem = scoring.finish()
+        except Stopped:
+            scoring.kill()
+            return EXIT_STOPPED
+    if problem:
+        say(f"error: {problem}", file=sys.stderr)
+    return EXIT_UNSCORED if problem else 0
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """What tells each of a run's processes on this machine who it is; nothing for a single one."""
+    """The environment variables of each of a run's processes on this machine (rank, number of processes, address), as
+    torchrun sets them; none for a single process."""
     if processes == 1:
         return [{}]
     with socket.socket() as probe:
@@ -69,28 +116,32 @@ def environments(processes: int) -> list[dict[str, str]]:
 
 
 def wait(processes: list[subprocess.Popen]) -> int:
-    """Wait for all; the exit code of the first that failed, where one did: the others cannot go on without it and are ended."""
+    """Wait for all processes. If one fails, end the others, which cannot continue without it.
+
+    Returns the exit status of the first one that failed, otherwise 0.
+    """
     deadline, code = None, 0
     while any(p.poll() is None for p in processes):
         code = code or next((p.returncode for p in processes if p.returncode), 0)
         if code and deadline is None:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
         time.sleep(0.02)
     code = code or next((p.returncode for p in processes if p.returncode), 0)
-    return 128 - code if code < 0 else code  # of a signal, as a shell has it
+    return 128 - code if code < 0 else code  # for a signal, the same status as in a shell
 
 
-def _python(module: str, run: Path, stdin: int | None = None, nice: int = 0, **environment: str) -> subprocess.Popen:
-    # OpenMP's threads wait for each other by spinning, which takes the core from the data workers and the scores that share the machine:
-    # sleeping instead gave 285 samples/s where spinning gave 92 (the demo on two cores, one of them busy)
-    return subprocess.Popen(
-        [sys.executable, "-m", module, str(run)],
-        env={"OMP_WAIT_POLICY": "passive", **os.environ, **environment},
-        stdin=stdin,
-        start_new_session=True,  # Ctrl-C reaches them once, through us
-        preexec_fn=(lambda: os.nice(nice) and None) if nice else None,
-    )
+def _python(module: str, run: Path, **environment: str) -> subprocess.Popen:
+    """Start a module as a process that trains the run."""
+    # By default the threads of OpenMP wait for each other in a busy loop, which takes the cores from data workers and
+    # scoring. With waiting threads that sleep, the demo trained 285 samples/s in place of 92, on two cores of which one
+    # was busy.
+    with signals_blocked():  # a signal that arrives now is delivered once the child can handle it
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(run)],  # -P: modules are never taken from the current folder
+            env={"OMP_WAIT_POLICY": "passive", **os.environ, **environment},
+            start_new_session=True,  # Ctrl-C reaches the child only once, through this process
+        )

@@ -1,4 +1,4 @@
-"""A picture of what a recipe's model will see: for some samples of the first batches, every view that is made of it, with the masks over them."""
+"""Draws the input of a recipe's model: all views of some samples of the first batches, with masked patches darkened."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline import device_color
-from data_pipeline.storage import DataError
-from pretrain.recipe import Recipe
-from pretrain.run_folder import check_data
-from pretrain.train import build_objective, build_stream, open_samples
+from common.errors import DataError
+from data_pipeline.views import device_color
+from pretrain.build import build_objective, build_stream, open_samples
+from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.prepare import check_data
 
 TILE, GAP = 128, 4  # pixels
-HIDDEN = 0.25  # of a masked patch's brightness is left
+MASKED_BRIGHTNESS = 0.25  # of masked patches, relative to that of other patches
 
 
 def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
-    """Write a row of views for each of `rows` samples; the views are those of the training's first batches. Raises DataError."""
+    """Write an image file with a row of views for each of `rows` samples, from the first batches of the training.
+
+    Returns its path. Raises DataError.
+    """
     target = Path(target)
     check_data(recipe)
-    with torch.device("meta"):  # the objective's shapes decide on views; no weights are needed
+    with torch.device("meta"):  # views depend on shapes only, so the weights need no memory
         objective = build_objective(recipe)
-    body, size = objective.encoder(), recipe.data.batch
+    body = objective.encoder()
     side = body.image_size // (body.patch_size or body.image_size)  # patches
-    stream = build_stream(recipe.replace(data=recipe.data.replace(workers=0)), objective, open_samples(recipe))
+    samples = open_samples(recipe)
+    recipe = small(recipe, sum(map(len, samples)))
+    size = recipe.data.batch
+    stream = build_stream(recipe, objective, samples)
     lines: list[list[np.ndarray]] = []
     while len(lines) < rows:
-        batch = {key: value.numpy() for key, value in _colored(next(stream)).items()}
+        made = next(stream)
+        whole = stream.batches.collated(made)  # of the batch, not of its samples
+        batch = {key: value.numpy() for key, value in _colored(made).items() if key not in whole}
         lines += [_views({k: v[n] for k, v in batch.items()}, side) for n in range(min(size, rows - len(lines)))]
     stream.close()
     if not lines[0]:
@@ -49,34 +57,54 @@ def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
     return target
 
 
+def small(recipe: Recipe, samples: int) -> Recipe:
+    """A copy of the recipe that reads without worker processes, with batches of at most `samples`.
+
+    `parallel.micro_batch` is removed if it does not divide the batch.
+    """
+    data, parallel = recipe.data, recipe.parallel
+    if data.batch > samples or data.batch % (parallel.micro_batch or 1):
+        parallel = parallel.replace(micro_batch=None)
+    phases = [phase for phase in data.phases if not phase.batch or phase.batch <= samples]
+    return recipe.replace(
+        data=data.replace(workers=0, batch=min(data.batch, samples), phases=phases), parallel=parallel
+    )
+
+
 def _colored(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch after what the device would do to its colours."""
+    """The batch after the colour augmentations that training applies on the device."""
+    constants = device_color.constants([0.0], [1.0], torch.device("cpu"))  # the colours need no mean and deviation
     return {
-        key: device_color.apply(value, batch[f"{key}.color"]) if f"{key}.color" in batch else value
+        key: device_color.apply(value, batch[f"{key}.color"], constants) if f"{key}.color" in batch else value
         for key, value in batch.items()
         if not key.endswith(".color")
     }
 
 
 def _views(sample: dict[str, Any], side: int) -> list[np.ndarray]:
-    """All images [H, W, 3] of one sample's part of a batch, the masked patches dark; a mask belongs to the first entry with as many views."""
-    out, shaded = [], False
+    """All views [H, W, 3] in one sample of a batch, with masked patches darkened. `side`: patches along one side.
+
+    The mask belongs to the first entry that has as many views as the mask.
+    """
+    out, masked = [], False
     for value in sample.values():
         if value.dtype != np.uint8 or value.ndim < 3:
             continue
         views = value.reshape(-1, *value.shape[-3:])
-        hidden = None if shaded else _hidden(sample, len(views), side)
-        shaded = shaded or hidden is not None
+        mask = None if masked else _mask(sample, len(views), side)
+        masked = masked or mask is not None
         for n, view in enumerate(views):
             image = view[:3] if len(view) >= 3 else view[:1].repeat(3, 0)
-            out.append(
-                _shade(np.ascontiguousarray(image.transpose(1, 2, 0)), hidden[n] if hidden is not None else None)
-            )
+            image = np.ascontiguousarray(image.transpose(1, 2, 0))
+            out.append(image if mask is None else _darken(image, mask[n]))
     return out
 
 
-def _hidden(sample: dict[str, Any], count: int, side: int) -> np.ndarray | None:
-    """bool [views, patches]: "mask" says which patches a model does not see, "keep" which it does."""
+def _mask(sample: dict[str, Any], count: int, side: int) -> np.ndarray | None:
+    """bool [views, patches], true for patches that the model does not see; None if there is no mask for so many views.
+
+    An objective gives either "mask", or "keep" with the numbers of the patches that the model sees.
+    """
     if "mask" in sample and sample["mask"].size == count * side**2:
         return sample["mask"].reshape(count, -1)
     if "keep" in sample and count == 1:
@@ -84,9 +112,10 @@ def _hidden(sample: dict[str, Any], count: int, side: int) -> np.ndarray | None:
     return None
 
 
-def _shade(image: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
-    if hidden is None or not hidden.any():
+def _darken(image: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    """An image [H, W, 3] with some patches darkened. `patches`: bool [number of patches]."""
+    if not patches.any():
         return image
-    side = round(len(hidden) ** 0.5)
-    mask = np.array(Image.fromarray(hidden.reshape(side, side)).resize(image.shape[1::-1], Image.Resampling.NEAREST))
-    return np.where(mask[..., None], image * HIDDEN, image).astype(np.uint8)
+    side = round(len(patches) ** 0.5)
+    mask = np.array(Image.fromarray(patches.reshape(side, side)).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+    return np.where(mask[..., None], image * MASKED_BRIGHTNESS, image).astype(np.uint8)

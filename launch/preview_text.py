@@ -1,4 +1,5 @@
-"""What a recipe's model will read: some rows of the first batches as text, by document, with what it has to predict marked."""
+"""Prints the input of a recipe's text model: some rows of the first batches as text, document by document, with the
+tokens marked that the model has to predict."""
 
 from __future__ import annotations
 
@@ -8,25 +9,26 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from data_pipeline.rows import IGNORED
-from pretrain.inputs import open_samples
-from pretrain.recipe import Recipe
-from pretrain.run_folder import check_data
-from pretrain.train import build_objective, build_stream
+from data_pipeline.shards.rows import IGNORED
+from launch.preview import small
+from pretrain.build import build_objective, build_stream, open_samples
+from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.prepare import check_data
 
 Decode = Callable[[np.ndarray], str]
 
 
 def preview(recipe: Recipe, rows: int = 8) -> list[str]:
-    """Lines of text for `rows` rows, as the training's first batches have them. Raises UserError.
+    """Lines of text for `rows` rows of the first batches of the training. Raises UserError.
 
-    Tokens that a causal model is not asked for stand in ‹ ›; ⟦seen→asked⟧ is a masked one.
+    ‹…› is a token that a causal model does not predict; ⟦a→b⟧ is a masked token: the model reads a and predicts b.
     """
     check_data(recipe)
     samples = open_samples(recipe)
-    with torch.device("meta"):  # the objective's options decide on views; no weights are needed
+    with torch.device("meta"):  # views depend on options and shapes only, so the weights need no memory
         objective = build_objective(recipe)
-    stream = build_stream(recipe.replace(data=recipe.data.replace(workers=0)), objective, samples)
+    recipe = small(recipe, sum(map(len, samples)))
+    stream = build_stream(recipe, objective, samples)
     tokenizer = samples[0].vocabulary.tokenizer()  # type: ignore[union-attr]
     out: list[str] = []
     for _ in range(-(-rows // recipe.data.batch)):
@@ -41,45 +43,54 @@ def preview(recipe: Recipe, rows: int = 8) -> list[str]:
 
 
 def lines(sample: dict[str, np.ndarray], decode: Decode) -> Iterator[str]:
-    """One row of a batch: a line for each document, and what a decoder of its own is asked for."""
+    """The lines for one row of a batch: one for each document, and one for the targets of a separate decoder (T5)."""
     tokens = sample["tokens"]
     documents = sample.get("documents", np.zeros(len(tokens), np.int32))
-    own = "decoder_tokens" in sample
-    targets = None if own else _masked_targets(sample)
+    has_decoder = "decoder_tokens" in sample
+    masked_targets = None if has_decoder else _masked_targets(sample)
     bounds = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), len(tokens)]
     for begin, end in pairwise(bounds):
         if documents[begin] < 0:
             yield f"  {end - begin} tokens of padding"
             continue
         part = tokens[begin:end]
-        text = decode(part) if own else _causal(part, decode)
-        if targets is not None:
-            text = _masked(part, targets[begin:end], decode)
+        text = decode(part) if has_decoder else _causal(part, decode)
+        targets = sample.get("targets")
+        causal = not has_decoder and masked_targets is None
+        if causal and end < len(tokens) and targets is not None and targets[end - 1] != IGNORED:
+            text += decode(targets[end - 1 : end])  # the token that ends this document begins the next one
+        if masked_targets is not None:
+            text = _masked(part, masked_targets[begin:end], decode)
         yield f"  document {documents[begin]}, {end - begin} tokens: {text!r}"
-    if own:
-        asked = sample["targets"]
-        yield f"  asked for, {int((asked >= 0).sum())} tokens: {decode(asked[asked >= 0])!r}"
+    if has_decoder:
+        targets = sample["targets"]
+        yield f"  targets, {int((targets >= 0).sum())} tokens: {decode(targets[targets >= 0])!r}"
 
 
 def _masked_targets(sample: dict[str, np.ndarray]) -> np.ndarray | None:
-    """What is asked for in place of each token, [T]; None where that is the token that follows."""
+    """The target in place of each token, [T], for a model of masked tokens; None for a causal model, whose targets are
+    the following tokens."""
     tokens, targets = sample["tokens"], sample.get("targets")
     if targets is None:
         return None
-    if "places" in sample:  # of the targets, so many in every row that some count for nothing
+    if "places" in sample:  # the positions of the targets; every row has equally many, some of which are IGNORED
         out = np.full(len(tokens), IGNORED)
         out[sample["places"][targets != IGNORED]] = targets[targets != IGNORED]
         return out
-    asked = targets[:-1] != IGNORED
-    return None if (targets[:-1] == tokens[1:])[asked].all() else targets
+    documents = sample.get("documents", np.zeros(len(tokens), np.int32))
+    counted = targets[:-1] != IGNORED
+    inside = counted & (documents[1:] == documents[:-1])
+    causal = not counted.any() or (inside.any() and (targets[:-1] == tokens[1:])[inside].all())
+    return None if causal else targets
 
 
 def _causal(tokens: np.ndarray, decode: Decode) -> str:
-    """A document whose first token follows on nothing that may be seen."""
+    """A document as text, with its first token marked, which no model predicts: no token comes before it."""
     return f"‹{decode(tokens[:1])}›{decode(tokens[1:])}"
 
 
 def _masked(tokens: np.ndarray, targets: np.ndarray, decode: Decode) -> str:
+    """A document as text, with every masked token and its target marked."""
     out, at = "", 0
     for n in np.flatnonzero(targets >= 0).tolist():
         out += decode(tokens[at:n]) + f"⟦{decode(tokens[n : n + 1])}→{decode(targets[n : n + 1])}⟧"

@@ -1,50 +1,57 @@
-"""Metrics: every step has its row in metrics.jsonl, but values stay on the device until `log.every` steps are read at once."""
+"""Writes the metrics of a run: a row per step in metrics.jsonl, TensorBoard, and the progress line. Values are copied
+from the device once per `log.every` steps."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
+import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.stream import Stream
-from pretrain.errors import UserError
+from common.errors import UserError
+from common.line_file import LineFile
+from common.progress import Progress
+from data_pipeline.storage.urls import write_atomically
+from data_pipeline.stream.stream import Stream
 from pretrain.parallel import processes
-from pretrain.progress import Progress
-from pretrain.run_folder import read_rows
+from pretrain.run_folder.jsonl_rows import read_rows
 
 
 class Clock:
-    """Where the loop's time goes: seconds by part since the last `take`."""
+    """Measures where the loop spends its time, part by part: data, model, loop, save."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
-        self.began = self.last = time.perf_counter()
+        self.parts: dict[str, float] = {}  # {part: seconds since the last `take`}
+        self.start = self.last_lap = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Book the time since the last lap on `part`."""
+        """Add the time since the last lap to `part`."""
         now = time.perf_counter()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
-        self.last = now
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last_lap
+        self.last_lap = now
 
     def take(self) -> tuple[float, dict[str, float]]:
-        """(seconds in all, seconds by part), and start again."""
+        """(total seconds, {part: seconds}) since the last call. Restarts the clock."""
         now = time.perf_counter()
-        out = (now - self.began, self.parts)
-        self.parts, self.began, self.last = {}, now, now
-        return out
+        measured = (now - self.start, self.parts)
+        self.parts, self.start, self.last_lap = {}, now, now
+        return measured
 
 
 class Writer:
-    """Process 0 writes metrics.jsonl and TensorBoard, and shows the progress line; the others take part in what is averaged.
+    """Averages values over ranks; rank 0 writes metrics.jsonl and TensorBoard, and shows the progress line.
 
-    Rows at or after `step` are dropped: a resumed run writes them anew. `flops` of a step, over the global batch, and the `peak` FLOP/s of all
-    devices together give the model FLOP/s and their share of the peak (MFU).
+    Rows of steps from `step` on are deleted, because a resumed run writes them again. `flops`, of one step of the global
+    batch, and `peak`, the peak FLOP/s of all devices together, give the model FLOP/s and their share of the peak (MFU);
+    0 if they are not known. `length`: tokens per row of text; 0 for images.
     """
 
     def __init__(
@@ -57,101 +64,116 @@ class Writer:
         device: torch.device,
         flops: float = 0.0,
         peak: float = 0.0,
+        length: int = 0,
     ):
         self.run, self.every, self.stream, self.path = run, every, stream, run / "metrics.jsonl"
         self.device, self.flops, self.peak = device, flops, peak
-        self.waiting: list[tuple[int, dict[str, Any]]] = []
+        self.length = length
+        self.trained_rows = sum(map(stream.plan.batch, range(step))) if length else 0  # rows of text until now
+        self.last_val_loss: float | None = None
+        self.pending: list[tuple[int, dict[str, Any]]] = []  # (step, its values), still on the device
         self.clock = Clock()
         self.writes = processes.rank() == 0
         if self.writes:
-            from torch.utils.tensorboard import SummaryWriter
-
-            kept = [row for row in read_rows(self.path) if row["step"] < step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+            rows = [row for row in read_rows(self.path) if row["step"] < step]
+            write_atomically(str(self.path), ["".join(json.dumps(row) + "\n" for row in rows).encode()])
+            self.board = Board(run / "tensorboard", step)
             self.progress = Progress("train", steps, step)
-            self.file = self.path.open("a")
-        self.readers: list[
-            Callable[[list[dict[str, Any]]], None]
-        ] = []  # see rows when they reach the host, before they are written
+            self.lines, self.streams = LineFile(self.path), LineFile(run / "streams.jsonl")
+        # called with rows when they reach the host, before they are written
+        self.readers: list[Callable[[list[dict[str, Any]]], None]] = []
 
     def add(self, step: int, **values: Tensor | float) -> None:
-        """One step's scalars, on whatever device they are; written when `every` rows wait."""
-        self.waiting.append((step, values))
+        """Add the scalars of a step, on any device. They are written once there are `every` rows."""
+        self.pending.append((step, values))
         if (step + 1) % self.every == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Read all waiting values with one copy from the device, averaged over processes, and write them. All processes call it at the same step."""
-        if not self.waiting:
+        """Average all pending values over ranks, copy them from the device in one transfer, and write them.
+
+        Collective: every rank must call it at the same step.
+        """
+        if not self.pending:
             return
-        rows = self._rows()
-        self._measure(rows)
-        problem = self._consult(rows)
+        rows = self._averaged_rows()
+        self._add_measurements(rows)
+        problem = self._call_readers(rows)
         if self.writes:
             self._write(rows)
-        self.waiting = []
+        self.pending = []
         if problem:
             raise problem
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def _averaged_rows(self) -> list[dict[str, Any]]:
+        """The pending values as rows on the host; tensors are averaged over ranks."""
         tensors = [
-            v.detach().float().reshape(()) for _, row in self.waiting for v in row.values() if isinstance(v, Tensor)
+            v.detach().float().reshape(()) for _, row in self.pending for v in row.values() if isinstance(v, Tensor)
         ]
-        numbers = iter(processes.mean(torch.stack(tensors)).tolist() if tensors else [])
+        means = iter(processes.mean(torch.stack(tensors)).tolist() if tensors else [])
         return [
-            {"step": step} | {k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()}
-            for step, row in self.waiting
+            {"step": step} | {k: next(means) if isinstance(v, Tensor) else v for k, v in row.items()}
+            for step, row in self.pending
         ]
 
-    def _measure(self, rows: list[dict[str, Any]]) -> None:
-        """Add to the last row what these steps took."""
-        total, parts = self.clock.take()
-        total -= parts.get("save", 0.0)
+    def _add_measurements(self, rows: list[dict[str, Any]]) -> None:
+        """Add speed, time shares, memory and stream statistics of these steps to the last row."""
+        seconds, parts = self.clock.take()
+        seconds -= parts.get("save", 0.0)
         last = rows[-1]
         samples = sum(self.stream.plan.batch(row["step"]) for row in rows)
-        last["samples_per_second"] = round(samples / total, 2)
+        last["samples_per_second"] = round(samples / seconds, 2)
+        if self.length:
+            self.trained_rows += samples
+            last["tokens_per_second"] = round(samples * self.length / seconds, 1)
+            last["tokens"] = self.trained_rows * self.length
         if self.flops:
-            done = self.flops * samples / self.stream.plan.batch(0)
-            last["flops_per_second"] = round(done / total)
-            last["mfu"] = round(done / total / self.peak, 4)
+            flops_per_second = self.flops * samples / self.stream.plan.batch(0) / seconds
+            last["flops_per_second"] = round(flops_per_second)
+            last["mfu"] = round(flops_per_second / self.peak, 4)
         for part in ("data", "loop"):  # shares of the time: waiting for batches; the loop itself
-            last[f"{part}_share"] = round(parts.get(part, 0.0) / total, 4)
+            last[f"{part}_share"] = round(parts.get(part, 0.0) / seconds, 4)
         last["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
-        figures, last["stage"] = self._streams(last["step"])
+        figures, last["stage"] = self._stream_statistics(last["step"])
         last |= {f"stream/{key}": value for key, value in figures.items()}
-        last["stream/damaged"] = len(self.stream.ledger.bad)
+        last["stream/damaged"] = len(self.stream.damage_log.bad)
         epochs = self.stream.epochs
         last |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": round(value, 4) for n, value in enumerate(epochs)}
 
-    def _streams(self, step: int) -> tuple[dict[str, float], str]:
-        """The figures of the process that waits longest for its data; those of all go to streams.jsonl."""
-        everyone = processes.gather(self.stream.meter.take(self.stream.workers))
-        if len(everyone) == 1:
-            return everyone[0]
+    def _stream_statistics(self, step: int) -> tuple[dict[str, float], str]:
+        """(statistics, slowest stage) of the stream of the rank that waits longest for data. Those of all ranks are
+        written to streams.jsonl."""
+        of_ranks = processes.gather(self.stream.stats.take(self.stream.workers))
+        if len(of_ranks) == 1:
+            return of_ranks[0]
         if self.writes:
-            with (self.run / "streams.jsonl").open("a") as file:
-                row = {"step": step, "processes": [{**figures, "stage": stage} for figures, stage in everyone]}
-                file.write(json.dumps(row) + "\n")
-        slowest = max(range(len(everyone)), key=lambda n: everyone[n][0]["wait_ms_p50"])
-        figures, stage = everyone[slowest]
+            row = {"step": step, "processes": [{**figures, "stage": stage} for figures, stage in of_ranks]}
+            self.streams.add(json.dumps(row) + "\n")
+        slowest = max(range(len(of_ranks)), key=lambda n: of_ranks[n][0]["wait_ms_p50"])
+        figures, stage = of_ranks[slowest]
         return {**figures, "process": slowest}, stage
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
         last = rows[-1]
-        for key in last:
-            if key == "stage":
-                self.board.add_text("stage", last[key], last["step"])
-            elif key != "step":
-                values = [row[key] for row in rows if key in row]
-                self.board.add_scalar(f"train/{key}", sum(values) / len(values), last["step"])
-        self._show(last)
+        val_losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        if val_losses:
+            self.last_val_loss = val_losses[-1][1]
+        scalars = [key for key in last if key not in ("step", "stage", "val_loss")]
+        values = {key: [row[key] for row in rows if key in row] for key in scalars}
 
-    def _consult(self, rows: list[dict[str, Any]]) -> UserError | None:
-        """Let the readers see the rows; an error of theirs, to be raised when the rows are written."""
+        def add_to_board(board: Any) -> None:
+            board.add_text("stage", last["stage"], last["step"])
+            for key, found in values.items():
+                board.add_scalar(f"train/{key}", sum(found) / len(found), last["step"])
+            for step, loss in val_losses:
+                board.add_scalar("val/loss", loss, step)
+
+        disk_has_room = self.lines.add("".join(json.dumps(row) + "\n" for row in rows))
+        self.board.add(add_to_board, disk_has_room)
+        self._update_progress(last)
+
+    def _call_readers(self, rows: list[dict[str, Any]]) -> UserError | None:
+        """Call the readers with the rows. Returns their UserError, which is raised after the rows have been written."""
         try:
             for reader in self.readers:
                 reader(rows)
@@ -159,38 +181,123 @@ class Writer:
             return error
         return None
 
-    def _show(self, row: dict[str, Any]) -> None:
-        text = f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_share']:.0%}"
+    def _update_progress(self, row: dict[str, Any]) -> None:
+        speed = f"{row['samples_per_second']:.0f} samples/s"
+        if self.length:
+            speed = f"{short(row['tokens_per_second'])} tokens/s  {short(row['tokens'])} tokens"
+        loss = f"loss {row['loss']:.4f}"
+        if self.last_val_loss is not None:
+            loss += f" val {self.last_val_loss:.4f}"
         scores = read_rows(self.run / "results.jsonl")
-        knn = [
-            s
+        text = f"{loss}  {speed}  data wait {row['data_share']:.0%}{_knn_so_far(scores)}"
+        # scoring the last export on the test split will take as long as scoring the first one
+        seconds = {
+            (s["model"], s["step"], s["protocol"]): s.get("seconds", 0.0)
             for s in scores
-            if s["protocol"] == "knn"
-            and s.get("split") == "val"
-            and s["metric"] == "accuracy"
-            and s["model"] != "pixels"
-        ]
-        if knn:
-            text += f"  k-NN so far {knn[-1]['value']:.1%} (step {knn[-1]['step']})"
-        final = sum(
-            {
-                (s["model"], s["step"], s["protocol"]): s["seconds"]
-                for s in scores
-                if s.get("split") == "test" and s["step"] == 0
-            }.values()
-        )
-        self.progress.update(row["step"] + 1, text, extra=final)  # the last export will be scored as the first was
+            if s.get("split") == "test" and s["step"] == 0
+        }
+        self.progress.update(row["step"] + 1, text, extra=sum(seconds.values()))
+
+    def close(self) -> str:
+        """Write all pending rows and close the files. Returns a message about rows that could not be written, or ""."""
+        self.flush()
+        if not self.writes:
+            return ""
+        self.progress.close()
+        all_written = self.lines.add()
+        self.board.close()
+        if all_written:
+            return ""
+        count = self.lines.waiting.count(b"\n")
+        return f"{self.path}: {count} rows of metrics could not be written; make room on that disk for the next run"
+
+
+class Board:
+    """TensorBoard's event file. Entries that a full disk refuses are kept, and written to a new file later.
+
+    TensorBoard ignores the entries that earlier files of the folder have from `step` on.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder = folder
+        self.purge_step: int | None = step
+        self.pending: list[Callable[[Any], None]] = []
+        self.writer: Any = None
+
+    def add(self, entry: Callable[[Any], None], disk_has_room: bool = True) -> None:
+        """Let `entry` write to a SummaryWriter: now if the disk has room, else later."""
+        self.pending.append(entry)
+        if disk_has_room:
+            with _quiet_thread():
+                self._write()
+
+    def _write(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self.writer = self.writer or SummaryWriter(str(self.folder), purge_step=self.purge_step)
+            for entry in self.pending:
+                entry(self.writer)
+            self.writer.flush()
+            self.pending, self.purge_step = [], None  # a later file of this run must not hide the entries of this one
+        except OSError:  # the full disk has been reported by `LineFile` already
+            self._end()
+
+    def _end(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.writer is not None:
+                self.writer.close()
+        self.writer = None
 
     def close(self) -> None:
-        self.flush()
-        if self.writes:
-            self.progress.close()
-            self.board.close()
-            self.file.close()
+        with _quiet_thread():
+            if self.pending:
+                self._write()
+            self._end()
+
+
+@contextlib.contextmanager
+def _quiet_thread() -> Iterator[None]:
+    """Suppress the traceback that TensorBoard's thread prints for an OSError; the caller gets the same error."""
+    former_hook = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else former_hook(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = former_hook
+
+
+def _knn_so_far(scores: list[dict[str, Any]]) -> str:
+    """Part of the progress line: the newest k-NN accuracy on val of the recipe's model; with several exports, the newest
+    of each, with its name. "" without scores."""
+    knn = [
+        s
+        for s in scores
+        if s["protocol"] == "knn"
+        and s.get("split") == "val"
+        and s["metric"] == "accuracy"
+        and s["model"] not in ("pixels", "bytes")
+    ]
+    if not knn:
+        return ""
+    newest = {"" if s["model"] in ("untrained", "pretrained") else s["model"]: s["value"] for s in knn}
+    text = f"{knn[-1]['value']:.1%}"
+    if len(newest) > 1:
+        each = (f"{textwrap.shorten(name or 'pretrained', 24)} {value:.1%}" for name, value in newest.items())
+        text = ", ".join(each)
+    return f"  k-NN so far {text} (step {knn[-1]['step']}{', with a note' if 'note' in knn[-1] else ''})"
+
+
+def short(count: float) -> str:
+    """A count in three digits, as "12.3k" for 12345."""
+    for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{name}"
+    return f"{count:.0f}"
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the GPU where it is one, else of main memory."""
+    """Peak memory of this process in bytes: of the GPU if `device` is one, else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

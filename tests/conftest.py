@@ -2,64 +2,114 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.build import build
-from pretrain import export
+import launch.cli
+from data_pipeline.build.build_shards import build
+from launch import command_parser
+from pretrain import contract
+from pretrain.interchange import export
 from pretrain.models import presets
-from pretrain.recipe import Recipe, load
+from pretrain.models.build import build_model
+from pretrain.objectives import finder
+from pretrain.recipes.recipe import Recipe, load
+from tests.forked import Forked
 from tests.services import FaultProxy, ObjectStore, environment
 
-# every objective at a size that trains in a second, on images of 32 pixels
-TINY = [
-    "model=vit",
-    "model.dim=32",
-    "model.depth=2",
-    "model.heads=2",
-    "model.image_size=32",
-    "eval.image_size=null",
-    "model.patch_size=8",
-    "threads=1",
-    "precision=fp32",
-]
-SMALL = {
-    "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1", "objective.decoder_heads=2"],
-    "simclr": ["objective.head_hidden=64", "objective.head_outputs=32"],
-    "dinov3": [
-        "objective.prototypes=64",
-        "objective.head_hidden=64",
-        "objective.head_bottleneck=32",
-        "objective.local_size=16",
-        "objective.local_crops=2",
-        "objective.koleo_group=4",
-        "objective.gram_teacher=ema",
-        "objective.gram_size=64",
-    ],
-    "distillation": ["objective.loss=features", "objective.local_size=16", "objective.local_crops=2"],
-    "dinov2": [
-        "objective.prototypes=64",
-        "objective.head_hidden=64",
-        "objective.head_bottleneck=32",
-        "objective.local_size=16",
-        "objective.local_crops=2",
-    ],
-}
+COMMON = ["eval.image_size=null", "threads=1", "precision=fp32"]
+TINY = [*contract.VIT, *COMMON]
+GPU_TESTS = Path(__file__).parent / "gpu"
 
-# objectives that read text: their models at the same size, on rows of 32 tokens
-SIZE = ["model.dim=32", "model.depth=2", "model.heads=2", "model.context=32", "model.vocab_size=512"]
-TEXT = {
-    "gpt": ["model=gpt_micro", *SIZE],
-    "bert": ["model=bert_micro", *SIZE],
-    "t5": ["model=t5_micro", *SIZE, "model.mlp_width=64", "data.document_mask=false"],
-}
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="also run the tests marked `matrix`")
+    parser.addoption("--device", choices=["cuda", "cpu"], help="run tests/gpu, on this device; `make test-gpu`: cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            "--device cuda: torch finds no GPU here; run this on a machine with one, or try the tests' code with"
+            " --device cpu"
+        )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Collect tests/gpu only for a device that is named."""
+    return True if collection_path == GPU_TESTS and config.option.device is None else None
+
+
+FIRST = (
+    "faults",
+    "parallel",
+    "launch",
+)  # folders with the longest tests: begun first, so that no worker is left alone with one
+ALONE = ("faults",)  # folders whose tests share no fixture of a module
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the rest of the matrices unless asked, and say to pytest-xdist which tests stay on one worker: those of a file, which share its fixtures."""
+    if not config.option.matrix:
+        rest = [item for item in items if item.get_closest_marker("matrix")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if not item.get_closest_marker("matrix")]
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            shared = item.path.parent.name not in ALONE
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0] if shared else item.nodeid))
+    items.sort(key=lambda item: FIRST.index(item.path.parent.name) if item.path.parent.name in FIRST else len(FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: the collection of garbage before each training need not look at them, which takes a third of a small training."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped and why, in one line for each reason; then where the time went: seconds of each file, and every
+    test that took over a minute."""
+    skipped = Counter(
+        report.longrepr[2] for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)
+    )
+    for reason, count in skipped.items():
+        terminalreporter.write_line(f"{count} tests were SKIPPED: {reason.removeprefix('Skipped: ')}", red=True)
+    files: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                test = report.nodeid.partition("@")[0]  # pytest-xdist appends the group
+                files[test.partition("::")[0]] += report.duration
+                tests[test] += report.duration
+    if sum(files.values()) < 60:
+        return
+    terminalreporter.section("where the time went")
+    for name, seconds in files.most_common(20):
+        terminalreporter.write_line(f"{seconds:7.0f} s  {name}")
+    long = [(name, seconds) for name, seconds in tests.most_common() if seconds > 60]
+    terminalreporter.write_line(f"{len(long)} tests took over a minute" + ":" * bool(long))
+    for name, seconds in long:
+        terminalreporter.write_line(f"{seconds:7.0f} s  {name}")
+
+
+def sampled(names: Iterable[str], *chosen: str) -> list[Any]:
+    """Parameters of which `make test` runs those chosen, one for each property, and `make test-matrix` runs the rest."""
+    assert set(chosen) <= set(names), chosen
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.matrix) for name in names]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -114,17 +164,17 @@ def forget_connections() -> None:
     import fsspec
     import s3fs
 
-    from data_pipeline import fetch
+    from data_pipeline.storage import ranges
 
     s3fs.S3FileSystem.clear_instance_cache()
     fsspec.config.conf.clear()
-    fetch._backends.clear()
+    ranges._backends.clear()
 
 
 def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
-    """A recipe of any objective that trains in seconds; an objective without an entry in SMALL keeps its own sizes."""
+    """A recipe of any objective that trains in seconds."""
     data = [
-        f"data.train={shards}",
+        f"data.train={tokens(shards.parent) if reads_text(name) else shards}",
         "data.batch=16",
         "data.workers=0",
         "steps=8",
@@ -134,12 +184,28 @@ def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
         "log=1",
         "log.flops=false",
     ]
-    own = [*TINY, *SMALL.get(name, [])]
-    if name in TEXT:
-        data[0] = f"data.train={tokens(shards.parent)}"
-        own = [*TEXT[name], "eval.image_size=null", "threads=1", "precision=fp32"]
-    own += [f"objective.teacher={teacher(shards.parent)}"] if name == "distillation" else []
-    return load("demo", [f"objective={name}", *own, *data, "optim.lr=1e-3", *overrides])
+    return load("demo", [f"objective={name}", *tiny(name, shards), *data, "optim.lr=1e-3", *overrides])
+
+
+def reads_text(name: str) -> bool:
+    """Whether an objective trains on tokens."""
+    return "tokens" in finder.find(name).parts
+
+
+def tiny(name: str, shards: Path) -> list[str]:
+    """Overrides for the model and the options with which tests train an objective."""
+    return [*contract.tiny(name, lambda kind: folder_of(kind, shards))[0], *COMMON]
+
+
+def variants(name: str, shards: Path) -> list[list[str]]:
+    """What to lay over `tiny` so that, with one after the other, every option of an objective is read: first nothing."""
+    return [[], *contract.tiny(name, lambda kind: folder_of(kind, shards))[1:]]
+
+
+def folder_of(kind: str, shards: Path) -> str:
+    """The folder that stands for "{export}" or "{run NAME}" in a value of `Config.tiny`."""
+    word, _, name = kind.partition(" ")
+    return str(teacher(shards.parent) if word == "export" else run_of(name, shards))
 
 
 def tokens(folder: Path) -> Path:
@@ -152,22 +218,19 @@ def tokens(folder: Path) -> Path:
     return target
 
 
-MORE = ("distillation",)  # objectives of which one set of options does not read all
+def run_of(name: str, shards: Path) -> Path:
+    """A run of an objective with a checkpoint, such as a teacher with heads; wider than the students and with other patches."""
+    from pretrain.train import train
 
-
-def more(name: str, shards: Path) -> list[str]:
-    """Another set of options."""
-    return ["objective.loss=prototypes", f"objective.teacher={teacher_run(shards)}"]
+    run = shards.parent / f"run_of_{name}"
+    if not run.is_dir():
+        wide = [] if reads_text(name) else ["model.patch_size=4", "model.dim=48"]
+        train(tiny_recipe(name, shards, run, "steps=2", *wide))
+    return run
 
 
 def teacher_run(shards: Path) -> Path:
-    """A run of dinov2 with a checkpoint: a teacher with heads."""
-    from pretrain.train import train
-
-    run = shards.parent / "teacher_run"
-    if not run.is_dir():
-        train(tiny_recipe("dinov2", shards, run, "steps=2", "model.patch_size=4", "model.dim=48"))
-    return run
+    return run_of("dinov2", shards)
 
 
 def teacher(folder: Path) -> Path:
@@ -178,12 +241,46 @@ def teacher(folder: Path) -> Path:
         cfg.name = "vit"
         with torch.random.fork_rng():
             torch.manual_seed(7)
-            body = presets.build(cfg)
+            body = build_model(cfg)
         export.write(target, body, {"step": 1, "objective": "mae", "pool": "cls"}, [0.5] * 3, [0.25] * 3)
     return target
 
 
 def unlabeled(*args: object, timeout: float = 300, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "launch.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
+    return _forked(_command_line, args, timeout, cwd)
+
+
+def trainer(*args: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run `python -m pretrain.train`, without the launcher and without importing torch again."""
+    return _forked(_trainer, args, timeout)
+
+
+def _forked(
+    function: Callable[[list[str]], int | None], args: tuple[object, ...], timeout: float, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        words = list(map(str, args))
+        process = Forked(function, words, output=(str(out), str(err)), cwd=cwd)
+        code = process.wait(timeout)
+        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+
+
+def _command_line(words: list[str]) -> int | None:
+    sys.argv = ["unlabeled", *words]
+    return launch.cli.main()
+
+
+def _trainer(words: list[str]) -> int:
+    from common.errors import command
+    from pretrain.train import main
+
+    sys.argv = ["pretrain.train", *words]
+    return command(main)
+
+
+def call(*args: object) -> int:
+    """A command, in this process; its exit code."""
+    parsed = launch.cli.parser().parse_args([*map(str, args)])
+    return command_parser.call(parsed) or 0

@@ -131,7 +131,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 class FaultProxy:
-    """Passes HTTP through; faults can be changed while it runs. `requests` lists what was asked for."""
+    """Passes HTTP through; faults can be changed while it runs. `requests` lists what was asked for, `bytes` counts what was answered."""
 
     FAULTS: dict[str, float] = {
         "latency": 0.0,  # seconds before each answer
@@ -150,7 +150,7 @@ class FaultProxy:
 
     def __init__(self, target: int, seed: int = 0):
         self.target, self.port, self.random = target, 0, random.Random(seed)
-        self.faults, self.requests = dict(self.FAULTS), []  # type: ignore[var-annotated]
+        self.faults, self.requests, self.bytes = dict(self.FAULTS), [], 0  # type: ignore[var-annotated]
         self._loop, self._up = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -240,6 +240,7 @@ class FaultProxy:
                 await writer.drain()
                 raise ConnectionResetError
             sent += len(data)
+            self.bytes += len(data)
             writer.write(data)
             await writer.drain()
             if self.faults["rate"]:  # as a whole: single sleeps are too short to be exact

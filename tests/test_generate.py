@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,10 +11,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from common.errors import UserError
+from eval import generate
+from eval.generate import Sampling
 from launch.cli import main
-from pretrain import export, generate
-from pretrain.errors import UserError
-from pretrain.generate import Sampling
+from pretrain.interchange import export
 from tests.parity.test_text_models import ABOUT, MODELS, SMALL, build, hf
 
 __all__ = ["hf"]
@@ -65,7 +67,65 @@ def test_what_t5_reads_ends_as_in_training(tmp_path: Path, tokenizer: Path, monk
     ids = Tokenizer.from_file(str(tokenizer)).encode("the cat").ids
     for prompt in ("the cat", ""):
         assert not [*generate.text(tmp_path / "out", prompt, Sampling(3))]
-    assert read == [[*ids, 0], [0]]
+    assert read == [[0, *ids, 0], [0]]
+
+
+def test_a_prompt_begins_as_documents_do_in_training(
+    tmp_path: Path, hf: ModuleType, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Behind BOS, in our exports and where transformers opens them; a folder of transformers is read as its tokenizer says."""
+    model = build("gpt", {**SMALL, "vocab_size": 320})
+    export.write(tmp_path / "ours", model, ABOUT, tokenizer=tokenizer)
+    ids = Tokenizer.from_file(str(tokenizer)).encode("sea").ids
+    opened = hf.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert opened("sea").input_ids == [0, *ids]
+    hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    for name, source in (("theirs", tmp_path / "ours" / "tokenizer.json"), ("bare", tokenizer)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "tokenizer.json").write_bytes(source.read_bytes())
+    fields = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    del fields["unlabeled"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "bare" / "model.safetensors").write_bytes((tmp_path / "theirs" / "model.safetensors").read_bytes())
+    (tmp_path / "old").mkdir()  # an export of an earlier version, whose tokenizer adds nothing
+    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "ours" / "config.json").read_bytes())
+    (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "ours" / "model.safetensors").read_bytes())
+    (tmp_path / "old" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    read = []
+    monkeypatch.setattr(generate, "tokens", lambda model, prompt, *_: read.append(prompt) or iter(()))
+    for name in ("ours", "theirs", "old", "bare"):
+        assert not [*generate.text(tmp_path / name, "sea", Sampling(3))]
+    assert read == [[0, *ids], [0, *ids], [0, *ids], ids]
+
+
+def test_a_long_prompt_loses_its_beginning_and_text_ends_before_a_stop(tmp_path: Path, tokenizer: Path):
+    model = build("gpt", {**SMALL, "vocab_size": 320})
+    run = tmp_path / "run"
+    for step in (9, 10):
+        export.write(run / "export" / str(step), model, ABOUT, tokenizer=tokenizer)
+    (run / "recipe.yaml").write_text("steps: 10\n")
+    said: list[str] = []
+    prompt, how = "abcdefghij" * 3, Sampling(6, 0.0)  # a token a letter, for a context of 24
+    long = "".join(generate.text(run, prompt, how, say=said.append))  # a run: its newest export
+    assert said == ["the prompt has 31 tokens, and the model a context of 24: the first 13 are left out"]
+    assert generate.newest(run) == run / "export" / "10" and generate.newest(tmp_path) == tmp_path
+    model_ids = Tokenizer.from_file(str(tokenizer)).encode(prompt).ids[-18:]
+    assert long == "".join(
+        generate.characters(
+            Tokenizer.from_file(str(tokenizer)), generate.tokens(model, model_ids, how, [0], 259), model_ids[-1:]
+        )
+    )
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "recipe.yaml").write_text("steps: 10\n")
+    with pytest.raises(UserError, match="has no export yet; write one with `unlabeled export"):
+        generate.newest(tmp_path / "none")
+    for pieces, stop, expected in [
+        (["ab", "c\n", "\nd", "e"], ["\n\n"], ["ab", "c"]),
+        (["ab", "c\n", "d", "\n"], ["\n\n"], ["ab", "c", "\nd", "\n"]),
+        (["abc"], ["c", "b"], ["a"]),
+        (["abc"], [""], ["abc"]),
+    ]:
+        assert [*generate.until(pieces, stop)] == expected
 
 
 def test_options(monkeypatch: pytest.MonkeyPatch):
@@ -129,5 +189,8 @@ def test_the_command(
     export.write(tmp_path / "bare", model, ABOUT)
     assert "has no tokenizer.json" in said(str(tmp_path / "bare"), "the cat")[2]
     (tmp_path / "ours" / "tokenizer.json").write_text("nothing")
+    code, _, error = said(str(tmp_path / "ours"), "the cat")
+    assert code == 2 and "tokenizer.json: is no tokenizer.json" in error
+    (tmp_path / "ours" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     code, _, error = said(str(tmp_path / "ours"), "the cat")
     assert code == 2 and "tokenizer.json: tokenizers" in error and "cannot read it" in error

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import ConfigError
+from common.config import ConfigError
+from launch.local import environments, wait
 from pretrain.models import presets
-from pretrain.muon import MuonAdamW, orthogonalise
-from pretrain.optim import make_optimizer
-from pretrain.parallel import rules
-from pretrain.recipe import Optim
+from pretrain.models.build import build_model
+from pretrain.ops import matrix_exchange
+from pretrain.ops.matrix_exchange import deal, rounds_of
+from pretrain.ops.parameter_shards import whole
+from pretrain.optim.groups import make_optimizer
+from pretrain.optim.muon import MuonAdamW, orthogonalise
+from pretrain.parallel import processes
+from pretrain.recipes import parallel_checks
+from pretrain.recipes.sections import Optim
 from pretrain.train import train
 from tests.conftest import tiny_recipe
+from tests.forked import Forked
 
 
 def group(*matrices: Tensor, parts: tuple[int, ...] = ()) -> dict:
@@ -108,8 +119,85 @@ def test_a_step_that_is_not_finite_changes_nothing():
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
 
 
+def held_by(layout: str, *matrices: Tensor) -> list[Tensor]:
+    """As the parameters of this mode are: whole, or with the rows of FSDP2's or HSDP's shards."""
+    if layout == "replicated":
+        return [m.clone() for m in matrices]
+    ranks = processes.world()
+    shape, names = ((ranks,), ("shard",)) if layout == "sharded" else ((2, ranks // 2), ("replicate", "shard"))
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    placements = [Replicate()] * (len(shape) - 1) + [Shard(0)]
+    return [distribute_tensor(m.clone(), mesh, placements) for m in matrices]
+
+
+SHAPES: list[tuple[int, int, tuple[int, ...]]] = [  # rows, columns, parts: several of one shape, and uneven rows
+    *[(9, 4, (2, 3, 4))] * 3,
+    *[(12, 16, ())] * 8,
+    (6, 10, (3, 3)),
+    (3, 5, ()),
+]
+
+
+def three_steps(layout: str) -> dict[str, Any]:
+    """Weights and momentum after two steps and a skipped one, and the FLOPs of this rank's products in the first."""
+    torch.manual_seed(0)
+    starts = [torch.randn(r, c, dtype=torch.float64) for r, c, _ in SHAPES]
+    gradients = [[torch.randn(r, c, dtype=torch.float64) for r, c, _ in SHAPES] for _ in range(3)]
+    weights = [torch.nn.Parameter(each) for each in held_by(layout, *starts)]
+    groups = [{"params": [w], "muon": True, "parts": parts} for w, (*_, parts) in zip(weights, SHAPES, strict=True)]
+    optimizer = MuonAdamW(groups, 0.9, (0.9, 0.99), 1e-8)
+    flops = []
+    for step, own in enumerate(gradients):
+        for n, g in enumerate(optimizer.param_groups):
+            g.update(lr=0.02 * (1 + n), weight_decay=0.1)
+        for w, g in zip(weights, held_by(layout, *own), strict=True):
+            w.grad = g * torch.nan if step == 2 else g
+        optimizer.found_inf = torch.tensor(float(step == 2))
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        flops.append(counter.get_total_flops())
+    momentum = [optimizer.state[w]["momentum_buffer"] for w in weights]
+    return {"weights": [whole(w) for w in weights], "momentum": [whole(m) for m in momentum], "flops": flops[0]}
+
+
+def write_three_steps(layouts: list[str], folder: Path) -> None:
+    processes.start("ddp", torch.device("cpu"))
+    torch.set_num_threads(1)
+    torch.save({layout: three_steps(layout) for layout in layouts}, folder / f"{processes.rank()}.pt")
+    processes.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_orthogonalises_its_share(ranks: int, tmp_path: Path):
+    """The weights are those of one process on all ranks, and each rank does about 1/ranks of its products."""
+    alone = three_steps("replicated")
+    layouts = ["replicated", "sharded", "both"]
+    started = [Forked(write_three_steps, layouts, tmp_path, env=environment) for environment in environments(ranks)]
+    assert wait(started) == 0
+    ranks_found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for layout in layouts:
+        found = [own[layout] for own in ranks_found]
+        for own in found:
+            for kind in ("weights", "momentum"):
+                for value, expected in zip(own[kind], alone[kind], strict=True):
+                    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+        flops = [own["flops"] for own in found]
+        assert sum(flops) == alone["flops"] > 0
+        assert max(flops) < 1.5 * alone["flops"] / ranks
+
+
+def test_work_is_dealt_evenly_and_stacked_by_shape(monkeypatch: pytest.MonkeyPatch):
+    dealt = deal([3.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0], 4)
+    assert sorted(i for own in dealt for i in own) == list(range(7))
+    assert max(sum([3.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0][i] for i in own) for own in dealt) == 3.0
+    monkeypatch.setattr(matrix_exchange, "MAX_STACKED", 200)
+    kinds, sizes = [("a",), ("b",), ("a",), ("a",)], [100, 300, 100, 100]
+    assert rounds_of([[0, 1, 2, 3], []], kinds, sizes) == [[[0, 2], []], [[3], []], [[1], []]]
+
+
 def test_it_takes_the_matrices_inside_of_blocks():
-    body = presets.build(preset("vit", depth=2, dim=32, heads=2, image_size=32, patch_size=8))
+    body = build_model(preset("vit", depth=2, dim=32, heads=2, image_size=32, patch_size=8))
     names = {p: name for name, p in body.named_parameters()}
     optimizer = make_optimizer(body, Optim(name="muon", layer_decay=0.5))
     taken = {names[p]: g["parts"] for g in optimizer.param_groups if g["muon"] for p in g["params"]}
@@ -124,11 +212,11 @@ def test_it_takes_the_matrices_inside_of_blocks():
 
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match=r"optim.name = muon: this model's blocks have no trained matrices"):
-        make_optimizer(presets.build(preset("resnet_micro")), Optim(name="muon"))
+        make_optimizer(build_model(preset("resnet_micro")), Optim(name="muon"))
     for options in (["parallel.mode=zero2"], ["parallel.mode=fsdp2", "parallel.offload=true"]):
         cfg = tiny_recipe("mae", Path("none"), Path("none"), "optim.name=muon", *options)
         with pytest.raises(ConfigError, match=r"optim.name = muon: .*; write parallel.mode=fsdp2 without offload"):
-            rules.check(cfg, 2)
+            parallel_checks.check(cfg, 2)
 
 
 def preset(name: str, **options):
@@ -144,7 +232,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lars"])
 def test_a_decay_branches_from_a_checkpoint(name: str, shards: Path, tmp_path: Path):
     """A stable run's checkpoint, continued in another folder with a shorter horizon, is the run that had that horizon from its start."""
     common = [f"optim.name={name}", "optim.lr.kind=wsd", "optim.lr.warmup=2", "optim.lr.decay=3", "checkpoint=4"]
@@ -155,7 +243,7 @@ def test_a_decay_branches_from_a_checkpoint(name: str, shards: Path, tmp_path: P
     assert {step: loss for step, loss in losses(whole).items() if step >= 4} == losses(branch)
     assert losses(whole)[7] != losses(stable)[7]  # it has decayed
     said = (branch / "log.txt").read_text()
-    assert "goes on from step 4" in said and "optim.lr is" not in said
+    assert "resumes from step 4" in said and "optim.lr is" not in said
     late = f"checkpoint.resume={stable / 'checkpoints' / '000000012'}"  # the stable run's own decay is over there
     run = train(tiny_recipe("mae", shards, tmp_path / "late", *common, "steps=16", late))
-    assert "optim.lr is 0.001 at step 12; where the checkpoint comes from, it is 0" in (run / "log.txt").read_text()
+    assert "optim.lr is 0.001 at step 12; in the run of the checkpoint it was 0" in (run / "log.txt").read_text()

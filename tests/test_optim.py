@@ -1,23 +1,41 @@
-"""Parameter groups as {name: (lr, weight decay)}, and what stays frozen."""
+"""Parameter groups as {name: (lr, weight decay)}, what stays frozen, what every optimizer owes, and LARS against its formula on one process and on two."""
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
-from pretrain.config import ConfigError
+from common import config
+from common.config import ConfigError
+from launch.local import environments, wait
 from pretrain.models import presets
+from pretrain.models.build import build_model
 from pretrain.objectives.dinov2 import Config, DINOv2
-from pretrain.optim import make_optimizer, parameter_groups, thaw
-from pretrain.recipe import Optim
+from pretrain.ops.parameter_shards import whole
+from pretrain.optim import optimizers
+from pretrain.optim.groups import make_optimizer, parameter_groups, thaw
+from pretrain.optim.lars import LARS
+from pretrain.recipes import parallel_checks
+from pretrain.recipes.sections import Optim
+from pretrain.train import train
+from tests.conftest import tiny_recipe
+from tests.faults import killer
+from tests.forked import Forked
 
 
 def objective() -> DINOv2:
     model = presets.ViT(image_size=32, patch_size=8, dim=32, depth=3, heads=4, registers=2, layer_scale=1e-5)
     torch.manual_seed(0)
     cfg = Config(prototypes=8, head_hidden=16, head_bottleneck=4)
-    return DINOv2(cfg, lambda **changes: presets.build(model, **changes))
+    return DINOv2(cfg, lambda **changes: build_model(model, **changes))
 
 
 def rates(module: nn.Module, optimizer: torch.optim.Optimizer, lr: float, wd: float) -> dict[str, tuple[float, float]]:
@@ -60,7 +78,7 @@ def test_convolutional_networks(name: str, embed: str):
     cls, options = presets.choose(name)
     cfg = cls(**options)
     cfg.name = name
-    body = presets.build(cfg)
+    body = build_model(cfg)
     found = rates(body, make_optimizer(body, Optim(layer_decay=0.5, patch_embed_lr=0.1)), 1.0, 1.0)
     blocks = sum(options["depths"])
     assert found[embed] == pytest.approx((0.1 * 0.5 ** (blocks + 1), 1.0))
@@ -83,12 +101,182 @@ def test_freezing():
             assert torch.equal(p, before[name]) == frozen, (step, name)
 
 
+def test_a_head_says_which_of_its_layers_is_the_last():
+    """Of any objective: a module names its parameter."""
+
+    class Head(nn.Linear):
+        last_layer = "weight"
+
+    module = nn.ModuleDict({"head": Head(2, 2), "other": nn.Linear(2, 2)})
+    frozen = {id(p): g["frozen"] for g in parameter_groups(module, Optim(freeze_last_layer=5)) for p in g["params"]}
+    assert {name: frozen[id(p)] for name, p in module.named_parameters()} == {
+        **{"head.weight": 5, "head.bias": 0},
+        **{"other.weight": 0, "other.bias": 0},
+    }
+
+
 def test_refusals():
     for options, message in [
         ({"layer_decay": 0.0}, "optim.layer_decay = 0.0"),
         ({"patch_embed_lr": -1.0}, "optim.patch_embed_lr"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            parameter_groups(objective(), Optim(**options))
-    with pytest.raises(ConfigError, match="this objective has no prototypes"):
+            config.build(Optim, options, {}, "optim.")
+    with pytest.raises(ConfigError, match="no head of this objective has a `last_layer`"):
         parameter_groups(nn.Linear(2, 2), Optim(freeze_last_layer=5))
+
+
+# ---------------------------------------------------------------- what every optimizer owes
+def one_step(optimizer: torch.optim.Optimizer, fill: float | None, found: float) -> None:
+    """With gradients drawn from the number of the parameter, or all of one value."""
+    for group in optimizer.param_groups:
+        group.update(lr=0.1, weight_decay=0.1 * group["wd_scale"])
+        for n, p in enumerate(group["params"]):
+            drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(n))
+            p.grad = drawn if fill is None else torch.full_like(p, fill)
+    optimizer.found_inf = torch.tensor(found)  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def test_names_are_files():
+    assert optimizers.names() == ["adamw", "lars", "muon"]
+    assert [optimizers.kind(name).__name__ for name in optimizers.names()] == ["AdamW", "LARS", "MuonAdamW"]
+
+
+@pytest.mark.parametrize("name", optimizers.names())
+def test_a_step_with_found_inf_changes_nothing(name: str):
+    model = objective().student
+    optimizer = make_optimizer(model, Optim(name=name))
+    parameters = list(model.parameters())
+    one_step(optimizer, None, 0.0)
+
+    def everything() -> list[Tensor]:
+        return [p.detach().clone() for p in parameters] + [
+            s.clone() for p in parameters for s in optimizer.state[p].values()
+        ]
+
+    before = everything()
+    one_step(optimizer, float("nan"), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    one_step(optimizer, None, 0.0)
+    moved = [not torch.equal(a, b) for a, b in zip(before, everything(), strict=True)]
+    assert all(moved) and all(p.isfinite().all() for p in parameters)
+
+
+@pytest.mark.parametrize("name", optimizers.names())
+def test_state_is_what_its_names_say(name: str):
+    """Tensors in the parameter's shape under these names, the rest scalars; before the first step, what `begin` makes."""
+    model = objective().student
+    optimizer, found = make_optimizer(model, Optim(name=name)), set()
+    one_step(optimizer, 0.0, 1.0)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            shaped = {key for key, value in state.items() if value.shape == p.shape}
+            assert shaped <= set(optimizer.state_names)
+            assert all(state[key].ndim == 0 for key in state.keys() - shaped)
+            if "zero" not in optimizer.unsupported:
+                begun = optimizer.begin(p)
+                assert begun.keys() == state.keys() and all(torch.equal(begun[key], state[key]) for key in begun)
+            found |= shaped
+    assert found == set(optimizer.state_names)
+
+
+def test_what_lars_refuses(tmp_path: Path):
+    cfg = tiny_recipe("mae", tmp_path, tmp_path, "optim.name=lars", "parallel.mode=zero2")
+    with pytest.raises(ConfigError, match=r"optim.name = lars: .*; write parallel.mode=fsdp2, or optim.name=adamw"):
+        parallel_checks.check(cfg, 2)
+    parallel_checks.check(
+        tiny_recipe("mae", tmp_path, tmp_path, "optim.name=lars", "parallel.mode=fsdp2", "parallel.offload=true"), 2
+    )
+
+
+# ---------------------------------------------------------------- LARS
+SHAPES = {"matrix": (5, 4), "kernel": (2, 3, 2, 2), "row": (1, 4), "zero": (3, 2), "still": (4, 2), "bias": (5,)}
+RATES = [(0.5, 0.1), (0.4, 0.1), (0.3, 0.2), (0.2, 0.05)]  # (lr, weight decay) of each step
+SKIPPED, MOMENTUM, TRUST = 2, 0.8, 0.02
+
+
+def numbers(name: str, step: int) -> Tensor:
+    """Weights (step −1) and gradients: `zero` begins at 0, `still` has no gradient, the skipped step's gradients are not finite."""
+    seed = 100 * step + list(SHAPES).index(name)
+    drawn = torch.randn(SHAPES[name], dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1000))
+    if (name, step) == ("zero", -1) or (name == "still" and step >= 0):
+        return torch.zeros_like(drawn)
+    return drawn * torch.inf if step == SKIPPED else drawn
+
+
+def lars_by_formula() -> dict[str, Tensor]:
+    """Element by element, from the paper."""
+    out = {}
+    for name in SHAPES:
+        weight = numbers(name, -1).flatten().tolist()
+        velocity = [0.0] * len(weight)
+        for step, (lr, wd) in enumerate(RATES):
+            if step == SKIPPED:
+                continue
+            wd = 0.0 if name == "bias" else wd
+            update = [g + wd * w for g, w in zip(numbers(name, step).flatten().tolist(), weight, strict=True)]
+            length, size = (sum(x * x for x in values) ** 0.5 for values in (update, weight))
+            ratio = TRUST * size / length if name != "bias" and size > 0 and length > 0 else 1.0
+            velocity = [MOMENTUM * v + lr * ratio * u for v, u in zip(velocity, update, strict=True)]
+            weight = [w - v for w, v in zip(weight, velocity, strict=True)]
+        out[name] = torch.tensor(weight, dtype=torch.float64).view(SHAPES[name])
+    return out
+
+
+def train_with_lars(sharded: bool) -> dict[str, Tensor]:
+    """The weights after all steps, gathered; with `sharded`, rows lie on the processes as FSDP2 cuts them, also unevenly, also none."""
+    module = nn.ParameterDict({name: nn.Parameter(numbers(name, -1)) for name in SHAPES})
+    if sharded:
+        fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+    matrices = [p for name, p in module.items() if name != "bias"]
+    groups = [{"params": matrices, "wd_scale": 1.0}, {"params": [module["bias"]], "wd_scale": 0.0}]
+    optimizer = LARS(groups, MOMENTUM, TRUST)
+    for step, (lr, wd) in enumerate(RATES):
+        for group in optimizer.param_groups:
+            group.update(lr=lr, weight_decay=wd * group["wd_scale"])
+        for name, p in module.items():
+            g = numbers(name, step)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if sharded else g
+        optimizer.found_inf = torch.tensor(float(step == SKIPPED))
+        optimizer.step()
+    states = [s for p in module.values() for s in optimizer.state[p].values()]
+    assert all(type(s) is (type(p.data) if sharded else Tensor) for s, p in zip(states, module.values(), strict=True))
+    return {name: whole(p).detach() for name, p in module.items()}
+
+
+def test_lars_is_its_formula():
+    torch.testing.assert_close(train_with_lars(sharded=False), lars_by_formula(), rtol=1e-12, atol=1e-12)
+
+
+def rank_of_lars(folder: str) -> None:
+    dist.init_process_group("gloo")
+    torch.save(train_with_lars(sharded=True), f"{folder}/{os.environ['RANK']}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_lars_of_shards_is_its_formula(tmp_path: Path):
+    assert wait([Forked(rank_of_lars, str(tmp_path), env=environment) for environment in environments(2)]) == 0
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), lars_by_formula(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_lars_goes_on_in_another_mode(shards: Path, tmp_path: Path):
+    """From a checkpoint of two processes of FSDP2, one process goes on as the run that was one process from its start."""
+    common = ["optim.name=lars", "optim.momentum=0.9", "optim.trust=1.0", "optim.lr=0.01", "checkpoint=4"]
+    alone = train(tiny_recipe("mae", shards, tmp_path / "alone", *common))
+    two = tmp_path / "two.yaml"
+    cfg = tiny_recipe("mae", shards, tmp_path / "two", *common, "parallel.mode=fsdp2", "checkpoint.keep=2")
+    two.write_text(config.dump(cfg))
+    assert wait([Forked(killer.run, [str(two)], env=environment) for environment in environments(2)]) == 0
+    resume = f"checkpoint.resume={tmp_path / 'two' / 'checkpoints' / '000000004'}"
+    on = train(tiny_recipe("mae", shards, tmp_path / "on", *common, resume))
+    found, expected = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (on, alone)
+    )
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected[4:]], rel=1e-5)
+    assert found[0]["step"] == 4 and found[-1]["step"] == 7

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain import recipe
-from pretrain.schedules import Schedule
+from common.schedules import Schedule
+from pretrain.recipes import recipe
 
 DINOV3 = {  # of all stages of the 7B model
     "model.name": "dinov3_vit7b16",
@@ -105,7 +105,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "model.image_size": 256,
         "objective.local_size": 112,
         "objective.momentum.value": 0.999,
-        "objective.gram_size": 512,
+        "objective.gram_size": "auto",  # twice the image size: 512
         "objective.gram_every": 10000,
         "objective.gram_updates": 3,
         "objective.gram_tokens": "all",

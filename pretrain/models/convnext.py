@@ -1,6 +1,8 @@
-"""ConvNeXt (arXiv 2201.03545) behind `Features`, as DINOv3 distils it (2508.10104): the pooled map is cls, its cells are tokens, one norm over both.
+"""ConvNeXt (arXiv 2201.03545) as DINOv3 distils it (2508.10104): `cls` is the pooled last map, `tokens` its cells; one
+norm for both.
 
-Parameters have the names of the official files. Shapes: B images, C channels of a stage, N = h·w cells of the last map, D its channels.
+Parameters have the names of the official files. Shapes: B images, C channels of a stage, N = h·w cells of the last map,
+D its channels.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.layers import Backbone, Features, trunc_normal
+from pretrain.models.layers import Backbone, Features, LayerNorm
 from pretrain.models.presets import ConvNeXt
+from pretrain.ops.init import trunc_normal
 
 
-class ChannelNorm(nn.LayerNorm):
+class ChannelNorm(LayerNorm):
     """Layer norm over the channels of [B, C, h, w]."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -21,28 +24,29 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvBlock(nn.Module):
-    """x + gamma · MLP(norm(depthwise 7×7 x)) on [B, C, h, w]; with drop path, for a random subset of the images, scaled up."""
+    """x + gamma · MLP(norm(depthwise 7×7 x)) on [B, C, h, w]; with drop path, for a random subset of the images, scaled
+    up."""
 
     def __init__(self, dim: int, layer_scale: float | None, drop_path: float, eps: float):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.norm = nn.LayerNorm(dim, eps)
+        self.norm = LayerNorm(dim, eps)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
-        self.rate = drop_path
+        self.drop_rate = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
+        if not self.training or self.drop_rate == 0:
             return x + self._branch(x)
-        count = max(int(len(x) * (1 - self.rate)), 1)
+        count = max(int(len(x) * (1 - self.drop_rate)), 1)
         images = torch.randperm(len(x), device=x.device)[:count]
         return x.index_add(0, images, (self._branch(x[images]) * (len(x) / count)).to(x.dtype))
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # [B, h, w, C]
         x = self.pwconv2(F.gelu(self.pwconv1(x)))
-        return (x if self.gamma is None else x * self.gamma).permute(0, 3, 1, 2)
+        return (x if self.gamma is None else x * self.gamma.to(x.dtype)).permute(0, 3, 1, 2)
 
 
 class ConvolutionalNetwork(Backbone):
@@ -67,7 +71,7 @@ class ConvolutionalNetwork(Backbone):
             nn.Sequential(*(ConvBlock(width, *options) for _ in range(depth)))
             for width, depth in zip(cfg.widths, cfg.depths, strict=True)
         )
-        self.norm = nn.LayerNorm(self.embed_dim, cfg.norm_eps)
+        self.norm = LayerNorm(self.embed_dim, cfg.norm_eps)
         self.apply(trunc_normal)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -78,12 +82,12 @@ class ConvolutionalNetwork(Backbone):
         return [*(block for stage in self.stages for block in stage.children()), self]
 
     def layer_of(self, name: str) -> tuple[int, int]:
-        """Blocks are counted through all stages; what makes a map smaller counts with the block after it."""
+        """Blocks are numbered through all stages; a downsampling layer has the number of the block after it."""
         part, _, rest = name.partition(".")
         depths, last = self.cfg.depths, sum(self.cfg.depths) + 1
         if part == "norm":
             return last, last
-        stage, block = (int(n) if n.isdigit() else 0 for n in rest.split(".")[:2])
+        stage, block = (int(n) if n.isdecimal() else 0 for n in rest.split(".")[:2])
         if part == "downsample_layers":
             return (sum(depths[:stage]) + 1 if stage else 0), last
         return sum(depths[:stage]) + block + 1, last

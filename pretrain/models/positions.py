@@ -1,4 +1,5 @@
-"""Position embeddings of a grid of patches: the fixed sin-cos table (MAE), interpolation of a table, and axial rotary angles (DINOv3)."""
+"""Position embeddings of a grid of patches: the fixed sin-cos table (MAE), interpolation of a table, and axial rotary
+angles (DINOv3)."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sincos_table(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sin-cos positions (MAE, arXiv 2111.06377): [h·w, dim], the first half for columns, the second for rows, as MAE has it."""
+def sincos_table(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Fixed 2-D sin-cos positions (MAE, arXiv 2111.06377): [h·w, dim], the first half for columns, the second for rows,
+    as MAE has it."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
-    rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]
     return torch.cat([f for angle in angles for f in (angle.sin(), angle.cos())], dim=1).float()
 
@@ -34,32 +36,35 @@ def resize_table(table: Tensor, side: int, antialias: bool) -> Tensor:
     return torch.cat([table[:, :1], interpolate_table(table[:, 1:], (side, side), antialias)], dim=1)
 
 
-def rope_periods(head_dim: int, base: float) -> Tensor:
+def rope_periods(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:
     """base^(2k / (head_dim / 2)) for k < head_dim / 4, fp32 (arXiv 2508.10104)."""
     if head_dim % 4:
         raise ValueError(f"axial rope needs a head width that is a multiple of 4, not {head_dim}")
-    return base ** (2 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim / 2))
+    return base ** (2 * torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim / 2))
 
 
 def rope_angles(periods: Tensor, grid: tuple[int, int], change: Tensor | None = None) -> Tensor:
-    """Angles [h·w, head_dim] of patch centres at coordinates in [-1, 1] on each axis: 2π·coordinate / period, rows then columns, twice.
+    """Angles [h·w, head_dim] of patch centres at coordinates in [-1, 1] on each axis: 2π·coordinate / period, rows then
+    columns, twice.
 
-    `change` [L, 2, 2], from `rope_change`, moves the coordinates: L tables, [L, h·w, head_dim].
+    `change` [L, 2, 2] on the same device, from `rope_change`, moves the coordinates: L tables, [L, h·w, head_dim].
     """
     axes = [(torch.arange(n, dtype=torch.float32, device=periods.device) + 0.5) / n * 2 - 1 for n in grid]
     rows, columns = (axis.reshape(-1, 1) for axis in torch.meshgrid(*axes, indexing="ij"))  # each [h·w, 1]
     if change is not None:
-        scale, shift = change.to(periods.device).unsqueeze(-1).unsqueeze(-1).unbind(1)  # each [L, 2, 1, 1]
+        scale, shift = change.unsqueeze(-1).unsqueeze(-1).unbind(1)  # each [L, 2, 1, 1]
         rows, columns = ((axis + shift[:, i]) * scale[:, i] for i, axis in enumerate((rows, columns)))  # [L, h·w, 1]
     angles = [2 * math.pi * axis / periods for axis in (rows, columns)]  # each [..., h·w, head_dim/4]
     return torch.cat([*angles, *angles], dim=-1)
 
 
 def rope_change(count: int, shift: float | None, jitter: float | None, rescale: float | None) -> Tensor:
-    """`count` random (scale, shift) of rows and columns, [count, 2, 2] on CPU from torch's global generator: RoPE box jittering (arXiv 2508.10104 §3.2).
+    """`count` random (scale, shift) of rows and columns, [count, 2, 2] on CPU from torch's global generator: RoPE box
+    jittering (arXiv 2508.10104 §3.2).
 
-    Coordinates are shifted by up to ±shift on each axis, then each axis is scaled by a log-uniform factor in [1/jitter, jitter], then both by
-    the same one in [1/rescale, rescale]. None leaves an operation out. All numbers are drawn whatever is left out.
+    Coordinates are shifted by up to ±shift on each axis, then each axis is scaled by a log-uniform factor in [1/jitter,
+    jitter], then both by the same one in [1/rescale, rescale]. None leaves an operation out. All numbers are drawn
+    whatever is left out.
     """
     u = 2 * torch.rand(count, 5) - 1  # in [-1, 1)
     scale = torch.ones(count, 2)

@@ -1,151 +1,208 @@
-"""Backbones by name: what each family's options are (`ViT`, `ConvNeXt`, `ResNet`; `Decoder`, `TextEncoder`, `EncoderDecoder` for text), and the named sizes.
+"""The options of each family of backbones, and named sizes of them.
 
-Nothing here imports torch before `build`.
+A family is a dataclass: `ViT`, `ConvNeXt`, `ResNet`, `Timm`; `Decoder`, `TextEncoder` and `EncoderDecoder` for text.
+`PRESETS` are the names that a recipe can give as `model`. Nothing here imports torch; `build.py` builds the networks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pretrain.config import ConfigError, Section, fields
-from pretrain.errors import nearest
+from common.config import ConfigError, Facts, Section, only, option
+from common.errors import nearest
 
-if TYPE_CHECKING:
-    from pretrain.models.layers import Backbone
+# Limits of the options: values from a damaged file must not make a network that takes all memory.
+SIZE = {"low": 1, "high": 1 << 30}  # of a width or a count
+DEPTH = {"low": 1, "high": 1000}  # of a number of blocks
+PIXELS = {"low": 1, "high": 32768}  # of the side of an image
+# Drop path rate of long runs for backbones up to each width; wider ones have 0.4.
+DROP_PATH_BY_WIDTH = {192: 0.0, 384: 0.1, 768: 0.2, 1024: 0.3}
 
 
-@dataclass
-class ViT(Section):
-    """Vision transformer (arXiv 2010.11929). Sizes in pixels; `dim` must be a multiple of `heads`, with rope of 4 × `heads`."""
+def drop_path(facts: Facts) -> float:
+    """By width, in runs of 100 epochs or more; half of it in runs of 30; none in shorter ones."""
+    width = facts.model.get("dim") or facts.model["widths"][-1]
+    epochs = facts.steps * facts.batch / facts.samples
+    rate = next((rate for w, rate in DROP_PATH_BY_WIDTH.items() if width <= w), 0.4)
+    return rate if epochs >= 100 else rate / 2 if epochs >= 30 else 0.0
 
-    image_size: int = 224  # of the learned or sin-cos position table; other sizes are interpolated
-    patch_size: int = 16
-    in_channels: int = 3
-    dim: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    positions: Literal["learned", "sincos", "rope"] = "learned"
-    rope_base: float = 100.0
-    rope_rescale: float | None = (
-        None  # in training, a random factor in [1/this, this] on all coordinates, drawn for each block and size; null: none
+
+class Model(Section):
+    """Base class of the options of a backbone. Its class variables tell other modules what the backbone can do."""
+
+    reads: ClassVar[str]  # the part of a sample that the backbone reads: "image", "tokens", …
+    writes: ClassVar[bool] = False  # whether it generates text (`unlabeled generate`)
+    causal: ClassVar[bool] = (
+        False  # whether each token sees only earlier ones, so that the backbone continues its input
     )
-    rope_jitter: float | None = None  # the same, on each axis by itself
-    rope_shift: float | None = None  # in training, coordinates (of [-1, 1]) move by up to this
-    registers: int = 0
-    layer_scale: float | None = None  # initial value; null: none
-    qkv_bias: bool = True
-    key_bias: bool = True  # false: biases for queries and values only, as in DINOv3
-    drop_path: float | Literal["auto"] = 0.0  # share of the images that a residual leaves out, the same in all blocks
-    norm_eps: float = 1e-6
-    local_cls_norm: bool = False  # in training, the class token of local crops has a last norm of its own
-    mask_token: bool = False  # objectives that mask set this themselves
 
 
 @dataclass
-class ConvNeXt(Section):
-    """ConvNeXt (arXiv 2201.03545) as DINOv3 distils it: one norm over the pooled map and its cells. Patches of 32 pixels with four stages."""
+class ViT(Model):
+    """Vision transformer (arXiv 2010.11929). `dim` must be a multiple of `heads`; with rope, of 4 × `heads`."""
 
-    image_size: int = 224  # what evaluation shows it; any other multiple of its stride is fine
-    in_channels: int = 3
-    widths: list[int] = field(default_factory=lambda: [96, 192, 384, 768])
-    depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
-    layer_scale: float | None = 1e-6  # initial value; null: none
-    drop_path: float | Literal["auto"] = 0.0
-    norm_eps: float = 1e-6
+    reads = "image"
+    # side of an image in pixels, for which position tables are made; they are interpolated for other sizes
+    image_size: int = option(224, **PIXELS)
+    patch_size: int = option(16, **SIZE)  # side of a patch in pixels
+    in_channels: int = option(3, **SIZE)  # number of channels of an image
+    dim: int = option(384, **SIZE)  # width of a token
+    depth: int = option(12, **DEPTH)  # number of blocks
+    heads: int = option(6, **SIZE)  # number of attention heads, each of width dim / heads
+    mlp_ratio: float = option(4.0, above=0, high=1000)  # hidden width of a block's MLP, relative to dim
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: w3(silu(w1 x) · w2 x) (arXiv 2002.05202)
+    # learned and sincos: a table that is added to the tokens; rope: rotations of queries and keys
+    positions: Literal["learned", "sincos", "rope"] = "learned"
+    # approximately the longest period of a rotation, in coordinates from -1 to 1
+    rope_base: float = only(100.0, "positions", "rope", above=0)
+    # training only: coordinates are multiplied by a random factor in [1/this, this], drawn for each block and image
+    # size; null: no factor
+    rope_rescale: float | None = only(None, "positions", "rope")
+    rope_jitter: float | None = only(None, "positions", "rope")  # the same with an independent factor for each axis
+    # training only: the largest random shift of the coordinates
+    rope_shift: float | None = only(None, "positions", "rope")
+    # number of register tokens, which no loss uses (arXiv 2309.16588)
+    registers: int = option(0, low=0)
+    layer_scale: float | None = None  # initial value of LayerScale; null: none
+    qkv_bias: bool = True  # whether queries, keys and values have biases
+    key_bias: bool = True  # false: only queries and values have biases, as in DINOv3
+    # drop path rate: the share of the images whose residual branch is skipped, the same in all blocks
+    drop_path: float | Literal["auto"] = option(0.0, low=0, below=1, auto=drop_path)
+    norm_eps: float = option(1e-6, above=0)  # added to the variance in LayerNorm
+    local_cls_norm: bool = False  # training only: class tokens of local crops have a final norm of their own
+    mask_token: bool = False  # whether there is a token that replaces masked patches; objectives set this themselves
 
 
 @dataclass
-class ResNet(Section):
-    """Residual network (arXiv 1512.03385), basic or bottleneck blocks. `stem: small` is one 3×3 convolution, for images below ~100 pixels."""
+class ConvNeXt(Model):
+    """ConvNeXt (arXiv 2201.03545) as DINOv3 distils it, with one norm for the pooled feature and the feature map. With
+    four stages, a patch is 32 pixels wide."""
 
-    in_channels: int = 3
+    reads = "image"
+    # side of an image in pixels for evaluation; all multiples of the network's stride work
+    image_size: int = option(224, **PIXELS)
+    in_channels: int = option(3, **SIZE)  # number of channels of an image
+    widths: list[int] = option(lambda: [96, 192, 384, 768], **SIZE)  # number of channels in each stage
+    depths: list[int] = option(lambda: [3, 3, 9, 3], **DEPTH)  # number of blocks in each stage
+    layer_scale: float | None = 1e-6  # initial value of LayerScale; null: none
+    # drop path rate: the share of the images whose residual branch is skipped, the same in all blocks
+    drop_path: float | Literal["auto"] = option(0.0, low=0, below=1, auto=drop_path)
+    norm_eps: float = option(1e-6, above=0)  # added to the variance in LayerNorm
+
+
+@dataclass
+class ResNet(Model):
+    """Residual network (arXiv 1512.03385). Use `stem: small` for images below about 100 pixels."""
+
+    reads = "image"
+    in_channels: int = option(3, **SIZE)  # number of channels of an image
+    # imagenet: a 7×7 convolution with stride 2, and pooling; small: one 3×3 convolution
     stem: Literal["imagenet", "small"] = "imagenet"
+    # basic: two 3×3 convolutions; bottleneck: 1×1, 3×3 and 1×1 convolutions, with four times the channels
     block: Literal["basic", "bottleneck"] = "basic"
-    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
-    depths: list[int] = field(default_factory=lambda: [2, 2, 2, 2])
+    widths: list[int] = option(lambda: [64, 128, 256, 512], **SIZE)  # number of channels in each stage
+    depths: list[int] = option(lambda: [2, 2, 2, 2], **DEPTH)  # number of blocks in each stage
 
 
 @dataclass
-class Timm(Section):
-    """Any network of timm by its name there, randomly initialised: `model: {name: timm, architecture: convnextv2_atto}`. Takes no masks."""
+class Timm(Model):
+    """Any network of timm by its name there, randomly initialised: `model: {name: timm, architecture:
+    convnextv2_atto}`. It accepts no masks."""
 
-    architecture: str = "convnext_atto"
-    image_size: int = 224
-    in_channels: int = 3
+    reads = "image"
+    architecture: str = "convnext_atto"  # a name that timm.list_models() lists
+    image_size: int = option(224, **PIXELS)  # side of an image in pixels
+    in_channels: int = option(3, **SIZE)  # number of channels of an image
 
 
 @dataclass
-class Decoder(Section):
-    """Causal language model of pre-norm blocks, from GPT-2 (learned positions, LayerNorm, biases) to LLaMA and Qwen3 (RoPE, RMSNorm, SwiGLU, GQA).
+class Decoder(Model):
+    """Causal language model with pre-norm blocks: from GPT-2 (learned positions, LayerNorm, biases) to LLaMA and Qwen3
+    (RoPE, RMSNorm, SwiGLU, GQA).
 
-    `depth` is the size dial: the width is 64 · depth unless `dim` says otherwise.
+    `depth` is the size dial: the width is 64 · depth unless `dim` is given.
     """
 
-    vocab_size: int = 50304  # rows of the embedding; a vocabulary may be smaller
-    context: int = 1024  # longest sequence in training
-    depth: int = 12
-    dim: int | Literal["auto"] = "auto"  # auto: 64 · depth
-    heads: int | Literal["auto"] = "auto"  # auto: dim / head_dim
-    head_dim: int | Literal["auto"] = "auto"  # auto: dim / heads, or 64 where heads are auto, too
-    kv_heads: int | None = None  # of keys and values, each for heads / kv_heads queries (arXiv 2305.13245); null: heads
+    reads, writes, causal = "tokens", True, True
+    vocab_size: int = option(50304, **SIZE)  # number of rows of the embedding; the tokenizer may have fewer tokens
+    context: int = option(1024, **SIZE)  # length of the longest sequence in training
+    depth: int = option(12, **DEPTH)  # number of blocks; the other sizes can follow from it (see above)
+    dim: int | Literal["auto"] = option("auto", **SIZE)  # width of a token; auto: 64 · depth
+    heads: int | Literal["auto"] = option("auto", **SIZE)  # number of query heads; auto: dim / head_dim
+    # width of a head; auto: dim / heads, or 64 if heads is auto as well
+    head_dim: int | Literal["auto"] = option("auto", **SIZE)
+    # number of heads of keys and values, each of which serves heads / kv_heads query heads (arXiv 2305.13245); null: as
+    # many as query heads
+    kv_heads: int | None = option(None, **SIZE)
     mlp: Literal["swiglu", "relu2", "gelu", "gelu_tanh"] = "swiglu"  # relu2: relu(x)² (arXiv 2109.08668)
-    mlp_width: int | Literal["auto"] = (
-        "auto"  # auto: 8/3 · dim rounded up to a multiple of 64 with swiglu, else 4 · dim
-    )
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    bias: bool = False  # of all linear layers but the head
+    # hidden width of a block's MLP; auto: with swiglu 8/3 · dim, rounded up to a multiple of 64, otherwise 4 · dim
+    mlp_width: int | Literal["auto"] = option("auto", **SIZE)
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    norm_eps: float = option(1e-5, above=0)  # added to the mean square, or to the variance
+    bias: bool = False  # whether the linear layers except the head have biases
+    # rope: rotations of queries and keys; learned: a table with `context` rows
     positions: Literal["rope", "learned"] = "rope"
-    rope_base: float = 10000.0
-    qk_norm: bool = False  # RMSNorm of each head's queries and keys before they are rotated, as in Qwen3
-    windows: list[int] = field(
-        default_factory=list
-    )  # tokens that a block sees, itself among them, repeated over the blocks; 0: all. [256, 256, 256, 0] is OLMo 3's pattern
-    tied: bool = False  # the head's weights are the embedding's
-    softcap: float | None = None  # logits become softcap · tanh(logits / softcap); null: none
-    init: Literal["normal", "muon"] = (
-        "normal"  # muon: nanochat's, with an embedding of 0.8 and silent outputs of each block
-    )
+    rope_base: float = option(10000.0, above=0)  # θ of RoPE (arXiv 2104.09864)
+    # factor by which slow rotations are slowed down to extend the context, as in LLaMA 3.1; 1: not at all
+    rope_factor: float = option(1.0, low=1)
+    # rotations with fewer turns than this in `rope_context` tokens are slowed down by the whole factor
+    rope_low: float = 1.0
+    rope_high: float = 4.0  # rotations with more turns than this are not slowed down
+    rope_context: int = option(8192, **SIZE)  # length of the context before it was extended
+    qk_norm: bool = False  # RMSNorm of the queries and keys of each head before they are rotated, as in Qwen3
+    # number of tokens that a token attends to in each block, itself included, repeated over the blocks; 0: all earlier
+    # tokens. [256, 256, 256, 0] is the pattern of OLMo 3
+    windows: list[int] = field(default_factory=list)
+    tied: bool = False  # whether the head uses the weights of the embedding
+    softcap: float | None = None  # logits become softcap · tanh(logits / softcap); null: unchanged
+    # initial weights; muon: those of nanochat, with a standard deviation of 0.8 in the embedding, and zeros in the last
+    # layers of attention and MLP
+    init: Literal["normal", "muon"] = "normal"
 
 
 @dataclass
-class TextEncoder(Section):
-    """BERT (arXiv 1810.04805): bidirectional post-norm blocks with learned positions; the head transforms before it predicts."""
+class TextEncoder(Model):
+    """BERT (arXiv 1810.04805): bidirectional post-norm blocks with learned positions. Its head has a hidden layer."""
 
-    vocab_size: int = 30522
-    context: int = 512  # rows of the position table
-    depth: int = 12
-    dim: int = 768
-    heads: int = 12
-    mlp_width: int | Literal["auto"] = "auto"  # auto: 4 · dim
-    norm_eps: float = 1e-12
-    segments: int = 2  # rows of the table of segments, of which the first is added to every token
+    reads = "tokens"
+    vocab_size: int = option(30522, **SIZE)  # number of rows of the embedding; the tokenizer may have fewer tokens
+    context: int = option(512, **SIZE)  # number of rows of the position table
+    depth: int = option(12, **DEPTH)  # number of blocks
+    dim: int = option(768, **SIZE)  # width of a token
+    heads: int = option(12, **SIZE)  # number of attention heads, each of width dim / heads
+    mlp_width: int | Literal["auto"] = option("auto", **SIZE)  # hidden width of a block's MLP; auto: 4 · dim
+    norm_eps: float = option(1e-12, above=0)  # added to the variance in LayerNorm
+    segments: int = option(2, **SIZE)  # number of rows of the segment table, whose first row is added to every token
 
 
 @dataclass
-class EncoderDecoder(Section):
-    """T5 (arXiv 1910.10683) without dropout: v1.0 (`mlp: relu`, `tied: true`) and v1.1 (`mlp: geglu`, `tied: false`). No biases; attention is not scaled."""
+class EncoderDecoder(Model):
+    """T5 (arXiv 1910.10683) without dropout: v1.0 (`mlp: relu`, `tied: true`) and v1.1 (`mlp: geglu`, `tied: false`).
+    It has no biases, and attention scores are not scaled."""
 
-    vocab_size: int = 32128
-    context: int = 512  # longest sequence in training; positions are relative, so any length is fine
-    dim: int = 512
-    depth: int = 6  # blocks of the encoder, and as many of the decoder unless `decoder_depth` says otherwise
-    decoder_depth: int | None = None
-    heads: int = 8
-    head_dim: int = 64
-    mlp_width: int = 2048
-    mlp: Literal["relu", "geglu"] = "relu"
-    norm_eps: float = 1e-6
-    buckets: int = 32  # of relative distances
-    max_distance: int = 128  # from which on all distances share a bucket
-    tied: bool = True  # the head's weights are the embedding's, and its logits are scaled by dim^-1/2
+    reads, writes = "tokens", True
+    vocab_size: int = option(32128, **SIZE)  # number of rows of the embedding; the tokenizer may have fewer tokens
+    # length of the longest sequence in training; positions are relative, so longer ones work, too
+    context: int = option(512, **SIZE)
+    dim: int = option(512, **SIZE)  # width of a token
+    depth: int = option(6, **DEPTH)  # number of blocks of the encoder
+    decoder_depth: int | None = option(None, **DEPTH)  # number of blocks of the decoder; null: as many as the encoder
+    heads: int = option(8, **SIZE)  # number of attention heads
+    head_dim: int = option(64, **SIZE)  # width of a head; heads × head_dim may differ from dim
+    mlp_width: int = option(2048, **SIZE)  # hidden width of a block's MLP
+    mlp: Literal["relu", "geglu"] = "relu"  # geglu: gated, with two input matrices
+    norm_eps: float = option(1e-6, above=0)  # added to the mean square in RMSNorm
+    buckets: int = option(32, low=4)  # number of buckets of relative distances
+    max_distance: int = 128  # distances from this one on share a bucket
+    tied: bool = True  # whether the head uses the weights of the embedding; its logits are then scaled by dim^-1/2
 
 
 def decoder_sizes(cfg: Decoder) -> tuple[int, int, int, int, int]:
-    """(dim, heads, kv_heads, head_dim, mlp_width) of a decoder, with every `auto` settled. Raises ConfigError where they do not fit."""
+    """(dim, heads, kv_heads, head_dim, mlp_width) of a decoder, with every `auto` replaced.
+
+    Raises ConfigError for sizes that do not fit each other.
+    """
     dim = 64 * cfg.depth if cfg.dim == "auto" else cfg.dim
     head_dim = cfg.head_dim
     if head_dim == "auto":
@@ -157,7 +214,11 @@ def decoder_sizes(cfg: Decoder) -> tuple[int, int, int, int, int]:
     if heads % kv_heads:
         raise ConfigError(f"model.kv_heads = {kv_heads}: must divide model.heads = {heads}")
     if head_dim % 2 and cfg.positions == "rope":
-        raise ConfigError(f"model.head_dim = {head_dim}: rope turns pairs; write an even number")
+        raise ConfigError(f"model.head_dim = {head_dim}: rope rotates pairs of numbers; write an even number")
+    if cfg.rope_factor != 1 and not 0 < cfg.rope_low < cfg.rope_high:
+        raise ConfigError(
+            f"model.rope_low = {cfg.rope_low}: must be above 0 and below model.rope_high = {cfg.rope_high}"
+        )
     width = cfg.mlp_width
     if width == "auto":
         width = -(-8 * dim // 3 // 64) * 64 if cfg.mlp == "swiglu" else 4 * dim
@@ -203,7 +264,7 @@ def _convnext(width: int, *depths: int) -> tuple[type[ConvNeXt], dict]:
     return ConvNeXt, {"widths": [width, 2 * width, 4 * width, 8 * width], "depths": list(depths)}
 
 
-PRESETS: dict[str, tuple[type[Section], dict]] = {
+PRESETS: dict[str, tuple[type[Model], dict]] = {
     "vit": (ViT, {}),
     "vit_micro": _vit(96, 3, 3, image_size=32, patch_size=4),
     "vit_tiny": _vit(192, 12, 3),
@@ -249,46 +310,8 @@ PRESETS: dict[str, tuple[type[Section], dict]] = {
 }
 
 
-def choose(name: str, where: str = "") -> tuple[type[Section], dict]:
-    """(config class, preset values) of a named backbone."""
+def choose(name: str, where: str = "") -> tuple[type[Model], dict]:
+    """(class of the options, preset values) of a named backbone. Raises ConfigError that begins with `where`."""
     if name not in PRESETS:
         raise ConfigError(f"{where}model.name = {name!r}: no such model; {nearest(name, PRESETS)}")
     return PRESETS[name]
-
-
-def build(cfg: Any, **changes: Any) -> Backbone:
-    """The backbone that `cfg` (a ViT, ConvNeXt, Decoder, …) describes, with some options changed, randomly initialised from torch's global generator."""
-    for key in changes:
-        if key not in fields(type(cfg)):
-            family = type(cfg).__name__
-            raise ConfigError(
-                f"model.name = {cfg.name!r}: the objective sets model.{key}, which a {family} does not have; choose a ViT (model=vit_small)"
-            )
-    cfg = cfg.replace(**changes)
-    if isinstance(cfg, ViT):
-        from pretrain.models.vit import VisionTransformer
-
-        return VisionTransformer(cfg)
-    if isinstance(cfg, ConvNeXt):
-        from pretrain.models.convnext import ConvolutionalNetwork
-
-        return ConvolutionalNetwork(cfg)
-    if isinstance(cfg, Timm):
-        from pretrain.models.timm_network import TimmNetwork
-
-        return TimmNetwork(cfg)
-    if isinstance(cfg, Decoder):
-        from pretrain.models.text import DecoderTransformer
-
-        return DecoderTransformer(cfg)
-    if isinstance(cfg, TextEncoder):
-        from pretrain.models.text import EncoderTransformer
-
-        return EncoderTransformer(cfg)
-    if isinstance(cfg, EncoderDecoder):
-        from pretrain.models.t5 import EncoderDecoderTransformer
-
-        return EncoderDecoderTransformer(cfg)
-    from pretrain.models.resnet import ResidualNetwork
-
-    return ResidualNetwork(cfg)

@@ -1,4 +1,5 @@
-"""Residual network (arXiv 1512.03385, with zero-initialised last norms, 1706.02677) behind `Features`: the pooled map is cls, its cells are tokens."""
+"""Residual network (arXiv 1512.03385; zero-initialised last norms, 1706.02677): `cls` is the pooled last map, `tokens`
+its cells."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Seq
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions (basic), or 1×1, 3×3, 1×1 with a quarter of the width inside (bottleneck, stride in the 3×3)."""
+    """Two 3×3 convolutions (basic), or 1×1, 3×3, 1×1 with a quarter of the width inside (bottleneck, stride in the
+    3×3)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, bottleneck: bool):
         super().__init__()

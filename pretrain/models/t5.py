@@ -1,4 +1,5 @@
-"""T5 (arXiv 1910.10683), v1.0 and v1.1: an encoder and a decoder of pre-norm blocks with relative positions and without biases.
+"""T5 (arXiv 1910.10683), v1.0 and v1.1: an encoder and a decoder of pre-norm blocks with relative positions and without
+biases.
 
 Shapes: B rows, S tokens in the encoder, T in the decoder, D features, H heads of width d.
 """
@@ -10,15 +11,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.layers import Features
+from pretrain.models.layers import Features, compute_dtype
 from pretrain.models.presets import EncoderDecoder
-from pretrain.models.text_layers import Cache, Head, Scope, SelfAttention, TextBackbone, attend, visible
-from pretrain.models.text_mlp import Fused, Linear, Mlp, RMSNorm
+from pretrain.models.text_layers import Cache, Head, MaskedAttention, Scope, SelfAttention, TextBackbone, visible
+from pretrain.models.text_mlp import FusedLinear, Mlp, RMSNorm
 
 
 class RelativeBias(nn.Module):
-    """A learned number for each head and bucket of distance, added to a stack's scores: half of the buckets for single distances, the others
-    logarithmic up to `max_distance`; with `both_sides`, half of all for each side (§2.1)."""
+    """A learned number for each head and bucket of distance, added to the attention scores of a stack (§2.1).
+
+    Half of the buckets are for one distance each, the others are logarithmic up to `max_distance`. With `both_sides`,
+    each side has half of them.
+    """
 
     def __init__(self, cfg: EncoderDecoder, both_sides: bool):
         super().__init__()
@@ -26,7 +30,7 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.buckets, cfg.heads))
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """[1, H, T, S] from the places of queries [T] and keys [S]."""
+        """[1, H, T, S] from the positions of queries [T] and keys [S]."""
         distance = keys - queries.unsqueeze(1)  # [T, S]
         count = len(self.weight)
         base = torch.zeros_like(distance)
@@ -48,7 +52,7 @@ def _attention(cfg: EncoderDecoder) -> SelfAttention:
 
 
 class EncoderBlock(nn.Module):
-    """Flat tokens [B·S, D] → the same."""
+    """Pre-norm block on flat tokens [B·S, D] → [B·S, D]."""
 
     def __init__(self, cfg: EncoderDecoder):
         super().__init__()
@@ -63,32 +67,32 @@ class EncoderBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the decoder's tokens to the encoder's states, unscaled and without positions."""
+    """Attention of the decoder's tokens to the encoder's states, without scaling and positions."""
 
     def __init__(self, cfg: EncoderDecoder):
         super().__init__()
         self.heads, width = cfg.heads, cfg.heads * cfg.head_dim
-        self.q = Linear(cfg.dim, width, bias=False)
-        self.kv = Fused(cfg.dim, (width, width), bias=False)
-        self.proj = Linear(width, cfg.dim, bias=False)
+        self.q = nn.Linear(cfg.dim, width, bias=False)
+        self.kv = FusedLinear(cfg.dim, (width, width), bias=False)
+        self.attend = MaskedAttention()
+        self.proj = nn.Linear(width, cfg.dim, bias=False)
 
     def forward(
         self, x: Tensor, batch: int, memory: Tensor, mask: Tensor | None, cache: Cache | None, block: int
     ) -> Tensor:
-        """Flat tokens [B·T, D] → the same; memory [B, S, D], mask bool [B, 1, 1, S]."""
-        q = self.q(x).view(batch, -1, self.heads, self.q.out_features // self.heads).transpose(1, 2)
+        """Flat tokens x [B·T, D] → [B·T, D]; memory [B, S, D]; mask bool [B, 1, 1, S], true where a state may be
+        seen."""
+        q = self.q(x).view(batch, -1, self.heads, self.q.out_features // self.heads)  # [B, T, H, d]
         held = cache.memory.get(block) if cache is not None else None
         if held is None:
-            k, v = self.kv(memory).view(batch, memory.shape[1], 2, self.heads, -1).unbind(2)
-            held = (k.transpose(1, 2), v.transpose(1, 2))
+            held = self.kv(memory).view(batch, memory.shape[1], 2, self.heads, -1).unbind(2)  # [B, S, H, d] each
             if cache is not None:
                 cache.memory[block] = held
-        out = attend(q, *held, mask, False, 1.0)
-        return self.proj(out.transpose(1, 2).reshape(len(x), -1))
+        return self.proj(self.attend(q, *held, mask, scale=1.0).reshape(len(x), -1))
 
 
 class DecoderBlock(nn.Module):
-    """Flat tokens [B·T, D] and the encoder's states [B, S, D] → flat tokens."""
+    """Pre-norm block: self-attention, attention to the encoder's states, MLP."""
 
     def __init__(self, cfg: EncoderDecoder):
         super().__init__()
@@ -102,13 +106,18 @@ class DecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, scope: Scope, memory: Tensor, mask: Tensor | None, cache: Cache | None = None, block: int = 0
     ) -> Tensor:
+        """x [B·T, D] → [B·T, D]; memory [B, S, D]; mask bool [B, 1, 1, S], true where a state may be seen.
+
+        `cache` holds keys and values of earlier tokens, under the number `block`.
+        """
         x = x + self.attn(self.norm1(x), scope, cache, block)
         x = x + self.cross(self.norm2(x), scope.batch, memory, mask, cache, block)
         return x + self.mlp(self.norm3(x))
 
 
 class DecoderStack(nn.Module):
-    """(tokens long [B, T], memory [B, S, D], memory_mask bool [B, S] or None, true where a state may be seen) → [B, T, D] after the last norm."""
+    """The decoder: tokens long [B, T], memory [B, S, D], memory_mask bool [B, S] (true where a state may be seen) → [B,
+    T, D], after the last norm."""
 
     def __init__(self, cfg: EncoderDecoder, embed: nn.Embedding):
         super().__init__()
@@ -120,7 +129,7 @@ class DecoderStack(nn.Module):
     def forward(
         self, tokens: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """With a cache, tokens are those that follow on what it has seen, and memory is what it was when the cache was empty."""
+        """With a cache, `tokens` follow the tokens that it holds, and `memory` must be the same in all calls."""
         b, t = tokens.shape
         seen = cache.length if cache is not None else 0
         keys = torch.arange(seen + t, device=tokens.device)
@@ -129,6 +138,7 @@ class DecoderStack(nn.Module):
             bias = bias.masked_fill(~visible(keys[seen:], keys, 0, None, causal=True), float("-inf"))
         mask = memory_mask[:, None, None] if memory_mask is not None else None
         x, scope = self._embed[0](tokens).flatten(0, 1), Scope(b, t, None, {0: bias}, causal=False)
+        x = x.to(compute_dtype(x))
         for i, block in enumerate(self.blocks):
             x = block(x, scope, memory, mask, cache, i)
         if cache is not None:
@@ -137,13 +147,14 @@ class DecoderStack(nn.Module):
 
 
 class EncoderDecoderTransformer(TextBackbone):
-    """The encoder, which evaluation sees, with the decoder as `decoder`; `head` takes the decoder's states."""
+    """The encoder, whose features are evaluated, with the decoder as `decoder`; `head` reads the decoder's states."""
 
     def __init__(self, cfg: EncoderDecoder):
         super().__init__()
         if cfg.max_distance <= cfg.buckets // 2:
             raise ValueError(
-                f"model.max_distance = {cfg.max_distance}: must be above half of model.buckets = {cfg.buckets}, which single distances have"
+                f"model.max_distance = {cfg.max_distance}: must be above half of model.buckets = {cfg.buckets},"
+                " which are for single distances"
             )
         self.cfg, self.embed_dim, self.context, self.vocab_size = cfg, cfg.dim, cfg.context, cfg.vocab_size
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -157,7 +168,8 @@ class EncoderDecoderTransformer(TextBackbone):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Every matrix normal with the variance of one over what it sums up, queries divided by sqrt(d), as attention does not do it (mesh TensorFlow)."""
+        """Matrices are normal with variance 1 / fan-in; queries are also divided by sqrt(d), because attention does not
+        scale (mesh TensorFlow)."""
         for name, part in self.named_modules():
             if isinstance(part, nn.Linear):
                 nn.init.normal_(part.weight, std=part.in_features**-0.5)
@@ -187,7 +199,7 @@ class EncoderDecoderTransformer(TextBackbone):
         return (0 if parts[0] in ("embed", "relative") else last), last
 
     def forward(self, tokens: Tensor, *, documents: Tensor | None = None, layers: int = 1) -> Features:
-        """The encoder's; `cls` is each row's first token."""
+        """Features of the encoder; `cls` is each row's first token."""
         b, t = tokens.shape
         places = torch.arange(t, device=tokens.device)
         bias = self.relative(places, places)
@@ -195,6 +207,7 @@ class EncoderDecoderTransformer(TextBackbone):
             bias = bias.masked_fill(~visible(places, places, 0, documents, causal=False), float("-inf"))
         scope = Scope(b, t, None, {0: bias}, causal=False)
         x, outputs = self.embed(tokens).flatten(0, 1), []
+        x = x.to(compute_dtype(x))
         for i, block in enumerate(self.blocks):
             x = block(x, scope)
             if i >= len(self.blocks) - layers:

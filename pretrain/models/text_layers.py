@@ -1,31 +1,31 @@
-"""Parts of the text models: what attention may see, rotary positions, the key-value cache, attention and the head; `text_mlp.py` has norms and MLPs.
+"""Layers of the text models: attention masks, rotary positions, the key-value cache, attention and the head.
+`text_mlp.py` has normalisation layers and MLPs.
 
-Shapes: B rows of T tokens, S keys, D features, H heads of width d, K heads of keys and values, F the MLP's width, V the vocabulary. Tokens are kept flat,
-[B·T, D]: linear layers and norms see them all at once, attention by rows.
+Shapes: B rows of T tokens, S keys, D features, H heads of width d, K heads of keys and values, V tokens in the
+vocabulary. Tokens are kept flat, [B·T, D]. Linear layers and norms process all of them at once; attention restores the
+rows.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models import fused
-from pretrain.models.layers import Backbone, Rotation
-from pretrain.models.layers import attend as attend_plainly
-from pretrain.models.text_mlp import Fused, Linear, RMSNorm
+from pretrain.models.layers import Backbone, Rotary, Rotation
+from pretrain.models.text_mlp import FusedLinear, RMSNorm
 from pretrain.ops.cross_entropy import cross_entropy
-from pretrain.ops.products import on_cpu
 
 
 class TextBackbone(Backbone):
-    """forward(tokens long [B, T], documents=None, layers=1) -> Features.
+    """A backbone that reads tokens: forward(tokens long [B, T], documents=None, layers=1) -> Features.
 
-    `documents`, int [B, T], numbers the document of each token within its row, -1 for padding; None: a row is one document. Attention does not cross
-    documents, and positions begin anew in each. `head` predicts tokens from hidden states; it is called by what trains, as `backbone.head(…)`.
+    `documents`, int [B, T]: the number of each token's document within its row, −1 for padding; None: each row is one
+    document. Attention does not cross the borders of documents, and positions start at 0 in each document. `head`
+    predicts tokens from hidden states; objectives call it as `backbone.head(…)`.
     """
 
     context: int  # longest sequence in training
@@ -33,31 +33,41 @@ class TextBackbone(Backbone):
     head: Head
     blocks: nn.ModuleList
 
+    def about(self) -> dict[str, Any]:
+        return {}
+
     def shard_units(self) -> list[nn.Module]:
-        """The blocks: embedding, last norm and head belong to the objective around it, which calls the head when this module's forward is over."""
+        """The blocks. Embedding, last norm and head belong to the unit of the objective instead, because the objective
+        calls the head after the forward of this module."""
         return [*self.blocks]
 
 
 class Scope(NamedTuple):
-    """What all blocks share in one forward: the rows, the angles of their tokens, and who sees whom by the width of a block's window (0: all)."""
+    """The inputs that all blocks of a model share in one forward."""
 
     batch: int
     length: int
-    rotation: Rotation | None  # cos [T, 1, d] or [B, T, 1, d], its two halves alike, and sin of half that width; fp32
-    masks: dict[int, Tensor]  # bool [B or 1, 1, T, S], true where a query sees a key; or float, added to the scores
-    causal: bool  # what a window without a mask means: only what stands before, or everything
+    rotation: Rotation | None
+    # {width of the attention window of a block (0: no window): its mask}. A mask comes from `Masks`, or is a float
+    # [1, H, T, S] that is added to the scores, or is None.
+    masks: dict[int, Any]
+    causal: bool  # if the mask is None: whether a query attends only to itself and earlier tokens, or to all tokens
 
 
 def document_positions(documents: Tensor) -> Tensor:
     """Positions that begin at 0 in each document: long [B, T] from documents [B, T]."""
-    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    in_row = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return places - torch.where(first, places, 0).cummax(1).values
+    return in_row - torch.where(first, in_row, 0).cummax(1).values
 
 
 def visible(queries: Tensor, keys: Tensor, window: int, documents: Tensor | None, causal: bool) -> Tensor:
-    """bool [B or 1, 1, T, S] from the places of queries [T] and keys [S] in their rows. Padding sees padding, so that no row of scores is empty."""
+    """The attention mask, bool [B or 1, 1, T, S], true where a query attends to a key. `queries` [T] and `keys` [S] are
+    positions in the row.
+
+    Padding attends to padding, so that no row of the mask is empty, which would make the softmax NaN.
+    """
     distance = queries.unsqueeze(1) - keys  # [T, S]
     seen = (distance >= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
@@ -68,93 +78,93 @@ def visible(queries: Tensor, keys: Tensor, window: int, documents: Tensor | None
     return seen
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None = None) -> Tensor:
-    """`layers.attend`, and in bf16 by products where these are a CPU's faster way."""
-    if fused.short_in_bf16(q, k) and not (mask is not None and mask.requires_grad):
-        groups = q.shape[1] // k.shape[1]
-        k, v = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (k, v))
-        return fused.attend_rows(q, k, v, mask, causal, q.shape[-1] ** -0.5 if scale is None else scale)
-    return attend_plainly(q, k, v, mask, causal, scale)
+class Masks(nn.Module):
+    """Computes the attention masks of one forward, which all blocks share. For each width of a window: bool
+    [B or 1, 1, T, S], true where a query attends to a key; None if `Scope.causal` alone describes the mask."""
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, windows: list[int], documents: Tensor | None, causal: bool
+    ) -> list[Any]:
+        """`queries` [T] and `keys` [S]: positions in the row; `windows`: widths in tokens, 0 for no window;
+        `documents`: [B, T] or None."""
+        partial = documents is not None or 1 < len(queries) < len(keys)
+        return [visible(queries, keys, w, documents, causal) if partial or 0 < w < len(keys) else None for w in windows]
+
+
+class MaskedAttention(nn.Module):
+    """softmax(q kᵀ · scale + mask) v: q [B, T, H, d], k and v [B, S, K, d] with K key-value heads → [B, T, H, d]."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, scale: float | None = None
+    ) -> Tensor:
+        """`mask`: bool [B or 1, 1, T, S], true where a query attends to a key, or float [B or 1, 1 or H, T, S], which
+        is added to the scores; `scale`: d^-1/2 by default."""
+        grouped = q.shape[2] != k.shape[2]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
 
 
 # ---------------------------------------------------------------- rotary positions
-def rotary_tables(positions: Tensor, head_dim: int, base: float) -> Rotation:
-    """cos [..., 1, d], twice the same, and sin [..., 1, d/2] of positions [...], fp32: angle j of position p is p · base^(-2j/d) (arXiv 2104.09864)."""
+class RopeScaling(NamedTuple):
+    """The scaling of rotary frequencies by which LLaMA 3.1 extends its context (arXiv 2407.21783).
+
+    Frequencies of at most `low` turns in `context` tokens are divided by `factor`, those of at least `high` turns are
+    kept, and frequencies in between are interpolated.
+    """
+
+    factor: float
+    low: float
+    high: float
+    context: int
+
+    def __call__(self, rates: Tensor) -> Tensor:
+        """Scale frequencies, in radians per token."""
+        turns = self.context * rates / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return rates * kept + rates / self.factor * (1 - kept)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None) -> Rotation:
+    """cos and sin [..., 1, d/2], in fp32, of the rotary angles of positions [...]: angle j of position p is
+    p · base^(−2j/d) (arXiv 2104.09864)."""
     rates = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    rates = rates if scaling is None else scaling(rates)
     angles = (positions.unsqueeze(-1).float() * rates).unsqueeze(-2)
-    return torch.cat([angles, angles], dim=-1).cos(), angles.sin()
-
-
-def _turn(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
-    """Write x [B, T, J, d] to `out`, pairs (j, j + d/2) rotated by ± their tokens' angles, computed in fp32 or wider. A row at a time, to stay in cache."""
-    half = x.shape[-1] // 2
-    for i in range(len(x)):
-        wide, turned = x[i], out[i]
-        c, s = (cos[i], sin[i]) if cos.ndim == 4 else (cos, sin)
-        if x.dtype in (torch.bfloat16, torch.float16):
-            wide, turned = wide.float(), torch.empty(wide.shape, device=x.device)
-        torch.mul(wide, c, out=turned)
-        turned[..., :half].addcmul_(wide[..., half:], s, value=-sign)
-        turned[..., half:].addcmul_(wide[..., :half], s, value=sign)
-        if turned.dtype != out.dtype:
-            out[i] = turned
-
-
-class _Rotate(torch.autograd.Function):
-    """Queries, keys and values [B, T, H + 2K, d] → [B, T, H, d], [B, T, K, d] rotated, and [B, T, K, d]. Backward writes one tensor."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor):
-        ctx.sizes = (heads, kv_heads)
-        ctx.save_for_backward(cos, sin)
-        v = x[:, :, heads + kv_heads :]
-        turned = torch.empty(*x.shape[:2], heads + kv_heads, x.shape[3], dtype=x.dtype, device=x.device)
-        _turn(x[:, :, : heads + kv_heads], turned, cos, sin, 1.0)
-        # a copy of the values, as a view would keep queries and keys until the backward, too
-        return turned[:, :, :heads], turned[:, :, heads:], v.contiguous()
-
-    @staticmethod
-    def backward(ctx, q: Tensor, k: Tensor, v: Tensor):  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        heads, kv_heads = ctx.sizes
-        out = q.new_empty(*q.shape[:2], heads + 2 * kv_heads, q.shape[3])
-        _turn(q, out[:, :, :heads], cos, sin, -1.0)
-        _turn(k, out[:, :, heads : heads + kv_heads], cos, sin, -1.0)
-        out[:, :, heads + kv_heads :] = v
-        return out, None, None, None, None
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x [B, T, J, d] rotated, as plain operations, for what is compiled and for normed queries and keys."""
-    sin, cos = rotation[1], rotation[0][..., : x.shape[-1] // 2]
-    a, b = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return angles.cos(), angles.sin()
 
 
 # ---------------------------------------------------------------- attention
 class Cache:
-    """Keys and values of the tokens that a decoder has seen, [B, K, S, d] for each block; `length` of the S places are filled."""
+    """The key-value cache of a decoder: for each block, the keys and values [B, S, K, d] of the tokens that it has
+    processed. S is `size`, of which the first `length` entries are filled; the model advances `length` after all
+    blocks.
+    """
 
     def __init__(self, size: int):
         self.size, self.length = size, 0
-        self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by the block's number
-        self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # of attention to an encoder's states, computed once
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}  # {block: (keys, values)}
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # the same for the states of an encoder, computed once
 
     def add(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new keys and values [B, K, T, d] behind those that are there; all of them so far."""
-        end = self.length + k.shape[2]
+        """Append the keys and values [B, T, K, d] of new tokens. Returns those of all tokens of the block so far,
+        [B, length + T, K, d]. Raises ValueError if the cache is full."""
+        end = self.length + k.shape[1]
         if end > self.size:
             raise ValueError(f"the cache has room for {self.size} tokens, not for {end}")
         if block not in self.held:
-            shape = (*k.shape[:2], self.size, k.shape[3])
+            shape = (k.shape[0], self.size, *k.shape[2:])
             self.held[block] = (k.new_empty(shape), v.new_empty(shape))
         keys, values = self.held[block]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
+        keys[:, self.length : end], values[:, self.length : end] = k, v
+        return keys[:, :end], values[:, :end]
 
 
 class SelfAttention(nn.Module):
-    """Attention over each row of flat tokens; `window` as in `Scope.masks`."""
+    """Self-attention within each row of flat tokens: [B·T, D] → [B·T, D].
+
+    `qk_norm`: the eps of an RMSNorm of queries and keys, None for no norm; `window`: the width of the attention window,
+    by which `Scope.masks` is indexed."""
 
     def __init__(
         self,
@@ -169,40 +179,35 @@ class SelfAttention(nn.Module):
     ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.window, self.scale = heads, kv_heads, head_dim, window, scale
-        self.qkv = Fused(dim, tuple(n * head_dim for n in (heads, kv_heads, kv_heads)), bias)
-        self.proj = Linear(heads * head_dim, dim, bias)
+        self.qkv = FusedLinear(dim, tuple(n * head_dim for n in (heads, kv_heads, kv_heads)), bias)
+        self.proj = nn.Linear(heads * head_dim, dim, bias)
         self.q_norm = RMSNorm(head_dim, qk_norm) if qk_norm is not None else None
         self.k_norm = RMSNorm(head_dim, qk_norm) if qk_norm is not None else None
+        self.rotary = Rotary()
+        self.attend = MaskedAttention()
 
     def forward(self, x: Tensor, scope: Scope, cache: Cache | None = None, block: int = 0) -> Tensor:
-        qkv = self.qkv(x).view(scope.batch, scope.length, -1, self.head_dim)  # [B, T, H + 2K, d]
-        q, k, v = (each.transpose(1, 2) for each in self._split(qkv, scope.rotation))
+        qkv = self.qkv(x).view(scope.batch, scope.length, -1, self.head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # [B, T, H, d], [B, T, K, d] twice
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if scope.rotation is not None:
+            q, k = self.rotary(q, k, scope.rotation)
         if cache is not None:
             k, v = cache.add(block, k, v)
         mask = scope.masks.get(self.window)
-        out = attend(q, k, v, mask, scope.causal and mask is None, self.scale)
-        return self.proj(out.transpose(1, 2).reshape(len(x), -1))
-
-    def _split(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        """Queries [B, T, H, d], keys and values [B, T, K, d], normed and rotated."""
-        sizes = [self.heads, self.kv_heads, self.kv_heads]
-        plain = torch.compiler.is_compiling() or not on_cpu(qkv)
-        if rotation is not None and self.q_norm is None and not plain:
-            return _Rotate.apply(qkv, *sizes[:2], *rotation)
-        q, k, v = qkv.split(sizes, dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        return q, k, v
+        out = self.attend(q, k, v, mask, scope.causal and mask is None, self.scale)
+        return self.proj(out.reshape(len(x), -1))
 
 
 # ---------------------------------------------------------------- head
 class Head(nn.Module):
-    """Hidden states [..., D] → logits [..., V]; with targets long [...], the sum of their cross-entropies, without ever holding all logits.
+    """Hidden states [..., D] → logits [..., V]. With targets long [...], it returns the sum of their cross-entropies
+    instead, without materialising all logits; targets of −100 are ignored.
 
-    `embedding`: its weights are the head's, too (they are stored once, under the embedding's name). Logits are multiplied by `scale`, then become
-    softcap · tanh(logits / softcap) (arXiv 2408.00118). Targets of -100 count for nothing.
+    `embedding`: an embedding with which the head shares its weights; they are stored once, under the embedding's name.
+    `transform` is applied to the hidden states. Logits are multiplied by `scale`, then replaced by
+    softcap · tanh(logits / softcap) (arXiv 2408.00118).
     """
 
     def __init__(
@@ -221,7 +226,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if bias else None
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
-        """`z_loss` · logsumexp(logits)² of each target is added to its cross-entropy (arXiv 2204.02311)."""
+        """`z_loss` · logsumexp(logits)² is added to the cross-entropy of each target (arXiv 2204.02311)."""
         if self.transform is not None:
             hidden = self.transform(hidden)
         if targets is not None:
@@ -246,10 +251,13 @@ class Head(nn.Module):
 
 # ---------------------------------------------------------------- initial weights
 def initialise(module: nn.Module, depth: int, muon: bool = False) -> None:
-    """Weights of all linear layers and embeddings below a module, biases zero; norms stay at one.
+    """Initialise the weights of all linear layers, heads and embeddings in a module. Biases of linear layers become
+    zero, and norms keep their weights of one.
 
-    Normal of 0.02 cut at three sigma, those that write to the residual stream ("proj", "down") divided by sqrt(2 · depth) (GPT-2). `muon` (nanochat):
-    matrices uniform of variance 1/D, those that write to the stream zero, embeddings normal of 0.8 and heads of 0.001.
+    Weights are normal with std 0.02, truncated at three sigma. In layers that write to the residual stream ("proj",
+    "down") the std is divided by sqrt(2 · depth), as in GPT-2. With `muon`, as in nanochat: linear layers are uniform
+    with variance 1 / (input width), those that write to the residual stream are zero, embeddings are normal with std
+    0.8, and heads with std 0.001.
     """
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding):

@@ -1,4 +1,5 @@
-"""Any image network of timm behind `Features`, to be trained or distilled: its pooled features are cls, what comes before pooling are tokens."""
+"""Any image network of timm, to be trained or distilled: `cls` are its pooled features, `tokens` its features before
+pooling."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from pretrain.models.presets import Timm
 
 
 class TimmNetwork(Backbone):
-    """Randomly initialised by timm. Its layers are not known, so `optim.layer_decay` and `optim.patch_embed_lr` do not reach it."""
+    """Randomly initialised by timm. `optim.layer_decay` and `optim.patch_embed_lr` do not apply, because its layers are
+    not known."""
 
     def __init__(self, cfg: Timm):
         super().__init__()
@@ -54,7 +56,10 @@ class TimmNetwork(Backbone):
 
 
 def create(cfg: Timm, folder: str = "") -> nn.Module:
-    """timm's model without a classifier, with the weights of a timm folder if one is named; ViTs for any input size. Raises ValueError where timm or the architecture is not there."""
+    """timm's model without a classifier, with the weights of a timm folder if one is named; ViTs take any input size.
+
+    Raises ValueError if timm is not installed or does not know the architecture.
+    """
     try:
         import timm
     except ImportError:

@@ -1,6 +1,8 @@
-"""Vision transformer (arXiv 2010.11929) with learned, sin-cos or rotary positions, registers (2309.16588), masks, and dropped patches.
+"""Vision transformer (arXiv 2010.11929) with learned, sin-cos or rotary positions, registers (2309.16588), masks, and
+dropped patches.
 
-Token order: class token, registers, patches row-major. Shapes: B images, N patches, K kept patches, R registers, D features, P = 1 + R, L blocks.
+Token order: class token, registers, patches row-major. Shapes: B images, N patches, K kept patches, R registers, D
+features, d the width of an attention head, P = 1 + R, L blocks, T tokens of all inputs.
 """
 
 from __future__ import annotations
@@ -8,17 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.layers import Backbone, Block, Features, Rotation, Shapes, trunc_normal
+from pretrain.models.layers import Backbone, Block, Features, LayerNorm, Rotation, Shapes
 from pretrain.models.positions import interpolate_table, rope_angles, rope_change, rope_periods, sincos_table
 from pretrain.models.presets import ViT
+from pretrain.ops.init import trunc_normal
+from pretrain.ops.pinned import to_device
 
 
 def _check(cfg: ViT) -> None:
-    if cfg.dim % cfg.heads or cfg.image_size % cfg.patch_size:
-        raise ValueError(
-            f"model.dim = {cfg.dim} must be a multiple of model.heads = {cfg.heads},"
-            f" and model.image_size = {cfg.image_size} of model.patch_size = {cfg.patch_size}"
-        )
+    for whole, part in (("dim", "heads"), ("image_size", "patch_size")):
+        size, unit = getattr(cfg, whole), getattr(cfg, part)
+        if size % unit:
+            fitting = max(1, round(size / unit)) * unit
+            raise ValueError(
+                f"model.{whole} = {size} must be a multiple of model.{part} = {unit}; write model.{whole}={fitting}"
+            )
     if cfg.positions != "rope":
         return
     for key, least in (("rope_shift", 0), ("rope_jitter", 1), ("rope_rescale", 1)):
@@ -29,6 +35,7 @@ def _check(cfg: ViT) -> None:
 
 class VisionTransformer(Backbone):
     whole_patches = True
+    training_only = ("local_cls_norm",)
 
     def __init__(self, cfg: ViT):
         super().__init__()
@@ -46,13 +53,14 @@ class VisionTransformer(Backbone):
         elif cfg.positions == "sincos":
             table = torch.cat([torch.zeros(1, cfg.dim), sincos_table(cfg.dim, (side, side))])
             self.register_buffer("pos_embed", table.unsqueeze(0))
-        else:  # computed, never stored: what is no buffer is not rounded with the weights to bf16, which moves features by 1e-3
+        else:  # no buffer for the periods: a buffer would be rounded to bf16 with the weights, which moves features by 1e-3
             rope_periods(cfg.dim // cfg.heads, cfg.rope_base)
         rates = (cfg.mlp_ratio, cfg.mlp, cfg.qkv_bias, cfg.layer_scale, cfg.drop_path, cfg.norm_eps, cfg.key_bias)
         self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, *rates) for _ in range(cfg.depth))
-        self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
-        self.local_cls_norm = nn.LayerNorm(cfg.dim, cfg.norm_eps) if cfg.local_cls_norm else None
-        self._rotations: dict[tuple, Rotation] = {}
+        self.norm = LayerNorm(cfg.dim, cfg.norm_eps)
+        self.local_cls_norm = LayerNorm(cfg.dim, cfg.norm_eps) if cfg.local_cls_norm else None
+        self._rotations: dict[tuple, Rotation] = {}  # by grid and device
+        self._periods: dict[torch.device, Tensor] = {}
         self._initialise()
 
     def _initialise(self) -> None:
@@ -76,8 +84,8 @@ class VisionTransformer(Backbone):
     def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
         """See `Backbone`. `mask` and `keep` are lists (None where an input has none) when x is a list.
 
-        With `local_cls_norm`, all inputs of a list but the first are taken for local crops: in training, their class token and registers get
-        that norm instead of the common one.
+        With `local_cls_norm`, all inputs of a list except the first are treated as local crops: in training, their
+        class token and registers use that norm instead of the common one.
         """
         if not isinstance(x, list):
             return self.forward([x], mask=[mask], keep=[keep], layers=layers)[0]
@@ -86,9 +94,9 @@ class VisionTransformer(Backbone):
         shapes: Shapes = [(tokens.shape[0], tokens.shape[1]) for tokens, _, _ in embedded]
         flat = torch.cat([tokens.flatten(0, 1) for tokens, _, _ in embedded])  # [T, D]
         outputs = []
+        rotations = self._packed_rotations([rotation for _, _, rotation in embedded if rotation], shapes)
         for i, block in enumerate(self.blocks):
-            rotations = [tables[i] for _, _, tables in embedded] if self.cfg.positions == "rope" else None
-            flat = block(flat, shapes, rotations)
+            flat = block(flat, shapes, rotations[i] if rotations else None)
             if i >= len(self.blocks) - layers:
                 outputs.append(self._normed(flat, shapes))
         parts = [torch.cat(same, dim=-1) if layers > 1 else same[0] for same in zip(*outputs, strict=True)]
@@ -117,8 +125,11 @@ class VisionTransformer(Backbone):
 
     def _embed(
         self, x: Tensor, mask: Tensor | None, keep: Tensor | None
-    ) -> tuple[Tensor, tuple[int, int], list[Rotation]]:
-        """([B, P + N or K, D] with positions, the patch grid, rotary angles of those tokens for each block)."""
+    ) -> tuple[Tensor, tuple[int, int], Rotation | None]:
+        """([B, P + N or K, D] with positions, the patch grid, cos and sin of those tokens for each block).
+
+        The tokens have the dtype of the patch embedding's product, and so has the residual stream.
+        """
         if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
             raise ValueError(
                 f"an input of {x.shape[-2]}×{x.shape[-1]} pixels does not divide into patches of {self.patch_size}"
@@ -134,39 +145,48 @@ class VisionTransformer(Backbone):
         if self.cfg.positions != "rope":
             # as transformers has it for Dinov2 with and without registers, so that exports agree at every size
             table = interpolate_table(self.pos_embed[:, 1:], grid, antialias=self.cfg.registers > 0)
-            patches = patches + table
+            patches = patches + table.to(patches.dtype)
             cls = cls + self.pos_embed[:, :1]
         if keep is not None:
             patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, K, D]
         prefix = [cls.to(patches.dtype)] + ([self.registers.to(patches.dtype)] if self.registers is not None else [])
         tokens = torch.cat([p.expand(x.shape[0], -1, -1) for p in prefix] + [patches], dim=1)
-        return tokens, grid, self._rotation(grid, keep, x.device) if self.cfg.positions == "rope" else []
+        return tokens, grid, self._rotation(grid, keep, x.device) if self.cfg.positions == "rope" else None
 
-    def _rotation(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> list[Rotation]:
-        """cos and sin of every token for each block; class token and registers are not rotated (angle 0)."""
-        cfg, blocks = self.cfg, len(self.blocks)
+    def _rotation(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> Rotation:
+        """cos and sin of an input's tokens for each block: [L, P + N, 1, d/2], or [L, B, P + K, 1, d/2] with `keep`; L is
+        1 where all blocks share them. Class token and registers are not rotated (angle 0)."""
+        cfg = self.cfg
         options = (cfg.rope_shift, cfg.rope_jitter, cfg.rope_rescale)
         if self.training and any(option is not None for option in options):
-            tables = self._tables(
-                grid, device, rope_change(blocks, *options)
-            )  # [L, P + N, 1, d]: each block has its own
+            cos, sin = self._tables(grid, device, rope_change(len(self.blocks), *options))
         else:
             if (grid, device) not in self._rotations:
                 with torch.inference_mode(False):  # training may need them later
                     self._rotations[grid, device] = self._tables(grid, device)
-            tables = self._rotations[grid, device]  # [1, P + N, 1, d]
+            cos, sin = self._rotations[grid, device]
         if keep is not None:
             prefix = torch.arange(self.prefix, device=device).expand(len(keep), -1)
             index = torch.cat([prefix, keep + self.prefix], dim=1)  # [B, P + K]
-            cos, sin = (table[:, index] for table in tables)  # [L or 1, B, P + K, 1, d]
-            tables = (cos, sin)
-        each = list(zip(tables[0], tables[1], strict=True))
-        return each if len(each) == blocks else each * blocks
+            cos, sin = cos[:, index], sin[:, index]
+        return cos, sin
+
+    def _packed_rotations(self, rotations: list[Rotation], shapes: Shapes) -> list[Rotation]:
+        """For each block cos and sin of all packed tokens, [T, 1, d/2], from those of each input."""
+        packed = []
+        for tables in zip(*rotations, strict=True):  # the inputs' cos, then their sin
+            each = [table if table.ndim == 5 else table.unsqueeze(1) for table in tables]  # [L, B or 1, N, 1, d/2]
+            each = [t.expand(-1, *shape, -1, -1).flatten(1, 2) for t, shape in zip(each, shapes, strict=True)]
+            blocks = torch.cat(each, dim=1).unbind()
+            packed.append(blocks if len(blocks) == len(self.blocks) else blocks * len(self.blocks))
+        return list(zip(*packed, strict=True))
 
     def _tables(self, grid: tuple[int, int], device: torch.device, change: Tensor | None = None) -> Rotation:
-        """cos and sin [L or 1, P + N, 1, d], fp32."""
-        periods = rope_periods(self.cfg.dim // self.cfg.heads, self.cfg.rope_base).to(device)
-        angles = rope_angles(periods, grid, change)
-        angles = angles if change is not None else angles.unsqueeze(0)
+        """cos and sin [L, P + N, 1, d/2], fp32; L is 1 without `change`."""
+        if device not in self._periods:
+            with torch.inference_mode(False):  # training may need them later
+                self._periods[device] = rope_periods(self.cfg.dim // self.cfg.heads, self.cfg.rope_base, device)
+        angles = rope_angles(self._periods[device], grid, None if change is None else to_device(change, device))
+        angles = (angles if change is not None else angles.unsqueeze(0))[..., : angles.shape[-1] // 2]
         angles = torch.cat([angles.new_zeros(len(angles), self.prefix, angles.shape[2]), angles], dim=1).unsqueeze(2)
         return angles.cos(), angles.sin()

@@ -1,120 +1,114 @@
-"""Distillation: any number of students learn one frozen teacher's features or prototypes in one run (DINOv2 and DINOv3, arXiv 2304.07193, 2508.10104).
+"""Distillation: one frozen teacher trains any number of students in one run (arXiv 2304.07193, 2508.10104).
 
-    teacher: 2 global crops → class tokens and patches, once for all students;   each student: the same crops and n local ones, nothing masked
-    prototypes: DINO and iBOT with the teacher's own heads: its assignments p, the student's new heads s, no mask, iBOT at the sampled patches
-    features:   1 − cos(W x, ẑ) for class tokens and for patches; ẑ are the teacher's, with mean 0 and variance 1 of each coordinate over the batch
-                + KL of softmax_j(cos(ẑ_i, ẑ_j) / τ) and softmax_j(cos(x_i, x_j) / τ) over the batch's class tokens (SEED, 2101.04731): W leaves the
-                geometry of x itself free, which retrieval and k-NN look at
-    Patches are compared at the student's grid: the teacher's map is averaged down or interpolated to it, so that cells cover the same pixels.
-    loss = sum over students, none of which another one's numbers depend on;   what is exported: each student's moving average
+    teacher:    2 global crops, one forward for all students;   each student: the same crops and n local ones, not masked
+    prototypes: the DINO and iBOT losses with the teacher's heads and new student heads; iBOT on the sampled patches
+    features:   1 − cos(W x, ẑ) on class tokens and on patches; ẑ: the teacher's features, standardised over the batch
+                + KL(softmax_j cos(ẑ_i, ẑ_j)/τ ‖ softmax_j cos(x_i, x_j)/τ) on class tokens (SEED, 2101.04731), as
+                W leaves the geometry of x itself free, which retrieval and k-NN use
+    Patches are compared on the student's grid: the teacher's map is averaged or interpolated to it.
+    loss = sum over students; no student influences another. The export is the moving average of each student.
 
-Shapes: B images, G = 2 global and L local crops each, N patches of the teacher, M sampled patches of a student, K prototypes.
+Shapes: B images, G = 2 global and L local crops each, N patches, M sampled patches of a student, D width, K prototypes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.multicrop import multicrop
-from pretrain import teachers
-from pretrain.config import Section
-from pretrain.models.layers import Backbone
-from pretrain.objectives.base import Objective
-from pretrain.ops.align import align_map, align_mask, standardise
+from common.config import only, option
+from common.schedules import Schedule
+from data_pipeline.parts.part import About
+from data_pipeline.views.multicrop import MADE_OF, multicrop
+from pretrain.interchange import teachers
+from pretrain.models.layers import Backbone, Features
+from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
+from pretrain.objectives.options import SelfDistillation, momentum, temperature
+from pretrain.ops.align import align_map, standardise
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
 from pretrain.ops.randomness import own_randomness
 from pretrain.ops.relations import relation_loss
-from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term
+from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term, select_patches
 from pretrain.ops.sinkhorn import sinkhorn
-from pretrain.schedules import Schedule
 
 
 @dataclass
-class Config(Section):
+class Config(SelfDistillation):
     teacher: str = ""  # features: any source of weights; prototypes: a run of dinov2 or dinov3, or RUN/checkpoints/STEP
-    students: list[str] = field(
-        default_factory=list
-    )  # beside `model`: "convnext_tiny", or with options "vit dim=192 heads=3"
-    loss: Literal["prototypes", "features"] = "prototypes"
-    momentum: Literal["auto"] | Schedule = field(default_factory=lambda: Schedule(0.994, kind="cosine", final=1.0))
-    student_temperature: float = 0.1
-    teacher_temperature: Literal["auto"] | Schedule = field(
-        default_factory=lambda: Schedule(0.07, start=0.04, warmup=0.1)
+    students: list[str] = option(list)  # in addition to `model`: "convnext_tiny", or with options "vit dim=192 heads=3"
+    loss: Literal["prototypes", "features"] = "prototypes"  # what students learn: the teacher's assignments or features
+    momentum: Literal["auto"] | Schedule = option(
+        lambda: Schedule(0.994, kind="cosine", final=1.0), low=0, high=1, auto=momentum
     )
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
-    koleo_group: int | None = None  # images of the batch in one; null: all of it
-    patch_weight: float = 1.0  # of `features`, as the next two
-    relation_weight: float = 1.0
-    relation_temperature: float = 0.1  # τ
-    local_crops: int = 8
-    local_size: int = 96  # pixels
-    global_scale: float = 0.32  # smallest share of the image's area in a global crop, and the largest in a local one
-    local_scale: float = 0.05
-    mask_share: float = 0.5  # of the global crops have sampled patches
-    mask_ratio_min: float = 0.1
-    mask_ratio_max: float = 0.5
-    blur: list[float] = field(
-        default_factory=lambda: [1.0, 0.1, 0.5]
-    )  # first, second, local; released models: 0, .9, .5
-    solarize: float = 0.2  # probability, second global crop only
-    flip: float = 0.5  # probability
+    student_temperature: float = only(0.1, "loss", "prototypes", above=0)
+    teacher_temperature: Literal["auto"] | Schedule = only(
+        lambda: Schedule(0.07, start=0.04, warmup=0.1), "loss", "prototypes", above=0, auto=temperature
+    )
+    ibot_weight: float = only(1.0, "loss", "prototypes")
+    koleo_weight: float = only(0.1, "loss", "prototypes")
+    koleo_group: int | None = only(None, "loss", "prototypes", low=2)
+    patch_weight: float = only(1.0, "loss", "features")  # of the loss between patches, beside that between class tokens
+    relation_weight: float = only(1.0, "loss", "features")  # of the loss between similarities of all crops
+    relation_temperature: float = only(0.1, "loss", "features", above=0)  # τ
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        crops = {"objective.local_size": 16, "objective.local_crops": 2}
+        features = {"objective.loss": "features", "objective.teacher": "{export}", **crops}
+        return [features, {"objective.loss": "prototypes", "objective.teacher": "{run dinov2}"}]
 
 
 class Distillation(Objective):
     couples_batch = True
+    made_of = MADE_OF
+    encoder_name = "averages.model"
 
-    def __init__(self, cfg, backbone):
+    def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         if not cfg.teacher:
-            raise ValueError(
-                "objective.teacher is empty; name an export, a transformers or timm folder, an official file, or a run"
-            )
-        self.teacher = nn.ModuleDict({"backbone": teachers.like(cfg.teacher)})
-        sizes = teachers.heads_of(cfg.teacher) if cfg.loss == "prototypes" else {}
+            raise ValueError("objective.teacher is empty; write an export, a transformers or timm folder, or a run")
+        teacher = teachers.build_like(cfg.teacher)
+        self.teacher: Any = nn.ModuleDict({"backbone": teacher})
+        sizes = teachers.head_arguments(cfg.teacher) if cfg.loss == "prototypes" else {}
         self.teacher.update({name: PrototypeHead(*size) for name, size in sizes.items()})
         teachers.load_teacher(self.teacher, cfg.teacher)
         self.teacher.requires_grad_(False).eval()
-        width = self.teacher["backbone"].embed_dim
 
         def student(body: nn.Module) -> nn.ModuleDict:
             if cfg.loss == "features":
-                return nn.ModuleDict(
-                    {
-                        "backbone": body,
-                        "cls_head": nn.Linear(body.embed_dim, width),
-                        "patch_head": nn.Linear(body.embed_dim, width),
-                    }
-                )
-            heads = {name: PrototypeHead(body.embed_dim, *size[1:]) for name, size in sizes.items()}
+                widths = body.embed_dim, teacher.embed_dim
+                heads: dict[str, nn.Module] = {name: nn.Linear(*widths) for name in ("cls_head", "patch_head")}
+            else:
+                heads = {name: PrototypeHead(body.embed_dim, *size[1:]) for name, size in sizes.items()}
             return nn.ModuleDict({"backbone": body, **heads})
 
-        builders = {"model": backbone} | teachers.builders(cfg.students)
-        self.students = nn.ModuleDict()
+        builders = {"model": backbone} | teachers.student_builders(cfg.students)
+        bodies: dict[str, Backbone] = {}
+        self.students: Any = nn.ModuleDict()
         for name, build in builders.items():
             with own_randomness(name):
-                self.students[name] = student(build())
-            self.check_reads(f"objective.students: {name}", self.students[name]["backbone"])
-            self.check_sizes(name, self.students[name]["backbone"])
-        self.check_reads(f"objective.teacher = {cfg.teacher}", self.teacher["backbone"])
-        self.averages = nn.ModuleDict({name: make_teacher(s["backbone"]).eval() for name, s in self.students.items()})
+                bodies[name] = build()
+                self.students[name] = student(bodies[name])
+            self.check_reads(f"objective.students: {name}", bodies[name])
+            self.check_sizes(name, bodies[name])
+        self.check_reads(f"objective.teacher = {cfg.teacher}", teacher)
+        self.averages = nn.ModuleDict({name: make_teacher(body).eval() for name, body in bodies.items()})
 
     def check_reads(self, what: str, body: Backbone) -> None:
-        """Raises ValueError for a network that cannot read what the recipe's model does."""
+        """Raises ValueError for a network whose input differs from that of the recipe's model."""
         own, channels = (getattr(one.cfg, "in_channels", None) for one in (body, self.students["model"]["backbone"]))
         if own != channels:
             reads = "text" if own is None else f"images of {own} channels"
             raise ValueError(f"{what}: reads {reads}, but model.in_channels = {channels}; name one that reads as many")
 
     def check_sizes(self, name: str, student: Backbone) -> None:
-        """Raises ValueError for crops that a student cannot take, and for global ones whose border its cells leave out, so that they are not the teacher's."""
+        """Raises ValueError for crops that a student's patches or cells do not tile."""
         local, cell = self.cfg.local_size, student.patch_size
         image = self.students["model"]["backbone"].image_size
         if image % cell:
@@ -122,27 +116,26 @@ class Distillation(Objective):
         if self.cfg.local_crops and local < cell:
             raise ValueError(f"objective.local_size = {local} pixels is less than one cell ({cell}) of {name}")
         if self.cfg.local_crops and student.whole_patches and local % cell:
-            raise ValueError(
-                f"objective.local_size = {local} pixels does not divide into patches of {cell}, those of {name}"
-            )
+            raise ValueError(f"objective.local_size = {local} pixels does not divide into {name}'s patches of {cell}")
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.teacher.eval()
         self.averages.eval()
         return self
 
     @staticmethod
-    def views(cfg, image_size, patch_size):
-        # patches are sampled on the teacher's grid; local crops are for students alone, which have been asked
-        return multicrop(cfg, image_size, teachers.cell_of(cfg.teacher), local_patch=1)
+    def views(cfg: Config, about: About) -> View:
+        # patches are sampled on the teacher's grid; local crops go to students alone, see `check_sizes`
+        cells = sorted({about.patch_size, *teachers.patch_sizes_of(cfg.students)}) if cfg.loss == "prototypes" else []
+        return multicrop(cfg, about.image_size, teachers.patch_size_of(cfg.teacher), local_patch=1, cells=tuple(cells))
 
-    def forward(self, batch, step):
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["global"].flatten(0, 1)  # [B·G, ...]
         with torch.no_grad():
             teacher = self.teacher["backbone"](images)
         target = self.prototypes_of(teacher, step) if self.cfg.loss == "prototypes" else standardise(teacher.cls)
-        total, logs = torch.zeros((), device=images.device), {}
+        total, logs = torch.zeros((), device=images.device), dict[str, Tensor]()
         inputs = [images, batch["local"].flatten(0, 1)] if batch["local"].shape[1] else [images]
         for name, student in self.students.items():
             with own_randomness(name):  # of drop path and rotary positions
@@ -154,36 +147,33 @@ class Distillation(Objective):
         return total, logs
 
     @torch.no_grad()
-    def prototypes_of(self, teacher, step: int) -> Tensor:
-        """The teacher's assignments for class tokens [B·G, K]."""
+    def prototypes_of(self, teacher: Features, step: int) -> Tensor:
+        """The teacher's assignments of class tokens to prototypes [B·G, K]."""
         return sinkhorn(self.teacher["dino_head"](teacher.cls), self.cfg.teacher_temperature(step))
 
     def by_prototypes(
-        self, student, features, teacher, p_cls: Tensor, batch, step: int
+        self, student: Any, features: list[Features], teacher: Features, p_cls: Tensor, batch: Batch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """DINO, iBOT and KoLeo of one student, as in DINOv2."""
+        """(loss, logs): DINO, iBOT and KoLeo of one student, as in DINOv2; `p_cls` [B·G, K]."""
         cfg, crops, own = self.cfg, batch["global"].shape[1], features[0]
-        mask = align_mask(batch["mask"].flatten(0, 1), teacher.grid, own.grid)  # [B·G, N of the student]
+        masked, weight = (batch[f"mask_{key}_{student['backbone'].patch_size}"] for key in ("indices", "weight"))  # [M]
         with torch.no_grad():
-            patches = align_map(teacher.tokens, teacher.grid, own.grid)[mask]
+            patches = select_patches(align_map(teacher.tokens, teacher.grid, own.grid), masked)
             p_patch = sinkhorn(self.teacher["ibot_head"](patches), cfg.teacher_temperature(step))  # [M, K]
-        cls, small = by_image(features, crops)  # [B, G, D], [B, L, D]
-        p_cls = p_cls.unflatten(0, (-1, crops))
-        local, glob = dino_terms(student["dino_head"], cls, small, p_cls, cfg.student_temperature)
-        ibot = ibot_term(student["ibot_head"], own.tokens[mask], p_patch, mask, cfg.student_temperature)
-        spread = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
+        cls, small = by_image([f.cls for f in features], crops)  # [B, G, D], [B, L, D]
+        tau = cfg.student_temperature
+        local, glob = dino_terms(student["dino_head"], cls, small, p_cls.unflatten(0, (-1, crops)), tau)
+        ibot = ibot_term(student["ibot_head"], select_patches(own.tokens, masked), p_patch, weight, len(own.cls), tau)
+        spread: Any = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
         loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
-        return loss, {
-            "dino": local + glob,
-            "ibot": ibot,
-            "koleo": spread / crops,
-            **health(cls[:, 0], p_cls.flatten(0, 1)),
-        }
+        logs = {"dino": local + glob, "ibot": ibot, "koleo": spread / crops}
+        return loss, logs | health(cls[:, 0], p_cls)
 
     def by_features(
-        self, student, features, teacher, z_cls: Tensor, batch, step: int
+        self, student: Any, features: list[Features], teacher: Features, z_cls: Tensor, batch: Batch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distances in direction of one student's projected features from the teacher's; of local crops from the mean over its global ones."""
+        """(loss, logs): cosine distances of one student's projected features; local crops are compared with the mean of
+        `z_cls` [B·G, D]."""
         crops, small = batch["global"].shape[1], batch["local"].shape[1]
         own = features[0]
         away = self.distance(student["cls_head"](own.cls), z_cls)
@@ -199,15 +189,12 @@ class Distillation(Objective):
 
     @staticmethod
     def distance(x: Tensor, z: Tensor) -> Tensor:
-        """1 − cosine of rows [R, D], their mean, in fp32 or wider."""
+        """The mean of 1 − cosine over rows [R, D], in fp32 or wider."""
         return 1 - F.cosine_similarity(x.to(z.dtype), z, dim=-1).mean()
 
-    def after_step(self, step):
+    def after_step(self, step: int) -> None:
         for name, student in self.students.items():
             ema_update(self.averages[name], student["backbone"], self.cfg.momentum(step), self.skipped)
 
-    def encoder(self):
-        return self.averages["model"]
-
-    def encoders(self):
-        return dict(self.averages.items())
+    def exports(self) -> dict[str, Exported]:
+        return {name: Exported(average) for name, average in self.averages.items()}

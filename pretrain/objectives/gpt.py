@@ -1,45 +1,60 @@
-"""GPT: a decoder predicts each token from those before it in its document (Radford et al. 2018, 2019; LLaMA: arXiv 2302.13971).
+"""GPT: a decoder predicts each token from those before it in its document (Radford et al. 2018, 2019; LLaMA: arXiv
+2302.13971).
 
     loss = −1/n Σ log p(token_t | token_<t) + z_loss · logsumexp(logits_t)²,   over the n targets of the global batch
 
-The last token of a document predicts nothing, unless `data.document_mask` is false: then rows are texts in which documents follow on one another.
+The last token of a document has no target, unless `data.document_mask` is false: then a row is one text across document
+borders. Shapes: B rows of T tokens, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from data_pipeline.rows import next_tokens
-from pretrain.config import Section
-from pretrain.objectives.base import Objective
+import numpy as np
+from torch import Tensor
+
+from common.config import option
+from data_pipeline.parts.part import About
+from data_pipeline.parts.tokens import Tokens
+from data_pipeline.shards.rows import targets_of
+from data_pipeline.views.augmentations import Rng
+from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
+from pretrain.objectives.options import Options
 
 
 @dataclass
-class Config(Section):
-    z_loss: float = 0.0  # keeps the softmax's normaliser near 1 (arXiv 2204.02311); 1e-5 in OLMo, 1e-4 in PaLM
+class Config(Options):
+    # keeps the softmax's normaliser near 1 (arXiv 2204.02311); 1e-5 in OLMo, 1e-4 in PaLM
+    z_loss: float = option(0.0, low=0)
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        return [{"model": "gpt_micro"}]
 
 
 class GPT(Objective):
-    reads = "text"
-    pool = "mean"
+    parts = {"tokens": Tokens()}
+    validates = True
     counted = "targets"
 
-    def __init__(self, cfg, backbone):
+    def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        self.backbone = backbone()
+        self.backbone: Any = backbone()
 
     @staticmethod
-    def views(cfg, length, vocabulary, document_mask):
-        def view(sample, rng):
+    def views(cfg: Config, about: About) -> View:
+        def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
             tokens, documents = sample["tokens"], sample["documents"]
-            row = {"tokens": tokens[:-1], "targets": next_tokens(tokens, documents)}
-            return row | ({"documents": documents[:-1]} if document_mask else {})
+            row = {"tokens": tokens[:-1], "targets": targets_of(sample)}
+            return row | ({"documents": documents[:-1]} if about.document_mask else {})
 
         return view
 
-    def forward(self, batch, step):
-        hidden = self.backbone(batch["tokens"], documents=batch.get("documents")).tokens
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.backbone(batch["tokens"], documents=batch.get("documents")).tokens  # [B, T, D]
         return self.mean(self.backbone.head(hidden, batch["targets"], self.cfg.z_loss), batch), {}
 
-    def encoder(self):
-        return self.backbone
+    def exports(self) -> dict[str, Exported]:
+        return {"model": Exported(self.backbone, "mean")}

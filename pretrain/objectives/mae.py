@@ -1,8 +1,8 @@
-"""Masked autoencoder: a ViT sees a quarter of the patches, a small decoder paints the rest (arXiv 2111.06377).
+"""Masked autoencoder: a ViT encodes a quarter of the patches, a small decoder predicts the rest (arXiv 2111.06377).
 
     keep ~ uniform subset of (1 − mask_ratio)·N patches
     z = encoder(image[keep]);   ŷ = decoder(z at kept places, mask token elsewhere)
-    loss = mean over dropped patches of ‖ŷ − y‖² / (p·p·3),   y = pixels, each patch normalised by its own mean and variance
+    loss = mean over dropped patches of ‖ŷ − y‖² / (p·p·3),   y = pixels, normalised by each patch's mean and variance
 
 Shapes: B images, N patches, K kept, M = N − K dropped, D encoder width, E decoder width, p pixels per patch side.
 """
@@ -10,40 +10,48 @@ Shapes: B images, N patches, K kept, M = N − K dropped, D encoder width, E dec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.views import MASKS, Augment, crops
-from pretrain.config import Section
-from pretrain.models.layers import Block, trunc_normal
+from common.config import option
+from data_pipeline.parts.part import About
+from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
+from pretrain.models.layers import Block, LayerNorm
 from pretrain.models.positions import sincos_table
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
+from pretrain.objectives.options import Options
+from pretrain.ops.init import trunc_normal
 from pretrain.ops.patchify import complement, patchify, unpatchify
 
 
 @dataclass
-class Config(Section):
-    mask_ratio: float = 0.75
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+class Config(Options):
+    mask_ratio: float = option(0.75, above=0, below=1)  # share of the patches that the encoder does not see
+    decoder_dim: int = option(512, low=1)  # width of the decoder
+    decoder_depth: int = option(8, low=1)  # blocks of the decoder
+    decoder_heads: int = option(16, low=1)  # attention heads of each
     norm_pix: bool = True  # predict pixels normalised per patch
-    crop_scale: float = 0.2  # smallest share of the image's area in a random crop
+    crop_scale: float = option(0.2, above=0, high=1)  # smallest share of the image's area in a random crop
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        return [{"objective.decoder_dim": 32, "objective.decoder_depth": 1, "objective.decoder_heads": 2}]
 
 
 class MAE(Objective):
-    pool = "mean"  # the class token gets no loss of its own
+    backbone: Any
 
-    def __init__(self, cfg, backbone):
+    def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        if cfg.decoder_depth < 1:
-            raise ValueError(f"objective.decoder_depth = {cfg.decoder_depth}: must be 1 or more")
         self.backbone = backbone()
         self.embed = nn.Linear(self.backbone.embed_dim, cfg.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.decoder_dim))
         self.blocks = nn.ModuleList(Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
-        self.norm = nn.LayerNorm(cfg.decoder_dim, 1e-6)
+        self.norm = LayerNorm(cfg.decoder_dim, 1e-6)
+        self._positions: dict[tuple, Tensor] = {}  # by grid and device
         self.predict = nn.Linear(cfg.decoder_dim, self.backbone.patch_size**2 * self.backbone.cfg.in_channels)
         for part in (self.embed, self.predict):
             trunc_normal(part)
@@ -51,17 +59,17 @@ class MAE(Objective):
         nn.init.normal_(self.mask_token, std=0.02)
 
     @staticmethod
-    def views(cfg, image_size, patch_size):
-        patches = (image_size // patch_size) ** 2
+    def views(cfg: Config, about: About) -> View:
+        patches = (about.image_size // about.patch_size) ** 2
         kept = int(patches * (1 - cfg.mask_ratio))
-        augment = Augment(image_size, scale=(cfg.crop_scale, 1.0))
+        augment = Augment(about.image_size, scale=(cfg.crop_scale, 1.0))
 
-        def view(sample, rng):
+        def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
             return crops(sample, {"image": augment}, rng) | {"keep": rng(MASKS).random(patches).argsort()[:kept]}
 
         return view
 
-    def forward(self, batch, step):
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         prediction, dropped = self.reconstruct(batch["image"], batch["keep"])
         target = self.target(batch["image"])  # [B, N, p·p·3]
         target = target.gather(1, dropped.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
@@ -71,21 +79,24 @@ class MAE(Objective):
     def reconstruct(self, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """(predictions for the dropped patches [B, M, p·p·3], their indices [B, M])."""
         features = self.backbone(images, keep=keep)
-        positions = sincos_table(self.cfg.decoder_dim, features.grid).to(images)  # [N, E]
+        positions = self.positions(features.grid, images.device)
         dropped = complement(keep, len(positions))
         seen = self.embed(features.tokens)
         seen = seen + positions[keep].to(seen.dtype)  # [B, K, E]
         unseen = self.mask_token.to(seen.dtype) + positions[dropped].to(seen.dtype)  # [B, M, E]
         cls = self.embed(features.cls.unsqueeze(1))  # its position is zero
-        x = torch.cat([cls, seen, unseen], dim=1)  # attention does not care for the order
+        x = torch.cat([cls, seen, unseen], dim=1)  # the order is free: positions have been added
         b, n, _ = x.shape
         flat = x.flatten(0, 1)
-        for block in self.blocks[:-1]:
+        for block in self.blocks:
             flat = block(flat, [(b, n)])
-        flat = self.blocks[-1](
-            flat, [(b, n)], last=dropped.shape[1]
-        )  # only these are predicted: 2 % of a ViT-S step saved
-        return self.predict(self.norm(flat.view(b, dropped.shape[1], -1))), dropped
+        return self.predict(self.norm(flat.view(b, n, -1)[:, -dropped.shape[1] :])), dropped
+
+    def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """The decoder's fixed positions [N, E], made once for each grid and device."""
+        if (grid, device) not in self._positions:
+            self._positions[grid, device] = sincos_table(self.cfg.decoder_dim, grid, device)
+        return self._positions[grid, device]
 
     def target(self, images: Tensor) -> Tensor:
         """Pixels of every patch [B, N, p·p·3], normalised per patch with the unbiased variance."""
@@ -94,12 +105,13 @@ class MAE(Objective):
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return target
 
-    def encoder(self):
-        return self.backbone
+    def exports(self) -> dict[str, Exported]:
+        return {"model": Exported(self.backbone, "mean")}  # no loss trains the class token directly
 
     @torch.no_grad()
-    def pictures(self, batch):
-        """Rows of: image, what the encoder sees, image with the dropped patches painted in. Contrast is set per row, as values are normalised."""
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """uint8 [3, B·H, 3·W]: the image, what the encoder sees, and the image with predicted patches. Contrast is set
+        per row."""
         images, keep = batch["image"][:6], batch["keep"][:6]
         size = self.backbone.patch_size
         grid = (images.shape[-2] // size, images.shape[-1] // size)
@@ -107,7 +119,7 @@ class MAE(Objective):
         prediction, dropped = self.reconstruct(images, keep)
         prediction = prediction.to(pixels.dtype)
         index = dropped.unsqueeze(-1).expand(-1, -1, pixels.shape[-1])
-        if self.cfg.norm_pix:  # the prediction is of normalised pixels: give it back the patch's own mean and contrast
+        if self.cfg.norm_pix:  # undo the normalisation with the true patch's mean and variance
             true = pixels.gather(1, index)
             prediction = prediction * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
         seen, painted = (pixels.scatter(1, index, fill) for fill in (pixels.new_zeros(index.shape), prediction))

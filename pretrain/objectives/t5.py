@@ -1,57 +1,65 @@
-"""T5: an encoder reads a text with spans cut out, a decoder writes what was cut (span denoising, arXiv 1910.10683 §3.1.4).
+"""T5: an encoder reads a text with spans cut out, a decoder writes the spans (span denoising, arXiv 1910.10683 §3.1.4).
 
     text:     Thank you for inviting me to your party last week
     encoder:  Thank you <0> me to your party <1> week </s>        15 % of the tokens are cut, in spans of 3 on average
-    decoder:  <0> for inviting <1> last </s>                      reads what it has written so far, behind <pad>
-    loss = −1/m Σ log p(token),   over the m tokens of the global batch that decoders write
+    decoder:  <0> for inviting <1> last </s>                      reads <pad> and the tokens before the one it predicts
+    loss = −1/m Σ log p(token),   over the m target tokens of the decoder in the global batch
 
-A row of T tokens is one text, as T5 packs it. Lengths are fixed by T: S = T − noise + spans + 1 for the encoder, U = noise + spans + 1 for the decoder.
+A row of T tokens is one text, as T5 packs it. T fixes the lengths: S = T − noise + spans + 1 for the encoder,
+U = noise + spans + 1 for the decoder. Shapes: B rows, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from data_pipeline.views import MASKS
-from pretrain.config import Section
-from pretrain.objectives.base import Objective
+from common.config import option
+from data_pipeline.parts.part import About
+from data_pipeline.parts.tokens import Tokens
+from data_pipeline.views.augmentations import MASKS, Rng
+from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
+from pretrain.objectives.options import Options
 from pretrain.ops.cross_entropy import IGNORED
 
 
 @dataclass
-class Config(Section):
-    share: float = 0.15  # of the tokens that are cut
-    span: float = 3.0  # their mean number in a span
+class Config(Options):
+    share: float = option(0.15, above=0, below=1)  # share of the tokens that are cut
+    span: float = option(3.0, low=1)  # mean number of tokens in a span
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        return [{"model": "t5_micro", "model.mlp_width": 64, "data.document_mask": False}]
 
 
 class T5(Objective):
-    reads = "text"
-    pool = "mean"
+    parts = {"tokens": Tokens()}
+    validates = True
     counted = "targets"
 
-    def __init__(self, cfg, backbone):
+    def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        if not 0 < cfg.share < 1 or cfg.span < 1:
-            raise ValueError(
-                f"objective.share = {cfg.share}, objective.span = {cfg.span}: a share between 0 and 1, spans of 1 or more"
-            )
-        self.backbone = backbone()
+        self.backbone: Any = backbone()
 
     @staticmethod
-    def views(cfg, length, vocabulary, document_mask):
-        if document_mask:
-            raise ValueError("data.document_mask = true: t5 takes a row for one text; write data.document_mask=false")
+    def views(cfg: Config, about: About) -> View:
+        length, vocabulary = about.length, about.vocabulary
+        if about.document_mask:
+            raise ValueError("data.document_mask = true: t5 treats a row as one text; write data.document_mask=false")
         noise, spans = sizes(cfg, length)
         if len(vocabulary.sentinels) < spans or vocabulary.eos is None or vocabulary.pad is None:
             raise ValueError(
-                f"{vocabulary.source}: has {len(vocabulary.sentinels)} sentinels (<extra_id_0>, …), end {vocabulary.eos} and padding {vocabulary.pad};"
-                f" rows of {length} tokens need {spans} sentinels and both: tokenize with one that has them"
+                f"{vocabulary.source}: this vocabulary has {len(vocabulary.sentinels)} sentinels (<extra_id_0>, …),"
+                f" end token {vocabulary.eos} and padding token {vocabulary.pad}; rows of {length} tokens need {spans}"
+                " sentinels and both tokens: use a tokenizer that has them"
             )
         sentinels, eos, pad = np.array(vocabulary.sentinels), vocabulary.eos, vocabulary.pad
 
-        def view(sample, rng):
+        def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
             tokens = sample["tokens"][:length]
             tokens = tokens[sample["documents"][:length] >= 0]  # padding comes last
             cut = spans_of(cfg, len(tokens), rng(MASKS))
@@ -67,23 +75,24 @@ class T5(Objective):
 
         return view
 
-    def forward(self, batch, step):
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         memory = self.backbone(batch["tokens"], documents=batch["documents"]).tokens  # [B, S, D]
         hidden = self.backbone.decoder(batch["decoder_tokens"], memory, batch["documents"] >= 0)  # [B, U, D]
         return self.mean(self.backbone.head(hidden, batch["targets"]), batch), {}
 
-    def encoder(self):
-        return self.backbone
+    def exports(self) -> dict[str, Exported]:
+        return {"model": Exported(self.backbone, "mean")}
 
 
 def sizes(cfg: Config, length: int) -> tuple[int, int]:
-    """(tokens that are cut, spans) of a text."""
+    """(number of tokens that are cut, number of spans) in a text of `length` tokens."""
     noise = min(max(round(length * cfg.share), 1), length - 1)
     return noise, max(1, min(round(noise / cfg.span), length - noise))
 
 
 def spans_of(cfg: Config, length: int, draw: np.random.Generator) -> np.ndarray:
-    """bool [length], true where tokens are cut: spans whose number and sum are fixed, at places that are not; the text begins with what is kept."""
+    """bool [length], true where tokens are cut. The numbers of spans and of cut tokens are fixed, the borders random;
+    the first token is kept."""
     if length < 2:
         return np.zeros(length, bool)
     noise, spans = sizes(cfg, length)
@@ -96,7 +105,7 @@ def spans_of(cfg: Config, length: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def replaced(tokens: np.ndarray, cut: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-    """Tokens with each run of `cut` replaced by one sentinel, in their order."""
+    """The tokens, with each run of `cut` (bool, as long as `tokens`) replaced by the next sentinel."""
     begins = cut & ~np.concatenate([[False], cut[:-1]])
     out = tokens.copy()
     out[begins] = sentinels[: begins.sum()]

@@ -10,14 +10,15 @@ from pretrain.ops.gather import gather, world
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (SimCLR, arXiv 2002.05709, eq. 1) of embeddings a, b [B, D] of two views.
+    """Normalised temperature-scaled cross-entropy (SimCLR, arXiv 2002.05709, eq. 1) of embeddings a, b [B, D] of two
+    views.
 
-    Each of the 2·B rows must find its partner among all other rows of all processes. Returns the mean over this process's rows, so that the
-    mean over processes is the loss of the global batch; gradients flow to the other processes' rows.
+    The classes of each of the 2·B rows are all other rows of all ranks; the target is its other view. Returns the mean
+    over this rank's rows: the mean over ranks is the loss of the global batch. Gradients also flow to the rows of other
+    ranks.
     """
-    z = F.normalize(
-        torch.stack([a, b]).float() if a.dtype != torch.float64 else torch.stack([a, b]), dim=-1
-    )  # [2, B, D]
+    z = torch.stack([a, b])  # [2, B, D]
+    z = F.normalize(z if a.dtype == torch.float64 else z.float(), dim=-1)
     rank, count = len(a) * world()[0], len(a) * world()[1]
     everyone = torch.cat([gather(z[0]), gather(z[1])])  # [2·W·B, D]
     with torch.autocast(z.device.type, enabled=False):  # bf16 would round similarities to 1/256, before the temperature

@@ -6,11 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.14
+# until torch 2.14 they had the names on the right
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of processes)."""
+    """(rank, world size)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
@@ -23,19 +25,22 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(world()[1])[world()[0]]
+        # into a tensor of its own: autograd may hand `grad` itself to other inputs of the graph
+        out = grad.new_empty(len(grad) // world()[1], *grad.shape[1:])
+        _reduce_scatter(out, grad.contiguous())
+        return out
 
 
 def gather(x: Tensor) -> Tensor:
-    """Concatenate x [B, ...] of all processes in rank order: [W·B, ...]. The gradient is the sum of all processes' gradients for own rows."""
+    """All-gather x [B, ...] along dim 0 in rank order: [W·B, ...]. The gradient is the sum of all ranks' gradients of
+    this rank's rows."""
     return _Gather.apply(x) if world()[1] > 1 else x
 
 
 @torch.no_grad()
 def logsumexp_over_batch(x: Tensor) -> Tensor:
-    """log Σ exp over dim 0 of x [B, K] and over all processes: [1, K], without overflow. B may differ between processes, also be 0."""
+    """log Σ exp over dim 0 of x [B, K] and over all ranks: [1, K], without overflow. B may differ between ranks, and be
+    0."""
     highest = x.amax(0, keepdim=True) if len(x) else x.new_full((1, x.shape[1]), -torch.inf)
     if world()[1] > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
@@ -47,7 +52,7 @@ def logsumexp_over_batch(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sum_over_world(x: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """The sum of a tensor over all ranks; `x` is not changed."""
     if world()[1] > 1:
         x = x.clone()
         dist.all_reduce(x)

@@ -1,6 +1,7 @@
-"""Gram anchoring: a student's patches keep the similarities to each other that an earlier teacher's had (DINOv3, arXiv 2508.10104 §4).
+"""Gram anchoring: the similarities among a student's patches stay near those of an earlier teacher (DINOv3, arXiv
+2508.10104 §4).
 
-Shapes: B images, N patches, h·w = N; each network may have its own D.
+Shapes: B images, N patches, h·w = N; student and teacher may have different D.
 """
 
 from __future__ import annotations
@@ -33,11 +34,18 @@ def gram_loss(
     negatives: str = "keep",
     per_image: bool = True,
 ) -> Tensor:
-    """Mean over pairs of patches of (s_i·s_j − t_i·t_j)² for L2-normalised student and teacher patches [B, N, D] (eq. 2 / N²), in fp32 or wider.
+    """The mean of (S_ij − T_ij)² over pairs of patches i, j, in fp32 or wider (eq. 2 divided by N²).
 
-    `tokens`: the pairs whose both patches are masked (mask bool [B, N]) or unmasked, or all. Each image's mean weighs the same, on whichever process
-    it is; an image without such patches counts for nothing. `negatives`: clip puts 0 for similarities below it, on both sides; clip_teacher does so to the teacher, and to the
-    student only where the teacher is negative as well. With `per_image` false, patches are also compared across the images of this process.
+    S_ij = s_i·s_j and T_ij = t_i·t_j for L2-normalised student and teacher patches [B, N, D].
+
+    tokens      all            all pairs
+                masked         pairs whose patches are both masked (mask bool [B, N])
+                unmasked       pairs whose patches are both not masked
+    negatives   keep           S and T as they are
+                clip           max(S, 0) and max(T, 0)
+                clip_teacher   max(T, 0); max(S, 0) where T < 0, else S
+    per_image   true           pairs within an image; mean over those images of all ranks that have such pairs
+                false          pairs across all images of this rank
     """
     s, t = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-8) for x in (student, teacher))
     chosen = torch.ones(s.shape[:2], dtype=torch.bool, device=s.device)
@@ -59,7 +67,6 @@ def gram_loss(
     pairs = (chosen.unsqueeze(1) & chosen.unsqueeze(2)).to(error.dtype)
     count = pairs.sum((1, 2))
     means = (error * pairs).sum((1, 2)) / count.clamp(min=1)  # [B]
-    images = (
-        sum_over_world((count > 0).sum()).clamp(min=1) / world()[1]
-    )  # that have any, on all processes: the mean over these is that of all
+    # images with such pairs per rank, on average: the mean of the losses over ranks is the mean over these images
+    images = sum_over_world((count > 0).sum()).clamp(min=1) / world()[1]
     return means.sum() / images

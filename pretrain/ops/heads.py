@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.layers import trunc_normal
 from pretrain.ops.cross_entropy import cross_entropy
+from pretrain.ops.init import trunc_normal
 from pretrain.ops.sync_norm import BatchNorm
 
 
@@ -23,16 +23,20 @@ class ProjectionHead(nn.Sequential):
 
 
 def head_sizes(cfg: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """(hidden, bottleneck, prototypes) of the DINO head and of the iBOT head; what the latter's options leave null is as of the former."""
+    """(hidden, bottleneck, prototypes) of the DINO head and of the iBOT head; options of the iBOT head that are null
+    are the DINO head's."""
     dino = (cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes)
     return dino, (cfg.ibot_hidden or dino[0], cfg.ibot_bottleneck or dino[1], cfg.ibot_prototypes or dino[2])
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head (arXiv 2104.14294): three linears with GELU to a bottleneck, L2 norm, cosine with K unit prototypes → logits in [-1, 1].
+    """DINO's head (arXiv 2104.14294): three linears with GELU to a bottleneck, L2 norm, cosine with K unit prototypes →
+    logits in [-1, 1].
 
     With `unit` false the prototypes keep their lengths, as in DINOv3 (2508.10104): logits are then not bounded.
     """
+
+    last_layer = "prototypes"  # the parameter that `optim.freeze_last_layer` freezes
 
     def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, unit: bool = True):
         super().__init__()
@@ -47,8 +51,12 @@ class PrototypeHead(nn.Module):
     def forward(
         self, x: Tensor, targets: Tensor | None = None, temperature: float = 1.0, row_weights: Tensor | None = None
     ) -> Tensor:
-        """Logits [..., K]; or, with targets [R / n, K], each of which is that of n rows of x [R, D] on end, the sum of the rows' cross-entropies at that
-        temperature, without ever holding all logits: see `pretrain.ops.cross_entropy`."""
+        """Logits [..., K] of x [..., D]. With targets [R / n, K], the sum of the cross-entropies of the rows x [R, D]
+        at `temperature` instead:
+
+        target row i serves the n consecutive rows of x from i·n on, and not all logits exist at a time
+        (`pretrain.ops.cross_entropy`).
+        """
         x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
         prototypes = F.normalize(self.prototypes, dim=-1) if self.unit else self.prototypes
         if targets is not None:

@@ -1,4 +1,7 @@
-"""Images to rows of patch pixels and back. Shapes: B images, C channels, N = h·w patches of p×p pixels."""
+"""Convert images to patches and back, and find the patches that a mask removes.
+
+Shapes: B images, C channels, N = h·w patches of p×p pixels, K patches that are kept.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from torch import Tensor
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """[B, C, h·p, w·p] → [B, N, p·p·C]: patches row-major, pixels row-major inside, channels last (MAE's order)."""
+    """[B, C, h·p, w·p] → [B, N, p·p·C]. Patches are in row-major order, and so are the pixels of a patch; channels come
+    last (the order of MAE)."""
     b, c, height, width = images.shape
     x = images.reshape(b, c, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
@@ -21,6 +25,6 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 
 
 def complement(keep: Tensor, count: int) -> Tensor:
-    """The sorted indices [B, count − K] that are not in keep [B, K]."""
-    dropped = torch.ones(len(keep), count, dtype=torch.bool, device=keep.device).scatter(1, keep, False)
-    return dropped.nonzero()[:, 1].view(len(keep), count - keep.shape[1])
+    """The indices from 0 to `count` − 1 that are not in the same row of keep [B, K], sorted: [B, count − K]."""
+    kept = torch.zeros(len(keep), count, dtype=torch.uint8, device=keep.device).scatter(1, keep, 1)
+    return kept.argsort(dim=1, stable=True)[:, : count - keep.shape[1]]  # nonzero would need a host sync

@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on what is drawn elsewhere."""
+"""Random numbers that do not depend on what other code draws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 @contextlib.contextmanager
 def own_randomness(name: str) -> Iterator[None]:
-    """Inside, torch's generators start from (the seed that was last set, name); outside, they go on as if nothing had been drawn."""
+    """Within the context, torch's generators are seeded by (the seed that was last set, `name`); afterwards they are
+    restored."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     seed = torch.initial_seed()
     with torch.random.fork_rng(devices):

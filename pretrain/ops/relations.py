@@ -1,4 +1,5 @@
-"""Distillation of how samples relate to each other, which needs no head between student and teacher (SEED, arXiv 2101.04731)."""
+"""Distillation of the similarities between samples, which needs no head between student and teacher (SEED, arXiv
+2101.04731)."""
 
 from __future__ import annotations
 
@@ -10,22 +11,22 @@ from pretrain.ops.gather import gather, world
 
 
 def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL divergence from the teacher's to the student's softmax over a row's cosine similarities / temperature with all other rows, mean over own rows.
+    """Mean over this rank's rows i of KL(p_i ‖ q_i), in fp32 or wider.
 
-    student [R, D], teacher [R, D'] of the same R crops on this process; each is compared with the crops of all processes, and gradients flow to theirs.
-    In fp32 or wider.
+    p_i and q_i are the teacher's and the student's softmax over cosine similarities / temperature of row i with all
+    other rows of all ranks. student [R, D], teacher [R, D'] are features of the same R crops of this rank. Gradients
+    also flow to the rows of other ranks.
     """
 
     def log_softmax(x: Tensor) -> Tensor:
         x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
         everyone, first = gather(x), len(x) * world()[0]
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # bf16 would round similarities to 1/256, before the temperature
+        # without autocast: bf16 would round similarities to 1/256, before the temperature
+        with torch.autocast(x.device.type, enabled=False):
             logits = x @ everyone.T / temperature  # [R, W·R]
         own = torch.arange(first, first + len(x), device=x.device).unsqueeze(1)
-        others = torch.arange(len(everyone), device=x.device) != own
-        return logits[others].view(len(x), -1).log_softmax(1)
+        others = torch.arange(len(everyone) - 1, device=x.device)
+        return logits.gather(1, others + (others >= own)).log_softmax(1)  # [R, W·R − 1]: without the row itself
 
     with torch.no_grad():
         target = log_softmax(teacher)

@@ -1,4 +1,8 @@
-"""DINO's and iBOT's terms, and what tells of a collapse. Shapes: B images, G global and L local crops each, M masked patches in the batch, K prototypes."""
+"""The losses of DINO and iBOT, and metrics that reveal a collapse of the features.
+
+Shapes: B images, G global and L local crops each, N patches of a global crop, M masked patches in the batch, D
+features, K prototypes.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.layers import Features
 from pretrain.ops.gather import gather
 
-Head = Callable[
-    ..., Tensor
-]  # (rows [R, D], targets [R / n, K], temperature, row_weights [R]) → the sum of their cross-entropies
+# A head that computes a loss (heads.py): (rows [R, D], targets [R / n, K], temperature, row_weights [R]) → the sum of
+# the cross-entropies of the rows. Target i serves the n consecutive rows from n · i on.
+Head = Callable[..., Tensor]
 
 
 def dino_terms(head: Head, x_global: Tensor, x_local: Tensor, p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(local term, global term) of the student's class tokens [B, G or L, D] and teacher assignments p [B, G, K] (DINO, arXiv 2104.14294, eq. 3).
+    """(loss of local crops, loss of global crops), whose sum is DINO's loss (arXiv 2104.14294, eq. 3).
 
-    Cross-entropies weighted by their number of (student, teacher) pairs, the same crop left out: their sum is the mean over all pairs. −Σ p log softmax(s)
-    is linear in p, so the teacher crops that a student crop is compared with are averaged first.
+    x_global [B, G, D] and x_local [B, L, D] are the student's class tokens, p [B, G, K] the teacher's assignments.
+    DINO's loss is the mean cross-entropy over all pairs of a student crop and a different teacher crop. The
+    cross-entropy −Σ p log softmax(s) is linear in p, so the assignments of all teacher crops with which a student crop
+    is paired are averaged first, and each student crop needs only one cross-entropy.
     """
     crops, small = x_global.shape[1], x_local.shape[1]
     pairs_global, pairs_local = crops * (crops - 1), crops * small
@@ -33,30 +38,39 @@ def dino_terms(head: Head, x_global: Tensor, x_local: Tensor, p: Tensor, tempera
     return local * pairs_local / total, glob * pairs_global / total
 
 
-def ibot_term(head: Head, x: Tensor, p: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of the student's tokens [M, D] and teacher assignments [M, K] at the patches that mask [B·G, N] names (iBOT, arXiv 2111.07832).
+def ibot_term(head: Head, x: Tensor, p: Tensor, weight: Tensor, crops: int, temperature: float) -> Tensor:
+    """iBOT's loss (arXiv 2111.07832): the cross-entropy between the student's tokens x [M, D] and the teacher's
+    assignments p [M, K] at the masked patches.
 
-    Averaged over each image's own masked patches, summed over images, divided by all of them, masked or not.
+    It is averaged over the masked patches of each crop, then over all `crops`, including those without masked patches.
+    `weight` [M] is 1 / (number of masked patches in the same crop); `masked_patches` in data_pipeline/views/masks.py
+    returns it as `mask_weight`.
     """
-    weight = (1 / mask.sum(1).clamp_min(1)).unsqueeze(1).expand_as(mask)[mask]  # [M]
-    return head(x, p, temperature, weight) / len(mask)
+    return head(x, p, temperature, weight) / crops
 
 
-def by_image(features: list[Features], crops: int) -> tuple[Tensor, Tensor]:
-    """Class tokens [B, G, D] and [B, L, D] of the features of B·G global and B·L local crops, of which there may be none."""
-    cls = features[0].cls.unflatten(0, (-1, crops))
-    if len(features) == 1:
-        return cls, cls[:, :0]
-    return cls, features[1].cls.unflatten(0, (len(cls), -1))
+def select_patches(tokens: Tensor, indices: Tensor) -> Tensor:
+    """The rows [M, D] of tokens [B, N, D] at `indices` [M] into the flattened B·N tokens. Unlike tokens[mask], this
+    needs no host sync."""
+    return tokens.flatten(0, 1).index_select(0, indices)
+
+
+def by_image(cls: list[Tensor], crops: int) -> tuple[Tensor, Tensor]:
+    """Class tokens by image, [B, G, D] and [B, L, D], from `cls`: those of the `crops` = G global crops of each image
+    [B·G, D] and, if there are local crops, those of local crops [B·L, D]. L = 0 without local crops."""
+    first = cls[0].unflatten(0, (-1, crops))
+    return (first, first[:, :0]) if len(cls) == 1 else (first, cls[1].unflatten(0, (len(first), -1)))
 
 
 @torch.no_grad()
 def health(cls: Tensor, p: Tensor) -> dict[str, Tensor]:
-    """Scalars that show a collapse, of class tokens [B, D] and assignments p [B, K]; the tokens of all processes together.
+    """Scalars that reveal a collapse, from this rank's class tokens [B, D] and assignments p [B, K]. Collective: the
+    class tokens are gathered from all ranks.
 
-    teacher_entropy: the mean entropy of a row of p, ln K where the teacher says nothing. feature_std: √D × the standard deviation of a coordinate of the
-    normalised tokens over the batch, 1 where they spread in all directions, 0 where they are all alike. rank: (Σλ)² / Σλ² over the eigenvalues λ of
-    their covariance, the number of directions they really use (at most the batch size).
+    teacher_entropy: the mean entropy of the rows of p; ln K if all prototypes are equally likely.
+    feature_std: √D × the standard deviation of a coordinate of the L2-normalised tokens over the batch; 1 if they
+    spread evenly in all directions, 0 if they are all equal. rank: the effective rank (Σλ)² / Σλ² over the eigenvalues
+    λ of their covariance; at most the batch size.
     """
     x = F.normalize(gather(cls.float()), dim=-1)
     x = x - x.mean(0)
@@ -64,6 +78,6 @@ def health(cls: Tensor, p: Tensor) -> dict[str, Tensor]:
         products = x @ x.T
     return {
         "teacher_entropy": -(p * p.clamp_min(1e-12).log()).sum(-1).mean(),
-        "feature_std": x.square().mean(0).sum().sqrt(),  # of a coordinate √(that / D), times √D
+        "feature_std": x.square().mean(0).sum().sqrt(),  # √D · √(mean variance of a coordinate)
         "rank": products.trace() ** 2 / products.square().sum().clamp_min(1e-12),
     }

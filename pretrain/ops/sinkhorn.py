@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp centring of a teacher's prototype logits (SwAV, arXiv 2006.09882; DINOv2, 2304.07193)."""
+"""Sinkhorn-Knopp centring of a teacher's prototype logits (SwAV, arXiv 2006.09882; DINOv2, arXiv 2304.07193)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pretrain.ops.gather import logsumexp_over_batch, sum_over_world
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Assignments [B, K] whose rows sum to 1 and whose prototypes share the global batch evenly.
+    """Assignments [B, K] of B samples to K prototypes, from logits [B, K]: each row sums to 1, and all prototypes have
+    approximately the same sum over the global batch. Collective: every rank must call it.
 
-    Q ∝ exp(logits / temperature), then `iterations` times: each prototype's total over the batch of all processes is made equal, each
-    sample's total is made equal. It runs on log Q, so that each sum is shifted by its own maximum: finite logits never give NaN.
+    Q starts as exp(logits / temperature). In each iteration, first the columns are scaled so that every prototype has
+    the same sum over the global batch, then the rows so that every sample has the same sum. Everything is computed with
+    log Q and logsumexp, so that finite logits never produce NaN.
     """
     log_q = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    most = torch.finfo(log_q.dtype).max / 2**10  # far beyond any logit, so that no difference of two is infinite
-    log_q = log_q.clamp_(-most, most)
-    samples = sum_over_world(torch.tensor(float(len(logits)), device=logits.device))
+    limit = torch.finfo(log_q.dtype).max / 2**10  # far above real logits; keeps differences of two of them finite
+    log_q = log_q.clamp_(-limit, limit)
+    samples = sum_over_world(torch.full((), float(len(logits)), device=logits.device))
     for _ in range(iterations):
         log_q = log_q - logsumexp_over_batch(log_q) - math.log(logits.shape[1])
         log_q = log_q - log_q.logsumexp(1, keepdim=True) - samples.log()

@@ -1,9 +1,11 @@
-"""Batch normalisation over the samples of all processes (arXiv 1502.03167), in fp32 and on any device; torch's SyncBatchNorm is for GPUs only."""
+"""Batch normalisation over the samples of all ranks (arXiv 1502.03167), in fp32 and on any device; torch's
+SyncBatchNorm is for GPUs only."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -11,7 +13,7 @@ from pretrain.ops.gather import world
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; the gradient is the sum of all processes' gradients."""
+    """The sum over ranks; the gradient is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -27,21 +29,36 @@ class _Sum(torch.autograd.Function):
 
 
 class BatchNorm(_BatchNorm):
-    """nn.BatchNorm1d and 2d in one, with the same parameters and buffers: x [B, C, ...]; mean and variance are those of the global batch."""
+    """nn.BatchNorm1d and 2d in one, with the same parameters and buffers; mean and variance are of the global batch. x
+    [B, C, ...] → the same."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
-            raise ValueError(f"batch norm takes [B, C, ...], not {list(input.shape)}")
+            raise ValueError(f"batch norm takes [B, C, ...], not {list(input.shape)}; add the missing dimension")
 
     def forward(self, x: Tensor) -> Tensor:
-        if world()[1] == 1 or not self.training:
-            return super().forward(x)
+        self._check_input_dim(x)
+        if self.training:
+            self.num_batches_tracked.add_(1)
         with torch.autocast(x.device.type, enabled=False):
+            if world()[1] == 1 or not self.training:
+                return self._in_one_process(x)
             return self._over_processes(x if x.dtype == torch.float64 else x.float()).to(x.dtype)
+
+    def _in_one_process(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        # FSDP2 gathers weights in the compute dtype, and PyTorch's operation wants all four in one
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        share = self._share() if self.training else 0.0
+        return F.batch_norm(x, mean, variance, weight, bias, self.training, share, self.eps)
+
+    def _share(self) -> float:
+        """The share of this batch in the running statistics; without `momentum`, they are means over all batches."""
+        return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
 
     def _over_processes(self, x: Tensor) -> Tensor:
         others = [0, *range(2, x.ndim)]
-        count = torch.tensor([float(x.numel() // x.shape[1])], dtype=x.dtype, device=x.device)
+        count = torch.full((1,), float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
         totals = _Sum.apply(torch.cat([x.sum(others), count]))
         n = totals[-1].detach()
         shape = [1, -1] + [1] * (x.ndim - 2)
@@ -49,8 +66,7 @@ class BatchNorm(_BatchNorm):
         centred = x - mean.view(shape)
         variance = _Sum.apply(centred.square().sum(others)) / n
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            share = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+            share = self._share()
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
             self.running_var.lerp_((variance * (n / (n - 1))).to(self.running_var.dtype), share)
         scale = (variance + self.eps).rsqrt() * self.weight.to(x.dtype)

@@ -1,23 +1,25 @@
-"""What happens to an objective's transformer blocks before it is spread: activations recomputed in backward, and compilation."""
+"""Activation recomputation and compilation of an objective's blocks, before an engine wraps or shards it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pretrain.config import ConfigError
-from pretrain.models import fused
+from common.config import ConfigError
 from pretrain.models.layers import Backbone, Block
 from pretrain.objectives.base import Objective
-from pretrain.ops.products import onednn
 
+BACKEND = "inductor"
+GRAPHS_OF_A_NETWORK = 8
 aten = torch.ops.aten
-# what selective recomputation keeps: the results of matrix products and of attention; the cheap rest is computed again
+# selective recomputation keeps the results of matrix products and of attention, and computes the cheap rest again
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
@@ -26,32 +28,44 @@ KEPT = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._efficient_attention_forward.default,
 }
-if onednn is not None:
-    KEPT.add(onednn.default)
+KEPT_NAMES = {  # operations that exist only once their library is imported: attention by varlen, xformers and flex
+    "torch_attn._varlen_attn.default",
+    "xformers_flash.flash_fwd.default",
+    "xformers_flash3.flash_fwd.default",
+    "flex_attention",
+}
 
 
 def prepare(objective: Objective, recompute: Literal["none", "selective", "full"], compiled: bool) -> None:
-    """Set both up, in the order that works: recomputation, compilation, and then an engine's shards. Parameter names stay."""
+    """Set up recomputation, then compilation; an engine shards afterwards (other orders do not work). Parameter names
+    do not change."""
     if recompute == "none" and not compiled:
         return
     found = blocks_of(objective)
     if not found:
-        raise ConfigError("parallel.recompute, parallel.compile: this model has no blocks; take them out")
+        raise ConfigError(
+            "parallel.recompute, parallel.compile: this model has no blocks;"
+            " write parallel.recompute=none and parallel.compile=false"
+        )
+    if compiled:
+        _allow_graphs(objective)
     for block in found:
         trained = any(p.requires_grad for p in block.parameters())
         if recompute != "none" and trained:  # a teacher keeps no activations
             if any(isinstance(m, _BatchNorm) for m in block.modules()):
                 raise ConfigError(
-                    f"parallel.recompute = {recompute}: this model's batch norms would count every batch twice; write parallel.recompute=none"
+                    f"parallel.recompute = {recompute}: this model's batch norms would count every batch twice;"
+                    " write parallel.recompute=none"
                 )
             _recompute(block, recompute)
         if compiled:
-            block.compile()
+            block.compile(backend=BACKEND, dynamic=True)
 
 
 def blocks_of(objective: Objective) -> list[nn.Module]:
-    """Transformer blocks wherever they are, and the blocks of other backbones."""
+    """All transformer blocks of an objective, and the shard units of backbones without transformer blocks."""
     out: list[nn.Module] = [m for m in objective.modules() if isinstance(m, Block)]
     for body in objective.modules():
         if isinstance(body, Backbone):
@@ -59,18 +73,46 @@ def blocks_of(objective: Objective) -> list[nn.Module]:
     return out
 
 
+def _allow_graphs(objective: Objective) -> None:
+    """Raise torch's limit of graphs to what this objective needs; beyond it blocks would run uncompiled.
+
+    All blocks share one limit, since they share their code. `dynamic=True` lets one graph serve any number and size of
+    crops, but a student, its teacher and its Gram teacher have graphs of their own, and so have one list of sizes and
+    two, training and evaluation.
+    """
+    networks = sum(isinstance(module, Backbone) for module in objective.modules())
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_OF_A_NETWORK * networks)
+
+
+class GraphLog:
+    """Says when a step has made graphs: later ones show that blocks are compiled again, for which training stops."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.seen = say, counters["stats"]["unique_graphs"]
+
+    def __call__(self, step: int) -> None:
+        made = counters["stats"]["unique_graphs"]
+        if made > self.seen:
+            limit = torch._dynamo.config.recompile_limit
+            self.say(f"step {step}: torch.compile made {made - self.seen} graphs; {made} so far, the limit is {limit}")
+            self.seen = made
+
+
 def _recompute(block: nn.Module, how: str) -> None:
     inner = block.forward
     options: dict[str, Any] = {}
     if how == "selective":
-        inner = fused.switched_off()(inner)
         options = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
 
-    def forward(*args: Any, **kwargs: Any) -> Any:  # a function of ours: torch.compile passes over torch's own
+    def forward(
+        *args: Any, **kwargs: Any
+    ) -> Any:  # a function in our file: torch.compile skips functions of torch's files
         return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
 
     block.forward = forward  # type: ignore[method-assign]
 
 
 def _policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = operation in KEPT or str(operation) in KEPT_NAMES
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

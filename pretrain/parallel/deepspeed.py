@@ -1,7 +1,9 @@
-"""ZeRO (arXiv 1910.02054) by DeepSpeed: stage 1 cuts the optimizer's state, 2 the gradients too, 3 also the parameters.
+"""ZeRO (arXiv 1910.02054) with DeepSpeed. Stage 1 shards the optimizer state over the ranks, stage 2 also the
+gradients, stage 3 also the parameters.
 
-DeepSpeed wraps the objective and our own AdamW. Its checkpoints are not used: weights and optimizer state go through ours, under the same names as in
-every mode, so that a run may change the mode and the number of processes.
+DeepSpeed wraps the objective and our optimizer, but its checkpoint format is not used. Weights and optimizer state are
+saved under the same names as in every other mode, so a run can be resumed in another mode and with another number of
+processes.
 """
 
 from __future__ import annotations
@@ -14,70 +16,88 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from pretrain.config import ConfigError
-from pretrain.models.layers import Block, LayerScale
+from common.config import ConfigError
 from pretrain.objectives.base import Batch, Objective
-from pretrain.parallel.engine import Engine, Judge
-from pretrain.parallel.shards import whole
-from pretrain.recipe import Recipe
+from pretrain.ops.parameter_shards import whole
+from pretrain.parallel.engine import COMPUTE, Engine, Judge
+from pretrain.recipes.recipe import Recipe
+
+AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights autocast casts to the compute dtype
 
 
 def _import(device: torch.device) -> Any:
+    """Import DeepSpeed, configure it for the device, and return the module. Raises ConfigError if it is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError:
         raise ConfigError(
-            "parallel.mode = zero…: DeepSpeed is not installed; run pip install 'unlabeled[deepspeed]', or write parallel.mode=fsdp2"
+            "parallel.mode = zero…: DeepSpeed is not installed; run pip install 'unlabeled[deepspeed]',"
+            " or write parallel.mode=fsdp2"
         ) from None
-    if device.type == "cpu":  # an operation that it would compile for minutes at the start; gloo does the same
+    if device.type == "cpu":  # gloo replaces DeepSpeed's shared-memory collectives, which take minutes to compile
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message="`torch.distributed.* is deprecated", category=FutureWarning
-    )  # by DeepSpeed
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed warns of optimizers that it has not tested with ZeRO; our own tests cover them.
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     return deepspeed
 
 
+def _allocate(objective: nn.Module) -> None:
+    """Replace parameters and buffers on the meta device by uninitialised tensors in main memory. Nothing is written to
+    them before they are sharded, so the operating system does not provide any memory pages for them."""
+    made: dict[Tensor, nn.Parameter] = {}  # meta parameter → its replacement; several modules may share a parameter
+    for module in objective.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                made.setdefault(parameter, nn.Parameter(empty, parameter.requires_grad))
+                setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
 class Zero(Engine):
-    """`parallel.mode: zero1 | zero2 | zero3`. With stages 2 and 3 DeepSpeed reduces the gradients of every micro-batch."""
+    """`parallel.mode: zero1 | zero2 | zero3`. In stages 2 and 3 DeepSpeed reduces gradients over the ranks at every
+    micro-batch, in stage 1 only at the last one of a step."""
 
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device):
         self.stage = int(recipe.parallel.mode[-1])
         self.deepspeed = _import(device)
         super().__init__(objective, recipe, device)
         self.names = {p: name for name, p in objective.named_parameters() if p.requires_grad}
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        # (options, names of the parameters) of each parameter group. They are recorded here, because
+        # `deepspeed.initialize` replaces the parameters of the optimizer by one flat tensor per group.
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         members = [[self.names[p] for p in g["params"]] for g in self.optimizer.param_groups]
-        self.groups = list(
-            zip(groups, members, strict=True)
-        )  # as they were, before DeepSpeed puts flat tensors in their place
+        self.groups = list(zip(options, members, strict=True))
+        if self.stage == 3:
+            self._shard_parameters()
         self.module, *_ = self.deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=self._config(), dist_init_required=False
         )
-        self.zero = self.module.optimizer
+        self.zero = self.module.optimizer  # DeepSpeed's wrapper around our optimizer
+        # This rank's shard of the fp32 parameters, one flat tensor per parameter group.
         self.flat = (
             self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         )
         self._begin_states()
         self.mesh = dist.init_device_mesh(device.type, (self.world,), mesh_dim_names=("shard",))
-        self.verdict: Tensor | None = None
-        self.judge: Judge | None = None
-        self.optimizer.register_step_pre_hook(lambda *_: self._ask())
+        self.verdict: Tensor | None = None  # the result of `judge` in this step; None before it is called
+        self.judge: Judge | None = None  # the argument `judge` of the current `step`
+        self.optimizer.register_step_pre_hook(lambda *_: self._judge_once())
 
-    def spread(self) -> Any:
+    def wrap(self) -> Any:
         self.deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
-        for block in (
-            self.objective.modules()
-        ):  # a block reads its layer scales itself: the linear layers before them apply them
-            for part in block.children() if isinstance(block, Block) else ():
-                if isinstance(part, LayerScale):
-                    self.deepspeed.zero.register_external_parameter(block, part.gamma)
-        # autocast inside of DeepSpeed's call, which would switch off one around it: gradients and gathered weights stay in fp32
+        # DeepSpeed's forward disables an autocast that is entered around it, so autocast is entered inside. Gradients
+        # stay in fp32 this way.
         forward = self.objective.forward
 
         def in_compute_precision(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,12 +105,38 @@ class Zero(Engine):
                 return forward(batch, step)
 
         self.objective.forward = in_compute_precision  # type: ignore[method-assign]
-        return self.objective.to(self.device)
+        if self.stage < 3:
+            return self.objective.to(self.device)
+        _allocate(self.objective)
+        return self.objective
+
+    def _shard_parameters(self) -> None:
+        """Move the parameters to the device and shard them one by one, so that the whole objective is never on the
+        device of a rank. Frozen teachers are sharded, too. Ranks whose tensors hold no values get those of rank 0.
+        Collective: every rank must call it."""
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        for module in self.objective.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        for buffer in self.objective.buffers():
+            dist.broadcast(buffer, src=0)
+        self.deepspeed.zero.Init(module=self.objective, config_dict_or_path=self._config())
+        if self.precision == "fp32":
+            return
+        # Gather these weights in the compute dtype, which halves the traffic. Autocast would cast them to it anyway.
+        # Gradients are reduced in fp32.
+        for module in self.objective.modules():
+            if isinstance(module, AUTOCAST):
+                for parameter in module.parameters(recurse=False):
+                    parameter.comm_dtype = COMPUTE[self.precision]  # type: ignore[attr-defined]
 
     def _config(self) -> dict[str, Any]:
+        """The config that DeepSpeed takes."""
         zero: dict[str, Any] = {
             "stage": self.stage,
-            "stage3_param_persistence_threshold": 0,  # else small parameters stay gathered, and a teacher's stale
+            # 0: all parameters are sharded. Above 0, small parameters would stay gathered, and the EMA of a teacher
+            # would not update its small parameters.
+            "stage3_param_persistence_threshold": 0,
         }
         if self.recipe.parallel.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
@@ -105,12 +151,10 @@ class Zero(Engine):
         }
 
     def _begin_states(self) -> None:
-        """The optimizer's state as before the first step, so that a checkpoint can be read into it."""
+        """Create the optimizer state now rather than in the first step, so that a checkpoint can be loaded into it."""
         for flat in self.flat:
             if not self.optimizer.state[flat]:
-                step = torch.zeros((), dtype=torch.float32, device=flat.device)
-                moments = {key: torch.zeros_like(flat.detach()) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[flat] = {"step": step, **moments}
+                self.optimizer.state[flat] = self.optimizer.begin(flat)
         if self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -120,51 +164,62 @@ class Zero(Engine):
         return self.module(batch, step)
 
     def backward(self, loss: Tensor) -> None:
-        self.module.backward(loss)  # divides by the number of micro-batches
+        self.module.backward(loss)  # DeepSpeed divides the loss by the number of micro-batches
         if self.micro < self.accumulate:
-            self.module.step()  # it wants one for each micro-batch, and updates at the last only
+            self.module.step()  # must be called once per micro-batch; only the call after the last one updates weights
 
     def step(self, lr: float, weight_decay: float, judge: Judge | None = None) -> Tensor:
         self.set_rates(lr, weight_decay)
         self.verdict, self.judge = None, judge
         self.module.step()
         norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device).reshape(())
-        if self.verdict is None and judge:  # DeepSpeed has left the update out by itself: the norm is not finite
+        if self.verdict is None and judge:  # the norm is not finite, so DeepSpeed has not called the optimizer
             judge(norm)
         self.micro = 0
         return norm
 
-    def _ask(self) -> None:
-        """Before each of the optimizer's own steps (there is one for each flat tensor): when the norm is known and nothing has changed yet."""
+    def _judge_once(self) -> None:
+        """Hook before each `optimizer.step`, which DeepSpeed calls once per flat tensor. Before the first of these
+        calls in a step, when the norm is known and no parameter has been updated, call `judge` to decide whether the
+        update is skipped."""
         if self.verdict is None and self.judge is not None:
             norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device).reshape(())
             self.verdict = self.judge(norm)
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.found_inf = self.verdict  # type: ignore[attr-defined]
+        # `to`: with offload, the optimizer runs on the CPU.
+        self.optimizer.found_inf = None if self.verdict is None else self.verdict.to(self.flat[0].device)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        own = list(self.objective.parameters(recurse=False))
-        gathered = self.deepspeed.zero.GatheredParameters(own) if self.stage == 3 and own else contextlib.nullcontext()
+        # DeepSpeed's hooks gather the parameters of sub-modules. Those that the objective itself owns are gathered
+        # here.
+        direct = list(self.objective.parameters(recurse=False))
+        gathered = (
+            self.deepspeed.zero.GatheredParameters(direct) if self.stage == 3 and direct else contextlib.nullcontext()
+        )
         with gathered:
             return super().pictures(batch)
 
     # ------------------------------------------------ state
     def _rows(self, value: Tensor) -> DTensor:
-        """This process's rows of a tensor that all have, as FSDP2 cuts it."""
-        pieces = value.detach().chunk(self.world)
-        own = pieces[self.rank].clone() if self.rank < len(pieces) else value.new_empty(0, *value.shape[1:])
-        return DTensor.from_local(own, self.mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
+        """This rank's shard of a replicated tensor along dimension 0, as a DTensor with the layout of FSDP2."""
+        chunks = value.detach().chunk(self.world)
+        shard = chunks[self.rank].clone() if self.rank < len(chunks) else value.new_empty(0, *value.shape[1:])
+        return DTensor.from_local(
+            shard, self.mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride()
+        )
 
     def state_dict(self) -> dict[str, Any]:
         model: dict[str, Any] = {}
         for name, value in self.objective.state_dict(keep_vars=True).items():
-            cut = self.stage == 3 and isinstance(value, torch.nn.Parameter)
-            model[name] = self._rows(whole(value)) if cut else value.detach()
-        full = self.deepspeed.utils.safe_get_full_optimizer_state
-        steps = self.optimizer.state[self.flat[0]]["step"]
+            sharded = self.stage == 3 and isinstance(value, torch.nn.Parameter)
+            model[name] = self._rows(whole(value)) if sharded else value.detach()
+        # `shaped`: names of the entries of the optimizer state that have the shape of the parameter. All other entries
+        # are scalars that are equal for all parameters.
+        full, shaped = self.deepspeed.utils.safe_get_full_optimizer_state, self.optimizer.state_names
+        scalars = {key: value for key, value in self.optimizer.state[self.flat[0]].items() if key not in shaped}
         state = {
-            name: {"step": steps.clone(), **{key: self._rows(full(p, key)) for key in ("exp_avg", "exp_avg_sq")}}
+            name: {key: value.clone() for key, value in scalars.items()}
+            | {key: self._rows(full(p, key)) for key in shaped}
             for p, name in self.names.items()
         }
         groups = [{**options, "params": names} for options, names in self.groups]
@@ -175,19 +230,23 @@ class Zero(Engine):
         tools = self.deepspeed.utils
         for name, target in self.objective.state_dict(keep_vars=True).items():
             value = whole(state["model"][name])
-            if hasattr(target, "ds_tensor"):
-                piece = target.ds_tensor
-                padded = value.new_zeros(piece.numel() * self.world)
+            if hasattr(
+                target, "ds_tensor"
+            ):  # ZeRO-3: `ds_tensor` is this rank's shard of the flattened, padded parameter
+                shard = target.ds_tensor
+                padded = value.new_zeros(shard.numel() * self.world)
                 padded[: value.numel()] = value.reshape(-1)
-                piece.copy_(padded.view(self.world, -1)[self.rank])
+                shard.copy_(padded.view(self.world, -1)[self.rank])
             else:
                 target.copy_(value)
             if target in self.names:
                 tools.safe_set_full_fp32_param(target, value)
         saved = state["optimizer"]["state"]
+        shaped = self.optimizer.state_names
         for p, name in self.names.items():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in shaped:
                 tools.safe_set_full_optimizer_state(p, whole(saved[name][key]), key)
-        for flat in self.flat:
-            self.optimizer.state[flat]["step"].copy_(next(iter(saved.values()))["step"])
+        for key, value in next(iter(saved.values())).items():
+            for flat in self.flat if key not in shaped else ():
+                self.optimizer.state[flat][key].copy_(value)
         self.scale.load_state_dict(state["scale"])

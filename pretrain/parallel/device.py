@@ -1,39 +1,81 @@
-"""The device that a run computes on: which one, how its memory is kept, and which precision is faster on it."""
+"""The device that a run computes on: its choice, its threads and memory, and which precision is faster on it."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import ctypes
+import os
 import time
 
 import torch
 
-from pretrain.config import ConfigError
+from common.config import ConfigError
+from common.process_pool import cores
+from common.untrusted import is_number
 from pretrain.objectives.base import Batch, Objective
 
 
-def pick_device(name: str) -> torch.device:
+def scoring_device(asked: str, trainer: str) -> str:
+    """The device, as a name for `pick_device`, of a process that scores beside a trainer: `eval.device`, where auto is
+    the CPU if the trainer's `device` is an accelerator, whose memory the training may need."""
+    if asked != "auto":
+        return asked
+    beside = trainer if trainer != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return "auto" if beside == "cpu" else "cpu"
+
+
+def pick_device(name: str, mode: str = "single", key: str = "device") -> torch.device:
+    """The device of this process: what `device` of the recipe names, or in any `parallel.mode` but single the GPU of its
+    LOCAL_RANK. Raises ConfigError.
+
+    It becomes the current device before anything is allocated: an allocation creates a CUDA context on the current
+    device, and the contexts of all ranks would take about half a GB each of GPU 0.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and mode != "single":
+            device = torch.device("cuda", _own_gpu())
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device = {name!r}: cannot be used here ({str(error).splitlines()[0]}); write device=cpu or device=auto"
+            f"{key} = {name!r}: cannot be used here ({str(error).splitlines()[0]}); write {key}=cpu or {key}=auto"
         ) from None
     return device
 
 
-def keep_freed_memory() -> None:
-    """Let the C library (glibc) keep what tensors free for the next ones, as CUDA's allocator does.
+def _own_gpu() -> int:
+    """LOCAL_RANK, the number of this process on its machine. Raises ConfigError if there are too few GPUs."""
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if 0 < count <= index:
+        raise ConfigError(
+            f"process {index} of this machine (LOCAL_RANK, from 0) has no GPU of its own: {count} can be seen;"
+            f" start {count} processes, or write device=cpu"
+        )
+    return index
 
-    It returns large blocks to the system by default, which zeroes each page again when it is next needed: 2 to 6 % of a CPU step, 25 % when busy.
-    Call it before the model is built, so that the weights lie in that memory, too.
+
+def threads(processes: int = 1) -> int:
+    """Threads for one of `processes` on this machine: OMP_NUM_THREADS if it is set, else an equal share of the usable
+    cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if is_number(asked) and int(asked):
+        return int(asked)
+    return max(1, cores() // processes)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library (glibc) keep freed memory for later tensors, as CUDA's caching allocator does.
+
+    By default it returns large blocks to the system, which zeroes each page again at its next use: 2 to 6 % of a CPU
+    step, 25 % on a busy machine. Call it before the model is built, so that the weights are in such memory, too.
     """
     trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library: nothing to set
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, -1)
         mallopt(most_mappings, 0)
@@ -47,21 +89,39 @@ def bf16_possible(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported()
 
 
-def faster_precision(objective: Objective, batch: Batch, device: torch.device, repeats: int = 3) -> str:
-    """ "bf16" where the device has it and a forward and backward of this objective on this batch is faster with it, else "fp32".
+def set_tf32(allowed: bool) -> None:
+    """Whether GPUs may round the inputs of fp32 matrix products and convolutions to TF32, which has 10 bits of mantissa.
 
-    Measured on a copy, so that the objective stays as it was; the shortest of `repeats` after one to warm up. Accelerators are not timed.
+    The engine allows it unless `precision` is fp32: where bf16 (7 bits) or fp16 (10 bits) is precise enough for most
+    products, TF32 is for the rest (losses outside of autocast, Gram matrices, logits), and about seven times as fast as
+    fp32. By default torch allows it in convolutions only.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def precision_of(device: torch.device) -> str | None:
+    """What `precision: auto` becomes on a device, known before anything is built: bf16 on an accelerator that has it,
+    fp32 on any device that does not.
+
+    None for a CPU with bf16, where `faster_precision` has to measure.
     """
     if not bf16_possible(device):
         return "fp32"
-    if device.type != "cpu":
-        return "bf16"
+    return None if device.type == "cpu" else "bf16"
+
+
+def faster_precision(objective: Objective, batch: Batch, repeats: int = 3) -> str:
+    """ "bf16" if forward and backward of this objective on this batch are faster with it on this CPU, else "fp32".
+
+    Measured on a copy, so that the objective does not change: the shortest of `repeats` runs after one warm-up.
+    """
     trial, seconds = copy.deepcopy(objective), {}
     for precision in ("fp32", "bf16"):
         times = []
         for _ in range(1 + repeats):
             start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 loss, _ = trial(batch, 0)
             loss.backward()
             times.append(time.perf_counter() - start)

@@ -1,88 +1,59 @@
-"""Engine: how an objective runs on its processes and devices: precision, accumulation, gradients, the optimizer's step, and its state.
+"""Engine: how an objective runs on its processes and devices: precision, accumulation, gradients, the optimizer's step,
+state dicts.
 
-The loop and the objectives know nothing of it; a new way to spread a run is a class with these methods. `build` makes the one that
-`parallel.mode` names: here one process, copies on all (DDP), and pieces on all (FSDP2, HSDP); `deepspeed.py` has ZeRO.
+The training loop and the objectives do not depend on the mode; a new mode is a subclass with these methods. `modes.py`
+maps `parallel.mode` to a class: here are one process (Engine) and replicas (DDP); `fsdp2.py` and `deepspeed.py` shard.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.config import ConfigError
+from common.config import ConfigError
+from pretrain import kernels
 from pretrain.objectives.base import Batch, Objective
-from pretrain.optim import make_optimizer
-from pretrain.parallel import blocks, processes, rules
-from pretrain.parallel.scale import LossScale
-from pretrain.parallel.shards import local, whole_state
-from pretrain.recipe import Recipe
+from pretrain.ops.parameter_shards import local, whole_state
+from pretrain.optim.groups import make_optimizer
+from pretrain.parallel import blocks, processes
+from pretrain.parallel.device import set_tf32
+from pretrain.parallel.loss_scale import LossScale
+from pretrain.recipes.recipe import Recipe
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Judge = Callable[[Tensor], Tensor]
+Judge = Callable[[Tensor], Tensor]  # gradient norm → a scalar on the device; 1.0 skips the update
 
 
 def accumulation(recipe: Recipe, couples_batch: bool, world: int = 1) -> int:
-    """Micro-batches per step, from the global batch and the largest micro-batch that fits a process."""
+    """Micro-batches per step and rank: data.batch / (world · parallel.micro_batch), 1 without the latter. Raises
+    ConfigError."""
     batch, micro = recipe.data.batch, recipe.parallel.micro_batch
     if micro is None:
         return 1
     if micro < 1 or batch % (world * micro):
+        each = max(1, batch // world)
+        fit = next((n for n in range(min(micro, each), 0, -1) if batch % (world * n) == 0), None)
         raise ConfigError(
-            f"parallel.micro_batch = {micro}: data.batch = {batch} over {world} processes does not divide into it"
+            f"parallel.micro_batch = {micro}: data.batch = {batch} over {world} processes does not divide into micro-batches;"
+            f" write parallel.micro_batch={'null' if micro > each or fit is None else fit}"
         )
     count = batch // (world * micro)
     if count > 1 and couples_batch and not recipe.parallel.accumulate_coupled:
         raise ConfigError(
-            f"parallel.micro_batch = {micro}: the loss of {recipe.objective.name} couples the samples of a batch, so {count} micro-batches are not"
-            f" one batch of {batch}; leave micro_batch out, or write parallel.accumulate_coupled=true if that is what you want"
+            f"parallel.micro_batch = {micro}: the loss of {recipe.objective.name} couples the samples of a batch, so"
+            f" {count} micro-batches are not equal to one batch of {batch}; write parallel.micro_batch=null, or"
+            " parallel.accumulate_coupled=true if that is what you want"
         )
     return count
-
-
-def build(objective: Objective, recipe: Recipe, device: torch.device) -> Engine:
-    """The engine of `parallel.mode`. The objective has the weights that its seed gives, the same on every process and in every mode."""
-    rules.check(recipe, processes.world())
-    mode = recipe.parallel.mode
-    if mode.startswith("zero"):
-        from pretrain.parallel.deepspeed import Zero  # not installed everywhere
-
-        return Zero(objective, recipe, device)
-    return {"single": Engine, "ddp": DDP, "fsdp2": FSDP2}[mode](objective, recipe, device)
-
-
-def starts_empty(recipe: Recipe) -> bool:
-    """Whether this process may build the objective without weights: where each gets its piece of them from process 0, a machine's main memory does
-    not have to hold all weights once for each of its devices. An `auto` precision on CPU is measured with weights."""
-    return processes.rank() > 0 and _from_first(recipe)
-
-
-def _from_first(recipe: Recipe) -> bool:
-    measures = recipe.precision == "auto" and not torch.cuda.is_available()
-    return recipe.parallel.mode == "fsdp2" and processes.world() > 1 and not measures
 
 
 class Engine:
@@ -94,34 +65,44 @@ class Engine:
         self.accumulate = accumulation(recipe, objective.couples_batch, self.world)
         self.precision, self.clip, self.micro = recipe.precision, recipe.optim.clip, 0
         self.scale = LossScale(device, self.precision == "fp16")
+        set_tf32(self.precision != "fp32")
         self.objective = objective
+        # lines for the log: which kernels were chosen
+        self.notes = kernels.apply(objective, device, recipe.parallel.attention, COMPUTE[self.precision])
         blocks.prepare(objective, recipe.parallel.recompute, recipe.parallel.compile)
-        self.module = self.spread()  # what is called in the objective's place
+        self.module = self.wrap()
         self.optimizer = make_optimizer(objective, recipe.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def spread(self) -> Any:
+    def wrap(self) -> Any:
+        """Move the objective to the device and wrap it for `parallel.mode`. Returns the module to call in its place."""
         return self.objective.to(self.device)
 
     def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
-        """Around forward and backward of one micro-batch; gradients cross processes on the last only."""
+        """Context around forward and backward of one micro-batch; gradients are reduced over ranks in the last one
+        only."""
         return contextlib.nullcontext()
 
     def seed(self, step: int) -> None:
-        """Dropout and drop path are drawn anew for each step, micro-batch and process, and a resumed run draws the same."""
+        """Seed dropout and drop path from (seed, step, micro-batch, rank), so that a resumed run draws the same
+        numbers."""
         words = np.random.SeedSequence([self.recipe.seed, step, self.micro, self.rank]).generate_state(2)
         torch.manual_seed(int(words[0]) << 32 | int(words[1]))
         self.micro += 1
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective's loss and logs, in the compute precision."""
+        """(loss, logs) of the objective, computed in the run's precision."""
         self.seed(step)
         with self.autocast():
             return self.module(batch, step)
 
     def micro_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """A step's micro-batches. Where the loss is a mean over targets whose number varies, all are fetched first, and each gets `count`: the mean of
-        these numbers over micro-batches and processes, so that the mean of the losses is the mean over the targets of the global batch."""
+        """The micro-batches of a step.
+
+        If the number of targets varies (`Objective.counted`), all micro-batches are fetched first, and each gets
+        "count": the mean number of targets over micro-batches and ranks. The mean of the micro-batches' losses is then
+        the mean over the targets of the global batch.
+        """
         if self.objective.counted is None:
             yield from batches
             return
@@ -134,22 +115,24 @@ class Engine:
         return torch.autocast(self.device.type, COMPUTE[self.precision], enabled=self.precision != "fp32")
 
     def backward(self, loss: Tensor) -> None:
-        self.scale.up(loss / self.accumulate).backward()
+        self.scale.scale_loss(loss / self.accumulate).backward()
 
     def step(self, lr: float, weight_decay: float, judge: Judge | None = None) -> Tensor:
-        """Clip, update, zero the gradients; the global gradient norm before clipping, still on the device.
+        """Clip, update and zero the gradients. Returns the global gradient norm before clipping, a scalar on the
+        device.
 
-        `judge` gets the norm, and where its answer (a scalar on the device) is 1.0, weights and optimizer state stay as they are.
+        `judge(norm)` returns a scalar on the device; 1.0 skips the update (it is passed on to the optimizer as
+        `found_inf`).
         """
         self.set_rates(lr, weight_decay)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         pieces = [local(g) for g in gradients]
-        self.scale.down(pieces)
+        self.scale.unscale(pieces)
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        norm = norm.to(self.device)  # of offloaded gradients it is not there
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.found_inf = judge(norm) if judge else None  # type: ignore[attr-defined]  # fused optimizers look for it
+        norm = norm.to(self.device)  # the norm of offloaded gradients is on the CPU
+        # a blocking copy with offload: the optimizer's own is asynchronous, and it would read the value before it is there
+        self.optimizer.found_inf = judge(norm).to(local(self.parameters[0]).device) if judge else None
         self.scale.adapt(norm)
         if self.clip is not None:
             factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -164,17 +147,26 @@ class Engine:
             group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["wd_scale"]
 
     @torch.no_grad()
+    def validate(self, batches: Iterable[Batch], step: int) -> Tensor:
+        """The mean loss of this rank's held-out micro-batches, a scalar on the device. Collective: every rank calls it
+        between two steps."""
+        losses = [self.forward(batch, step)[0].float() for batch in self.micro_batches(batches)]
+        self.micro = 0
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """The objective's pictures of a batch; all processes call it."""
+        """The objective's pictures of a batch. Collective: every rank must call it."""
         with self.autocast():
             return self.objective.pictures(batch)
 
     def encoder_states(self) -> dict[str, dict[str, Tensor]]:
-        """The whole weights of each encoder that is exported, in main memory on process 0, nothing on others; all processes call it."""
-        return {name: whole_state(body, self.rank == 0) for name, body in self.objective.encoders().items()}
+        """{export's name: the encoder's full state dict in main memory} on rank 0, empty dicts elsewhere. Collective:
+        every rank must call it."""
+        return {name: whole_state(one.backbone, self.rank == 0) for name, one in self.objective.exports().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer state by parameter name, ready for DCP: the same keys in every mode."""
+        """Weights and optimizer state by parameter name, for DCP; the keys are the same in every mode."""
         model, optimizer = get_state_dict(self.objective, self.optimizer)
         return {"model": model, "optimizer": optimizer, "scale": self.scale.state_dict()}
 
@@ -186,67 +178,18 @@ class Engine:
 
 
 class DDP(Engine):
-    """Every process has all weights, and gradients are averaged while the backward goes on."""
+    """Every rank has all weights; gradients are all-reduced during backward."""
 
-    def spread(self) -> DistributedDataParallel:
+    def wrap(self) -> DistributedDataParallel:
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # buffers need no broadcast: batch norm's are computed from all processes' samples
+        # buffers need no broadcast: our batch norm computes them from the samples of all ranks
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.14
-        return DistributedDataParallel(self.objective.to(self.device), device_ids=ids, **{name: False})
+        options: dict[str, Any] = {name: False}
+        return DistributedDataParallel(
+            self.objective.to(self.device), device_ids=ids, gradient_as_bucket_view=True, **options
+        )
 
     def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
-        # around the forward, too, or it has no effect
+        # no_sync has an effect only if it is also around the forward
         return contextlib.nullcontext() if last else self.module.no_sync()
-
-
-class FSDP2(Engine):
-    """Every process has a piece of each parameter, gathered unit by unit when it is needed; with `parallel.replicate` pieces are cut within a group (HSDP)."""
-
-    def spread(self) -> FSDPModule:
-        parallel, kind = self.recipe.parallel, self.device.type
-        shape: tuple[int, ...] = (self.world,)
-        names: tuple[str, ...] = ("shard",)
-        if parallel.replicate > 1:
-            shape, names = (parallel.replicate, self.world // parallel.replicate), ("replicate", "shard")
-        mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=names)
-        # autocast does what it does in the other modes; here, beside it, weights cross processes in the compute type
-        compute = COMPUTE[self.precision]
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # with a type to reduce in, PyTorch asks for gradients of units that were not called, as an average's are not in training
-        no_gradients = MixedPrecisionPolicy(param_dtype=compute, cast_forward_inputs=False)
-        offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if parallel.offload else OffloadPolicy()
-        from_first = _from_first(self.recipe)
-        given = self.objective.state_dict() if from_first and self.rank == 0 else {}
-        units = self.objective.shard_units()
-        kept = set()
-        if parallel.frozen == "replicated":
-            frozen = [u for u in units[:-1] if not any(p.requires_grad for p in u.parameters())]
-            units = [u for u in units if u not in frozen]
-            kept = {p for u in frozen for p in u.parameters()}
-        # nothing of ours changes one in place
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        for unit in units:
-            # resharded after forward even where it is the root: a teacher has no backward that would do it
-            fully_shard(
-                unit,
-                mesh=mesh,
-                mp_policy=policy if any(p.requires_grad for p in unit.parameters()) else no_gradients,
-                offload_policy=offload,
-                reshard_after_forward=True,
-                ignored_params=kept,
-            )
-        if any(p.is_meta for p in self.objective.parameters()):
-            self.objective.to_empty(device="cpu" if parallel.offload else self.device)
-        for tensor in (*kept, *self.objective.buffers()):
-            tensor.data = tensor.data.to(self.device)
-        if from_first:  # tensor by tensor, so that only process 0 ever holds all of them
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_model_state_dict(self.objective, given, options=options)
-        register_fsdp_forward_method(self.objective, "pictures")
-        return self.objective  # type: ignore[return-value]
-
-    def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
-        self.module.set_requires_gradient_sync(last)
-        self.module.set_is_last_backward(last)
-        return contextlib.nullcontext()

@@ -1,6 +1,7 @@
-"""The processes of a run: how they find each other, and how they agree.
+"""The processes of a run: the process group, and small exchanges of Python objects and numbers between ranks.
 
-torchrun, the local launcher or a cluster's job starts each with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without these there is one.
+torchrun, the local launcher or a cluster's job starts each process with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Without these variables the run has one process.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import UserError
+from common.errors import UserError
 from pretrain.parallel import timeouts
 
 T = TypeVar("T")
+_patient: dist.ProcessGroup | None = None  # the group of `on_rank_0`; None: the default group
 
 
 def rank() -> int:
@@ -27,38 +29,47 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def here() -> int:
-    """How many of the run's processes are on this machine."""
+def local_world() -> int:
+    """The number of the run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
-def start(mode: str, device: torch.device) -> torch.device:
-    """Join the others, where `parallel.mode` is for several; the device of this process."""
+def start(mode: str, device: torch.device, retry: float = 0.0) -> torch.device:
+    """Join the process group, unless `parallel.mode` is single. Returns `device`, that of this process.
+
+    `retry`: seconds for which a rank asks a store again, while the others wait for it.
+    """
     if mode == "single":
         return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    timeouts.set_long(retry)
     alone: dict[str, Any] = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=rank(),
         world_size=world(),
-        timeout=timeouts.FIRST,
+        timeout=timeouts.long(),
         device_id=device if device.type == "cuda" else None,
         **alone,
     )
+    global _patient
+    _patient = timeouts.patient_group()
     return device
 
 
 def stop() -> None:
-    """Leave the group, when all have come to their end."""
+    """Destroy the process group, at the end of the run."""
+    global _patient
     if dist.is_initialized():
         dist.destroy_process_group()
+    _patient = None
 
 
-def first(ask: Callable[[], T]) -> T:
-    """What process 0 finds, on all of them; an error of its is theirs."""
+def on_rank_0(ask: Callable[[], T]) -> T:
+    """Run `ask` on rank 0 and broadcast the result; an exception there is raised on every rank. Collective: every rank
+    must call it.
+
+    The other ranks wait in a group whose time-out stays long, because rank 0 may read or write for minutes (an export).
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return ask()
     box: list[Any] = [None, None]
@@ -68,21 +79,21 @@ def first(ask: Callable[[], T]) -> T:
         except UserError as error:
             box[1] = error
         except Exception:
-            box[1] = RuntimeError(f"on process 0: {traceback.format_exc()}")
-    dist.broadcast_object_list(box, src=0)
+            box[1] = RuntimeError(f"on rank 0: {traceback.format_exc()}")
+    dist.broadcast_object_list(box, src=0, group=_patient)
     if box[1] is not None:
-        raise common(box[1]) if isinstance(box[1], UserError) else box[1]
+        raise raised_by_all(box[1]) if isinstance(box[1], UserError) else box[1]
     return box[0]
 
 
-def common(error: UserError) -> UserError:
-    """An error that all processes raise: process 0 says it."""
-    error.said = rank() > 0
+def raised_by_all(error: UserError) -> UserError:
+    """Mark an error that every rank raises, so that only rank 0 prints it."""
+    error.printed_by_rank_0 = rank() > 0
     return error
 
 
 def gather(mine: T) -> list[T]:
-    """What each process has, in the order of their ranks, on all of them."""
+    """All-gather Python objects: a list of every rank's `mine` in rank order, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [mine]
     out: list[Any] = [None] * dist.get_world_size()
@@ -91,7 +102,7 @@ def gather(mine: T) -> list[T]:
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over processes."""
+    """The mean of a tensor over all ranks. May change `values` in place."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
         values = values / dist.get_world_size()
@@ -99,26 +110,25 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 
 
 class Agreement:
-    """Whether any process has raised its flag, without waiting for it: the answer is that of the call before."""
+    """One integer per rank and step, all-reduced to the maximum while the ranks compute: it tells all of them that one
+    wants to stop."""
 
     def __init__(self) -> None:
         self.many = dist.is_initialized() and dist.get_world_size() > 1
-        # its own group on gloo: the flags stay in main memory, and no message of the training comes between them
+        # a gloo group of its own: the number stays in main memory, and collectives of the training do not interleave
         self.group = timeouts.patient_group() if self.many else None
-        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.largest = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
 
-    def any(self, mine: bool) -> bool:
-        if not self.many:
-            return mine
-        answer = self.settle()
-        self.flag = torch.tensor([int(mine)], dtype=torch.int32)
-        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
-        return answer
+    def tell(self, mine: int) -> None:
+        """Start the all-reduce of this rank's number. Collective: every rank calls it once in each step."""
+        self.largest = torch.tensor([mine], dtype=torch.int32)
+        if self.many:
+            self.pending = dist.all_reduce(self.largest, dist.ReduceOp.MAX, self.group, async_op=True)
 
-    def settle(self) -> bool:
-        """Wait for the question that is still out; its answer."""
+    def answer(self) -> int:
+        """Wait for the all-reduce that `tell` has started; the largest number of all ranks."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
-        return bool(self.flag.item())
+        return int(self.largest.item())

@@ -1,7 +1,8 @@
-"""How long a collective may take: long until the first step is done (data, compilation and connections are cold), short after it.
+"""Time-outs of collectives: long until the first step is done (data, compilation and connections are cold), short after
+it.
 
-A process that waits longer ends with an error that names itself and its step, where the backend raises (gloo); NCCL's calls return at once, so there
-the process group's own watchdog ends the process and names it in its log.
+With gloo, a rank that waits longer ends with an error that names its rank and step. NCCL calls return at once, so there
+the watchdog of the process group ends the process and names the rank in its log.
 """
 
 from __future__ import annotations
@@ -13,41 +14,58 @@ from datetime import timedelta
 import torch.distributed as dist
 
 FIRST = timedelta(minutes=30)
-_HANGS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
+_long = FIRST  # of all groups until the first step is done, and of patient groups
+_TEXTS_OF_HANGS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 _patient: set[dist.ProcessGroup] = set()
 
 
+def set_long(retry: float) -> None:
+    """Make the long time-out half an hour, or twice the `retry` seconds for which a rank asks a store again, whichever
+    is more."""
+    global _long
+    _long = max(FIRST, 2 * timedelta(seconds=retry))
+
+
+def long() -> timedelta:
+    """The time-out of all process groups until the first step is done, and of patient ones."""
+    return _long
+
+
 def patient_group() -> dist.ProcessGroup:
-    """A gloo group of all processes whose time-out stays long: for saves, where one process may write for minutes."""
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=FIRST)  # type: ignore[assignment]
+    """A gloo group of all ranks whose time-out stays long: for saves and exports, where one rank may write for
+    minutes."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_long)  # type: ignore[assignment]
     _patient.add(group)
     return group
 
 
 def shorten(seconds: float) -> None:
-    """Set the time-out of all process groups but patient ones, after the first step; nothing where there are none.
+    """Set the time-out of all process groups except patient ones, after the first step. Does nothing without process
+    groups.
 
-    Before it the long one holds: `dist.init_process_group(..., timeout=timeouts.FIRST)`.
+    Until then the groups have the time-out that they were created with, `long()`.
     """
     if dist.is_available() and dist.is_initialized():
         for group in dist.distributed_c10d._world.pg_map:
             if group not in _patient:
-                dist.set_timeout(timedelta(seconds=seconds), group)
+                group.set_timeout(timedelta(seconds=seconds))  # dist.set_timeout is new in torch 2.14
 
 
 class CollectiveError(RuntimeError):
-    """A collective that another process never joined, or left by dying."""
+    """A collective failed because another rank died or did not join it in time."""
 
 
 @contextlib.contextmanager
 def at_step(step: int) -> Iterator[None]:
-    """Around a step: an error of a collective inside it says which process waited, and at which step."""
+    """Around a step: turn an error of a collective inside it into a CollectiveError that names the rank and the
+    step."""
     try:
         yield
     except RuntimeError as error:  # torch's DistBackendError is one, too
         text = " ".join(str(error).split())
-        if dist.is_available() and dist.is_initialized() and any(word in text.lower() for word in _HANGS):
+        if dist.is_available() and dist.is_initialized() and any(word in text.lower() for word in _TEXTS_OF_HANGS):
             raise CollectiveError(
-                f"process {dist.get_rank()} of {dist.get_world_size()} waited at step {step} for one that did not come: {text[:300]}"
+                f"rank {dist.get_rank()} of {dist.get_world_size()}: a collective failed at step {step}; another rank died or is"
+                f" stuck (see its log): {text[:300]}"
             ) from error
         raise

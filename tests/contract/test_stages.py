@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import recipe
-from pretrain.export import load as load_export
+from pretrain.contract import VIT
+from pretrain.interchange.export import load as load_export
+from pretrain.recipes import recipe
 from pretrain.train import train
 from tests.conftest import TINY, unlabeled
 from tests.contract.test_recipes import RUN_SIZES
@@ -68,7 +69,7 @@ def test_pretrain_gram_highres_distil(shards: Path, tmp_path: Path):
 @pytest.mark.parametrize("model", ["vit", "resnet_micro"])
 def test_a_backbone_is_continued_on_two_processes(model: str, shards: Path, tmp_path: Path):
     """Pieces on two processes, of which the second starts without weights, train as one process does: parameters and batch norm's statistics."""
-    own = [f"model={model}", *(TINY[1:6] if model == "vit" else [])]
+    own = [f"model={model}", *(VIT[1:] if model == "vit" else [])]
     common = [o for o in options(shards, tmp_path / "first") if not o.startswith(("model", "run="))]
     small = [*own, "objective.head_hidden=64", "objective.head_outputs=32", "optim.lr=1e-3"]
     train(recipe.load("demo", [*common, *small, f"run={tmp_path / 'first'}"]))
@@ -83,3 +84,10 @@ def test_a_backbone_is_continued_on_two_processes(model: str, shards: Path, tmp_
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    one, two = (
+        (tmp_path / name / "log.txt").read_text().rpartition(": trained on ")[2].splitlines()[0]
+        for name in ("one", "two")
+    )
+    assert one == two and one.endswith(
+        "samples without an image were skipped 0 times; 0 were damaged and replaced by neighbours"
+    )

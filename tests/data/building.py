@@ -8,8 +8,8 @@ from typing import Any
 
 import webdataset
 
-from data_pipeline.build import build
-from data_pipeline.sources import Options
+from data_pipeline.build.build_shards import build
+from data_pipeline.build.sources import Options
 
 
 def quiet(_: str) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline.cache import MARK, Cache
-from data_pipeline.storage import DataError
+from common.errors import DataError
+from data_pipeline.shards.samples import Samples
+from data_pipeline.storage.cache import SUBFOLDER, Cache
+from data_pipeline.stream.stream import Reading, Stream
 from tests.tars import jpeg, write_tar
 
 
@@ -29,7 +32,7 @@ def test_a_folder_with_the_only_copy_of_the_data_is_safe(tmp_path: Path):
         cache.write("set", 16 * n, 16, bytes(100), next_use=n)
     cache.drop("set", 0)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    assert all(name.startswith(MARK) for name in files(tmp_path) - before.keys())
+    assert all(name.startswith(SUBFOLDER) for name in files(tmp_path) - before.keys())
 
 
 def test_what_is_needed_last_goes_first_and_the_limit_holds(tmp_path: Path):
@@ -41,7 +44,7 @@ def test_what_is_needed_last_goes_first_and_the_limit_holds(tmp_path: Path):
     kept = {int(p.name.split("-")[0]) // 10 for p in tmp_path.rglob("*-10")}
     assert sorted(uses[n] for n in kept) == list(range(10))  # the ten that are needed next
     soon = min(kept, key=lambda n: uses[n])
-    cache.used_again("set", 10 * soon, 10_000)
+    cache.set_next_use("set", 10 * soon, 10_000)
     cache.write("set", 9990, 10, bytes(100), 5)
     assert cache.covers("set", 10 * soon, 1) == [] and cache.covers("set", 9990, 1) == [(9990, 10)]
     cache.write("set", 99990, 10, bytes(2000), 0)  # larger than all
@@ -61,7 +64,7 @@ def test_ranges_are_put_together_and_gaps_are_seen(tmp_path: Path):
 
 def test_the_next_process_finds_it_and_a_living_one_keeps_it_to_itself(tmp_path: Path):
     code = f"""
-from data_pipeline.cache import Cache
+from data_pipeline.storage.cache import Cache
 cache = Cache({str(tmp_path)!r}, 10_000)
 cache.write("set", 0, 16, b"x" * 50, 0)
 print(cache.folder.name, flush=True)
@@ -72,7 +75,7 @@ input()
     assert Cache(tmp_path, 10_000).folder.name == "1"
     child.kill()
     child.wait()
-    (tmp_path / MARK / "0" / "set" / "16-16.123.partial").write_bytes(b"half")
+    (tmp_path / SUBFOLDER / "0" / "set" / "16-16.123.partial").write_bytes(b"half")
     taken = Cache(tmp_path, 10_000)
     assert taken.folder.name == "0" and taken.read("set", 0, 16) == b"x" * 50 and taken.used == 50
     assert not list(tmp_path.rglob("*.partial"))
@@ -91,10 +94,31 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path: Path):
             held = [n for n in range(40) if cache.covers("set", 16 * n, 16)]
             assert 0 < len(held) < 10
             assert all(cache.read("set", 16 * n, 16) == bytes(8192) for n in held)
-            os.close(cache._held)
+            os.close(cache._lock_fd)
         finally:
             subprocess.run(["umount", mount], check=True)
     with pytest.raises(
         DataError, match=r"data.fetch.cache = '/proc/x': cannot be used .*; name a folder on a local disk"
     ):
         Cache("/proc/x", 1000)
+
+
+def test_a_disk_that_turns_read_only(shards: Path, tmp_path: Path):
+    """The bytes come from where they were; a stream that waits for ever would end by the test's time-out."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30k", "tmpfs", str(disk)], check=True)
+    try:
+        reading = Reading(workers=0, ahead_mb=0.01, cache=str(disk), cache_gb=1)
+        held = Stream(
+            Samples([str(shards)]), lambda sample, rng: {"slot": np.int64(sample["slot"])}, 12, reading=reading
+        )
+        plain = Stream(Samples([str(shards)]), lambda sample, rng: {"slot": np.int64(sample["slot"])}, 12, workers=0)
+        for step in range(20):
+            if step == 3:
+                while subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
+                    time.sleep(0.05)  # a file is being written
+            assert np.array_equal(next(held)["id"], next(plain)["id"])
+        held.close()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import demo_data
-from data_pipeline.storage import DataError
+from common.errors import DataError
+from data_pipeline.build import demo_images, demo_text
+from launch.demo import demo
 
-MEMBER = demo_data.MEMBER
+MEMBER = demo_images.MEMBER
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -63,7 +64,7 @@ def apt(tmp_path, monkeypatch):
     (folder / "cp").symlink_to(shutil.which("cp"))
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo_data, "INSTALLED", tmp_path / "absent" / "0textures.pk3")
+    monkeypatch.setattr(demo_images, "INSTALLED", tmp_path / "absent" / "0textures.pk3")
 
     def write(script: str) -> None:
         (folder / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n{script}\n')
@@ -76,7 +77,7 @@ def apt(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "set"
-    assert demo_data.fetch(out, "digits", quiet) == "digits"
+    assert demo_images.fetch(out, "digits", quiet) == "digits"
     return out
 
 
@@ -85,7 +86,7 @@ def test_digits_counts_and_images(digits):
     meta = json.loads((digits / "set.json").read_text())
     assert meta["set"] == "digits" and meta["classes"] == [str(i) for i in range(10)]
     assert set(meta) == {"set", "classes", "counts", "package", "licence"}
-    files = {split: list((digits / split).glob("*/*.png")) for split in demo_data.SPLITS}
+    files = {split: list((digits / split).glob("*/*.png")) for split in demo_images.SPLITS}
     assert {split: len(found) for split, found in files.items()} == meta["counts"]
     assert meta["counts"] == {"train": 3234, "val": 180, "test": 539}
     for found in files.values():
@@ -98,39 +99,39 @@ def test_digits_counts_and_images(digits):
 
 @pytest.mark.slow
 def test_digits_splits_share_no_digit(digits):
-    numbers = [{path.name[:4] for path in (digits / split).glob("*/*.png")} for split in demo_data.SPLITS]
+    numbers = [{path.name[:4] for path in (digits / split).glob("*/*.png")} for split in demo_images.SPLITS]
     assert sum(map(len, numbers)) == len(set.union(*numbers)) == 1797
 
 
 @pytest.mark.slow
 def test_digits_are_the_same_every_time(digits, tmp_path):
     (tmp_path / "again").mkdir()  # an empty folder may be there
-    demo_data.fetch(tmp_path / "again", "digits", quiet)
+    demo_images.fetch(tmp_path / "again", "digits", quiet)
     assert digest(tmp_path / "again") == digest(digits)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
 @pytest.mark.slow
 def test_a_set_that_is_there_is_kept(digits, monkeypatch):
-    monkeypatch.setattr(demo_data, "_write", lambda *_: pytest.fail("written again"))
-    assert demo_data.fetch(digits, "digits", quiet) == demo_data.fetch(digits, "auto", quiet) == "digits"
+    monkeypatch.setattr(demo_images, "_write", lambda *_: pytest.fail("written again"))
+    assert demo_images.fetch(digits, "digits", quiet) == demo_images.fetch(digits, "auto", quiet) == "digits"
     with pytest.raises(DataError, match=r'holds "digits", not "materials".*delete'):
-        demo_data.fetch(digits, "materials", quiet)
+        demo_images.fetch(digits, "materials", quiet)
 
 
 def test_anothers_folder_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match="no whole demo set"):
-        demo_data.fetch(tmp_path, "digits", quiet)
+    with pytest.raises(DataError, match="no complete demo set"):
+        demo_images.fetch(tmp_path, "digits", quiet)
     with pytest.raises(DataError, match="auto, materials or digits"):
-        demo_data.fetch(tmp_path / "new", "cifar", quiet)
+        demo_images.fetch(tmp_path / "new", "cifar", quiet)
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
 def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_data, "_place", lambda *_: 1 / 0)
+    monkeypatch.setattr(demo_images, "_place", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        demo_data.fetch(tmp_path / "set", "digits", quiet)
+        demo_images.fetch(tmp_path / "set", "digits", quiet)
     assert not list(tmp_path.iterdir())
 
 
@@ -142,10 +143,10 @@ def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
 def test_member_of_a_deb(tmp_path, name, pack):
     content = np.random.default_rng(0).bytes(300_001)
     path = deb(tmp_path / "x.deb", name, pack(tar({"./etc/other": b"other", f"./{MEMBER}": content})))
-    demo_data.unpack_member(path, MEMBER, tmp_path / "copy")
+    demo_images.unpack_member(path, MEMBER, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == content
     with pytest.raises(DataError, match="holds no usr/absent"):
-        demo_data.unpack_member(path, "usr/absent", tmp_path / "none")
+        demo_images.unpack_member(path, "usr/absent", tmp_path / "none")
 
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
@@ -158,15 +159,15 @@ def test_member_of_a_zstandard_deb(tmp_path):
     command = ["dpkg-deb", "-Zzstd", "-b", str(tmp_path / "root"), str(tmp_path / "x.deb")]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("this dpkg-deb writes no zstandard")
-    demo_data.unpack_member(tmp_path / "x.deb", "a", tmp_path / "copy")
+    demo_images.unpack_member(tmp_path / "x.deb", "a", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"first"
 
 
 @pytest.mark.parametrize("data", [b"<html>not found</html>", b"!<arch>\n", b"!<arch>\ndebian-binary"])
 def test_what_is_no_deb(tmp_path, data):
     (tmp_path / "x.deb").write_bytes(data)
-    with pytest.raises(DataError, match=r"x\.deb: is no whole Debian package"):
-        demo_data.unpack_member(tmp_path / "x.deb", MEMBER, tmp_path / "copy")
+    with pytest.raises(DataError, match=r"x\.deb: is no complete Debian package"):
+        demo_images.unpack_member(tmp_path / "x.deb", MEMBER, tmp_path / "copy")
 
 
 def pk3(names: list[str]) -> bytes:
@@ -187,14 +188,14 @@ def test_package_after_one_update(tmp_path, apt):
       *update) : > {tmp_path}/updated;;
       *) test -e {tmp_path}/updated && cp {tmp_path}/good.deb x.deb && exit; echo 'E: No packages found' >&2; exit 100;;
     esac""")
-    assert demo_data.fetch(tmp_path / "set", "auto", quiet) == "materials"
+    assert demo_images.fetch(tmp_path / "set", "auto", quiet) == "materials"
     calls = [line.split()[4:] for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls == [["download", "ufoai-textures"], ["update"], ["download", "ufoai-textures"]]
     assert list(digest(tmp_path / "cache")) == ["ufoai-textures/0textures.pk3"]  # the .deb is gone
     meta = json.loads((tmp_path / "set/set.json").read_text())
     assert meta["classes"] == ["rock", "wood"] and sum(meta["counts"].values()) == 14 * 16
     assert len({path.parent.parent for path in (tmp_path / "set").glob("*/wood/*.png")}) == 1  # variants stay together
-    demo_data.fetch(tmp_path / "again", "materials", quiet)
+    demo_images.fetch(tmp_path / "again", "materials", quiet)
     assert len((tmp_path / "calls").read_text().splitlines()) == 3  # from the cache
     assert digest(tmp_path / "again") == digest(tmp_path / "set")
 
@@ -204,7 +205,7 @@ def test_package_after_one_update(tmp_path, apt):
 def test_auto_says_why_and_takes_digits(tmp_path, apt, digits):
     apt("echo 'E: Unable to locate package ufoai-textures' >&2; exit 100")
     said: list[str] = []
-    assert demo_data.fetch(tmp_path / "set", "auto", said.append) == "digits"
+    assert demo_images.fetch(tmp_path / "set", "auto", said.append) == "digits"
     line = next(line for line in said if "digits instead" in line)
     assert "Unable to locate package" in line and "\n" not in line
     assert digest(tmp_path / "set") == digest(digits)
@@ -213,34 +214,60 @@ def test_auto_says_why_and_takes_digits(tmp_path, apt, digits):
 def test_materials_alone_is_an_error(tmp_path, apt):
     apt("exit 7")
     with pytest.raises(DataError, match=r"ufoai-textures cannot be downloaded: .*ended with 7; run .apt-get update"):
-        demo_data.fetch(tmp_path / "set", "materials", quiet)
+        demo_images.fetch(tmp_path / "set", "materials", quiet)
     assert not (tmp_path / "set").exists() and not digest(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
     ("script", "reason"),
-    [("exec /bin/sleep 60", "more than 0.2 sec"), ("/bin/sleep 5", "more than 0.2 sec"), (None, "no apt-get here")],
+    [
+        ("exec /bin/sleep 60", "more than 0.2 sec"),
+        ("/bin/sleep 5", "more than 0.2 sec"),
+        (None, "apt-get is not installed"),
+    ],
 )
 def test_apt_that_hangs_or_is_absent(tmp_path, apt, monkeypatch, script, reason):
-    monkeypatch.setattr(demo_data, "APT_SECONDS", 0.2)
+    monkeypatch.setattr(demo_images, "APT_SECONDS", 0.2)
     if script:
         apt(script)
     with pytest.raises(DataError, match=reason):
-        demo_data.textures_file(quiet)
+        demo_images.textures_file(quiet)
 
 
 def test_cache_that_cannot_be_written(tmp_path, apt):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match="UNLABELED_CACHE"):
-        demo_data.textures_file(quiet)
+        demo_images.textures_file(quiet)
 
 
 @pytest.mark.slow
 def test_real_materials(tmp_path):
     """Downloads 336 MB the first time."""
-    demo_data.fetch(tmp_path / "set", "materials", quiet)
+    demo_images.fetch(tmp_path / "set", "materials", quiet)
     meta = json.loads((tmp_path / "set/set.json").read_text())
     assert meta["counts"] == {"train": 4320, "val": 720, "test": 1808}
-    assert meta["classes"] == sorted(demo_data.KINDS)
-    names = [{path.stem[:-3] for path in (tmp_path / "set" / split).glob("*/*.png")} for split in demo_data.SPLITS]
+    assert meta["classes"] == sorted(demo_images.KINDS)
+    names = [{path.stem[:-3] for path in (tmp_path / "set" / split).glob("*/*.png")} for split in demo_images.SPLITS]
     assert sum(map(len, names)) == len(set.union(*names)) == 428
+
+
+def test_the_demo_deletes_no_file_that_it_has_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder where shards would go, or that is named like one of a killed process with the same number, may be anybody's."""
+    monkeypatch.chdir(tmp_path)
+    mine = [
+        tmp_path / "runs" / "demo-data" / "shards-digits" / "train" / "notes.txt",
+        tmp_path / f"images.partial-{os.getpid()}" / "notes.txt",
+        tmp_path / "texts" / f"text.partial-{os.getpid()}" / "notes.txt",
+    ]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    monkeypatch.setattr("launch.demo.fetch", lambda *_: "digits")
+    (tmp_path / "runs" / "demo-data" / "images" / "train").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "runs" / "demo-data" / "images" / "train" / "a.png")
+    with pytest.raises(DataError, match="train: exists already; name another folder, or delete it"):
+        demo("digits")
+    demo_images._write("digits", iter([]), tmp_path / "images")
+    demo_text._write_texts(tmp_path / "texts", "stdlib", print)
+    assert all(path.read_text() == "mine" for path in mine)
+    assert sorted(path.name for path in tmp_path.glob("images*")) == ["images", mine[1].parent.name]

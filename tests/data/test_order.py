@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import MAX_CHUNK, MAX_HELD, VERSION, Order, fold, permute
-from data_pipeline.plan import PERIOD, Phase, Plan, even_sequence
-from data_pipeline.storage import DataError
+from common.errors import DataError
+from data_pipeline.order.permutation import MAX_CHUNK_BYTES, MAX_SHUFFLE_BYTES, VERSION, Order, hash_to_key, permute
+from data_pipeline.order.schedule import PERIOD, Phase, Plan, even_sequence
 
 
 def ids(plan: Plan, step: int, first: int = 0, last: int | None = None) -> list[tuple[int, int]]:
-    """(dataset, virtual id) of the slots of a step."""
+    """(dataset, global index) of the slots of a step."""
     slots = plan.slots(step, first, plan.batch(step) if last is None else last)
-    return list(zip(slots.dataset.tolist(), slots.virtual.tolist(), strict=True))
+    return list(zip(slots.dataset.tolist(), slots.global_index.tolist(), strict=True))
 
 
 # ---------------------------------------------------------------- permutations
@@ -43,7 +43,7 @@ def test_permute_mixes():
     image = permute(np.arange(10_000), 10_000, 7)
     assert abs(np.corrcoef(np.arange(10_000), image)[0, 1]) < 0.03
     assert (image == permute(np.arange(10_000), 10_000, 8)).mean() < 0.01
-    assert fold(1, 2) != fold(2, 1)
+    assert hash_to_key(1, 2) != hash_to_key(2, 1)
 
 
 # ---------------------------------------------------------------- one dataset
@@ -64,9 +64,9 @@ def test_every_sample_once_an_epoch(count: int, lanes: int, per_lane: int, seed:
     held = plan.lanes * order.chunk * order.block
     steps = -(-3 * count // batch) + -(-held // batch)
     for step in range(steps):
-        virtual = [v for _, v in ids(plan, step)]
-        drawn.update(virtual)
-        np.add.at(seen, np.array(virtual) % count, 1)
+        global_index = [v for _, v in ids(plan, step)]
+        drawn.update(global_index)
+        np.add.at(seen, np.array(global_index) % count, 1)
         assert seen.max() - seen.min() <= 2
     assert len(drawn) == steps * batch
     assert {v for v in drawn if v < count} == set(range(count))
@@ -78,8 +78,8 @@ def test_what_is_held_for_shuffling_is_bounded(count: int, lanes: int, size: flo
     order = Order.of(count, lanes, sample_bytes=size)
     held = lanes * order.block * order.chunk
     assert held <= max(lanes, count / 2)
-    assert held <= lanes or held * size <= MAX_HELD
-    assert order.chunk == 1 or order.chunk * size <= MAX_CHUNK
+    assert held <= lanes or held * size <= MAX_SHUFFLE_BYTES
+    assert order.chunk == 1 or order.chunk * size <= MAX_CHUNK_BYTES
     assert (order.chunk, order.block) == (16, 32) or count < 2 * lanes * 512 or size > 10_000
 
 
@@ -94,7 +94,7 @@ def test_large_batches_have_enough_lanes_and_a_large_enough_window():
 def test_chunks_are_read_once_and_dropped_at_the_end_of_their_block(count: int, seed: int):
     order = Order.of(count, 4, seed)
     lane, place = (x.ravel() for x in np.indices((4, 400)))
-    chunk = order.virtual(lane, place) // order.chunk
+    chunk = order.global_index(lane, place) // order.chunk
     ends = order.block_ends(lane, place)
     for one in np.unique(chunk):
         here = chunk == one
@@ -111,11 +111,11 @@ def test_each_byte_is_read_by_one_process_while_they_are_no_more_than_the_lanes(
     steps = plan.orders[0].block * chunk // (plan.batch(0) // plan.lanes)
     for rank in range(world):
         _, slots = plan.ahead(1000 * steps, 2 * steps, rank, world)
-        read += len(np.unique(slots.virtual // chunk))
+        read += len(np.unique(slots.global_index // chunk))
     _, whole = plan.ahead(1000 * steps, 2 * steps, 0, 1)
-    assert read / len(np.unique(whole.virtual // chunk)) <= most + 0.01
+    assert read / len(np.unique(whole.global_index // chunk)) <= most + 0.01
     held = plan.lanes * plan.orders[0].block * chunk
-    assert len(np.unique(whole.virtual // chunk)) * chunk <= 2 * steps * plan.batch(0) + held  # requests and bytes
+    assert len(np.unique(whole.global_index // chunk)) * chunk <= 2 * steps * plan.batch(0) + held  # requests and bytes
 
 
 def test_chunks_find_their_way_back():
@@ -139,7 +139,7 @@ def test_planning_ahead_gives_the_same_slots(step: int, steps: int, world: int, 
     rank %= world
     plan = Plan([1000, 77], [Phase(0, 24, (3.0, 1.0), (0.0, 0.1)), Phase(31, 48, (1.0, 1.0), (0.0, 0.0))], seed=5)
     at, slots = plan.ahead(step, steps, rank, world)
-    ahead = list(zip(at.tolist(), slots.dataset.tolist(), slots.virtual.tolist(), strict=True))
+    ahead = list(zip(at.tolist(), slots.dataset.tolist(), slots.global_index.tolist(), strict=True))
     one_by_one = []
     for s in range(step, int(at[-1]) + 1):
         size = plan.batch(s) // world
@@ -235,7 +235,7 @@ def test_mixtures_and_phases_keep_each_dataset_whole(counts: list[int], lanes: i
     drawn, places = Counter(), {}
     for s in range(step + 30):
         slots = plan.slots(s, 0, plan.batch(s))
-        drawn.update(zip(slots.dataset.tolist(), slots.virtual.tolist(), strict=True))
+        drawn.update(zip(slots.dataset.tolist(), slots.global_index.tolist(), strict=True))
         for d, lane, place in zip(*(column.tolist() for column in slots[:3]), strict=True):
             places.setdefault((d, lane), []).append(place)
     assert max(drawn.values()) == 1  # no (dataset, sample, epoch) twice
@@ -262,14 +262,14 @@ def test_weights_are_kept_and_homogeneous_steps_are_of_one_dataset():
 def test_bad_phases_are_refused():
     for phases, message in [
         ([Phase(0, 64), Phase(10, 100)], r"data.phases, step 10: batch = 100 is not a multiple of 64, .*; write 128"),
-        ([Phase(0, 64), Phase(10, 64), Phase(5, 64)], "have to rise"),
+        ([Phase(0, 64), Phase(10, 64), Phase(5, 64)], "begin at steps .10, 5.; write steps in increasing order"),
         ([Phase(3, 64)], "begins at step 3"),
-        ([Phase(0, 64, (1.0, 2.0))], "2 weights for 1 datasets"),
+        ([Phase(0, 64, (1.0, 2.0))], "2 weights and 1 homogeneous shares for a mix of 1 datasets"),
         ([Phase(0, 64, (0.0,))], "all weights are 0"),
         ([Phase(0, 64, (-1.0,))], "weight = -1"),
         ([Phase(0, 64, (1.0,), (1.5,))], "sum to more than 1"),
     ]:
         with pytest.raises(DataError, match=message):
             Plan([1000], phases)
-    with pytest.raises(DataError, match="weight = 1e-09; write 0, or a share of 1/10007 or more"):
+    with pytest.raises(DataError, match="weight = 1e-09; write 0, or a number from 1/10007 of the sum"):
         Plan([10, 10], [Phase(0, 4, (1.0, 1e-9), (0.0, 0.0))])

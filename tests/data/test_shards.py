@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import string
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +19,17 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import index
-from data_pipeline.decode import Damaged
-from data_pipeline.index import MEMBERS, scan
-from data_pipeline.shards import Samples, remember
-from data_pipeline.storage import DataError, find_shards
+from common.errors import Damaged, DataError
+from data_pipeline.shards import index, tar_scan
+from data_pipeline.shards.dataset import store_manifests
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.members import INDEXED_EXTENSIONS
+from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.tar_scan import scan
+from data_pipeline.storage.urls import find_shards
+from launch.local import wait
+from tests.data.building import quiet
+from tests.forked import Forked
 from tests.tars import jpeg, write_tar
 
 anywhere = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -42,21 +51,63 @@ def test_find_shards_says_what_to_do(tmp_path: Path, photos: Path, shards: Path)
         find_shards([str(tmp_path / "*.tar")])
     with pytest.raises(DataError, match="shards only in sub-folders"):
         find_shards([str(shards.parent)])
-    with pytest.raises(DataError, match="no way to open it"):
+    with pytest.raises(DataError, match="cannot be opened"):
         find_shards(["nostore://bucket/x"])
     assert find_shards([str(shards), str(shards / "*.tar")]) == [str(shards / "000000.tar")]
+
+
+def read_with_others(folder: str, target: str, count: int) -> None:
+    """Open the tars of a folder at the same moment as `count` - 1 other processes; write down what was found and said."""
+    Path(target).with_suffix(".ready").touch()
+    while len(list(Path(target).parent.glob("*.ready"))) < count:
+        time.sleep(0.001)
+    lines: list[str] = []
+    samples = Samples([folder], say=lines.append)
+    Path(target).write_text(json.dumps([lines, samples.id, samples.read(len(samples) - 1)["txt"].decode()]))
+
+
+def test_four_ranks_index_shards_once(tmp_path: Path):
+    """Ranks of a run open shards without a manifest at once, with one cache folder: one of them reads the shards."""
+    folder, found = tmp_path / "tars", tmp_path / "found"
+    folder.mkdir()
+    found.mkdir()
+    for shard in range(8):
+        write_tar(folder / f"{shard}.tar", [(f"{shard}-{n}.txt", f"text {shard} {n}".encode()) for n in range(40)])
+    env = {"UNLABELED_CACHE": str(tmp_path / "cache")}
+    ranks = [Forked(read_with_others, str(folder), str(found / f"{n}.json"), 4, env=env) for n in range(4)]
+    assert wait(ranks) == 0
+    lines, ids, texts = zip(*(json.loads((found / f"{n}.json").read_text()) for n in range(4)), strict=True)
+    assert len(set(ids)) == 1 and set(texts) == {"text 7 39"}
+    assert sum("indexing 8 shards" in line for own in lines for line in own) == 1
+
+
+def test_scans_may_be_deleted_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process that indexes some of the same shards, in a set of its own, deletes its scan files when it is done."""
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard}.tar", [(f"{shard}.txt", b"text")])
+    scan_all = index._scan_all
+
+    def scan_and_lose(urls: list[str], *more: Any) -> None:
+        scan_all(urls, *more)
+        index.index_in_cache(urls[:2], quiet)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_scan_all", lambda *args: (patch.undo(), scan_and_lose(*args))[1])
+        samples = Samples([str(tmp_path / "*.tar")], say=quiet)
+    assert len(samples) == 3 and samples.read(2) == {"txt": b"text"}
 
 
 def test_a_file_that_is_no_tar(tmp_path: Path, shards: Path):
     bad = tmp_path / "bad.tar"
     bad.write_bytes(b"this is not a tar file" * 100)
-    with pytest.raises(DataError, match=r"bad.tar: is no whole tar file"):
+    with pytest.raises(DataError, match=r"bad.tar: is no complete tar file"):
         scan(str(bad))
     bad.write_bytes((shards / "000000.tar").read_bytes()[:20_000])
-    with pytest.raises(DataError, match=r"bad.tar: is no whole tar file"):
+    with pytest.raises(DataError, match=r"bad.tar: is no complete tar file"):
         scan(str(bad))
     write_tar(bad, [("a.exe", b"x"), ("b.pkl", b"x")])
-    with pytest.raises(DataError, match="no samples; the members that count end in"):
+    with pytest.raises(DataError, match="no samples; members are read whose names end in"):
         Samples([str(bad)])
 
 
@@ -98,9 +149,12 @@ def test_reads_what_webdataset_and_tarfile_read(samples, format, padding, tmp_pa
     with (folder / "a.tar").open("ab") as file:
         file.write(bytes(10240 * padding))
     expected = {
-        sample["__key__"]: {e: data for e, data in sample.items() if e in MEMBERS}
+        sample["__key__"]: {e: data for e, data in sample.items() if e in INDEXED_EXTENSIONS}
         for sample in webdataset.WebDataset(str(folder / "a.tar"), shardshuffle=False, empty_check=False)
     }
+    for sample in webdataset.WebDataset(str(folder / "a.tar"), shardshuffle=False, empty_check=False):
+        if "seg.png" in sample and not {"jpg", "png", "txt"} & sample.keys():  # it can only be the sample's image
+            expected[sample["__key__"]]["png"] = sample["seg.png"]
     expected = {key: parts for key, parts in expected.items() if parts}
     if not expected:
         with pytest.raises(DataError, match="no samples"):
@@ -111,6 +165,45 @@ def test_reads_what_webdataset_and_tarfile_read(samples, format, padding, tmp_pa
     with tarfile.open(folder / "a.tar") as tar:
         by_tar = {m.name: tar.extractfile(m).read() for m in tar if m.isreg()}
     assert all(data in by_tar.values() for parts in expected.values() for data in parts.values())
+
+
+def test_names_with_several_dots_are_taken_or_named(tmp_path: Path):
+    """Of names that webdataset would split otherwise than their maker meant, nothing goes without a word."""
+    write_tar(
+        tmp_path / "a.tar",
+        [("00.05.jpg", b"a"), ("00.05.cls", b"1"), ("01.05.jpg", b"b"), ("x.input.jpg", b"c"), ("x.json", b"{}")],
+    )
+    samples = Samples([str(tmp_path / "a.tar")])
+    assert [samples.read(n) for n in range(3)] == [
+        {"jpg": b"a", "cls": b"1"},
+        {"jpg": b"b"},
+        {"jpg": b"c", "json": b"{}"},
+    ]
+    folder = tmp_path / "b"
+    folder.mkdir()
+    mixed = [("y.input.jpg", b"d"), ("y.target.jpg", b"e"), ("z.jpg", b"f"), ("z.seg.png", b"g"), ("z.pkl", b"h")]
+    write_tar(folder / "b.tar", [*mixed, ("LICENSE", b"i"), ("._z.jpg", b"j")])
+    said: list[str] = []
+    held = index.write(folder, said.append)
+    assert held.samples == 1 and Samples([str(folder)]).read(0) == {"jpg": b"f"}
+    dots = "several dots in the name, and other members beside it"
+    assert held.left_out == load_manifest(str(folder)).left_out == {
+        dots: [3, "b.tar/y.input.jpg"],
+        ".pkl is not an ending that is read": [1, "b.tar/z.pkl"],
+        "the name has no key or no ending": [2, "b.tar/LICENSE"],
+    }  # fmt: skip
+    assert f"{folder}: left out: 3 members, for example b.tar/y.input.jpg: {dots}" in said
+    assert any("unpack the tars and run `unlabeled shards build`" in line for line in said)
+    assert "left_out" in (folder / "manifest.json").read_text()
+    write_tar(folder / "b.tar", mixed[:2])
+    with pytest.raises(DataError, match=r"no samples; .* left out: 2 members like b.tar/y.input.jpg \(several dots"):
+        index.write(folder, quiet)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"no samples; .* left out: 2 members like .*b.tar/y.input.jpg"):
+        Samples([str(folder)])
+    write_tar(folder / "b.tar", mixed[2:3])
+    index.write(folder, quiet)
+    assert "left_out" not in (folder / "manifest.json").read_text()  # as it always was, where nothing is left out
 
 
 def test_tars_of_other_tools(tmp_path: Path):
@@ -169,7 +262,7 @@ def test_a_shard_cut_anywhere_is_refused_by_the_index_and_counted_by_the_reader(
             assert open_before.read(i) == before[str(i)]
         except Damaged as reason:
             assert "bytes could be read" in str(reason)
-    with pytest.raises(DataError, match="is no whole tar file"):
+    with pytest.raises(DataError, match="is no complete tar file"):
         scan(str(folder / "a.tar"))
 
 
@@ -182,7 +275,7 @@ def test_half_samples_and_labels_of_others(tmp_path: Path):
     urls = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
     theirs = list(webdataset.WebDataset(urls, shardshuffle=False, handler=webdataset.ignore_and_continue))
     assert {"cls": b"1", "jpg": b"B" * 3000}.items() <= theirs[0].items()  # the fault that must not be ours
-    with pytest.raises(DataError, match=r"a.tar: is no whole tar file"):
+    with pytest.raises(DataError, match=r"a.tar: is no complete tar file"):
         Samples(urls)
 
 
@@ -205,8 +298,8 @@ def test_twice_the_same_key(tmp_path: Path):
     shard = scan(str(tmp_path / "a.tar"))
     assert shard.keys == ["0", "1"]
     assert shard.problems == [
-        "0.jpg: stands in the sample twice; the first is taken",
-        "0.txt: the key 0 stands in the shard twice; left out",
+        "0.jpg: occurs twice in the sample; the first is taken",
+        "0.txt: the key 0 occurs twice in the shard; left out",
     ]
     said: list[str] = []
     index.write(tmp_path, say=said.append)
@@ -245,7 +338,8 @@ def test_shards_that_come_go_or_change_are_noticed(tmp_path: Path):
     with pytest.raises(DataError, match=r"b.tar is new since the manifest was written; run `unlabeled shards index"):
         Samples([str(tmp_path)])
     index.write(tmp_path)
-    assert len(Samples([str(tmp_path)])) == 2
+    samples = Samples([str(tmp_path)])
+    assert len(samples) == 2 and [samples.read(n)["jpg"] for n in range(2)] == [jpeg(0), jpeg(1)]
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DataError, match=r"a.tar is gone since"):
         Samples([str(tmp_path)])
@@ -259,8 +353,25 @@ def test_a_manifest_that_is_none(tmp_path: Path):
             Samples([str(tmp_path)])
     index.write(tmp_path)
     next(tmp_path.glob("index-*.bin")).write_bytes(b"x")
-    with pytest.raises(DataError, match="holds 1 bytes instead of 20; run `unlabeled shards index` again"):
+    with pytest.raises(DataError, match=rf"holds 1 bytes instead of 20; run `unlabeled shards index {tmp_path}` again"):
         Samples([str(tmp_path)]).read(0)
+
+
+def test_an_index_that_is_cut_short_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In a mapped file that is a SIGBUS. What mends it depends on whose index it is."""
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    write_tar(tmp_path / "a.tar", [(f"{n}.jpg", jpeg(n)) for n in range(3)])
+    cached = Samples([str(tmp_path / "a.tar")])
+    index.write(tmp_path)
+    own = Samples([str(tmp_path)])
+    (copy,) = (tmp_path / "cache" / "index").glob("*/index-*.bin")
+    (file,) = tmp_path.glob("index-*.bin")
+    todo = {copy: f"delete {copy.parent}, which is made anew", file: f"run `unlabeled shards index {tmp_path}` again"}
+    for samples, path in ((cached, copy), (own, file)):
+        assert samples.read(2)
+        os.truncate(path, 30)
+        with pytest.raises(DataError, match=f"{path}: holds 30 bytes instead of 60; {todo[path]}"):
+            samples.read(2)
 
 
 def test_a_stopped_index_goes_on_with_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -268,13 +379,13 @@ def test_a_stopped_index_goes_on_with_what_is_done(tmp_path: Path, monkeypatch: 
     for n in range(4):
         write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", jpeg(n))])
     (tmp_path / "3.tar").write_bytes((tmp_path / "3.tar").read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"3.tar: is no whole tar file"):
+    with pytest.raises(DataError, match=r"3.tar: is no complete tar file"):
         index.write(tmp_path, workers=2)
     assert not (tmp_path / "manifest.json").exists()
     assert len(list((tmp_path / "cache" / "scans").glob("*.npz"))) == 3
     (tmp_path / "3.tar").unlink()
     scanned = []
-    monkeypatch.setattr(index, "scan", lambda url: scanned.append(url))
+    monkeypatch.setattr(tar_scan, "scan", lambda url, further: scanned.append(url))
     assert index.write(tmp_path).samples == 3 and scanned == []
 
 
@@ -288,15 +399,15 @@ def test_a_run_refuses_other_data_and_names_the_difference(tmp_path: Path):
         return [Samples([str(folder)])]
 
     run = tmp_path / "run"
-    remember(samples(("a.tar", 3), ("b.tar", 2)), run)
-    remember(samples(("a.tar", 3), ("b.tar", 2)), run)  # the same, elsewhere
+    store_manifests(samples(("a.tar", 3), ("b.tar", 2)), run)
+    store_manifests(samples(("a.tar", 3), ("b.tar", 2)), run)  # the same, elsewhere
     for other, difference in [
-        ([("a.tar", 3)], r"0/b.tar is not there any more \(2 shards then, 1 now\)"),
+        ([("a.tar", 3)], r"0/b.tar does not exist any more \(2 shards then, 1 now\)"),
         ([("a.tar", 3), ("b.tar", 1)], r"0/b.tar had 2 samples in \d+ bytes, now 1 samples in"),
         ([("a.tar", 3), ("b.tar", 2), ("c.tar", 1)], r"0/c.tar is new"),
     ]:
         with pytest.raises(DataError, match=difference):
-            remember(samples(*other), run)
+            store_manifests(samples(*other), run)
 
 
 def test_nothing_is_unpickled(tmp_path: Path):
@@ -332,5 +443,5 @@ def test_names_are_keys_and_never_paths(tmp_path: Path):
 
 
 def test_importing_the_index_needs_no_torch():
-    code = "import sys, data_pipeline.feeder; sys.exit('torch' in sys.modules)"
+    code = "import sys, data_pipeline.stream.prefetch_server; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -18,10 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import index, stats
-from data_pipeline.shards import Samples
-from data_pipeline.sources.base import NAME_BYTES, safe_name, to_json
-from data_pipeline.storage import DataError
+from common.errors import Damaged, DataError
+from data_pipeline.build import stats
+from data_pipeline.build.build_shards import describe
+from data_pipeline.build.sources import frames, text_files
+from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, Tree, safe_name, to_json
+from data_pipeline.build.sources.text_files import Text
+from data_pipeline.shards.members import MEMBER_NAME
+from data_pipeline.shards.samples import Samples
 from tests.data.building import make, reasons, samples_of
 from tests.tars import jpeg, write_tar
 
@@ -46,14 +52,14 @@ def test_names_are_keys(tmp_path: Path):
     assert {json.loads(s["json"])["path"]: s["jpg"] for s in read} == {n: jpeg(i) for i, n in enumerate(names)}
     keys = [s["__key__"].partition("-")[2] for s in read]
     assert keys.count("same") == 2 and "with_dots_and_spaces" in keys and "größe_猫" in keys
-    assert len(max(keys, key=len)) == NAME_BYTES and len(Samples([str(tmp_path / "out")])) == len(names)
+    assert len(max(keys, key=len)) == MAX_NAME_BYTES and len(Samples([str(tmp_path / "out")])) == len(names)
 
 
 @given(st.text(st.characters(codec=None)))
 def test_any_text_gives_a_safe_name(text: str):
     name = safe_name(text)
-    assert name and 0 < len(name.encode()) <= NAME_BYTES and re.fullmatch(r"[\w-]+", name)
-    match = index.MEMBER_NAME.match(f"0000001-{name}.jpg")
+    assert name and 0 < len(name.encode()) <= MAX_NAME_BYTES and re.fullmatch(r"[\w-]+", name)
+    match = MEMBER_NAME.match(f"0000001-{name}.jpg")
     assert match and match.groups() == (f"0000001-{name}", "jpg")
 
 
@@ -84,7 +90,7 @@ def test_labels_from_a_list(tmp_path: Path, kind: str):
     got = {json.loads(s["json"])["path"]: s.get("cls") for s in samples_of(tmp_path / "out")}
     assert got == {"x/a, b.jpg": b"0", "x/ü.jpg": b"1", "x/d.jpg": b"1", "x/c.jpg": None}
     (missing,) = summary["bad"]
-    assert missing["path"].startswith("missing") and "is not there" in missing["reason"]
+    assert missing["path"].startswith("missing") and "does not exist" in missing["reason"]
     assert summary["notes"] == [f"1 files have no row in {labels} and get no label: x/c.jpg"]
 
 
@@ -135,6 +141,94 @@ def test_text_from_jsonl(tmp_path: Path):
         make(tmp_path / "rows.jsonl", tmp_path / "out2", text_field="body")
 
 
+def test_the_field_of_the_text_is_the_files_and_said(tmp_path: Path):
+    lines = [
+        '{"id": 1}',
+        '{"title": "T", "content": "one"}',
+        '{"title": "only a title"}',
+        '{"title": "U", "content": "two"}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    summary = make(tmp_path / "a.jsonl", tmp_path / "out")
+    read = samples_of(tmp_path / "out")
+    assert [(s["txt"], json.loads(s["json"])) for s in read] == [(b"one", {"title": "T"}), (b"two", {"title": "U"})]
+    assert summary["notes"] == ["the text is the field content (of 1 files); --text-field NAME takes another"]
+    assert reasons(summary) == {"a.jsonl:1": "its text is missing", "a.jsonl:3": "its text is missing"}
+    (tmp_path / "b.jsonl").write_text('{"n": 0}\n{"data": {"text": "in", "n": 1}}\n')
+    make(tmp_path / "b.jsonl", tmp_path / "nested", text_field="data.text")
+    (one,) = samples_of(tmp_path / "nested")
+    assert (one["txt"], json.loads(one["json"])) == (b"in", {"data": {"n": 1}})
+    parquet(tmp_path / "c.parquet", {"data": [{"text": "in", "n": 1}]})
+    make(tmp_path / "c.parquet", tmp_path / "columns", text_field="data.text")
+    assert [s["txt"] for s in samples_of(tmp_path / "columns")] == [b"in"]
+    with pytest.raises(DataError, match=r"has no field 'data.words'; its fields: n"):
+        make(tmp_path / "b.jsonl", tmp_path / "x", text_field="data.words")
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "json", "lines.json", "json.gz", "txt.gz"])
+def test_packed_text_and_json(tmp_path: Path, ending: str):
+    import pyarrow
+
+    texts = [f"text {i} ü" for i in range(40)]
+    lines = "".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(texts)).encode()
+    if ending in ("json", "json.gz"):
+        lines = json.dumps([{"text": text, "n": i} for i, text in enumerate(texts)] + [3], indent=1).encode()
+    if ending.startswith("txt"):
+        lines = "\n".join(texts).encode()
+    if ending.endswith("gz"):
+        lines = gzip.compress(lines)
+    if ending.endswith("zst"):
+        lines = pyarrow.Codec("zstd").compress(lines, asbytes=True)
+    (tmp_path / f"in.{ending}").write_bytes(lines)
+    options = {"lines": True} if ending.startswith("txt") else {}
+    summary = make(tmp_path / f"in.{ending}", tmp_path / "out", 0.04, **options)  # in several pieces
+    assert summary["shards"] > 1 and [s["txt"].decode() for s in samples_of(tmp_path / "out")] == texts
+    if ending == "json":
+        assert reasons(summary) == {"in.json:41": "holds no JSON object but int"}
+        (tmp_path / "in.json").write_text('{\n "a": [1]\n}')
+        with pytest.raises(DataError, match="holds neither an array nor an object per line; `jq -c"):
+            make(tmp_path / "in.json", tmp_path / "x")
+    if ending == "jsonl.gz":
+        (tmp_path / f"in.{ending}").write_bytes(lines[:-20])
+        with pytest.raises(DataError, match="none of its 1 samples can be used"):
+            make(tmp_path / f"in.{ending}", tmp_path / "x")
+
+
+def test_any_text_where_the_kind_is_named(tmp_path: Path):
+    for name, data in (
+        ("a.md", b"# one"),
+        ("b.py", b"two = 2"),
+        ("README", b"three"),
+        ("c.jpg", jpeg()),
+        ("d.bin", b"\xff\xfe"),
+    ):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    summary = make(tmp_path / "in", tmp_path / "out", kind="text")
+    assert [s["txt"] for s in samples_of(tmp_path / "out")] == [b"three", b"# one", b"two = 2"]
+    assert list(reasons(summary)) == ["d.bin"] and summary["unread"] == {"jpg": 1}
+    (tmp_path / "in" / "c.jpg").unlink()
+    with pytest.raises(DataError, match=r"holds no source of shards .* --kind text takes any text file"):
+        make(tmp_path / "in", tmp_path / "x")
+
+
+def test_inputs_that_are_answered_with_what_works(tmp_path: Path):
+    source = tmp_path / "in"
+    for name in ("x/a.jpg", "y/a.jpg"):
+        (source / name).parent.mkdir(parents=True)
+        (source / name).write_bytes(jpeg())
+    (tmp_path / "l.csv").write_text("path,label\na.jpg,cat\n")
+    with pytest.raises(
+        DataError, match=r"names a.jpg, but y/a.jpg and one in x are both files with this name; write paths below"
+    ):
+        make(source, tmp_path / "x", labels=str(tmp_path / "l.csv"))
+    write_tar(tmp_path / "t.tar", [("0.jpg", jpeg())])
+    (tmp_path / "t.tar.gz").write_bytes(gzip.compress((tmp_path / "t.tar").read_bytes()))
+    for call in (lambda: make(tmp_path / "t.tar.gz", tmp_path / "x"), lambda: Samples([str(tmp_path / "t.tar.gz")])):
+        with pytest.raises(DataError, match=r"unpack it first, `gunzip .*t.tar.gz`"):
+            call()
+
+
 def test_text_from_files_and_lines(tmp_path: Path):
     source = tmp_path / "in"
     source.mkdir()
@@ -147,6 +241,69 @@ def test_text_from_files_and_lines(tmp_path: Path):
     read = samples_of(tmp_path / "lines")
     assert [(s["__key__"], s["txt"].decode()) for s in read] == [("0000000-a", "first"), ("0000002-a", "second ü")]
     assert list(reasons(summary)) == ["b.txt:1"]
+
+
+def test_text_between_separators_and_other_encodings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = tmp_path / "in"
+    source.mkdir()
+    documents = ["one\ntwo ü", "three <|end", "x" * 5000, "four"]
+    (source / "a.txt").write_text("\n<|endoftext|>\n".join(documents) + "<|endoftext|>\n", encoding="utf-8-sig")
+    for chunk in (7, 1 << 20):
+        monkeypatch.setattr(text_files, "READ_BYTES", chunk)
+        held = Text(Tree(str(source)), Options(separator="<|endoftext|>"), 2000)
+        survey = held.survey("a.txt")
+        assert len(survey["blocks"]) > 1  # cut between documents
+        entries = [entry for block in held.blocks({"a.txt": survey}) for entry in held.entries(block.piece)]
+        read = [entry.members["txt"].decode() for entry in entries if entry]
+        assert read == documents and len(entries) == sum(block.rows for block in held.blocks({"a.txt": survey}))
+    monkeypatch.setattr(text_files, "MAX_MEMBER_BYTES", 4000)
+    monkeypatch.setattr(text_files, "READ_BYTES", 1000)
+    assert "no separator in 49" in held.survey("a.txt")["bad"][0][1]
+    (source / "a.txt").unlink()
+    for name, encoding in (("b", "utf-16"), ("c", "utf-32"), ("d", "utf-8-sig")):
+        (source / f"{name}.txt").write_text("naïve 語\n", encoding=encoding)
+    assert make(source, tmp_path / "out")["samples"] == 3
+    assert {s["txt"].decode() for s in samples_of(tmp_path / "out")} == {"naïve 語\n"}
+    assert (
+        "is UTF-16; write it as UTF-8: iconv -f UTF-16"
+        in reasons(make(source, tmp_path / "lines", lines=True))["b.txt:1"]
+    )
+    with pytest.raises(DataError, match="--lines and --separator: write one"):
+        make(source, tmp_path / "never", lines=True, separator="x")
+
+
+def test_text_in_other_forms_is_answered_with_the_line_that_converts_it(tmp_path: Path):
+    import pyarrow as pa
+
+    def command(source: Path) -> str:
+        with pytest.raises(DataError) as error:
+            make(source, tmp_path / "never")
+        return str(error.value)
+
+    for name in ("chat", "turns", "arrow", "wet"):
+        (tmp_path / name).mkdir()
+    chat = [{"messages": [{"role": "user", "content": "Ahoi?"}, {"role": "assistant", "content": "Ahoi."}]}]
+    (tmp_path / "chat" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
+    turns = [{"conversations": [{"from": "human", "value": "Ahoi?"}, {"from": "gpt", "value": "Ahoi."}]}]
+    (tmp_path / "turns" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    table = pa.table({"text": ["Ahoi?"]})
+    with pa.OSFile(str(tmp_path / "arrow" / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "wet" / "a.wet.gz").write_bytes(b"")
+    for name, expected in (
+        ("chat", "user: Ahoi?\nassistant: Ahoi."),
+        ("turns", "human: Ahoi?\ngpt: Ahoi."),
+        ("arrow", "Ahoi?"),
+    ):
+        line = command(tmp_path / name)
+        line = line[line.index("python -c") :].replace("python", sys.executable, 1)
+        subprocess.run(line, shell=True, check=True)
+        made = next(path for path in (tmp_path / name).iterdir() if path.name.count(".") == 2)
+        assert make(made, tmp_path / f"{name}-shards")["samples"] == 1
+        assert samples_of(tmp_path / f"{name}-shards")[0]["txt"].decode() == expected
+    wet = command(tmp_path / "wet")
+    assert f"holds .wet files, which become text by: zcat {tmp_path}/wet/a.wet.gz | python -c" in wet
+    compile(wet.split('"')[1], "wet", "exec")
 
 
 def parquet(path: Path, columns: dict[str, Any], group: int = 1000, metadata: dict | None = None) -> None:
@@ -166,7 +323,7 @@ def test_text_from_parquet(tmp_path: Path):
     read = samples_of(tmp_path / "out")
     assert [(s["txt"].decode(), json.loads(s["json"])["n"]) for s in read] == list(zip(texts, range(100), strict=True))
     assert reasons(summary)["a.parquet:60"] == "its text is missing" and summary["shards"] > 2
-    assert "is no whole parquet file" in reasons(summary)["c.parquet"]
+    assert "is no complete parquet file" in reasons(summary)["c.parquet"]
     with pytest.raises(DataError, match="has no field 'text'; its fields: content, n"):
         make(tmp_path / "in", tmp_path / "out2", text_field="text")
 
@@ -205,6 +362,20 @@ def test_parquet_with_label_names_and_captions(tmp_path: Path):
     read = samples_of(tmp_path / "out")
     assert summary["classes"] == ["a", "b"] and [s.get("cls") for s in read] == [b"1", b"0", None]
     assert [s["txt"] for s in read] == [b"u", b"v", b"w"] and list(reasons(summary)) == ["a.parquet:3"]
+    parquet(tmp_path / "n.parquet", {"jpg": [jpeg(i) for i in range(3)], "label": [None] * 3})
+    parquet(tmp_path / "f.parquet", {"jpg": [jpeg(i) for i in range(3)], "label": [1.0, float("nan"), 0.5]})
+    make(tmp_path / "n.parquet", tmp_path / "nulls")
+    assert [s.get("cls") for s in samples_of(tmp_path / "nulls")] == [None] * 3
+    summary = make(tmp_path / "f.parquet", tmp_path / "floats")
+    assert [s.get("cls") for s in samples_of(tmp_path / "floats")] == [b"1", None]
+    assert reasons(summary) == {"f.parquet:2": "its label is 0.5, but labels are whole numbers or strings"}
+    parquet(tmp_path / "t.parquet", {"text": [b"one", "zwei ü".encode(), b"\xff"]})
+    summary = make(tmp_path / "t.parquet", tmp_path / "bytes")
+    assert summary["kind"] == "text" and [s["txt"].decode() for s in samples_of(tmp_path / "bytes")] == [
+        "one",
+        "zwei ü",
+    ]
+    assert "its text is not UTF-8" in reasons(summary)["t.parquet:2"]
     with pytest.raises(DataError, match="has no field 'img'; its fields: jpg"):
         make(tmp_path / "a.parquet", tmp_path / "out2", image_field="img")
     with pytest.raises(DataError, match="has no column of image bytes; its columns: n"):
@@ -238,15 +409,27 @@ def test_image_text_lists(tmp_path: Path):
 
 
 # ---------------------------------------------------------------- videos
-def film(path: Path, frames: int = 5) -> None:
+def test_a_list_of_labels_is_not_one_of_captions(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "in" / "labels.csv").write_text("path,label\na.jpg,cat\n")
+    with pytest.raises(DataError, match=r"gives images labels \(label\) and no texts; .* --labels .*labels.csv"):
+        make(tmp_path / "in" / "labels.csv", tmp_path / "out")
+    make(tmp_path / "in", tmp_path / "out", labels=str(tmp_path / "in" / "labels.csv"))
+    assert Samples([str(tmp_path / "out")]).label(0) == "cat"
+
+
+def film(path: Path, frames: int = 5, codec: str = "mpeg4", **options: str) -> None:
+    """Ten frames a second of 64 × 48 pixels, whose upper half becomes darker."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
-        stream = out.add_stream("mpeg4", rate=10)
+        stream = out.add_stream(codec, rate=10, options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for i in range(frames):
-            picture = np.full((48, 64, 3), (250 - 10 * i, 10, 10), np.uint8)
+            picture = np.full((48, 64, 3), (250 - 240 // max(24, frames) * i, 10, 10), np.uint8)
+            picture[24:] = picture[24:] if codec == "mpeg4" else 10
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         out.mux(stream.encode())
 
@@ -264,6 +447,132 @@ def test_videos(tmp_path: Path):
     assert json.loads(read[3]["json"]) == {"path": "run/a.mp4", "width": 64, "height": 48, "seconds": 0.5}
     picture = Image.open(stats.sheet(tmp_path / "out", tmp_path / "sheet.png"))
     assert picture.getpixel((8 + 64, 8 + 64))[0] > 200 > 60 > picture.getpixel((8 + 64, 8 + 64))[1]
+
+
+def reds(data: bytes) -> list[int]:
+    """The red of a frame's left upper, right upper, left lower and right lower quarters."""
+    pixels = np.asarray(Image.open(io.BytesIO(data)))[..., 0]
+    return [round(float(np.median(part))) for half in np.array_split(pixels, 2) for part in np.array_split(half, 2, 1)]
+
+
+def test_frames_of_videos_are_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, x264 = tmp_path / "in", {"codec": "libx264", "g": "12", "bf": "3", "crf": "1", "x264-params": "open-gop=1"}
+    for name in ("jump/a.mkv", "run/a.mp4"):
+        film(source / name, 48, **x264)
+    film(source / "run" / "old.avi", 12)
+    film(source / "run" / "g.webm", 11, codec="libvpx-vp9")
+    summary = make(source, tmp_path / "out", kind="images")
+    assert summary["kind"] == "frames" and not summary["bad"] and summary["classes"] == ["jump", "run"]
+    assert (
+        "the first frame of every 1 s of a video becomes a JPEG of quality 95; --frames-every SECONDS"
+        in summary["notes"][0]
+    )
+    read = samples_of(tmp_path / "out")
+    keys = [re.sub("-[0-9a-f]{8}/", "/", sample["__key__"]) for sample in read]
+    lengths = {"jump_a": 5, "run_a": 5, "run_g": 2, "run_old": 2}
+    assert keys == [f"{name}/{1000 * k:09d}" for name in lengths for k in range(lengths[name])]
+    assert [sample["cls"] for sample in read] == [b"0"] * 5 + [b"1"] * 9
+    assert json.loads(read[3]["json"]) == {"path": "jump/a.mkv", "seconds": 3.0}
+    for k in range(5):  # the frame of that time and no other: five levels of red from one to the next
+        red, _, low, _ = reds(read[k]["jpg"])
+        assert abs(red - (250 - 50 * k)) <= 2 and low < 20, k
+    every = make(source, tmp_path / "some", 0.02, frames_every=0.3, workers=1)  # pieces that begin within a video
+    assert every["shards"] > 5 and every["samples"] == 16 + 16 + 4 + 4
+    some = {sample["__key__"]: sample["jpg"] for sample in samples_of(tmp_path / "some")}
+    assert some[read[3]["__key__"]] == read[3]["jpg"] and some[read[8]["__key__"]] == read[8]["jpg"]  # a key is a time
+    with (
+        monkeypatch.context() as patch
+    ):  # a video that cannot be sought in: decoded from its beginning, to the same end
+        patch.setattr(frames, "_from", lambda *_: (_ for _ in ()).throw(Damaged("no")))
+        make(source, tmp_path / "slow", 0.02, frames_every=0.3)
+    assert {sample["__key__"]: sample["jpg"] for sample in samples_of(tmp_path / "slow")} == some
+    plain = tmp_path / "plain"  # without labels: what we built gets none from the folders in its keys
+    for name in ("a.mp4", "b.mp4"):
+        film(plain / name, 2)
+    make(plain, tmp_path / "bare", frames_every=0.1)
+    assert make(tmp_path / "bare", tmp_path / "copy")["classes"] == [] and len(samples_of(tmp_path / "copy")) == 4
+
+
+@pytest.mark.slow
+def test_frames_are_the_same_for_any_number_of_processes_and_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("a.mp4", "b.mkv"):
+        film(tmp_path / "in" / name, 40, codec="libx264", g="12")
+    make(tmp_path / "in", tmp_path / "one", 0.02, frames_every=0.3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            "data_pipeline.build.build_shards.index.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
+        make(tmp_path / "in", tmp_path / "two", 0.02, workers=2, frames_every=0.3)
+    for number in ("000001", "000003"):  # as if it had been stopped earlier
+        (tmp_path / "two.partial" / f"{number}.json").unlink()
+    make(tmp_path / "in", tmp_path / "two", 0.02, frames_every=0.3)
+    shards = sorted((tmp_path / "one").glob("*.tar"))
+    assert len(shards) > 4
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "two" / shard.name).read_bytes()
+    assert "nothing was done" in make(tmp_path / "in", tmp_path / "two", 0.02, frames_every=0.3)["notes"][-1]
+
+
+def test_damaged_and_turned_videos_as_frames(tmp_path: Path):
+    film(tmp_path / "good.mp4", 48, codec="libx264", g="12")
+    data, source = bytearray((tmp_path / "good.mp4").read_bytes()), tmp_path / "in"
+    source.mkdir()
+    (source / "a-cut.mp4").write_bytes(data[:200])
+    (source / "b-list.avi").write_text("#EXTM3U\n#EXTINF:1,\n../good.mp4\n")
+    (source / "c-empty.mov").write_bytes(b"")
+    (source / "d-gone.mp4").symlink_to(source / "nowhere.mp4")
+    film(tmp_path / "good.mkv", 48, codec="libx264", g="12")
+    whole = (tmp_path / "good.mkv").read_bytes()
+    (source / "e-short.mkv").write_bytes(whole[: len(whole) * 6 // 10])
+    matrix = data.index(b"tkhd") + 44  # of a telephone held upright: a quarter turn to the right
+    turned = [0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30]
+    data[matrix : matrix + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in turned)
+    (source / "f-turned.mp4").write_bytes(data)
+    holes = bytearray((tmp_path / "good.mp4").read_bytes())
+    middle = holes.index(b"mdat") + (len(holes) - holes.index(b"mdat")) // 3
+    holes[middle : middle + 60] = bytes(60)
+    (source / "g-holes.mp4").write_bytes(holes)
+    (source / "h-codec.mp4").write_bytes((tmp_path / "good.mp4").read_bytes().replace(b"avc1", b"zzzz"))
+    summary = make(source, tmp_path / "out", frames_every=1.0)
+    text = reasons(summary)
+    assert set(text) == {
+        "a-cut.mp4",
+        "b-list.avi",
+        "c-empty.mov",
+        "d-gone.mp4",
+        "e-short.mkv",
+        "g-holes.mp4",
+        "h-codec.mp4",
+    }
+    assert text["c-empty.mov"] == "is empty: 0 bytes" and text["d-gone.mp4"] == "No such file or directory"
+    assert re.search(
+        r"frames up to the damage are used: it ends after \d\.\d s, but its header states 4\.8 s", text["e-short.mkv"]
+    )
+    assert text["h-codec.mp4"] == "has a codec that PyAV does not know"
+    with pytest.raises(DataError, match=r"h-codec.mp4: has a codec that PyAV does not know"):
+        make(source / "h-codec.mp4", tmp_path / "x")
+    assert re.search(r"^[1-4] of 5 frames are left out: ", text["g-holes.mp4"])
+    read = {s["__key__"][0] + s["__key__"][-5:-3]: s["jpg"] for s in samples_of(tmp_path / "out")}
+    assert len([key for key in read if key[0] == "f"]) == 5 and "g00" in read and "e00" in read
+    assert Image.open(io.BytesIO(read["f00"])).size == (48, 64)
+    left, right, low, _ = reds(read["f00"])
+    assert right > 200 > 60 > left and low < 60  # what was above is on the right
+    kept = make(source / "f-turned.mp4", tmp_path / "kept", frames_every=9.0, as_stored=True)
+    assert kept["samples"] == 1 and reds(samples_of(tmp_path / "kept")[0]["jpg"])[0] > 200
+    with pytest.raises(DataError, match=r"none of its 1 samples can be used .*a-cut.mp4: Invalid data"):
+        make(source / "a-cut.mp4", tmp_path / "x", kind="frames")
+    for every in (0.0, -1.0, float("nan")):
+        with pytest.raises(
+            DataError, match=f"--frames-every {every:g}: write the interval between two frames in seconds"
+        ):
+            make(source, tmp_path / "x", frames_every=every)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(
+        DataError, match="holds nothing for a folder of videos, whose frames become images; it holds nothing"
+    ):
+        make(tmp_path / "none", tmp_path / "x", frames_every=1.0)
 
 
 @pytest.mark.parametrize(("module", "extra", "name"), [("av", "video", "a.mp4"), ("pyarrow", "parquet", "a.parquet")])
@@ -303,10 +612,49 @@ def test_another_webdataset(tmp_path: Path):
     assert images == [*map(jpeg, range(6)), *map(jpeg, range(3)), *map(jpeg, range(5)), jpeg(7)]
     assert all(s["cls"] == b"1" for s in read[:14]) and read[2]["__key__"] == "0000002-d_2"
     bad = reasons(summary)
-    assert "breaks off" in bad["cut.tar/d/3"] and "half of one" in bad["no-end.tar/d/5"] and bad["none.tar"]
+    assert "breaks off" in bad["cut.tar/d/3"] and "may be incomplete" in bad["no-end.tar/d/5"] and bad["none.tar"]
     assert bad["sub/b.tar/1"] == "holds no member that shards keep" and "sub/b.tar/2" in bad
-    assert bad["sub/b.tar/0"] == "the key 0 stands in this tar twice; the first is taken"
+    assert bad["sub/b.tar/0"] == "the key 0 occurs twice in this tar; the first is taken"
     assert len(bad) == 6
+
+
+def test_tars_of_class_folders_keep_their_labels(tmp_path: Path):
+    source = tmp_path / "in"
+    source.mkdir()
+    write_tar(source / "a.tar", [(f"./set/cat/{i}.0.jpg", jpeg(i)) for i in range(2)] + [("./set/x.jpg", jpeg(9))])
+    write_tar(source / "b.tar", [(f"set/dog/{i}.jpg", jpeg(i)) for i in range(2)])
+    summary = make(source, tmp_path / "out")
+    read = samples_of(tmp_path / "out")
+    assert summary["classes"] == ["cat", "dog"] and [s.get("cls") for s in read] == [b"0", b"0", None, b"1", b"1"]
+    assert summary["notes"] == ["no sample has a .cls member: the labels are the folders that samples lie in"]
+    assert Samples([str(tmp_path / "out")]).label(4) == "dog" and [s["jpg"] for s in read[:2]] == [jpeg(0), jpeg(1)]
+    write_tar(source / "b.tar", [("set/dog/0.jpg", jpeg(1)), ("set/dog/0.cls", b"5")])  # there are labels: those count
+    assert [s.get("cls") for s in (make(source, tmp_path / "own"), samples_of(tmp_path / "own"))[1]][3:] == [b"5"]
+    write_tar(source / "b.tar", [(f"{side}/dog/0.jpg", jpeg(1)) for side in ("train", "val")])
+    (source / "a.tar").unlink()
+    summary = make(source, tmp_path / "sides")
+    assert summary["classes"] == [] and "train, val: parts of a data set, and so no labels" in summary["notes"][0]
+
+
+def test_samples_of_a_tar_that_cannot_be_images_are_named(tmp_path: Path):
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("0.jpg", jpeg()),
+            ("1.txt", b"x"),
+            ("2.x.jpg", b""),
+            ("2.y.jpg", b""),
+            ("3.npy", b"what?"),
+            ("4.jfif", jpeg(4)),
+        ],
+    )
+    summary = make(tmp_path / "a.tar", tmp_path / "out")
+    assert summary["members"] == {"jpg": 2, "txt": 1} and summary["bare"] == [1, "a.tar/1"]
+    assert "1 samples hold no image, for example a.tar/1; training on images passes them over" in describe(
+        summary, "out"
+    )
+    bad = reasons(summary)
+    assert "several dots in the name" in bad["a.tar/2"] and "unpack the tars" in bad["a.tar/2"] and "a.tar/3" in bad
 
 
 def test_long_names_pass(tmp_path: Path):

@@ -6,11 +6,13 @@ import io
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from data_pipeline import index, stats
-from data_pipeline.split import split
-from data_pipeline.storage import DataError
+from common.errors import DataError
+from data_pipeline.build import stats
+from data_pipeline.build.split import split
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.samples import Samples
 from tests.data.building import quiet, samples_of
 from tests.tars import jpeg, write_tar
 
@@ -39,6 +41,26 @@ def test_stats_and_sheet(tmp_path: Path):
         stats.sheet(tmp_path / "x", tmp_path / "sheet.tar")
 
 
+def test_glyphs_that_no_font_has_are_drawn_as_code_points(monkeypatch: pytest.MonkeyPatch):
+    def drawn(text: str) -> bytes:
+        page = Image.new("L", (120, 40), "white")
+        stats._Font().draw(ImageDraw.Draw(page), (0, 0), ["plain", text])
+        return page.tobytes()
+
+    monkeypatch.setattr(stats, "FONTS", ())
+    assert drawn("a日é") == drawn("a<65E5>é")
+    assert drawn("é") != drawn("e")
+    monkeypatch.setattr(stats, "FONTS", ("DejaVuSans.ttf",))
+    if len(stats._Font().fonts) == 2:
+        assert drawn("Жж") != drawn("<416><436>")
+
+
+def test_shards_of_text_are_introduced_without_images(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", [(f"{i}.txt", b"words") for i in range(3)])
+    samples = Samples([str(tmp_path / "a.tar")])
+    assert stats.summarize(samples) == [f"{tmp_path / 'a.tar'}: 3 samples with 3 .txt; no class names"]
+
+
 def test_split_by_key_is_stable(photos: Path, shards: Path, tmp_path: Path):
     quietly = {"workers": 1, "say": quiet}
     out = split(shards, tmp_path / "out", 0.25, 0.25, **quietly)
@@ -50,7 +72,7 @@ def test_split_by_key_is_stable(photos: Path, shards: Path, tmp_path: Path):
             {k: v for k, v in whole[key].items() if k[:2] != "__"} == {k: v for k, v in s.items() if k[:2] != "__"}
             for key, s in samples.items()
         )
-    assert index.load(str(tmp_path / "out" / "val")).classes == ["china", "flower"]
+    assert load_manifest(str(tmp_path / "out" / "val")).classes == ["china", "flower"]
     more = tmp_path / "more"
     more.mkdir()
     write_tar(more / "0.tar", [(f"new{i}.jpg", jpeg(i)) for i in range(40)])

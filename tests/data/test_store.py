@@ -14,11 +14,11 @@ import numpy as np
 import psutil
 import pytest
 
-from data_pipeline import index
-from data_pipeline.ledger import Ledger
-from data_pipeline.shards import Samples
-from data_pipeline.storage import DataError
-from data_pipeline.stream import Reading, Stream
+from common.errors import DataError
+from data_pipeline.shards import index
+from data_pipeline.shards.samples import Samples
+from data_pipeline.stream.damage_log import DamageLog
+from data_pipeline.stream.stream import Reading, Stream
 from tests.conftest import forget_connections
 from tests.services import BUCKET, FaultProxy, ObjectStore, environment
 from tests.tars import jpeg, write_tar
@@ -30,7 +30,8 @@ COUNT, BATCH, STEPS = 240, 8, 60  # two epochs
 def raw(sample, rng):
     """The bytes themselves, so that one wrong bit is seen."""
     out = np.zeros(16384, np.uint8)
-    out[: len(sample["jpg"])] = np.frombuffer(sample["jpg"], np.uint8)
+    data = sample["image"].data
+    out[: len(data)] = np.frombuffer(data, np.uint8)
     return {"bytes": out, "draw": rng(3).random(2)}
 
 
@@ -58,7 +59,7 @@ def same(stream: Stream, expected: list[dict]) -> None:
     for step, there in enumerate(expected):
         here = next(stream)
         for key, value in there.items():
-            assert np.array_equal(here[key], value), (step, key, stream.ledger.bad)
+            assert np.array_equal(here[key], value), (step, key, stream.damage_log.bad)
 
 
 def reading(**changes) -> Reading:
@@ -77,7 +78,7 @@ def test_the_same_batches_as_from_disk(
     samples = Samples([remote])
     stream = Stream(samples, raw, BATCH, reading=reading(workers=workers))
     same(stream, expected)
-    figures, _ = stream.meter.take(workers)
+    figures, _ = stream.stats.take(workers)
     gets = [r for r in proxy.requests if r.startswith("GET") and ".tar" in r]
     chunk = stream.plan.orders[0].chunk
     used = STEPS * BATCH * 1.5  # what is asked for ahead of the last step counts too
@@ -110,8 +111,8 @@ def test_faults_on_the_way_change_nothing(remote: str, proxy: FaultProxy, expect
     proxy.set(**faults)
     stream = Stream(samples, raw, BATCH, reading=reading())
     same(stream, expected)
-    figures, _ = stream.meter.take(1)
-    assert stream.ledger.bad == {}
+    figures, _ = stream.stats.take(1)
+    assert stream.damage_log.bad == {}
     if faults.keys() & {"error_rate", "reset_rate", "cut_rate", "short_rate"}:
         assert figures["retries"] > 0
     if faults.keys() == {"slow_rate", "slow"}:
@@ -126,11 +127,11 @@ def test_an_index_changed_on_the_way_is_asked_for_again(remote: str, proxy: Faul
     for n, some in enumerate(samples):
         monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / f"cache{n}"))
         some.pieces(0, 1)
-        counts.append(some.fetcher.counts["requests"])
+        counts.append(some.reader.counts["requests"])
     assert set(counts) > {1}
     proxy.set(flip_rate=1.0)
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"index-.*bin: is not the file that the manifest was written with"):
+    with pytest.raises(DataError, match=r"index-.*bin: is not the index that the manifest was written with"):
         last.pieces(0, 1)
 
 
@@ -187,7 +188,9 @@ def test_bits_that_flip_at_rest_are_counted_and_replaced(
         body[int(piece.records[0][0]["offset"]) + 1000] ^= 1
     for name, body in data.items():
         store.put(f"rotten/{name}", bytes(body))
-    stream = Stream(Samples([f"s3://{BUCKET}/rotten"]), raw, BATCH, reading=reading(), ledger=Ledger(tmp_path / "bad"))
+    stream = Stream(
+        Samples([f"s3://{BUCKET}/rotten"]), raw, BATCH, reading=reading(), damage_log=DamageLog(tmp_path / "bad")
+    )
     chunk = stream.plan.orders[0].chunk
     for step, there in enumerate(expected):
         here = next(stream)
@@ -196,11 +199,14 @@ def test_bits_that_flip_at_rest_are_counted_and_replaced(
                 assert int(here["id"][slot]) == number and np.array_equal(here["bytes"][slot], there["bytes"][slot])
                 continue
             assert int(here["id"][slot]) not in damaged
-            virtual = int(stream.plan.slots(step, slot, slot + 1).virtual[0])
-            if any(v % COUNT not in damaged for v in range(virtual // chunk * chunk, virtual // chunk * chunk + chunk)):
+            global_index = int(stream.plan.slots(step, slot, slot + 1).global_index[0])
+            if any(
+                v % COUNT not in damaged
+                for v in range(global_index // chunk * chunk, global_index // chunk * chunk + chunk)
+            ):
                 assert abs(int(here["id"][slot]) - number) % COUNT < chunk or chunk == 1  # a neighbour of its own chunk
-    assert sorted(key for _, key in stream.ledger.bad) == sorted(samples.name(n)[1] for n in damaged)
-    assert all("not those that were indexed" in reason for reason in stream.ledger.bad.values())
+    assert sorted(key for _, key in stream.damage_log.bad) == sorted(samples.name(n)[1] for n in damaged)
+    assert all("not those that were indexed" in reason for reason in stream.damage_log.bad.values())
     assert len((tmp_path / "bad" / "damaged-0.jsonl").read_text().splitlines()) == 3
     stream.close()
 
@@ -219,7 +225,7 @@ def test_a_server_that_knows_no_ranges_is_said_at_once(local: Path, tmp_path: Pa
         port = server.stdout.readline().split("port ")[1].split()[0]
         samples = Samples([f"http://127.0.0.1:{port}"])
         assert len(samples) == COUNT
-        with pytest.raises(DataError, match="it knows no ranges; copy the shards to one that does"):
+        with pytest.raises(DataError, match="it does not support byte ranges; copy the shards"):
             for number in range(0, COUNT, 7):
                 samples.read(number)
     finally:
@@ -242,7 +248,7 @@ def test_a_damaged_index_is_refused(store: ObjectStore, local: Path, proxy: Faul
     body = bytearray(name.read_bytes())
     body[50] ^= 1
     store.put(f"badindex/{name.name}", bytes(body))
-    with pytest.raises(DataError, match="is not the file that the manifest was written with"):
+    with pytest.raises(DataError, match="is not the index that the manifest was written with"):
         Samples([f"s3://{BUCKET}/badindex"]).read(0)
 
 
@@ -254,7 +260,7 @@ def test_shards_without_a_manifest_are_indexed_into_the_cache(
     said: list[str] = []
     samples = Samples([f"s3://{BUCKET}/plain"], say=said.append)
     assert said == [
-        "indexing 6 shards that have no manifest, once; `unlabeled shards index FOLDER` stores it beside them"
+        "indexing 6 shards that have no manifest, once; `unlabeled shards index FOLDER` stores the index beside them"
     ]
     Samples([f"s3://{BUCKET}/plain"], say=said.append)
     assert len(said) == 1
@@ -268,7 +274,7 @@ def test_the_cache_serves_the_second_epoch_and_the_next_start(remote: str, proxy
         proxy.requests.clear()
         stream = Stream(Samples([remote]), raw, BATCH, reading=reading(cache=str(tmp_path / "ssd"), cache_gb=limit_gb))
         same(stream, expected)
-        figures, _ = stream.meter.take(1)
+        figures, _ = stream.stats.take(1)
         stream.close()
         return figures | {"gets": sum(".tar" in r for r in proxy.requests)}
 
@@ -287,7 +293,9 @@ def test_the_cache_serves_the_second_epoch_and_the_next_start(remote: str, proxy
     assert sum(p.stat().st_size for p in (tmp_path / "ssd").rglob("*") if p.is_file()) <= small
 
 
-def test_a_killed_feeder_is_said_and_the_next_start_goes_on_exactly(remote: str, proxy: FaultProxy, expected):
+def test_a_killed_prefetch_server_is_reported_and_the_next_start_goes_on_exactly(
+    remote: str, proxy: FaultProxy, expected
+):
     samples, done = Samples([remote]), 0
     for kill_at in (3, 9, 20, STEPS):  # several times in a row
         stream = Stream(samples, raw, BATCH, reading=reading(workers=2, ahead_mb=0.2))
@@ -295,8 +303,8 @@ def test_a_killed_feeder_is_said_and_the_next_start_goes_on_exactly(remote: str,
         same(stream, expected[done:kill_at])
         done = stream.state_dict()["step"]
         if kill_at < STEPS:
-            assert stream._feeder is not None
-            stream._feeder.process.kill()
+            assert stream._server is not None
+            stream._server.process.kill()
             with pytest.raises(DataError, match="the process that fetches the shards has ended"):
                 for _ in range(STEPS):
                     next(stream)
@@ -308,7 +316,7 @@ def test_a_killed_trainer_leaves_no_process_behind(remote: str, proxy: FaultProx
 from tests.data.test_store import *
 stream = Stream(Samples([{remote!r}]), raw, BATCH, reading=reading(workers=2))
 next(stream)
-print(os.getpid(), stream._feeder.process.pid, *(w.pid for w in stream._iterator._workers), flush=True)
+print(os.getpid(), stream._server.process.pid, *(w.pid for w in stream._iterator._workers), flush=True)
 time.sleep(60)
 """
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -336,5 +344,5 @@ def test_no_batch_for_long_writes_all_stacks(remote: str, proxy: FaultProxy, cap
     stream.close()
     err = capfd.readouterr().err
     assert "no batch for 1 seconds before step" in err
-    assert err.count("Current thread") + err.count("most recent call first") >= 3  # trainer, worker, feeder
+    assert err.count("Current thread") + err.count("most recent call first") >= 3  # trainer, worker, prefetch server
     assert "_ask" in err and "plan_ahead" in err

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import simplejpeg
 import torch
 
-from data_pipeline import index
-from data_pipeline.ledger import ALWAYS, Ledger
-from data_pipeline.plan import Phase
-from data_pipeline.shards import Look, Samples
-from data_pipeline.storage import DataError
-from data_pipeline.stream import Reading, Stream, to_device
-from data_pipeline.views import Augment, crops
-from data_pipeline.watch import Meter
+from common.errors import Damaged, DataError
+from data_pipeline.build.stats import summarize
+from data_pipeline.formats.decode_budget import Budget
+from data_pipeline.order.schedule import Phase
+from data_pipeline.parts.caption import Caption
+from data_pipeline.parts.image import Image
+from data_pipeline.shards import index
+from data_pipeline.shards.samples import Samples
+from data_pipeline.stream.damage_log import MIN_ALLOWED_DAMAGED, DamageLog
+from data_pipeline.stream.stream import Reading, Stream, to_device
+from data_pipeline.stream.stream_stats import StreamStats
+from data_pipeline.views.augmentations import Augment, crops
+from pretrain.build import build_objective, build_stream, open_samples
+from tests.conftest import tiny_recipe
+from tests.forked import Forked
 from tests.tars import jpeg, write_tar
 
 
@@ -38,6 +51,59 @@ def damaged(tmp_path: Path) -> Path:
     images[3], images[7] = images[7][:2000], bytes(hole)
     write_tar(tmp_path / "d.tar", [(f"{i:03d}.jpg", image) for i, image in enumerate(images)])
     return tmp_path / "d.tar"
+
+
+# ---------------------------------------------------------------- workers that die
+@pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "lack of memory"), (signal.SIGBUS, "/dev/shm is full")])
+def test_a_killed_data_worker_is_one_line(number: signal.Signals, cause: str, shards: Path):
+    before = signal.getsignal(signal.SIGCHLD)
+    stream = Stream(Samples([str(shards)]), views, 12, workers=1)
+    next(stream)
+    (worker,) = stream._processes
+    os.kill(worker.pid, signal.SIGTERM)  # of a scheduler, to all: the trainer hears it, and ends the workers
+    for _ in range(10):
+        next(stream)
+    assert signal.getsignal(signal.SIGCHLD) == before  # of the DataLoader, it would raise anywhere
+    os.kill(worker.pid, number)
+    with pytest.raises(DataError, match=rf"\(process {worker.pid}\) was killed by {number.name}, .*{cause}"):
+        for _ in range(100):
+            next(stream)
+
+
+def hold_workers(shards: str, file: str) -> None:
+    """A trainer with two data workers, whose process ids it writes down."""
+    stream = Stream(Samples([shards]), views, 12, workers=2)
+    next(stream)
+    Path(file).write_text(" ".join(str(worker.pid) for worker in stream._processes))
+    time.sleep(600)
+
+
+def test_data_workers_end_with_a_killed_trainer(shards: Path, tmp_path: Path):
+    """At once: they hold copies of its sockets, so until then the other ranks wait for it. torch's own check takes up to 5 seconds."""
+    process = Forked(hold_workers, str(shards), str(tmp_path / "workers"))
+    while not (tmp_path / "workers").exists() or not (tmp_path / "workers").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = [psutil.Process(int(pid)) for pid in (tmp_path / "workers").read_text().split()]
+    process.kill()
+    left = psutil.wait_procs(workers, timeout=2)[1]
+    assert [w for w in left if w.is_running() and w.status() != psutil.STATUS_ZOMBIE] == []  # a zombie has ended
+
+
+def test_samples_without_an_image_are_passed_over_and_no_damage(tmp_path: Path):
+    members = [(f"{i:02d}.{'txt' if i % 3 == 1 else 'jpg'}", b"words" if i % 3 == 1 else jpeg(i)) for i in range(12)]
+    write_tar(tmp_path / "a.tar", members)
+    samples = Samples([str(tmp_path / "a.tar")])
+    lines = summarize(samples)
+    assert "12 samples with 8 .jpg, 4 .txt; no class names" in lines[0]
+    assert "4 samples hold no image, for example 01; others take their places" in lines[1]
+    damage_log = DamageLog(None)
+    stream = Stream(samples, views, 12, workers=0, damage_log=damage_log)
+    seen = torch.cat([next(stream)["id"] for _ in range(2)])
+    assert stream.absent == 8 and damage_log.bad == {} and set(seen.tolist()) == {i for i in range(12) if i % 3 != 1}
+    write_tar(tmp_path / "b.tar", [(f"{i:02d}.txt", b"words") for i in range(99)])
+    with pytest.raises(DataError, match=r"64 damaged samples in a row, the last sample .*: holds no image member"):
+        next(Stream(Samples([str(tmp_path / "b.tar")]), views, 8, workers=0))
 
 
 # ---------------------------------------------------------------- the same batches
@@ -119,7 +185,9 @@ def test_phases_and_mixtures_go_on_where_they_were(shards: Path, photos: Path, t
     resumed.load_state_dict({**stream.state_dict(), "step": 9})
     for expected in batches[9:]:
         half = len(expected["id"]) // 2
-        assert next(resumed)["id"].tolist() == expected["id"][half:].tolist()
+        got = next(resumed)["id"]
+        assert got.tolist() == expected["id"][half:].tolist()
+        assert resumed.stand_in()["id"].tolist() == (got.tolist() * 2)[:8]  # of the size that is due
     resumed.close()
 
 
@@ -129,10 +197,10 @@ def test_damaged_samples_are_named_and_replaced_in_place(damaged: Path, workers:
     stream = Stream(Samples([str(damaged)]), views, batch=4, workers=workers)
     assert stream.plan.orders[0].chunk == 1
     for step in range(6):
-        planned = (stream.plan.slots(step, 0, 4).virtual % 12).tolist()
+        planned = (stream.plan.slots(step, 0, 4).global_index % 12).tolist()
         assert next(stream)["id"].tolist() == [{3: 4, 7: 8}.get(i, i) for i in planned]  # the neighbour takes the slot
-    assert {key for _, key in stream.ledger.bad} == {"003", "007"}
-    assert sorted(key for _, key, _ in stream.ledger.new()) == ["003", "007"] and stream.ledger.new() == []
+    assert {key for _, key in stream.damage_log.bad} == {"003", "007"}
+    assert sorted(key for _, key, _ in stream.damage_log.new()) == ["003", "007"] and stream.damage_log.new() == []
     stream.close()
 
 
@@ -140,15 +208,22 @@ def test_a_neighbour_comes_from_the_same_chunk(tmp_path: Path):
     images = [jpeg(i, 16) if i % 5 else b"\xff\xd8junk" for i in range(80)]
     write_tar(tmp_path / "a.tar", [(f"{i:03d}.jpg", image) for i, image in enumerate(images)])
     stream = Stream(
-        Samples([str(tmp_path / "a.tar")]), views, 1, workers=0, ledger=Ledger(None, share=1, shard_share=1)
+        Samples([str(tmp_path / "a.tar")]), views, 1, workers=0, damage_log=DamageLog(None, share=1, shard_share=1)
     )
     chunk = stream.plan.orders[0].chunk
     assert chunk == 10
     for step in range(200):
-        (virtual,) = stream.plan.slots(step, 0, 1).virtual.tolist()
+        (global_index,) = stream.plan.slots(step, 0, 1).global_index.tolist()
         number = int(next(stream)["id"][0])
-        expected = virtual if virtual % 5 else virtual // chunk * chunk + (virtual + 1) % chunk
+        expected = global_index if global_index % 5 else global_index // chunk * chunk + (global_index + 1) % chunk
         assert number == expected % 80
+
+
+def test_lines_of_a_damage_log_that_are_no_rows_are_passed_over(tmp_path: Path):
+    good = {"step": 1, "shard": "a.tar", "key": "1", "reason": "is damaged"}
+    odd = [json.dumps(row) for row in (None, [], 1, {}, good | {"key": []}, good | {"shard": None}, good)]
+    (tmp_path / "damaged-0.jsonl").write_text("\n".join([*odd, "[" * 100_000, '{"step"']))
+    assert DamageLog(tmp_path).bad == {("a.tar", "1"): "is damaged"}
 
 
 def test_nothing_but_damage_is_an_error(tmp_path: Path):
@@ -169,18 +244,21 @@ def test_the_quota_ends_the_run_at_the_same_count_for_any_number_of_processes(wo
             workers=0,
             rank=r,
             world=world,
-            ledger=Ledger(tmp_path / "bad", r),
+            damage_log=DamageLog(tmp_path / "bad", r),
         )
         for r in range(world)
     ]
-    with pytest.raises(DataError, match=rf"{ALWAYS + 1} damaged samples, .* allows {ALWAYS}; the last: \d+ in .*a.tar"):
+    with pytest.raises(
+        DataError,
+        match=rf"{MIN_ALLOWED_DAMAGED + 1} damaged samples, .* allows {MIN_ALLOWED_DAMAGED}; .*the last: \d+ in .*a.tar",
+    ):
         for _ in range(40):
             for stream in streams:
                 next(stream)
     lines = [line for path in (tmp_path / "bad").glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert len({json.loads(line)["key"] for line in lines}) == ALWAYS + 1
+    assert len({json.loads(line)["key"] for line in lines}) == MIN_ALLOWED_DAMAGED + 1
     with pytest.raises(DataError, match="damaged samples"):  # the next start knows
-        stream = Stream(Samples([str(tmp_path / "a.tar")]), views, 6, workers=0, ledger=Ledger(tmp_path / "bad"))
+        stream = Stream(Samples([str(tmp_path / "a.tar")]), views, 6, workers=0, damage_log=DamageLog(tmp_path / "bad"))
         for _ in range(40):
             next(stream)
 
@@ -193,7 +271,7 @@ def test_one_bad_shard_ends_the_run_before_the_data_as_a_whole_does(tmp_path: Pa
             [(f"{name}{i:03d}.jpg", b"\xff\xd8junk" if bad and i % 2 else jpeg(i, 16)) for i in range(60)],
         )
     index.write(tmp_path)
-    stream = Stream(Samples([str(tmp_path)]), views, 6, workers=0, ledger=Ledger(None, share=1.0))
+    stream = Stream(Samples([str(tmp_path)]), views, 6, workers=0, damage_log=DamageLog(None, share=1.0))
     with pytest.raises(DataError, match=r"b.tar: 11 damaged samples, but data.bad_shard_share = 0.01 allows 10"):
         for _ in range(60):
             next(stream)
@@ -206,6 +284,65 @@ def test_batch_larger_than_the_data(shards: Path):
         Stream(Samples([str(shards)]), views, 16, world=2, accumulate=3)
 
 
+# ---------------------------------------------------------------- large images
+def test_threads_hold_no_more_decoded_bytes_than_they_may(tmp_path: Path):
+    """Images of 3 megapixels, of which each takes 18 MB: budgets for none of them, for two, and for all."""
+    flat = np.zeros((1500, 2000, 3), np.uint8)
+    images = [simplejpeg.encode_jpeg(flat + np.uint8(20 * n), 90) for n in range(8)]
+    write_tar(tmp_path / "a.tar", [(f"{n}.jpg", image) for n, image in enumerate(images)])
+    batches, peaks = [], []
+    for megabytes in (0.001, 40, 1000):
+        reading = Reading(workers=0, threads=4, decode_mb=megabytes)
+        stream = Stream(Samples([str(tmp_path / "a.tar")]), augmented, 8, reading=reading)
+        batches.append(next(stream))
+        assert stream.batches.budget.used == 0
+        peaks.append(stream.batches.budget.peak)
+    assert peaks[0] == 18_000_000 and peaks[1] <= 36_000_000
+    for other in batches[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in batches[0].items())
+
+
+def test_a_lease_waits_for_bytes_only_where_it_holds_none():
+    budget, order = Budget(100), list[str]()
+    waiting = threading.Event()
+
+    def second() -> None:
+        with budget.lease() as take:
+            waiting.set()
+            take(50)
+            order.append("second")
+            take(40)  # decoded again: the same bytes
+            assert budget.used == 50
+
+    with budget.lease() as take:
+        take(60)
+        thread = threading.Thread(target=second)
+        thread.start()
+        waiting.wait()
+        take(500)  # a wait could be for ever
+        order.append("first")
+        assert budget.used == 500
+    thread.join()
+    assert order == ["first", "second"] and (budget.used, budget.peak) == (0, 500)
+    with pytest.raises(ValueError, match="of the views"), budget.lease() as take:
+        take(101)  # more than there is, for one alone
+        raise ValueError("of the views")
+    assert budget.used == 0
+
+
+def test_the_recipe_says_how_large_images_may_be(shards: Path, tmp_path: Path):
+    limits = ["data.max_pixels=1000", "data.decode_mb=7", "data.threads=2"]
+    cfg = tiny_recipe("simclr", shards, tmp_path / "run", *limits)
+    samples = open_samples(cfg)
+    stream = build_stream(cfg, build_objective(cfg), samples)
+    assert stream.batches.budget.total == 7 * 2**20
+    with pytest.raises(DataError, match=r"pixels, but 1 to 1000 are allowed; data\.max_pixels, and"):
+        next(stream)
+    with pytest.raises(Damaged, match="are allowed"):
+        samples[0].image(0)
+    assert not any("images:" in line for line in summarize(samples[0]))  # none of them can be read
+
+
 # ---------------------------------------------------------------- what comes out
 def test_other_members_than_images(tmp_path: Path):
     write_tar(
@@ -215,7 +352,7 @@ def test_other_members_than_images(tmp_path: Path):
     def words(sample, rng):
         return {"words": np.int64(len(sample["txt"].split())), "side": np.int64(sample["image"].shape[0])}
 
-    stream = Stream(Samples([str(tmp_path / "a.tar")]), words, 4, workers=0, look=Look(extensions=("jpg", "txt")))
+    stream = Stream(Samples([str(tmp_path / "a.tar")]), words, 4, workers=0, parts={"image": Image(), "txt": Caption()})
     batch = next(stream)
     assert batch["words"].tolist() == [i + 1 for i in batch["id"].tolist()] and set(batch["side"].tolist()) == {64}
 
@@ -229,19 +366,38 @@ def test_images_of_any_number_of_channels(tmp_path: Path):
         np.save(out, rng.integers(0, 256, (40, 40, 5), dtype=np.uint8))
         members.append((f"{i}.npy", out.getvalue()))
     write_tar(tmp_path / "a.tar", members)
-    stream = Stream(Samples([str(tmp_path / "a.tar")]), augmented, 4, workers=0, look=Look(channels=5))
+    stream = Stream(Samples([str(tmp_path / "a.tar")]), augmented, 4, workers=0, parts={"image": Image(channels=5)})
     assert next(stream)["image"].shape == (4, 2, 5, 32, 32)
-    with pytest.raises(DataError, match=r"64 damaged samples in a row.*channels"):
-        next(Stream(Samples([str(tmp_path / "a.tar")]), augmented, 4, workers=0))
+    stream = Stream(Samples([str(tmp_path / "a.tar")]), augmented, 4, workers=0)
+    says = r"\d in .*a.tar, like its neighbours, holds 5 channels, but 3 are asked for; write model.in_channels=5, and 5 values"
+    with pytest.raises(DataError, match=says):
+        next(stream)
+    assert not stream.damage_log.bad  # an option is wrong, and no sample is
+
+
+def test_one_image_with_other_channels_is_damage(tmp_path: Path):
+    import io
+
+    members = []
+    for i in range(8):
+        out = io.BytesIO()
+        np.save(out, np.zeros((40, 40, 4 if i == 3 else 5), np.uint8))
+        members.append((f"{i}.npy", out.getvalue()))
+    write_tar(tmp_path / "a.tar", members)
+    stream = Stream(Samples([str(tmp_path / "a.tar")]), augmented, 8, workers=0, parts={"image": Image(channels=5)})
+    next(stream)
+    assert [key for _, key in stream.damage_log.bad] == ["3"]
 
 
 def test_colours_on_the_device_are_those_of_the_fused_way(shards: Path):
     out = {}
     for color in ("fused", "device"):
-        stream = Stream(Samples([str(shards)]), augmented, 8, workers=0, look=Look(color=color))
+        stream = Stream(Samples([str(shards)]), augmented, 8, workers=0, parts={"image": Image(color=color)})
         batch = next(stream)
         assert ("image.color" in batch) == (color == "device")
-        out[color] = to_device(batch, torch.device("cpu"), [0.0] * 3, [1.0] * 3)["image"] * 255
+        out[color] = (
+            to_device(batch, torch.device("cpu"), {"image": Image(mean=[0.0] * 3, std=[1.0] * 3)})["image"] * 255
+        )
     assert (out["fused"] - out["device"]).abs().max() <= 2.01
 
 
@@ -249,8 +405,7 @@ def test_uint8_is_normalised_on_the_device():
     batch = to_device(
         {"image": torch.tensor([[[[0]], [[255]], [[51]]]], dtype=torch.uint8), "keep": torch.tensor([1])},
         torch.device("cpu"),
-        [0.5, 0.5, 0],
-        [0.5, 0.25, 1],
+        {"image": Image(mean=[0.5, 0.5, 0], std=[0.5, 0.25, 1])},
     )
     assert batch["image"].flatten().tolist() == pytest.approx([-1.0, 2.0, 0.2]) and batch["keep"].dtype == torch.int64
 
@@ -269,7 +424,7 @@ def test_memory_is_used_again_only_when_nobody_holds_the_batch(shards: Path):
             kept.append((batch["image"][3, 1], there["image"][3, 1]))
         del batch
     assert all(torch.equal(ours, theirs) for ours, theirs in kept)
-    assert int(stream.batches.slabs._busy.sum()) < 32  # some are free
+    assert int(stream.batches.buffers._busy.sum()) < 32  # some are free
     stream.close()
 
 
@@ -279,14 +434,14 @@ def test_the_meter_names_what_binds():
         ({"read_us": 900, "views_us": 100}, 10.0, "the store binds: .*on reading"),
         ({"read_us": 100, "views_us": 900}, 10.0, "decoding and views bind: .*more than 3 data.workers may help"),
     ]:
-        meter = Meter()
-        meter.add(wait, counts | {"bytes": 2_000_000, "held": 5_000_000, "queue": 3})
-        meter.add(wait / 10, {"requests": 4, "held": 7_000_000, "queue": 1})
-        figures, line = meter.take(3)
+        stats = StreamStats()
+        stats.add(wait, counts | {"bytes": 2_000_000, "held": 5_000_000, "queue": 3})
+        stats.add(wait / 10, {"requests": 4, "held": 7_000_000, "queue": 1})
+        figures, line = stats.take(3)
         assert np.char.startswith(line, expected.split(": .*")[0]) and expected.split(": .*")[-1].split(":")[0] in line
         assert (figures["mb"], figures["requests"], figures["held_mb"], figures["queue"]) == (2.0, 4, 7.0, 1)
         assert figures["wait_ms_p99"] >= figures["wait_ms_p50"]
-        assert meter.take(3)[0]["requests"] == 0
+        assert stats.take(3)[0]["requests"] == 0
 
 
 @pytest.mark.slow
@@ -300,7 +455,7 @@ def test_memory_and_open_files_are_bounded(tmp_path: Path):
     def size(sample, rng):
         return {"size": np.int64(len(sample["txt"]))}
 
-    stream = Stream(Samples([str(tmp_path)]), size, 32, workers=0, look=Look(extensions=("txt",)))
+    stream = Stream(Samples([str(tmp_path)]), size, 32, workers=0, parts={"txt": Caption()})
     me = psutil.Process()
     for _ in range(100):
         next(stream)

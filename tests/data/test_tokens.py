@@ -10,29 +10,42 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import index, tokenizer
-from data_pipeline.ledger import Ledger
-from data_pipeline.packing import best_fit
-from data_pipeline.plan import Phase
-from data_pipeline.rows import Rows
-from data_pipeline.shards import Samples
-from data_pipeline.split import split
-from data_pipeline.stats import describe, gather
-from data_pipeline.storage import DataError
-from data_pipeline.stream import Reading, Stream
-from data_pipeline.tokens import Blocks
-from data_pipeline.vocabulary import Vocabulary
+from common.errors import DataError
+from data_pipeline.build import tokenize_text, tokenizer
+from data_pipeline.build.split import split
+from data_pipeline.build.stats import describe, gather
+from data_pipeline.build.tokenize_text import tokenize
+from data_pipeline.order.schedule import Phase
+from data_pipeline.shards import index
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.packing import best_fit
+from data_pipeline.shards.rows import Rows, targets_of
+from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.token_blocks import Blocks
+from data_pipeline.shards.vocabulary import Vocabulary, with_template
+from data_pipeline.stream.damage_log import DamageLog
+from data_pipeline.stream.stream import Reading, Stream
 from tests.data.building import quiet
-from tests.data.texts import read, shards_of, texts_in, tokens_of, write_texts
+from tests.data.texts import prose, read, shards_of, texts_in, tokens_of, word_pieces, write_texts
 from tests.services import FaultProxy, ObjectStore
 from tests.tars import jpeg, write_tar
+
+# of the shards that earlier versions wrote of the same texts, with a tokenizer that has <|bos|>
+DIGESTS = ("3f2408347faa448a", "bb59166770d2739a")
+
+
+SPLIT = (  # LLaMA 3's
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def keep(sample, rng):
@@ -49,6 +62,12 @@ def held(texts: Path) -> Path:
     return tokens_of(texts, texts.parent / "tokens")
 
 
+@pytest.fixture(scope="module")
+def apart(texts: Path) -> Path:
+    """A set whose tokenizer has one token that begins documents and another that ends them."""
+    return tokens_of(texts, texts.parent / "apart", specials=("<|bos|>",))
+
+
 # ---------------------------------------------------------------- what a set holds
 def test_every_document_comes_back_with_its_bytes(texts: Path, held: Path):
     blocks, originals = Blocks([str(held)]), texts_in(texts)
@@ -60,9 +79,11 @@ def test_every_document_comes_back_with_its_bytes(texts: Path, held: Path):
         assert size == len(text.encode()) == vocabulary.token_bytes[ids].sum()
         assert ids[0] == vocabulary.bos == vocabulary.eos == ids[-1] and not vocabulary.special[ids[1:-1]].any()
         assert own.decode(ids[1:-1].tolist()) == text  # what spells a special token is text
-    about = index.load(str(held)).about
+    about = load_manifest(str(held)).details
     assert about["tokens"]["bytes"] == sum(len(t.encode()) for t in originals)
-    assert about["tokens"]["tokens"] == sum(len(ids) for ids, _ in documents) == sum(about["tokens"]["shards"].values())
+    shared = len(documents) - len(about["tokens"]["shards"])  # one token stands between two documents
+    assert about["tokens"]["tokens"] == sum(len(ids) for ids, _ in documents) - shared
+    assert about["tokens"]["tokens"] == sum(about["tokens"]["shards"].values())
     assert (
         about["tokens"]["exact_bytes"]
         and about["tokens"]["dtype"] == "<u2"
@@ -75,15 +96,64 @@ def test_every_document_comes_back_with_its_bytes(texts: Path, held: Path):
 
 def test_a_document_that_begins_with_a_block_counts_once(tmp_path: Path):
     (tmp_path / "text").mkdir()
-    write_tar(tmp_path / "text" / "0.tar", [(f"{n}.txt", bytes([65 + n]) * 1022) for n in range(3)])
-    index.write(tmp_path / "text", quiet)
-    blocks = Blocks([str(tokens_of(tmp_path / "text", tmp_path / "tokens", vocab=259, block=1024))])
-    assert len(blocks) == 3 and blocks.load(0)[1].starts.tolist() == [0, 1024]  # a byte a token, BOS and EOS
-    assert [size for _, size in blocks.documents()] == [1022] * 3 and blocks.text_bytes() == 3 * 1022
+    for size, specials in ((1022, ("<|bos|>",)), (1023, ())):  # a byte a token; BOS and EOS, or one for both
+        own = tmp_path / str(size)
+        own.mkdir()
+        write_tar(own / "0.tar", [(f"{n}.txt", bytes([65 + n]) * size) for n in range(3)])
+        index.write(own, quiet)
+        options = {"vocab": 259 + len(specials), "block": 1024, "specials": specials}
+        blocks = Blocks([str(tokens_of(own, own / "tokens", **options))])
+        assert len(blocks) == 3 and blocks.load(0)[1].starts.tolist() == [0, 1024]
+        documents = list(blocks.documents())
+        assert [bytes for _, bytes in documents] == [size] * 3 and blocks.text_bytes() == 3 * size
+        assert {len(ids) for ids, _ in documents} == {size + 2}
+        assert {ids[0] for ids, _ in documents} == {blocks.vocabulary.bos}
+        assert {ids[-1] for ids, _ in documents} == {blocks.vocabulary.eos}
+
+
+def test_tokens_between_documents(texts: Path, held: Path, apart: Path):
+    """One where BOS is EOS; two where they differ, byte for byte as they always were."""
+    joined, two = Blocks([str(held)]), Blocks([str(apart)])
+    assert set(joined.joined) == {True} and set(two.joined) == {False}
+    first, second = texts_in(texts)[:2]
+    for blocks, between in ((joined, 1), (two, 2)):
+        known, ids = blocks.vocabulary, blocks.load(0)[0].tolist()
+        own = known.tokenizer()
+        a, b = (own.encode(text, add_special_tokens=False).ids for text in (first, second))
+        middle = [known.eos] if between == 1 else [known.eos, known.bos]
+        assert ids[: len(a) + len(b) + 2 + between] == [known.bos, *a, *middle, *b, known.eos]
+        last = blocks.load(len(blocks) - 1)[0]
+        assert last[-1] == known.eos and last[-2] != known.eos
+    made = [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in sorted(apart.glob("*.tar"))]
+    assert tuple(made) == DIGESTS
+
+
+def test_the_tokenizer_puts_the_token_that_begins_a_document(held: Path, tmp_path: Path):
+    """Every library that opens tokenizer.json begins a text as training does; the tokenizer's hash stays what it was."""
+    made = Vocabulary.read(str(held))
+    own = made.tokenizer()
+    assert own.encode("sea").ids == [made.bos, *own.encode("sea", add_special_tokens=False).ids]
+    plain = json.loads(made.text) | {"post_processor": None}
+    bare = Vocabulary.parse(json.dumps(plain))
+    assert bare.hash == made.hash and bare.tokenizer().encode("sea").ids == own.encode("sea").ids[1:]
+    assert with_template(made.text, made.bos) == made.text  # once
+    both = Vocabulary.parse(with_template(bare.text, made.bos, made.eos))
+    assert both.tokenizer().encode("sea").ids == [*own.encode("sea").ids, made.eos] and both.hash == made.hash
+    level = plain | {
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    }
+    with_level = Vocabulary.parse(json.dumps(level))
+    more = Vocabulary.parse(with_template(with_level.text, made.bos))
+    assert more.tokenizer().encode("sea").ids == own.encode("sea").ids
+    assert more.hash == with_level.hash != made.hash  # as for GPT-2's, whose sets have been made with it
+    bert = {"type": "BertProcessing", "sep": ["<|pad|>", 1], "cls": ["<|endoftext|>", 0]}
+    theirs = json.dumps(plain | {"post_processor": bert})
+    assert with_template(theirs, 0, 1) == theirs and with_template(theirs, None) == theirs
 
 
 def test_transformers_opens_the_tokenizer_beside_the_tokens(held: Path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     theirs, mine = transformers.AutoTokenizer.from_pretrained(held), Vocabulary.read(str(held))
     assert (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id) == (mine.eos, mine.pad, mine.mask)
     assert theirs("the sea under 語")["input_ids"] == mine.tokenizer().encode("the sea under 語").ids
@@ -143,6 +213,111 @@ def test_damaged_documents_are_named_and_left_out(tmp_path: Path):
     assert bad.keys() == {"b", "c", "d"} and "is not UTF-8" in bad["b"] and "no .txt" in bad["c"] and "hash" in bad["d"]
 
 
+def test_what_a_tokenizer_loses_is_counted_and_said(tmp_path: Path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_tar(folder / "0.tar", [("a.txt", "the sea the 語 sea".encode()), ("b.txt", "海 the".encode())])
+    index.write(folder, quiet)
+    file = word_pieces(tmp_path / "words.json", "the sea")
+    summary = tokenize(folder, tmp_path / "words", file, workers=1, say=quiet)
+    assert (summary["unknown"], summary["lost"], summary["tokens"]) == (2, 0, 11)
+    assert load_manifest(str(tmp_path / "words")).details["tokens"]["unknown"] == 2
+    said = "\n".join(tokenize_text.describe(summary, "words"))
+    assert "warning: 2 tokens stand for text that the tokenizer does not know (18.18% of all tokens)" in said
+    content = json.loads(file.read_text())
+    letters = {name: n for n, name in enumerate("thesa")}
+    content["model"] = {"type": "BPE", "vocab": letters, "merges": [], "unk_token": None}
+    (tmp_path / "bpe.json").write_text(json.dumps(content | {"added_tokens": []}))
+    summary = tokenize(folder, tmp_path / "bpe", tmp_path / "bpe.json", workers=1, say=quiet)
+    assert (summary["unknown"], summary["lost"], summary["tokens"]) == (0, 2, 15)  # dropped without a trace
+    assert "warning: 2 characters were dropped by the tokenizer" in "\n".join(tokenize_text.describe(summary, "bpe"))
+    with pytest.raises(DataError, match="is a WordPiece without a token for what it does not know"):
+        tokenize(folder, tmp_path / "never", word_pieces(tmp_path / "none.json", "the sea", None), workers=1, say=quiet)
+    whole = tokenizer.train(str(folder), tmp_path / "whole.json", 259, say=quiet)
+    assert whole.letters is None and whole.lost("語", whole.tokenizer()) == 0 and whole.unk is None
+    content = json.loads(whole.text)  # byte-level, but trained without all bytes
+    content["model"] |= {"vocab": {k: v for k, v in content["model"]["vocab"].items() if k < "\u0100"}}
+    some = Vocabulary.parse(json.dumps(content))
+    assert some.lost("sea", some.tokenizer()) == 0 and some.lost("sea\x01", some.tokenizer()) == 1
+
+
+def test_a_huge_document_is_tokenized_in_pieces_to_the_same_tokens(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With tokenizers of all kinds, and a document far longer than what is tokenized at once; a word without an end stays whole."""
+    long = "\n\n".join(prose(n, 2000) for n in range(6)) + "語" * 10_000 + "x" * 9000 + " end. " + prose(7, 4000)
+    content = json.loads(tokenizer.train(str(texts), tmp_path / "own.json", 400, say=quiet).text)
+    llama2 = {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]}  # fmt: skip
+    ids = {letter: n for n, letter in enumerate(sorted({"▁", "<unk>", *long.replace(" ", "▁"), "▁t", "th", "▁the"}))}
+    merges = [["▁", "t"], ["t", "h"], ["▁t", "he"]][:2]
+    bpe = {"type": "BPE", "vocab": ids, "merges": merges, "unk_token": "<unk>"}
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    kinds = {
+        "own": content,
+        "llama3": content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ]}},
+        "llama2": content | {"normalizer": llama2, "pre_tokenizer": None, "model": bpe, "added_tokens": []},
+        "metaspace": content | {"pre_tokenizer": spaces, "model": bpe, "added_tokens": []},
+        "words": json.loads(word_pieces(tmp_path / "w.json", "the sea of und").read_text()),
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        own = Vocabulary.parse(json.dumps(kind | {"post_processor": None, "decoder": None})).tokenizer()
+        parts = list(tokenize_text.pieces(long, own, 8192))
+        whole = own.encode(long, add_special_tokens=False).ids
+        assert whole == [n for part in parts for n in own.encode(part, add_special_tokens=False).ids], name
+        assert len(parts) > 6 and max(map(len, parts)) <= 40_000, name
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_tar(folder / "0.tar", [("a.txt", b"sea"), ("b.txt", long.encode()), ("c.txt", b"the wind")])
+    index.write(folder, quiet)
+    made = tokens_of(folder, tmp_path / "whole", vocab=0, tokenizer_file=tmp_path / "own.json", shard_mb=5)
+    monkeypatch.setattr(tokenize_text, "CHARACTERS_AT_ONCE", 10_000)
+    target = tmp_path / "cut.tar"
+    samples, vocabulary, bad = Samples([str(folder)]), Vocabulary.read(str(tmp_path / "own.json")), []
+    asked: list[int] = []
+    monkeypatch.setattr(tokenize_text, "pieces", _watched(asked, tokenize_text.pieces))
+    with target.open("wb") as file:
+        task = {"number": 0, "first": 0, "count": 3}
+        tokenize_text._write(samples, vocabulary, task, 4096, file, lambda count: bad.append(count))
+    assert max(asked) <= 40_000 and len(asked) > 5
+    assert target.read_bytes() == (made / "000000.tar").read_bytes()
+
+
+def _watched(asked: list[int], pieces):
+    """`pieces`, of the size that the module has now, with the length of each."""
+
+    def watched(text: str, own) -> Iterator[str]:
+        for piece in pieces(text, own, tokenize_text.CHARACTERS_AT_ONCE):
+            asked.append(len(piece))
+            yield piece
+
+    return watched
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_huge_document(tmp_path: Path):
+    """5 MB in one document: the whole of its encodings would be 600 MB."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_tar(folder / "0.tar", [("a.txt", (prose(1, 20_000).encode() + b"\n") * 40)])
+    index.write(folder, quiet)
+    tokenizer.train(str(folder), tmp_path / "own.json", 300, limit=1 << 20, say=quiet)
+    code = (
+        "import resource, sys; from data_pipeline.build import tokenize_text as t; from data_pipeline.shards.samples import Samples;"
+        "from data_pipeline.shards.vocabulary import Vocabulary; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "t._write(Samples([sys.argv[1]]), Vocabulary.read(sys.argv[2]), {'number': 0, 'first': 0, 'count': 1}, 4096, open(sys.argv[3], 'wb'), print);"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    words = [sys.executable, "-c", code, folder, tmp_path / "own.json", tmp_path / "out.tar"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    size = (folder / "0.tar").stat().st_size >> 20
+    assert size >= 3 and int(done.stdout.split()[-1]) < 300  # MB
+
+
 def test_large_vocabularies_take_four_bytes_a_token(texts: Path, tmp_path: Path):
     content = json.loads(tokenizer.train(str(texts), tmp_path / "a.json", 300).text)
     words = {f"Ġw{n}": 300 + n for n in range(70000)}  # never reached by a merge, but part of the vocabulary
@@ -150,7 +325,7 @@ def test_large_vocabularies_take_four_bytes_a_token(texts: Path, tmp_path: Path)
     (tmp_path / "large.json").write_text(json.dumps(content))
     large = tokens_of(texts, tmp_path / "large", vocab=0, tokenizer_file=tmp_path / "large.json")
     small = tokens_of(texts, tmp_path / "small", vocab=0, tokenizer_file=tmp_path / "a.json")
-    assert index.load(str(large)).about["tokens"]["dtype"] == "<u4"
+    assert load_manifest(str(large)).details["tokens"]["dtype"] == "<u4"
     for one, other in zip(Blocks([str(large)]).documents(), Blocks([str(small)]).documents(), strict=True):
         assert np.array_equal(one[0], other[0]) and one[1] == other[1]
     one, other = Rows([str(large)], 100), Rows([str(small)], 100)
@@ -158,17 +333,24 @@ def test_large_vocabularies_take_four_bytes_a_token(texts: Path, tmp_path: Path)
 
 
 # ---------------------------------------------------------------- rows
+@pytest.mark.parametrize("kind", ["held", "apart"])
 @pytest.mark.parametrize("length", [64, 1000, 4096])
-def test_split_rows_make_every_token_a_target_exactly_once(held: Path, length: int):
+def test_split_rows_make_every_token_a_target_exactly_once(kind: str, length: int, request: pytest.FixtureRequest):
+    held, joined = request.getfixturevalue(kind), kind == "held"
     rows, at = Rows([str(held)], length), 0
     for documents in shards_of(held):
-        tokens = np.concatenate(documents).astype(np.int64)
-        number = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+        own = [d[:-1] for d in documents[:-1]] + documents[-1:] if joined else documents
+        tokens = np.concatenate(own).astype(np.int64)
+        number = np.repeat(np.arange(len(documents)), [len(d) for d in own])
         seen = 1  # the first token of a shard is only an input
         while seen < len(tokens):
             row = read(rows, at)
             count = int((row["documents"] >= 0).sum())
             assert np.array_equal(row["tokens"][:count], tokens[seen - 1 : seen - 1 + count])
+            asked = targets_of(row)
+            same = joined | (row["documents"][1:count] == row["documents"][: count - 1])
+            assert np.array_equal(asked[: count - 1], np.where(same, row["tokens"][1:count], -100))
+            assert (asked[count - 1 :] == -100).all()
             assert np.array_equal(row["documents"][:count], number[seen - 1 : seen - 1 + count] - number[seen - 1])
             assert (row["documents"][count:] == -1).all() and (row["tokens"][count:] == rows.pad).all()
             seen, at = seen + count - 1, at + 1
@@ -177,15 +359,22 @@ def test_split_rows_make_every_token_a_target_exactly_once(held: Path, length: i
     assert not read(Rows([str(held)], length, document_mask=False), 3)["documents"].any()
 
 
+@pytest.mark.parametrize("kind", ["held", "apart"])
 @pytest.mark.parametrize("length", [50, 128])
-def test_best_fit_rows_make_every_token_inside_a_document_a_target_exactly_once(held: Path, length: int):
+def test_best_fit_rows_make_every_token_inside_a_document_a_target_exactly_once(
+    kind: str, length: int, request: pytest.FixtureRequest
+):
+    held = request.getfixturevalue(kind)
     rows, plain = Rows([str(held)], length, "best_fit"), Rows([str(held)], length)
     pairs: Counter[tuple[int, int]] = Counter()
     wasted = 0
     for number in range(len(rows)):
         row = read(rows, number)
         same = (row["documents"][1:] == row["documents"][:-1]) & (row["documents"][1:] >= 0)
-        pairs.update(zip(row["tokens"][:-1][same].tolist(), row["tokens"][1:][same].tolist(), strict=True))
+        asked = targets_of(row)
+        known = asked >= 0
+        assert (asked[same] == row["tokens"][1:][same]).all() or kind == "held"
+        pairs.update(zip(row["tokens"][:-1][known].tolist(), asked[known].tolist(), strict=True))
         wasted += int((row["documents"] < 0).sum())
     whole: Counter[tuple[int, int]] = Counter()
     for document in itertools.chain.from_iterable(shards_of(held)):
@@ -194,21 +383,23 @@ def test_best_fit_rows_make_every_token_inside_a_document_a_target_exactly_once(
     assert wasted < 0.06 * len(rows) * length  # short shards and blocks: their last windows have room
 
 
-def naive_best_fit(first: int, last: int, starts: list[int], length: int) -> list[list[tuple[int, int]]]:
-    """The same by looking at everything every time."""
+def naive_best_fit(first: int, last: int, starts: list[int], length: int, joined: bool) -> list[list[tuple[int, int]]]:
+    """The same by looking at everything every time. Joined: pieces are made of targets, and a target's place is the token before it."""
+    most = length if joined else length + 1
+    again = most - length  # tokens that a cut repeats
     here = sorted({first, *(s for s in starts if first < s <= last)})
     pieces = []
-    for begin, end in zip(here, [*here[1:], last + 1], strict=True):
+    for begin, end in zip(here, [*here[1:], last + again], strict=True):
         if begin == last:
             continue
-        while end - begin > length + 1:
-            pieces.append((begin, length + 1))
+        while end - begin > most:
+            pieces.append((begin, most))
             begin += length
-        pieces += [(begin, end - begin)] if end - begin > 1 else []
+        pieces += [(begin, end - begin)] if end - begin > again else []
     rows: list[list[tuple[int, int]]] = [[] for _ in range(-(-(last - first) // length))]
 
     def free(n: int) -> int:
-        return length + 1 - sum(size for _, size in rows[n])
+        return most - sum(size for _, size in rows[n])
 
     left = []
     for start, size in sorted(pieces, key=lambda p: (-p[1], p[0])):
@@ -218,7 +409,7 @@ def naive_best_fit(first: int, last: int, starts: list[int], length: int) -> lis
         else:
             left.append((start, size))
     for start, size in left:
-        while size > 1:
+        while size > again:
             fitting = [n for n in range(len(rows)) if free(n) >= size]
             n = (
                 min(fitting, key=lambda n: (free(n), n))
@@ -227,7 +418,7 @@ def naive_best_fit(first: int, last: int, starts: list[int], length: int) -> lis
             )
             take = min(size, free(n))
             rows[n].append((start, take))
-            start, size = start + take - 1, size - take + 1
+            start, size = start + take - again, size - take + again
     return sorted(sorted(row) for row in rows)
 
 
@@ -238,11 +429,13 @@ def test_best_fit_equals_a_naive_one_and_loses_nothing(data: st.DataObject):
     first = data.draw(st.integers(0, 5))
     last = first + data.draw(st.integers(1, 32 * length))
     starts = sorted(data.draw(st.sets(st.integers(0, last + 5), max_size=80)))
-    rows = best_fit(first, last, np.array(starts, "<u4"), length)
-    assert rows == naive_best_fit(first, last, starts, length)
-    assert len(rows) == -(-(last - first) // length) and all(sum(size for _, size in row) <= length + 1 for row in rows)
-    targets = Counter(t for row in rows for start, size in row for t in range(start + 1, start + size))
-    assert targets == Counter(t for t in range(first + 1, last + 1) if t not in starts)
+    for joined in (False, True):
+        rows = best_fit(first, last, np.array(starts, "<u4"), length, joined)
+        assert rows == naive_best_fit(first, last, starts, length, joined)
+        most = length + (not joined)
+        assert len(rows) == -(-(last - first) // length) and all(sum(size for _, size in row) <= most for row in rows)
+        targets = Counter(t for row in rows for start, size in row for t in range(start + 1, start + size + joined))
+        assert targets == Counter(t for t in range(first + 1, last + 1) if joined or t not in starts)
 
 
 # ---------------------------------------------------------------- streams
@@ -291,14 +484,14 @@ def test_damaged_pages_are_replaced_and_named(held: Path, tmp_path: Path):
     data = bytearray(Path(url).read_bytes())
     data[offset + 700] ^= 4  # token 350, of row 5; the page has rows 0 to 15
     Path(url).write_bytes(data)
-    ledger = Ledger(None, share=1, shard_share=1)
-    stream = Stream(Rows([str(copy)], 64), keep, 8, shuffle=False, workers=0, ledger=ledger)
+    damage_log = DamageLog(None, share=1, shard_share=1)
+    stream = Stream(Rows([str(copy)], 64), keep, 8, shuffle=False, workers=0, damage_log=damage_log)
     batch = next(stream)
     clean = Stream(Rows([str(held)], 64), keep, 8, shuffle=False, workers=0)
     sound = {tuple(read(rows, n)["tokens"].tolist()) for n in range(16, len(rows))}
     assert all(tuple(row.tolist()) in sound for row in batch["tokens"]) and len(next(clean)["tokens"]) == 8
-    assert ("000000-000000 row 5") in {key for _, key in ledger.bad} and "tokens from 0 on" in next(
-        iter(ledger.bad.values())
+    assert ("000000-000000 row 5") in {key for _, key in damage_log.bad} and "tokens from 0 on" in next(
+        iter(damage_log.bad.values())
     )
     assert any("000000-000000.tokens" in problem for problem in index.verify(copy, quiet))
 
@@ -332,6 +525,13 @@ def test_errors_say_what_to_write(texts: Path, held: Path, tmp_path: Path):
     (tmp_path / "plain" / "a.jsonl").write_text('{"text": "sea"}')
     with pytest.raises(DataError, match=r"plain: holds text but no shards; make them with `unlabeled shards build"):
         tokens_of(tmp_path / "plain", tmp_path / "never")
+    (tmp_path / "words.txt").write_text("sea")
+    (tmp_path / "folder.json").mkdir()
+    for name, match in (("words.txt", "no such file; name a tokenizer"), ("folder.json", "cannot be read")):
+        begun = time.monotonic()
+        with pytest.raises(DataError, match=match):
+            tokens_of(texts, tmp_path / "never", vocab=0, tokenizer_file=tmp_path / name)
+        assert time.monotonic() - begun < 30  # at once: a file that is wrong stays wrong
     unreadable = tmp_path / "tokenizer.json"
     unreadable.write_text('{"model": {"vocab": {"a": 0}}}')
     with pytest.raises(DataError, match=rf"{unreadable}: tokenizers .* cannot read it"):
@@ -385,7 +585,7 @@ def test_rows_of_a_store_are_those_of_a_disk(
             found = next(remote)
             for key in batch:
                 assert np.array_equal(found[key], batch[key])
-        assert not remote.ledger.bad
+        assert not remote.damage_log.bad
         remote.close()
 
 

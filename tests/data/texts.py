@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import index
-from data_pipeline.rows import Rows
-from data_pipeline.shards import Samples
-from data_pipeline.tokenize_text import tokenize
-from data_pipeline.tokens import Blocks
+from data_pipeline.build.tokenize_text import tokenize
+from data_pipeline.shards import index
+from data_pipeline.shards.rows import Rows
+from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.token_blocks import Blocks
 from tests.data.building import quiet
 from tests.tars import write_tar
 
@@ -82,3 +83,36 @@ def shards_of(folder: Path) -> list[list[np.ndarray]]:
     """The documents of each shard."""
     held = Blocks([str(folder)])
     return [[tokens for tokens, _ in held.documents(n, n + 1)] for n in range(len(held.first) - 1)]
+
+
+def word_pieces(path: Path, words: str, unknown: str | None = "[UNK]") -> Path:
+    """A WordPiece that knows some words and nothing else."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = {name: n for n, name in enumerate([*names, *words.split()])}
+    added = [
+        {
+            "id": n,
+            "content": name,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for n, name in enumerate(names)
+    ]
+    model = {
+        "type": "WordPiece",
+        "unk_token": unknown or "none",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+    }
+    path.write_text(
+        json.dumps(
+            {
+                "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": {"type": "Whitespace"},
+                "post_processor": None, "decoder": None, "model": {**model, "vocab": vocab},
+            }
+        )
+    )  # fmt: skip
+    return path

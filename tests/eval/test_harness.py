@@ -15,8 +15,8 @@ import yaml
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
-from pretrain.errors import UserError
-from pretrain.run_folder import read_rows
+from common.errors import UserError
+from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.train import train
 from tests.conftest import tiny_recipe, unlabeled
 from tests.data.texts import prose
@@ -139,8 +139,10 @@ def test_contexts_begin_as_documents_do(exports: dict[str, str]):
     pairs = [(prose(1, 4), " " + prose(2, 3)), (prose(3, 40), " sea"), ("", "ship")]
     asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
     for (context, continuation), (value, greedy) in zip(pairs, model.loglikelihood(asked), strict=True):
-        given = [model.vocabulary.bos, *model.tokens.encode(context).ids]
-        whole = [model.vocabulary.bos, *model.tokens.encode(context + continuation).ids]
+        given, whole = (
+            [model.vocabulary.bos, *model.tokens.encode(text, add_special_tokens=False).ids]
+            for text in (context, context + continuation)
+        )
         total, likeliest = 0.0, True
         for place in range(len(given), len(whole)):
             seen = whole[max(0, len(whole) - 1 - 32) : place]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,13 +13,15 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from data_pipeline.storage import DataError
-from eval import knn, linear, results
+from common.errors import DataError, UserError
+from common.progress import Progress
+from eval import knn, linear, results, score_checks
 from eval.features import Encoder, open_encoder
 from eval.run import evaluate
-from pretrain.errors import UserError
-from pretrain.run_folder import read_rows
-from tests.conftest import unlabeled
+from pretrain.metrics import Writer
+from pretrain.run_folder.jsonl_rows import read_rows
+from tests.conftest import call, unlabeled
+from tests.tars import jpeg, write_tar
 
 
 def clusters(seed: int = 0, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,6 +103,21 @@ def test_pixels_and_rows(shards: Path, tmp_path: Path):
     results.append(tmp_path / "results.jsonl", rows[:1])
     assert read_rows(tmp_path / "results.jsonl") == [*rows, rows[0]]
     assert "pixels" in results.table(rows) and "100.0%" in results.table(rows)
+    assert {row["note"] for row in rows} == {"48 of 48 query images are in the gallery, too"}  # and so it is its own
+    assert results.table(rows).endswith("\nnote: 48 of 48 query images are in the gallery, too")
+
+
+def test_samples_without_an_image_are_passed_over_and_no_damage(tmp_path: Path):
+    members = [
+        (f"{n:02d}.{kind}", data) for n in range(9) for kind, data in (("jpg", jpeg(n)), ("cls", b"ab"[n % 2 :][:1]))
+    ]
+    damaged, bare = ("10.jpg", jpeg()[:500]), [("11.txt", b"words"), ("11.cls", b"a"), ("12.cls", b"b")]
+    write_tar(tmp_path / "a.tar", [*members, damaged, ("10.cls", b"a"), *bare])
+    rows = evaluate("pixels", ["knn"], [str(tmp_path / "a.tar")], [str(tmp_path / "a.tar")], options={"knn": {"k": 1}})
+    assert {(row["count"], row["left_out"], row["passed_over"]) for row in rows} == {(9, 2, 4)}  # of both sets
+    assert rows[0]["note"].startswith("10 of 10 query images are in the gallery, too")
+    said = "note: of gallery and query, 2 damaged images were left out and 4 samples without images were passed over"
+    assert results.lines(rows)[-1] == said and results.table(rows).endswith(said)
 
 
 def test_features_are_extracted_once_and_pooled_as_asked(shards: Path):
@@ -115,15 +134,151 @@ def test_errors(tmp_path: Path, shards: Path):
         evaluate("pixels", ["kn"], [str(shards)], [str(shards)])
     with pytest.raises(DataError, match="no labelled shards are named"):
         evaluate("pixels", ["knn"], [], [])
-    with pytest.raises(UserError, match="is no exported model"):
+    with pytest.raises(UserError, match="is not an exported model"):
         evaluate(tmp_path, ["knn"], [str(shards)], [str(shards)])
     with pytest.raises(UserError, match=r"knn.kk = 3: no such key; did you mean k"):
         evaluate("pixels", ["knn"], [str(shards)], [str(shards)], options={"knn": {"kk": 3}})
+
+
+# ---------------------------------------------------------------- scores that mean nothing
+def labelled_tar(folder: Path, classes: str, first: int = 0) -> str:
+    """Shards with an image of noise for each class of a word: its letters."""
+    folder.mkdir()
+    members = [
+        (f"{n:02d}.{ending}", data)
+        for n, name in enumerate(classes)
+        for ending, data in (("jpg", jpeg(first + n, 40)), ("cls", name.encode()))
+    ]
+    write_tar(folder / "a.tar", members)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("gallery", "query", "first", "says"),
+    [
+        ("aabbccaabbcc", "aabbccaabbcc", 20, None),
+        ("aabbccaabbcc", "bbccaabbccaa", 2, "10 of 12 query images are in the gallery, too"),
+        ("aabbccaabbcc", "abcabcabcabz", 20, "1 of 12 query images are of classes that the gallery lacks"),
+        ("aabbccaabbcc", "aaaaaaaaaaaa", 20, "the query images are all of one class (a)"),
+        ("aabbccaabbcc", "b", 20, "only 1 query image, so one answer is 100 points"),
+        ("aabbccaabbcc", "abcab", 20, "only 5 query images, so one answer is 20 points"),
+    ],
+)
+def test_what_a_score_means_is_said_beside_it(gallery: str, query: str, first: int, says: str | None, tmp_path: Path):
+    sets = [labelled_tar(tmp_path / "gallery", gallery)], [labelled_tar(tmp_path / "query", query, first)]
+    for row in evaluate("pixels", ["knn", "linear"], *sets, options={"linear": {"steps": 2}}):
+        assert says in row["note"] if says else "note" not in row
+        assert not says or results.lines([row])[-1] == f"note: {row['note']}"
+
+
+@pytest.mark.parametrize(
+    ("gallery", "query", "says"),
+    [
+        ("aaaa", "aabb", "gallery: its 4 images are all of one class (a), so there is nothing to tell apart"),
+        ("a", "a", "gallery: its 1 images are all of one class (a)"),
+        ("aabb", "ccde", "query: has the classes c, d, e, and the gallery"),
+    ],
+)
+def test_scores_that_would_mean_nothing_are_refused(gallery: str, query: str, says: str, tmp_path: Path):
+    sets = [labelled_tar(tmp_path / "gallery", gallery)], [labelled_tar(tmp_path / "query", query, 20)]
+    for protocol in ("knn", "linear"):
+        with pytest.raises(DataError, match=re.escape(says)):
+            evaluate("pixels", [protocol], *sets)
+
+
+def test_features_that_say_nothing(tmp_path: Path):
+    sets = [labelled_tar(tmp_path / "gallery", "aabb")], [labelled_tar(tmp_path / "query", "abababababab", 20)]
+    encoder, _ = open_encoder("pixels")
+    encoder.pooled = lambda images: torch.ones(len(images), 3)
+    assert score_checks.judge(encoder, *sets, "images") == "the features of all gallery images are the same"
+    encoder._labelled.clear()
+    encoder.pooled = lambda images: torch.full((len(images), 3), math.nan)
+    with pytest.raises(DataError, match="pixels: its features of 4 of 4 images are not finite"):
+        score_checks.judge(encoder, *sets, "images")
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("knn.k=0", "knn.k = 0: must be 1 or more"),
+        ("knn.temperature=0", "knn.temperature = 0.0: must be above 0"),
+        ("linear.steps=0", "linear.steps = 0: must be 1 or more"),
+        ("linear.rates=[]", "linear.rates = []: write one"),
+        ("linear.rates=[0.1, -1]", "linear.rates[1] = -1.0: must be above 0"),
+        ("linear.hold_out=1", "linear.hold_out = 1.0: must be above 0 and below 1"),
+        ("image_size=big", "image_size = 'big': write pixels"),
+        ("gallery=7", "gallery = 7: write shards"),
+    ],
+)
+def test_options_out_of_their_bounds(option: str, says: str, shards: Path):
+    with pytest.raises(UserError, match=re.escape(says)):
+        call("eval", "pixels", "knn", "linear", f"gallery={shards}", f"query={shards}", option)
+
+
+def test_rows_are_kept_where_one_says(shards: Path, tmp_path: Path, capsys):
+    data = [f"gallery={shards}", f"query={shards}"]
+    for _ in range(2):
+        call("eval", "pixels", "knn", *data, "--out", tmp_path / "new" / "scores.jsonl")
+    assert [row["metric"] for row in read_rows(tmp_path / "new" / "scores.jsonl")] == [
+        "accuracy",
+        "balanced_accuracy",
+    ] * 2
+    said = capsys.readouterr().out
+    assert "note: 48 of 48 query images are in the gallery, too" in said
+    (tmp_path / "mine.bin").write_bytes(b"mine")
+    for path in (tmp_path / "mine.bin", tmp_path, tmp_path / "mine.bin" / "x.jsonl"):
+        with pytest.raises(UserError, match=r"write the name of a file that ends in .jsonl|cannot be written"):
+            call("eval", "pixels", "knn", *data, "--out", path)
+    assert (tmp_path / "mine.bin").read_bytes() == b"mine"
+
+
+def test_students_are_named_in_the_progress_line(tmp_path: Path):
+    writer = object.__new__(Writer)
+    writer.run, writer.length, writer.last_val_loss = tmp_path, 0, None  # no text
+    row = {"step": 0, "loss": 1.0, "samples_per_second": 5.0, "data_share": 0.0}
+    score = {"protocol": "knn", "split": "val", "metric": "accuracy", "step": 4, "seconds": 1.0}
+
+    def line(*scored: tuple[str, float], **more: str) -> str:
+        writer.progress = Progress("train", 10, stream=io.StringIO())
+        (tmp_path / "results.jsonl").unlink(missing_ok=True)
+        results.append(tmp_path / "results.jsonl", [score | more | {"model": m, "value": v} for m, v in scored])
+        writer._update_progress(row)
+        return writer.progress.stream.getvalue()
+
+    assert "k-NN so far 50.0% (step 4)" in line(("pixels", 0.9), ("untrained", 0.1), ("pretrained", 0.5))
+    assert "k-NN so far pretrained 50.0%, vit_tiny 20.0%, small 30.0% (step 4)" in line(
+        ("untrained", 0.1), ("vit_tiny", 0.1), ("pretrained", 0.5), ("vit_tiny", 0.2), ("small", 0.3)
+    )
+    assert "50.0% (step 4, with a note)" in line(("pretrained", 0.5), note="few")
+
+
+def test_long_names_do_not_run_together():
+    row = {
+        "step": 1,
+        "split": "test",
+        "protocol": "knn",
+        "metric": "accuracy",
+        "value": 0.5,
+        "count": 9,
+        "unit": "texts",
+    }
+    names = ("x", "convnextv2_femto.fcmae_ft_in1k", "bad\nname")
+    rows = [row | {"model": name} for name in names] + [row | {"model": "x", "metric": "a_metric_of_a_very_long_name"}]
+    lines = results.lines(rows)
+    assert len(lines) == 4 and {line.index("knn") for line in lines} == {len(names[1]) + 2}
+    assert {line.index("0.5000") for line in lines} == {len(names[1]) + 2 + 10 + 30}
+    table = results.table(rows[:3]).splitlines()
+    assert len(table) == 4 and {line.index("50.0%") for line in table[1:]} == {len(names[1]) + 2 + 5}
+    assert {len(line) for line in table} == {len(names[1]) + 2 + 10}
 
 
 @pytest.mark.slow
 def test_command_line(shards: Path):
     done = unlabeled("eval", "pixels", "knn", f"gallery={shards}", f"query={shards}", "knn.k=1")
     assert done.returncode == 0 and "1.0000   (48 images)" in done.stdout, done.stderr
+    between = unlabeled(
+        "eval", "pixels", "--out", shards.parent / "x.jsonl", "knn", f"gallery={shards}", f"query={shards}"
+    )
+    assert between.returncode == 0 and (shards.parent / "x.jsonl").is_file(), between.stderr
     bad = unlabeled("eval", "pixels", "knn", "galery=x")
     assert bad.returncode == 2 and "'galery': no such option" in bad.stderr

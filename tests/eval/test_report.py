@@ -15,15 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.build import build
-from data_pipeline.shards import Samples
+from common.errors import UserError
+from data_pipeline.build.build_shards import build
+from data_pipeline.shards.samples import Samples
 from eval import pictures, report, results
 from eval.features import Encoder
-from pretrain import export
-from pretrain.errors import UserError
-from pretrain.models import presets
+from pretrain.interchange import export, model_card
+from pretrain.models.build import build_model
 from pretrain.models.layers import Features
-from pretrain.run_folder import read_rows, write_recipe
+from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.run_folder.recipe_file import write_recipe
 from tests.conftest import tiny_recipe, unlabeled
 
 SECTIONS = [
@@ -83,7 +84,7 @@ def make_run(run: Path, shards: Path, *overrides: str, steps: int = 40) -> Path:
     for step in (0, 20, 40):
         torch.manual_seed(step)
         about = {"step": step, "objective": "mae", "pool": "mean"}
-        export.write(run / "export" / str(step), presets.build(recipe.model), about, recipe.data.mean, recipe.data.std)
+        export.write(run / "export" / str(step), build_model(recipe.model), about, recipe.data.mean, recipe.data.std)
     rows = []
     for step in range(40):
         rows.append(
@@ -157,9 +158,10 @@ def test_every_section_in_one_file(run: Path):
     assert "finished: 40 steps" in page.source and "unlabeled train &#x27;" in page.source
     text = "".join(text for _, text in page.text)
     assert text.count("+31.5 points over untrained") == 2 and text.count("+41.5 points over pixels") == 2
-    assert "61.5%" in text and "± 4.8" in text and "Test accuracy on 400 images and a gallery of 48" in text
+    assert "61.5%" in text and "± 4.8" in text and "Test accuracy on 400 images with a gallery of 48" in text
     titles = [t for t in page.all("h3") if t.strip()]
     assert titles == [
+        "What to do next",
         "k-NN",
         "linear",
         "loss",
@@ -172,11 +174,57 @@ def test_every_section_in_one_file(run: Path):
         "share of time",
     ]
     assert "decoder_dim: 32" in text  # the resolved recipe
+    opening, _, rest = text.partition("Test accuracy on 400 images")
+    assert (
+        "k-NN: 61.5% of 400 test images, 31.5 points above the untrained network and 41.5 points above raw pixels."
+        in opening
+    )
+    assert f"unlabeled eval '{run}/export/40' knn linear gallery=SHARDS query=SHARDS" in opening
+    assert f"unlabeled export '{run}' FOLDER" in opening and "AutoModel.from_pretrained" in opening
+    assert "unlabeled train" not in opening and "loss" in rest  # it is finished
     # 3 mosaics: image, untrained, pretrained; 8 queries with 6 neighbours each; the first and the last of 3 pictures
     assert len(page.images()) == 9 + 8 * 7 + 2
     assert [i.shape for i in page.images()[:3]] == [(128, 128, 3), (16, 16, 3), (16, 16, 3)]
     assert [int(i[0, 0, 0]) for i in page.images()[-2:]] == [0, 40]
     assert report.write(run).read_text() == page.source  # the choice of images is always the same
+
+
+def test_curves_of_the_machine_fold_away_and_have_units(run: Path, tmp_path: Path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    measured = {
+        **{"flops_per_second": 5.498e10, "mfu": 0.41, "memory_gb": 1.31, "epoch": 2.0, "stream/mb": 12.5},
+        **{
+            "stream/requests": 40,
+            "stream/hedges": 3,
+            "stream/hits": 7,
+            "stream/wait_ms_p50": 0.25,
+            "stage": "the model binds",
+        },
+        **{"stream/unheard_of": 1250, "tokens_per_second": 12500.0},
+    }
+    rows = [row | (measured if "samples_per_second" in row else {}) for row in read_rows(copy / "metrics.jsonl")]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = report.write(copy).read_text()
+    before, _, folded = source.partition("<summary>Speed, memory and the data stream</summary>")
+    folded = folded.partition("</details>")[0]
+    titles = re.findall(r"<h3>([^<]+)<span>", folded)
+    assert titles[:4] == ["samples per second", "share of time", "tokens per second", "model FLOP/s"]
+    assert {"hedged requests", "chunks found in the cache", "stream unheard of"} <= set(titles)
+    assert "hedged" not in before and "<details" in before[-80:] and "open" not in before[-80:]
+    for shown in ("55 GFLOP/s", "1.31 GB", "12.5 MB", "41%", "3 requests", "0.25 ms", "8 samples/s", "12.5k tokens/s"):
+        assert f"</b> {shown}<" in folded, shown
+    assert "e+" not in folded
+
+
+def test_the_opening_says_what_the_scores_do_not(run: Path, tmp_path: Path, shards: Path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    rows = [row | {"value": 0.1} if row["model"] == "pretrained" else row for row in read_rows(copy / "results.jsonl")]
+    (copy / "results.jsonl").unlink()
+    results.append(copy / "results.jsonl", rows)
+    assert '<span class="down">20.0 points below the untrained network</span>' in report.write(copy).read_text()
+    bare = make_run(tmp_path / "bare", shards, "eval.gallery=[]", "eval.val=[]", "eval.test=[]", steps=100)
+    text = "".join(text for _, text in Page(report.write(bare)).text)
+    assert f"unlabeled train {bare}" in text.partition("Curves")[0] and "eval.gallery=SHARDS" in text
 
 
 def test_an_image_of_the_gallery_is_its_own_nearest_neighbour(run: Path):
@@ -197,6 +245,44 @@ def test_only_the_recipes_own_scores_and_the_last_export_count(run: Path, tmp_pa
     (copy / "results.jsonl").open("a").write('{"model": "pre')
     source = report.write(copy).read_text()
     assert "61.5%" in source and "99.0%" not in source and "98.0%" not in source
+
+
+def test_rows_that_somebody_has_changed_leave_the_report_as_it_is(run: Path, tmp_path: Path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = report.write(copy).read_text()
+    score, step = read_rows(copy / "results.jsonl")[8], read_rows(copy / "metrics.jsonl")[0]
+    checked = [key for key in score if key not in ("gallery", "query")]
+    results.append(copy / "results.jsonl", [score | {key: odd} for key in checked for odd in ({"a": []}, None)])
+    results.append(copy / "results.jsonl", [score | {"step": 1 << 62}, {"step": 1}])
+    results.append(copy / "metrics.jsonl", [step | {"step": odd} for odd in ("0", None, [], -1, 1 << 62)])
+    assert report.write(copy).read_text() == before
+
+
+def test_extreme_values_do_not_stop_the_report(run: Path, tmp_path: Path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    score = read_rows(copy / "results.jsonl")[8]
+    bare = {key: score[key] for key in ("model", "protocol", "split", "gallery", "query", "metric")}
+    scores = [bare | {"step": 40, "value": value} for value in (float("inf"), -3.0, 5, 1e308)]  # without counts
+    extreme = [
+        {"step": 60 + n, "loss": value, "lr": value, "grad_norm": value, "samples_per_second": 1.0}
+        for n, value in enumerate((1e308, -1e308, 1e-320, 1 << 62, True, "x", None, {}))
+    ]
+    results.append(copy / "results.jsonl", scores)
+    results.append(copy / "metrics.jsonl", extreme)
+    assert "step 40 of 40" not in (source := report.write(copy).read_text()) and "finished: 40 steps" in source
+
+
+def test_notes_and_a_collapse_are_said(run: Path, tmp_path: Path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert "collapsed" not in report.write(copy).read_text()
+    rows = read_rows(copy / "results.jsonl")
+    results.append(copy / "results.jsonl", [row | {"note": "48 of 48 <images>"} for row in rows])
+    steps = [row | {"feature_std": 0.5 if row["step"] < 10 else 0.01} for row in read_rows(copy / "metrics.jsonl")]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    page = Page(report.write(copy))
+    assert "collapsed at step 29 (feature_std), and was still collapsed at the end" in page.source
+    assert page.all("p").count("note: 48 of 48 <images>") == 2  # k-NN and linear
+    assert "Note: 48 of 48 <images>." in model_card.write(copy / "export" / "40").read_text()
 
 
 def test_nothing_to_show_no_heading(run: Path, tmp_path: Path, shards: Path):
@@ -362,9 +448,16 @@ def test_ticks_and_numbers():
         12500: "12.5k",
         2e6: "2M",
         -1500: "-1.5k",
+        5.498e10: "54.98G",
     }
     assert {value: pictures._number(value) for value in numbers} == numbers
     assert pictures._number(0.325, percent=True) == "32.5%"
+    assert [pictures._number(v, unit="FLOP/s") for v in (5.498e10, 3e15, 12)] == [
+        "55 GFLOP/s",
+        "3 PFLOP/s",
+        "12 FLOP/s",
+    ]
+    assert [pictures._number(v, unit="ms") for v in (1250, 0.25, 0)] == ["1.25k ms", "0.25 ms", "0 ms"]
 
 
 def test_data_url_keeps_pixels():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from eval.features import Encoder
 from eval.snapshots import compare, load, statistics, table
+from launch import command_parser
 from launch.cli import parser
-from pretrain.errors import UserError
 from pretrain.models.layers import Features
 from pretrain.train import train
 from tests.conftest import tiny_recipe
@@ -68,7 +69,7 @@ def test_a_run_is_compared(shards: Path, tmp_path: Path, capsys: pytest.CaptureF
         rows[0]["score"], rows[1]["score"] = first, second
         assert table(rows, run).endswith(f"gram_teacher={run / 'export' / str(step)}")
     args = parser().parse_args(["snapshots", str(run), "--images", "8"])
-    args.main(args)
+    command_parser.call(args)
     assert f"step {best} has the clearest similarities" in capsys.readouterr().out
     assert load([str(shards)], encoder(0.0), 1000).shape == (48, 3, 128, 128)
     (tmp_path / "none" / "export").mkdir(parents=True)

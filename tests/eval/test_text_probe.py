@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
-from data_pipeline.build import build
-from data_pipeline.storage import DataError
+from common.errors import DataError, UserError
+from data_pipeline.build.build_shards import build
 from eval.features import open_encoder
 from eval.run import evaluate
 from eval.texts import bytes_of, load_texts
-from pretrain.errors import UserError
-from pretrain.run_folder import read_rows
+from launch import watch
+from pretrain.parallel.device import scoring_device
+from pretrain.recipes.recipe import stored
+from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.train import train
 from tests.conftest import tiny_recipe, unlabeled
 from tests.tars import write_tar
@@ -48,13 +51,39 @@ def exports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {name: str(run / "export" / "4") for name, run in runs.items()}
 
 
+@pytest.mark.parametrize("name", ["gpt", "mae"])
+def test_scores_beside_a_trainer_leave_its_gpu_alone(
+    name: str, exports: dict[str, str], labelled: dict[str, Path], shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a machine with GPUs, which the trainer takes: features are computed on the CPU, or where `eval.device` says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    export = Path(exports[name])
+    run = export.parents[1]
+    sets = labelled if name == "gpt" else {"train": shards, "test": shards}
+    sections = {"gallery": [str(sets["train"])], "test": [str(sets["test"])], "final": ["knn"]}
+    recipe = stored(run)
+    for key, value in sections.items():
+        setattr(recipe.eval, key, value)
+    recipe.device = "auto"
+    watch.score(run, recipe, str(export), 4, "test", SummaryWriter(str(run / "tensorboard")))
+    assert read_rows(run / "results.jsonl")[-1]["protocol"] == "knn"
+    assert [scoring_device(asked, trainer) for asked, trainer in (("auto", "cpu"), ("cuda:7", "cuda"))] == [
+        "auto",
+        "cuda:7",
+    ]
+    encoder, _ = open_encoder(str(export), device="meta")
+    assert encoder.device.type == "meta" and all(p.is_meta for p in encoder.backbone.parameters())
+
+
 @pytest.mark.parametrize("name", ["gpt", "bert", "t5"])
 def test_a_text_is_the_mean_of_its_tokens(name: str, exports: dict[str, str], labelled: dict[str, Path]):
     """Each by itself, between BOS and EOS, cut to 32 tokens; in the shards' order."""
     encoder, _ = open_encoder(exports[name])
     found = encoder.labelled([str(labelled["test"])])
-    texts, labels, left_out = load_texts([str(labelled["test"])])
-    assert found.labels == labels and sorted(set(labels)) == ["code", "prose"] and left_out == 0 and len(texts) == 100
+    texts, labels, *missed = load_texts([str(labelled["test"])])
+    assert (
+        found.labels == labels and sorted(set(labels)) == ["code", "prose"] and missed == [0, 0] and len(texts) == 100
+    )
     tokenizer, vocabulary = encoder.vocabulary.tokenizer(), encoder.vocabulary
     texts.append("ship")
     mine = encoder.pooled([*texts[:5], "ship", ""])
@@ -85,7 +114,7 @@ def test_a_run_scores_its_encoder(shards: Path, labelled: dict[str, Path], tmp_p
     recipe = tiny_recipe(
         "bert", shards, tmp_path / "run", "steps=4", "eval.periodic=[knn]", "eval.final=[linear]", *data
     )
-    from pretrain.run_folder import prepare
+    from pretrain.run_folder.prepare import prepare
 
     prepare(recipe)
     done = unlabeled("train", tmp_path / "run")
@@ -97,7 +126,7 @@ def test_a_run_scores_its_encoder(shards: Path, labelled: dict[str, Path], tmp_p
     done = unlabeled("report", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Test accuracy on 100 texts and a gallery of 200 labelled texts" in page and "images" not in page
+    assert "Test accuracy on 100 texts with a gallery of 200 labelled texts" in page and "images" not in page
     assert "| linear |" in (tmp_path / "run" / "export" / "4" / "README.md").read_text()
 
 
@@ -117,6 +146,7 @@ def test_errors_say_what_to_do(exports: dict[str, str], labelled: dict[str, Path
         evaluate("bytes", ["linear"], [str(tmp_path / "bare")], [str(tmp_path / "bare")])
     (tmp_path / "bad").mkdir()
     write_tar(
-        tmp_path / "bad" / "0.tar", [("a.txt", b"\xff\xfe"), ("a.cls", b"0"), ("b.txt", b"fine"), ("b.cls", b"1")]
+        tmp_path / "bad" / "0.tar",
+        [("a.txt", b"\xff\xfe"), ("a.cls", b"0"), ("b.txt", b"fine"), ("b.cls", b"1"), ("c.cls", b"0")],
     )
-    assert load_texts([str(tmp_path / "bad")]) == (["fine"], ["1"], 1)
+    assert load_texts([str(tmp_path / "bad")]) == (["fine"], ["1"], 1, 1)

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline import index, tokenizer
-from data_pipeline.storage import DataError
-from data_pipeline.tokens import Blocks
+from common.errors import DataError, UserError
+from data_pipeline.build import tokenizer
+from data_pipeline.shards import index
+from data_pipeline.shards.token_blocks import Blocks
 from eval import report, results
 from eval.features import open_encoder
 from eval.run import evaluate
 from eval.texts import load_texts
-from pretrain.errors import UserError
-from pretrain.run_folder import read_rows
+from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.train import train
-from tests.conftest import TEXT, tiny_recipe, tokens, unlabeled
+from tests.conftest import tiny, tiny_recipe, tokens, unlabeled
 from tests.data.building import quiet
-from tests.data.texts import tokens_of
+from tests.data.texts import tokens_of, word_pieces
 from tests.tars import write_tar
 
 
@@ -63,7 +63,7 @@ def test_bits_per_byte_is_the_naive_sum_over_documents(masked: bool, runs: dict[
                     count += 1
                     if count >= 400:
                         break
-                at += len(ids)
+                at += len(ids) - 1  # its last token is the next one's first
                 if count >= 400:
                     break
             break
@@ -108,7 +108,7 @@ def test_a_tokenizer_that_changes_text_has_the_bytes_of_its_documents(shards: Pa
     run = train(tiny_recipe("gpt", shards, tmp_path / "run", f"data.train={held}", "data.batch=4", "steps=1"))
     rows = {row["metric"]: row for row in evaluate(run / "export" / "1", ["bits_per_byte"], [], [str(held)])}
     count = sum(len(text.encode()) for text in texts)
-    total = Blocks([str(held)]).tokens.sum() - len(texts)  # BOS is given
+    total = Blocks([str(held)]).tokens.sum() - 1  # the first BOS is given, the others end a document
     assert rows["bits_per_byte"]["count"] == count
     assert rows["bits_per_byte"]["value"] * count == pytest.approx(rows["bits_per_token"]["value"] * total)
     content["added_tokens"] = content["added_tokens"][1:]
@@ -118,6 +118,22 @@ def test_a_tokenizer_that_changes_text_has_the_bytes_of_its_documents(shards: Pa
     run = train(tiny_recipe("gpt", shards, tmp_path / "bare", f"data.train={held}", "data.batch=4", "steps=1"))
     with pytest.raises(UserError, match="not byte-level and has no token that begins a document"):
         evaluate(run / "export" / "1", ["bits_per_byte"], [], [str(held)])
+
+
+def test_text_that_the_tokenizer_does_not_know_is_flagged_or_refused(shards: Path, tmp_path: Path):
+    file = word_pieces(tmp_path / "tokenizer.json", "the sea")
+    sets = {}
+    for name, words in (("some", "the sea " * 3000 + "語 "), ("many", "the sea " * 300 + "語 " * 300)):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", [("0.txt", words.encode())])
+        index.write(tmp_path / name, quiet)
+        sets[name] = tokens_of(tmp_path / name, tmp_path / f"{name}-tokens", vocab=0, tokenizer_file=file)
+    run = train(tiny_recipe("gpt", shards, tmp_path / "run", f"data.train={sets['some']}", "data.batch=4", "steps=1"))
+    rows = evaluate(run / "export" / "1", ["bits_per_byte"], [], [str(sets["some"])])
+    value = {row["metric"]: row["value"] for row in rows}
+    assert value["unknown_share"] == pytest.approx(1 / 6002, abs=1e-5)
+    with pytest.raises(UserError, match=r"33\.3% of its tokens stand for text that the tokenizer does not know"):
+        evaluate(run / "export" / "1", ["bits_per_byte"], [], [str(sets["many"])])
 
 
 def test_what_is_refused(runs: dict[str, Path], shards: Path, tmp_path: Path):
@@ -139,7 +155,7 @@ def test_what_is_refused(runs: dict[str, Path], shards: Path, tmp_path: Path):
     [
         ({"batch": 0}, "bits_per_byte.batch = 0: must be 1 or more"),
         ({"length": 0}, "bits_per_byte.length = 0: must be 1 or more, or null"),
-        ({"length": 33}, "bits_per_byte.length = 33: must be at most 32, the positions"),
+        ({"length": 33}, "bits_per_byte.length = 33: must be at most 32, the number of positions"),
     ],
 )
 def test_rows_that_a_model_cannot_read(options: dict, message: str, shards: Path, tmp_path: Path):
@@ -159,7 +175,7 @@ def test_texts_whose_rows_cannot_be_read_are_left_out(tmp_path: Path):
     members = [(f"{n}.{kind}", data) for n, row in enumerate(rows) for kind, data in (("txt", b"sea"), ("json", row))]
     write_tar(tmp_path / "0.tar", members)
     index.write(tmp_path, quiet)
-    assert load_texts([str(tmp_path)]) == (["sea"], ["x"], 2)
+    assert load_texts([str(tmp_path)]) == (["sea"], ["x"], 2, 0)
 
 
 def test_a_text_run_is_scored_and_sampled_while_it_goes_on(shards: Path, tmp_path: Path):
@@ -174,7 +190,7 @@ def test_a_text_run_is_scored_and_sampled_while_it_goes_on(shards: Path, tmp_pat
         "optim.lr=1e-2",
     ]
     done = unlabeled(
-        "train", "demo", "objective=gpt", *TEXT["gpt"], f"data.train={held}", f"run={run}", *options, *scored
+        "train", "demo", "objective=gpt", *tiny("gpt", shards), f"data.train={held}", f"run={run}", *options, *scored
     )
     assert done.returncode == 0, done.stderr
     rows = read_rows(run / "results.jsonl")

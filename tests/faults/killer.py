@@ -1,6 +1,6 @@
-"""A trainer that is killed at a given phase of a save: `python -m tests.faults.killer RUN` with KILL="RANK PHASE COUNT" in the environment.
+"""A trainer that is killed at a given phase of a save: `run([RUN, "key=value", …])` with KILL="RANK PHASE COUNT" in the environment.
 
-Phases: the methods of `pretrain.checkpoint_store.Disk`; the process ends by SIGKILL at the COUNT-th call, before it or (PHASE+) after it.
+Phases: the methods of `pretrain.checkpoint.disk_store.DiskStore`; the process ends by SIGKILL at the COUNT-th call, before it or (PHASE+) after it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import signal
 import sys
 from typing import Any
 
-from pretrain.checkpoint_store import Disk
-from pretrain.errors import command
+from common.errors import command
+from pretrain.checkpoint.disk_store import DiskStore
 from pretrain.train import main
 
 
@@ -21,10 +21,10 @@ def end() -> None:
 
 
 def arm(method: str, after: bool, count: int) -> None:
-    original = getattr(Disk, method)
+    original = getattr(DiskStore, method)
     calls = 0
 
-    def counted(self: Disk, *args: Any) -> Any:
+    def counted(self: DiskStore, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == count and not after:
@@ -35,7 +35,7 @@ def arm(method: str, after: bool, count: int) -> None:
         return out
 
     @contextlib.contextmanager
-    def writing(self: Disk, *args: Any):
+    def writing(self: DiskStore, *args: Any):
         nonlocal calls
         calls += 1
         with original(self, *args) as stream:
@@ -45,11 +45,12 @@ def arm(method: str, after: bool, count: int) -> None:
                 end()
             yield stream
 
-    setattr(Disk, method, writing if method == "write" else counted)
+    setattr(DiskStore, method, writing if method == "write" else counted)
 
 
-if __name__ == "__main__":
+def run(arguments: list[str]) -> int:
     rank, phase, count = os.environ.get("KILL", "-1 begin 1").split()
     if os.environ.get("RANK", "0") == rank:
         arm(phase.rstrip("+"), phase.endswith("+"), int(count))
-    sys.exit(command(main))
+    sys.argv[1:] = arguments
+    return command(main)

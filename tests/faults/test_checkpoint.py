@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain import checkpoint
-from pretrain.checkpoint_store import Damaged, Disk, digest_of, hash_of
-from pretrain.errors import UserError
+from common.errors import UserError
+from pretrain.build import build_objective, build_stream, open_samples
+from pretrain.checkpoint.disk_store import DiskStore
+from pretrain.checkpoint.integrity import Damaged, hash_stream, run_json_digest
+from pretrain.checkpoint.load import load
+from pretrain.checkpoint.open_store import open_checkpoint_store, run_store
 from pretrain.parallel.engine import Engine
-from pretrain.recipe import Recipe
-from pretrain.train import build_objective, build_stream, open_samples, train
+from pretrain.recipes.recipe import Recipe
+from pretrain.train import train
 from tests.conftest import tiny_recipe
 from tests.services import FaultProxy, ObjectStore
 
@@ -33,10 +39,10 @@ def restore(cfg: Recipe, name: str) -> int:
     objective = build_objective(cfg)
     engine = Engine(objective, cfg, torch.device("cpu"))
     stream = build_stream(cfg, objective, open_samples(cfg))
-    from pretrain.guard import Guard
+    from pretrain.optim.skip_steps import Guard
 
     guard = Guard(objective, cfg.skip, torch.device("cpu"))
-    return checkpoint.load(checkpoint.store_of(Path(cfg.run), cfg), name, engine, stream, guard=guard)
+    return load(run_store(Path(cfg.run), cfg), name, engine, stream, guard=guard)
 
 
 @pytest.fixture
@@ -84,24 +90,24 @@ def test_goes_on_from_an_older_one_when_told(run: Recipe, shards: Path):
     again = lambda *more: train(tiny_recipe("mae", shards, run.run, "steps=6", "checkpoint=3", *more))  # noqa: E731
     with pytest.raises(Damaged):
         again()
-    with pytest.raises(UserError, match=r"no complete checkpoint there; .* has: 3, 6"):
+    with pytest.raises(UserError, match=r"no complete checkpoint there; .* are: 3, 6"):
         again("checkpoint.resume=5")
     again("checkpoint.resume=3")
-    assert "goes on from step 3" in (Path(run.run) / "log.txt").read_text() and losses(Path(run.run)) == whole
-    assert restore(run, "000000006") == 6 and Disk(f"{run.run}/checkpoints").latest() == "000000006"
+    assert "resumes from step 3" in (Path(run.run) / "log.txt").read_text() and losses(Path(run.run)) == whole
+    assert restore(run, "000000006") == 6 and DiskStore(f"{run.run}/checkpoints").latest() == "000000006"
     assert "resume: latest" in (Path(run.run) / "recipe.yaml").read_text()  # said once
 
 
 def test_resume_none_begins_anew(run: Recipe, shards: Path):
     whole = losses(Path(run.run))
     train(tiny_recipe("mae", shards, run.run, "steps=6", "checkpoint=3", "checkpoint.resume=none"))
-    assert "goes on" not in (Path(run.run) / "log.txt").read_text() and losses(Path(run.run)) == whole
+    assert "resumes from step" not in (Path(run.run) / "log.txt").read_text() and losses(Path(run.run)) == whole
 
 
 def test_latest_that_names_nothing_is_refused(run: Recipe):
     (folder(run, 6).parent / "latest").write_text("000000005\n")
     with pytest.raises(Damaged, match="latest: names '000000005', which is not a complete checkpoint"):
-        Disk(f"{run.run}/checkpoints").latest()
+        DiskStore(f"{run.run}/checkpoints").latest()
 
 
 # ---------------------------------------------------------------- evil
@@ -120,13 +126,13 @@ def rewrite(cfg: Recipe, file: str, data: bytes) -> None:
     about = json.loads((folder(cfg, 6) / "run.json").read_text())
     about.pop("digest")
     with path.open("rb") as stream:
-        about["files"][file] = list(hash_of(stream))
-    (folder(cfg, 6) / "run.json").write_text(json.dumps({**about, "digest": digest_of(about)}))
+        about["files"][file] = hash_stream(stream)
+    (folder(cfg, 6) / "run.json").write_text(json.dumps({**about, "digest": run_json_digest(about)}))
 
 
 def test_an_evil_pickle_in_metadata_does_nothing(run: Recipe, tmp_path: Path):
     rewrite(run, ".metadata", pickle.dumps(Evil(tmp_path / "owned")))
-    with pytest.raises(Damaged, match=r"\.metadata: was not written by this program \(asks for posix.system"):
+    with pytest.raises(Damaged, match=r"\.metadata: was not written by this program \(it uses posix.system"):
         restore(run, "000000006")
     assert not (tmp_path / "owned").exists()
 
@@ -137,7 +143,7 @@ def test_an_evil_pickle_in_metadata_does_nothing(run: Recipe, tmp_path: Path):
 def test_metadata_may_name_only_what_describes_tensors(run: Recipe, name: str):
     module, _, attribute = name.rpartition(".")
     rewrite(run, ".metadata", f"c{module}\n{attribute}\n.".encode())
-    with pytest.raises(Damaged, match=f"asks for {name}"):
+    with pytest.raises(Damaged, match=f"it uses {name}"):
         restore(run, "000000006")
 
 
@@ -145,10 +151,10 @@ def test_an_evil_value_in_the_data_does_nothing(run: Recipe, tmp_path: Path):
     """Values that are no tensors (lr, betas) are pickles, too: DCP itself would execute this one."""
     import io
 
-    from pretrain.checkpoint_format import read_metadata
+    from pretrain.checkpoint.dcp_format import read_metadata
 
     files = json.loads((folder(run, 6) / "run.json").read_text())["files"]
-    metadata = read_metadata(Disk(f"{run.run}/checkpoints"), "000000006", files)
+    metadata = read_metadata(DiskStore(f"{run.run}/checkpoints"), "000000006", files)
     info = next(
         i
         for index, i in metadata.storage_data.items()
@@ -160,16 +166,16 @@ def test_an_evil_value_in_the_data_does_nothing(run: Recipe, tmp_path: Path):
     info.length, info.offset = len(evil.getvalue()), len(data)
     rewrite(run, info.relative_path, bytes(data) + evil.getvalue())
     rewrite(run, ".metadata", pickle.dumps(metadata))
-    with pytest.raises(Damaged, match="is no plain value"):
+    with pytest.raises(Damaged, match="its pickle uses classes that are not allowed"):
         restore(run, "000000006")
     assert not (tmp_path / "owned").exists()
 
 
 def test_files_outside_of_the_checkpoint_are_not_read(run: Recipe):
-    from pretrain.checkpoint_format import read_metadata
+    from pretrain.checkpoint.dcp_format import read_metadata
 
     files = json.loads((folder(run, 6) / "run.json").read_text())["files"]
-    metadata = read_metadata(Disk(f"{run.run}/checkpoints"), "000000006", files)
+    metadata = read_metadata(DiskStore(f"{run.run}/checkpoints"), "000000006", files)
     next(iter(metadata.storage_data.values())).relative_path = "../000000003/__0_0.distcp"
     rewrite(run, ".metadata", pickle.dumps(metadata))
     with pytest.raises(Damaged, match="points to a file that does not belong"):
@@ -202,17 +208,17 @@ def test_async_equals_sync(shards: Path, tmp_path: Path):
     overrides = ["steps=9", "checkpoint=3", "checkpoint.keep=9"]
     for mode in ("sync", "async"):
         train(tiny_recipe("dinov2", shards, tmp_path / mode, *overrides, f"checkpoint.mode={mode}"))
-    stores = [Disk(str(tmp_path / mode / "checkpoints")) for mode in ("sync", "async")]
-    assert stores[0].whole() == stores[1].whole() == ["000000003", "000000006", "000000009"]
-    for name in stores[0].whole():
-        a, b = (store.about(name) for store in stores)
+    stores = [DiskStore(str(tmp_path / mode / "checkpoints")) for mode in ("sync", "async")]
+    assert stores[0].complete_names() == stores[1].complete_names() == ["000000003", "000000006", "000000009"]
+    for name in stores[0].complete_names():
+        a, b = (store.run_json(name) for store in stores)
         assert a["files"]["__0_0.distcp"] == b["files"]["__0_0.distcp"]
         assert a["stream"] == b["stream"] and a["data"] == b["data"] and a["versions"] == b["versions"]
     assert losses(tmp_path / "sync") == losses(tmp_path / "async")
 
 
 def test_says_what_it_was_made_of(run: Recipe):
-    about = Disk(f"{run.run}/checkpoints").about("000000006")
+    about = DiskStore(f"{run.run}/checkpoints").run_json("000000006")
     assert (
         about["step"] == 6
         and about["recipe"]["steps"] == 6
@@ -223,8 +229,8 @@ def test_says_what_it_was_made_of(run: Recipe):
 
 def test_keeps_the_newest_and_every_so_many(shards: Path, tmp_path: Path):
     train(tiny_recipe("mae", shards, tmp_path / "run", "steps=13", "checkpoint=2", "checkpoint.keep_every=6"))
-    store = Disk(str(tmp_path / "run" / "checkpoints"))
-    assert [int(name) for name in store.whole()] == [6, 12, 13] and store.latest() == "000000013"
+    store = DiskStore(str(tmp_path / "run" / "checkpoints"))
+    assert [int(name) for name in store.complete_names()] == [6, 12, 13] and store.latest() == "000000013"
 
 
 # ---------------------------------------------------------------- faults of the disk
@@ -258,7 +264,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(
     ):
         train(first)
     assert "trying again" in (tmp_path / "run" / "log.txt").read_text()
-    assert Disk(str(small_disk)).latest() == "000000003"
+    assert DiskStore(str(small_disk)).latest() == "000000003"
     (small_disk / "other").unlink()
     train(tiny_recipe("mae", shards, tmp_path / "run", *options))
     assert losses(tmp_path / "run") == losses(whole)
@@ -278,13 +284,11 @@ def test_a_full_disk_lets_the_run_go_on_when_told(shards: Path, tmp_path: Path, 
     (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))
     with pytest.raises(UserError, match="000000009: cannot write"):  # the last one is not given up in silence
         train(tiny_recipe("mae", shards, tmp_path / "run", *options))
-    assert len(losses(tmp_path / "run")) == 9 and Disk(str(small_disk)).latest() == "000000003"
+    assert len(losses(tmp_path / "run")) == 9 and DiskStore(str(small_disk)).latest() == "000000003"
 
 
 @pytest.mark.slow
 def test_a_full_disk_that_is_freed_in_time_loses_nothing(shards: Path, tmp_path: Path, small_disk: Path):
-    import threading
-
     options = on(small_disk, "checkpoint.retry_seconds=30", "checkpoint.keep=1")
     size = _size_of_a_checkpoint(shards, tmp_path)
     (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))
@@ -301,7 +305,7 @@ def test_a_full_disk_that_is_freed_in_time_loses_nothing(shards: Path, tmp_path:
     thread.start()
     train(cfg)
     thread.join()
-    assert Disk(str(small_disk)).latest() == "000000009"
+    assert DiskStore(str(small_disk)).latest() == "000000009"
 
 
 def test_a_read_only_folder_is_said_before_the_first_step(shards: Path, tmp_path: Path, small_disk: Path):
@@ -313,12 +317,12 @@ def test_a_read_only_folder_is_said_before_the_first_step(shards: Path, tmp_path
 
 def test_a_folder_that_becomes_read_only(shards: Path, tmp_path: Path, small_disk: Path):
     train(tiny_recipe("mae", shards, tmp_path / "run", *on(small_disk, "steps=3")))
-    before = Disk(str(small_disk)).about("000000003")
+    before = DiskStore(str(small_disk)).run_json("000000003")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     longer = on(small_disk, "checkpoint.on_error=continue")
     with pytest.raises(UserError, match=r"another recipe|cannot write"):
         train(tiny_recipe("mae", shards, tmp_path / "run", *longer))
-    assert Disk(str(small_disk)).about("000000003") == before
+    assert DiskStore(str(small_disk)).run_json("000000003") == before
 
 
 # ---------------------------------------------------------------- S3
@@ -331,16 +335,16 @@ def test_s3_with_faults(shards: Path, tmp_path: Path, proxy: FaultProxy, mode: s
     options = ["checkpoint=4", f"checkpoint.folder={url}", f"checkpoint.mode={mode}", "checkpoint.keep=1"]
     proxy.set(error_rate=0.1, reset_rate=0.1)
     train(tiny_recipe("mae", shards, tmp_path / "run", "steps=12", *options))
-    store = checkpoint.open_folder(url)
-    assert store.whole() == ["000000012"] and store.latest() == "000000012"
-    about = store.about("000000012")
-    store.remove("000000012")
-    assert store.whole() == []
+    store = open_checkpoint_store(url)
+    assert store.complete_names() == ["000000012"] and store.latest() == "000000012"
+    about = store.run_json("000000012")
+    store.delete("000000012")
+    assert store.complete_names() == []
     with pytest.raises(Damaged, match="latest: names '000000012'"):
         train(tiny_recipe("mae", shards, tmp_path / "run", "steps=12", *options))
     train(tiny_recipe("mae", shards, tmp_path / "run", "steps=12", *options, "checkpoint.resume=none"))
     assert losses(tmp_path / "run") == whole
-    assert store.about("000000012")["files"]["__0_0.distcp"] == about["files"]["__0_0.distcp"]
+    assert store.run_json("000000012")["files"]["__0_0.distcp"] == about["files"]["__0_0.distcp"]
     proxy.set(error_rate=0.1, reset_rate=0.1, flip_rate=0.2, cut_rate=0.1)
     assert restore(tiny_recipe("mae", shards, tmp_path / "run", "steps=12", *options), "000000012") == 12
 
@@ -354,12 +358,74 @@ def test_s3_that_stays_away(shards: Path, tmp_path: Path, proxy: FaultProxy):
 
 
 @pytest.mark.slow
+def test_s3_that_takes_and_never_answers(shards: Path, tmp_path: Path, proxy: FaultProxy):
+    """It is given up after retry_seconds, whatever the store's own client waits for."""
+    options = ["steps=60", "checkpoint=1000", "checkpoint.folder=s3://data/hangs", "checkpoint.retry_seconds=2"]
+    began: list[float] = []
+
+    def hang() -> None:
+        while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses(tmp_path / "run")) < 2:
+            time.sleep(0.02)
+        proxy.set(hang=1)
+        began.append(time.monotonic())
+
+    threading.Thread(target=hang).start()
+    with pytest.raises(UserError, match=r"000000060: cannot write the checkpoint .*no answer in 2 seconds"):
+        train(tiny_recipe("mae", shards, tmp_path / "run", *options))
+    assert len(losses(tmp_path / "run")) == 60 and time.monotonic() - began[0] < 60
+    with pytest.raises(UserError, match="no answer in 2 seconds"):
+        open_checkpoint_store("s3://data/hangs", 2.0).latest()
+
+
+# ---------------------------------------------------------------- the run folder's disk
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_full_disk_while_logging(
+    shards: Path, tmp_path: Path, small_disk: Path, freed: bool, capfd: pytest.CaptureFixture
+):
+    """The rows wait in memory until there is room; the checkpoint is written, as it lies elsewhere."""
+    run, store = small_disk / "run", tmp_path / "checkpoints"
+    options = ["steps=60", "checkpoint=20", f"checkpoint.folder={store}", "export=1000"]
+
+    def fill() -> None:
+        while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
+            time.sleep(0.005)
+        with (small_disk / "other").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(1 << 12)):
+                pass
+        while freed and not (store / "000000040").exists():
+            time.sleep(0.005)
+        if freed:
+            (small_disk / "other").unlink()
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    if freed:
+        train(tiny_recipe("mae", shards, run, *options))
+        thread.join()
+        assert [step for step, _ in losses(run)] == list(range(60)) and (run / "export" / "60" / "config.json").exists()
+        seen = EventAccumulator(str(run / "tensorboard")).Reload().Scalars("train/loss")
+        assert {event.step for event in seen} == set(range(60))
+    else:
+        with pytest.raises(
+            UserError, match=r"export/60: cannot be written .*No space left.*then run the same command again"
+        ):
+            train(tiny_recipe("mae", shards, run, *options))
+        thread.join()
+    said = capfd.readouterr().err
+    assert "metrics.jsonl: cannot be written (No space left on device)" in said and "Traceback" not in said
+    assert DiskStore(str(store)).latest() == "000000060"
+
+
+@pytest.mark.slow
 def test_s3_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path, proxy: FaultProxy, store: ObjectStore):
     store.put("half/000000009/__0_0.distcp", b"half")
     options = ["steps=6", "checkpoint=3", "checkpoint.folder=s3://data/half"]
     train(tiny_recipe("mae", shards, tmp_path / "run", *options))
-    there = checkpoint.open_folder("s3://data/half")
-    assert there.names() == ["000000003", "000000006", "000000009"] and there.whole() == ["000000003", "000000006"]
+    there = open_checkpoint_store("s3://data/half")
+    assert there.names() == ["000000003", "000000006", "000000009"] and there.complete_names() == [
+        "000000003",
+        "000000006",
+    ]
 
 
 # ---------------------------------------------------------------- the tools

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import all_of
-from pretrain.train import STOPPED, train
-from tests.conftest import tiny_recipe, unlabeled
+from pretrain.checkpoint.open_store import complete_checkpoints
+from pretrain.run_folder.run_lock import Lock
+from pretrain.train import EXIT_STOPPED, train
+from tests.conftest import sampled, tiny_recipe, unlabeled
+from tests.faults import killer
+from tests.forked import Forked
 
 
 def rows(run: Path) -> list[dict]:
@@ -25,7 +28,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def recipe_file(shards: Path, run: Path, name: str = "mae") -> Path:
-    from pretrain import config
+    from common import config
 
     path = run.with_suffix(".yaml")
     path.write_text(
@@ -60,17 +63,19 @@ def wait_for(condition, process: subprocess.Popen) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mae", "simclr", "dinov2"])
+@pytest.mark.parametrize("name", sampled(["mae", "simclr", "dinov2"], "dinov2"))
 def test_killed_at_random_steps(name: str, shards: Path, tmp_path: Path):
+    """Once the trainer that the command has started, twice one of its own."""
     whole = train(tiny_recipe(name, shards, tmp_path / "whole", "steps=120", "checkpoint=1000"))
     run = tmp_path / "killed"
     path = recipe_file(shards, run, name)
     kills = 0
-    for step in sorted(random.sample(range(5, 110), 3)):
-        process = start(path)
+    for n, step in enumerate(sorted(random.sample(range(5, 110), 3))):
+        process = start(path) if n == 0 else Forked(killer.run, [str(path)], output=(os.devnull, os.devnull))
+        trainer = (lambda own=process: trainer_of(own)) if n == 0 else (lambda own=process: own.pid)
         # the rows of the one before may be as many already
-        if wait_for(lambda step=step, own=process: len(rows(run)) > step and trainer_of(own), process):
-            os.kill(trainer_of(process), signal.SIGKILL)
+        if wait_for(lambda step=step, there=trainer: len(rows(run)) > step and there(), process):
+            os.kill(trainer(), signal.SIGKILL)
             kills += 1
         assert process.wait() != 0
     done = unlabeled("train", path)
@@ -86,11 +91,11 @@ def test_sigterm_ends_at_a_step_with_a_checkpoint(shards: Path, tmp_path: Path):
     process = start(path)
     assert wait_for(lambda: len(rows(run)) > 10, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == STOPPED
+    assert process.wait(60) == EXIT_STOPPED
     last = rows(run)[-1]["step"]
-    assert max(all_of(run)).name == f"{last + 1:09d}"
+    assert max(complete_checkpoints(run)).name == f"{last + 1:09d}"
     done = unlabeled("train", path)
-    assert done.returncode == 0 and f"goes on from step {last + 1}" in done.stdout
+    assert done.returncode == 0 and f"resumes from step {last + 1}" in done.stdout
     assert [r["step"] for r in rows(run)] == list(range(120))
 
 
@@ -98,7 +103,7 @@ def test_sigterm_ends_at_a_step_with_a_checkpoint(shards: Path, tmp_path: Path):
 def test_a_damaged_checkpoint_is_refused_by_name(shards: Path, tmp_path: Path):
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=4", "checkpoint=2")
     train(cfg)
-    newest = max(all_of(tmp_path / "run"))
+    newest = max(complete_checkpoints(tmp_path / "run"))
     data = next(newest.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:1000])
     done = subprocess.run(
@@ -114,12 +119,12 @@ def test_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path):
     folder = tmp_path / "run" / "checkpoints" / "000000009"
     folder.mkdir()
     (folder / "__0_0.distcp").write_bytes(b"half")
-    assert max(all_of(tmp_path / "run")).name == "000000004"
+    assert max(complete_checkpoints(tmp_path / "run")).name == "000000004"
 
 
 def test_keep(shards: Path, tmp_path: Path):
     run = train(tiny_recipe("mae", shards, tmp_path / "run", "steps=7", "checkpoint.every=2", "checkpoint.keep=3"))
-    assert sorted(p.name for p in all_of(run)) == ["000000004", "000000006", "000000007"]
+    assert sorted(p.name for p in complete_checkpoints(run)) == ["000000004", "000000006", "000000007"]
 
 
 def test_killed_between_the_last_checkpoint_and_the_last_export(shards: Path, tmp_path: Path):
@@ -129,3 +134,39 @@ def test_killed_between_the_last_checkpoint_and_the_last_export(shards: Path, tm
     shutil.rmtree(run / "export" / "4")
     train(tiny_recipe("mae", shards, tmp_path / "run", "steps=4", "checkpoint=2"))
     assert (run / "export" / "4" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_one_trainer_a_run_which_ends_with_its_launcher(shards: Path, tmp_path: Path):
+    """A second start is refused by host and process id and changes nothing; kill -9 of the launcher ends the trainer, and the run goes on."""
+    run = tmp_path / "run"
+    path = recipe_file(shards, run)
+    path.write_text(path.read_text().replace("steps: 120\n", "steps: 1000000\n"))  # it does not end by itself
+    process = start(path)
+    assert wait_for(lambda: len(rows(run)) > 3, process)
+    trainer, stored = trainer_of(process), (run / "recipe.yaml").read_bytes()
+    assert trainer is not None
+    for command in (["launch.cli", "train", str(path), "log.every=7"], ["pretrain.train", str(path), "overwrite=true"]):
+        second = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
+        assert f"{run}: is in use by process {process.pid} on {os.uname().nodename} since " in second.stderr
+    assert (run / "recipe.yaml").read_bytes() == stored and process.poll() is None
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{trainer}").exists():
+        assert time.monotonic() < deadline, "the trainer goes on without its launcher"
+        time.sleep(0.05)
+    assert max(complete_checkpoints(run)).name == f"{len(rows(run)):09d}"  # it has ended with a checkpoint
+    (lock := Lock()).take(run)  # and the next start may have the folder
+    lock.release()
+
+
+def test_a_missing_export_of_a_student_is_written_again(shards: Path, tmp_path: Path):
+    options = ["steps=2", "checkpoint=1", "objective.students=[vit dim=24 depth=1 heads=2 image_size=32 patch_size=8]"]
+    run = train(tiny_recipe("distillation", shards, tmp_path / "run", *options))
+    (folder,) = (path for path in (run / "export").glob("*/2"))
+    weights = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    train(tiny_recipe("distillation", shards, run, *options))
+    assert (folder / "model.safetensors").read_bytes() == weights

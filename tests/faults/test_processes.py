@@ -15,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common import config
 from launch.local import environments, wait
-from pretrain import config, export
-from pretrain.train import STOPPED
-from tests.conftest import tiny_recipe, unlabeled
+from pretrain.interchange import export
+from pretrain.train import EXIT_STOPPED
+from tests.conftest import sampled, tiny_recipe, unlabeled
+from tests.faults import killer
 from tests.faults.test_kill import rows, wait_for
+from tests.forked import Forked
 
 # Modes round in different ways, and training makes of that another path in time: slowly with a small lr and a large eps (where a gradient is zero but
 # for rounding, Adam makes steps of the rounding)
@@ -51,6 +54,19 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, error
 
 
+def ranks(path: Path, count: int, *overrides: str, **env: str) -> list[Forked]:
+    """Start the processes of a run without the command; what they say goes to PATH.errors."""
+    return [
+        Forked(killer.run, [str(path), *overrides], env={**env, **e}, output=(os.devnull, f"{path}.errors"))
+        for e in environments(count)
+    ]
+
+
+def errors(path: Path) -> str:
+    file = Path(f"{path}.errors")
+    return file.read_text() if file.exists() else ""
+
+
 CHAINS = {
     "mae": [(4, "fsdp2", "parallel.replicate=2"), (2, "zero2"), (1, "single"), (3, "ddp")],
     "simclr": [(3, "ddp"), (2, "zero1"), (4, "fsdp2"), (1, "single")],
@@ -59,44 +75,41 @@ CHAINS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", sampled(CHAINS, "dinov2"))
 def test_goes_on_with_other_processes_in_another_mode(name: str, shards: Path, tmp_path: Path):
-    assert finish(start(recipe_file(name, shards, tmp_path / "whole"), 1)) == (0, "")
+    """The first of a chain is started and stopped by the command, which hands the signal on to its processes."""
+    path = recipe_file(name, shards, tmp_path / "whole")
+    assert wait(ranks(path, 1)) == 0, errors(path)
     run = tmp_path / "chain"
     path = recipe_file(name, shards, run)
-    for n, (count, mode, *more) in enumerate(CHAINS[name], 1):
-        process = start(path, count, f"parallel.mode={mode}", *more)
-        last = n == len(CHAINS[name])
+    for n, (count, mode, *more) in enumerate(CHAINS[name]):
+        command = start(path, count, f"parallel.mode={mode}", *more) if n == 0 else None
+        started = [] if command else ranks(path, count, f"parallel.mode={mode}", *more)
+        last = n + 1 == len(CHAINS[name])
         if not last:
-            assert wait_for(lambda n=n: len(rows(run)) >= 5 * n, process)
-            process.send_signal(signal.SIGTERM)
-        code, error = finish(process)
-        assert code == (0 if last else STOPPED), error
+            assert wait_for(lambda n=n: len(rows(run)) >= 5 * (n + 1), command or started[0]), errors(path)
+            for process in [command] if command else started:
+                process.send_signal(signal.SIGTERM)
+        code, error = finish(command) if command else (wait(started), errors(path))
+        assert code == (0 if last else EXIT_STOPPED), error
     found, expected = rows(run), rows(tmp_path / "whole")
     assert [r["step"] for r in found] == list(range(24))
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=3e-5)
 
 
-PHASES = ["begin", "begin+", "write", "publish", "publish+", "point", "point+", "remove"]
+PHASES = ["begin", "begin+", "write", "publish", "publish+", "set_latest", "set_latest+", "delete"]
 
 
 def killed(path: Path, phase: str | None, rank: int, *overrides: str) -> None:
     """Go on with a run of two processes, of which one is killed: at a phase of a save or, without one, at a random moment."""
-    extra = {"OMP_NUM_THREADS": "1"}
-    if phase:
-        extra["KILL"] = f"{rank} {phase} {3 if phase == 'write' and rank == 0 else 2}"
-    command = [sys.executable, "-m", "tests.faults.killer", str(path), *overrides]
     run = path.with_suffix("")
-    started = [
-        subprocess.Popen(
-            command, env={**os.environ, **extra, **e}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for e in environments(2)
-    ]
-    if phase is None:
+    if phase:
+        started = ranks(path, 2, *overrides, KILL=f"{rank} {phase} {3 if phase == 'write' and rank == 0 else 2}")
+    else:
+        started = ranks(path, 2, *overrides)
         before = len(rows(run))
-        wait_for(lambda: len(rows(run)) > before + random.randint(1, 6), started[0])
+        wait_for(lambda: len(rows(run)) > before + random.randint(1, 4), started[0])
         time.sleep(random.random() / 10)
         started[rank].kill()
     code = wait(started)
@@ -107,22 +120,24 @@ def killed(path: Path, phase: str | None, rank: int, *overrides: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("mode", ["fsdp2"])
-def test_one_of_two_killed_twenty_times(mode: str, shards: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("at_random", "steps"), [(4, 80), pytest.param(12, 200, marks=pytest.mark.matrix)]
+)  # with the phases, 12 and 20 kills
+def test_one_of_two_killed_again_and_again(at_random: int, steps: int, shards: Path, tmp_path: Path):
     """At random moments and in each phase of a save: the losses are those of the run that nobody killed, to the last digit."""
-    size = ("steps=400", "checkpoint.every=4", f"parallel.mode={mode}", "data.workers=1")
-    assert finish(start(recipe_file("mae", shards, tmp_path / "whole", *size, "checkpoint.every=1000"), 2)) == (0, "")
+    size = (f"steps={steps}", "checkpoint.every=2", "parallel.mode=fsdp2", "data.workers=1")
+    assert wait(ranks(recipe_file("mae", shards, tmp_path / "whole", *size, "checkpoint.every=1000"), 2)) == 0
     run = tmp_path / "killed"
     path = recipe_file("mae", shards, run, *size)
-    moments = [*PHASES, *PHASES[:2], *[None] * 10]
+    moments = [*PHASES, *[None] * at_random]
     random.shuffle(moments)
     for n, phase in enumerate(moments):
         writes = "async" if n % 2 else "sync"
         rank = random.randint(0, 1) if phase in (None, "write") else 0  # the other phases are process 0's
         killed(path, phase, rank, f"checkpoint.mode={writes}")
-    code, error = finish(start(path, 2))
-    assert code == 0, error
-    assert [(r["step"], r["loss"], r["grad_norm"]) for r in rows(run)] == [
+    reached = len(rows(run))
+    assert wait(ranks(path, 2, "checkpoint.every=1000")) == 0, errors(path)
+    assert reached < steps and [(r["step"], r["loss"], r["grad_norm"]) for r in rows(run)] == [
         (r["step"], r["loss"], r["grad_norm"]) for r in rows(tmp_path / "whole")
     ]
     assert not list((run / "checkpoints").glob(".*.partial"))
@@ -143,9 +158,27 @@ def test_a_hung_process_is_named(shards: Path, tmp_path: Path):
     began = time.monotonic()
     error = started[0].communicate(timeout=60)[1]
     assert started[0].returncode == 1 and time.monotonic() - began < 20
-    assert "error: process 0 of 2 waited at step" in error and "Traceback" not in error, error
+    assert "error: rank 0 of 2: a collective failed at step" in error and "Traceback" not in error, error
     started[1].kill()
     started[1].communicate()
+
+
+@pytest.mark.slow
+def test_an_export_may_take_longer_than_the_time_out(shards: Path, tmp_path: Path):
+    """A slow disk: rank 0 writes the model card into a FIFO that nobody reads for longer than the other rank waits in a step."""
+    run, timeout = tmp_path / "run", 4
+    path = recipe_file("mae", shards, run, "steps=2")
+    assert wait(ranks(path, 1)) == 0, errors(path)
+    card = run / "export" / "4" / ".README.md"
+    card.parent.mkdir()
+    os.mkfifo(card)
+    started = ranks(path, 2, "steps=4", "parallel.mode=ddp", f"parallel.timeout={timeout}")
+    assert wait_for(lambda: (run / "export" / "4" / "config.json").exists(), started[0]), errors(path)
+    time.sleep(1.5 * timeout)
+    with card.open() as reader:
+        text = reader.read()
+    assert wait(started) == 0, errors(path)
+    assert text.startswith("---") and [row["step"] for row in rows(run)] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow

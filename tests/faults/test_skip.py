@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from pretrain import objective
+from common.errors import UserError
+from data_pipeline.stream.stream import Stream
 from pretrain import train as training
-from pretrain.errors import UserError
-from pretrain.guard import WINDOW, Guard
+from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.metrics import Clock
+from pretrain.objectives import finder
+from pretrain.optim.skip_steps import WINDOW, Guard
 from pretrain.parallel.engine import Engine
-from pretrain.recipe import Skip
+from pretrain.parallel.processes import Agreement
+from pretrain.recipes.recipe import Recipe, load
+from pretrain.recipes.sections import Skip
+from pretrain.signals import Stop
+from pretrain.train_step import train_step
 from tests.conftest import tiny_recipe
+from tests.services import FaultProxy, ObjectStore
 
 CPU = torch.device("cpu")
+
+
+def one_step(cfg: Recipe, step: int, engine: Engine, stream: Stream, guard: Guard) -> dict[str, torch.Tensor | float]:
+    return train_step(cfg, step, engine, stream, guard, Clock(), Stop(), Agreement())
 
 
 def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
@@ -47,13 +59,13 @@ def poison(engine: Engine, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
-@pytest.mark.parametrize("name", objective.names())
+@pytest.mark.parametrize("name", finder.names())
 def test_nothing_changes(name: str, what: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Weights, optimizer, teacher and buffers are bit-equal before and after, and the next good step moves them again."""
     more = ["model=resnet_micro"] if name == "simclr" else []
     cfg = tiny_recipe(name, shards, tmp_path / "run", "optim.clip=1.0")
     if more:  # batch norm: running means change in the forward
-        cfg = training.recipe.load(
+        cfg = load(
             "demo",
             [
                 f"objective={name}",
@@ -66,20 +78,20 @@ def test_nothing_changes(name: str, what: str, shards: Path, tmp_path: Path, mon
                 f"run={tmp_path / 'run'}",
             ],
         )
-    model = training.build_objective(cfg)
-    stream = training.build_stream(cfg, model, training.open_samples(cfg))
+    model = build_objective(cfg)
+    stream = build_stream(cfg, model, open_samples(cfg))
     engine = Engine(model, cfg, CPU)
     guard = Guard(model, cfg.skip, CPU)
     for step in range(2):
-        training._step(cfg, step, engine, stream, guard, Clock())
+        one_step(cfg, step, engine, stream, guard)
     before = snapshot(engine)
     with monkeypatch.context() as patch:
         poison(engine, what, patch)
-        values = training._step(cfg, 2, engine, stream, guard, Clock())
+        values = one_step(cfg, 2, engine, stream, guard)
     after = snapshot(engine)
     assert values["skipped"] == 1 and before.keys() == after.keys()
     assert [k for k in before if not torch.equal(before[k], after[k])] == []
-    assert training._step(cfg, 3, engine, stream, guard, Clock())["skipped"] == 0
+    assert one_step(cfg, 3, engine, stream, guard)["skipped"] == 0
     moved = snapshot(engine)
     assert any(not torch.equal(after[k], moved[k]) for k in after)
     if name == "dinov2":
@@ -105,6 +117,28 @@ def test_too_many_in_a_row_end_the_run(shards: Path, tmp_path: Path, monkeypatch
     keys = {key for f in found for _, key in f["samples"]}
     assert len(keys) > 12
     assert "step 3 changed nothing" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_samples_of_a_skipped_step_cost_no_requests(
+    store: ObjectStore, proxy: FaultProxy, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A store in which each request takes seconds is not asked for what the index tells: shard and number of each sample."""
+    url = store.put_folder(shards, "skipped")
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", f"data.train={url}")
+    model = build_objective(cfg)
+    stream = build_stream(cfg, model, open_samples(cfg))
+    proxy.set(latency=2.0)
+    proxy.requests.clear()
+    began = time.monotonic()
+    row = {"step": 5, "loss": math.nan, "skipped": 1.0}
+    Guard(model, cfg.skip, CPU).read([row], tmp_path, stream, lambda line: None)
+    assert not proxy.requests and time.monotonic() - began < 2.0
+    (entry,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    proxy.set()
+    stream.seek(5)
+    numbers = next(stream)["id"].tolist()  # of a single shard
+    stream.close()
+    assert entry["samples"] == [[f"{url}/000000.tar", number] for number in numbers]
 
 
 def test_one_bad_step_is_said_and_the_run_goes_on(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,26 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config import Section
-from pretrain.objectives.base import Objective
+from data_pipeline.parts.part import About
+from data_pipeline.parts.tokens import Tokens
+from pretrain.objectives.base import Exported, Objective
+from pretrain.objectives.options import Options
 
 
 @dataclass
-class Config(Section):
+class Config(Options):
     pass
 
 
 class Causal(Objective):
-    reads = "text"
+    parts = {"tokens": Tokens()}
 
     def __init__(self, cfg: Any, backbone: Any):
         super().__init__(cfg, backbone)
         self.backbone = backbone()
 
     @staticmethod
-    def views(cfg: Any, length: int, vocabulary: Any, document_mask: bool) -> Any:
+    def views(cfg: Any, about: About) -> Any:
         def view(sample: dict[str, Any], rng: Any) -> dict[str, np.ndarray]:
-            assert sample["tokens"].shape == (length + 1,) and sample["tokens"].max() < vocabulary.size
+            assert sample["tokens"].shape == (about.length + 1,) and sample["tokens"].max() < about.vocabulary.size
             return {"tokens": sample["tokens"], "documents": sample["documents"]}
 
         return view
@@ -39,5 +41,5 @@ class Causal(Objective):
         loss = (logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0] * same).sum() / -same.sum()
         return loss, {}
 
-    def encoder(self) -> Any:
-        return self.backbone
+    def exports(self) -> dict[str, Exported]:
+        return {"model": Exported(self.backbone)}

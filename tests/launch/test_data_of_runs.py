@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import index
-from data_pipeline.storage import DataError
+from common import config
+from common.config import ConfigError
+from common.errors import DataError, UserError
+from data_pipeline.shards import index
 from eval.run import evaluate
 from launch.preview import GAP, TILE, preview
-from pretrain import config
-from pretrain.errors import UserError
-from pretrain.recipe import load
+from pretrain.recipes.recipe import load
 from pretrain.train import train
 from tests.conftest import tiny_recipe
 from tests.services import FaultProxy, ObjectStore, environment
@@ -30,6 +30,26 @@ from tests.tars import jpeg, write_tar
 
 def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_where_its_schedules_allow(shards: Path, tmp_path: Path):
+    """A constant rate after a warm-up: the same numbers as a run that was longer from the start. A rate that has begun to fall is refused."""
+    rate = "optim.lr={value: 1e-3, warmup: 2}"
+    train(tiny_recipe("mae", shards, tmp_path / "run", "steps=3", rate))
+    assert "run: finished its 3 steps; its export is " in (tmp_path / "run" / "log.txt").read_text()
+    train(load(tmp_path / "run", ["steps=5"]))
+    train(tiny_recipe("mae", shards, tmp_path / "whole", "steps=5", rate))
+    assert [r["loss"] for r in rows(tmp_path / "run")] == [r["loss"] for r in rows(tmp_path / "whole")]
+    assert [r["lr"] for r in rows(tmp_path / "run")] == [0, 5e-4, 1e-3, 1e-3, 1e-3]
+    decay = tiny_recipe(
+        "mae", shards, tmp_path / "run", "steps=7", "optim.lr={kind: wsd, value: 1e-3, warmup: 2, decay: 2}"
+    )
+    train(decay)
+    assert [r["lr"] for r in rows(tmp_path / "run")][4:] == [1e-3, 1e-3, 0]
+    with pytest.raises(UserError, match=r"another recipe \(optim.lr.steps: 7 → 9"):
+        train(load(tmp_path / "run", ["steps=9"]))
+    assert load(tmp_path / "run").steps == 7
 
 
 @pytest.fixture
@@ -70,12 +90,9 @@ def test_a_phase_added_after_a_stop_gives_the_run_that_had_it_from_the_start(sha
     whole = rows(train(tiny_recipe("simclr", shards, tmp_path / "whole", phase)))
     run = tmp_path / "run"
     child = (
-        "import sys; from pathlib import Path; from tests.conftest import tiny_recipe; from pretrain import train as t;"
-        f"shards, run = Path({str(shards)!r}), Path({str(run)!r});"
-        "old = t.Stop.__init__;"
-        "t.every = lambda step, steps: step == 3 and (setattr(stop[0], 'mine', True) or True);"
-        "stop = []; t.Stop.__init__ = lambda self: (old(self), stop.append(self))[0];"
-        "t.train(tiny_recipe('simclr', shards, run))"
+        "import signal; from pathlib import Path; from tests.conftest import tiny_recipe; from pretrain import train as t;"
+        "t._is_due = lambda step, steps: step == 3 and (signal.raise_signal(signal.SIGTERM) or True);"
+        f"t.train(tiny_recipe('simclr', Path({str(shards)!r}), Path({str(run)!r})))"
     )
     stopped = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
     assert stopped.returncode == 75, stopped.stderr
@@ -92,7 +109,7 @@ def test_a_run_goes_on_only_with_the_data_it_was_started_on(noise: Path, tmp_pat
     write_tar(noise / "b.tar", [("new.jpg", jpeg(99))])
     index.write(noise)
     with pytest.raises(
-        DataError, match=r"is not what this run was started on: 0/b.tar is new \(1 shards then, 2 now\)"
+        DataError, match=r"is not the data that this run was started on: 0/b.tar is new \(1 shards then, 2 now\)"
     ):
         train(tiny_recipe("simclr", noise, run))
 
@@ -100,11 +117,19 @@ def test_a_run_goes_on_only_with_the_data_it_was_started_on(noise: Path, tmp_pat
 def test_damaged_samples_of_a_run_are_listed_in_its_folder(tmp_path: Path):
     folder = tmp_path / "shards"
     folder.mkdir()
-    write_tar(folder / "a.tar", [(f"{i:03d}.jpg", jpeg(i) if i != 5 else b"\xff\xd8no") for i in range(40)])
-    run = train(tiny_recipe("mae", folder, tmp_path / "run"))
+    members = {f"{i:03d}.jpg": jpeg(i) for i in range(40)} | {"005.jpg": b"\xff\xd8no"}
+    members["007.txt"] = members["009.txt"] = b"words"
+    del members["007.jpg"], members["009.jpg"]
+    write_tar(folder / "a.tar", sorted(members.items()))
+    run = train(tiny_recipe("mae", folder, tmp_path / "run", "data.shuffle=false"))
     (line,) = (run / "damaged" / "damaged-0.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "005" and rows(run)[-1]["stream/damaged"] == 1
-    assert "damaged sample left out: 005 in" in (run / "log.txt").read_text()
+    said = (run / "log.txt").read_text()
+    assert "damaged sample left out: 005 in" in said
+    assert (
+        f"{run}: trained on 128 samples in the steps from 0 to 8; samples without an image were skipped 7 times;"
+        f" 1 was damaged and replaced by neighbours, all listed in {run / 'damaged'}"
+    ) in said  # 40 samples three times, and the first 8 once more
 
 
 @pytest.mark.parametrize("name", ["dinov2", "mae", "simclr"])
@@ -129,6 +154,16 @@ def test_images_of_five_channels_train_and_are_scored(name: str, tmp_path: Path)
     assert row["count"] == 24
     with pytest.raises(UserError, match=r"data.mean = \[.*\]: model.in_channels = 5, so write 5 values"):
         train(tiny_recipe(name, tmp_path / "five", tmp_path / "other", "model.in_channels=5"))
+
+
+@pytest.mark.slow
+def test_preview_needs_no_batch_that_fits(shards: Path, tmp_path: Path):
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", "data.batch=1000", "parallel.micro_batch=128")
+    assert np.array(Image.open(preview(cfg, tmp_path / "x.png", rows=2))).shape[0] == GAP + 2 * (TILE + GAP)
+    with pytest.raises(ConfigError, match=r"than the 48 samples in .*; write data.batch=48 parallel.micro_batch=null"):
+        train(cfg)
+    done = train(tiny_recipe("mae", shards, tmp_path / "run", "data.batch=48", "parallel.micro_batch=null", "steps=1"))
+    assert (done / "export" / "1").is_dir()
 
 
 @pytest.mark.parametrize("name", ["dinov2", "mae", "simclr"])

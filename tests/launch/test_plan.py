@@ -17,29 +17,30 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pretrain import objective, plan, plan_trace
-from pretrain.config import ConfigError
-from pretrain.optim import make_optimizer
-from pretrain.parallel import engine as engines
-from pretrain.recipe import Recipe, load
-from pretrain.train import build_objective
-from tests.conftest import SMALL, TEXT, TINY, teacher, unlabeled
-from tests.launch.test_cli import cpu_seconds
+from common.config import ConfigError
+from pretrain.build import build_objective
+from pretrain.estimate import plan, trace
+from pretrain.models.layers import Block
+from pretrain.objectives import finder
+from pretrain.optim.groups import make_optimizer
+from pretrain.parallel import fsdp2
+from pretrain.recipes.recipe import Recipe, load
+from tests.conftest import sampled, unlabeled
+from tests.conftest import tiny as overrides_of
+from tests.launch.test_cli import startup_ratio
 
-NAMES = objective.names()
+NAMES = finder.names()
 ROOT = Path(__file__).parents[2]
 
 
 def tiny(name: str, *overrides: str) -> Recipe:
-    own = TEXT.get(name) or [*TINY, *SMALL.get(name, [])]
-    common = [f"objective={name}", *own, "threads=1", "precision=fp32", "data.batch=16", "device=cpu"]
-    common += [f"objective.teacher={_teacher()}"] if name == "distillation" else []
-    return load("demo", [*common, *overrides])
+    own = overrides_of(name, _folder() / "shards")
+    return load("demo", [f"objective={name}", *own, "data.batch=16", "device=cpu", *overrides])
 
 
 @functools.cache
-def _teacher() -> Path:
-    return teacher(Path(tempfile.mkdtemp()))
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp())
 
 
 # ---------------------------------------------------------------- memory
@@ -52,14 +53,14 @@ def ratios(*options: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES, "dinov2", "gpt"))
 def test_memory_is_what_a_run_takes(name: str):
     (ratio,) = ratios("--modes", "single", "--objectives", name).values()
     assert ratio == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", sampled(["ddp", "fsdp2"], "fsdp2"))
 def test_memory_is_what_each_of_two_processes_takes(mode: str):
     assert ratios("--modes", mode)[f"plan.memory.{mode}.versus_measured"] == pytest.approx(1, abs=0.15)
 
@@ -68,10 +69,10 @@ def test_memory_is_what_each_of_two_processes_takes(mode: str):
 def test_peak_is_that_of_torchs_own_tracker(name: str):
     """MemTracker, which refuses frozen modules and is three times as slow, counts the same bytes."""
     cfg, tracker = tiny(name), MemTracker()
-    with plan_trace._setting(cfg, 1), FakeTensorMode(allow_non_fake_inputs=True), plan_trace._Real():
+    with trace._trace_environment(1), FakeTensorMode(allow_non_fake_inputs=True), trace._Real():
         model = build_objective(cfg)
         optimizer = make_optimizer(model, cfg.optim)
-        batch = plan_trace.example(cfg, model, 16)
+        batch = trace.example(cfg, model, 16)
         tracker.track_external(model, optimizer, *batch.values())
         with tracker:
             for _ in range(2):
@@ -101,6 +102,7 @@ def test_categories_are_those_of_the_parameters():
     steps = 4 * len([p for p in model.parameters() if p.requires_grad])  # AdamW counts them by parameter
     assert found.memory["optimizer"] == 8 * trained + steps
     assert found.peak == sum(found.memory.values()) and found.collectives == {}
+    assert plan.trace(tiny("dinov2", "data.batch=4", "optim=lars"), 1).memory["optimizer"] == 4 * trained
 
 
 @pytest.mark.slow
@@ -113,6 +115,7 @@ def test_memory_of_each_mode():
         assert one.memory["activations"] / 4 < found.memory["activations"] < one.memory["activations"] / 2
     whole = one.memory["parameters"]
     assert parts["ddp"].memory["parameters"] == parts["ddp"].memory["buffers"] == whole
+    assert "gradients" not in parts["ddp"].memory  # they are views of the buffers
     for name in ("parameters", "optimizer", "teacher"):
         assert parts["fsdp2"].memory[name] == one.memory[name] // 4
     assert parts["zero2"].memory["parameters"] == parts["zero2"].memory["teacher"] == whole
@@ -123,8 +126,8 @@ def test_memory_of_each_mode():
 
 def test_gradients_stay_whole_until_they_cross_processes():
     common = ["data.batch=32", "parallel.mode=fsdp2", "objective.decoder_dim=256"]
-    assert plan.shares(tiny("mae", *common), 4, accumulate=1)["gradients"] == 1 / 4
-    assert plan.shares(tiny("mae", *common), 4, accumulate=2)["gradients"] == 1
+    assert plan.shares(tiny("mae", *common), 4, accumulate=1, states=2)["gradients"] == 1 / 4
+    assert plan.shares(tiny("mae", *common), 4, accumulate=2, states=2)["gradients"] == 1
 
 
 def test_offloading_moves_bytes_to_main_memory():
@@ -132,7 +135,15 @@ def test_offloading_moves_bytes_to_main_memory():
     away = plan.trace(tiny("mae", "parallel.mode=fsdp2", "parallel.offload=true"), 4)
     assert away.host["parameters"] == cut.memory["parameters"] and away.host["optimizer"] == 2 * away.host["parameters"]
     assert not away.memory.keys() & {"parameters", "gradients", "optimizer"}
+    lars = plan.trace(tiny("mae", "parallel.mode=fsdp2", "parallel.offload=true", "optim=lars"), 4)
+    assert lars.host["optimizer"] == lars.host["parameters"]  # one state
     assert away.peak < cut.peak
+
+
+@pytest.mark.parametrize(("accumulate", "traced"), [(1, 1), (2, 2), (3, 3), (4, 2), (9, 3), (25, 5)])
+def test_traced_micro_batches_divide_those_of_a_step(accumulate: int, traced: int):
+    """So that a queue whose size is a multiple of the global batch is one of what is traced, too."""
+    assert trace._fewer(accumulate) == traced
 
 
 @pytest.mark.slow
@@ -168,7 +179,6 @@ def test_flops_of_mae_are_those_of_a_hand_count():
     batch, patches, kept = 64, 196, 49
     pixels = 16 * 16 * 3
     hand = blocks(1 + kept, 384, 12, batch) + blocks(1 + patches, 512, 8, batch)
-    hand -= 6 * batch * (1 + kept) * 8 * 512**2  # the last block's MLP sees the dropped patches only
     hand += 4 * batch * patches * pixels * 384  # images want no gradient
     hand += 6 * batch * ((1 + kept) * 384 * 512 + (patches - kept) * 512 * pixels)
     assert plan.trace(cfg, 1).flops == pytest.approx(hand, rel=0.01)
@@ -194,37 +204,54 @@ def test_traffic_by_formulas():
         return plan.trace(tiny("mae", "data.batch=32", "parallel.micro_batch=4", *overrides), 4).collectives
 
     again = 4 * (32 * 32 + 32)  # `embed` is called twice: for patches and for the class token
+    embedding = ("cls_token", "pos_embed", "patch_embed.weight", "patch_embed.bias")
+    own = {"backbone": (*embedding, "norm.weight", "norm.bias"), "": ("mask_token",)}
+    model = build_objective(cfg)
+    roots = 4 * sum(model.get_submodule(root).get_parameter(name).numel() for root in own for name in own[root])
+    gathered = 2 * (2 * (size + again) - roots)  # the roots stay gathered between forward and backward
     assert traffic("parallel.mode=ddp") == {"all-reduce": size}  # once, though there are two micro-batches
-    assert traffic("parallel.mode=fsdp2") == {"all-gather": 2 * 2 * (size + again), "reduce-scatter": size}
+    assert traffic("parallel.mode=fsdp2") == {"all-gather": gathered, "reduce-scatter": size}
     halves = traffic("parallel.mode=fsdp2", "parallel.replicate=2")
-    assert halves == {"all-gather": 2 * 2 * (size + again), "reduce-scatter": size, "all-reduce": size // 2}
-    assert traffic("parallel.mode=fsdp2", "precision=bf16")["all-gather"] == 2 * (size + again)
+    assert halves == {"all-gather": gathered, "reduce-scatter": size, "all-reduce": size // 2}
+    assert traffic("parallel.mode=fsdp2", "precision=bf16")["all-gather"] == gathered // 2
     assert traffic("parallel.mode=zero1") == {"all-reduce": size, "all-gather": size}
     assert traffic("parallel.mode=zero2") == {"all-reduce": 2 * size, "all-gather": size}
     assert traffic("parallel.mode=zero3") == {"all-gather": 2 * size, "reduce-scatter": 2 * size}
 
 
+def test_what_muon_exchanges_counts():
+    """Its matrices once in `ddp`, there and back in `fsdp2`; each rank computes its share of them."""
+    model = build_objective(tiny("mae"))
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    matrices = 4 * sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
+    muon = plan.trace(tiny("mae", "optim=muon", "parallel.mode=ddp"), 2).collectives
+    assert muon["all-gather"] == pytest.approx(matrices, rel=0.3)  # padded to the larger of two shares
+    sharded = plan.trace(tiny("mae", "optim=muon", "parallel.mode=fsdp2"), 2).collectives
+    assert sharded["all-to-all"] == 2 * muon["all-gather"]
+
+
 def test_what_the_loss_gathers_counts():
-    found = plan.trace(tiny("simclr", "parallel.mode=fsdp2"), 4)
-    assert found.collectives["all-reduce"] >= 2 * 16 * 32 * 4  # gradients of the gathered embeddings of two views
+    found = plan.trace(tiny("simclr", "parallel.mode=ddp"), 4)
+    # of two views: the embeddings, and what is scattered are the gradients of those gathered
+    assert found.collectives["all-gather"] == found.collectives["reduce-scatter"] == 2 * 16 * 32 * 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES, "mae", "dinov3", "gpt"))
 def test_traffic_is_that_of_the_engine(name: str, monkeypatch: pytest.MonkeyPatch):
     """The real FSDP2 engine, without memory and without other processes: the collectives that it calls in a step."""
     cfg = tiny(name, "parallel.mode=fsdp2")
     planned = plan.trace(cfg, 2).collectives
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
-        engines, "_from_first", lambda recipe: False
+        fsdp2, "_broadcasts_weights", lambda recipe: False
     )  # weights come from a process 0 once, which is not there
-    seen = plan_trace._Real()
+    seen = trace._Real()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        with plan_trace._setting(cfg, 2), FakeTensorMode(allow_non_fake_inputs=True), seen:
-            engine = engines.FSDP2(build_objective(cfg), cfg, torch.device("cpu"))
-            batch = plan_trace.example(cfg, engine.objective, 8)
+        with trace._trace_environment(2), FakeTensorMode(allow_non_fake_inputs=True), seen:
+            engine = fsdp2.FSDP2(build_objective(cfg), cfg, torch.device("cpu"))
+            batch = trace.example(cfg, engine.objective, 8)
             with engine.microbatch(last=True):
                 engine.backward(engine.forward(batch, 0)[0])
     finally:
@@ -246,11 +273,11 @@ def test_output(tmp_path: Path):
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
     assert done.stdout.startswith("mae on vit_small, bf16, fsdp2 on 4 × h100")
     assert lines["parameters"].startswith("47.4 M trained")
-    assert "1024 images, for a process at once: 256; 39.4 TFLOP" in lines["a"]
+    assert "1024 images, for a process at once: 256; 40.1 TFLOP" in lines["a"]
     assert "at 40% of 4 × 989 TFLOP/s" in lines["time"]
     for word in ("parameters 45.2 MiB", "optimizer 90.4 MiB", "activations", "gathered"):
         assert word in lines["memory"]
-    assert "all-gather 182 MiB, reduce-scatter 181 MiB" in lines["traffic"]
+    assert "all-gather 181 MiB, reduce-scatter 181 MiB" in lines["traffic"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -284,7 +311,7 @@ def test_errors(args: list[str], says: str):
 
 def test_errors_come_at_once():
     for args in (("plan", "--help"), ("plan", "demo", "--device", "h1000"), ("plan", "demo", "--processes", "2")):
-        assert cpu_seconds(*args) < 0.3, args
+        assert startup_ratio(*args) < 3.5, args
 
 
 def test_an_objective_that_needs_values_is_named(tmp_path: Path):
@@ -304,6 +331,7 @@ def test_a_plan_leaves_no_trace():
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_seven_billion_parameters_on_a_laptop():
     code = "import resource, sys; from launch.cli import main; main();"
     code += "usage = resource.getrusage(resource.RUSAGE_SELF); print(usage.ru_maxrss / 2**20, usage.ru_utime + usage.ru_stime)"

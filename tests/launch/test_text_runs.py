@@ -6,19 +6,30 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from data_pipeline import demo_text, index
-from data_pipeline.rows import Rows
-from data_pipeline.storage import DataError
+from common.config import ConfigError
+from common.errors import DataError, UserError
+from common.progress import Progress
+from data_pipeline.build import demo_text
+from data_pipeline.parts.part import About
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.rows import Rows
+from data_pipeline.shards.token_blocks import Blocks
+from data_pipeline.stream.stream import Stream, default_workers
+from launch import local
 from launch.preview_text import lines, preview
-from pretrain.config import ConfigError
-from pretrain.errors import UserError
-from pretrain.inputs import inputs, open_samples
-from pretrain.recipe import Recipe, load
+from pretrain.build import about, build_objective, open_samples
+from pretrain.interchange import weights
+from pretrain.objectives.gpt import GPT
+from pretrain.parallel.device import threads
+from pretrain.recipes.recipe import Recipe, load
 from pretrain.train import train
+from pretrain.validation import held_out_batches
 from tests.conftest import tiny_recipe
 from tests.data.texts import tokens_of, write_texts
 
@@ -62,6 +73,8 @@ def test_a_run_on_text_trains_and_goes_on_as_if_it_had_not_stopped(held: Path, t
     whole = train(recipe(held, tmp_path / "whole", "data.packing=best_fit"))
     run = train(recipe(held, tmp_path / "run", "data.packing=best_fit", "steps=2", "optim.lr.steps=4"))
     assert losses(run) == losses(whole)[:2] and losses(whole)[-1] < losses(whole)[0]
+    said = f"{run}: trained on 16 rows in the steps from 0 to 2; 0 were damaged and replaced by neighbours"
+    assert said in (run / "log.txt").read_text()
     assert (run / "tokenizer.json").read_bytes() == (held / "tokenizer.json").read_bytes()
     assert (run / "tokenizer_config.json").read_bytes() == (held / "tokenizer_config.json").read_bytes()
     assert (run / "export" / "2" / "tokenizer.json").is_file()
@@ -71,17 +84,96 @@ def test_a_run_on_text_trains_and_goes_on_as_if_it_had_not_stopped(held: Path, t
     assert len(losses(train(mixed))) == 4
 
 
-def test_what_views_get_of_the_data(held: Path, tmp_path: Path):
-    from pretrain.train import build_objective
+def test_a_run_takes_the_loss_on_held_out_text_and_counts_tokens(
+    texts: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same rows each time, every `log.val_every` steps and after the last one; the training is what it is without."""
+    plain = train(recipe(held, tmp_path / "plain", "objective=gpt", "steps=6"))
+    own = [
+        "objective=gpt",
+        "steps=6",
+        f"eval.val={held}",
+        "eval.periodic=[]",
+        "log.val_every=4",
+        "log.val_batches=2",
+        "log.every=2",
+    ]
+    shown: list[str] = []
+    monkeypatch.setattr(Progress, "update", lambda self, done, text, **_: shown.append(text))
+    run = train(recipe(held, tmp_path / "run", *own))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses(run) == losses(plain)
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 5]
+    assert rows[-1]["tokens"] == 6 * 8 * 128 and rows[-1]["tokens_per_second"] > 0
+    assert rows[5]["val_loss"] < rows[3]["val_loss"]
+    assert re.match(r"loss [\d.]+ val [\d.]+  [\d.]+k? tokens/s  6\.14k tokens", shown[-1]), shown
+    board = b"".join(path.read_bytes() for path in (run / "tensorboard").glob("events*"))
+    assert b"val/loss" in board and b"train/tokens_per_second" in board and b"train/val_loss" not in board
+    model = weights.load_backbone(run / "export" / "6")[0]  # by the exported weights, on the same rows
+    stream = Stream([Rows([str(held)], 128)], GPT.views(None, About(length=128, document_mask=True)), 8, 0, workers=0)
+    total = count = 0.0
+    for batch in (next(stream), next(stream)):
+        with torch.no_grad():
+            hidden = model(batch["tokens"], documents=batch["documents"]).tokens
+            total += float(model.head(hidden, batch["targets"]))
+            count += int((batch["targets"] >= 0).sum())
+    assert rows[5]["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    other = tokens_of(texts, tmp_path / "other", vocab=300)
+    for val, said in ((other, "were made with different tokenizers"), (texts, "holds .txt and no tokens")):
+        lines: list[str] = []
+        cfg = recipe(held, tmp_path / "run", "objective=gpt", f"eval.val={val}")
+        engine = SimpleNamespace(world=1, accumulate=1)
+        assert held_out_batches(cfg, build_objective(cfg), open_samples(cfg), engine, lines.append) == []  # type: ignore[arg-type]
+        assert said in lines[0]
+    text = (run / "recipe.yaml").read_text()
+    assert not re.search(r"^  (color|mean|std|image_size):", text, re.MULTILINE) and load(run).data.mean
+    card = (run / "export" / "6" / "README.md").read_text()
+    assert f"- 60 documents, {Blocks([str(held)]).tokens.sum():,} tokens, " in card
+    assert "6 steps of 8 rows of 128 tokens, 6,144 tokens in all, fp32." in card
 
+
+def test_gpt_demo_with_data_of_ones_own_needs_no_demo_text(held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_text, "make", lambda *_: pytest.fail("the demo text was asked for"))
+    said: list[str] = []
+    monkeypatch.setattr(local, "say", said.append)
+    cfg = load("gpt_demo", [f"data.train={held}"])
+    local.provide(cfg)
+    assert cfg.eval.val == cfg.eval.test == []
+    assert "no scores on eval.val and eval.test" in said[0] and f"--tokenizer {held}/tokenizer.json" in said[0]
+    cfg = load("gpt_demo", [f"data.train={held}", f"eval.val={held}", "eval.test=[]"])
+    local.provide(cfg)
+    assert cfg.eval.val == [str(held)] and len(said) == 1
+
+
+def test_threads_follow_the_environment_and_the_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 6, 7})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert (threads(), threads(2), threads(9), default_workers(1)) == (6, 3, 1, 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
+    assert threads(2) == 3
+
+
+def test_a_run_of_before_open_schedules_goes_on(held: Path, tmp_path: Path):
+    short = ["objective=gpt", "optim.lr={kind: linear, value: 0.001, steps: 4}"]
+    run = train(recipe(held, tmp_path / "run", *short, "steps=2"))
+    stored = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(stored.replace("    open: false\n", ""))
+    assert "open: false" in stored
+    cfg = recipe(held, run, "objective=gpt", "optim.lr={kind: linear, value: 0.001, steps: 4, open: true}", "steps=2")
+    train(cfg)
+    assert cfg.optim.lr.open is False
+
+
+def test_what_views_get_of_the_data(held: Path, tmp_path: Path):
     cfg = recipe(held, tmp_path / "run", "data.length=16")
-    samples, body = open_samples(cfg), build_objective(cfg).encoder()
-    length, vocabulary, document_mask = inputs(cfg, body, samples)
-    assert length == 16 and vocabulary.size == 400 and document_mask and isinstance(samples[0], Rows)
-    length, vocabulary, _ = inputs(cfg, body)  # before there are data
-    assert (length, vocabulary.size, len(vocabulary.sentinels)) == (16, 448, 100)
+    samples, objective = open_samples(cfg), build_objective(cfg)
+    known = about(cfg, objective, samples)
+    assert known.length == 16 and known.vocabulary.size == 400 and known.document_mask and isinstance(samples[0], Rows)
+    known = about(cfg, objective)  # before there are data
+    assert (known.length, known.vocabulary.size, len(known.vocabulary.sentinels)) == (16, 448, 100)
     cfg = recipe(held, tmp_path / "run", "data.document_mask=false")
-    assert inputs(cfg, body, samples)[2] is False
+    assert about(cfg, build_objective(cfg), samples).document_mask is False
 
 
 def test_recipes_that_do_not_fit_their_data_are_refused(texts: Path, held: Path, shards: Path, tmp_path: Path):
@@ -91,15 +183,22 @@ def test_recipes_that_do_not_fit_their_data_are_refused(texts: Path, held: Path,
     for cfg, match in [
         (recipe(shards, run), r"holds .jpg, .cls, .json and no tokens; make them with `unlabeled shards tokenize"),
         (recipe(texts, run), r"holds .txt and no tokens"),
-        (tiny_recipe("mae", held, run), r"holds tokens, but model.name = vit reads images"),
+        (tiny_recipe("mae", held, run), r"holds .docs, .tokens and no image; members are read whose names end in jpg"),
         (recipe(held, run, "model.vocab_size=128"), r"has 400 tokens; write model.vocab_size=448"),
-        (recipe(held, run, "data.length=256"), r"data.length = 256: must be 1 or more and at most model.context = 128"),
-        (recipe([], run, mix), rf"different tokenizers; tokenize one again with --tokenizer {held}/tokenizer.json"),
-        (recipe(held, run, "objective=mae"), r"objective.name = mae: trains on images, but model.name = gpt"),
-        (tiny_recipe(str(CAUSAL), shards, run), r"causal.py: trains on text, but model.name = vit reads images"),
+        (
+            recipe(held, run, "data.length=256"),
+            r"data.length = 256: must be at least 1 and at most model.context = 128",
+        ),
+        (
+            recipe([], run, mix),
+            rf"different tokenizers; tokenize the text .* again with --tokenizer {held}/tokenizer.json",
+        ),
+        (recipe(held, run, "objective=mae"), r"objective.name = mae: trains on image, but model.name = gpt"),
+        (tiny_recipe(str(CAUSAL), shards, run), r"causal.py: trains on tokens, but model.name = vit reads image"),
         (recipe(held, run, "data.mean=[0.5]"), r"nothing reads data.mean"),
         (tiny_recipe("mae", shards, run, "data.length=16"), r"nothing reads data.length"),
     ]:
+        cfg.run = str(tmp_path / f"run{len(list(tmp_path.iterdir()))}")  # one may fail after its first step
         with pytest.raises((ConfigError, DataError), match=match):
             train(cfg)
 
@@ -135,7 +234,7 @@ def test_a_preview_shows_documents_and_what_is_not_predicted(held: Path, tmp_pat
     follow = sample | {"targets": np.array([1, 4, -100, 2, -100, -100])}
     assert list(lines(follow, decode)) == list(lines(sample, decode))
     spans = {"tokens": np.array([1, 4]), "decoder_tokens": np.array([0, 4]), "targets": np.array([4, 2])}
-    assert list(lines(spans, decode))[-1] == "  asked for, 2 tokens: '[M] sea'"
+    assert list(lines(spans, decode))[-1] == "  targets, 2 tokens: '[M] sea'"
 
 
 def test_the_demo_text_without_a_registry_is_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -153,7 +252,7 @@ def test_the_demo_text_without_a_registry_is_the_standard_library(tmp_path: Path
     target = tmp_path / "demo"
     assert demo_text.make(target, "auto", 300, 1, said.append) == "stdlib"
     assert "taking the standard library instead" in "\n".join(said)
-    counts = [index.load(str(target / split)).about["tokens"]["documents"] for split in demo_text.SPLITS]
+    counts = [load_manifest(str(target / split)).details["tokens"]["documents"] for split in demo_text.SPLITS]
     assert (
         sum(counts) == json.loads((target / "text" / "set.json").read_text())["counts"]["train"] + counts[1] + counts[2]
     )

@@ -1,8 +1,7 @@
-"""One process of one mode: train every objective for a few steps on given batches and write down what came out. `python -m tests.parallel.modes JOB`."""
+"""One process of one mode: train objectives for a few steps on given batches and write down what came out."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +9,49 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from data_pipeline.shards import Look
-from data_pipeline.stream import Stream
-from pretrain import config, objective
-from pretrain.guard import Guard
-from pretrain.inputs import open_samples, views
+from data_pipeline.stream.stream import Stream
+from data_pipeline.stream.worker import collated
+from pretrain.build import build_objective, open_samples, placed, views
+from pretrain.ops.cross_entropy import IGNORED
+from pretrain.ops.parameter_shards import whole, whole_state
+from pretrain.optim.skip_steps import Guard
 from pretrain.parallel import engine as engines
-from pretrain.parallel import processes
+from pretrain.parallel import fsdp2, processes
 from pretrain.parallel.device import pick_device
-from pretrain.parallel.shards import whole, whole_state
-from pretrain.recipe import Recipe
-from pretrain.train import build_objective, placed
-from tests.conftest import TEXT, tiny_recipe
+from pretrain.parallel.modes import build_engine
+from pretrain.recipes.recipe import Recipe
+from tests.conftest import tiny_recipe
 
 STEPS, BATCH, ACCUMULATE, LR = 4, 8, 2, 5e-4
 
 
-def batches(cfg: Recipe, shards: Path, count: int) -> list[dict[str, Tensor]]:
+class Whole(dict[str, Tensor]):
+    """A micro-batch of all processes, with the views that made it."""
+
+    views: Any
+
+
+def batches(cfg: Recipe, shards: Path, count: int) -> list[Whole]:
     """Whole micro-batches of real data, the same on every process."""
     model, samples = build_objective(cfg), open_samples(cfg)
     make = views(cfg, model, samples)
-    look = Look(()) if cfg.objective.name in TEXT else Look()
-    stream = Stream(samples, make, BATCH, workers=0, look=look)
-    return [placed(cfg, next(stream), torch.device("cpu")) for _ in range(count)]
+    stream = Stream(samples, make, BATCH, workers=0, parts=model.parts)
+    out = [Whole(placed(model, next(stream), torch.device("cpu"))) for _ in range(count)]
+    for batch in out:
+        batch.views = make
+    for number, batch in enumerate(out if model.counted else ()):
+        targets = batch[model.counted]
+        for row in range(BATCH):  # so that the number of targets differs by process and by micro-batch
+            targets[row, : (row + number) * targets.shape[1] // (3 * BATCH)] = IGNORED
+    return out
 
 
-def mine(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.chunk(processes.world())[processes.rank()] for key, value in batch.items()}
+def mine(batch: Whole) -> dict[str, Tensor]:
+    """This process's samples of a batch, with what its data workers make of these."""
+    made = collated(batch.views, {key: value.numpy() for key, value in batch.items()})
+    rows = {k: v.chunk(processes.world())[processes.rank()] for k, v in batch.items() if k not in made}
+    own = collated(batch.views, {key: value.numpy() for key, value in rows.items()})
+    return rows | {key: torch.from_numpy(value) for key, value in own.items()}
 
 
 def recipe_of(name: str, shards: Path, mode: str, options: dict[str, Any]) -> Recipe:
@@ -89,16 +104,18 @@ def poisoned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
     """Losses and gradient norms of each step, and the weights after them, as every process sees them."""
-    model = build_objective(cfg, empty=engines.starts_empty(cfg))
-    engine = engines.build(model, cfg, device)
+    model = build_objective(cfg, empty=fsdp2.starts_empty(cfg))
+    engine = build_engine(model, cfg, device)
     guard = Guard(model, cfg.skip, device)
-    out: dict[str, Any] = {"loss": [], "norm": [], "logs": []}
-    parts = [mine(batch) for batch in data]
+    out: dict[str, Any] = {"loss": [], "norm": [], "logs": [], "validated": []}
+    parts = [{key: value.to(device) for key, value in mine(batch).items()} for batch in data]
     for step in range(STEPS):
         loss, logs, norm = one_step(engine, guard, parts[step * engine.accumulate :], step)
         out["loss"].append(float(loss))
         out["logs"].append(logs.tolist())
         out["norm"].append(float(norm))
+        if model.validates:  # as a run does between two steps; the next step has to find the engine as it was
+            out["validated"].append(float(processes.mean(engine.validate(parts, step))))
     pictures = engine.pictures(parts[0])
     assert all(p.dtype == torch.uint8 for p in pictures.values())
     out["weights"] = whole_state(model)
@@ -109,14 +126,16 @@ def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> d
     out["skipped"] = float(guard.skipped)
     out["changed"] = [key for key in before if not torch.equal(before[key], after[key]) and not key.startswith("scale")]
     one_step(engine, guard, parts, STEPS + 1)  # and it goes on
-    out["stuck"] = [
-        key for key, value in everything(engine).items() if "exp_avg." in key and torch.equal(value, after[key])
-    ]
+    states = {k: v for k, v in everything(engine).items() if k.rpartition(".")[2] in engine.optimizer.state_names}
+    assert states
+    out["stuck"] = [key for key, value in states.items() if value.any() and torch.equal(value, after[key])]
     return out
 
 
-def main(shards: Path, mode: str, options: dict[str, Any], target: Path, names: list[str]) -> None:
-    device = processes.start(mode, pick_device("cpu"))
+def main(
+    shards: Path, mode: str, options: dict[str, Any], target: Path, names: list[str], device_name: str = "cpu"
+) -> None:
+    device = processes.start(mode, pick_device(device_name))
     torch.set_num_threads(1)
     found = {}
     for name in names:
@@ -125,9 +144,3 @@ def main(shards: Path, mode: str, options: dict[str, Any], target: Path, names: 
         found[name] = train(cfg, batches(cfg, shards, STEPS * ACCUMULATE), device)
     torch.save(found, target / f"{processes.rank()}.pt")
     processes.stop()
-
-
-if __name__ == "__main__":
-    job = config.read_yaml(Path(sys.argv[1]))
-    names = job.get("objectives") or objective.names()
-    main(Path(job["shards"]), job["mode"], job["options"], Path(job["target"]), names)

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.config import ConfigError
 from launch.local import environments, wait
-from pretrain import objective, plan
-from pretrain.config import ConfigError
-from pretrain.models import fused
+from pretrain.build import build_objective
+from pretrain.estimate import hardware, plan
+from pretrain.objectives import finder
 from pretrain.objectives.mae import MAE
-from pretrain.parallel import engine as engines
-from pretrain.parallel.scale import INITIAL
-from pretrain.train import build_objective
+from pretrain.parallel import blocks, processes
+from pretrain.parallel.blocks import blocks_of
+from pretrain.parallel.device import set_tf32
+from pretrain.parallel.loss_scale import INITIAL_FACTOR
+from pretrain.parallel.modes import build_engine
+from pretrain.run_folder.recipe_file import write_recipe
+from pretrain.run_startup import flops_and_peak
 from pretrain.train import train as run_training
 from tests.conftest import tiny_recipe
 from tests.parallel.modes import ACCUMULATE, STEPS, batches, everything, poisoned, recipe_of, train
@@ -34,10 +43,10 @@ CPU = torch.device("cpu")
     [
         (["parallel.replicate=2", "parallel.mode=ddp"], "only fsdp2 has replicas"),
         (["parallel.offload=true"], "single keeps everything on the device"),
-        (["parallel.frozen=replicated"], "single cuts no parameters"),
-        (["parallel.frozen=replicated", "parallel.mode=zero3"], "zero3 cuts all parameters"),
+        (["parallel.frozen=replicated"], "single shards no parameters"),
+        (["parallel.frozen=replicated", "parallel.mode=zero3"], "zero3 shards all parameters"),
         (["parallel.mode=zero1", "precision=fp16"], "zero1 has fp32 and bf16"),
-        (["parallel.micro_batch=3"], "does not divide into it"),
+        (["parallel.micro_batch=3"], "does not divide into micro-batches"),
         (["model=resnet_micro", "parallel.recompute=full"], "batch norms would count every batch twice"),
     ],
 )
@@ -45,14 +54,14 @@ def test_refuses(overrides: list[str], message: str, shards: Path, tmp_path: Pat
     name = "simclr" if any("resnet" in text for text in overrides) else "mae"
     cfg = tiny_recipe(name, shards, tmp_path, *overrides)
     with pytest.raises(ConfigError, match=message):
-        engines.build(build_objective(cfg), cfg, CPU)
+        build_engine(build_objective(cfg), cfg, CPU)
 
 
 def test_zero_without_deepspeed_names_the_extra(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     cfg = tiny_recipe("mae", shards, tmp_path, "parallel.mode=zero2")
     with pytest.raises(ConfigError, match=r"pip install 'unlabeled\[deepspeed\]'"):
-        engines.build(build_objective(cfg), cfg, CPU)
+        build_engine(build_objective(cfg), cfg, CPU)
 
 
 def test_fp16_scales_its_loss(shards: Path):
@@ -69,15 +78,17 @@ def test_fp16_scales_its_loss(shards: Path):
         and not half["changed"]
     )
 
-    engine = engines.build(build_objective(cfg), cfg, CPU)
-    assert engine.scale.factor.item() == INITIAL
-    for expected in (INITIAL / 2, INITIAL / 4):
+    engine = build_engine(build_objective(cfg), cfg, CPU)
+    assert engine.scale.factor.item() == INITIAL_FACTOR
+    for expected in (INITIAL_FACTOR / 2, INITIAL_FACTOR / 4):
         before = everything(engine)
         for _ in range(ACCUMULATE):
             engine.backward(engine.forward(poisoned(data[0]), 0)[0])
         engine.step(1e-3, 0.0, lambda norm: 1.0 - norm.isfinite().float())
         assert engine.scale.factor.item() == expected
         assert all(torch.equal(v, before[k]) for k, v in everything(engine).items() if "scale" not in k)
+    engine.scale.undo()
+    assert engine.scale.factor.item() == INITIAL_FACTOR / 2
 
 
 @pytest.mark.slow
@@ -95,12 +106,109 @@ def test_compiled_blocks_give_the_same(recompute: str, shards: Path):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # one for all blocks
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dinov3", {"model.positions": "rope", "model.layer_scale": 0.1}),
+        ("mae", {"model.positions": "learned", "model.layer_scale": 0.1, "model.drop_path": 0.5}),
+        ("gpt", {}),
+        ("bert", {}),
+        ("t5", {}),
+    ],
+)
+def test_the_residual_stream_has_one_dtype(name: str, options: dict[str, object], precision: str, shards: Path):
+    """The compute dtype into every block, and so the same memory, in every mode: FSDP2 alone gathers scales and tables in it."""
+    expected = {torch.bfloat16 if precision == "bf16" else torch.float32}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for mode in ("single", "ddp", "fsdp2"):
+            cfg = recipe_of(name, shards, mode, {**options, "precision": precision})
+            engine = build_engine(build_objective(cfg), cfg, CPU)
+            found: list[torch.dtype] = []
+            for block in blocks_of(engine.objective):
+                block.register_forward_pre_hook(lambda _, given, found=found: found.append(given[0].dtype))
+            engine.forward(batches(cfg, shards, 1)[0], 0)
+            assert set(found) == expected, mode
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    processes.start("ddp", CPU)
+    yield
+    processes.stop()
+
+
+def test_gradients_of_ddp_are_views_of_its_buckets(alone: None, shards: Path):
+    cfg = recipe_of("mae", shards, "ddp", {})
+    engine = build_engine(build_objective(cfg), cfg, CPU)
+    for batch in batches(cfg, shards, ACCUMULATE):
+        engine.backward(engine.forward(batch, 0)[0])
+    storages = {p.grad.untyped_storage().data_ptr() for p in engine.parameters}
+    assert len(storages) < len(engine.parameters) / 4
+
+
+def test_trained_roots_stay_gathered_until_their_backward(alone: None, shards: Path):
+    """The roots of student and teacher; without a backward (validation, pictures) nothing stays gathered."""
+    cfg = recipe_of("dinov2", shards, "fsdp2", {})
+    engine = build_engine(build_objective(cfg), cfg, CPU)
+    model, (batch,) = engine.objective, batches(cfg, shards, 1)
+
+    def sharded() -> dict[str, bool]:
+        roots = {"student": model.student["backbone"].cls_token, "teacher": model.teacher["backbone"].cls_token}
+        block = model.student["backbone"].blocks[0].norm1.weight
+        return {name: isinstance(p, DTensor) for name, p in {**roots, "block": block}.items()}
+
+    loss, _ = engine.forward(batch, 0)
+    assert sharded() == {"student": False, "teacher": True, "block": True}
+    engine.backward(loss)
+    assert all(sharded().values())
+    engine.validate([batch], 0)
+    assert all(sharded().values())
+    engine.pictures(batch)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tf32_is_for_runs_that_are_not_in_fp32(precision: str, shards: Path):
+    set_tf32(precision == "fp32")
+    cfg = recipe_of("mae", shards, "single", {"precision": precision})
+    build_engine(build_objective(cfg), cfg, CPU)
+    allowed = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+    assert allowed == [precision != "fp32"] * 2
+
+
+@pytest.mark.slow
+def test_graphs_are_as_many_as_networks_not_as_sizes(shards: Path, monkeypatch: pytest.MonkeyPatch):
+    """DINOv3's high-resolution stage: student, teacher and Gram teacher, and five rows of crop sizes."""
+    monkeypatch.setattr(blocks, "BACKEND", "eager")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    rows = [(32, 16, 48), (48, 16, 64), (48, 24, 64), (64, 24, 96), (64, 32, 96)]  # global, local, Gram pixels
+    torch._dynamo.reset()
+    counters.clear()
+    said: list[str] = []
+    log = blocks.GraphLog(said.append)
+    cfg = recipe_of("dinov3", shards, "single", {"parallel.compile": True, "objective.gram_size": 64})
+    engine = build_engine(build_objective(cfg), cfg, CPU)
+    for step, (glob, local, gram) in enumerate(rows):
+        sizes = {"objective.local_size": local, "model.image_size": glob, "objective.gram_size": gram}
+        (batch,) = batches(recipe_of("dinov3", shards, "single", sizes), shards, 1)
+        engine.backward(engine.forward(batch, step)[0])
+        log(step)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs <= 6 and torch._dynamo.config.recompile_limit == 24
+    assert len(said) <= 2 and said[0].startswith("step 0: torch.compile made")
+
+
 def test_full_recomputation_keeps_less(shards: Path):
     """Bytes that autograd holds between forward and backward."""
 
     def held(recompute: str) -> int:
         cfg = recipe_of("mae", shards, "single", {"model.depth": 6, "parallel.recompute": recompute})
-        engine = engines.build(build_objective(cfg), cfg, CPU)
+        engine = build_engine(build_objective(cfg), cfg, CPU)
         sizes: dict[int, int] = {}
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -118,8 +226,8 @@ def test_full_recomputation_keeps_less(shards: Path):
 def test_selective_recomputation_repeats_no_matrix_product(shards: Path):
     def flops(recompute: str) -> int:
         cfg = recipe_of("mae", shards, "single", {"parallel.recompute": recompute})
-        engine = engines.build(build_objective(cfg), cfg, CPU)
-        with FlopCounterMode(display=False) as counter, fused.switched_off():  # as selective recomputation does
+        engine = build_engine(build_objective(cfg), cfg, CPU)
+        with FlopCounterMode(display=False) as counter:
             engine.backward(engine.forward(batches(cfg, shards, 1)[0], 0)[0])
         return counter.get_total_flops()
 
@@ -144,8 +252,9 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from torch.distributed.tensor import DTensor
-from pretrain.models import presets
-from pretrain.parallel import engine as engines, processes
+from pretrain.models.build import build_model
+from pretrain.parallel import processes
+from pretrain.parallel.modes import build_engine
 from tests.parallel.modes import batches, mine, recipe_of
 from tests.parallel.test_engine import Guided
 device = processes.start("fsdp2", torch.device("cpu"))
@@ -154,8 +263,8 @@ for frozen in ("sharded", "replicated"):
     cfg = recipe_of("mae", Path(sys.argv[1]), "fsdp2", {"parallel.frozen": frozen})
     data = batches(cfg, Path(sys.argv[1]), 4)
     torch.manual_seed(0)
-    model = Guided(cfg.objective, lambda **changes: presets.build(cfg.model, **changes))
-    engine = engines.build(model, cfg, device)
+    model = Guided(cfg.objective, lambda **changes: build_model(cfg.model, **changes))
+    engine = build_engine(model, cfg, device)
     cut = {isinstance(p, DTensor) for p in model.frozen.parameters()}
     assert cut == {frozen == "sharded"}, cut
     assert all(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
@@ -183,7 +292,7 @@ POSITIONS = {"gpt": ["learned", "rope"], "bert": [""], "t5": [""]}  # "": the mo
 
 @pytest.mark.parametrize(
     ("name", "positions"),
-    [(name, kind) for name in objective.names() for kind in POSITIONS.get(name, ["learned", "sincos", "rope"])],
+    [(name, kind) for name in finder.names() for kind in POSITIONS.get(name, ["learned", "sincos", "rope"])],
 )
 def test_an_objective_can_be_built_without_memory(name: str, positions: str, shards: Path, tmp_path: Path):
     cfg = tiny_recipe(name, shards, tmp_path, *([f"model.positions={positions}"] if positions else []))
@@ -198,3 +307,23 @@ def test_flops_per_second_are_those_of_the_plan(shards: Path, tmp_path: Path):
     steps_per_second = last["samples_per_second"] / cfg.data.batch
     assert last["flops_per_second"] == pytest.approx(plan.trace(cfg).flops * steps_per_second, rel=0.01)
     assert 0 < last["mfu"] < 1 and last["memory_gb"] > 0.05
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert re.search(r"mfu is relative to \S+ TFLOP/s per process, measured on this cpu with a fp32 product of", said)
+
+
+def test_flops_are_traced_once_and_on_rank_0_only(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cfg, traced, trace = tiny_recipe("mae", shards, tmp_path, "log.flops=true"), [], plan.trace
+    monkeypatch.setattr(plan, "trace", lambda cfg: traced.append(cfg.data.batch) or trace(cfg))
+    monkeypatch.setenv("RANK", "1")
+    assert flops_and_peak(cfg, tmp_path, None, print) == (0.0, 0.0)  # type: ignore[arg-type]
+    write_recipe(cfg, tmp_path)
+    assert plan.step_flops(cfg, tmp_path) == plan.step_flops(cfg, tmp_path) and traced == [16]
+    other = cfg.replace(data=cfg.data.replace(batch=8))
+    write_recipe(other, tmp_path)
+    assert 2 * plan.step_flops(other, tmp_path) == trace(cfg).flops and traced == [16, 8]
+
+
+def test_the_peak_of_an_unknown_device_is_measured_with_several_products():
+    rate, size = hardware.measured(CPU, "fp32", (64, 256))
+    assert size in (64, 256) and rate > 0
+    assert max(hardware.SIZES) >= 8192 and len(hardware.SIZES) > 1 and len(hardware.CPU_SIZES) > 1

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from launch.local import environments, wait
-from pretrain import objective
-from tests.conftest import teacher, tokens
+from pretrain.objectives import finder
+from tests.conftest import reads_text, tiny_recipe
+from tests.forked import Forked
+from tests.parallel import modes
 from tests.parallel.modes import LR
 
 MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -36,21 +34,38 @@ MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "zero2-bf16": ("zero2", 2, {"precision": "bf16"}),
     "zero3-bf16": ("zero3", 2, {"precision": "bf16"}),
 }
+ALONE = ("single", "single-bf16")
+LARS = {"optim.name": "lars", "optim.trust": 1.0}  # so large that a wrong norm shows after four steps
+# One objective for each property: simclr couples the batch and has batch norm, dinov3 has an averaged teacher, Sinkhorn and Gram anchoring, gpt a count of
+# targets that differs by process and tied weights, distillation a frozen teacher, mae buffers.
+IN_CI: dict[str, tuple[str, ...]] = {
+    "single": ("mae", "simclr", "dinov3", "gpt", "distillation"),
+    "ddp2": ("simclr", "dinov3", "gpt", "distillation"),
+    "fsdp2": ("simclr", "dinov3", "gpt", "distillation", "mae"),
+    "fsdp2-alone": ("dinov3",),
+    "hsdp2x2": ("dinov3",),
+    "zero1": ("gpt",),
+    "zero2": ("simclr",),
+    "zero3": ("dinov3", "gpt"),
+    "recompute": ("dinov3",),
+    "selective": ("mae",),
+    "fsdp2-offload": ("dinov3",),
+    "zero2-offload": ("mae",),
+    "single-bf16": ("simclr", "dinov3", "gpt"),
+    "ddp2-bf16": ("gpt",),
+    "fsdp2-bf16": ("dinov3", "simclr", "distillation"),
+    "zero2-bf16": ("gpt",),
+    "zero3-bf16": ("dinov3",),
+}
 
 
-def run(mode: str, shards: Path, folder: Path, **more: Any) -> list[dict[str, Any]]:
-    """What each process found, in rank order."""
-    name, count, options = MODES[mode]
-    for make in (teacher, tokens):  # before several processes look for them
-        make(shards.parent)
-    job = folder / "job.yaml"
-    given = {"shards": str(shards), "mode": name, "options": options | more.pop("options", {}), "target": str(folder)}
-    job.write_text(yaml.safe_dump(given | more))
+def run(mode: str, shards: Path, folder: Path, names: list[str], **more: Any) -> list[dict[str, Any]]:
+    """What each process found of the objectives, in rank order."""
+    kind, count, options = MODES[mode]
+    for name in names:  # what their options name is made before several processes look for it
+        tiny_recipe(name, shards, folder)
     started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.parallel.modes", str(job)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        )
+        Forked(modes.main, shards, kind, {**options, **more}, folder, names, env=environment)
         for environment in environments(count)
     ]
     assert wait(started) == 0
@@ -58,20 +73,47 @@ def run(mode: str, shards: Path, folder: Path, **more: Any) -> list[dict[str, An
 
 
 @pytest.fixture(scope="module")
-def found(shards: Path, tmp_path_factory: pytest.TempPathFactory):
-    """{mode: what its processes found}; each mode is started once for all objectives."""
+def found(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory):
+    """{mode: what its processes found}; each mode is started once, for all objectives that the selected tests name with it."""
     known: dict[str, list[dict[str, Any]]] = {}
+    selected = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    pairs = {(params["mode"], params["name"]) for params in selected if "name" in params}
 
     def get(mode: str) -> list[dict[str, Any]]:
         if mode not in known:
-            known[mode] = run(mode, shards, tmp_path_factory.mktemp(mode))
+            alone = mode in ALONE  # what the other modes are compared with
+            names = sorted({name for other, name in pairs if alone or other == mode})
+            known[mode] = run(mode, shards, tmp_path_factory.mktemp(mode), names)
         return known[mode]
 
     return get
 
 
+def cases(*modes: str) -> pytest.MarkDecorator:
+    """(mode, name) of every mode and objective; `make test` runs those of IN_CI, `make test-matrix` the rest. One mode's tests share its processes."""
+    return pytest.mark.parametrize(
+        ("mode", "name"),
+        [
+            pytest.param(
+                mode, name, marks=[pytest.mark.xdist_group(mode), *[pytest.mark.matrix] * (name not in IN_CI[mode])]
+            )
+            for mode in modes
+            for name in finder.names()
+        ],
+    )
+
+
 def close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, weights: float, logs: float = 0.0) -> None:
-    for key, allowed in (("loss", tolerance), ("norm", tolerance), ("logs", logs or tolerance)):
+    for key, allowed in (
+        ("loss", tolerance),
+        ("validated", tolerance),
+        ("norm", tolerance),
+        ("logs", logs or tolerance),
+    ):
         torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=allowed, atol=allowed / 10)
     assert ours["weights"].keys() == theirs["weights"].keys()
     name, away = max(distances(ours, theirs).items(), key=lambda item: item[1])
@@ -88,19 +130,18 @@ def distances(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", objective.names())
-@pytest.mark.parametrize("mode", [m for m in MODES if "bf16" not in m and m != "single"])
+@cases(*[m for m in MODES if "bf16" not in m and m != "single"])
 def test_the_same_in_every_mode(mode: str, name: str, found):
     """To 1e-5; SimCLR, whose batch norm divides almost equal features by their spread, under selective recomputation, which takes other operations, to 2e-5."""
     alone = found("single")[0][name]
+    assert len(alone["validated"]) == (modes.STEPS if reads_text(name) else 0)
     tolerance = 2e-5 if (mode, name) == ("selective", "simclr") else 1e-5
     for process in found(mode):
         close(process[name], alone, tolerance, 1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", objective.names())
-@pytest.mark.parametrize("mode", MODES)
+@cases(*MODES)
 def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: str, name: str, found):
     """Weights, buffers, teacher and optimizer state are bit-equal before and after that step; the one after it trains again."""
     for process in found(mode):
@@ -108,8 +149,7 @@ def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", objective.names())
-@pytest.mark.parametrize("mode", [m for m in MODES if "bf16" in m and m != "single-bf16"])
+@cases(*[m for m in MODES if "bf16" in m and m != "single-bf16"])
 def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
     """To 1 % over all steps; weights to 5 %, or to twice as far as one process in bf16 is away from itself in fp32; what is only logged to 2 %, as KoLeo's
     distances between the features of an untrained network are a fifth of these, and so is what their rounding is of them. Not SimCLR: the batch norm of its
@@ -126,14 +166,24 @@ def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp2", "fsdp2", "hsdp2x2"])
-def test_muon_is_the_same_in_every_mode(mode: str, shards: Path, tmp_path: Path):
-    """Among 4 processes a ViT's matrices are cut unevenly; a step that is not finite leaves its momentum bit-equal, too."""
-    muon = {"options": {"optim.name": "muon"}, "objectives": ["mae"]}
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        *[(mode, {"optim.name": "muon"}) for mode in ("ddp2", "fsdp2", "hsdp2x2")],
+        ("hsdp2x2", LARS),
+        *[pytest.param(mode, LARS, marks=pytest.mark.matrix) for mode in ("ddp2", "fsdp2", "fsdp2-offload")],
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["optim.name"],
+)
+def test_an_optimizer_of_whole_tensors_is_the_same_in_every_mode(
+    mode: str, options: dict[str, Any], shards: Path, tmp_path: Path
+):
+    """Among 4 processes a ViT's matrices are cut unevenly; a step that is not finite leaves the momentum bit-equal, too."""
     found = {}
     for name in ("single", mode):
         (tmp_path / name).mkdir()
-        found[name] = [process["mae"] for process in run(name, shards, tmp_path / name, **muon)]
+        processes = run(name, shards, tmp_path / name, ["mae"], **options)
+        found[name] = [process["mae"] for process in processes]
     for process in found[mode]:
         close(process, found["single"][0], 1e-5, 1e-5)
         assert process["skipped"] == 1.0 and not process["changed"] and not process["stuck"]

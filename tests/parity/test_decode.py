@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import math
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
-from data_pipeline.decode import IMAGES, MAX_PIXELS, Damaged, Encoded, decode_image
+from common.errors import Damaged
+from data_pipeline.formats import pillow_images
+from data_pipeline.formats.decode import Encoded, decode_image, inspect
+from data_pipeline.formats.image_formats import IMAGES, MAX_PIXELS
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +95,31 @@ def test_other_jpegs(photo: np.ndarray):
     assert difference(decode_image(bytes(ycck), "jpg"), np.array(Image.open(io.BytesIO(ycck)).convert("RGB"))) == 0
 
 
-def test_an_orientation_is_not_applied(photo: np.ndarray):
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_an_orientation_is_applied_unless_the_set_says_not(photo: np.ndarray, turn: int):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    for kind, extension in (("JPEG", "jpg"), ("PNG", "png")):
-        data = saved(photo, kind, exif=exif)
-        assert Encoded(data, extension).shape == (200, 301) == decode_image(data, extension).shape[:2]
+    exif[0x0112] = turn
+    exif[0x010F] = "a camera"
+    kinds: list[tuple[str, str, dict]] = [("JPEG", "jpg", {}), ("PNG", "png", {}), ("WEBP", "webp", {"lossless": True})]
+    kinds += [("TIFF", "tif", {}), ("TIFF", "tif", {"compression": "tiff_lzw"})]
+    for kind, extension, options in kinds:
+        data = saved(photo, kind, exif=exif, **options)
+        with Image.open(io.BytesIO(data)) as opened:
+            seen = np.array(ImageOps.exif_transpose(opened))
+        assert Encoded(data, extension).shape == seen.shape[:2] == ((301, 200) if turn >= 5 else (200, 301))
+        assert np.array_equal(decode_image(data, extension), seen)
+        stored = decode_image(saved(photo, kind, **options), extension)
+        assert Encoded(data, extension, as_stored=True).shape == (200, 301)
+        assert np.array_equal(decode_image(data, extension, as_stored=True), stored)
+        assert ("turned by EXIF" in inspect(data, extension).remarks) == (turn > 1)
+    jpeg = saved(photo, "JPEG", exif=exif)
+    small, plain = Encoded(jpeg, "jpg").pixels(2.0), Encoded(saved(photo, "JPEG"), "jpg").pixels(2.0)
+    assert small.shape[:2] == ((151, 100) if turn >= 5 else (100, 151)) and small.flags.c_contiguous
+    assert turn != 6 or np.array_equal(small, np.rot90(plain, -1))
+    gray = saved(Image.fromarray(photo).convert("CMYK"), "JPEG", exif=exif)
+    assert decode_image(gray, "jpg").shape[:2] == ((301, 200) if turn >= 5 else (200, 301))
+    broken = jpeg.replace(b"MM\0*", b"MM\0+")  # an EXIF block that is damaged turns nothing
+    assert Encoded(broken, "jpg").shape == (200, 301)
 
 
 def test_16_bits_are_rounded():
@@ -130,9 +153,81 @@ def test_transparency_lies_on_white():
 
 def test_the_first_picture_of_an_animation():
     frames = [Image.new("RGB", (6, 5), (40 * i, 0, 0)) for i in range(1, 4)]
-    for kind, extension, options in (("GIF", "gif", {}), ("TIFF", "tif", {}), ("WEBP", "webp", {"lossless": True})):
+    for kind, extension, options in (("GIF", "gif", {}), ("WEBP", "webp", {"lossless": True})):
         data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert np.array_equal(decode_image(data, extension), np.array(frames[0])), kind
+        assert "animation, first picture" in inspect(data, extension).remarks
+
+
+def tiff(
+    array: np.ndarray, photometric: int = 1, extra: int | None = None, bits: int = 0, pages: tuple = (0,)
+) -> bytes:
+    """An uncompressed TIFF of [H, W, bands], as scientific tools write them; `pages`: the NewSubfileType of each."""
+    height, width, bands = array.shape
+    kind = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
+    out, links = b"II*\0", 4
+    out += bytes(4)
+    for page in pages:
+        pixels, deep = len(out), len(out) + array.nbytes
+        out += array.tobytes() + struct.pack(f"<{bands}H", *[bits or 8 * array.itemsize] * bands)
+        tags = [(254, 4, 1, page), (256, 4, 1, width), (257, 4, 1, height), (258, 3, bands, deep), (259, 3, 1, 1)]
+        tags += [(262, 3, 1, photometric), (273, 4, 1, pixels), (277, 3, 1, bands), (278, 4, 1, height)]
+        tags += [(279, 4, 1, array.nbytes), (339, 3, 1, kind)] + ([(338, 3, 1, extra)] if extra is not None else [])
+        tags[3] = (258, 3, bands, (bits or 8 * array.itemsize)) if bands == 1 else tags[3]
+        out = out[:links] + struct.pack("<I", len(out)) + out[links + 4 :]
+        out += struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
+        links, out = len(out), out + bytes(4)
+    return out
+
+
+def test_a_tiff_is_read_faithfully_or_refused(photo: np.ndarray):
+    gray16 = np.arange(0, 65536, 13, dtype=np.uint16)[:5000].reshape(50, 100, 1)
+    assert np.array_equal(decode_image(tiff(gray16), "tif", 1), np.round(gray16 / 257).astype(np.uint8))
+    assert np.array_equal(decode_image(tiff(gray16, photometric=0), "tif", 1), 255 - np.round(gray16 / 257))
+    assert np.array_equal(decode_image(tiff(photo, 2), "tif"), photo)
+    four = np.dstack([photo, photo[..., :1]])
+    assert np.array_equal(decode_image(tiff(four, 2), "tif", 4), four)  # four bands for a model of four channels
+    for data, reason in [
+        (tiff(gray16.astype(np.int32)), "32-bit or signed numbers"),
+        (tiff(gray16.astype(np.uint32)), "32-bit or signed numbers"),
+        (tiff(gray16.astype(np.int16)), "32-bit or signed numbers"),
+        (tiff(gray16.astype(np.float32)), "floating-point"),
+        (tiff(four, 2), "holds 4 channels, but 3 are asked for"),
+        (tiff(four, 2, extra=0), "4 bands, but Pillow reads only 3 of them"),
+        (tiff(photo, 2, pages=(0, 0)), "several pages; write each page to a file of its own"),
+        (tiff(photo, 2, pages=(0, 1, 0)), "several pages; write each page to a file of its own"),
+    ]:
+        with pytest.raises(Damaged, match=reason if "channels" in reason else f"{reason}.*npy"):
+            decode_image(data, "tif")
+    copies = tiff(photo, 2, pages=(0, 1, 4))  # a smaller copy and a mask are no pages of their own
+    assert np.array_equal(decode_image(copies, "tif"), photo)
+    assert inspect(tiff(four, 2), "tif").kind == "TIFF, 8 bits, 4 channels"
+    assert decode_image(saved(Image.fromarray(photo).convert("RGBA"), "TIFF"), "tif").shape == (200, 301, 3)
+
+
+def test_twelve_bits_of_sixteen():
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    exact = np.round(values / 4095 * 255).astype(np.uint8)
+    for data, extension in [(saved(Image.fromarray(values), "PNG"), "png"), (npy(values), "npy")]:
+        assert inspect(data, extension)[:3] == (f"{extension.upper()}, 16 bits, 1 channel", 0, 4095)
+        assert decode_image(data, extension, 1).max() == 16  # as 16 bits, and so `inspect` has to say the range
+        assert np.array_equal(decode_image(data, extension, 1, bits=12)[..., 0], exact)
+        assert np.array_equal(decode_image(data, extension, bits=12), exact[..., None].repeat(3, 2))
+        with pytest.raises(Damaged, match="numbers up to 4095, but the 10 bits of this set end at 1023"):
+            decode_image(data, extension, bits=10)
+    packed = np.array([[0x00, 0x0F, 0xFF], [0x80, 0x07, 0xFF]], np.uint8).tobytes()  # 0, 4095; 2048, 2047
+    data = tiff(np.zeros((2, 2, 1), np.uint8), bits=12)
+    data = data[:8] + packed[:4] + data[12:]
+    assert decode_image(data, "tif", 1)[0].ravel().tolist() == [0, 255]  # the file says that it has 12 bits
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "npy"])
+def test_reasons_name_no_object(extension: str):
+    with pytest.raises(Damaged, match=r"^is empty: 0 bytes$"):
+        decode_image(b"", extension)
+    if extension != "npy":
+        with pytest.raises(Damaged, match=r"^is not in one of the image formats that are read: JPEG, PNG"):
+            decode_image(b"no image at all", extension)
 
 
 def test_channels_must_be_those_of_the_file(photo: np.ndarray):
@@ -312,8 +407,75 @@ def test_the_limit_is_of_pixels():
         if fits:
             assert Encoded(data, "npy").shape == (1, size)
         else:
-            with pytest.raises(Damaged, match="100000001×1 pixels, but 1 to 100000000 are allowed"):
+            with pytest.raises(Damaged, match=r"×1 pixels, but 1 to 100000000 are allowed; data\.max_pixels"):
                 _ = Encoded(data, "npy").shape
+            assert Encoded(data, "npy", max_pixels=size).shape == (1, size)
+
+
+def test_another_limit(photo: np.ndarray):
+    small = saved(photo, "PNG")
+    head = struct.pack(">II", 20_000, 20_000) + small[24:29]  # more than Pillow takes by itself
+    huge = small[:16] + head + struct.pack(">I", zlib.crc32(b"IHDR" + head)) + small[33:]
+    assert Encoded(huge, "png", max_pixels=400_000_000).shape == (20_000, 20_000)
+    for read in (Encoded(huge, "png").pixels, lambda: inspect(huge, "png"), lambda: Encoded(b"", "png").shape):
+        with pytest.raises(Damaged, match=r"20000×20000 pixels, but 1 to 100000000|0 bytes"):
+            read()
+    assert inspect(small, "png", max_pixels=200 * 301).kind.startswith("PNG")
+    with pytest.raises(Damaged, match="301×200 pixels, but 1 to 60199 are allowed"):
+        inspect(small, "png", max_pixels=200 * 301 - 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "LA", "RGBA", "CMYK", "I;16", "I;16B"])
+def test_strips_change_no_pixel(photo: np.ndarray, mode: str, monkeypatch: pytest.MonkeyPatch):
+    if mode.startswith("I;16"):
+        gray = photo[..., 0].astype(np.uint16) * 256 + photo[..., 1]
+        image = Image.fromarray(gray.astype(">u2") if mode == "I;16B" else gray)
+        assert image.mode == mode
+    else:
+        image = Image.fromarray(photo).convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(photo[..., 2]))
+    kinds = {"CMYK": ["TIFF"], "I;16B": ["TIFF"], "RGB": ["PNG", "TIFF", "WEBP"]}.get(mode, ["PNG", "TIFF"])
+    files = [(saved(image, kind), kind.lower()) for kind in kinds]
+    files += [(saved(image, kind, transparency=3), kind.lower()) for kind in ("PNG", "GIF") if mode == "P"]
+    for data, extension in files:
+        for channels in (1, 3, len(image.getbands())):
+            monkeypatch.undo()
+            whole = decode_image(data, extension, channels)
+            monkeypatch.setattr(pillow_images, "STRIP_PIXELS", 301 * 7)
+            assert np.array_equal(decode_image(data, extension, channels), whole), (extension, channels)
+
+
+def test_bytes_that_decoding_holds(photo: np.ndarray):
+    """Of each pixel: what a view copies, Pillow's own copy, the coefficients where a JPEG comes in several scans."""
+    jpeg = saved(photo, "JPEG")
+    cmyk = saved(Image.fromarray(photo).convert("CMYK"), "JPEG")
+    for data, extension, channels, shrink, expected in (
+        (jpeg, "jpg", 3, 1.0, 6),
+        (jpeg, "jpg", 1, 1.0, 2),
+        (jpeg, "jpg", 3, 2.0, 6 / 4),
+        (jpeg, "jpg", 3, 8.0, 6 / 64),
+        (saved(photo, "JPEG", progressive=True), "jpg", 3, 1.0, 9),
+        (saved(photo, "JPEG", progressive=True), "jpg", 3, 8.0, 6 + 3 / 64),
+        (cmyk, "jpg", 3, 4.0, 7),
+        (saved(photo, "PNG"), "png", 3, 4.0, 7),
+        (saved(photo, "WEBP"), "webp", 3, 4.0, 19),
+        (npy(photo), "npy", 3, 4.0, 6),
+        (npy(photo.astype(np.uint16)), "npy", 3, 4.0, 18),
+    ):
+        encoded, taken = Encoded(data, extension, channels), list[int]()
+        assert encoded.decode_bytes(shrink) == round(200 * 301 * expected), (extension, channels, shrink)
+        encoded.reserve = taken.append
+        encoded.pixels(shrink)
+        assert taken == [encoded.decode_bytes(shrink)]
+
+
+def test_a_damaged_cmyk_jpeg_is_seen(photo: np.ndarray):
+    data = saved(Image.fromarray(photo).convert("CMYK"), "JPEG")
+    assert decode_image(data, "jpg").shape == (200, 301, 3)
+    for end in (len(data) // 2, len(data) - 200):
+        with pytest.raises(Damaged):
+            decode_image(data[:end], "jpg")
 
 
 def test_what_is_no_image(photo: np.ndarray):
@@ -332,3 +494,31 @@ def test_what_is_no_image(photo: np.ndarray):
     comments.add_text("bomb", "x" * 20_000_000, zip=True)  # a text of 20 MB in 20 kB
     with pytest.raises(Damaged):
         decode_image(saved(Image.fromarray(photo), "PNG", pnginfo=comments), "png")
+
+
+@pytest.mark.parametrize(
+    "place", ["decode.turned", "decode.orientation", "pillow_images._convert", "pillow_images._check_png"]
+)
+def test_a_bug_of_ours_does_not_look_like_damage(place: str, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch):
+    def wrong(*_: object) -> None:
+        raise TypeError("a mistake in our code")
+
+    monkeypatch.setattr(f"data_pipeline.formats.{place}", wrong)
+    with pytest.raises(TypeError, match="a mistake in our code"):
+        inspect(saved(photo, "PNG"), "png")
+
+
+@pytest.mark.parametrize(("shape", "says"), [((4, 4, 0), "holds uint8"), ((-4, -4, 3), "holds uint8")])
+def test_sizes_of_an_array_that_cannot_be(shape: tuple[int, ...], says: str):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(48)
+    with pytest.raises(Damaged, match=says):
+        decode_image(data, "npy")
+
+
+def test_a_tag_of_a_tiff_that_holds_no_number(photo: np.ndarray):
+    data = bytearray(saved(photo, "TIFF", tiffinfo={274: 1}))
+    place = data.index(struct.pack("<HH", 274, 3))
+    data[place + 2] = 2  # the orientation's type becomes text
+    with pytest.raises(Damaged, match="TIFF tag 274"):
+        decode_image(bytes(data), "tiff", as_stored=True)

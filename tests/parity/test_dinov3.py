@@ -14,20 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.multicrop import _augments, multicrop, pick
-from data_pipeline.views import Augment
-from pretrain.config import ConfigError
-from pretrain.errors import UserError
-from pretrain.export import load as load_export
+from common.config import ConfigError
+from common.errors import UserError
+from common.schedules import Schedule
+from data_pipeline.views.augmentations import Augment
+from data_pipeline.views.multicrop import _augments, multicrop, pick
+from pretrain.build import build_objective
+from pretrain.interchange.export import load as load_export
 from pretrain.models import presets
+from pretrain.models.build import build_model
 from pretrain.objectives.dinov3 import Config, DINOv3
 from pretrain.ops.gram import gram_loss, resize_map
 from pretrain.ops.koleo import koleo
 from pretrain.ops.self_distillation import health
-from pretrain.optim import thaw
+from pretrain.optim.groups import thaw
 from pretrain.parallel.engine import Engine
-from pretrain.schedules import Schedule
-from pretrain.train import build_objective, train
+from pretrain.train import train
 from tests.conftest import teacher_run, tiny_recipe
 from tests.parity.test_losses import (
     assert_same,
@@ -38,6 +40,7 @@ from tests.parity.test_losses import (
     naive_sinkhorn,
     noise,
     normal,
+    places_of,
 )
 
 SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 4}
@@ -144,7 +147,7 @@ def dinov3(**options: object) -> DINOv3:
     cfg = Config(**sizes, **options)
     cfg.teacher_temperature, cfg.momentum = Schedule(0.2), Schedule(0.9)
     torch.manual_seed(0)
-    return DINOv3(cfg, lambda **changes: presets.build(presets.ViT(**VIT), **changes))
+    return DINOv3(cfg, lambda **changes: build_model(presets.ViT(**VIT), **changes))
 
 
 def batch_of(images: int = 4, gram: int = 64) -> dict[str, Tensor]:
@@ -155,6 +158,7 @@ def batch_of(images: int = 4, gram: int = 64) -> dict[str, Tensor]:
         "local": normal(images, 3, 3, 16, 16, seed=1),
         "gram": normal(images, 2, 3, gram, gram, seed=2),
         "mask": mask,
+        **places_of(mask),
     }
 
 
@@ -592,7 +596,7 @@ def test_stages_chain(shards: Path, tmp_path: Path):
     (tmp_path / "resumed" / "checkpoints" / "latest").unlink()
     resumed = train(tiny_recipe("dinov3", shards, tmp_path / "resumed", *again))
     told = [[{k: row[k] for k in ("loss", "gram", "ibot")} for row in losses(run)] for run in (high, resumed)]
-    assert told[0] == told[1] and "goes on from step 2" in (resumed / "log.txt").read_text()
+    assert told[0] == told[1] and "resumes from step 2" in (resumed / "log.txt").read_text()
 
     for source in (second / "export" / "4", first / "checkpoints" / "000000002"):
         cfg = tiny_recipe("dinov3", shards, tmp_path / "x", *DINO, f"objective.gram_teacher={source}")
@@ -607,7 +611,8 @@ def test_stages_chain(shards: Path, tmp_path: Path):
         )
     with pytest.raises(
         UserError,
-        match=r"is a checkpoint of another model: .*student.dino_head.prototypes is \[64, 32\], here \[32, 32\]",
+        match=r"is a checkpoint of another model: objective.prototypes is 32 here and 64 there; write objective.prototypes=64;"
+        r" .*student.dino_head.prototypes is \[64, 32\], here \[32, 32\]",
     ):
         build_objective(
             tiny_recipe("dinov3", shards, tmp_path / "x", *DINO, f"init.run={first}", "objective.prototypes=32"),
@@ -641,11 +646,22 @@ def test_a_run_of_another_model_is_refused(shards: Path, tmp_path: Path):
     """All tensors that a stage has and the run before it has not, and the other way round, are named."""
     common = [f"init.run={teacher_run(shards)}", "model.patch_size=4", "model.dim=48"]
     for depth, message in (
-        (3, r"another model: missing student\.backbone\.blocks\.2\.norm1\.weight, missing .*, and \d+ more"),
-        (1, r"another model: unexpected student\.backbone\.blocks\.1\.\S+, unexpected .*, and \d+ more"),
+        (
+            3,
+            r"another model: model.depth is 3 here and 2 there; write model.depth=2; missing student\.backbone\.blocks\.2\.norm1\.weight, missing .*, and \d+ more",
+        ),
+        (
+            1,
+            r"another model: model.depth is 1 here and 2 there; .* model.depth=2; unexpected student\.backbone\.blocks\.1\.\S+, unexpected .*, and \d+ more",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             build_objective(tiny_recipe("dinov2", shards, tmp_path / "x", *common, f"model.depth={depth}"), start=True)
+    with pytest.raises(
+        UserError,
+        match=r"is a run of dinov2, and this one is of simclr; .*write init.backbone=\S+ in place of init.run",
+    ):
+        build_objective(tiny_recipe("simclr", shards, tmp_path / "x", *common), start=True)
 
 
 def test_continued_pretraining_from_a_backbone(shards: Path, tmp_path: Path):
@@ -661,12 +677,16 @@ def test_continued_pretraining_from_a_backbone(shards: Path, tmp_path: Path):
         "objective.gram_size=512",
     ]
     second = train(tiny_recipe("dinov3", shards, tmp_path / "more", *options, "steps=3", "export=1"))
+    said = (second / "log.txt").read_text()
+    assert f"weights from {source} (unlabeled, step 2): the backbone vit, " in said
+    assert "frozen: teacher (no gradients); the backbone until step 2 (optim.freeze_backbone)" in said
+    assert said.count("step 2: the backbone is trained from here on") == 1
     bodies = [load_export(second / "export" / str(step))[0].state_dict() for step in range(4)]
     source_state = load_export(source)[0].state_dict()
     for step, body in enumerate(bodies):
         same = [k for k in source_state if torch.equal(body[k], source_state[k])]
         assert (len(same) == len(source_state)) == (step <= 2), (step, same)
-    with pytest.raises(UserError, match=r"its weights do not fit model.name = vit: missing blocks\.2"):
+    with pytest.raises(UserError, match=r"is another model: model.depth is 3 here and 2 there"):
         build_objective(
             tiny_recipe("simclr", shards, tmp_path / "x", *DINO[:2], f"init={source}", "model.depth=3"), start=True
         )

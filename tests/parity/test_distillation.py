@@ -11,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.stream import to_device
-from pretrain import export
-from pretrain.config import ConfigError
-from pretrain.errors import UserError
-from pretrain.export import load as load_export
+from common.config import ConfigError
+from common.errors import UserError
+from pretrain.build import build_objective, build_stream, open_samples, placed
+from pretrain.interchange import export
+from pretrain.interchange.export import load as load_export
+from pretrain.interchange.export_formats import opened_by, release
+from pretrain.interchange.weight_sources import model_config
 from pretrain.models import presets
-from pretrain.ops.align import align_map, align_mask, standardise
+from pretrain.models.build import build_model
+from pretrain.ops.align import align_map, standardise
 from pretrain.ops.randomness import own_randomness
 from pretrain.ops.relations import relation_loss
-from pretrain.release import opened_by, release
-from pretrain.train import build_objective, build_stream, open_samples, placed, train
-from pretrain.weights import config_of
-from tests.conftest import more, tiny_recipe
+from pretrain.train import train
+from tests.conftest import tiny_recipe, variants
 from tests.parity.test_losses import assert_same, naive_dino, naive_ibot, naive_koleo, naive_sinkhorn, noise, normal
 
 SMALL_STUDENTS = "objective.students=[vit dim=24 depth=2 heads=2 image_size=32 patch_size=4 drop_path=0.5, convnext_micro drop_path=0.5]"
@@ -43,16 +44,6 @@ def test_aligned_cells_cover_the_same_place(target: tuple[int, int]):
     if target == (8, 16):  # at the border, nothing lies beyond
         found, expected = found[1:-1, 1:-1], expected[1:-1, 1:-1]
     torch.testing.assert_close(found, expected)
-
-
-def test_aligned_masks():
-    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
-    mask[0, :2, 2:] = True
-    assert align_mask(mask.flatten(1), (4, 4), (2, 2)).tolist() == [[False, True, False, False]]
-    assert torch.equal(
-        align_mask(mask.flatten(1), (4, 4), (8, 8)).view(8, 8), mask[0].repeat_interleave(2, 0).repeat_interleave(2, 1)
-    )
-    assert align_mask(mask.flatten(1), (4, 4), (4, 4)) is not None
 
 
 def test_standardise():
@@ -109,7 +100,8 @@ def setup(shards: Path, run: Path, *overrides: str) -> tuple:
     cfg = tiny_recipe("distillation", shards, run, *overrides)
     model = build_objective(cfg, start=True)
     stream = build_stream(cfg, model, open_samples(cfg))
-    batch = {k: v[:4] for k, v in to_device(stream.first(), torch.device("cpu"), cfg.data.mean, cfg.data.std).items()}
+    rows = {k: v[:4] for k, v in placed(model, stream.first(), torch.device("cpu")).items() if k[:5] != "mask_"}
+    batch = rows | stream.batches.collated(rows)
     model.double()
     for seed, student in enumerate(model.students.values()):
         noise(student, seed)
@@ -119,7 +111,9 @@ def setup(shards: Path, run: Path, *overrides: str) -> tuple:
 @pytest.mark.slow
 def test_prototypes(shards: Path, tmp_path: Path):
     """Patches of 8 pixels against the teacher's of 4, crop by crop."""
-    model, batch = setup(shards, tmp_path / "run", *more("distillation", shards), "objective.teacher_temperature=0.2")
+    model, batch = setup(
+        shards, tmp_path / "run", *variants("distillation", shards)[1], "objective.teacher_temperature=0.2"
+    )
     teacher, student = model.teacher, model.students["model"]
     assert batch["mask"].shape == (4, 2, 64) and batch["mask"].sum() > 0
     t_cls, t_patch, s_global, s_local, s_patch, masks, spread = [], [], [], [], [], [], [[], []]
@@ -204,7 +198,7 @@ def test_students_do_not_know_of_each_other(shards: Path, tmp_path: Path):
                 "distillation",
                 shards,
                 tmp_path / name,
-                *more("distillation", shards),
+                *variants("distillation", shards)[1],
                 students,
                 "model.drop_path=0.5",
                 "objective.local_size=32",
@@ -270,15 +264,15 @@ def test_a_teacher_of_any_kind(shards: Path, tmp_path: Path):
         ("resnet_micro", {}, 64, (8, 8)),
         ("vit", {"dim": 32, "heads": 2, "depth": 1, "patch_size": 14, "image_size": 56}, 56, (4, 4)),
     ):
-        cfg = config_of(name, options, "")
+        cfg = model_config(name, options, "")
         about = {"step": 1, "objective": "mae", "pool": "cls"}
-        export.write(tmp_path / name, presets.build(cfg), about, [0.5] * 3, [0.25] * 3)
+        export.write(tmp_path / name, build_model(cfg), about, [0.5] * 3, [0.25] * 3)
         sizes = [f"objective.teacher={tmp_path / name}", f"model.image_size={size}"]
         cfg = tiny_recipe("distillation", shards, tmp_path / "run", *sizes)
         objective = build_objective(cfg, start=True)
         batch = next(build_stream(cfg, objective, open_samples(cfg)))
         assert batch["mask"].shape[2] == math.prod(grid)
-        loss, _ = objective(placed(cfg, batch, torch.device("cpu")), 0)
+        loss, _ = objective(placed(objective, batch, torch.device("cpu")), 0)
         assert loss.isfinite()
 
 
@@ -294,11 +288,15 @@ def test_refusals(shards: Path, tmp_path: Path):
         (
             ["objective.local_size=20"],
             ConfigError,
-            "local_size = 20 pixels does not divide into patches of 8, .* model",
+            "local_size = 20 pixels does not divide into model.s patches of 8",
         ),
         (["objective.students=[gpt_micro]"], ConfigError, "gpt_micro: reads text, but model.in_channels = 3"),
         (["objective.students=[vit_tiny depth=1 in_channels=1]"], ConfigError, "vit_tiny: reads images of 1 channels"),
-        (["model.in_channels=1"], ConfigError, "objective.teacher = .*: reads images of 3 channels, but .* = 1"),
+        (
+            ["model.in_channels=1", "data.mean=[0.5]", "data.std=[0.2]"],
+            ConfigError,
+            "objective.teacher = .*: reads images of 3 channels, but .* = 1",
+        ),
         (["objective.students=[vit_smal]"], ConfigError, "no such model; did you mean"),
         (["objective.students=[vit_small depht=3]"], ConfigError, "no such key; did you mean"),
     ]
@@ -319,14 +317,14 @@ def test_students_are_scored(shards: Path, tmp_path: Path):
             "distillation", shards, tmp_path / "run", SMALL_STUDENTS, "objective.local_size=32", "steps=1", *scored
         )
     )
-    from launch import evals
-    from pretrain.recipe import load
-    from pretrain.run_folder import read_rows
+    from launch import watch
+    from pretrain.recipes.recipe import load
+    from pretrain.run_folder.jsonl_rows import read_rows
 
     board = type("Board", (), {"add_scalar": lambda *_: None, "flush": lambda _: None})()
-    for job in evals.jobs(run, load(run)):
-        evals.score(run, load(run), *job, board)
-        assert evals.name_of(job[0]) == read_rows(run / "results.jsonl")[-1]["model"]
+    for job in watch.jobs(run, load(run)):
+        watch.score(run, load(run), *job, board)
+        assert watch.name_of(job[0]) == read_rows(run / "results.jsonl")[-1]["model"]
     rows = {(r["model"], r["step"]) for r in read_rows(run / "results.jsonl")}
     assert rows == {
         ("untrained", 0),
@@ -347,12 +345,11 @@ def test_networks_of_timm(tmp_path: Path, architecture: str):
     """Tokens are where they should be, another input size works (but for Swin), and timm opens what is exported."""
     import timm
 
-    from pretrain import export
-    from pretrain.models import presets
+    from pretrain.interchange import export
 
     cfg = presets.Timm(architecture=architecture, image_size=224 if "swin" in architecture else 64)
     cfg.name = "timm"
-    body = presets.build(cfg).eval()
+    body = build_model(cfg).eval()
     x = torch.randn(2, 3, body.image_size, body.image_size)
     features, side = body(x), body.image_size // body.patch_size
     assert features.grid == (side, side) and features.tokens.shape == (2, side * side, body.embed_dim)

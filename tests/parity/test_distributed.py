@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from pretrain import kernels
+from pretrain.kernels import batch_norm
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.ops.contrastive import nt_xent
 from pretrain.ops.gather import gather, logsumexp_over_batch, sum_over_world, world
@@ -19,8 +23,9 @@ from pretrain.ops.gram import gram_loss
 from pretrain.ops.koleo import koleo
 from pretrain.ops.relations import relation_loss
 from pretrain.ops.sinkhorn import sinkhorn
+from pretrain.ops.sync_norm import BatchNorm
 from tests.parity.test_dinov3 import batch_of, dinov3
-from tests.parity.test_losses import dinov2, dinov2_batch, normal
+from tests.parity.test_losses import dinov2, dinov2_batch, normal, places_of
 
 WORLD = 2
 
@@ -52,6 +57,85 @@ def check_gather_of_different_losses() -> Result:
     return {"rows": [gradient]}
 
 
+def check_gather_leaves_a_shared_gradient() -> Result:
+    """The sum's backward hands one tensor to both of its inputs: the other input's gradient is this process's own."""
+    x, rank = mine(normal(6, 3)).requires_grad_(), world()[0]
+    other = normal(6, 3, seed=1).requires_grad_()
+    own = normal(2, 6, 3, seed=2)  # by process
+    weights = own.sum(0) if world()[1] == 1 else own[rank]
+    total = gather(x) + other
+    for_x, for_other = torch.autograd.grad((total * weights).sum(), [x, other])
+    return {"rows": [for_x], "mean": [for_other * world()[1]]}
+
+
+@contextlib.contextmanager
+def cuda_operations() -> Iterator[None]:
+    """The operations of batch norm that only CUDA has, by the formulas that they compute there."""
+
+    def by_channel(x: Tensor, values: Tensor) -> Tensor:
+        return values.view(1, -1, *[1] * (x.ndim - 2))
+
+    def over_all_but_channels(x: Tensor) -> Tensor:
+        return x.sum([0, *range(2, x.ndim)])
+
+    def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        return mean, (variance + eps).rsqrt()
+
+    def gather_stats(x, means, scales, running_mean, running_var, momentum, eps, counts):
+        shares, total = (counts / counts.sum()).unsqueeze(1), counts.sum()
+        mean = (shares * means).sum(0)
+        variance = (shares * (scales**-2 - eps + (means - mean).square())).sum(0)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * total / (total - 1), momentum)
+        return mean, (variance + eps).rsqrt()
+
+    def elemt(x, weight, bias, mean, scale, eps):
+        return (x - by_channel(x, mean)) * by_channel(x, scale * weight) + by_channel(x, bias)
+
+    def backward_reduce(grad, x, mean, scale, weight, *needed):
+        sum_dy, sum_dy_xmu = over_all_but_channels(grad), over_all_but_channels(grad * (x - by_channel(x, mean)))
+        return sum_dy, sum_dy_xmu, sum_dy_xmu * scale, sum_dy
+
+    def backward_elemt(grad, x, mean, scale, weight, sum_dy, sum_dy_xmu, counts):
+        total = counts.sum()
+        centred = by_channel(x, sum_dy_xmu / total * scale**2) * (x - by_channel(x, mean))
+        return (grad - by_channel(x, sum_dy / total) - centred) * by_channel(x, scale * weight)
+
+    names = {
+        "batch_norm_stats": stats,
+        "batch_norm_gather_stats_with_counts": gather_stats,
+        "batch_norm_elemt": elemt,
+        "batch_norm_backward_reduce": backward_reduce,
+        "batch_norm_backward_elemt": backward_elemt,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, function in names.items():
+            stack.enter_context(mock.patch.object(torch, name, function))
+        yield
+
+
+def check_the_kernel_of_batch_norm() -> Result:
+    """Of images and of vectors: output, gradients and running statistics are those of nn.BatchNorm on the whole batch."""
+    rows, means = [], []
+    for shape in ((6, 4, 3, 2), (6, 4)):
+        norm = BatchNorm(4).double()
+        kernels.replace(norm, kernels.CUDA)
+        names = set(norm.state_dict())
+        assert type(norm) is batch_norm.CudaBatchNorm and names == set(nn.BatchNorm1d(4).state_dict())
+        with torch.no_grad():
+            norm.weight.copy_(normal(4, seed=2))
+            norm.bias.copy_(normal(4, seed=3))
+        x, slope = mine(normal(*shape)).requires_grad_(), mine(normal(*shape, seed=1))
+        with cuda_operations():
+            value = norm(x)
+            for_x, for_weight, for_bias = torch.autograd.grad((value * slope).sum(), [x, norm.weight, norm.bias])
+        rows += [value.detach(), for_x]
+        means += [world()[1] * for_weight, world()[1] * for_bias]
+        means += [norm.running_mean, norm.running_var, norm.num_batches_tracked.double()]
+    return {"rows": rows, "mean": means}
+
+
 def check_nt_xent() -> Result:
     torch.manual_seed(0)
     network = nn.Linear(5, 4).double()
@@ -81,13 +165,19 @@ def check_sums() -> Result:
     return {"same": [logsumexp_over_batch(part), sum_over_world(part.sum(0))]}
 
 
+def part_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's samples of a batch, with what its data workers make of their masks."""
+    rows = {key: mine(value) for key, value in batch.items() if not key.startswith("mask_")}
+    return rows | places_of(rows["mask"])
+
+
 def check_dinov2() -> Result:
     """The whole objective but KoLeo, which is a loss of each process's own batch (2304.07193 §4). All masked patches are in the first half."""
     model: DINOv2 = dinov2().double()
     model.cfg.koleo_weight = 0.0
     batch = dinov2_batch()
     batch["mask"][2:] = False
-    loss, logs = model({key: mine(value) for key, value in batch.items()}, 0)
+    loss, logs = model(part_of(batch), 0)
     gradients = torch.autograd.grad(loss, list(model.student.parameters()))
     return {
         "mean": [
@@ -126,7 +216,7 @@ def check_dinov3() -> Result:
     model = dinov3(koleo_group=4, gram_teacher="ema").double()
     batch = batch_of()
     batch["mask"][2:] = False
-    loss, logs = model({key: mine(value) for key, value in batch.items()}, 0)
+    loss, logs = model(part_of(batch), 0)
     gradients = torch.autograd.grad(loss, list(model.student.parameters()))
     return {"mean": [loss.detach(), *(logs[n] for n in ("dino_local", "ibot", "koleo", "gram")), *gradients]}
 

@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.schedules import Schedule
+from data_pipeline.views.masks import masked_patches
 from pretrain.models import presets
+from pretrain.models.build import build_model
 from pretrain.models.layers import DropPath
 from pretrain.models.positions import sincos_table
 from pretrain.objectives.dinov2 import Config as DINOv2Config
@@ -23,7 +28,7 @@ from pretrain.objectives.mae import MAE
 from pretrain.objectives.mae import Config as MAEConfig
 from pretrain.objectives.simclr import Config as SimCLRConfig
 from pretrain.objectives.simclr import SimCLR
-from pretrain.ops import products
+from pretrain.ops import ema
 from pretrain.ops.contrastive import nt_xent
 from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.ema import ema_update, make_teacher
@@ -32,7 +37,6 @@ from pretrain.ops.koleo import koleo
 from pretrain.ops.patchify import complement, patchify, unpatchify
 from pretrain.ops.self_distillation import dino_terms, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
-from pretrain.schedules import Schedule
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -61,7 +65,7 @@ def noise(module: nn.Module, seed: int) -> nn.Module:
 
 
 def backbone(**changes: object) -> nn.Module:
-    return presets.build(presets.ViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4), **changes)
+    return build_model(presets.ViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4), **changes)
 
 
 def mean(values: list[Tensor]) -> Tensor:
@@ -224,12 +228,10 @@ def test_losses_stay_in_fp32_under_autocast():
             torch.testing.assert_close(function(), plain, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("through", [True, False], ids=["through fp32", "in bf16"])
-def test_cross_entropy_rounds_products_alone_under_autocast(through: bool, monkeypatch: pytest.MonkeyPatch):
-    """On a CPU that multiplies fp32 faster not even these; on others the products, which with these weights are the hidden states, and nothing after."""
-    monkeypatch.setattr(products, "fp32_is_faster", lambda: through)
+def test_cross_entropy_rounds_products_alone_under_autocast():
+    """With these weights the products are the hidden states; nothing after them is rounded."""
     a, target = normal(16, 8).float(), normal(16, 8, seed=1).float().softmax(-1)
-    plain = cross_entropy(a if through else a.bfloat16().float(), torch.eye(8), target, scale=10.0)
+    plain = cross_entropy(a.bfloat16().float(), torch.eye(8), target, scale=10.0)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(cross_entropy(a, torch.eye(8), target, scale=10.0), plain, rtol=1e-5, atol=1e-7)
 
@@ -303,6 +305,36 @@ def test_ema_update(momentum: float):
     assert teacher[1].running_mean.tolist() == [5] * 4 and teacher[1].num_batches_tracked == 7
 
 
+def test_ema_update_on_a_device(monkeypatch: pytest.MonkeyPatch):
+    """The path of GPUs, where the host does not read `skipped`: the same average in chunks, bit for bit none in a
+    skipped step."""
+    monkeypatch.setattr(ema, "MAX_TEMPORARY", 10)
+    teacher, student = ([normal(*shape, seed=seed) for shape in ((3, 4), (5,), (4,), (2,))] for seed in (0, 1))
+    before = [t.clone() for t in teacher]
+    ema.move_towards(teacher, student, torch.tensor(0.0))
+    assert all(torch.equal(t, old) for t, old in zip(teacher, before, strict=True))
+    ema.move_towards(teacher, student, torch.tensor(0.25, dtype=torch.float64))
+    for t, old, new in zip(teacher, before, student, strict=True):
+        torch.testing.assert_close(t, 0.75 * old + 0.25 * new)
+
+
+def test_ema_update_on_a_gpu_takes_a_few_operations_and_no_sync():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with FakeTensorMode(), torch.device("cuda"):
+        teacher, student = (nn.Sequential(*[nn.Linear(3, 3) for _ in range(8)]) for _ in range(2))
+        skipped = torch.zeros(())
+        with Seen():
+            ema_update(teacher, student, 0.99, skipped)
+    calls = [name for name in seen if "foreach" in name]
+    assert calls == ["aten._foreach_sub.List", "aten._foreach_mul_.Tensor", "aten._foreach_add_.List"]
+    assert not any("local_scalar" in name for name in seen)
+
+
 def test_ema_update_refuses():
     """Networks that differ, and empty placeholders, where the teacher would stand still without a word."""
     empty = nn.ParameterList([torch.empty(0)])
@@ -311,7 +343,7 @@ def test_ema_update_refuses():
         (nn.Linear(2, 3), nn.Linear(2, 3, bias=False)),
         (empty, empty),
     ]:
-        with pytest.raises(ValueError, match="the teacher cannot follow"):
+        with pytest.raises(ValueError, match="the teacher cannot be updated"):
             ema_update(teacher, student, 0.9)
 
 
@@ -319,8 +351,8 @@ def test_make_teacher():
     student = backbone(drop_path=0.3)
     teacher = make_teacher(student)
     assert not any(p.requires_grad for p in teacher.parameters()) and all(p.requires_grad for p in student.parameters())
-    assert {m.rate for m in teacher.modules() if isinstance(m, DropPath)} == {0.0}
-    assert {m.rate for m in student.modules() if isinstance(m, DropPath)} == {0.3}
+    assert {m.drop_rate for m in teacher.modules() if isinstance(m, DropPath)} == {0.0}
+    assert {m.drop_rate for m in student.modules() if isinstance(m, DropPath)} == {0.3}
     pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
 
@@ -359,7 +391,13 @@ def dinov2_batch(local_crops: int = 3, images: int = 4) -> dict[str, Tensor]:
         "global": normal(images, 2, 3, 32, 32),
         "local": normal(images, local_crops, 3, 16, 16, seed=1),
         "mask": mask,
+        **places_of(mask),
     }
+
+
+def places_of(mask: Tensor) -> dict[str, Tensor]:
+    """What the data workers make of a batch's masks."""
+    return {key: torch.from_numpy(value) for key, value in masked_patches(mask.numpy()).items()}
 
 
 def as_it_is(x: Tensor, targets: Tensor, temperature: float, row_weights: Tensor | None = None) -> Tensor:
@@ -391,8 +429,9 @@ def test_ibot_term():
     mask = dinov2_batch()["mask"].flatten(0, 1)
     count = int(mask.sum())
     p, s = normal(count, 11).mul(3).softmax(-1), normal(count, 11, seed=1).tanh()
-    assert_same(lambda s: ibot_term(as_it_is, s, p, mask, 0.1), lambda s: naive_ibot(s, p, mask, 0.1), s)
-    nothing = ibot_term(as_it_is, s[:0].clone().requires_grad_(), p[:0], torch.zeros_like(mask), 0.1)
+    weight = places_of(mask)["mask_weight"]
+    assert_same(lambda s: ibot_term(as_it_is, s, p, weight, 8, 0.1), lambda s: naive_ibot(s, p, mask, 0.1), s)
+    nothing = ibot_term(as_it_is, s[:0].clone().requires_grad_(), p[:0], weight[:0], 8, 0.1)
     nothing.backward()
     assert nothing == 0
 
@@ -610,6 +649,9 @@ def test_losses_equal_lightlys():
     teacher, s_patch = normal(int(mask.sum()), 11), normal(int(mask.sum()), 11, seed=1)
     patch_loss = IBOTPatchLoss(output_dim=11, student_temp=0.1, teacher_temp=0.0625).double()
     p = (teacher / 0.0625).softmax(-1)
+    weight = places_of(mask)["mask_weight"]
     assert_same(
-        lambda s: ibot_term(as_it_is, s, p, mask, 0.1), lambda s: patch_loss(teacher, s, mask.view(-1, 4, 4)), s_patch
+        lambda s: ibot_term(as_it_is, s, p, weight, 8, 0.1),
+        lambda s: patch_loss(teacher, s, mask.view(-1, 4, 4)),
+        s_patch,
     )

@@ -15,10 +15,13 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from data_pipeline import device_color, views
-from data_pipeline.decode import Damaged, Encoded
-from data_pipeline.masks import block_mask, stratified_ratio
-from data_pipeline.views import LUMA, MASKS, Augment, Params, center, color_row, crops, random_box, resize
+from common.errors import Damaged
+from data_pipeline.formats.decode import Encoded
+from data_pipeline.parts.part import About
+from data_pipeline.views import augmentations, colors, device_color
+from data_pipeline.views.augmentations import MASKS, Augment, Params, center, crops, random_box, resize
+from data_pipeline.views.colors import LUMA, color_row
+from data_pipeline.views.masks import block_mask, masked_patches, resize_mask, stratified_ratio
 from pretrain.objectives.dinov2 import Config as DINOv2Config
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.objectives.mae import MAE
@@ -27,6 +30,7 @@ from pretrain.objectives.simclr import Config as SimCLRConfig
 from pretrain.objectives.simclr import SimCLR
 
 JITTER = (0.4, 0.4, 0.2, 0.1)
+CONSTANTS = device_color.constants([0.5] * 3, [0.25] * 3, torch.device("cpu"))
 FULL = Augment(48, scale=(0.3, 1.0), jitter=JITTER, gray=0.2, blur=0.5, solarize=0.3)  # all operations
 
 
@@ -226,7 +230,7 @@ def test_crop_and_flip(photo: np.ndarray):
 @pytest.mark.parametrize("operation", ["brightness", "contrast", "saturation"])
 def test_color_operation_equals_torchvision(photo: np.ndarray, operation: str, factor: float):
     """Within a level of torchvision on PIL images and on tensors, which both round down."""
-    ours, adjust = getattr(views, operation)(photo, factor), getattr(TF, f"adjust_{operation}")
+    ours, adjust = getattr(colors, operation)(photo, factor), getattr(TF, f"adjust_{operation}")
     from_pil = np.array(adjust(Image.fromarray(photo), factor))
     from_tensor = adjust(channels_first(photo), factor).numpy().transpose(1, 2, 0)
     for theirs in (from_pil, from_tensor):
@@ -236,7 +240,7 @@ def test_color_operation_equals_torchvision(photo: np.ndarray, operation: str, f
 @pytest.mark.parametrize("shift", [-0.5, -0.2, -0.08, -0.02, 0.0, 0.02, 0.1, 0.2])
 def test_hue_equals_torchvision(photo: np.ndarray, shift: float):
     """Within two levels on average: hue in 8 bits is a grid of 1.4 degrees, on which torchvision's two paths are up to 9 levels apart too."""
-    ours = views.hue(photo, shift).transpose(2, 0, 1)
+    ours = colors.hue(photo, shift).transpose(2, 0, 1)
     theirs = TF.adjust_hue(channels_first(photo), shift)
     assert levels(ours, theirs) <= 12 and np.abs(ours.astype(int) - theirs.numpy()).mean() < 2
 
@@ -245,10 +249,10 @@ def test_colorless_images_stay_as_they_are():
     """No contrast, no colour: nothing to change. And luma knows red from blue."""
     flat = np.full((4, 4, 3), 100, np.uint8)
     for operation in ("contrast", "saturation", "hue"):
-        assert levels(getattr(views, operation)(flat, 0.2), flat) == 0
+        assert levels(getattr(colors, operation)(flat, 0.2), flat) == 0
     red = np.zeros((4, 4, 3), np.uint8)
     red[..., 0] = 200
-    assert levels(views.saturation(red, 0.2)[..., ::-1].copy(), views.saturation(red[..., ::-1].copy(), 0.2)) > 5
+    assert levels(colors.saturation(red, 0.2)[..., ::-1].copy(), colors.saturation(red[..., ::-1].copy(), 0.2)) > 5
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.21, 0.22, 0.3, 0.43, 0.44, 0.6, 0.65, 0.66, 0.8, 0.87, 0.88, 1.05, 1.5, 2.0])
@@ -256,15 +260,15 @@ def test_blur_equals_torchvision(photo: np.ndarray, sigma: float):
     """With 0, 3, 5, 7 and 9 taps; the mean error is that of rounding ties, so nothing is lost with the taps left out."""
     image = photo[:48, :48]
     ours, theirs = (
-        views.blur(image, sigma).transpose(2, 0, 1),
+        colors.blur(image, sigma).transpose(2, 0, 1),
         TF.gaussian_blur(channels_first(image), [9, 9], [sigma, sigma]),
     )
     assert levels(ours, theirs) <= 1 and np.mean(ours != theirs.numpy()) < 0.01
 
 
 def test_solarize_and_grey_equal_torchvision(photo: np.ndarray):
-    assert levels(views.solarize(photo).transpose(2, 0, 1), TF.solarize(channels_first(photo), 128)) == 0
-    assert levels(views.grayscale(photo), np.array(TF.to_grayscale(Image.fromarray(photo), 1))) <= 1
+    assert levels(colors.solarize(photo).transpose(2, 0, 1), TF.solarize(channels_first(photo), 128)) == 0
+    assert levels(colors.grayscale(photo), np.array(TF.to_grayscale(Image.fromarray(photo), 1))) <= 1
 
 
 def test_draws_have_the_published_distribution():
@@ -392,7 +396,7 @@ def test_fused_is_near_exact(photo: np.ndarray):
                 np.uint8
             )
             params = Params((4, 4), (0, 0, 4, 4), False, (("hue", shift),), False, 0.0, False)
-            turned = colorsys.rgb_to_hsv(*views._fused(vivid, params)[0, 0].tolist())[0]
+            turned = colorsys.rgb_to_hsv(*colors.fused(vivid, params)[0, 0].tolist())[0]
             assert 0.6 < ((turned - hue + 0.5) % 1 - 0.5) / shift < 1.7, (shift, hue)
 
 
@@ -412,7 +416,7 @@ def test_device_colors_equal_fused(photo: np.ndarray, channels: int):
         }
         for name in ("global", "local", "one"):
             batch = [torch.from_numpy(device[key])[None] for key in (name, f"{name}.color")]  # a batch of one
-            ours = device_color.apply(*batch)[0]
+            ours = device_color.apply(*batch, CONSTANTS)[0]
             assert ours.dtype == torch.uint8 and levels(fused[name], ours) <= 1, (seed, name)
             assert np.mean(fused[name] != ours.numpy()) < 0.1
         assert np.array_equal(fused["plain"], device["plain"])
@@ -421,21 +425,21 @@ def test_device_colors_equal_fused(photo: np.ndarray, channels: int):
 def test_device_colors_need_no_particular_dimensions(photo: np.ndarray):
     out = crops({"image": photo, "color": "device"}, {"x": [FULL] * 6}, generators())
     images, rows = torch.from_numpy(out["x"]), torch.from_numpy(out["x.color"])
-    flat = device_color.apply(images, rows)
-    assert torch.equal(
-        device_color.apply(images.view(2, 1, 3, *images.shape[1:]), rows.view(2, 1, 3, 6)).flatten(0, 2), flat
-    )
-    assert torch.equal(device_color.apply(images[4], rows[4]), flat[4])
-    assert device_color.apply(images[:0], rows[:0]).shape == (0, 3, 48, 48)
+    flat = device_color.apply(images, rows, CONSTANTS)
+    shaped = device_color.apply(images.view(2, 1, 3, *images.shape[1:]), rows.view(2, 1, 3, 6), CONSTANTS)
+    assert torch.equal(shaped.flatten(0, 2), flat)
+    assert torch.equal(device_color.apply(images[4], rows[4], CONSTANTS), flat[4])
+    assert device_color.apply(images[:0], rows[:0], CONSTANTS).shape == (0, 3, 48, 48)
     identity = torch.from_numpy(color_row(Params((1, 1), (0, 0, 1, 1), True, (), False, 0.0, False), 3))
-    assert torch.equal(device_color.apply(images, identity.expand(6, 6)), images)
+    assert torch.equal(device_color.apply(images, identity.expand(6, 6), CONSTANTS), images)
 
 
 def test_normalize_equals_torchvision(photo: np.ndarray):
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     images = channels_first(photo)[None]
     theirs = TF.normalize(TF.to_dtype(images, torch.float32, scale=True), mean, std)
-    torch.testing.assert_close(device_color.normalize(images, mean, std), theirs, rtol=0, atol=1e-6)
+    ours = device_color.normalize(images, device_color.constants(mean, std, images.device))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert images.dtype == torch.uint8 and torch.equal(images[0], channels_first(photo))
 
 
@@ -459,11 +463,11 @@ def test_generators_are_philox_with_the_key():
     for key in ((0, 0), (3, 1 << 40), (2**64 - 1, 2**63)):
         for number in (0, 1, 7, MASKS):
             theirs = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, number]))
-            ours = views.generators(key)(number)
+            ours = augmentations.generators(key)(number)
             assert np.array_equal(ours.random(9), theirs.random(9)) and ours.integers(1 << 60) == theirs.integers(
                 1 << 60
             )
-    assert np.array_equal(views.generators((1, 2))(3).random(4), views.generators((1, 2))(3).random(4))
+    assert np.array_equal(augmentations.generators((1, 2))(3).random(4), augmentations.generators((1, 2))(3).random(4))
 
 
 def test_a_decision_leaves_the_others_alone(photo: np.ndarray):
@@ -560,7 +564,7 @@ def test_scaled_decoding_never_leaves_a_crop_below_its_size(large: np.ndarray):
 
     class Recording(Augment):
         def apply(self, pixels: np.ndarray, params: Params, *rest: Any) -> np.ndarray:
-            boxes.append((views._scaled(params, pixels.shape[:2]), min(params.box[2:])))
+            boxes.append((augmentations._scaled(params, pixels.shape[:2]), min(params.box[2:])))
             top, left, height, width = boxes[-1][0]
             assert top >= 0 <= left and top + height <= pixels.shape[0] and left + width <= pixels.shape[1]
             return super().apply(pixels, params, *rest)
@@ -593,7 +597,7 @@ def test_scaled_decoding_keeps_places_and_detail(large: np.ndarray):
         small = Encoded(data, "jpg").pixels(min(params.box[2:]) / 96)
         down, across = 854 / small.shape[0], 1280 / small.shape[1]
         assert down > 1.9
-        top, left, height, width = views._scaled(params, small.shape[:2])
+        top, left, height, width = augmentations._scaled(params, small.shape[:2])
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
         moved = np.array(box) - np.array(params.box)[[1, 0, 1, 0]] - np.array([0, 0, params.box[3], params.box[2]])
         assert np.abs(moved).max() <= down  # half a pixel of the small picture for the place, and half for the size
@@ -635,7 +639,7 @@ def sample(photo: np.ndarray, slot: int = 0, step: int = 0) -> dict:
 
 
 def test_mae_keeps_a_uniform_subset(photo: np.ndarray):
-    view = MAE.views(MAEConfig(), 32, 4)  # 64 patches
+    view = MAE.views(MAEConfig(), About(image_size=32, patch_size=4))  # 64 patches
     kept = [view(sample(photo), generators(seed))["keep"] for seed in range(400)]
     assert all(len(keep) == len(set(keep.tolist())) == 16 for keep in kept)
     often = np.bincount(np.concatenate(kept), minlength=64) / 400
@@ -644,9 +648,33 @@ def test_mae_keeps_a_uniform_subset(photo: np.ndarray):
     assert together == pytest.approx(0.25 * 15 / 63, abs=0.05)
 
 
+def test_masked_patches():
+    """Which patches are masked, and the weight of each, as the device would find them from the mask."""
+    mask = np.random.default_rng(0).random((3, 2, 16)) < 0.3
+    mask[1, 0], mask[2, 1] = False, True
+    made, whole = masked_patches(mask), torch.from_numpy(mask).flatten(0, 1)
+    tokens = torch.arange(6 * 16).view(6, 16)
+    assert torch.equal(tokens.flatten()[made["mask_indices"]], tokens[whole])
+    weight = (1 / whole.sum(1).clamp_min(1)).unsqueeze(1).expand_as(whole)[whole]
+    assert torch.equal(torch.from_numpy(made["mask_weight"]), weight) and weight.dtype == torch.float32
+    empty = masked_patches(mask & False)
+    assert all(len(value) == 0 for value in empty.values())
+
+
+def test_resized_masks():
+    mask = np.zeros((1, 4, 4), bool)
+    mask[0, :2, 2:] = True
+    assert resize_mask(mask.reshape(1, 16), (4, 4), (2, 2)).tolist() == [[False, True, False, False]]
+    finer = resize_mask(mask.reshape(1, 16), (4, 4), (8, 8)).reshape(8, 8)
+    assert np.array_equal(finer, mask[0].repeat(2, 0).repeat(2, 1))
+    assert np.array_equal(resize_mask(mask.reshape(1, 16), (4, 4), (4, 4)), mask.reshape(1, 16))
+    oblong = np.arange(8).reshape(1, 8) % 3 == 0  # of 2 × 4: the second column of each pair, the second row
+    assert resize_mask(oblong, (2, 4), (1, 2)).tolist() == [[bool(oblong[0, 5]), bool(oblong[0, 7])]]
+
+
 def test_dinov2_views(photo: np.ndarray):
     cfg = DINOv2Config(local_crops=3, local_size=16)
-    view = DINOv2.views(cfg, 32, 4)
+    view = DINOv2.views(cfg, About(image_size=32, patch_size=4))
     counts = []
     for slot in range(16):
         out = view(sample(photo, slot), generators(slot))
@@ -661,11 +689,15 @@ def test_dinov2_views(photo: np.ndarray):
         )
         counts += out["mask"].sum(1).tolist()
     assert sorted(counts) == [0] * 16 + [int((0.1 + 0.4 * (i + 1) / 16) * 64) for i in range(16)]
-    assert DINOv2.views(DINOv2Config(local_crops=0), 32, 4)(sample(photo), generators())["local"].shape == (0, 3, 1, 1)
+    assert DINOv2.views(DINOv2Config(local_crops=0), About(image_size=32, patch_size=4))(sample(photo), generators())[
+        "local"
+    ].shape == (0, 3, 1, 1)
 
 
 def test_simclr_cropsdiffer(photo: np.ndarray):
-    first, second = SimCLR.views(SimCLRConfig(), 32, 8)(sample(photo), generators())["image"]
+    first, second = SimCLR.views(SimCLRConfig(), About(image_size=32, patch_size=8))(sample(photo), generators())[
+        "image"
+    ]
     assert first.shape == (3, 32, 32) and not np.array_equal(first, second)
 
 
@@ -677,7 +709,9 @@ def test_recipes_of_the_objectives(photo: np.ndarray):
         asked.append(k)
         return np.random.default_rng([9, k])
 
-    out = DINOv2.views(DINOv2Config(local_crops=2, local_size=16), 32, 4)(sample(photo), rng)
+    out = DINOv2.views(DINOv2Config(local_crops=2, local_size=16), About(image_size=32, patch_size=4))(
+        sample(photo), rng
+    )
     assert sorted(asked) == [0, 1, 2, 3, MASKS, MASKS + 1]
     wide = {"scale": (0.32, 1.0), "jitter": JITTER, "gray": 0.2}
     plan = {
@@ -685,10 +719,10 @@ def test_recipes_of_the_objectives(photo: np.ndarray):
         "local": [Augment(16, (0.05, 0.32), jitter=JITTER, gray=0.2, blur=0.5)] * 2,
     }
     assert all(np.array_equal(value, out[key]) for key, value in crops(sample(photo), plan, rng).items())
-    out = SimCLR.views(SimCLRConfig(), 32, 8)(sample(photo), rng)
+    out = SimCLR.views(SimCLRConfig(), About(image_size=32, patch_size=8))(sample(photo), rng)
     plan = {"image": [Augment(32, (0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), gray=0.2, blur=0.5)] * 2}
     assert np.array_equal(crops(sample(photo), plan, rng)["image"], out["image"])
     asked.clear()
-    out = MAE.views(MAEConfig(), 32, 4)(sample(photo), rng)
+    out = MAE.views(MAEConfig(), About(image_size=32, patch_size=4))(sample(photo), rng)
     assert sorted(asked) == [0, MASKS]
     assert np.array_equal(crops(sample(photo), {"image": Augment(32, (0.2, 1.0))}, rng)["image"], out["image"])

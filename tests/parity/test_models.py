@@ -20,14 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data_pipeline.stream import to_device
-from data_pipeline.views import center
-from pretrain import export
-from pretrain.errors import UserError
+from common.errors import UserError
+from data_pipeline.parts import image as parts
+from data_pipeline.views.augmentations import center
+from pretrain.interchange import export
 from pretrain.models import presets
-from pretrain.models.layers import Backbone, Block, DropPath, Features
+from pretrain.models.build import build_model
+from pretrain.models.layers import Backbone, DropPath, Features
 from pretrain.models.resnet import ResidualNetwork
 from pretrain.models.vit import VisionTransformer
+from pretrain.ops.sync_norm import BatchNorm
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 ABOUT = {"step": 3, "objective": "mae", "pool": "mean"}
@@ -238,7 +240,7 @@ def test_image_processor_sees_what_evaluation_sees(hf, tmp_path: Path):
     for shape, levels in [((32, 32), 0), ((80, 80), 1), ((20, 20), 1), ((80, 40), 1), ((200, 300), 1)]:
         image = picture(*shape)
         theirs = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
-        ours = to_device({"image": torch.from_numpy(center(image, 32))}, torch.device("cpu"), MEAN, STD)["image"]
+        ours = parts.Image(mean=MEAN, std=STD).place(torch.from_numpy(center(image, 32)), torch.device("cpu"))
         difference = (ours - theirs).abs() * torch.tensor(STD).view(3, 1, 1) * 255
         assert difference.max() <= levels + 1e-3, (
             shape
@@ -262,9 +264,7 @@ assert not any(name in sys.modules for name in ("pretrain", "data_pipeline", "ev
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    x = to_device({"image": torch.from_numpy(center(picture(32, 32), 32))[None]}, torch.device("cpu"), MEAN, STD)[
-        "image"
-    ]
+    x = parts.Image(mean=MEAN, std=STD).place(torch.from_numpy(center(picture(32, 32), 32))[None], torch.device("cpu"))
     with torch.no_grad():
         assert float(done.stdout) == pytest.approx(model(x).cls.sum().item(), rel=1e-4)
 
@@ -274,7 +274,7 @@ def test_export_replaces_a_folder_and_refuses_what_it_cannot_read(tmp_path: Path
     export.write(folder, vit(), ABOUT, MEAN, STD)
     export.write(folder, vit(registers=2), ABOUT, MEAN, STD)
     assert export.load(folder)[0].cfg.registers == 2 and [p.name for p in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(UserError, match="is no exported model"):
+    with pytest.raises(UserError, match="is not an exported model"):
         export.load(tmp_path / "nothing")
     fields = json.loads((folder / "config.json").read_text())
     fields["unlabeled"]["model"]["depth"] = 3
@@ -412,7 +412,7 @@ def test_training_after_inference_mode():
     "options, message",
     [
         ({"dim": 30}, "model.dim = 30 must be a multiple of model.heads = 4"),
-        ({"image_size": 36}, "model.image_size = 36 of model.patch_size = 8"),
+        ({"image_size": 36}, "model.image_size = 36 must be a multiple of model.patch_size = 8"),
         ({"dim": 24, "positions": "rope"}, "a head width that is a multiple of 4, not 6"),
         ({"dim": 30, "heads": 3, "positions": "sincos"}, "a width that is a multiple of 4, not 30"),
     ],
@@ -440,18 +440,18 @@ def test_drop_path():
     """The branch sees an exact share of each size's images, with their own rotations; it is scaled so that its mean stays. Evaluation leaves all."""
     layer, shapes = DropPath(0.25), [(40, 2), (10, 5)]
     x = torch.zeros(130, 3)
-    rotations = [(torch.arange(40.0).view(40, 1, 1, 1).expand(-1, 1, 2, 4),) * 2, (torch.ones(5, 4),) * 2]
+    angle = torch.cat([torch.arange(40.0).repeat_interleave(2), torch.ones(50)]).view(130, 1, 1)
     seen = []
 
-    def branch(x: Tensor, shapes: list, rotations: list, residual: Tensor | float = 0.0) -> Tensor:
-        seen.append((shapes, rotations))
+    def branch(x: Tensor, shapes: list, rotation: tuple) -> Tensor:
+        seen.append((shapes, rotation))
         out = torch.ones_like(x)
-        out[: shapes[0][0] * 2] *= rotations[0][0][:, 0, :, :1].reshape(-1, 1) + 1
-        return out + residual
+        out[: shapes[0][0] * 2] *= rotation[0][: shapes[0][0] * 2, 0] + 1
+        return out
 
-    assert torch.equal(layer.eval()(x, shapes, branch, rotations)[80:], x[80:] + 1) and seen[0][0] == shapes
+    assert torch.equal(layer.eval()(x, shapes, branch, (angle, angle))[80:], x[80:] + 1) and seen[0][0] == shapes
     torch.manual_seed(0)
-    first, second = layer.train()(x, shapes, branch, rotations).split([80, 50])
+    first, second = layer.train()(x, shapes, branch, (angle, angle)).split([80, 50])
     assert seen[1][0] == [(30, 2), (7, 5)]  # ⌊40 · 0.75⌋ and ⌊10 · 0.75⌋
     first, second = first.view(40, -1), second.view(10, -1)
     assert (first[:, :1] == first).all() and (second[:, :1] == second).all()  # whole images
@@ -466,19 +466,28 @@ def test_drop_path():
         DropPath(1)
 
 
-def test_a_block_that_lets_only_the_last_tokens_out():
-    """The same values and gradients as cutting the whole output, for every size in the list."""
-    torch.manual_seed(0)
-    block = Block(16, 2).double()
-    x = torch.randn(2 * 5 + 3 * 4, 16, dtype=torch.float64, requires_grad=True)
-    shapes = [(2, 5), (3, 4)]
-    whole = [
-        part.view(b, n, 16)[:, n - 3 :].reshape(-1, 16)
-        for part, (b, n) in zip(block(x, shapes).split([10, 12]), shapes, strict=True)
-    ]
-    cut = block(x, shapes, last=3)
-    torch.testing.assert_close(cut, torch.cat(whole), rtol=1e-12, atol=1e-12)
-    weight = torch.randn_like(cut)
-    gradients = [torch.autograd.grad((out * weight).sum(), [x, *block.parameters()]) for out in (cut, torch.cat(whole))]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+def test_the_residual_stream_of_a_convnext_has_the_compute_dtype():
+    """Also behind a layer scale, whose weights are fp32 under autocast."""
+    model = build_model(presets.ConvNeXt(image_size=64, widths=[8, 16], depths=[1, 2], layer_scale=0.1))
+    found: list[torch.dtype] = []
+    for stage in model.stages:
+        for block in stage:
+            block.register_forward_hook(lambda _, given, out: found.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(1, 3, 64, 64))
+    assert found == [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_takes_weights_gathered_in_bf16(training: bool):
+    """FSDP2 gathers weights in the compute dtype, and the running statistics stay in fp32."""
+    x = torch.randn(8, 4, 3, generator=torch.Generator().manual_seed(0))
+    norm, plain = BatchNorm(4).train(training), nn.BatchNorm1d(4).train(training)
+    for each in (norm, plain):
+        each.weight.data.copy_(torch.tensor([0.5, 1.0, 2.0, -1.0]))  # exact in bf16
+    expected = plain(x)
+    norm.weight.data, norm.bias.data = norm.weight.data.bfloat16(), norm.bias.data.bfloat16()
+    assert torch.equal(norm(x), expected) and torch.equal(norm.running_var, plain.running_var)
+    assert norm.num_batches_tracked == plain.num_batches_tracked == int(training)
+    out = norm(x.bfloat16())
+    assert out.dtype == torch.bfloat16 and torch.allclose(out.float(), expected, atol=0.05)

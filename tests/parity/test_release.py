@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
+from launch import command_parser
 from launch.cli import parser
-from pretrain import card, export, release, weights
-from pretrain.errors import UserError
+from pretrain.interchange import export, export_formats, model_card, weights
 from pretrain.train import train
 from tests.conftest import tiny_recipe
 from tests.parity.test_models import ABOUT, MEAN, STD, resnet, vit
@@ -33,10 +34,10 @@ def test_forms(tmp_path: Path, name: str):
         else vit(**(DINOV3 if name == "dinov3" else {"registers": 2, "layer_scale": 0.5}), **wide)
     )
     export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
-    lines = release.release(tmp_path / "out", ["transformers", "timm", "official", "torch"])
+    lines = export_formats.release(tmp_path / "out", ["transformers", "timm", "official", "torch"])
     assert len(lines) == 4 and all("opened again" in line for line in lines)
     usual = {"dinov3": 1e-5, "registers": 1e-6}
-    assert ("has no place for the norms' eps" in lines[2]) == (name in usual and model.cfg.norm_eps != usual[name])
+    assert ("does not store the norms' eps" in lines[2]) == (name in usual and model.cfg.norm_eps != usual[name])
     again, about = weights.load_backbone(tmp_path / "out" / "timm")
     assert about["mean"] == MEAN
     size = model.image_size
@@ -51,39 +52,120 @@ def test_forms(tmp_path: Path, name: str):
 @pytest.mark.parametrize("name", ["dinov3", "convnext"])
 def test_onnx(tmp_path: Path, name: str):
     export.write(tmp_path / "out", MODELS[name](), ABOUT, MEAN, STD)
-    (line,) = release.release(tmp_path / "out", ["onnx"])
+    (line,) = export_formats.release(tmp_path / "out", ["onnx"])
     assert "model.onnx: opened again" in line
 
 
 def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     export.write(tmp_path / "out", resnet(stem="small"), ABOUT, MEAN, STD)
     for form, message in [
-        ("tim", "'tim': no such form; did you mean"),
-        ("timm", "is not written for timm"),
+        ("tim", "'tim': no such export format; did you mean"),
+        ("timm", "cannot be written for timm"),
         ("official", "ViTs and ConvNeXts only"),
         ("transformers", "no ResNet with a small stem"),
     ]:
         with pytest.raises(UserError, match=message):
-            release.release(tmp_path / "out", [form])
+            export_formats.release(tmp_path / "out", [form])
     export.write(tmp_path / "out", vit(**DINOV3), ABOUT, MEAN, STD)
 
     def wrong(folder: Path, encoder: nn.Module, *_: object) -> tuple:
         return "there", (torch.zeros(2, 32), None)
 
-    monkeypatch.setitem(release.FORMS, "torch", wrong)
+    monkeypatch.setitem(export_formats.FORMATS, "torch", wrong)
     with pytest.raises(UserError, match="there: torch gives other features from it"):
-        release.release(tmp_path / "out", ["torch"])
-    monkeypatch.setitem(release.FORMS, "torch", lambda *_: ("there", None))
-    assert "were not compared" in release.release(tmp_path / "out", ["torch"])[0]
+        export_formats.release(tmp_path / "out", ["torch"])
+    monkeypatch.setitem(export_formats.FORMATS, "torch", lambda *_: ("there", None))
+    assert "were not compared" in export_formats.release(tmp_path / "out", ["torch"])[0]
+
+
+def test_a_form_that_fails_leaves_nothing_and_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    export.write(tmp_path / "out", vit(**{**DINOV3, "key_bias": True}), ABOUT, MEAN, STD)
+    said: list[str] = []
+    broken = export_formats.FORMATS["official"]
+
+    def differs(*args) -> tuple:
+        where, (cls, tokens) = broken(*args)
+        return where, (cls + 1, tokens)
+
+    monkeypatch.setitem(export_formats.FORMATS, "official", differs)
+    with pytest.raises(UserError, match=r"no bias for keys.*; .*official.pth: official gives other features"):
+        export_formats.release(tmp_path / "out", ["timm", "official", "torch"], said.append)
+    assert len(said) == 1 and "model.pt2: opened again" in said[0]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.pt2" in names and not names & {"timm", "official.pth"}
+    monkeypatch.setitem(export_formats.FORMATS, "official", broken)
+    assert len(export_formats.release(tmp_path / "out", ["official", "torch"])) == 2
+
+
+def test_an_error_of_another_library_is_one_line_and_the_other_forms_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Such an error has many lines and comes in the middle of writing. What was there of the form before stays; so does a file of the user's."""
+    out = tmp_path / "out"
+    export.write(out, vit(**DINOV3), ABOUT, MEAN, STD)
+    export_formats.release(out, ["timm"])
+    (out / "timm" / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in (out / "timm").iterdir()}
+
+    def breaks(*_: object, **__: object) -> None:
+        raise RuntimeError("\n  Failed to trace:\n  File x\n  File y")
+
+    def half_written(_: object, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise ValueError("the archive is too large")
+
+    said: list[str] = []
+    with monkeypatch.context() as patch, pytest.raises(export_formats.Failed) as error:
+        patch.setattr("timm.create_model", breaks)
+        patch.setattr("torch.export.save", half_written)
+        export_formats.release(out, ["timm", "torch", "transformers"], said.append)
+    assert error.value.lines == [
+        f"{out}: timm cannot be written (RuntimeError: Failed to trace:)",
+        f"{out}: torch cannot be written (ValueError: the archive is too large)",
+    ]
+    assert len(said) == 1 and said[0].startswith(f"{out}: opened again")
+    assert {path.name: path.read_bytes() for path in (out / "timm").iterdir()} == before
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["config.json", "model.safetensors", "preprocessor_config.json", "timm"]
+    )
+    assert len(export_formats.release(out, ["timm", "torch", "transformers"])) == 3
+    assert (out / "timm" / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_killed_export_has_left_goes_and_what_others_put_there_stays(tmp_path: Path):
+    out = tmp_path / "out"
+    for partial in (tmp_path / ".out.partial", out / ".official.partial"):
+        partial.mkdir(parents=True)
+    (tmp_path / ".out.partial" / "config.json").write_text("half")
+    (out / ".official.partial" / "official.pth").write_text("half")
+    export.write(out, vit(**DINOV3), ABOUT, MEAN, STD)
+    (line,) = export_formats.release(out, ["official"])
+    assert "official.pth: opened again" in line
+    assert not (tmp_path / ".out.partial").exists() and not (out / ".official.partial").exists()
+    for partial in (tmp_path / ".out.partial", out / ".official.partial"):
+        partial.mkdir()
+        (partial / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"\.out\.partial: is needed as a temporary folder, .*notes.txt"):
+        export.write(out, vit(**DINOV3), ABOUT, MEAN, STD)
+    with pytest.raises(UserError, match=r"\.official\.partial: is needed as a temporary folder, .*notes.txt"):
+        export_formats.release(out, ["official"])
+    assert all(
+        (partial / "notes.txt").read_text() == "mine"
+        for partial in (tmp_path / ".out.partial", out / ".official.partial")
+    )
 
 
 @pytest.mark.slow
-def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     run = train(tiny_recipe("dinov2", shards, tmp_path / "run", "steps=2", "checkpoint=1"))
     folder = run / "export" / "2"
     text = (folder / "README.md").read_text()
     assert "pretrained with dinov2, step 2" in text and "48 samples in 1 shards, fingerprint `" in text
-    assert "prototypes: 64" in text and "None were taken" in text and str(tmp_path) in text.partition("## Recipe")[2]
+    assert (
+        "prototypes: 64" in text
+        and "The model of this step has not been evaluated" in text
+        and str(tmp_path) in text.partition("## Recipe")[2]
+    )
     row = {
         "step": 2,
         "model": "pretrained",
@@ -94,25 +176,47 @@ def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
         "count": 12,
     }
     (run / "results.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"value": 0.8125}) + "\n")
-    card.write(folder)
-    assert "| test | knn | accuracy | 0.8125 | 12 |" in (folder / "README.md").read_text()
+    model_card.write(folder)
+    assert "| test | knn | accuracy | 0.8125 | 12 images |" in (folder / "README.md").read_text()
     (run / "results.jsonl").write_text(json.dumps(row | {"model": "convnext_tiny"}) + "\n")  # a further student's
-    card.write(folder)
-    assert "None were taken" in (folder / "README.md").read_text()
+    model_card.write(folder)
+    assert "The model of this step has not been evaluated" in (folder / "README.md").read_text()
     fields = json.loads((folder / "config.json").read_text())
     fields["unlabeled"]["student"] = "convnext_tiny"
     (run / "export" / "convnext_tiny" / "2").mkdir(parents=True)
     (run / "export" / "convnext_tiny" / "2" / "config.json").write_text(json.dumps(fields))
-    assert "| test | knn | accuracy | 0.7500 | 12 |" in card.write(run / "export" / "convnext_tiny" / "2").read_text()
+    assert (
+        "| test | knn | accuracy | 0.7500 | 12 images |"
+        in model_card.write(run / "export" / "convnext_tiny" / "2").read_text()
+    )
     wrong = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--also", "tim"])
-    with pytest.raises(UserError, match="no such form; did you mean timm"):
-        wrong.main(wrong)
+    with pytest.raises(UserError, match="no such export format; did you mean timm"):
+        command_parser.call(wrong)
     assert not (tmp_path / "target").exists()
     args = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--also", "timm", "torch"])
-    args.main(args)
+    command_parser.call(args)
     said = capsys.readouterr().out
     assert said.count("opened again") == 3 and (tmp_path / "target" / "timm" / "config.json").is_file()
     text = (tmp_path / "target" / "README.md").read_text()  # which lies outside of its run
-    assert "None were taken" in text and "fingerprint `" in text and "prototypes: 64" in text
-    with pytest.raises(UserError, match="target: is there already; name another folder"):
-        args.main(args)
+    assert (
+        "The model of this step has not been evaluated" in text and "fingerprint `" in text and "prototypes: 64" in text
+    )
+    (tmp_path / "target" / "timm" / "model.safetensors").unlink()
+
+    def breaks(*_: object, **__: object) -> None:
+        raise RuntimeError("no way\nto do it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("timm.create_model", breaks)
+        assert command_parser.call(args) == 2
+    said = capsys.readouterr()
+    errors = [line for line in said.err.splitlines() if line.startswith("error")]  # beside transformers' progress
+    assert errors == [f"error: {tmp_path / 'target'}: timm cannot be written (RuntimeError: no way)"]
+    assert "model.pt2: opened again" in said.out and not (tmp_path / "target" / "timm" / "model.safetensors").exists()
+    assert command_parser.call(args) == 0  # the same export: its forms are written again
+    assert (tmp_path / "target" / "timm" / "model.safetensors").is_file()
+    other = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--step", "1"])
+    with pytest.raises(
+        UserError, match="target: exists and holds something else than this export; name another folder"
+    ):
+        command_parser.call(other)

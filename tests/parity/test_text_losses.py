@@ -15,11 +15,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from data_pipeline.rows import next_tokens
-from data_pipeline.vocabulary import Vocabulary
-from pretrain import export
-from pretrain import objective as objectives
+from data_pipeline.parts.part import About
+from data_pipeline.shards.rows import next_tokens
+from data_pipeline.shards.vocabulary import Vocabulary
+from pretrain.interchange import export
 from pretrain.models import presets
+from pretrain.models.build import build_model
+from pretrain.objectives import finder as objectives
 from pretrain.objectives.base import Objective
 from pretrain.ops.cross_entropy import IGNORED
 from pretrain.parallel.engine import Engine
@@ -43,7 +45,7 @@ def build(name: str, options: dict[str, Any] | None = None, body: dict[str, Any]
     cfg = MODELS[name].replace(**(body or {}))
     cfg.name = PRESETS[name]
     torch.manual_seed(0)
-    made = kind(config_of(name, options), lambda **changes: presets.build(cfg.replace(**changes)))
+    made = kind(config_of(name, options), lambda **changes: build_model(cfg.replace(**changes)))
     noise(made)
     return made.double().eval()
 
@@ -62,7 +64,9 @@ def row_of(length: int, seed: int, ends: tuple[int, ...] = ()) -> dict[str, np.n
 
 
 def batch_of(name: str, rows: list[dict[str, np.ndarray]], masked: bool = True, options: dict[str, Any] | None = None):
-    view = objectives.find(name).views(config_of(name, options), len(rows[0]["tokens"]) - 1, VOCABULARY, masked)
+    view = objectives.find(name).views(
+        config_of(name, options), About(length=len(rows[0]["tokens"]) - 1, vocabulary=VOCABULARY, document_mask=masked)
+    )
     parts = [view(row, lambda k, n=n: np.random.default_rng([n, k])) for n, row in enumerate(rows)]
     return {key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]}
 
@@ -180,7 +184,9 @@ def _theirs(transformers: Any, name: str, model: Objective, folder: Path) -> Any
 def test_bert_hides_its_share_and_80_10_10():
     """Exactly 15 % of what may be hidden, uniformly; never padding or a special token; other ones each time; 80 / 10 / 10 within 4 standard errors."""
     length, rounds = 100, 3000
-    view = objectives.find("bert").views(config_of("bert"), length, VOCABULARY, True)
+    view = objectives.find("bert").views(
+        config_of("bert"), About(length=length, vocabulary=VOCABULARY, document_mask=True)
+    )
     row = row_of(length, 0, (40, -90))
     row["tokens"][[0, 40]] = VOCABULARY.bos
     free = np.setdiff1d(np.arange(90), [0, 40])
@@ -212,7 +218,7 @@ def test_bert_hides_its_share_and_80_10_10():
 
 def test_t5_cuts_spans_of_3_and_both_sides_give_the_text_back():
     length, rounds = 200, 800
-    view = objectives.find("t5").views(config_of("t5"), length, VOCABULARY, False)
+    view = objectives.find("t5").views(config_of("t5"), About(length=length, vocabulary=VOCABULARY))
     first = np.zeros(length)
     spans: list[int] = []
     for n in range(rounds):

@@ -13,14 +13,19 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pretrain import export, release, weights
-from pretrain.errors import UserError
-from pretrain.layouts import transformers_text
+from common.config import ConfigError
+from common.errors import UserError
+from pretrain.interchange import export, export_formats, weights
+from pretrain.interchange.layouts import transformers_text
+from pretrain.interchange.weight_sources import find_source, model_config
 from pretrain.models import presets
-from pretrain.models.text_layers import Cache, TextBackbone
+from pretrain.models.build import build_model
+from pretrain.models.text_layers import Cache, RopeScaling, TextBackbone, rotary_tables
 from pretrain.models.text_mlp import RMSNorm
+from pretrain.recipes import recipe
 from tests.parity.test_models import noise
 
 ABOUT = {"step": 3, "objective": "gpt", "pool": "mean"}
@@ -33,6 +38,12 @@ MODELS = {
     "arcee": ("gpt", {**LLAMA, "mlp": "relu2", "kv_heads": 1}),
     "qwen3": ("gpt", {**SMALL, "kv_heads": 2, "head_dim": 16, "tied": True}),
     "qwen3_windows": ("gpt", {**SMALL, "depth": 3, "windows": [5, 5, 0]}),
+    "llama_long": ("gpt", {**LLAMA, "head_dim": 16, "rope_factor": 8.0, "rope_context": 16, "rope_high": 3.0}),
+    "apertus": ("gpt", {**SMALL, "mlp": "relu2"}),
+    "apertus_long": (
+        "gpt",
+        {**SMALL, "mlp": "relu2", "kv_heads": 2, "head_dim": 16, "rope_factor": 4.0, "rope_context": 16},
+    ),
     "gpt2": ("gpt2_124m", SMALL),
     "gpt2_untied": ("gpt2_124m", {**SMALL, "tied": False, "mlp": "gelu"}),
     "bert": ("bert_base", SMALL),
@@ -40,7 +51,7 @@ MODELS = {
     "t5_v1_1": ("t5_v1_1_small", {**SMALL, "head_dim": 8, "mlp_width": 48, "decoder_depth": 3}),
 }
 OWN = {
-    "relu2": {"mlp": "relu2"},
+    "gelu": {"mlp": "gelu"},
     "softcap": {"softcap": 5.0},
     "windows": {"windows": [4, 7]},
     "layer": {"norm": "layer"},
@@ -72,7 +83,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(name: str, options: dict, noisy: bool = True) -> TextBackbone:
     torch.manual_seed(0)
-    model = presets.build(weights.config_of(name, options, "test"))
+    model = build_model(model_config(name, options, "test"))
     if noisy:
         noise(model)
         for part in model.modules():  # those of queries and keys, too, whose names do not say what they are
@@ -137,7 +148,7 @@ def test_both_directions(name: str, tmp_path: Path, hf: ModuleType, tokenizer: P
         assert torch.equal(again.state_dict()[key], value), key
     with torch.no_grad():
         assert torch.equal(logits_of(again, tokens, labels), logits_of(ours.requires_grad_(False), tokens, labels))
-    assert "opened again" in release.release(folder, ["transformers"])[0]
+    assert "opened again" in export_formats.release(folder, ["transformers"])[0]
 
 
 def test_random_weights_of_theirs(tmp_path: Path, hf: ModuleType):
@@ -157,7 +168,15 @@ def test_the_tokenizer_opens(tmp_path: Path, hf: ModuleType, tokenizer: Path):
     export.write(tmp_path / "out", build(*MODELS["llama"]), ABOUT, tokenizer=tokenizer)
     opened = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = opened("the cat").input_ids
-    assert opened.decode(ids) == "the cat" and opened.eos_token == "<|endoftext|>" and opened.pad_token_id == 1
+    assert (
+        ids[0] == 0
+        and opened.decode(ids[1:]) == "the cat"
+        and opened.eos_token == "<|endoftext|>"
+        and opened.pad_token_id == 1
+    )
+    export.write(tmp_path / "bert", build(*MODELS["bert"]), ABOUT, tokenizer=tokenizer)
+    around = hf.AutoTokenizer.from_pretrained(tmp_path / "bert")("the cat").input_ids
+    assert around == [*ids, 0]  # an encoder reads a text between BOS and EOS, as in training
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.config.eos_token_id, model.config.pad_token_id) == (0, 1)
     own = tmp_path / "own"  # whose tokenizer_config.json says what its tokens are for
@@ -181,18 +200,76 @@ def test_what_no_class_has(name: str, tmp_path: Path):
     export.write(tmp_path / "out", ours, ABOUT)
     with pytest.raises(
         UserError,
-        match=rf"transformers has no class for model\.{'mlp' if name == 'relu2' else name if name != 'layer' else 'norm'}",
+        match=rf"transformers has no class for model\.{'mlp' if name == 'gelu' else name if name != 'layer' else 'norm'}",
     ):
-        release.release(tmp_path / "out", ["transformers"])
+        export_formats.release(tmp_path / "out", ["transformers"])
     again, _ = weights.load_backbone(tmp_path / "out")
     assert torch.equal(again(tokens_of()).tokens, ours(tokens_of()).tokens)
+
+
+def test_every_recipe_on_text_opens_in_transformers():
+    for name in ("gpt_demo", "gpt_dial", "gpt2_124m", "llama_1b", "llama_8b", "bert_base", "t5_base"):
+        assert transformers_text.kind_of(recipe.load(name).model)[0] != transformers_text.OWN, name
+
+
+def test_exports_of_relu2_with_qk_norm_from_before_apertus_was_known(tmp_path: Path):
+    """They have our names, and still load."""
+    ours = build("gpt", {**SMALL, "mlp": "relu2"})
+    export.write(tmp_path / "out", ours, ABOUT)
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    old = {key: fields[key] for key in ("vocab_size", "dtype", "unlabeled")} | {"model_type": transformers_text.OWN}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(old))
+    save_file(ours.state_dict(), tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    again, _ = weights.load_backbone(tmp_path / "out")
+    assert torch.equal(again(tokens_of()).tokens, ours(tokens_of()).tokens)
+    with pytest.raises(
+        UserError,
+        match="was written by an earlier version, which did not use transformers' apertus for it; export its step",
+    ):
+        export_formats.release(tmp_path / "out", ["transformers"])
+
+
+def test_rope_scaling_of_llama_3(tmp_path: Path, hf: ModuleType):
+    """As LLaMA 3.2's own config.json says it, and the angles that transformers makes of it."""
+    scaling = {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }  # fmt: skip
+    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
+    more = {"max_position_embeddings": 131072, "rope_theta": 500000.0, "rope_scaling": scaling, "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **more}))
+    cfg = find_source(tmp_path).cfg
+    assert (cfg.rope_factor, cfg.rope_low, cfg.rope_high, cfg.rope_context) == (32.0, 1.0, 4.0, 8192)
+    theirs = hf.models.llama.modeling_llama.LlamaRotaryEmbedding(hf.AutoConfig.from_pretrained(tmp_path))
+    places = torch.tensor([[0, 1, 700, 9000, 100_000]])
+    cos, sin = theirs(torch.zeros(1), places)
+    scale = RopeScaling(cfg.rope_factor, cfg.rope_low, cfg.rope_high, cfg.rope_context)
+    mine = rotary_tables(places[0], 64, cfg.rope_base, scale)
+    assert not torch.allclose(cos[0, :, :32], rotary_tables(places[0], 64, cfg.rope_base)[0].squeeze(1), atol=0.1)
+    torch.testing.assert_close(mine[0].squeeze(1), cos[0, :, :32], atol=0.02, rtol=0)  # angles of 100,000 in fp32
+    torch.testing.assert_close(mine[1].squeeze(1)[:4], sin[0, :4, :32], atol=2e-3, rtol=0)
+    with pytest.raises(ConfigError, match=r"model.rope_low = 4.0: must be above 0 and below model.rope_high = 4.0"):
+        build("gpt", {**SMALL, "rope_factor": 8.0, "rope_low": 4.0})
+
+
+def test_what_does_not_fit_a_decoder_is_told_by_its_options(tmp_path: Path):
+    export.write(tmp_path / "long", build(*MODELS["llama_long"]), ABOUT)
+    plain = {**LLAMA, "head_dim": 16, "kv_heads": 2, "vocab_size": 128}
+    says = r"model.vocab_size is 128 here and 96 there, model.kv_heads is 2 here and 4 there, model.rope_factor is 1.0 here and 8.0 there, .*; write model.vocab_size=96 "
+    with pytest.raises(UserError, match=says):
+        weights.load_into(build("gpt", plain), tmp_path / "long")
+    other = {**MODELS["llama_long"][1], "rope_context": 32, "context": 48}  # a rotary context is no table
+    with pytest.raises(
+        UserError, match=r"model: model.rope_context is 32 here and 16 there; write model.rope_context=16$"
+    ):
+        weights.load_into(build("gpt", other), tmp_path / "long")
 
 
 def test_folders_that_we_cannot_compute(tmp_path: Path, hf: ModuleType):
     config = hf.LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
     config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="rope is scaled"):
+    with pytest.raises(UserError, match="only rope_type default and llama3"):
         weights.load_backbone(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5", "feed_forward_proj": "gated-silu"}')
     with pytest.raises(UserError, match="feed_forward_proj = 'gated-silu'"):

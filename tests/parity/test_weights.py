@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,15 +17,20 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pretrain import export, weights
-from pretrain.checkpoint_tools import locate
-from pretrain.errors import UserError
-from pretrain.layouts import official, timm
+from common.errors import UserError
+from pretrain.build import build_objective
+from pretrain.checkpoint.integrity import run_json_digest
+from pretrain.checkpoint.tools import locate
+from pretrain.interchange import export, weight_sources, weights
+from pretrain.interchange.layouts import official, timm
+from pretrain.interchange.loaded_weights import record_loading, report_loaded, skip_loading
+from pretrain.interchange.weight_sources import find_source
 from pretrain.models import presets
+from pretrain.models.build import build_model
 from pretrain.models.convnext import ConvBlock, ConvolutionalNetwork
 from pretrain.models.layers import Attention, QueryKeyValue
 from pretrain.models.positions import rope_angles, rope_change, rope_periods
-from tests.conftest import teacher_run
+from tests.conftest import run_of, teacher_run, tiny_recipe
 from tests.parity.test_models import (
     ABOUT,
     MEAN,
@@ -102,11 +108,11 @@ def test_positions_are_of_fp32_in_a_bf16_model():
     """At the published width of a head, whose periods bf16 does not hold: those of narrow heads, 1 and 10, it does."""
     model = vit(**DINOV3, dim=64, heads=1).to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        cos, sin = model._rotation((4, 6), None, torch.device("cpu"))[0]
+        cos, sin = (table[0] for table in model._rotation((4, 6), None, torch.device("cpu")))
     centres = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in (4, 6)]
     periods = torch.tensor([100 ** (2 * k / 32) for k in range(16)], dtype=torch.float64)
     rows, columns = torch.meshgrid(*centres, indexing="ij")
-    angles = torch.cat([2 * math.pi * axis.reshape(-1, 1) / periods for axis in (rows, columns)], 1).repeat(1, 2)
+    angles = torch.cat([2 * math.pi * axis.reshape(-1, 1) / periods for axis in (rows, columns)], 1)
     torch.testing.assert_close(cos[5:, 0].double(), angles.cos(), rtol=0, atol=2e-6)
     torch.testing.assert_close(sin[5:, 0].double(), angles.sin(), rtol=0, atol=2e-6)
 
@@ -201,19 +207,45 @@ def test_from_timm(tmp_path: Path, name: str, options: dict):
     ours, about = weights.load_backbone(tmp_path)
     x = images(32, 32) if small else images(64, 64)
     assert_close(ours(x).cls, theirs(x))
-    assert about["mean"] == weights.MEAN
+    assert about["mean"] == weight_sources.MEAN
+
+
+@torch.no_grad()
+def test_folders_as_timm_writes_them_by_default(tmp_path: Path):
+    """config.json and pytorch_model.bin, of which tensors are read and nothing is executed."""
+    import timm as library
+
+    small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": 32}
+    theirs = library.create_model("vit_small_patch16_224", num_classes=10, **small).eval()
+    noise(theirs)
+    library.models.save_for_hf(theirs, str(tmp_path), model_args=small)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "pytorch_model.bin"}
+    ours, about = weights.load_backbone(tmp_path)
+    assert_close(
+        ours(images(32, 32)).cls, theirs.forward_head(theirs.forward_features(images(32, 32)), pre_logits=True)
+    )
+    assert about["mean"] == [0.5, 0.5, 0.5]
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (tmp_path.joinpath("executed").write_text, ("x",))
+
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin: cannot be read"):
+        weights.load_backbone(tmp_path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_timm_refuses(tmp_path: Path):
     with pytest.raises(UserError, match="timm's ViT with rotary positions has no bias for keys"):
         timm.write(vit(**{**DINOV3, "key_bias": True}).cfg, {}, MEAN, STD)
     for name, message in [
-        ("resnet18", "is a ResNet of timm"),
+        ("resnet18", "is timm's ResNet"),
         ("vit_base_patch16_clip_quickgelu_224", "its activation is QuickGELU"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": {}}))
         with pytest.raises(UserError, match=message):
-            weights.find(tmp_path)
+            find_source(tmp_path)
 
 
 # ---------------------------------------------------------------- from transformers
@@ -342,7 +374,7 @@ def test_named_sizes(name: str, keys: int, millions: float):
     cfg = cls(**options)
     cfg.name = name
     with torch.device("meta"):
-        model = presets.build(cfg, **({"mask_token": True} if cls is presets.ViT else {}))
+        model = build_model(cfg, **({"mask_token": True} if cls is presets.ViT else {}))
     assert len(official.write(cfg, model.state_dict())) == keys
     total = sum(p.numel() for p in model.parameters()) + (
         cfg.depth * cfg.dim if cls is presets.ViT and cfg.qkv_bias else 0
@@ -369,7 +401,7 @@ def test_what_may_differ(tmp_path: Path):
     with torch.no_grad():
         x = images(64, 64)
         assert_close(model.eval()(x).tokens, source(x).tokens)
-    with weights.unread():
+    with skip_loading():
         weights.load_into(vit(dim=64), tmp_path / "nothing")
 
 
@@ -380,40 +412,110 @@ def test_a_checkpoint_by_its_step(shards: Path):
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert locate(f"{folder}/2")[1] == "000000002"
     for where, message in (
-        (folder / "7", "holds no checkpoint; .* has the steps 2"),
-        (folder.parent / "export" / "2", "is an export, a backbone alone; name its run"),
+        (folder / "7", "is not a checkpoint; the steps in .* are: 2"),
+        (folder.parent / "export" / "2", "is an export, which holds a backbone alone; name its run"),
         (folder.parent / "export", "holds no checkpoint; name a folder"),
     ):
         with pytest.raises(UserError, match=message):
             locate(str(where))
-    with pytest.raises(UserError, match="has the steps 2"):
-        weights.find(folder / "7")
+    with pytest.raises(UserError, match=r"the steps in .* are: 2"):
+        find_source(folder / "7")
+
+
+@pytest.mark.parametrize("name", ["mae", "dinov2", "distillation"])
+def test_the_encoder_of_a_checkpoint_is_what_is_exported(name: str, shards: Path):
+    """A student's average, too; also of a checkpoint of an earlier version, which does not say where its encoder is."""
+    run = run_of(name, shards)
+    expected = weights.load_backbone(run / "export" / "2")[0].state_dict()
+    path = run / "checkpoints" / "000000002" / "run.json"
+    whole = path.read_text()
+    about = json.loads(whole)
+    del about["digest"], about["encoder"]
+    for text in (whole, json.dumps({**about, "digest": run_json_digest(about)})):
+        path.write_text(text)
+        found = weights.load_backbone(path.parent)[0].state_dict()
+        assert expected.keys() - found.keys() <= {"mask_token"}  # which the objective asks for, not the recipe's model
+        assert all(torch.equal(expected[key], value) for key, value in found.items())
+    path.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["facebook/dinov2-base", "hf-hub:facebook/dinov2-base", "https://huggingface.co/facebook/dinov2-base"]
+)
+def test_a_name_of_a_hub_is_answered_with_how_to_download(name: str):
+    says = r"^facebook/dinov2-base: there is no such file .* run `hf download facebook/dinov2-base --local-dir dinov2-base`, and write dinov2-base"
+    with pytest.raises(UserError, match=says):
+        find_source(name)
+
+
+def test_where_pixels_were_normalised_otherwise_it_is_said(tmp_path: Path):
+    export.write(tmp_path / "out", vit(), ABOUT, [0.5, 0.5, 0.5], [0.229, 0.224, 0.225])
+    with record_loading() as taken:
+        weights.load_into(vit(), tmp_path / "out")
+        weights.load_into(vit(), tmp_path / "out")  # a second network of the same source is no news
+    came, differs = report_loaded(taken, weight_sources.MEAN, weight_sources.STD)
+    assert came == f"weights from {tmp_path}/out (unlabeled, step 3): the backbone vit, 30 tensors, 0.03 M numbers", (
+        came
+    )
+    assert "trained on pixels with mean [0.5,0.5,0.5] and std [0.229,0.224,0.225]" in differs
+    assert differs.endswith("write data.mean=[0.5,0.5,0.5]")
+    assert report_loaded(taken, [0.5, 0.5, 0.5], weight_sources.STD) == [came]
+    weights.load_into(vit(), tmp_path / "out")
+    assert len(taken) == 2
+
+
+def test_of_a_teacher_it_is_said_too(shards: Path, tmp_path: Path):
+    export.write(tmp_path / "gram", vit(heads=2), ABOUT, [0.5] * 3, [0.25] * 3)
+    for name, options in (
+        ("distillation", [f"objective.teacher={tmp_path / 'gram'}"]),
+        ("dinov3", ["model.positions=learned", f"objective.gram_teacher={tmp_path / 'gram'}"]),
+    ):
+        cfg = tiny_recipe(name, shards, tmp_path / "run", *options)
+        with record_loading() as taken:
+            build_objective(cfg, start=True)
+        _, differs = report_loaded(taken, cfg.data.mean, cfg.data.std)
+        assert differs.endswith("write data.mean=[0.5,0.5,0.5] data.std=[0.25,0.25,0.25]"), name
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path):
     export.write(tmp_path / "out", vit(mask_token=True), ABOUT, MEAN, STD)
     cases = [
-        ({"heads": 2, "norm_eps": 1e-3}, r"model.heads = 2, there 4, model.norm_eps = 0.001, there 1e-06"),
-        ({"depth": 3}, r"missing blocks\.2\.norm1\.weight.*missing blocks\.2\.mlp\.fc2\.bias"),
-        ({"depth": 1}, r"unexpected blocks\.1\.norm1\.weight"),
-        ({"dim": 64}, r"cls_token is \[1, 1, 32\], here \[1, 1, 64\]"),
-        ({"positions": "rope"}, r"model.positions = 'rope', there 'learned'"),
+        (
+            {"heads": 2, "norm_eps": 1e-3},
+            r"model.heads is 2 here and 4 there, model.norm_eps is 0.001 here and 1e-06 there",
+        ),
+        ({"depth": 3}, r"is another model: model.depth is 3 here and 2 there; write model.depth=2$"),
+        (
+            {"dim": 64, "registers": 4},
+            r"model.dim is 64 here and 32 there, model.registers is 4 here and 0 there.*; write model.dim=32 model.registers=0$",
+        ),
+        (
+            {"in_channels": 5, "mlp_ratio": 2.0},
+            r"model.mlp_ratio is 2.0 here and 4.0 there, model.in_channels is 5 here and 3 there",
+        ),
+        ({"qkv_bias": False}, r"model.qkv_bias is False here and True there; write model.qkv_bias=true$"),
+        ({"positions": "rope"}, r"model.positions is 'rope' here and 'learned' there"),
         ({"key_bias": False}, r"the keys have biases, but model.key_bias is false"),
     ]
     for options, message in cases:
         with pytest.raises(UserError, match=message):
             weights.load_into(vit(**options), tmp_path / "out")
+    export.write(tmp_path / "scaled", vit(layer_scale=0.5), ABOUT, MEAN, STD)
+    with pytest.raises(
+        UserError, match=r"model.layer_scale is None here and 0.5 there.*; write model.layer_scale=0.5$"
+    ):
+        weights.load_into(vit(), tmp_path / "scaled")
     export.write(tmp_path / "rope", vit(**DINOV3), ABOUT, MEAN, STD)
-    with pytest.raises(UserError, match=r"model.rope_base = 10.0, there 100.0; set these to what is there"):
+    with pytest.raises(UserError, match=r"model.rope_base is 10.0 here and 100.0 there; write"):
         weights.load_into(vit(**DINOV3, rope_base=10.0), tmp_path / "rope")
-    with pytest.raises(UserError, match=r"holds a ViT, but model\.name = convnext is a ConvNeXt"):
+    with pytest.raises(UserError, match=r"holds a ViT, but model\.name = convnext is a ConvNeXt; write model=vit"):
         weights.load_into(convnext(), tmp_path / "out")
     save_file({"a.weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"has not the names of a DINOv2 or DINOv3 file \(a.weight"):
-        weights.find(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"does not have the tensor names of a DINOv2 or DINOv3 file \(a.weight"):
+        find_source(tmp_path / "other.safetensors")
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"bad.pth: cannot be read"):
-        weights.find(tmp_path / "bad.pth")
+        find_source(tmp_path / "bad.pth")
 
 
 # ---------------------------------------------------------------- options of training
@@ -422,7 +524,7 @@ def test_initial_values():
     cfg = presets.ViT(image_size=64, patch_size=8, dim=128, depth=2, heads=4, **{**DINOV3, "registers": 16})
     cfg.name = "vit"
     torch.manual_seed(0)
-    found = presets.build(cfg).state_dict()
+    found = build_model(cfg).state_dict()
     for name, value in found.items():
         if name.endswith("bias") or name == "mask_token":
             assert not value.any(), name
@@ -436,7 +538,7 @@ def test_initial_values():
             assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
         else:
             assert value.std().item() == pytest.approx(0.02, rel=0.25), name
-    learned = presets.build(cfg.replace(positions="learned", key_bias=True)).state_dict()["pos_embed"]
+    learned = build_model(cfg.replace(positions="learned", key_bias=True)).state_dict()["pos_embed"]
     assert learned.std().item() == pytest.approx(0.02, rel=0.05)
 
 
@@ -493,14 +595,14 @@ def test_rope_is_changed_in_training_alone():
         torch.manual_seed(seed)
         outputs.append(model(x)[0].tokens.detach())
     assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2], atol=1e-3)
-    tables = model._rotation((4, 4), None, torch.device("cpu"))
-    assert len(tables) == 2 and not torch.equal(tables[0][0], tables[1][0]) and bool((tables[0][0][:5] == 1).all())
+    cos = model._rotation((4, 4), None, torch.device("cpu"))[0]
+    assert len(cos) == 2 and not torch.equal(cos[0], cos[1]) and bool((cos[0, :5] == 1).all())
     keep = torch.tensor([[3, 1], [0, 2]])
     torch.manual_seed(0)
-    whole = model._rotation((4, 4), None, torch.device("cpu"))[1][0]
+    whole = model._rotation((4, 4), None, torch.device("cpu"))[0][1]
     torch.manual_seed(0)
-    part = model._rotation((4, 4), keep, torch.device("cpu"))[1][0]
-    assert part.shape == (2, 7, 1, 8) and torch.equal(part[1, 5:], whole[[5, 7]])
+    part = model._rotation((4, 4), keep, torch.device("cpu"))[0][1]
+    assert part.shape == (2, 7, 1, 4) and torch.equal(part[1, 5:], whole[[5, 7]])
 
 
 def test_local_crops_have_a_norm_of_their_own():
@@ -573,3 +675,83 @@ def test_convnext_drop_path_and_refusals():
     for key, value in [("rope_rescale", 0.5), ("rope_jitter", 0.0), ("rope_shift", -1.0)]:
         with pytest.raises(ValueError, match=f"model.{key} = {value}: must be"):
             vit(positions="rope", **{key: value})
+
+
+# ---------------------------------------------------------------- descriptions that anybody may have written
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dim": 1 << 20}, r"describes [\d,]+ parameters, but its files of weights have only [\d,]+ bytes"),
+        ({"depth": 1 << 40}, "model.depth = 1099511627776: must be from 1 to 1000"),
+        ({"depth": 900}, "parameters, but its files"),
+        ({"image_size": 1 << 40}, "model.image_size = 1099511627776: must be from 1 to 32768"),
+        ({"patch_size": -16}, "model.patch_size = -16: must be from 1 to 2.30"),
+        ({"heads": 0}, "model.heads = 0: must be from 1 to 2.30"),
+        (
+            {"heads": 7},
+            "does not describe a model that can be built .model.dim = 32 must be a multiple of model.heads = 7",
+        ),
+        ({"mlp_ratio": 1e300}, "must be above 0 and at most 1000"),
+        ({"name": 3}, "unlabeled.model.name is 3, not str"),
+        ({"name": "x"}, "model.name = 'x': no such model"),
+    ],
+)
+def test_a_description_is_compared_with_its_file_before_it_is_built(
+    shards: Path, tmp_path: Path, change: dict, says: str
+):
+    folder = described(tmp_path, lambda fields: fields["unlabeled"]["model"].update(change))
+    with pytest.raises(UserError, match=says):
+        weights.load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("hidden_size", 1 << 20, "parameters, but its files"),
+        ("num_attention_heads", 0, "num_attention_heads is 0, not 1 or more"),
+        ("num_hidden_layers", 10**9, "must be from 1 to 1000"),
+        ("intermediate_size", "x", "intermediate_size is 'x', not int"),
+        ("rope_parameters", [], "rope_parameters is list, not an object"),
+        ("model_type", [], "model_type is .., not str"),
+        ("layer_norm_eps", {}, "layer_norm_eps is {}, not float"),
+    ],
+)
+def test_fields_of_transformers_that_say_anything(tmp_path: Path, key: str, value: object, says: str):
+    folder = described(tmp_path, lambda fields: (fields.pop("unlabeled"), fields.update({key: value})))
+    with pytest.raises(UserError, match=says) as error:
+        weights.load_backbone(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\udc80", '{"model_type": "vit"'])
+def test_a_config_that_is_none(tmp_path: Path, text: str):
+    folder = described(tmp_path, lambda fields: None)
+    (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"config.json: is no description of a model|config.json has neither"):
+        weights.load_backbone(folder)
+
+
+def test_an_index_of_tensors_names_files_beside_it(tmp_path: Path):
+    folder = described(tmp_path, lambda fields: None)
+    for content, says in (
+        ('{"weight_map": {"a": "../../x.safetensors"}}', "is not in the index's folder"),
+        ("[", "is not an index of tensors"),
+        ('{"weight_map": {"a": 1}}', "weight_map.a is 1, not str"),
+    ):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match=says):
+            weights.load_backbone(folder)
+
+
+def described(folder: Path, change: Callable[[dict], object]) -> Path:
+    """A tiny export whose config.json was changed."""
+    cfg = presets.ViT(
+        image_size=32, patch_size=8, dim=32, depth=1, heads=2, positions="rope", registers=1, layer_scale=1.0
+    )
+    cfg.name = "vit"
+    target = folder / "export"
+    export.write(target, build_model(cfg), {"step": 1, "objective": "mae", "pool": "cls"}, [0.5] * 3, [0.25] * 3)
+    fields = json.loads((target / "config.json").read_text())
+    change(fields)
+    (target / "config.json").write_text(json.dumps(fields))
+    return target

@@ -1,0 +1,261 @@
+"""A source of images that are frames of videos: time is divided into intervals of some seconds, and the first frame in
+each interval becomes a JPEG.
+
+The survey reads the packets of a whole video without decoding them, to learn the times of its frames. It divides the
+video into pieces, and a worker decodes each from the key frame before its first frame. After a decoding error no more
+frames of the piece are taken, because most decoders continue with frames that they have made up.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from common.errors import Damaged, DataError
+from data_pipeline.build.sources.files import Images, Videos, av_failure, checked, need_av, stream_of
+from data_pipeline.build.sources.source import READ_ERRORS, Block, Entry, Options, Tree, reason_of, safe_name, to_json
+
+DEFAULT_INTERVAL = 1.0  # seconds
+MIN_INTERVAL = 0.001  # seconds; keys state the time of a frame in milliseconds
+JPEG_QUALITY = 95
+# A video counts as cut off if more than this share of its stated duration, plus one second, is missing: stated
+# durations are inexact.
+LENGTH_TOLERANCE = 0.02
+BYTES_PER_PIXEL = 0.4  # approximate size of a JPEG of JPEG_QUALITY
+
+
+def check_every(options: Options) -> None:
+    """Raise DataError if `frames_every` is not a valid interval between frames."""
+    every = options.frames_every
+    if every is not None and not (math.isfinite(every) and every >= MIN_INTERVAL):
+        raise DataError(
+            f"--frames-every {every:g}: write the interval between two frames in seconds, at least {MIN_INTERVAL:g}"
+        )
+
+
+class Frames(Images):
+    kind = "frames"
+    title = "folder of videos, whose frames become images"
+    reads = ("labels", "label_field", "as_stored", "frames_every")
+    takes = Videos.takes
+
+    def begin(self) -> None:
+        need_av()
+        self.options = replace(self.options, frames_every=self.options.frames_every or DEFAULT_INTERVAL)
+        super().begin()
+        self.notes.append(
+            f"the first frame of every {self.options.frames_every:g} s of a video becomes a JPEG of quality"
+            f" {JPEG_QUALITY}; --frames-every SECONDS changes the interval"
+        )
+
+    def files_to_survey(self) -> list[str]:
+        return [file.path for file in self.files]
+
+    def survey(self, path: str) -> dict[str, Any]:
+        """Divide a video into blocks; see `Source.survey`.
+
+        Each piece is [path, time of the video's first frame, first interval, last interval, time of the piece's first
+        frame, number of frames], with times in units of the video's time base.
+        """
+        try:
+            times, problem, pixels, intervals = self._scan_video(path)
+        except (Damaged, *READ_ERRORS) as reason:
+            return {"blocks": [], "bad": [[path, reason_of(reason)]]}
+        starts: dict[int, int] = {}  # interval → time of its first frame
+        for time in sorted(times):
+            starts.setdefault(intervals.number(time), time)
+        each = int(pixels * BYTES_PER_PIXEL) + self.overhead
+        count, numbers, blocks = max(1, self.limit // each), list(starts), []
+        for first in range(0, len(numbers), count):
+            part = numbers[first : first + count]
+            piece = [path, intervals.first, part[0], part[-1], starts[part[0]], len(part)]
+            blocks.append([len(part) * each, len(part), piece])
+        return {"blocks": blocks, "bad": [[path, problem]] if problem else []}
+
+    def _scan_video(self, path: str) -> tuple[list[int], str, int, Intervals]:
+        """(times of a video's frames, a description of its damage or "", pixels of its first frame, its intervals).
+
+        Raises `Damaged` if the video has no frames, or none whose time is known.
+        """
+        times, problem, packets, end = [], "", 0, Fraction(0)
+        with opened(self.tree, path) as (video, stream):
+            picture = next(decoded(video, stream), None)
+            if picture is None:
+                raise Damaged("holds no frames")
+            pixels = checked(picture).width * picture.height
+        with opened(self.tree, path) as (video, stream):
+            try:
+                for packet in _guarded(video.demux()):
+                    time = packet.dts if packet.pts is None else packet.pts
+                    if not packet.size or time is None:
+                        continue
+                    if packet.is_corrupt:
+                        raise Damaged("one of its packets is damaged")
+                    end = max(end, (time + (packet.duration or 0)) * packet.time_base)
+                    if packet.stream.index == stream.index:
+                        packets += 1
+                        times += [] if packet.is_discard else [time]
+                if packets < stream.frames:
+                    raise Damaged(f"it holds only {packets} of the {stream.frames} frames that its header states")
+                whole = Fraction(video.duration or 0, 1_000_000) + Fraction(video.start_time or 0, 1_000_000)
+                if whole - end > LENGTH_TOLERANCE * whole + 1:
+                    raise Damaged(f"it ends after {float(end):.1f} s, but its header states {float(whole):.1f} s")
+            except Damaged as reason:
+                problem = f"is damaged; frames up to the damage are used: {reason}"
+            if not times:
+                raise Damaged("does not state the times of its frames")
+            return times, problem, pixels, Intervals(min(times), stream.time_base, self._every)
+
+    @property
+    def _every(self) -> Fraction:
+        return Fraction(str(self.options.frames_every))
+
+    def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        for file in self.files:
+            label = self._labels.get(file.path)
+            for size, rows, piece in surveys[file.path]["blocks"]:
+                yield Block(size, rows, [*piece, None if label is None else numbers[label]])
+
+    def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
+        path, begin, first, last, start, count, label = piece
+        yielded, done, reason = 0, first - 1, ""
+        # Try to seek to the first frame of the piece. If that yields no frame, decode the video from its beginning.
+        for seek in (True, False) if start > begin else (False,):
+            try:
+                with opened(self.tree, path) as (video, stream):
+                    intervals = Intervals(begin, stream.time_base, self._every)
+                    for picture in _from(video, stream, start) if seek else decoded(video, stream):
+                        time = picture.dts if picture.pts is None else picture.pts
+                        interval = done if time is None else intervals.number(time)
+                        if interval > last:
+                            break
+                        if interval > done:
+                            yield self._frame(path, picture, intervals.seconds(time), label)
+                            yielded, done = yielded + 1, interval
+                        if yielded == count:
+                            break
+                reason = f"{count - yielded} of {count} frames are left out: the decoder did not return them"
+            except (Damaged, *READ_ERRORS) as damage:
+                reason = f"{count - yielded} of {count} frames are left out: {reason_of(damage)}"
+            if yielded:
+                break
+        if yielded < count:
+            yield Entry(path, reason=reason)
+            yield from [None] * (count - yielded - 1)
+
+    def _frame(self, path: str, picture: Any, seconds: Fraction, label: int | None) -> Entry:
+        if checked(picture).is_corrupt:
+            raise Damaged(f"the frame at {float(seconds):.3f} s is damaged")
+        try:
+            pixels = picture.to_ndarray(format="rgb24")
+        except ValueError as error:
+            raise Damaged(av_failure(error)) from None
+        if not self.options.as_stored:
+            pixels = np.rot90(pixels, round(picture.rotation / 90) % 4)
+        out = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(out, "JPEG", quality=JPEG_QUALITY)
+        members = {"jpg": out.getvalue(), "json": to_json({"path": path, "seconds": round(float(seconds), 3)})}
+        if label is not None:
+            members["cls"] = str(label).encode()
+        return Entry(f"{path} at {float(seconds):.3f} s", f"{_name(path)}/{int(seconds * 1000):09d}", members)
+
+    def key(self, number: int, entry: Entry) -> str:
+        """The key VIDEO/MILLISECONDS, which does not depend on the other videos."""
+        return entry.name
+
+
+class Intervals:
+    """The time of a video, divided into intervals of `every` seconds that are counted from its first frame.
+
+    Times are whole numbers in units of `base` seconds, the time base of the video. `first` is the time of the first
+    frame.
+    """
+
+    def __init__(self, first: int, base: Fraction, every: Fraction):
+        self.first, self.base = first, base
+        ratio = base / every
+        self.numerator, self.denominator = ratio.numerator, ratio.denominator
+
+    def number(self, time: int) -> int:
+        """The number of the interval that contains a time."""
+        return (time - self.first) * self.numerator // self.denominator
+
+    def seconds(self, time: int) -> Fraction:
+        """The seconds from the first frame to a time."""
+        return (time - self.first) * self.base
+
+
+def _name(path: str) -> str:
+    """A readable name for a video. It ends with a hash of the path, so that a.mp4, a.mkv and x/a.mp4 differ."""
+    digest = xxhash.xxh3_64_hexdigest(path.encode(errors="surrogateescape"))[:8]
+    return f"{safe_name(path.rpartition('.')[0])}-{digest}"
+
+
+# ---------------------------------------------------------------- PyAV
+@contextmanager
+def opened(tree: Tree, path: str) -> Iterator[tuple[Any, Any]]:
+    """(the open video, its video stream), decoded by one thread. Raises `Damaged`."""
+    av = need_av()
+    with tree.open(path) as file:
+        if not tree.stat(path).size:
+            raise Damaged("is empty: 0 bytes")
+        try:
+            # FFmpeg may use no protocol, so that a file that is a playlist cannot make it open other files or URLs.
+            video = av.open(file, options={"protocol_whitelist": ""}, metadata_errors="replace")
+        except (av.error.FFmpegError, ValueError) as error:
+            raise Damaged(av_failure(error)) from None
+        with video:
+            stream = stream_of(video)
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"err_detect": "explode"}
+            yield video, stream
+
+
+def decoded(video: Any, stream: Any) -> Iterator[Any]:
+    """Yield the frames from the current position of a video on, in presentation order. Raises `Damaged`."""
+    return _guarded(video.decode(stream))
+
+
+def _guarded(parts: Iterable[Any]) -> Iterator[Any]:
+    """Yield the packets or frames of PyAV's iterator `parts`. Raises `Damaged` for an error of FFmpeg."""
+    av = need_av()
+    parts = iter(parts)
+    while True:
+        try:
+            part = next(parts)
+        except StopIteration:
+            return
+        except av.error.EOFError:
+            return
+        except av.error.FFmpegError as error:
+            raise Damaged(av_failure(error)) from None
+        yield part
+
+
+def _from(video: Any, stream: Any, start: int) -> Iterator[Any]:
+    """Yield the frames from the time `start` on, decoded from a key frame at least a second before it, if there is one.
+
+    Raises `Damaged` if seeking fails.
+    """
+    av = need_av()
+    try:
+        video.seek(start - math.ceil(1 / stream.time_base), stream=stream)
+    except av.error.FFmpegError as error:
+        raise Damaged(av_failure(error)) from None
+    before = True
+    for picture in decoded(video, stream):
+        if before and (picture.pts is None or picture.pts > start):
+            raise Damaged("no key frame was found before the first frame of the piece")
+        before = False
+        if picture.pts is None or picture.pts >= start:
+            yield picture

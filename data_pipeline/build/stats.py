@@ -1,0 +1,346 @@
+"""Statistics of a shard set: counts and sizes of all samples from the index, properties of some decoded images, and a
+sheet of thumbnails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from common.errors import Damaged, DataError
+from data_pipeline.build.sources.files import first_frame
+from data_pipeline.formats.decode import ImageFacts, inspect
+from data_pipeline.formats.image_formats import IMAGE_MEMBERS, IMAGES
+from data_pipeline.shards.members import VIDEOS, LeftOut
+from data_pipeline.shards.samples import Samples
+
+MAX_DECODED_IMAGES = 1000  # for the statistics
+SUMMARY_IMAGES, SUMMARY_SECONDS = 32, 2.0  # images decoded for `summarize`, and the time limit for them
+SHOWN_CLASSES = 12
+MAX_COUNTED_RECORDS = 1 << 26  # index records that `summarize` counts; a larger index is not read
+INDEX_SAMPLES_AT_ONCE = 1 << 16  # samples whose index is read at a time
+MAX_BINS = 12
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")  # used if they are installed
+BAR_CHARACTERS = 40  # of the longest bar
+TILE, GAP, LINES = 128, 8, 2  # pixels, pixels, lines of text below a thumbnail
+COLUMNS, ROWS = 8, 6
+
+
+@dataclass
+class Stats:
+    """Statistics of a shard set."""
+
+    samples: int = 0
+    shards: int = 0
+    bytes: int = 0  # of the tars
+    members: dict[str, int] = field(default_factory=dict)
+    member_bytes: dict[str, int] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    tokens: list[dict[str, Any]] = field(default_factory=list)  # the manifest entries of token sets
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # bytes of each sample
+    images: list[tuple[int, int, str]] = field(default_factory=list)  # (width, height, mode) of the decoded ones
+    damaged: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of those that cannot be decoded
+
+
+def spread_over(total: int, count: int) -> list[int]:
+    """At most `count` numbers of 0..total-1 at equal distances."""
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def gather(url: str | Path, max_decoded: int = MAX_DECODED_IMAGES) -> Stats:
+    """The stats of a folder or URL of shards."""
+    samples = Samples([str(url)])
+    manifests = [part.manifest for part in samples.manifests]
+    out = Stats(len(samples), sum(len(m.names) for m in manifests), samples.total_bytes)
+    out.classes = [name for m in manifests for name in m.classes]
+    out.tokens = [m.details["tokens"] for m in manifests if "tokens" in m.details]
+    sizes, counts, totals = [], Counter[str](), Counter[str]()
+    for first in range(0, len(samples), INDEX_SAMPLES_AT_ONCE):
+        for piece in samples.pieces(first, min(INDEX_SAMPLES_AT_ONCE, len(samples) - first)):
+            present = piece.records["offset"] > 0
+            member_sizes = np.where(present, piece.records["size"].astype(np.int64), 0)
+            sizes.append(member_sizes.sum(1))
+            for column, extension in enumerate(samples.extensions):
+                counts[extension] += int(present[:, column].sum())
+                totals[extension] += int(member_sizes[:, column].sum())
+    out.sizes = np.concatenate(sizes)
+    out.members, out.member_bytes = dict(counts), dict(totals)
+    if set(samples.extensions) & set(IMAGES):
+        for number in spread_over(len(samples), max_decoded):
+            _inspect_sample(samples, number, out)
+    return out
+
+
+def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
+    try:
+        for extension, data in samples.read(number, IMAGES).items():
+            image = samples.encoded(number, data, extension)
+            height, width = image.shape
+            image.pixels(shrink=8)  # to check that it can be decoded
+            with Image.open(io.BytesIO(data)) as opened:
+                out.images.append((width, height, opened.mode))
+    except Damaged as damage:
+        out.damaged.append((samples.name(number)[1], str(damage)))
+
+
+# ---------------------------------------------------------------- pixels
+class Pixels(dict[str, list[int]]):
+    """{format, bits and channels: [images, lowest number, highest number]}.
+
+    `remarks`: {remark on images: [number of images, example]}.
+    """
+
+    def __init__(self, kinds: dict[str, list[int]] | None = None, remarks: dict[str, list[Any]] | None = None):
+        super().__init__(kinds or {})
+        self.remarks = LeftOut(remarks or {})
+
+    def add(self, facts: ImageFacts, where: str) -> None:
+        """Count one image. `where`: its name, for the examples."""
+        self.merge({facts.kind: [1, facts.low, facts.high]}, {remark: [1, where] for remark in facts.remarks})
+
+    def merge(self, kinds: dict[str, list[int]], remarks: dict[str, list[Any]]) -> None:
+        for kind, (count, low, high) in kinds.items():
+            old = self.get(kind, [0, low, high])
+            self[kind] = [old[0] + count, min(old[1], low), max(old[2], high)]
+        for remark, (count, where) in remarks.items():
+            self.remarks.add(remark, where, count)
+
+    def lines(self, bits: int = 16) -> list[str]:
+        """Lines to print; with a hint to --bits if 16-bit images use the low levels only."""
+        out = [f"images: {n} × {kind}, numbers from {low} to {high}" for kind, (n, low, high) in sorted(self.items())]
+        out += [f"images: {n} {what}, for example {where}" for what, (n, where) in self.remarks.items()]
+        highest = max((high for kind, (_, _, high) in self.items() if ", 16 bits, " in kind), default=0)
+        if bits == 16 and 0 < highest < 1 << 15 and not any("colours" in what for what in self.remarks):
+            levels, need = round(highest / 257), max(8, highest.bit_length())
+            out.append(
+                f"images of 16 bits end at {highest} of 65535, so that a model sees the levels 0 to {levels} of 255;"
+                f" --bits {need} (of `shards build` and `shards index`) scales {(1 << need) - 1} to 255"
+            )
+        return out
+
+
+def summarize(samples: Samples, left_out: bool = True) -> list[str]:
+    """Lines about the images of a run: members, classes, left-out members, samples without an image, and depths and
+    ranges of a few images.
+    """
+    names, total = samples.names, len(samples)
+    manifests = [part.manifest for part in samples.manifests]
+    out = []
+    if total * len(samples.extensions) <= MAX_COUNTED_RECORDS:
+        counts, without = _members(samples)
+        members = ", ".join(f"{count} .{extension}" for extension, count in counts.items())
+        classes = classes_line([name for m in manifests for name in m.classes])
+        out.append(f"{names}: {total} samples with {members}; {classes}")
+        if without:
+            out.append(
+                f"{names}: {without[0]} samples hold no image, for example {samples.name(without[1])[1]}; others take"
+                " their places"
+            )
+    for manifest in {m.id: m for m in manifests}.values() if left_out else ():
+        out += [f"{names}: {line}" for line in manifest.left_out.lines()]
+    pixels, until = Pixels(), time.monotonic() + SUMMARY_SECONDS
+    for number in spread_over(total, SUMMARY_IMAGES):
+        if pixels and time.monotonic() > until:
+            break
+        with contextlib.suppress(Damaged):
+            for extension, data in samples.read(number, IMAGE_MEMBERS).items():
+                image = samples.encoded(number, data, extension)
+                facts = inspect(data, extension, image.bits, image.as_stored, image.max_pixels)
+                pixels.add(facts, f"sample {number}")
+    bits = {m.pixels.get("bits", 16) for m in manifests}
+    return out + [f"{names}: {line}" for line in pixels.lines(min(bits))]
+
+
+def _members(samples: Samples) -> tuple[dict[str, int], tuple[int, int] | None]:
+    """({extension: number of members}, (number of samples without an image, the first of them) or None)."""
+    counts, without, first = Counter[str](), 0, -1
+    columns = samples.columns(IMAGE_MEMBERS)
+    for begin in range(0, len(samples), INDEX_SAMPLES_AT_ONCE):
+        for piece in samples.pieces(begin, min(INDEX_SAMPLES_AT_ONCE, len(samples) - begin)):
+            present = piece.records["offset"] > 0
+            missing = np.flatnonzero(~present[:, columns].any(1))
+            without += len(missing)
+            if len(missing) and first < 0:
+                first = piece.first + int(missing[0])
+            for column, extension in enumerate(samples.extensions):
+                counts[extension] += int(present[:, column].sum())
+    return dict(counts), (without, first) if without and columns else None
+
+
+def classes_line(classes: list[str]) -> str:
+    if not classes:
+        return "no class names"
+    some = ", ".join(classes[:SHOWN_CLASSES]) + (", …" if len(classes) > SHOWN_CLASSES else "")
+    return f"{len(classes)} class{'es' * (len(classes) > 1)}: {some}"
+
+
+# ---------------------------------------------------------------- text output
+def describe(stats: Stats) -> list[str]:
+    """Statistics as lines to print."""
+    out = [
+        f"{stats.samples} samples, {stats.bytes / 1e6:.1f} MB in {stats.shards} shards, {len(stats.classes)} classes"
+    ]
+    for token_set in stats.tokens:
+        ratio = token_set["bytes"] / max(1, token_set["tokens"])
+        out.append(
+            f"{token_set['documents']} documents, {token_set['tokens']} tokens of {token_set['vocabulary']},"
+            f" {token_set['bytes'] / 1e6:.1f} MB of text ({ratio:.2f} bytes a token)"
+        )
+    out += ["", "members"]
+    for extension, count in stats.members.items():
+        share = f"{100 * count / max(1, stats.samples):.1f} % of the samples"
+        mean = stats.member_bytes[extension] / max(1, count)
+        out.append(f"  .{extension:<6}{count:>10}  {share}, {_bytes(mean)} each on average")
+    out += ["", "bytes per sample", *histogram(stats.sizes, _bytes)]
+    if stats.images or stats.damaged:
+        out += ["", *_images(stats)]
+    return out
+
+
+def _images(stats: Stats) -> Iterator[str]:
+    max_decoded = len(stats.images) + len(stats.damaged)
+    yield f"{max_decoded} images decoded, evenly over the set: {len(stats.damaged)} damaged"
+    for key, reason in stats.damaged[:20]:
+        yield f"  {key}: {reason}"
+    if len(stats.damaged) > 20:
+        yield f"  … and {len(stats.damaged) - 20} more"
+    if not stats.images:
+        return
+    widths, heights = (np.array([image[i] for image in stats.images]) for i in (0, 1))
+    modes = Counter(mode for _, _, mode in stats.images).most_common()
+    yield "modes: " + ", ".join(f"{mode} {count}" for mode, count in modes)
+    for name, values in (("width", widths), ("height", heights)):
+        low, middle, high = (int(v) for v in np.percentile(values, [0, 50, 100], method="lower"))
+        yield f"{name}: {low} to {high} pixels, median {middle}"
+    yield from ("shorter side in pixels", *histogram(np.minimum(widths, heights), lambda v: f"{v:.0f}"))
+    yield from ("width / height", *histogram(widths / heights, lambda v: f"{v:.2f}"))
+
+
+def histogram(values: np.ndarray, show) -> list[str]:
+    """Bars of text for at most MAX_BINS ranges, on a logarithmic scale if the values span more than a factor of ten."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return [f"  {show(low):>9}            {'█' * BAR_CHARACTERS} {len(values)}"]
+    wide = low > 0 and high / low > 10
+    edges = np.geomspace(low, high, MAX_BINS + 1) if wide else np.linspace(low, high, MAX_BINS + 1)
+    edges[0], edges[-1] = low, high  # exactly: geomspace rounds
+    counts, _ = np.histogram(values, edges)
+    return [
+        f"  {show(a):>9} {show(b):>9}  {'█' * -(-BAR_CHARACTERS * int(n) // int(counts.max())):<{BAR_CHARACTERS}} {n}"
+        for a, b, n in zip(edges, edges[1:], counts, strict=False)
+    ]
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+# ---------------------------------------------------------------- thumbnails
+def sheet(url: str | Path, target: str | Path) -> Path:
+    """Write an image with thumbnails of up to COLUMNS × ROWS samples, evenly over the set: images, first frames or
+    beginnings of texts, with key and label.
+
+    For a sample that cannot be decoded, the reason is drawn on red. The format follows from the extension of the
+    target.
+    """
+    samples, target = Samples([str(url)]), Path(target)
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise DataError(f"--sheet {target}: write a name that ends in .png, .jpg or .webp")
+    font = _Font()
+    numbers = spread_over(len(samples), COLUMNS * ROWS)
+    height = TILE + LINES * 14 + GAP
+    rows = -(-len(numbers) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * height + GAP), "white")
+    draw = ImageDraw.Draw(page)
+    for place, number in enumerate(numbers):
+        left, top = GAP + place % COLUMNS * (TILE + GAP), GAP + place // COLUMNS * height
+        page.paste(_tile(samples, number, font), (left, top))
+        lines = textwrap.wrap(samples.name(number)[1].rpartition("/")[2], 20, max_lines=1, placeholder="…")
+        lines += textwrap.wrap(_label(samples, number), 20, max_lines=1, placeholder="…")
+        font.draw(draw, (left, top + TILE + 1), lines)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        page.save(target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror or error})") from None
+    return target
+
+
+def _label(samples: Samples, number: int) -> str:
+    try:
+        return samples.label(number)
+    except (DataError, Damaged, ValueError):
+        return ""
+
+
+def _tile(samples: Samples, number: int, font) -> Image.Image:
+    """The thumbnail of a sample, TILE × TILE pixels."""
+    try:
+        members = samples.read(number)
+        for extension, data in members.items():
+            if extension in (*IMAGES, *VIDEOS):
+                if extension in IMAGES:
+                    image = samples.encoded(number, data, extension)
+                    pixels = image.pixels(shrink=max(image.shape) / (2 * TILE))
+                else:
+                    pixels = first_frame(data)[0]
+                picture = Image.fromarray(pixels)
+                picture.thumbnail((TILE, TILE))
+                out = Image.new("RGB", (TILE, TILE), (238, 238, 238))
+                out.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
+                return out
+        text = members["txt"].decode(errors="replace") if "txt" in members else ", ".join(f".{e}" for e in members)
+        return _text_tile(text, font, (246, 246, 240))
+    except (Damaged, DataError) as problem:
+        return _text_tile(str(problem), font, (244, 190, 190))
+
+
+def _text_tile(text: str, font, ground: tuple[int, int, int]) -> Image.Image:
+    out = Image.new("RGB", (TILE, TILE), ground)
+    lines = textwrap.wrap(text, 20, max_lines=8, placeholder="…")
+    font.draw(ImageDraw.Draw(out), (4, 4), lines)
+    return out
+
+
+class _Font:
+    """Draws text with Pillow's own font or, for lines with glyphs that it lacks, the system font that lacks the fewest.
+
+    Missing glyphs are drawn as code points.
+    """
+
+    def __init__(self) -> None:
+        self.fonts: list[Any] = [ImageFont.load_default(11)]
+        for name in FONTS:
+            try:
+                self.fonts.append(ImageFont.truetype(name, 11))
+            except OSError:
+                continue
+
+    def draw(self, draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: list[str]) -> None:
+        """Write lines, one below the other."""
+        for n, line in enumerate(lines):
+            font = min(self.fonts, key=lambda font: len(_missing_glyphs(font, line)))
+            missing = _missing_glyphs(font, line)
+            shown = "".join(f"<{ord(c):X}>" if c in missing else c for c in line)
+            draw.text((place[0], place[1] + 14 * n), shown, "black", font)
+
+
+def _missing_glyphs(font: Any, line: str) -> set[str]:
+    """The characters of a line for which a font has no glyph. It draws them like a code point that does not exist."""
+    missing = bytes(font.getmask("\U0010ffff"))
+    return {c for c in set(line) if not c.isspace() and not c.isascii() and bytes(font.getmask(c)) == missing}

@@ -1,0 +1,92 @@
+"""An image: decoded when the views ask for its pixels, and normalised on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import ConfigError
+from data_pipeline.formats.decode import Encoded
+from data_pipeline.formats.decode_budget import DECODE_MB
+from data_pipeline.formats.image_formats import IMAGE_MEMBERS, MAX_PIXELS
+from data_pipeline.parts.part import About, Part
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.samples import Samples
+from data_pipeline.views import device_color
+from data_pipeline.views.device_color import Constants
+
+
+@dataclass
+class Image(Part):
+    """`decode` gives an `Encoded`, from which `crops` makes uint8 views.
+
+    On the device they become float (x / 255 − mean) / std.
+    """
+
+    channels: int = 3
+    color: str = "exact"  # or "fused", "device": see `data_pipeline/views/colors.py`
+    mean: Sequence[float] = (0.5, 0.5, 0.5)  # of each channel, for pixels from 0 to 1
+    std: Sequence[float] = (0.25, 0.25, 0.25)
+    max_pixels: int = MAX_PIXELS
+    decode_mb: float = DECODE_MB  # type: ignore[misc]  # the recipe's
+    # constants by device, made when the first tensor is placed on it
+    _constants: dict[torch.device, Constants] = field(default_factory=dict, init=False, repr=False, compare=False)
+    extensions = IMAGE_MEMBERS
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_constants": {}}  # data workers, which get a copy, have no device
+
+    def configured(self, data: Any, model: Any) -> Self:
+        channels = model.in_channels
+        for key, values in (("mean", data.mean), ("std", data.std)):
+            if len(values) != channels:
+                raise ConfigError(f"data.{key} = {values}: model.in_channels = {channels}, so write {channels} values")
+        return dataclasses.replace(
+            self,
+            channels=channels,
+            color=data.color,
+            mean=data.mean,
+            std=data.std,
+            max_pixels=data.max_pixels,
+            decode_mb=data.decode_mb,
+        )
+
+    def open(self, specs: Sequence[str], held_out: bool = False, extensions: Sequence[str] = ()) -> Dataset:
+        return Samples(specs, max_pixels=self.max_pixels, further=extensions)
+
+    def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
+        return {"channels": self.channels}
+
+    def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> Encoded:
+        extension = next(e for e in IMAGE_MEMBERS if e in members)
+        return Encoded(
+            members[extension],
+            extension,
+            self.channels,
+            **known.get("pixels", {}),
+            max_pixels=self.max_pixels,
+            color=self.color,
+        )
+
+    def stand_in(self, name: str, rng: np.random.Generator, about: About) -> dict[str, Any]:
+        side = max(64, int(1.2 * about.image_size))
+        return {name: rng.integers(0, 256, (side, side, self.channels), dtype=np.uint8)}
+
+    def place(self, tensor: Tensor, device: torch.device, **extras: Tensor) -> Tensor:
+        """uint8 [..., C, H, W] → float32.
+
+        The extra `color` holds the parameters of colour operations that run on the device, see `color_row`.
+        """
+        if device not in self._constants:
+            self._constants[device] = device_color.constants(self.mean, self.std, device)
+        images = tensor.to(device, non_blocking=True)
+        if "color" in extras:
+            rows = extras["color"].to(device, non_blocking=True)
+            images = device_color.apply(images, rows, self._constants[device])
+        return device_color.normalize(images, self._constants[device])

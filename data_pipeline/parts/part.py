@@ -1,0 +1,111 @@
+"""A part: one thing that a sample holds (an image, a caption, a label, a row of tokens), from its members in a shard to
+its tensor on the device.
+
+An objective names its parts: `parts = {"image": Image(), "text": Caption()}`. Its views get a sample with an entry for
+each part, the value that `decode` returns. A new kind of part is a class that derives from `Part`; it can be in the
+file of the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import ConfigError
+from common.errors import Absent
+from data_pipeline.formats.decode_budget import DECODE_MB
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.members import check_extensions
+from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.vocabulary import Vocabulary
+
+
+@dataclass
+class About:
+    """Facts about the model and the data that an objective's views may need.
+
+    A fact that does not apply keeps its default.
+    """
+
+    image_size: int = 0  # pixels
+    patch_size: int = 0  # pixels
+    channels: int = 0
+    length: int = 0  # tokens of a row, or of a caption
+    vocabulary: Vocabulary | None = None
+    document_mask: bool = False  # whether tokens see and predict their own document only
+    classes: tuple[str, ...] = ()  # the names of the labels, by number
+
+
+@dataclass
+class Part:
+    """The base class of parts.
+
+    By default members are read from samples in tars, and tensors are copied to the device as they are.
+    """
+
+    decode_mb: ClassVar[float] = DECODE_MB  # MB of decoded values that a data worker may hold at a time
+    extensions: ClassVar[tuple[str, ...]] = ()  # extensions of its members, of which a sample has to have at least one
+
+    def configured(self, data: Any, model: Any) -> Self:
+        """This part with its options from the `data` and `model` sections of a recipe.
+
+        Raises ConfigError for options that do not fit each other.
+        """
+        return self
+
+    def open(self, specs: Sequence[str], held_out: bool = False, extensions: Sequence[str] = ()) -> Dataset:
+        """The dataset of samples whose first part this is.
+
+        `held_out`: it serves for the validation loss, on each sample once. `extensions`: those that all parts of the
+        objective read; shards that have no index yet are indexed with them.
+        """
+        return Samples(specs, further=extensions)
+
+    def check(self, datasets: Sequence[Dataset], model: Any) -> None:
+        """Raises ConfigError for datasets without this part, or that do not fit the recipe's model."""
+        for dataset in datasets:
+            if not set(dataset.extensions) & set(self.extensions):
+                present = ", ".join(f".{extension}" for extension in dataset.extensions)
+                further = check_extensions(self.extensions)
+                hint = f"; `unlabeled shards index FOLDER --members {' '.join(further)}` adds them to an index"
+                raise ConfigError(
+                    f"{dataset.names}: holds {present} and no {self.noun}; members are read whose names end in"
+                    f" {', '.join(self.extensions)}{hint if further else ''}"
+                )
+
+    @property
+    def noun(self) -> str:
+        """The word for this part in messages."""
+        return type(self).__name__.lower()
+
+    def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
+        """The fields of `About` that this part knows. `datasets` is None for a plan, which has no data."""
+        return {}
+
+    def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> Any:
+        """The value of this part in one sample, or an object that decodes it lazily, from its members by extension.
+        Raises Damaged.
+
+        `known`: what the manifest of the shards says of all samples: "classes", and "pixels" (bits, orientation).
+        """
+        raise NotImplementedError
+
+    def absent(self) -> Absent:
+        """The exception for a sample without any member of this part; such a sample is passed over."""
+        return Absent(f"holds no {self.noun} member ({', '.join(self.extensions)})")
+
+    def stand_in(self, name: str, rng: np.random.Generator, about: About) -> dict[str, Any]:
+        """The entries {name: value, …} of a random sample that stands in for real data, for plans and tests."""
+        raise NotImplementedError
+
+    def place(self, tensor: Tensor, device: torch.device, **extras: Tensor) -> Tensor:
+        """Copy a tensor of a batch to the device, without a host sync.
+
+        `extras`: the entries "KEY.name" of the batch that belong to the tensor "KEY", by name.
+        """
+        return tensor.to(device, non_blocking=True)

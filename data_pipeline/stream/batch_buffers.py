@@ -1,0 +1,90 @@
+"""Shared-memory buffers that data workers write batches into; a buffer is used again as soon as the trainer has dropped
+its batch.
+
+A new allocation for every batch would cost more than reading the samples: the kernel zeroes every page of it (0.04 ms
+of 0.14 ms for a sample of 60 kB). The trainer may keep a batch as long as it likes: its buffer is not used again before
+the batch is freed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.data import get_worker_info
+
+from common.errors import DataError
+
+SHARED_MEMORY = "/dev/shm"  # the file system that shared memory comes from, on Linux
+BUFFERS_PER_WORKER = 16  # buffers of a worker that are used again; a further one serves one batch only
+
+
+class BatchBuffers:
+    """The workers call `take`; the trainer calls `received` and `collect`."""
+
+    def __init__(self, workers: int):
+        self._busy = torch.zeros(max(1, workers), BUFFERS_PER_WORKER, dtype=torch.uint8).share_memory_()
+        self._buffers: dict[int, dict[str, Tensor]] = {}  # the buffers of this worker, by number
+        self._in_use: list[tuple[int, int, list[StorageWeakRef]]] = []  # (worker, number, storages of its batch)
+
+    def take(self, size: int, parts: dict[str, Any]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+        """(tensors with room for `size` samples shaped like `parts`, (worker, number) of the buffer).
+
+        Number −1 means that the buffer is not used again.
+        """
+        like = {key: np.asarray(part) for key, part in parts.items()}
+        info = get_worker_info()
+        if info is None:
+            return {key: torch.empty((size, *part.shape), dtype=_dtype(part)) for key, part in like.items()}, (0, -1)
+        free = (self._busy[info.id] == 0).nonzero()
+        number = int(free[0]) if len(free) else -1
+        buffer = self._buffers.get(number)
+        if buffer is None or {k: (t.shape, t.dtype) for k, t in buffer.items()} != {
+            k: ((size, *p.shape), _dtype(p)) for k, p in like.items()
+        }:
+            buffer = {key: _shared(size, part) for key, part in like.items()}
+        if number >= 0:
+            self._buffers[number] = buffer
+            self._busy[info.id, number] = 1
+        return buffer, (info.id, number)
+
+    def received(self, buffer: tuple[int, int], batch: dict[str, Tensor]) -> None:
+        """Note that the trainer has received a batch: in the buffer itself, or copied into pinned memory."""
+        worker, number = buffer
+        if number >= 0:
+            refs = [StorageWeakRef(t.untyped_storage()) for t in batch.values() if t.is_shared() and not t.is_pinned()]
+            self._in_use.append((worker, number, refs))
+
+    def collect(self) -> None:
+        """Mark the buffers of batches that have been freed as free."""
+        still = []
+        for worker, number, refs in self._in_use:
+            if all(storage.expired() for storage in refs):
+                self._busy[worker, number] = 0
+            else:
+                still.append((worker, number, refs))
+        self._in_use = still
+
+
+def _dtype(part: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, part.dtype)).dtype
+
+
+def _shared(size: int, part: np.ndarray) -> Tensor:
+    """A zeroed tensor [size, *part.shape] in shared memory."""
+    wanted = max(1, size * part.nbytes)
+    # statvfs does not count memory that was allocated and not written yet
+    free = os.statvfs(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
+    left = wanted if free is None else free.f_bavail * free.f_frsize
+    if left < wanted:
+        raise DataError(
+            f"{SHARED_MEMORY}: has {left / 1e6:.0f} MB left, but a batch takes {wanted / 1e6:.0f} MB of shared memory;"
+            " make it larger (docker run --shm-size=8g, or --ipc=host), or write data.workers=0"
+        )
+    storage = torch.UntypedStorage._new_shared(wanted, device="cpu")
+    out = torch.empty(0, dtype=_dtype(part)).set_(storage, 0, (size, *part.shape))  # type: ignore[call-overload]
+    return out.zero_()  # commits the memory now: a later write to a page that cannot be had ends the process (SIGBUS)

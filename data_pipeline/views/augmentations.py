@@ -1,0 +1,293 @@
+"""Augmented views of an image on uint8 arrays: torchvision's recipes, with OpenCV's colour operations and torch's
+antialiased uint8 resize.
+
+    params = augment.draw((H, W), rng(k))        the random parameters of view k, which depend on the image's size only
+    view   = augment.apply(pixels, params)       [H, W, C] → [C, size, size]
+    crops(sample, {"image": augment}, rng)       both for all views of a sample, with the image decoded once
+
+Views are uint8; normalisation happens on the device. `rng(k)` is the generator of view k of a sample, which the stream
+makes for (seed, epoch, sample, k): a view's parameters depend neither on the process that makes it nor on the sample's
+other views.
+
+The colour operations are in `data_pipeline/views/colors.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random.bit_generator import ISeedSequence
+
+from common.errors import Damaged
+from data_pipeline.formats.decode import Encoded
+from data_pipeline.views import colors
+
+Rng = Callable[[int], np.random.Generator]  # from the number of a view to its generator
+MASKS = 1000  # number of the first mask's generator; views are numbered from 0, so that neither shifts the other
+
+
+class _Key(ISeedSequence):
+    """Passes a key to Philox directly.
+
+    With `key=`, numpy also gathers entropy for a seed that is not used, which takes two thirds of the time.
+    """
+
+    def __init__(self, key: tuple[int, int]):
+        self.words = np.array(key, np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
+        return self.words
+
+
+def generators(key: tuple[int, int]) -> Rng:
+    """The generators of a sample: number k is Philox with this key of two 64-bit words and the counter k · 2¹⁹²."""
+    words = _Key(key)
+    return lambda number: np.random.Generator(np.random.Philox(words, counter=[0, 0, 0, number]))
+
+
+class Params(NamedTuple):
+    """The random parameters of one view."""
+
+    shape: tuple[int, int]  # height and width of the image that the box refers to
+    box: tuple[int, int, int, int]  # top, left, height, width
+    flip: bool
+    # (operation, factor) in the order of application; for hue, the factor is a part of a full turn
+    jitter: tuple[tuple[str, float], ...]
+    gray: bool
+    sigma: float  # of the blur, in pixels of the view; 0 for none
+    solarize: bool
+
+
+@dataclass(frozen=True)
+class Augment:
+    """One view: random resized crop, flip, colour jitter, grey, blur, solarize; the order and numbers of SimCLR, BYOL
+    and DINO.
+    """
+
+    size: int  # side of the view in pixels
+    scale: tuple[float, float]  # range of the crop's share of the image's area
+    flip: float = 0.5  # probability, as are jitter_p, gray, blur and solarize
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # strengths: brightness, contrast, saturation, hue
+    jitter_p: float = 0.8
+    gray: float = 0.0
+    blur: float = 0.0
+    solarize: float = 0.0
+
+    @property
+    def colors(self) -> bool:
+        """Whether any colour operation has a probability above 0."""
+        return bool((any(self.jitter) and self.jitter_p) or self.gray or self.blur or self.solarize)
+
+    def draw(self, shape: tuple[int, int], rng: np.random.Generator) -> Params:
+        """Draw the parameters of one view of an image of (height, width).
+
+        Each decision uses its own random number, whatever the probabilities.
+        """
+        u = rng.random(_BOX_NUMBERS + 14).tolist()
+        box = _box(shape, self.scale, u)
+        flip, jitter, gray, blur, sigma, solarize, *rest = u[_BOX_NUMBERS:]
+        return Params(
+            shape,
+            box,
+            flip < self.flip,
+            self._draw_jitter(rest) if jitter < self.jitter_p else (),
+            gray < self.gray,
+            0.1 + 1.9 * sigma if blur < self.blur else 0.0,
+            solarize < self.solarize,
+        )
+
+    def _draw_jitter(self, u: list[float]) -> tuple[tuple[str, float], ...]:
+        """The jitter from 8 uniform numbers: the first four set the order of the operations, the others their
+        factors.
+        """
+        operations = []
+        for place in sorted(range(4), key=u.__getitem__):
+            strength, where = self.jitter[place], u[4 + place]
+            if strength:
+                low = -strength if place == 3 else max(0.0, 1 - strength)
+                high = strength if place == 3 else 1 + strength
+                operations.append((colors.JITTER[place], low + (high - low) * where))
+        return tuple(operations)
+
+    def apply(
+        self, pixels: np.ndarray, params: Params, color: str = "exact", out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The view of pixels [H, W, C]: uint8 [C, size, size], written to `out` if it is given.
+
+        If the image was decoded at a smaller size than `params.shape`, the box is scaled accordingly.
+        """
+        top, left, height, width = _scaled(params, pixels.shape[:2])
+        image = resize(pixels[top : top + height, left : left + width], (self.size, self.size))
+        if params.flip:
+            image = cv2.flip(image, 1)
+        if color == "exact":
+            image = colors.exact(image, params)
+        elif color == "fused":
+            image = colors.fused(image, params)
+        if out is None:
+            out = np.empty((pixels.shape[2], self.size, self.size), np.uint8)
+        if image.ndim == 2:  # one channel, or grey
+            out[:] = image
+        else:
+            cv2.split(image, list(out))  # writes to the planes of `out`; takes a third of the time of a transposed copy
+        return out
+
+
+def crops(
+    sample: Mapping[str, Any],
+    views: Mapping[str, Augment | Sequence[Augment]],
+    rng: Rng,
+    alike: Mapping[str, str] | None = None,
+) -> dict[str, np.ndarray]:
+    """All views of a sample, by name: uint8 [C, size, size] for a single augment, [n, C, size, size] for a list of n,
+    [0, C, 1, 1] for an empty list.
+
+    `sample["image"]` is an `Encoded` or uint8 [H, W, C]; for a video, a list of T such frames of one size. All frames
+    get the same crops and colours, and views have a dimension T before C. `sample["color"]`, or else the image's
+    `color`, is "exact" (the default), "fused" or "device". With "device", every entry "name" with colour operations is
+    accompanied by their parameters "name.color": float32 [..., 6] with the leading dimensions of the entry, see
+    `colors.color_row`. For `rng`, views are numbered in the order of the entries. `alike={"b": "a"}` gives the views of
+    b the numbers of those of a, hence the same boxes and flips.
+
+    All boxes are drawn before the image is decoded. So, if colours are not exact, a JPEG can be decoded at the smallest
+    scale at which every box is at least as large as its view. Raises `Damaged`.
+    """
+    image = sample["image"]
+    clip = isinstance(image, (list, tuple))
+    frames = image if clip else [image]
+    color = sample.get("color") or getattr(frames[0] if frames else None, "color", "exact")
+    if color not in colors.MODES:
+        raise ValueError(f'color is "{color}"; it can be {", ".join(colors.MODES)}')
+    shape, channels = _common_shape(frames)
+    drawn = _draw(views, shape, rng, alike or {})
+    out = {
+        name: np.empty((len(entry), len(frames), *_size(name, entry, channels)), np.uint8)
+        for name, entry in drawn.items()
+    }
+    shrink = 1.0
+    if color != "exact":
+        shrink = min((min(p.box[2:]) / a.size for entry in drawn.values() for a, p in entry), default=1.0)
+    for t, frame in enumerate(frames):
+        pixels = frame.pixels(shrink) if isinstance(frame, Encoded) else frame
+        for name, entry in drawn.items():
+            for n, (augment, params) in enumerate(entry):
+                augment.apply(pixels, params, color, out[name][n, t])
+    result = {}
+    for name, entry in drawn.items():
+        leading = (len(entry),) * isinstance(views[name], Sequence) + (len(frames),) * clip
+        result[name] = out[name].reshape(*leading, *out[name].shape[2:])
+        if color == "device" and any(augment.colors for augment, _ in entry):
+            rows = np.stack([colors.color_row(params, channels) for _, params in entry])
+            result[f"{name}.color"] = rows.repeat(len(frames), axis=0).reshape(*leading, -1)
+    return result
+
+
+Drawn = dict[str, list[tuple[Augment, Params]]]
+
+
+def _common_shape(frames: Sequence[Any]) -> tuple[tuple[int, int], int]:
+    """((height, width), channels) of the frames. Raises `Damaged` if they differ."""
+    found = {_frame_shape(frame) for frame in frames}
+    if len(found) != 1:
+        raise Damaged(f"holds frames of different sizes: {sorted(found)}" if found else "holds no frames")
+    return found.pop()
+
+
+def _frame_shape(frame: Any) -> tuple[tuple[int, int], int]:
+    if isinstance(frame, Encoded):
+        return frame.shape, frame.channels
+    if frame.dtype != np.uint8 or frame.ndim != 3:
+        raise ValueError(f"an image is {frame.dtype} {list(frame.shape)}; it must be uint8 [H, W, C]")
+    return frame.shape[:2], frame.shape[2]
+
+
+def _draw(
+    views: Mapping[str, Augment | Sequence[Augment]], shape: tuple[int, int], rng: Rng, alike: Mapping[str, str]
+) -> Drawn:
+    """The augments of every entry with the parameters of their views, which are numbered through all entries."""
+    drawn: Drawn = {}
+    first: dict[str, int] = {}
+    number = 0
+    for name, entry in views.items():
+        augments = entry if isinstance(entry, Sequence) else [entry]
+        first[name] = first[alike[name]] if name in alike else number
+        number += 0 if name in alike else len(augments)
+        drawn[name] = [(a, a.draw(shape, rng(first[name] + k))) for k, a in enumerate(augments)]
+    return drawn
+
+
+def _size(name: str, entry: list[tuple[Augment, Params]], channels: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the views of an entry. Raises ValueError if their sizes differ."""
+    sizes = {augment.size for augment, _ in entry} or {1}
+    if len(sizes) > 1:
+        raise ValueError(f'views "{name}" have sizes {sorted(sizes)}: give each size an entry of its own')
+    size = sizes.pop()
+    return channels, size, size
+
+
+def _scaled(params: Params, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """The box of `params` on the same image decoded at another size."""
+    if shape == params.shape:
+        return params.box
+    (top, left, height, width), down, across = params.box, shape[0] / params.shape[0], shape[1] / params.shape[1]
+    height, width = max(1, round(height * down)), max(1, round(width * across))
+    return min(round(top * down), shape[0] - height), min(round(left * across), shape[1] - width), height, width
+
+
+# ---------------------------------------------------------------- boxes and sizes
+def random_box(
+    shape: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop with a share of the area in `scale` and an aspect in [3/4, 4/3]:
+    RandomResizedCrop.
+    """
+    return _box(shape, scale, rng.random(_BOX_NUMBERS).tolist())
+
+
+_BOX_NUMBERS = 22  # random numbers of ten attempts; drawing all at once costs as much as drawing two singly
+
+
+def _box(shape: tuple[int, int], scale: tuple[float, float], u: list[float]) -> tuple[int, int, int, int]:
+    (height, width), (low, high) = shape, scale
+    for i in range(2, _BOX_NUMBERS, 2):
+        area, aspect = height * width * (low + (high - low) * u[i]), math.exp((2 * u[i + 1] - 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[0] * (height - h + 1)), int(u[1] * (width - w + 1)), h, w
+    if width / height < 3 / 4:
+        h, w = round(width / (3 / 4)), width
+    elif width / height > 4 / 3:
+        h, w = height, round(height * (4 / 3))
+    else:
+        h, w = height, width
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bicubic with antialiasing, [H, W, C] → [size, C]; equals Pillow's.
+
+    A contiguous crop lets torch use its fast interleaved kernel.
+    """
+    if image.shape[:2] == tuple(size):
+        return image
+    dense = np.ascontiguousarray(image)
+    dense = dense.reshape(1, *dense.shape)  # [None] would give a stride of 0, for which torch does not use that kernel
+    tensor = torch.from_numpy(dense).permute(0, 3, 1, 2)
+    resized = F.interpolate(tensor, size=size, mode="bicubic", antialias=True)
+    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy()[0])
+
+
+def center(image: np.ndarray, size: int) -> np.ndarray:
+    """The view for evaluation: the central square of [H, W, C] resized to [C, size, size]."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    square = resize(image[top : top + short, left : left + short], (size, size))
+    return np.ascontiguousarray(square.transpose(2, 0, 1))

@@ -1,0 +1,85 @@
+"""Operations on views that run on the device: normalisation, and the fused colour operations of
+`data_pipeline/views/colors.py`.
+
+`apply` runs these operations for a whole batch at once:
+
+    x → own · R(x) + luma · L(x) + mean · m    brightness, contrast, saturation, hue and grey: see `color_row`
+      → Gaussian blur of 9 taps, mirrored at the edges, with each view's own sigma
+      → min(x, 255 − x)                        where the view is solarized
+
+The result of each line is rounded to whole levels, as in the data workers. No shape and no branch depends on values,
+and `constants` are copied to the device once, so there is no host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.views.colors import BASIS, LUMA
+
+RADIUS = 4  # of the blur, in pixels
+
+
+class Constants(NamedTuple):
+    """The numbers that these operations need, float32 on one device."""
+
+    mean: Tensor  # [C, 1, 1], of each channel, for levels from 0 to 255
+    std: Tensor  # [C, 1, 1]
+    basis: Tensor  # [4, 3, 3]: the colour matrix of each of the coefficients own, own · cos, own · sin, luma
+    luma: Tensor  # [3]
+
+
+def constants(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Constants:
+    """The constants on a device; `mean` and `std` of each channel are for pixels from 0 to 1. Copies from the host, so
+    keep the result.
+    """
+    offset, scale = (torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (mean, std))
+    basis = torch.from_numpy(BASIS).float().to(device).unflatten(1, (3, 4))[:4, :, :3]
+    return Constants(offset, scale, basis, torch.tensor(LUMA, device=device))
+
+
+def apply(images: Tensor, rows: Tensor, constants: Constants) -> Tensor:
+    """uint8 [..., C, H, W], with the parameters `rows` [..., 6] of `colors.color_row` for each view → uint8 [..., C, H,
+    W]. H and W are 5 or more.
+    """
+    if not images.numel():
+        return images
+    flat = images.reshape(-1, *images.shape[-3:])  # [N, C, H, W]
+    own, luma, mean, angle, sigma, solarize = rows.reshape(-1, rows.shape[-1]).float().unbind(1)  # [N]
+    x = _mix(flat.float(), own, luma, mean, angle, constants)
+    x = _blur(x.clamp_(0, 255).round_(), sigma).round_()
+    x = torch.where(solarize[:, None, None, None] > 0, torch.minimum(x, 255 - x), x)
+    return x.to(torch.uint8).reshape(images.shape)
+
+
+def normalize(images: Tensor, constants: Constants) -> Tensor:
+    """uint8 [..., C, H, W] → float32 (x / 255 − mean) / std, in place after the first copy: on a CPU, that is the
+    memory of three.
+    """
+    return images.float().sub_(constants.mean).div_(constants.std)
+
+
+def _mix(x: Tensor, own: Tensor, luma: Tensor, mean: Tensor, angle: Tensor, constants: Constants) -> Tensor:
+    """One colour matrix per view, and its share of the view's mean luma; x is [N, C, H, W], the others [N]."""
+    if x.shape[1] != 3:
+        return own[:, None, None, None] * x + (mean * x.mean((1, 2, 3)))[:, None, None, None]
+    parts = torch.stack([own, own * angle.cos(), own * angle.sin(), luma], dim=1)
+    matrix = torch.einsum("nk,kij->nij", parts, constants.basis)
+    constant = mean * (x.mean((2, 3)) @ constants.luma)  # [N]
+    return torch.baddbmm(constant[:, None, None], matrix, x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """[N, C, H, W] with each view's own sigma [N]; 0 leaves a view as it is."""
+    taps = torch.arange(-RADIUS, RADIUS + 1, device=x.device)
+    # With a sigma of 0.01, all taps but the middle one are 0.
+    weights = torch.exp(-(taps**2) / (2 * sigma.clamp_min(0.01)[:, None] ** 2))
+    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)  # [N·C, 9]
+    planes = F.pad(x, [RADIUS] * 4, mode="reflect").flatten(0, 1)[None]  # [1, N·C, H + 8, W + 8]
+    planes = F.conv2d(planes, weights[:, None, :, None], groups=len(weights))
+    return F.conv2d(planes, weights[:, None, None, :], groups=len(weights)).reshape(x.shape)

@@ -1,0 +1,137 @@
+"""Multi-crop views with block masks, for DINO, DINOv2 and DINOv3: two global crops, n local crops, masks, and for Gram
+anchoring the global crops once more, larger and without colour operations.
+
+`cfg` is an objective's Config with the fields that `multicrop` reads. Shapes: G = 2 global and L local crops, N patches
+of a global crop.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.order.permutation import hash_to_key
+from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
+from data_pipeline.views.masks import block_mask, masked_patches, resize_mask, stratified_ratio
+
+GLOBAL = 2  # number of global crops
+MADE_OF = {"global": "image", "local": "image", "gram": "image"}  # the part that each entry is made of
+Sizes = tuple[int, int, int]  # pixels of a global, a local and a Gram crop; 0: none
+
+
+@dataclass(frozen=True)
+class MultiCropViews:
+    """The views of a sample: {"global": [G, 3, H, W], "local": [L, 3, h, w], "mask": bool [G, N]}, and "gram" [G, 3, S,
+    S] where there are Gram crops; and of a micro-batch, where its masked patches are.
+
+    `augments`, `sides` (patches along a side of a global crop) and `weights` have one entry for each kind of step.
+    """
+
+    augments: list[dict[str, list[Augment]]]
+    sides: list[int]
+    weights: tuple[float, ...]
+    mask_share: float
+    mask_ratios: tuple[float, float]
+    alike: dict[str, str]  # {entry: the entry whose crops it repeats}
+    patch_size: int
+    cells: tuple[int, ...]
+
+    def __call__(self, sample: dict[str, Any], rng: Rng) -> dict[str, np.ndarray]:
+        row = pick(sample["seed"], sample["step"], self.weights)
+        side, masks = self.sides[row], []
+        for i in range(GLOBAL):
+            ratio = stratified_ratio(sample, i, GLOBAL, self.mask_share, self.mask_ratios)
+            masks.append(block_mask((side, side), int(ratio * side * side), rng(MASKS + i)).reshape(-1))
+        return crops(sample, self.augments[row], rng, self.alike) | {"mask": np.stack(masks)}
+
+    def collate(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """{"mask_indices", "mask_weight"} of a micro-batch's masks (`masked_patches`); with `cells`, those of each size
+        of cells as "mask_indices_SIZE" and "mask_weight_SIZE"."""
+        if not self.cells:
+            return masked_patches(batch["mask"])
+        masks = batch["mask"].reshape(-1, batch["mask"].shape[-1])
+        side, out = math.isqrt(masks.shape[1]), dict[str, np.ndarray]()
+        for cell in self.cells:
+            target = side * self.patch_size // cell
+            resized = resize_mask(masks, (side, side), (target, target))
+            out |= {f"{key}_{cell}": value for key, value in masked_patches(resized).items()}
+        return out
+
+
+def multicrop(
+    cfg: Any,
+    image_size: int,
+    patch_size: int,
+    gram_size: int = 0,
+    resolutions: list[list[float]] | None = None,
+    local_patch: int | None = None,
+    cells: tuple[int, ...] = (),
+) -> MultiCropViews:
+    """The views of crops of `image_size` pixels and patches of `patch_size`; of larger Gram crops if `gram_size` is
+    above 0.
+
+    `resolutions`: rows of (global, local, Gram pixels, weight) of DINOv3's high-resolution stage; each step uses one
+    row, drawn from (seed, step). `local_patch`: the size that local crops have to be a multiple of, if it is not
+    `patch_size`. `cells`: sizes in pixels of the cells on whose grids masked patches are compared, if they are not
+    patches of `patch_size`.
+    """
+    rows = resolutions or [[image_size, cfg.local_size, gram_size, 1.0]]
+    _check(rows, patch_size, gram_size > 0, (local_patch or patch_size) if cfg.local_crops else None)
+    sizes = [tuple(map(int, row[:3])) for row in rows]
+    return MultiCropViews(
+        augments=[_augments(cfg, size) for size in sizes],
+        sides=[size[0] // patch_size for size in sizes],
+        weights=tuple(row[3] for row in rows),
+        mask_share=cfg.mask_share,
+        mask_ratios=(cfg.mask_ratio_min, cfg.mask_ratio_max),
+        alike={"gram": "global"} if gram_size else {},
+        patch_size=patch_size,
+        cells=cells,
+    )
+
+
+@functools.lru_cache(64)
+def pick(seed: int, step: int, weights: tuple[float, ...]) -> int:
+    """Draw one of several kinds for a step, in proportion to their weights.
+
+    A function of (seed, step): the same in all processes and after a restart.
+    """
+    place = hash_to_key(seed, 11, step) / 2**64 * sum(weights)
+    return min(int(np.searchsorted(np.cumsum(weights), place, side="right")), len(weights) - 1)
+
+
+def _check(rows: list[list[float]], patch_size: int, gram: bool, local_patch: int | None) -> None:
+    """Raises ValueError for sizes that are no multiples of the patch, or for Gram crops without a Gram teacher.
+
+    `local_patch`: None for no local crops.
+    """
+    for row in rows:
+        if len(row) != 4 or row[3] <= 0:
+            raise ValueError(
+                f"objective.resolutions: {row} must be [global, local, Gram pixels (0: none), weight above 0]"
+            )
+        for size, patch in ((row[0], patch_size), (row[1], local_patch), (row[2], patch_size if row[2] else None)):
+            if patch and (size < patch or size % patch):
+                raise ValueError(
+                    f"crops of {[int(size) for size in row[:3]]} pixels do not divide into patches of {patch}"
+                )
+        if gram != (row[2] > 0):
+            raise ValueError(
+                f"objective.resolutions: {row} must have Gram pixels where, and only where, there is a gram_teacher"
+            )
+
+
+def _augments(cfg: Any, sizes: Sizes) -> dict[str, list[Augment]]:
+    wide, small = (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale)
+    common = {"jitter": (0.4, 0.4, 0.2, 0.1), "gray": 0.2, "flip": cfg.flip}
+    first = Augment(sizes[0], wide, blur=cfg.blur[0], **common)
+    second = Augment(sizes[0], wide, blur=cfg.blur[1], solarize=cfg.solarize, **common)
+    local = Augment(sizes[1], small, blur=cfg.blur[2], **common)
+    out = {"global": [first, second], "local": [local] * cfg.local_crops}
+    if sizes[2]:
+        out["gram"] = [Augment(sizes[2], wide, flip=cfg.flip)] * GLOBAL
+    return out

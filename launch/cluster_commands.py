@@ -1,0 +1,106 @@
+"""The commands of `unlabeled` for runs on a cluster: launch, status, logs and stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from common.output import say
+from launch.argument_types import Overrides, RecipeName, RunFolder
+
+
+def launch(
+    recipe: RecipeName = "",
+    overrides: Overrides = (),
+    *,
+    on: Annotated[str, "CLUSTER", "a cluster of ~/.config/unlabeled/clusters.yaml (default: the only one there)"] = "",
+    nodes: Annotated[str | None, "N", "nodes, or a range such as 2-4: the job then takes what there is"] = None,
+    gpus: Annotated[int | None, "N", "GPUs of each node; 0: train on CPUs"] = None,
+    processes: Annotated[int | None, "N", "processes on each node (default: one per GPU, else one)"] = None,
+    cpus: Annotated[int | None, "N", "cores of each process"] = None,
+    memory_gb: Annotated[float | None, "GB", "memory of each node"] = None,
+    hours: Annotated[float | None, "N", "time limit; a job that reaches it requeues itself and goes on"] = None,
+    signal_delay: Annotated[int | None, "SECONDS", "time before the limit at which the run saves and requeues"] = None,
+    max_restarts: Annotated[int | None, "N", "attempts in a row without a further step"] = None,
+    partition: Annotated[str | None, "NAME", "partition"] = None,
+    qos: Annotated[str | None, "NAME", "quality of service"] = None,
+    account: Annotated[str | None, "NAME", "account that the time is charged to"] = None,
+    constraint: Annotated[str | None, "FEATURES", "features that nodes must have"] = None,
+    reservation: Annotated[str | None, "NAME", "reservation"] = None,
+    exclude: Annotated[str | None, "NODES", "nodes not to use, as in n[1-3],n7"] = None,
+    array: Annotated[
+        Sequence[str], "KEY=VALUE,VALUE", "a run for each value, for example seed=0,1,2; all combinations of several"
+    ] = (),
+    at_a_time: Annotated[int, "N", "of an array, jobs that may run at the same time (default: all)"] = 0,
+    dry_run: Annotated[bool, "print the batch script and submit nothing"] = False,
+    init: Annotated[bool, "write a profile of this machine's cluster, by what sinfo says"] = False,
+) -> int:
+    """Train a recipe as a job of a Slurm cluster. Options replace those of the cluster's profile."""
+    from common.errors import UserError
+    from launch import clusters
+
+    if init:
+        say(clusters.write_profile())
+        return 0
+    if not recipe:
+        raise UserError("name a recipe: unlabeled launch RECIPE key=value … --on CLUSTER (or --init for a profile)")
+    given = {
+        **{"nodes": nodes, "gpus": gpus, "processes": processes, "cpus": cpus, "memory_gb": memory_gb, "hours": hours},
+        **{"signal_delay": signal_delay, "max_restarts": max_restarts, "partition": partition, "qos": qos},
+        **{"account": account, "constraint": constraint, "reservation": reservation, "exclude": exclude},
+    }
+    cluster = clusters.find(on, **given)
+    from launch import slurm
+
+    runs = slurm.recipes(recipe, overrides, array)
+    lines = slurm.script(runs, cluster, at_a_time).splitlines() if dry_run else slurm.submit(runs, cluster, at_a_time)
+    say(*lines)
+    return 0
+
+
+def status(
+    folders: Annotated[Sequence[str], "FOLDER", "run folders, or folders of runs (default: runs)"] = ("runs",),
+    *,
+    watch: Annotated[bool, "show it again every few seconds"] = False,
+    seconds: Annotated[float, "SECONDS", "between two looks, with --watch"] = 5.0,
+) -> None:
+    """Show what runs do: queue, steps, time that is left, speed, last checkpoint, last score, restarts."""
+    from common.output import clear_screen
+    from launch.status import runs_in, table
+
+    say(*table(runs_in(folders)))
+    while watch:
+        time.sleep(seconds)
+        lines = table(runs_in(folders))
+        clear_screen()
+        say(time.strftime("%H:%M:%S"), *lines)
+
+
+def logs(
+    run: RunFolder,
+    *,
+    rank: Annotated[int | None, "N", "the log of this rank of a job (default: the log of the run)"] = None,
+    lines: Annotated[int, "N", "lines from the end"] = 50,
+    follow: Annotated[bool, "show further lines until the run has ended"] = False,
+) -> None:
+    """Show the end of a run's log."""
+    from launch import status
+    from launch.run_tail import tail
+
+    path = status.log_of(Path(run), rank)
+    say(*tail(path, lines))
+    if follow:
+        status.follow(path, Path(run), say)
+
+
+def stop(
+    run: RunFolder,
+    *,
+    now: Annotated[bool, "at once, without a checkpoint"] = False,
+) -> None:
+    """Stop a run after a checkpoint, in a cluster's queue or on this machine. The command that started it goes on."""
+    from launch.status import stop
+
+    say(stop(Path(run), now))

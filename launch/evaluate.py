@@ -1,0 +1,86 @@
+"""The command `eval`: parses the words after the model into protocols and options, and finds the data. An export inside
+its run folder is evaluated on the data of the run's recipe, unless options name other data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import yaml_values
+from common.errors import UserError
+from common.output import say
+from eval import results
+from eval.run import PROTOCOLS, check
+from eval.run import evaluate as score
+from pretrain.recipes.recipe import expand_paths, stored
+from pretrain.run_folder.export_folders import run_of
+
+
+@dataclass
+class Request:
+    """What to score on, on which device, and the options of the protocols: {"knn": {"k": 20}}."""
+
+    gallery: list[str] = field(default_factory=list)
+    query: list[str] = field(default_factory=list)
+    image_size: int | None = None
+    device: str = "auto"
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def evaluate(model: str, words: Sequence[str], out: str) -> None:
+    """Score a model, print the rows of results, and append them to a .jsonl file.
+
+    `words`: names of protocols (default knn), and options KEY=VALUE: gallery, query and image_size name the data, device
+    where features are computed, PROTOCOL.OPTION sets an option of a protocol. `out`: the file of the results; "" stands for results.jsonl of the run
+    that the model belongs to, or no file if it belongs to none.
+    """
+    names = [word for word in words if "=" not in word]
+    check(names)
+    results.check_target(out)
+    request = Request()
+    run = run_of(model)
+    if run is not None:
+        cfg = stored(run).eval
+        request = Request(cfg.test_gallery or cfg.gallery, cfg.test, cfg.image_size, cfg.device)
+    _apply(request, (word for word in words if "=" in word))
+    gallery, query = ([_shards_of(spec) for spec in specs] for specs in (request.gallery, request.query))
+    # Without any option but the device, the result counts as the score of the run on its test split.
+    changed = any("=" in word and not word.startswith("device=") for word in words)
+    split = "custom" if run is None or changed else "test"
+    rows = score(model, names or ["knn"], gallery, query, split, request.image_size, request.options, request.device)
+    say(*results.lines(rows))
+    if target := out or (run and run / "results.jsonl"):
+        results.append(Path(target), rows)
+
+
+def _apply(request: Request, overrides: Iterable[str]) -> None:
+    """Set options KEY=VALUE in a request. Raises UserError for an unknown key, or a value of the wrong type."""
+    for key, value in map(yaml_values.parse_override, overrides):
+        value = expand_paths(value, "", key)
+        protocol, _, option = key.partition(".")
+        if option and protocol in PROTOCOLS:
+            request.options.setdefault(protocol, {})[option] = value
+        elif key == "image_size":
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"image_size = {value!r}: write pixels, 1 or more")
+            request.image_size = value
+        elif key == "device":
+            request.device = str(value)
+        elif key in ("gallery", "query"):
+            specs = value if isinstance(value, list) else [value]
+            if not all(isinstance(spec, str) for spec in specs):
+                raise UserError(f"{key} = {value!r}: write shards, as {key}=FOLDER or {key}=[FOLDER, FOLDER]")
+            setattr(request, key, specs)
+        else:
+            raise UserError(
+                f"{key!r}: no such option; write gallery=, query=, image_size=, device= or {PROTOCOLS[0]}.OPTION="
+            )
+
+
+def _shards_of(spec: str) -> str:
+    """`spec` if it names shards; if it is a folder of images, the folder of the shards that are built from it."""
+    from data_pipeline.build import folder_cache
+
+    return str(folder_cache.shards_of(spec)) if folder_cache.is_image_folder(spec) else spec

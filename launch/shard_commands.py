@@ -1,0 +1,212 @@
+"""The commands `unlabeled shards …`, one function each (see `command_parser.py`). Each imports what it needs when it
+runs, so that help and errors of the command line come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from common.output import say
+from launch.argument_types import NO_FILE, Overrides, RecipeName, ShardMb, Shards, Workers
+from launch.command_parser import HomePath
+
+PREVIEW = HomePath("preview.png")
+Bits = Annotated[int, "N", "bits that 16-bit images use: numbers from 0 to 2^N - 1 are scaled to 0 to 255 (default 16)"]
+AsStored = Annotated[bool, "do not rotate or mirror images as their EXIF orientation says"]
+SpecialTokens = Annotated[
+    Sequence[str],
+    "TOKEN",
+    'special tokens in addition to <|endoftext|>, <|pad|> and <|mask|>; "sentinels" stands for the 100 sentinels of T5',
+]
+
+
+def build(
+    source: Annotated[str, "folder, file or URL of the data"],
+    target: Annotated[str, "folder or URL for the shards; must not exist"],
+    *,
+    kind: Annotated[
+        str,
+        "KIND",
+        "images, videos, frames, text, image-text, parquet or webdataset (default: detected from the names of the"
+        " files); `images` of a folder that holds only videos are their frames",
+    ] = "",
+    labels: Annotated[HomePath, "FILE", ".csv, .tsv or .jsonl file with a path and a label for each image"] = NO_FILE,
+    image_field: Annotated[str, "NAME", "column that holds the path or the bytes of the image"] = "",
+    text_field: Annotated[str, "NAME", "column that holds the text (default: text, caption, …)"] = "",
+    label_field: Annotated[str, "NAME", "column that holds the label (default: label, class, …)"] = "",
+    lines: Annotated[bool, "read each line of a .txt file as a document, instead of each file"] = False,
+    bits: Bits = 0,
+    as_stored: AsStored = False,
+    max_pixels: Annotated[
+        int,
+        "N",
+        "number of pixels of the largest image that is accepted; if you raise it, also train with data.max_pixels=N",
+    ] = 100_000_000,
+    separator: Annotated[str, "TEXT", "text between two documents of a .txt file, for example '<|endoftext|>'"] = "",
+    frames_every: Annotated[
+        float | None,
+        "SECONDS",
+        "store frames of videos as images, as JPEG of quality 95: the first frame of every interval of this length"
+        " (default 1)",
+    ] = None,
+    shard_mb: ShardMb = 256.0,
+    workers: Workers = 0,
+) -> None:
+    """Write images, videos, text, parquet files, tables or other shards as WebDataset shards. Samples that cannot be
+    used are left out and listed. A build that was stopped continues when the same command is given again."""
+    from data_pipeline.build.build_shards import build, describe
+    from data_pipeline.build.sources import Options
+
+    options = Options(
+        labels,
+        image_field,
+        text_field,
+        label_field,
+        lines,
+        bits or Options.bits,
+        as_stored,
+        _unescaped(separator),
+        frames_every=frames_every,
+        max_pixels=max_pixels,
+    )
+    summary = build(source, target, shard_mb, kind=kind, options=options, workers=workers)
+    say(*describe(summary, target))
+
+
+def _unescaped(text: str) -> str:
+    """`text` with the escapes \\n and \\t, which a shell leaves as they are, replaced by a newline and a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def index(
+    url: Shards,
+    *,
+    bits: Bits = 0,
+    as_stored: AsStored = False,
+    members: Annotated[
+        Sequence[str], "EXTENSION", "further extensions to index, which a part of your own reads, for example flac"
+    ] = (),
+) -> None:
+    """Write an index beside shards that other tools have made."""
+    from data_pipeline.build.sources.source import check_bits
+    from data_pipeline.build.stats import summarize
+    from data_pipeline.shards import index
+    from data_pipeline.shards.samples import Samples
+
+    check_bits(bits or 16)
+    pixel_options = ({"bits": bits} if bits else {}) | ({"as_stored": True} if as_stored else {})
+    manifest = index.write(url, extra=pixel_options, further=members)
+    say(*summarize(Samples([url]), left_out=False))
+    megabytes, shards = manifest.total_bytes / 1e6, len(manifest.names)
+    say(f"{url}: indexed {manifest.samples} samples, {megabytes:.1f} MB in {shards} shards")
+
+
+def tokenizer(
+    source: Annotated[str, "folder or URL of text shards"],
+    target: Annotated[str, "a .json file, or a folder for tokenizer.json and tokenizer_config.json"],
+    *,
+    vocab: Annotated[int, "N", "size of the vocabulary, including special tokens"] = 4096,
+    specials: SpecialTokens = (),
+    text_mb: Annotated[float, "MB", "amount of text to train on, spread over the set"] = 256.0,
+) -> None:
+    """Train a byte-level BPE tokenizer on text shards."""
+    from data_pipeline.build.tokenizer import train
+
+    vocabulary = train(source, target, vocab, specials, int(text_mb * 1e6))
+    say(f"{target}: a byte-level BPE tokenizer with {vocabulary.size} tokens")
+
+
+def tokenize(
+    source: Annotated[str, "folder or URL of text shards, as `unlabeled shards build` writes them"],
+    target: Annotated[str, "folder or URL for the token shards; must not exist"],
+    *,
+    tokenizer: Annotated[HomePath, "FILE", "a tokenizer.json, or a folder that contains one"] = NO_FILE,
+    vocab: Annotated[int, "N", "train a new tokenizer with N tokens on the source"] = 0,
+    specials: SpecialTokens = (),
+    shard_mb: Annotated[float, "MB", "text in the largest shard"] = 256.0,
+    block: Annotated[int, "N", "number of tokens in the longest row that training will read"] = 1 << 18,
+    workers: Workers = 0,
+) -> None:
+    """Write text shards as token shards, which training reads. Documents that cannot be used are left out and listed.
+    A call that was stopped continues when the same command is given again."""
+    from data_pipeline.build.tokenize_text import describe, tokenize
+
+    summary = tokenize(
+        source,
+        target,
+        tokenizer,
+        vocab,
+        tuple(specials),
+        shard_mb,
+        block,
+        workers=workers,
+    )
+    say(*describe(summary, target))
+
+
+def verify(url: Shards) -> int:
+    """Read all bytes of shards again and compare them with the hashes in their index."""
+    from data_pipeline.shards import index
+
+    problems = index.verify(url)
+    say(*problems or [f"{url}: every byte is as it was indexed"])
+    return 1 if problems else 0
+
+
+def stats(
+    url: Shards, *, sheet: Annotated[HomePath, "FILE.png", "write a contact sheet of up to 48 samples"] = NO_FILE
+) -> None:
+    """Count the members of shards, and decode up to 1000 images that are spread over the set."""
+    from data_pipeline.build import stats
+
+    say(*stats.describe(stats.gather(url)))
+    if sheet:
+        say("", f"{stats.sheet(url, sheet)}: a contact sheet of samples that are spread over the set")
+
+
+def split(
+    source: Shards,
+    target: Annotated[str, "folder or URL in which train/, val/ and test/ are written"],
+    *,
+    val: Annotated[float, "SHARE", "share of the samples for validation, for example 0.02"],
+    test: Annotated[float, "SHARE", "share of the samples for the test (default 0)"] = 0.0,
+    shard_mb: ShardMb = 256.0,
+    workers: Workers = 0,
+) -> None:
+    """Copy shards into train, val and test sets. A hash of its key decides where a sample goes, so that it stays there
+    when samples are added to the source."""
+    from data_pipeline.build.build_shards import describe
+    from data_pipeline.build.split import split
+
+    sides = split(source, target, val, test, shard_mb, workers=workers)
+    for side, summary in sides.items():
+        say(*describe(summary, f"{target}/{side}"))
+
+
+def preview(
+    recipe: RecipeName,
+    overrides: Overrides = (),
+    *,
+    out: Annotated[HomePath, "FILE", "image file to write; of a text recipe, rows are printed instead"] = PREVIEW,
+    rows: Annotated[int, "N", "number of samples"] = 8,
+) -> None:
+    """Draw the input of a recipe's model: all views of some samples, with masked patches darkened. Of a text recipe,
+    print some rows and mark the tokens that the model predicts."""
+    from pretrain.recipes.recipe import load
+
+    resolved = load(recipe, overrides)
+    from pretrain import image_folders
+
+    image_folders.use_shards(resolved)
+    if resolved.model.reads == "tokens":
+        from launch import preview_text
+
+        say(
+            *preview_text.preview(resolved, rows),
+            "‹…› is a token that the model does not predict; ⟦a→b⟧ is a masked token: it reads a and predicts b",
+        )
+        return
+    from launch.preview import preview
+
+    say(f"{preview(resolved, out, rows)}: one row for each sample, with all views that {resolved.objective.name} makes")

@@ -1,0 +1,103 @@
+"""Query Slurm with its own commands: the jobs in the queue and the partitions of the cluster. This module does not
+import torch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from common.errors import UserError
+
+TIMEOUT = 60.0  # seconds after which a command of Slurm is given up
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING")
+ACTIVE = ("RUNNING", "COMPLETING", *WAITING)  # states of jobs that run, wait, or will be started again
+
+
+def ask(*command: str) -> str:
+    """Run a command of Slurm and return its output. Raises UserError if it is not installed, fails or does not answer."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
+    except FileNotFoundError:
+        problem = "is not installed here; use a machine from which jobs are submitted, such as a login node"
+    except subprocess.TimeoutExpired:
+        problem = f"did not answer in {TIMEOUT:g} s; Slurm's controller may be down, try again later"
+    except subprocess.CalledProcessError as error:
+        problem = f"failed: {' '.join(error.stderr.split()) or f'code {error.returncode}'}"
+    raise UserError(f"{' '.join(command[:3])}: {problem}")
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job as squeue lists it."""
+
+    state: str  # such as PENDING or RUNNING
+    reason: str  # why it waits; "None" for a job that does not wait
+    nodes: str  # in Slurm's notation, such as n[1-2]; "" for a job that waits
+    began: str  # time at which it was started or is expected to start; "N/A" if Slurm does not know it
+
+
+def jobs(ids: Iterable[str]) -> dict[str, Queued]:
+    """{id: job} for those of the given jobs that Slurm still knows. A job of an array has the id ARRAY_INDEX."""
+    wanted = [*dict.fromkeys(ids)]
+    if not wanted:
+        return {}
+    listed = ",".join(sorted({name.partition("_")[0] for name in wanted}))
+    words = ("--noheader", "--array", "--states=all", f"--jobs={listed}", "--format=%i|%T|%r|%N|%S")
+    try:
+        rows = [line.split("|") for line in ask("squeue", *words).splitlines()]
+    except UserError as error:
+        if "Invalid job id" in str(error):  # squeue's error if it no longer knows any of the jobs
+            return {}
+        raise
+    return {row[0]: Queued(*row[1:5]) for row in rows if len(row) == 5 and row[0] in wanted}
+
+
+@dataclass(frozen=True)
+class Partition:
+    name: str
+    default: bool
+    nodes: int
+    cpus: int  # of the smallest node
+    memory_mb: int  # of the smallest node
+    gpus: int  # of the node with the fewest
+    hours: float | None  # time limit; None: no limit
+    features: str
+
+    def __str__(self) -> str:
+        limit = "no limit" if self.hours is None else f"{self.hours:g} h"
+        words = [f"{self.nodes} nodes", f"{self.cpus} cores", f"{self.memory_mb / 1024:.0f} GiB", f"{self.gpus} GPUs"]
+        return f"{self.name}{' (default)' if self.default else ''}: {', '.join([*words, limit, self.features])}"
+
+
+def partitions() -> list[Partition]:
+    """The partitions of the cluster to which this machine belongs. Raises UserError if there are none."""
+    rows = [line.split("|") for line in ask("sinfo", "--noheader", "--format=%P|%D|%c|%m|%G|%l|%f").splitlines()]
+    out: dict[str, Partition] = {}
+    for name, nodes, cpus, memory, gres, limit, features in (row for row in rows if len(row) == 7):
+        gpus = sum(int(count) for count in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)", gres))
+        least = (int(cpus.rstrip("+")), int(memory.rstrip("+")))
+        one = Partition(name.rstrip("*"), name.endswith("*"), int(nodes), *least, gpus, _hours(limit), features)
+        before = out.get(one.name)  # sinfo prints one line for each kind of node in a partition
+        out[one.name] = one if before is None else _both(before, one)
+    if not out:
+        raise UserError("sinfo: this cluster has no partition")
+    return [*out.values()]
+
+
+def _both(a: Partition, b: Partition) -> Partition:
+    """One partition from two lines of sinfo about it, for different kinds of nodes."""
+    least = (min(a.cpus, b.cpus), min(a.memory_mb, b.memory_mb), min(a.gpus, b.gpus))
+    return Partition(a.name, a.default, a.nodes + b.nodes, *least, a.hours, f"{a.features}; {b.features}")
+
+
+def _hours(limit: str) -> float | None:
+    """The hours of a time limit that Slurm writes as [DAYS-]HOURS:MINUTES:SECONDS or MINUTES:SECONDS; None for any
+    other text, such as "infinite"."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return round(days * 24 + hours + minutes / 60 + seconds / 3600, 2)

@@ -1,0 +1,58 @@
+"""One process of a run in a Slurm job: `srun … python -m launch.slurm_rank FOLDER RECIPE` starts the trainer with the
+environment of torch.distributed, and records in FOLDER where it runs (rank-R.json) and how it ended (rank-R.end.json).
+No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.child_signals import SIGNALS, signals_blocked
+
+END = ".end.json"
+
+
+def distributed(slurm: Mapping[str, str]) -> dict[str, str]:
+    """The variables that torch.distributed reads, from those that Slurm sets for a task.
+
+    MASTER_ADDR and MASTER_PORT come from the supervisor (`launch.supervisor`), which knows the nodes.
+    """
+    out = {"RANK": slurm["SLURM_PROCID"], "LOCAL_RANK": slurm["SLURM_LOCALID"]}
+    tasks, nodes = int(slurm["SLURM_STEP_NUM_TASKS"]), int(slurm["SLURM_STEP_NUM_NODES"])
+    return {**out, "WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks // nodes)}
+
+
+def record(path: Path, **values: Any) -> None:
+    """Write a JSON file that appears whole."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(values))
+    temporary.replace(path)
+
+
+def run(folder: Path, recipe: str) -> int:
+    """Start the trainer, pass signals on to it, and return its exit code."""
+    env = {"OMP_WAIT_POLICY": "passive", **os.environ, **distributed(os.environ)}
+    about = {"rank": int(env["RANK"]), "node": env["SLURMD_NODENAME"], "step": env["SLURM_STEP_ID"]}
+    with signals_blocked():  # a signal that comes before the trainer can handle it waits
+        trainer = subprocess.Popen([sys.executable, "-P", "-m", "pretrain.train", recipe], env=env)
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: trainer.send_signal(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    record(folder / f"rank-{about['rank']}.json", **about, pid=trainer.pid)
+    while trainer.poll() is None:
+        time.sleep(0.05)
+    code = trainer.returncode
+    record(folder / f"rank-{about['rank']}{END}", **about, code=code, ended=time.time())
+    return 128 - code if code < 0 else code  # of a signal, as a shell has it
+
+
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,280 @@
+"""Estimates what a run needs before it starts (`unlabeled plan RECIPE`): parameters, FLOPs, memory of a process, bytes
+between processes, hours.
+
+`trace.py` trains two steps of the recipe's objective in one process, with fake tensors; this module computes from that
+what each process needs in a `parallel.mode`. torch is imported only inside of functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.config import ConfigError
+from common.errors import DataError
+from common.untrusted import loads, read_text, schema_error
+from pretrain.estimate.hardware import PEAKS, peak_of
+from pretrain.recipes import parallel_checks
+from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.written_files import FLOPS, RECIPE
+
+if TYPE_CHECKING:
+    from pretrain.estimate.trace import Unit
+
+WHOLE = {"parameters": 1.0, "casts": 1.0, "gradients": 1.0, "optimizer": 1.0, "teacher": 1.0, "activations": 1.0}
+FP32 = 4  # bytes of a parameter, and of each tensor of its optimizer state
+ZERO_BUCKET = 500_000_000  # size of DeepSpeed's gradient buffer, even for a small model (reduce_bucket_size)
+ZERO_REUSE = (
+    1_000_000_000  # parameters: what is used again before so many others stays gathered (stage3_max_reuse_distance)
+)
+
+
+@dataclass
+class Plan:
+    """Bytes are of one process; FLOPs of a step over the global batch."""
+
+    trained: int  # parameters
+    frozen: int  # of teachers
+    flops: int  # of the model, without recomputation of activations
+    computed: int  # FLOPs with recomputation
+    batch: int
+    micro: int  # samples of a process in one micro-batch
+    accumulate: int
+    processes: int
+    memory: dict[str, int]  # on the device, by category, at the moment when their sum is largest
+    host: dict[str, int]  # in main memory, by category, if the recipe offloads
+    collectives: dict[str, int]  # {kind of collective: bytes per step of the full tensors that it works on}
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+
+def trace(cfg: Recipe, processes: int | None = None) -> Plan:
+    """The plan of a recipe on a number of processes (default: those of this run). Raises ConfigError for a recipe that
+    cannot run on them."""
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if processes is None else processes
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: write 1 or more")
+    parallel_checks.check(cfg, processes)
+    if cfg.precision == "auto":
+        cfg = cfg.replace(precision="fp32" if cfg.device == "cpu" else "bf16")
+    from pretrain.estimate import trace as tracer
+    from pretrain.objectives.finder import find
+    from pretrain.optim import optimizers
+    from pretrain.parallel.engine import accumulation
+
+    batch = cfg.data.batch
+    accumulate = accumulation(cfg, find(cfg.objective.name).couples_batch, processes)
+    micro = batch // (processes * accumulate)
+    states = len(optimizers.kind(cfg.optim.name).state_names)
+    share = shares(cfg, processes, accumulate, states)
+    offloaded = _offloaded(cfg)
+    on_device = {name: 0.0 if name in offloaded else part for name, part in share.items()}
+    found = tracer.run(cfg, micro, accumulate, processes, on_device)
+    flops = found.flops
+    if cfg.parallel.recompute != "none":
+        plain = cfg.replace(parallel=cfg.parallel.replace(recompute="none"))
+        flops = tracer.run(plain, micro, 1, processes, WHOLE).flops
+    memory = {name: int(size * on_device[name]) for name, size in found.memory.items()}
+    memory |= transient(cfg, found.units, processes)
+    trained, frozen = sum(u.trained for u in found.units), sum(u.frozen for u in found.units)
+    sizes = {"parameters": FP32 * trained, "gradients": FP32 * trained, "optimizer": FP32 * states * trained}
+    sizes["teacher"] = FP32 * frozen
+    return Plan(
+        trained,
+        frozen,
+        flops * accumulate * processes,
+        found.flops * accumulate * processes,
+        batch,
+        micro,
+        accumulate,
+        processes,
+        {name: size for name, size in memory.items() if size},
+        {name: int(sizes[name] * share[name]) for name in offloaded if sizes[name]},
+        traffic(cfg, found.units, processes, accumulate, found.collectives, found.exchanged),
+    )
+
+
+def step_flops(cfg: Recipe, run: Path) -> int:
+    """The FLOPs of a step over the global batch. A trace takes up to a minute for a large model, so the result is kept
+    in RUN/flops.json for the next start of the same recipe. Raises ConfigError."""
+    from data_pipeline.storage.urls import write_atomically
+
+    place, key = run / FLOPS, hashlib.sha256((run / RECIPE).read_bytes()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        kept = loads(read_text(place))
+        if not schema_error(kept, {"recipe": str, "flops": int}) and kept["recipe"] == key:
+            return kept["flops"]
+    flops = trace(cfg).flops
+    with contextlib.suppress(DataError):  # on a full disk, the next start traces again
+        write_atomically(str(place), [json.dumps({"recipe": key, "flops": flops}).encode()])
+    return flops
+
+
+def shares(cfg: Recipe, processes: int, accumulate: int, states: int) -> dict[str, float]:
+    """{category: the share of it that each process holds}. `states`: optimizer state tensors per parameter."""
+    mode, piece = cfg.parallel.mode, 1 / processes
+    if mode == "fsdp2":
+        piece *= cfg.parallel.replicate
+        cut = dict.fromkeys(("parameters", "optimizer", "teacher", "gradients"), piece)
+        if accumulate > 1:
+            cut["gradients"] = 1.0  # they are reduced and scattered at the last micro-batch only
+        if cfg.parallel.frozen == "replicated":
+            cut["teacher"] = 1.0
+        return WHOLE | cut | {"casts": 0.0}  # weights are gathered in the compute type, see `transient`
+    if mode == "ddp":
+        return WHOLE | {"gradients": 0.0}  # views of the buckets, see `transient`
+    if mode == "zero3":
+        return WHOLE | dict.fromkeys(("parameters", "optimizer", "teacher", "gradients"), piece)
+    if mode in ("zero1", "zero2"):  # the optimizer has a copy of its parameters, even if they are fp32
+        return WHOLE | {"optimizer": piece * (states + 1) / states} | ({"gradients": piece} if mode == "zero2" else {})
+    return dict(WHOLE)
+
+
+def _offloaded(cfg: Recipe) -> tuple[str, ...]:
+    if not cfg.parallel.offload:
+        return ()
+    return ("parameters", "gradients", "optimizer", "teacher") if cfg.parallel.mode == "fsdp2" else ("optimizer",)
+
+
+def _width(cfg: Recipe) -> int:
+    """Bytes of a number in the compute dtype."""
+    return 4 if cfg.precision == "fp32" else 2
+
+
+def transient(cfg: Recipe, units: list[Unit], processes: int) -> dict[str, int]:
+    """Bytes that a mode needs for its communication: gathered units, and buffers. The figures for ZeRO are from the source
+    of DeepSpeed 0.19."""
+    trained, mode = sum(u.trained for u in units), cfg.parallel.mode
+    if mode == "ddp":
+        return {"buffers": FP32 * trained}  # the gradient buckets, of which gradients are views
+    if mode == "fsdp2":
+        width, replicated = _width(cfg), cfg.parallel.frozen == "replicated"
+        sizes = [width * (u.trained + (0 if replicated else u.frozen)) for u in units]
+        kept = sum(size for size, u in zip(sizes, units, strict=True) if u.kept)
+        passing = [size for size, u in zip(sizes, units, strict=True) if not u.kept]
+        largest = max(u.trained for u in units)
+        # gathered: a unit, and the next one, which is prefetched; buffers: a unit's gradients, and their fp32 copy that
+        # is being reduced
+        return {
+            "gathered": kept + max(a + b for a, b in pairwise([0, *passing, 0])),
+            "buffers": (width + FP32) * largest,
+        }
+    if mode.startswith("zero"):
+        gathered = FP32 * (_kept(trained) + max(u.trained + u.frozen for u in units))
+        return {"gathered": gathered if mode == "zero3" else 0, "buffers": FP32 * ZERO_BUCKET}
+    return {}
+
+
+def _kept(trained: int) -> int:
+    """Number of parameters that ZeRO-3 keeps gathered from forward to backward. These are the last ones: the distance
+    between two uses counts the parameters used in between, in forward and in backward."""
+    return min(trained, ZERO_REUSE // 2)
+
+
+def traffic(
+    cfg: Recipe, units: list[Unit], processes: int, accumulate: int, asked: dict[str, int], exchanged: int
+) -> dict[str, int]:
+    """{kind of collective: bytes per step of the full tensors}. `asked`: bytes of the objective's own collectives per
+    micro-batch; `exchanged`: fp32 bytes of the matrices that the optimizer's ranks exchange.
+
+    With a ring of n processes, each sends (n − 1) / n of these bytes for an all-gather or reduce-scatter, and twice
+    that for an all-reduce.
+    """
+    mode, trained = cfg.parallel.mode, sum(u.trained for u in units)
+    out = {name: accumulate * size for name, size in asked.items()}
+
+    def add(name: str, size: int) -> None:
+        out[name] = out.get(name, 0) + size
+
+    if mode == "ddp":
+        add("all-reduce", FP32 * trained)
+    elif mode == "fsdp2":
+        pieces = processes // cfg.parallel.replicate
+        frozen = 0 if cfg.parallel.frozen == "replicated" else 1
+        # trained ones are gathered for the backward, too, unless they stay gathered, which they do for all calls
+        gathers = sum(
+            u.trained + frozen * u.frozen if u.kept else u.calls * (2 * u.trained + frozen * u.frozen) for u in units
+        )
+        if pieces > 1:
+            add("all-gather", accumulate * _width(cfg) * gathers)
+            add("reduce-scatter", FP32 * trained)
+        if cfg.parallel.replicate > 1:
+            add("all-reduce", FP32 * trained // pieces)
+    elif mode in ("zero1", "zero2"):  # whose gradients go through one all-reduce (use_multi_rank_bucket_allreduce)
+        add("all-reduce", FP32 * trained * (accumulate if mode == "zero2" else 1))
+        add("all-gather", FP32 * trained)
+    elif mode == "zero3":
+        frozen = sum(u.frozen for u in units)
+        add("all-gather", accumulate * FP32 * (2 * trained - _kept(trained) + frozen))
+        add("reduce-scatter", accumulate * FP32 * trained)
+    matrices = exchanged // FP32 * (FP32 if cfg.device == "cpu" else 2)  # Muon's, in bf16 on a GPU
+    if matrices and mode == "fsdp2":  # rows travel to the rank that computes, and back
+        add("all-to-all", 2 * matrices)
+    elif matrices:
+        add("all-gather", matrices)
+    return out if processes > 1 else {}
+
+
+def describe(cfg: Recipe, device: str, mfu: float, processes: int = 1) -> list[str]:
+    """The lines of `unlabeled plan`. Raises ConfigError for a device that is not in the table."""
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu {mfu:g}: write a share of the peak, such as 0.4")
+    if peak_of(device, "fp32") is None:
+        raise ConfigError(f"--device {device}: not known; known: {', '.join(PEAKS)}")
+    if cfg.precision == "auto":
+        cfg = cfg.replace(precision="bf16" if cfg.device != "cpu" and peak_of(device, "bf16") else "fp32")
+    peak = peak_of(device, cfg.precision)
+    if peak is None:
+        raise ConfigError(f"--device {device}: has no {cfg.precision}; write precision=fp32")
+    plan = trace(cfg, processes)
+    hours = plan.computed * cfg.steps / (peak * mfu * processes) / 3600
+    teacher = f", {plan.frozen / 1e6:.1f} M of a teacher" if plan.frozen else ""
+    again = f"; {_scaled(plan.computed)} with what is computed again" if plan.computed != plan.flops else ""
+    micro = f" in {plan.accumulate} micro-batches of {plan.micro}" if plan.accumulate > 1 else f" at once: {plan.micro}"
+    unit, seen = "images", f"{cfg.steps * plan.batch / 1e6:.3g} M images"
+    from pretrain.build import parts_of
+
+    if length := getattr(parts_of(cfg).get("tokens"), "length", 0):
+        unit, seen = f"rows of {length} tokens", f"{cfg.steps * plan.batch * length / 1e9:.3g} G tokens"
+    out = [
+        f"{cfg.objective.name} on {cfg.model.name}, {cfg.precision}, {cfg.parallel.mode} on {processes} × {device}",
+        f"parameters   {plan.trained / 1e6:.1f} M trained{teacher}",
+        f"a step       {plan.batch} {unit}, for a process{micro}; {_scaled(plan.flops)}{again}",
+        f"the run      {cfg.steps} steps, {seen}, {_scaled(cfg.steps * plan.computed)}",
+        f"time         {_time(hours)} at {mfu:.0%} of {processes} × {peak / 1e12:.3g} TFLOP/s",
+        f"memory       {_sizes(plan.memory)} of each device",
+    ]
+    if plan.host:
+        out.append(f"main memory  {_sizes(plan.host)} for each process")
+    if plan.collectives:
+        each = ", ".join(f"{name} {_size(size)}" for name, size in plan.collectives.items())
+        out.append(f"traffic      a step: {each}")
+    return out + [f"derived      {line}" for line in cfg.derived]
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return f"{_size(sum(sizes.values()))} ({', '.join(f'{name} {_size(size)}' for name, size in sizes.items())})"
+
+
+def _scaled(flops: float) -> str:
+    for scale, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T")):
+        if flops >= scale:
+            return f"{flops / scale:.3g} {letter}FLOP"
+    return f"{flops / 1e9:.3g} GFLOP"
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{max(1, math.ceil(hours * 60))} min"

@@ -1,0 +1,50 @@
+"""Lets a recipe name folders of plain images where shards are expected: shards of them are built into the cache, and the
+recipe then names those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common import output
+from common.errors import UserError
+from pretrain.recipes.recipe import Recipe
+
+SCORED_DATASETS = ("gallery", "val", "test", "test_gallery")  # keys of `eval` that name shards
+
+
+def use_shards(recipe: Recipe, say: Callable[[str], None] = output.say) -> None:
+    """Replace folders of images by folders of shards, in data.train, data.mix and the datasets that are scored. Raises
+    UserError if the run folder is inside of one of the folders of images.
+
+    The run stores the paths of the shards, so that it is resumed with exactly these images, even if the folder of images
+    changes.
+    """
+    data, scored = vars(vars(recipe)["data"]), vars(vars(recipe)["eval"])
+    if recipe.model.reads != "image":
+        return
+    lists = [
+        data["train"],
+        *(vars(source)["shards"] for source in data["mix"]),
+        *(scored[key] for key in SCORED_DATASETS),
+    ]
+    if not any(Path(path).expanduser().is_dir() for paths in lists for path in paths):
+        return
+    from data_pipeline.build import folder_cache
+
+    shards_of: dict[str, str] = {}  # {folder of images: folder of shards}
+    for paths in lists:
+        for n, path in enumerate(paths):
+            if path not in shards_of and folder_cache.is_image_folder(path):
+                _check_run_is_outside(recipe.run, path)
+                shards_of[path] = str(folder_cache.shards_of(path, data["max_pixels"], say))
+            paths[n] = shards_of.get(path, path)
+
+
+def _check_run_is_outside(run: str, images: str) -> None:
+    """Raises UserError for a run folder inside of a folder of images: pictures that the run writes would be taken for
+    images of the folder."""
+    if Path(run).resolve().is_relative_to(Path(images).expanduser().resolve()):
+        raise UserError(
+            f"run = {run}: lies inside of {images}, a folder of images that is only read; write run=FOLDER, outside of it"
+        )

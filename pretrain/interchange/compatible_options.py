@@ -1,0 +1,68 @@
+"""Which options of two model configs must be equal for weights of the one to give the same features in the other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pretrain.models import presets
+
+# Options that determine the names and shapes of a model's tensors.
+SHAPE_OPTIONS = (
+    *("dim", "depth", "widths", "depths", "decoder_depth", "vocab_size", "head_dim", "mlp_width", "mlp_ratio"),
+    *("context", "segments", "in_channels", "registers", "layer_scale", "qkv_bias", "bias"),
+)
+# Options of a decoder that have an effect only if `rope_factor` is not 1.
+ROPE_SCALING_OPTIONS = ("rope_low", "rope_high", "rope_context")
+# Options that determine how a model computes with its tensors.
+COMPUTATION_OPTIONS = (
+    *("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem", "architecture", "kv_heads"),
+    *("norm", "qk_norm", "windows", "softcap", "tied", "buckets", "max_distance", "rope_factor"),
+    *ROPE_SCALING_OPTIONS,
+)
+
+
+def incompatible_options(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
+    """{"model.KEY": (value here, value of the source)} of the options that differ but must be equal. Both configs are
+    of one class."""
+    compared = (*SHAPE_OPTIONS, *COMPUTATION_OPTIONS)
+    here, there = _effective_options(ours), _effective_options(theirs)
+    unlike = {k for k in compared if k in here and here[k] != there[k]}
+    if here.get("positions") != "rope":
+        unlike.discard("rope_base")
+    if here.get("rope_factor") == there.get("rope_factor") == 1:
+        unlike -= {*ROPE_SCALING_OPTIONS}
+    if {here.get("positions"), there.get("positions")} == {"learned", "sincos"}:
+        unlike.discard("positions")
+    if here.get("layer_scale") is not None:  # no error: the source's layer scales are loaded, or ones if it has none
+        unlike.discard("layer_scale")
+    return {f"model.{k}": (here[k], there[k]) for k in compared if k in unlike}
+
+
+def describe_differences(unlike: dict[str, tuple[Any, Any]]) -> str:
+    """Part of an error message: the options that differ, {key: (value here, value of the source)}, and the overrides
+    that set them to the source's values."""
+    differences = ", ".join(f"{k} is {here!r} here and {there!r} there" for k, (here, there) in unlike.items())
+    overrides = " ".join(
+        f"{k}={v if isinstance(v, str) else json.dumps(v).replace(' ', '')}" for k, (_, v) in unlike.items()
+    )
+    return f"{differences}; write {overrides}"
+
+
+def _effective_options(cfg: Any) -> dict[str, Any]:
+    """The values of a config for a comparison: "auto" values are resolved, and options without effect on this model are
+    emptied."""
+    options = dict(vars(cfg))
+    if isinstance(cfg, presets.Decoder):
+        dim, heads, kv_heads, head_dim, width = presets.decoder_sizes(cfg)
+        windows = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.depth)] if any(cfg.windows) else []
+        options |= {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "mlp_width": width}
+        options |= {"windows": windows, "context": cfg.context if cfg.positions == "learned" else None}
+    elif isinstance(cfg, presets.TextEncoder):
+        options["mlp_width"] = 4 * cfg.dim if cfg.mlp_width == "auto" else cfg.mlp_width
+    elif isinstance(cfg, presets.EncoderDecoder):
+        options |= {"decoder_depth": cfg.decoder_depth or cfg.depth, "context": None}
+    elif isinstance(cfg, presets.ViT):
+        # from the integer width that the MLP really has
+        options["mlp_ratio"] = int(cfg.dim * cfg.mlp_ratio + 1e-6) / cfg.dim
+    return options

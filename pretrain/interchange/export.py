@@ -1,0 +1,150 @@
+"""Writes exports: folders of config.json and model.safetensors, with a tokenizer for text models, that
+`transformers.AutoModel.from_pretrained` and `load` open.
+
+Which class of transformers a backbone becomes, and the names of its tensors, are in
+`pretrain/interchange/layouts/transformers.py`. The key `unlabeled` of config.json holds what `load` needs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from common import config
+from common.errors import UserError
+from pretrain.interchange import model_card, weights
+from pretrain.interchange.layouts import tokenizer_files as tokenizers
+from pretrain.interchange.layouts import transformers
+from pretrain.interchange.layouts.transformers import State
+from pretrain.models.layers import Backbone
+from pretrain.objectives.base import Objective
+from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.written_files import EXPORT_FILES, make_empty_folder
+
+
+def write(
+    folder: Path,
+    encoder: Backbone,
+    about: dict[str, Any],
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    state: State | None = None,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write an encoder as a folder, atomically, and read it back to check that its weights are the same.
+
+    `about`: further facts for the key `unlabeled` of config.json. `mean`, `std`: the normalisation of the pixels that it
+    was trained on. `state`: weights to write in place of its own. `tokenizer`: the tokenizer.json of a text model.
+    """
+    cfg: Any = encoder.cfg
+    left_out = [name for name in encoder.training_only if vars(cfg)[name]]  # parts that only training uses
+    cfg = cfg.replace(**dict.fromkeys(left_out, False)) if left_out else cfg
+    state = encoder.state_dict() if state is None else state
+    state = {k: v.detach().cpu() for k, v in state.items() if k.partition(".")[0] not in left_out}
+    fields, tensors = transformers.write(cfg, state)
+    fields["dtype"] = "float32"
+    pixels = {"mean": mean, "std": std} if cfg.reads == "image" else {}
+    fields["unlabeled"] = {"model": config.to_dict(cfg), **pixels, **about}
+    partial = folder.with_name(f".{folder.name}.partial")
+    make_empty_folder(partial, EXPORT_FILES)
+    save_file(
+        {k: (v.float() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()},
+        partial / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    if cfg.reads == "tokens" and tokenizer is not None:
+        fields |= tokenizers.write(partial, Path(tokenizer), encoder.context, not cfg.causal)
+        if "decoder_start_token_id" in fields:  # T5 begins with padding
+            fields["decoder_start_token_id"] = fields.get("pad_token_id", 0)
+    (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+    if cfg.reads == "image":
+        processor = _processor(encoder.image_size, mean, std)
+        (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    stored = weights.tensors_of(partial)
+    changed = [k for k, v in state.items() if k not in stored or not torch.equal(stored[k], v.to(stored[k].dtype))]
+    if changed:
+        raise RuntimeError(f"{folder}: tensors of the export differ from those of the model: {', '.join(changed[:5])}")
+    if not folder.is_dir():
+        partial.rename(folder)
+        return
+    # config.json, which makes the folder an export, comes last; files of others in the folder stay
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(folder / path.name)
+    partial.rmdir()
+
+
+def _processor(size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
+    """The content of preprocessor_config.json. The short side is resized to `size` and the centre is cropped, as
+    `data_pipeline.views.augmentations.center` does for evaluation."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+
+
+def folders(folder: Path, objective: Objective) -> dict[str, Path]:
+    """{name: export folder} of an objective's encoders: `folder` itself for the recipe's model, and NAME/STEP next to it
+    for further ones."""
+    return {name: folder if name == "model" else folder.parent / name / folder.name for name in objective.exports()}
+
+
+def save(
+    folder: Path,
+    objective: Objective,
+    recipe: Recipe,
+    step: int,
+    states: dict[str, State] | None = None,
+    tokenizer: Path | None = None,
+    run: Path | None = None,
+) -> list[Path]:
+    """Export an objective's encoders at a step of its run to their `folders`, except to those that exist. Returns the
+    folders, `folder` first.
+
+    `states`: the encoders' full weights on the host, if an engine has sharded them (`Engine.encoder_states`).
+    `tokenizer`: as for `write`. `run`: the run whose recipe, data and scores the model card shows, if the folder is
+    outside of it.
+    """
+    targets, exported = folders(folder, objective), objective.exports()
+    for name, target in targets.items():
+        about = {"step": step, "objective": recipe.objective.name, "pool": exported[name].pool}
+        about |= {"student": name} if name != "model" else {}
+        if not (target / "config.json").is_file():
+            encoder = exported[name].backbone
+            mean, std = (recipe.data.mean, recipe.data.std) if encoder.cfg.reads == "image" else (None, None)
+            write(target, encoder, about, mean, std, states[name] if states else None, tokenizer)
+            model_card.write(target, run)
+    return sorted(targets.values(), key=lambda target: target != folder)
+
+
+def holds(folder: Path, encoder: Backbone, step: int) -> bool:
+    """Whether a folder holds the export of this encoder, with the same weights, at this step."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        loaded, about = load(folder)
+    except UserError:
+        return False
+    stored, own = loaded.state_dict(), encoder.state_dict()
+    same_weights = all(
+        k in own and v.shape == own[k].shape and torch.equal(v, own[k].to(v.dtype)) for k, v in stored.items()
+    )
+    return same_weights and about["step"] == step
+
+
+def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:
+    """(the encoder in eval mode, facts on it: mean, std, pool, step, objective) of an export, or of any other source that
+    `weights.load_backbone` reads."""
+    return weights.load_backbone(folder)

@@ -1,0 +1,143 @@
+"""Write the model card of an export, the README.md in its folder: how to load the model, its scores, its training data
+with fingerprints, and its recipe. All of this is read from files of the run and of the export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import yaml_values
+from common.errors import UserError
+from common.output import shown
+from common.untrusted import schema_error
+from pretrain.interchange.layouts.transformers_text import CLASSES, OWN
+from pretrain.run_folder.export_folders import run_of
+from pretrain.run_folder.jsonl_rows import read_rows
+
+
+def write(folder: Path, run: Path | None = None) -> Path:
+    """Write the model card of the export in `folder`. Returns the path of the card.
+
+    `run` is the folder of its run; it has to be given only for an export outside RUN/export/. If no run is known, the
+    card has no scores, data and recipe. Raises UserError if the run's recipe cannot be used."""
+    fields = json.loads((folder / "config.json").read_text())
+    run = run or run_of(folder)
+    lines = [*_head(fields), *_use(fields)]
+    if run is not None:
+        about = fields["unlabeled"]
+        lines += [*_scores(run, about.get("step"), about.get("student")), *_data(run), *_recipe(run)]
+    target = folder / "README.md"
+    temporary = folder / ".README.md"
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(target)
+    return target
+
+
+def _head(fields: dict[str, Any]) -> list[str]:
+    about, task = fields["unlabeled"], _text_task(fields)
+    library = "unlabeled" if fields["model_type"].startswith("unlabeled") else "transformers"
+    model = about["model"]
+    name = f"{model['name']}, pretrained with {about.get('objective')}"
+    options = ", ".join(
+        f"{k} {v}"
+        for k, v in model.items()
+        if k in ("dim", "depth", "heads", "patch_size", "widths", "depths", "registers", "architecture")
+        or (task and k in ("vocab_size", "context"))
+    )
+    if task:
+        summary = "A language model trained by `unlabeled`."
+        more = ""
+    else:
+        summary = "A backbone trained without labels by `unlabeled`."
+        more = f" Pixels: mean {about['mean']}, std {about['std']} after division by 255; features are pooled by {about.get('pool', 'cls')}."
+    return [
+        "---",
+        f"library_name: {'timm' if 'architecture' in fields else library}",
+        f"tags: [self-supervised, {task or 'image-feature-extraction'}]",
+        "---",
+        f"# {name}, step {about.get('step')}",
+        "",
+        summary,
+        f"Options: {options}.{more}",
+        "",
+    ]
+
+
+def _text_task(fields: dict[str, Any]) -> str:
+    """The name that the Hugging Face hub has for the task of a text model; "" for other models."""
+    tasks = {"bert": "fill-mask", "t5": "text2text-generation", OWN: "text-generation"}
+    return tasks.get(fields["model_type"], "text-generation" if fields["model_type"] in CLASSES else "")
+
+
+def _use(fields: dict[str, Any]) -> list[str]:
+    if fields["model_type"] in CLASSES:
+        name = CLASSES[fields["model_type"]]
+        return [
+            f"    from transformers import AutoTokenizer, {name}",
+            f"    tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), {name}.from_pretrained(FOLDER).eval()",
+            "",
+            *([] if name == "BertForMaskedLM" else ['or `unlabeled generate FOLDER "Once upon a time"`.', ""]),
+        ]
+    if fields["model_type"].startswith("unlabeled"):
+        return [
+            "    from pretrain.interchange.weights import load_backbone",
+            "    encoder, about = load_backbone(FOLDER)",
+            "",
+        ]
+    if "architecture" in fields:
+        return ["    import timm", '    model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', ""]
+    return [
+        "    from transformers import AutoImageProcessor, AutoModel",
+        "    processor, model = AutoImageProcessor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()",
+        '    features = model(**processor(image, return_tensors="pt")).last_hidden_state  # class token first',
+        "",
+    ]
+
+
+def _scores(run: Path, step: int | None, student: str | None) -> list[str]:
+    """The section with the scores at a step: of the recipe's model, or of `student`, an additional student of a
+    distillation."""
+    names = (student,) if student else ("untrained", "pretrained")
+    rows = [r for r in read_rows(run / "results.jsonl") if r["step"] == step and r.get("model") in names]
+    if not rows:
+        return ["## Scores", "", "The model of this step has not been evaluated.", ""]
+    lines = ["## Scores", "", "| split | protocol | metric | value | of |", "|---|---|---|---|---|"]
+    newest = {(r["split"], r["protocol"], r["metric"]): r for r in rows}  # later rows replace earlier ones
+    lines += [
+        f"| {s} | {p} | {m} | {r['value']:.4f} | {r.get('count', 0)} {r.get('unit', 'images')} |"
+        for (s, p, m), r in newest.items()
+    ]
+    notes = dict.fromkeys(row["note"] for row in newest.values() if row.get("note"))
+    return [*lines, "", *(f"Note: {shown(note)}.\n" for note in notes)]
+
+
+def _data(run: Path) -> list[str]:
+    """The section with one line per dataset, from the manifests that the run has stored: the number of samples, or of
+    documents and tokens, and the fingerprint, a digest of the hashes of all shards."""
+    from data_pipeline.shards.manifest import parse_manifest
+
+    lines = ["## Data", ""]
+    for path in sorted((run / "data").glob("[0-9]*.json")):
+        held = parse_manifest(path.read_bytes(), str(run / "data"), str(path))
+        what = f"{held.samples} samples"
+        if text := held.details.get("text"):
+            what = f"{text['documents']:,} documents, " if "documents" in text else ""
+            what += f"{text['tokens']:,} tokens" + (
+                f", {text['bytes'] / 1e6:,.1f} MB of text" if "bytes" in text else ""
+            )
+        lines.append(f"- {what} in {len(held.names)} shards, fingerprint `{held.id}`")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def _recipe(run: Path) -> list[str]:
+    recipe = yaml_values.read_yaml(run / "recipe.yaml")
+    if wrong := schema_error(recipe, {"steps": int, "data": {"batch": int}, "precision": str}):
+        raise UserError(f"{run}/recipe.yaml: is not the resolved recipe of a run ({wrong})")
+    steps, batch = recipe["steps"], recipe["data"]["batch"]
+    text = shown((run / "recipe.yaml").read_text().strip(), keep="\n\t")
+    what = f"{steps} steps of {batch} samples, {recipe['precision']}."
+    if "context" in recipe["model"]:
+        length = recipe["data"]["length"] or recipe["model"]["context"]
+        what = f"{steps} steps of {batch} rows of {length} tokens, {steps * batch * length:,} tokens in all, {recipe['precision']}."
+    return ["## Recipe", "", what, "", "```yaml", text, "```"]

@@ -1,0 +1,87 @@
+"""The networks of a distillation: a frozen teacher, loaded from any source, and students that are given by their names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from common import yaml_values
+from common.errors import UserError
+from pretrain.checkpoint.dcp_format import fill
+from pretrain.checkpoint.tools import locate
+from pretrain.interchange.loaded_weights import is_loading
+from pretrain.interchange.weight_sources import checkpoint_tensors, find_source, model_config
+from pretrain.interchange.weights import load_into
+from pretrain.models.build import build_model
+from pretrain.models.layers import Backbone
+
+
+def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, bool]]:
+    """{name: arguments of its `PrototypeHead`} of the heads that the teacher in a checkpoint has. Raises UserError if it
+    has none, or if `where` is not a checkpoint."""
+    shapes = checkpoint_tensors(where)[1] if find_source(where).layout == "checkpoint" else {}
+    objective = checkpoint_recipe(where)["objective"] if shapes else {}
+    unit_prototypes = bool(objective.get("unit_prototypes", True))
+    arguments = {}
+    for name in ("dino_head", "ibot_head"):
+        prefix = f"teacher.{name}."
+        if f"{prefix}prototypes" not in shapes:
+            raise UserError(
+                f"{where}: has no {name}, only a backbone; write objective.loss=features, or name a run of dinov2 or dinov3"
+            )
+        (hidden, inputs), (count, bottleneck) = shapes[f"{prefix}mlp.0.weight"], shapes[f"{prefix}prototypes"]
+        arguments[name] = (inputs, hidden, bottleneck, count, unit_prototypes)
+    return arguments
+
+
+def checkpoint_recipe(where: str) -> dict[str, Any]:
+    """The recipe of the run that has written a checkpoint, as plain values."""
+    store, name = locate(where)
+    return store.run_json(name)["recipe"]
+
+
+def load_teacher(teacher: torch.nn.ModuleDict, where: str) -> None:
+    """Load the teacher's "backbone" from any source, and its heads, if it has some, from a checkpoint."""
+    load_into(teacher["backbone"], where)  # type: ignore[arg-type]
+    heads = [name for name in teacher if name != "backbone"]
+    if not heads or not is_loading():
+        return
+    reader, _ = checkpoint_tensors(where)
+    state = {
+        f"teacher.{name}.{k}": torch.empty_like(v) for name in heads for k, v in teacher[name].state_dict().items()
+    }
+    fill({"model": state}, reader, where, alone=True)
+    teacher.load_state_dict({k.removeprefix("teacher."): v for k, v in state.items()}, strict=False)
+
+
+def build_like(where: str) -> Backbone:
+    """A backbone with the config of the one in a source, with random weights."""
+    return build_model(find_source(where).cfg)
+
+
+def patch_size_of(where: str) -> int:
+    """Pixels per token along one side, of the backbone in a source."""
+    with torch.device("meta"):
+        return build_like(where).patch_size
+
+
+def patch_sizes_of(specs: list[str]) -> list[int]:
+    """Pixels per token along one side, of each student that `student_builders` builds."""
+    with torch.device("meta"):
+        return [build().patch_size for build in student_builders(specs).values()]
+
+
+def student_builders(specs: list[str]) -> dict[str, Callable[[], Backbone]]:
+    """{name: builder} of students given as "NAME" or "NAME option=value …". If several have one name, the later ones are
+    numbered."""
+    builders: dict[str, Callable[[], Backbone]] = {}
+    for spec in specs:
+        name, *options = spec.split()
+        values = dict(yaml_values.parse_override(option) for option in options)
+        cfg = model_config(name, values, f"objective.students {spec!r}")
+        count = sum(key.partition("-")[0] == name for key in builders)
+        builders[f"{name}-{count + 1}" if count else name] = functools.partial(build_model, cfg)
+    return builders

@@ -1,0 +1,36 @@
+"""From a model's config to its network. The configs and presets (`presets.py`) are data that import no torch; the
+networks do."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from common.config import ConfigError, fields, kind
+from pretrain.models import presets
+from pretrain.models.layers import Backbone
+
+NETWORKS = {
+    presets.ViT: "vit.VisionTransformer",
+    presets.ConvNeXt: "convnext.ConvolutionalNetwork",
+    presets.ResNet: "resnet.ResidualNetwork",
+    presets.Timm: "timm_network.TimmNetwork",
+    presets.Decoder: "text_models.DecoderTransformer",
+    presets.TextEncoder: "text_models.EncoderTransformer",
+    presets.EncoderDecoder: "t5.EncoderDecoderTransformer",
+}
+
+
+def build_model(cfg: Any, **changes: Any) -> Backbone:
+    """The backbone that `cfg` (a ViT, ConvNeXt, Decoder, …) describes, with some options changed, randomly initialised
+    from torch's global generator."""
+    for key in changes:
+        if key not in fields(type(cfg)):
+            family = kind(cfg).__name__
+            raise ConfigError(
+                f"model.name = {cfg.name!r}: the objective sets model.{key}, which a {family} does not have; choose a ViT (model=vit_small)"
+            )
+    file, name = NETWORKS[kind(cfg)].split(".")
+    network = getattr(importlib.import_module(f"pretrain.models.{file}"), name)(cfg.replace(**changes))
+    network.cfg = network.cfg.settled()
+    return network

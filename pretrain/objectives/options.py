@@ -1,0 +1,205 @@
+"""The base class of an objective's `Config`, options that several methods share, and the rules that replace `auto` by a
+value.
+
+Nothing here imports torch, because a recipe is checked before torch is imported. The published recipes are for a
+million images and batches of thousands; the rules give the same values there, and smaller ones for less data, smaller
+batches and shorter runs. They are rules of thumb: the log names the chosen values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from common.config import Facts, Section, option
+from common.schedules import Schedule
+from pretrain.models import presets
+
+
+class Options(Section):
+    """Base of every objective's `Config`: the questions that generic modules ask a method, with defaults."""
+
+    # {logged quantity that shows a collapse: advice which options to change}
+    remedies: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        """Overrides of a recipe, by dotted key, with which a test trains this objective in seconds: on a small ViT, or
+        on the `model` named here.
+
+        The first entry is complete. Each further entry is merged into the first, to reach options that the first does
+        not read. In a value, "{export}" stands for the folder of an exported ViT, and "{run NAME}" for the folder of a
+        run of the objective NAME.
+        """
+        return [{}]
+
+    def assignments(self) -> int | None:
+        """K, the number of classes that images are assigned to, if the objective logs `teacher_entropy`: its maximum is
+        ln K. Else None."""
+        return None
+
+    def rows(self) -> tuple[int, str]:
+        """(n, override): the samples in one forward, over all ranks, must be a multiple of n, unless the recipe has
+        this override."""
+        return 1, ""
+
+    def check_rows(self, rows: int, what: str) -> None:
+        """Raises ValueError where the options do not fit `rows`, the samples in one forward over all ranks, which
+        `what` describes."""
+
+
+def network(name: str, **changes: Any) -> Any:
+    """A field of a Config that holds a further model: the preset `name` with `changes`, unless the recipe sets it.
+    `backbone("FIELD")` builds it.
+
+    In a Config:  text: Section = network("bert_micro", depth=4)
+    In a recipe:  objective: {text: {name: bert_base, depth: 6}}, or objective.text=bert_base
+    """
+
+    def default() -> Section:
+        kind, values = presets.choose(name)
+        made = kind(**(values | changes))
+        made.name, made._defaults = name, values | changes
+        return made
+
+    return dataclasses.field(default_factory=default, metadata={"choose": presets.choose})
+
+
+# ---------------------------------------------------------------- what `auto` becomes
+def inherited(facts: Facts) -> Any:
+    """The value of the same option in the run that this one starts from (`init.run`)."""
+    return facts.before().get(facts.key)
+
+
+def prototypes(facts: Facts) -> int:
+    """min(samples / 20, 64 · batch, 262144), rounded to a power of two, at least 256.
+
+    65,536 for ImageNet's 1.28 M images; at most the 262,144 that DINOv3 has at batch 4,096.
+    """
+    wanted = max(256, min(facts.samples / 20, 64 * facts.batch, 262144))
+    return 2 ** round(math.log2(wanted))
+
+
+def momentum(facts: Facts) -> Schedule:
+    """max(0.95, min(1 − 0.004 · batch / 1024, 1 − 20 / steps, 0.9999)), rising to 1 by a cosine.
+
+    DINO's 0.996 at batch 1,024, the same half-life in samples at other batches, and at least about 20 time constants in
+    the run.
+    """
+    value = 1 - min(0.05, max(0.004 * facts.batch / 1024, 20 / facts.steps, 1e-4))
+    return Schedule(value, kind="cosine", final=1.0, steps=facts.steps)
+
+
+def temperature(facts: Facts) -> Schedule:
+    """From 0.04 to 0.07 over 30 epochs, but at most 30 % of the run; to 0.05 with fewer than 100,000 samples."""
+    length = max(1, round(min(0.3 * facts.steps, 30 * facts.samples / facts.batch)))
+    value = 0.07 if facts.samples >= 100_000 else 0.05
+    return Schedule(value, start=0.04, warmup=float(length), steps=facts.steps)
+
+
+# ---------------------------------------------------------------- options that methods share
+@dataclass
+class MultiCrop(Options):
+    """Two global crops, n local crops, and block masks on the global crops (data_pipeline/views/multicrop.py)."""
+
+    local_crops: int = option(8, low=0)  # local crops of each image, in addition to two global ones
+    local_size: int = option(96, low=1)  # pixels
+    global_scale: float = option(0.32, above=0, high=1)  # smallest share of the image's area in a global crop
+    local_scale: float = option(0.05, above=0, high=1)  # smallest share in a local crop; its largest is `global_scale`
+    mask_share: float = option(0.5, low=0, high=1)  # share of the global crops that are masked
+    mask_ratio_min: float = option(0.1, low=0, high=1)  # smallest share of masked patches in a masked crop
+    # largest share of masked patches; each masked crop draws its share between the two
+    mask_ratio_max: float = option(0.5, low=0, high=1)
+    # probability of a blur in the first global crop, the second one, and local crops; the released models have 0, 0.9,
+    # 0.5
+    blur: list[float] = option(lambda: [1.0, 0.1, 0.5], low=0, high=1)
+    solarize: float = option(0.2, low=0, high=1)  # probability, second global crop only
+    flip: float = option(0.5, low=0, high=1)  # probability; DINOv3's 7B model: 0
+
+    def check(self) -> None:
+        if len(self.blur) != 3:
+            raise ValueError(
+                f"objective.blur = {self.blur}: write three probabilities, of the first global crop, the second one,"
+                " and the local crops"
+            )
+        for low, high in (("mask_ratio_min", "mask_ratio_max"), ("local_scale", "global_scale")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least > most:
+                raise ValueError(f"objective.{low} = {least}: must be at most objective.{high} = {most}")
+
+
+@dataclass
+class SelfDistillation(MultiCrop):
+    """Options of the DINO, iBOT and KoLeo losses, where a teacher assigns crops and patches to prototypes."""
+
+    remedies = {
+        "teacher_entropy": "lower objective.teacher_temperature or the number of prototypes",
+        "feature_std": "raise objective.momentum or objective.koleo_weight",
+        "rank": "raise objective.momentum or objective.koleo_weight",
+    }
+
+    student_temperature: float = option(0.1, above=0)  # the student's logits are divided by it before the softmax
+    # the same for the teacher's logits
+    teacher_temperature: Literal["auto"] | Schedule = option(
+        lambda: Schedule(0.07, start=0.04, warmup=0.1), above=0, auto=temperature
+    )
+    # momentum of the teacher: the share of its weights that it keeps in a step (EMA)
+    momentum: Literal["auto"] | Schedule = option(lambda: Schedule(0.994), low=0, high=1, auto=momentum)
+    ibot_weight: float = 1.0  # weight of the iBOT loss on masked patches; the DINO loss has 1
+    koleo_weight: float = 0.1  # weight of KoLeo, which spreads the class tokens of a batch
+    # KoLeo compares images within groups of this many; null: the whole batch. The papers use each GPU's batch
+    koleo_group: int | None = option(None, low=2)
+
+    def neighbours(self) -> int:
+        """The number of nearest neighbours in a group that KoLeo uses."""
+        return 1
+
+    def check(self) -> None:
+        super().check()
+        if self.koleo_group is not None and self.neighbours() >= self.koleo_group:
+            raise ValueError(
+                f"objective.koleo_neighbours = {self.neighbours()}: must be less than"
+                f" objective.koleo_group = {self.koleo_group}"
+            )
+
+    def rows(self) -> tuple[int, str]:
+        return vars(self)["koleo_group"] or 1, "objective.koleo_group=null"
+
+    def check_rows(self, rows: int, what: str) -> None:
+        """KoLeo's groups are made of the images in one forward, over all ranks."""
+        group = vars(self)["koleo_group"]
+        if group is None and self.neighbours() >= max(rows, 2):
+            raise ValueError(
+                f"objective.koleo_neighbours = {self.neighbours()}: must be less than the images of {what}"
+            )
+        if group is not None and rows % group:
+            raise ValueError(
+                f"objective.koleo_group = {group}: does not divide {what};"
+                " write a divisor, or null for one group of all"
+            )
+
+
+@dataclass
+class PrototypeHeads(SelfDistillation):
+    """Self-distillation with prototype heads that the run trains (DINOv2, DINOv3)."""
+
+    # K, the outputs of the DINO head
+    prototypes: int | Literal["auto"] = option(65536, low=1, auto=(inherited, prototypes))
+    head_hidden: int = option(2048, low=1)  # width of the head's hidden layers
+    head_bottleneck: int = option(256, low=1)  # width of the layer before the prototypes
+    # outputs of the iBOT head; null: as the DINO head
+    ibot_prototypes: int | None = option(None, low=1)
+    ibot_hidden: int | None = option(None, low=1)  # width of its hidden layers; null: as the DINO head
+    # width of its layer before the prototypes; null: as the DINO head
+    ibot_bottleneck: int | None = option(None, low=1)
+
+    def assignments(self) -> int | None:
+        count = vars(self)["prototypes"]
+        return count if isinstance(count, int) else None
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        heads = {"objective.prototypes": 64, "objective.head_hidden": 64, "objective.head_bottleneck": 32}
+        return [{**heads, "objective.local_size": 16, "objective.local_crops": 2}]

@@ -1,0 +1,160 @@
+"""Muon (K. Jordan 2024; arXiv 2502.16982): orthogonalised momentum for matrices inside blocks; AdamW for all other
+parameters.
+
+    b ← μ b + (1 − μ) g;   u = (1 − μ) g + μ b;   w ← (1 − lr·wd) w − lr · 0.2 √max(r, c) · NS(u)        for w [r, c]
+
+NS, the Newton–Schulz iteration, brings all singular values of u near 1. The factor 0.2 √max(r, c) makes an update about
+as large as AdamW's, so that both use the same learning rate and weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config import ConfigError
+from pretrain.ops.matrix_exchange import Layout, Round, Shape, deal, rounds_of
+from pretrain.ops.parameter_shards import local
+from pretrain.optim.adamw import AdamW
+from pretrain.optim.skippable import Skippable
+from pretrain.recipes.sections import Optim
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPS = 1e-7
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """U S' Vᵀ from matrices [..., r, c] = U S Vᵀ, with S' between about 0.7 and 1.2, by Newton–Schulz in the matrices'
+    dtype."""
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class MuonAdamW(Skippable):
+    """One optimizer: Muon for the groups with `muon: true`, fused AdamW for the others.
+
+    A Muon group has `parts`, the rows (r₁, r₂, …) of the matrices that are stacked in each of its parameters (queries,
+    keys, values); each is orthogonalised by itself. `parts` is () for a single matrix. The matrices are shared out over
+    the ranks, stacked by shape, and travel in the dtype of the iteration: bf16 on a GPU, fp32 on a CPU, where it is
+    faster (`pretrain/ops/matrix_exchange.py`).
+    """
+
+    state_names = ("momentum_buffer", *AdamW.state_names)  # a Muon matrix has only the first, other parameters the rest
+    unsupported = {
+        "zero": "Muon needs whole matrices, and DeepSpeed flattens them",
+        "offload": "Muon computes on the device, and offloading keeps the matrices in main memory",
+    }
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, betas: tuple[float, float], eps: float):
+        self.momentum = momentum
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        rest = [g for g in self.param_groups if not g["muon"]]
+        self.adamw = AdamW(rest, lr=0.0, betas=betas, eps=eps, fused=True) if rest else None
+
+    @staticmethod
+    def options(rows: tuple[int, ...] | None) -> dict[str, Any]:
+        return {"muon": False} if rows is None else {"muon": True, "parts": rows}
+
+    def begin(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a Muon matrix before its first step."""
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        if self.adamw is not None:  # load_state_dict replaces groups and state by new dictionaries
+            self.adamw.param_groups = [g for g in self.param_groups if not g["muon"]]
+            self.adamw.state = self.state
+            self.adamw.found_inf = self.found_inf
+            self.adamw.step()
+        groups = [g for g in self.param_groups if g["muon"]]
+        if matrices := [(p, group) for group in groups for p in group["params"] if p.grad is not None]:
+            self._update(matrices)
+
+    def _update(self, matrices: list[tuple[Tensor, dict]]) -> None:
+        """Update all Muon matrices. While a stack is orthogonalised, the next one is on its way to this rank, and the
+        one before on its way to the others. Collective."""
+        shapes = [(p.shape[0], p.shape[1]) for p, _ in matrices]
+        kinds = [(shape, group["parts"]) for shape, (_, group) in zip(shapes, matrices, strict=True)]
+        layout = Layout.of(matrices[0][0])
+        dealt = deal([_cost(*kind) for kind in kinds], layout.owners)
+        rounds = [Round(layout, stacks, shapes) for stacks in rounds_of(dealt, kinds, [p.numel() for p, _ in matrices])]
+        coming: Callable[[], Tensor] | None = self._send(rounds[0], matrices)
+        going: Callable[[], dict[int, Tensor]] = dict
+        for round, following in zip_longest(rounds, rounds[1:]):
+            stack = coming()  # type: ignore[misc]
+            coming = self._send(following, matrices) if following else None
+            if round.mine:
+                stack = _orthogonal_parts(stack, matrices[round.mine[0]][1]["parts"])
+            self._apply(going(), matrices)
+            going = round.from_owners(stack)
+        self._apply(going(), matrices)
+
+    def _send(self, round: Round, matrices: list[tuple[Tensor, dict]]) -> Callable[[], Tensor]:
+        """Update the momentum of this rank's rows of a round's matrices, and send the rows of u to their owners."""
+        pieces = {}
+        for index in (i for stack in round.stacks for i in stack):
+            pieces[index] = self._direction(matrices[index][0])
+        return round.to_owners(pieces)
+
+    def _direction(self, p: Tensor) -> Tensor:
+        """u of this rank's rows, in the dtype of the iteration; the momentum follows."""
+        state = self.state[p]
+        if not state:
+            state.update(self.begin(p))
+        assert p.grad is not None
+        g, buffer = local(p.grad), local(state["momentum_buffer"])
+        if self.found_inf is None:
+            buffer.lerp_(g, 1 - self.momentum)
+        else:
+            go = self._go(g)
+            g = torch.where(go > 0, g, 0.0)
+            buffer.lerp_(g, ((1 - self.momentum) * go).to(g.dtype))
+        return g.lerp(buffer, self.momentum).to(torch.bfloat16 if g.device.type == "cuda" else g.dtype)
+
+    def _apply(self, updates: dict[int, Tensor], matrices: list[tuple[Tensor, dict]]) -> None:
+        for index, update in updates.items():
+            p, group = matrices[index]
+            weight = local(p)
+            go = self._go(weight)
+            weight.mul_(1 - group["lr"] * group["weight_decay"] * go)
+            weight.add_(update.to(weight.dtype) * (-group["lr"] * go))
+
+    def _go(self, like: Tensor) -> Tensor | float:
+        """0 where this step is skipped, else 1."""
+        return 1.0 if self.found_inf is None else 1.0 - self.found_inf.to(like.device)
+
+
+def _cost(shape: Shape, parts: tuple[int, ...]) -> float:
+    """Multiplications of one Newton–Schulz step, for all matrices that are stacked in one of `shape`."""
+    sides = [sorted((rows, shape[1])) for rows in parts or shape[:1]]
+    return float(sum(2 * short**2 * long + short**3 for short, long in sides))
+
+
+def _orthogonal_parts(stack: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """Orthogonalise and scale each of the matrices that are stacked in [n, r, c] along r; those of one shape at
+    once."""
+    rows = list(parts) or [stack.shape[1]]
+    pieces = list(stack.split(rows, 1))
+    for size in dict.fromkeys(rows):
+        places = [k for k, own in enumerate(rows) if own == size]
+        alike = torch.cat([pieces[k] for k in places])
+        done = orthogonalise(alike) * (0.2 * max(alike.shape[1:]) ** 0.5)
+        for k, piece in zip(places, done.chunk(len(places)), strict=True):
+            pieces[k] = piece
+    return torch.cat(pieces, 1)
+
+
+def build(groups: list[dict[str, Any]], cfg: Optim) -> MuonAdamW:
+    if not any(group["muon"] for group in groups):
+        raise ConfigError("optim.name = muon: this model's blocks have no trained matrices; write optim.name=adamw")
+    return MuonAdamW(groups, cfg.momentum, (cfg.beta1, cfg.beta2), cfg.eps)

@@ -1,0 +1,246 @@
+"""A recipe: one YAML file that names everything that a run needs. `load("demo", ["steps=100"])` reads a recipe and
+checks it, without importing torch.
+
+A recipe may extend another one (`extends: NAME or FILE`). Overrides with dotted keys come last. The resolved recipe,
+with every default written out, is stored in the run folder, and reproduces the run exactly.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from common import config, yaml_values
+from common.config import ConfigError, Origin, Section, option
+from common.errors import nearest
+from common.schedules import Schedule
+from pretrain.models import presets
+from pretrain.objectives import finder
+from pretrain.objectives.options import Options
+from pretrain.recipes import size_dial
+from pretrain.recipes.sections import Checkpoint, Data, Derived, Eval, Export, Init, Log, Optim, Parallel, Skip
+
+FOLDER = Path(__file__).parent
+# In bytes: the longest name of a file, and the longest path of a run folder. A run writes files below its folder, whose
+# paths need the rest of the 4096 bytes that Linux allows.
+LONGEST_NAME, LONGEST_PATH = 255, 3800
+CHOSEN = {"model", "objective"}  # sections whose options depend on their name
+
+
+@dataclass
+class Recipe(Section):
+    # number of steps of the optimizer in the whole run; auto, for decoders only: see pretrain/recipes/size_dial.py
+    steps: Derived
+    # the backbone: a name of pretrain/models/presets.py, and its options
+    model: presets.Model = field(metadata={"choose": presets.choose})
+    # the method: a name that `unlabeled recipes` lists, or a .py file of your own, and its options
+    objective: Options = field(metadata={"choose": finder.config_class})
+    run: str = ""  # the run folder; empty: runs/<name of the recipe>
+    # seed of the initial weights, of the order of the samples and of all other random numbers; runs with the same seed
+    # have the same result
+    seed: int = 0
+    device: str = "auto"  # a device of torch, such as cuda or cpu; auto: cuda if there is one, otherwise cpu
+    # number format of the computation; weights are fp32 in any case. auto: the fastest one here, measured on the first
+    # batch
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # number of threads that compute the model on a CPU; null: chosen from the number of cores
+    threads: int | None = option(None, low=1)
+    overwrite: bool = False  # delete the files that the run has written, and start again; other files are kept
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    init: Init = field(default_factory=Init)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    skip: Skip = field(default_factory=Skip)
+    export: Export = field(default_factory=Export)
+    log: Log = field(default_factory=Log)
+    eval: Eval = field(default_factory=Eval)
+    derived = list[str]()  # not a field: the lines that tell which values the size dial has derived
+
+    def check(self) -> None:
+        if self.steps != "auto" and self.steps < 1:  # type: ignore[comparison-overlap]
+            raise ValueError(f"steps = {self.steps}: must be 1 or more")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ValueError(f"seed = {self.seed}: must fit into 64 bits")
+        if self.init.backbone and self.init.run:
+            raise ValueError(
+                "init.backbone and init.run are both given; remove one: init.run also holds the weights of the backbone"
+            )
+
+
+@dataclass
+class StoredRecipe(Recipe):
+    """A recipe that is read without executing the file of a user's objective, whose options are left out."""
+
+    objective: Options = field(metadata={"choose": finder.unopened})
+
+
+def names() -> dict[str, str]:
+    """{name: purpose} of the recipes that come with the project; the purpose is the first comment line of the file."""
+    return {path.stem: path.read_text().partition("\n")[0].lstrip("# ") for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+# ---------------------------------------------------------------- reading
+def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe with a name or a path, changed by overrides such as "optim.lr.value=1e-3", checked and resolved.
+
+    Raises ConfigError.
+    """
+    name = yaml_values.expand_home(str(name))
+    path = find(name)
+    values: dict[str, Any] = {}
+    origin: Origin = {}
+    _read(path, values, origin)
+    file_steps = values.get("steps")
+    for text in overrides or []:
+        key, value = yaml_values.parse_override(text)
+        yaml_values.merge(values, origin, expand_paths(yaml_values.nest(key, value), ""), "command line", CHOSEN)
+    if path == Path(name) / "recipe.yaml" and not any(text.startswith("run=") for text in overrides or []):
+        values["run"] = str(name)  # the stored name is that of another folder if the run was moved or copied
+    if path.name == "recipe.yaml" and values.get("steps") != file_steps:
+        _drop_schedule_lengths(values, file_steps, origin)
+    recipe = config.build(Recipe, values, origin or {"": str(path)})
+    recipe.run = _run_folder(vars(recipe)["run"] or f"runs/{path.stem}")
+    return resolve(recipe)
+
+
+def stored(run: Path, trusted: str = "", file: str = "recipe.yaml") -> Recipe:
+    """The recipe in a run folder, for commands that score, report or compare the run.
+
+    `trusted`: the path of an objective's file that the user has named, and that may be executed. If the recipe names
+    another file, it is not executed.
+    """
+    path = run / file
+    if not path.is_file():
+        raise ConfigError(
+            f"{run}: is no run folder (recipe.yaml is missing); name a folder that `unlabeled train` wrote, such as"
+            " runs/demo"
+        )
+    values: dict[str, Any] = {}
+    origin: Origin = {}
+    _read(path, values, origin)
+    name = (values.get("objective") or {}).get("name")
+    if isinstance(name, str) and finder.is_file(name) and name != trusted:
+        values["objective"] = {"name": name}
+    recipe = config.build(Recipe if name == trusted else StoredRecipe, values, origin or {"": str(path)})
+    recipe.run = vars(recipe)["run"] or str(run)
+    return resolve(recipe)
+
+
+def find(name: str, beside: Path | None = None, where: str = "") -> Path:
+    """The file of a recipe that is given by its name, or by a path, which may be relative to the folder `beside`.
+
+    Raises ConfigError that begins with `where`.
+    """
+    for candidate in (Path(name), *([beside / name] if beside else []), FOLDER / f"{name}.yaml"):
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in candidate.parts) or "\0" in name:
+            raise ConfigError(f"{where}{name[:80]!r}…: a name of more than {LONGEST_NAME} bytes; no file has one")
+        if len(os.fsencode(candidate)) > LONGEST_PATH:
+            raise ConfigError(f"{where}{name[:80]!r}…: a path of more than {LONGEST_PATH} bytes; no file has one")
+        if candidate.is_file():
+            return candidate
+        if candidate.is_dir() and (candidate / "recipe.yaml").is_file():  # a run folder stands for its recipe
+            return candidate / "recipe.yaml"
+    if name.endswith((".yaml", ".yml")):
+        raise ConfigError(f"{where}{name}: no such file")
+    path = Path(name)
+    if path.is_dir():
+        raise ConfigError(f"{where}{name}: is no run folder: it holds no recipe.yaml")
+    if "/" in name:
+        runs = [str(path.parent / run.parent.name) for run in path.parent.glob("*/recipe.yaml")]
+        raise ConfigError(f"{where}{name}: no such run folder or file{'; ' + nearest(name, runs) if runs else ''}")
+    raise ConfigError(
+        f"{where}{name}: no such recipe; {nearest(name, names())} (`unlabeled recipes` lists them; a path must end in"
+        " .yaml)"
+    )
+
+
+def _read(path: Path, values: dict, origin: Origin, extending: tuple[Path, ...] = ()) -> None:
+    """Merge a recipe file into `values`, after the recipe that it extends. `extending`: the files that led to it."""
+    path = path.resolve()
+    if path in extending:
+        raise ConfigError(f"{path}: extends itself by way of {' → '.join(p.name for p in extending)}")
+    content = yaml_values.read_yaml(path)
+    base = content.pop("extends", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: extends = {base!r}: expected the name or the file of a recipe")
+        base = yaml_values.expand_home(base, f"{path}: extends = ")
+        _read(find(base, path.parent, f"{path}: extends "), values, origin, (*extending, path))
+    yaml_values.merge(values, origin, expand_paths(content, f"{path}: "), str(path), CHOSEN)
+
+
+def _drop_schedule_lengths(values: dict[str, Any], file_steps: Any, origin: Origin, prefix: str = "") -> None:
+    """Remove the `steps` of schedules that are equal to the number of steps of the file.
+
+    A stored recipe holds the length of every schedule. Without it, the schedules follow an override of the run's
+    length. A length that the command line has set is kept.
+    """
+    for key, value in values.items():
+        if isinstance(value, dict):
+            is_run_length = "kind" in value and value.get("steps") == file_steps
+            if is_run_length and origin.get(f"{prefix}{key}.steps") != "command line":
+                del value["steps"]
+            _drop_schedule_lengths(value, file_steps, origin, f"{prefix}{key}.")
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Derive the values of the size dial, and give the length of the run to every schedule that has no length."""
+    recipe.derived = [*recipe.derived, *size_dial.derive(recipe)]
+    for section in config.sections(recipe):
+        if isinstance(section, Schedule):
+            if vars(section)["steps"] is None:
+                section.steps = vars(recipe)["steps"]
+            # A length that nothing reads is no error, as the user has not written it.
+            section._defaults = {**vars(section).get("_defaults", {}), "steps": section.steps}
+    return recipe
+
+
+# ---------------------------------------------------------------- paths
+def expand_paths(value: Any, where: str, key: str = "") -> Any:
+    """Plain values in which a leading "~/" of a text is replaced by the home folder. Prompts are left as they are.
+
+    Raises ConfigError for a text that is longer than any path, because every access to the disk would fail.
+    """
+    if key == "eval.prompts":
+        return value
+    if isinstance(value, dict):
+        return {k: expand_paths(v, where, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, list):
+        return [expand_paths(v, where, key) for v in value]
+    if not isinstance(value, str):
+        return value
+    text = yaml_values.expand_home(value, f"{where}{key} = ")
+    _check_length(text, f"{where}{key} = ")
+    return text
+
+
+def _check_length(text: str, where: str) -> None:
+    """Raises ConfigError for a text that is too long for a path.
+
+    URLs are not checked. Nor are parts of a path with braces or wildcards, which may stand for shorter names.
+    """
+    parts = [part for part in text.split("/") if "://" not in text and not any(mark in part for mark in "{*?[")]
+    longest, total = max((len(os.fsencode(part)) for part in parts), default=0), len(os.fsencode(text))
+    if longest > LONGEST_NAME or (parts and total > LONGEST_PATH):
+        raise _too_long(f"{where}{text[:80]!r}", total, longest)
+
+
+def _run_folder(run: str) -> str:
+    """The path of the run folder, with "~" expanded. Raises ConfigError for a URL or a path that cannot exist."""
+    if "://" in run:
+        raise ConfigError(
+            f"run = {run}: a run folder lies on a disk; write run=FOLDER, and checkpoint.folder={run} for its"
+            " checkpoints"
+        )
+    out = yaml_values.expand_home(run, "run = ")
+    longest, total = max((len(os.fsencode(part)) for part in out.split("/")), default=0), len(os.fsencode(out))
+    if "\0" in out or longest > LONGEST_NAME or total > LONGEST_PATH:
+        raise _too_long(f"run = {run[:80]!r}", total, longest)
+    return out
+
+
+def _too_long(start: str, total: int, longest: int) -> ConfigError:
+    return ConfigError(f"{start}…: is {total} bytes long, with a part of {longest}; no folder has such a name")

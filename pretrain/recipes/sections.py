@@ -1,0 +1,256 @@
+"""The sections of a recipe, one dataclass each, with a comment that explains each option.
+
+`unlabeled recipes show NAME` prints these comments beside the keys. `pretrain/recipes/recipe.py` puts the sections
+together and reads them from files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from common.config import Section, only, option
+from common.schedules import Schedule
+from pretrain.optim import optimizers
+
+if TYPE_CHECKING:
+    Derived = int
+    Optimizer = str
+else:
+    Optimizer = Literal[*optimizers.names()]
+    Derived = int | Literal["auto"]  # `recipe.resolve` replaces "auto" by a number before it is used
+
+
+@dataclass
+class Source(Section):
+    """One of several datasets that are mixed."""
+
+    shorthand = "shards"
+    shards: list[str]  # folders, tars or globs, as in data.train
+    # weight of its samples in mixed steps, relative to the other datasets; null: its number of samples
+    weight: float | None = None
+    # share of the steps whose batch comes from this dataset alone (DINOv3: 0.1 for ImageNet)
+    homogeneous: float = 0.0
+
+
+@dataclass
+class Phase(Section):
+    """A change of the batch or of the weights from a step on; null keeps the former value. Each dataset continues where
+    it was."""
+
+    step: int  # first step of the phase
+    batch: int | None = None  # global batch, as data.batch
+    weights: list[float] | None = None  # one weight for each dataset of data.mix
+    homogeneous: list[float] | None = None  # one share for each dataset of data.mix, as `homogeneous` there
+
+
+@dataclass
+class Fetch(Section):
+    """How bytes are fetched from a store. These options do not change the result of the training."""
+
+    shorthand = "cache"
+    # a folder on a local disk that keeps fetched bytes for the next epoch and the next start; null: no cache
+    cache: str | None = None
+    # size of that cache in GB; when it is full, the bytes that are needed again last are dropped first
+    cache_gb: float = option(100.0, above=0)
+    # MB that are fetched ahead of their use, in addition to those that are kept for shuffling
+    ahead_mb: float = option(512.0, low=0)
+    requests: int = option(16, low=1)  # number of requests at the same time
+    attempt_seconds: float = option(30.0, above=0)  # time limit of one request, in seconds
+    retry_seconds: float = option(600.0, low=0)  # seconds without any answer after which the run ends
+    # seconds without a batch after which the stacks of all processes are written to stderr; with several processes at
+    # most half of the time that they wait for each other (`parallel.timeout`)
+    stall_seconds: float = option(120.0, above=0)
+
+
+@dataclass
+class Data(Section):
+    """The data, and how they are read and decoded. `batch` is the global batch: the samples of a step, over all
+    processes."""
+
+    shorthand = "train"
+    # folders, tars or globs of WebDataset shards, local or any fsspec URL, read as one dataset; or local folders of
+    # images
+    train: list[str] = field(default_factory=list)
+    mix: list[Source] = field(default_factory=list)  # in place of `train`: several datasets with their weights
+    # number of samples in a step, over all processes; auto, for decoders only: see pretrain/recipes/size_dial.py
+    batch: Derived = option(256, low=1)
+    # changes of batch or weights during the run; phases may be added to a run that has started
+    phases: list[Phase] = field(default_factory=list)
+    shuffle: bool = True  # whether samples are shuffled; false: they come in the order of the shards
+    # number of data worker processes for each training process; null: chosen from the number of cores
+    workers: int | None = option(None, low=0)
+    threads: int = option(1, low=1)  # number of threads of each data worker
+    # how data workers are started; auto: fork on a CPU, and forkserver with an accelerator, as a fork of a process that
+    # uses CUDA is not safe
+    start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
+    # MB of decoded images that the threads of a data worker may hold at once; a larger image is decoded alone
+    decode_mb: float = option(1024.0, above=0)
+    # number of pixels of the largest image that is decoded; a larger image counts as damaged
+    max_pixels: int = option(100_000_000, low=1, high=1 << 30)
+    # implementation of colour augmentations: see data_pipeline/views/colors.py
+    color: Literal["exact", "fused", "device"] = "exact"
+    # share of the samples that may be damaged before the run ends; ten samples may be damaged in any case
+    bad_share: float = option(1e-4, low=0)
+    bad_shard_share: float = option(0.01, low=0)  # the same share for a single shard
+    fetch: Fetch = field(default_factory=Fetch)
+    # text: number of tokens in a row, T; null: model.context, or 64 for captions
+    length: int | None = option(None, low=1)
+    tokenizer: str = ""  # captions: a tokenizer.json, or a folder that contains one; local or any URL
+    # text: split cuts rows from the concatenated documents; best_fit puts whole documents into rows where they fit
+    packing: Literal["split", "best_fit"] = "split"
+    document_mask: bool = True  # text: whether tokens attend to and predict tokens of their own document only
+    # mean of the training pixels on a scale from 0 to 1, one for each of model.in_channels; the default is ImageNet's
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # standard deviation of the same pixels
+
+
+@dataclass
+class Optim(Section):
+    """The optimizer and its schedules. Weight decay applies to matrices only: not to biases, norms, scales, tokens and
+    position tables."""
+
+    shorthand = "name"
+    # a file of pretrain/optim/: adamw; muon, for the matrices in blocks, with AdamW for all other parameters; lars
+    name: Optimizer = "adamw"
+    lr: Schedule = field(default_factory=lambda: Schedule(1e-3))  # learning rate
+    # decay rate of the weights of matrices, decoupled from the gradient
+    weight_decay: Schedule = field(default_factory=lambda: Schedule(0.05))
+    # decay of the running mean of gradients, for adamw and for the parameters that muon leaves to it
+    beta1: float = only(0.9, "name", unless="lars", low=0, below=1)
+    # decay of the running mean of squared gradients
+    beta2: float = only(0.999, "name", unless="lars", low=0, below=1)
+    # added to the root of the mean of squared gradients, by which an update is divided
+    eps: float = only(1e-8, "name", unless="lars", low=0)
+    momentum: float = only(0.95, "name", unless="adamw", low=0, below=1)  # momentum of muon and lars
+    # trust coefficient of lars: the norm of an update relative to the norm of the weights, at a learning rate of 1
+    trust: float = only(0.001, "name", "lars", above=0)
+    clip: float | None = option(None, above=0)  # largest norm of the whole gradient, to which it is scaled; null: none
+    # factor of the learning rate from one block to the one below it: block i of n has the rate × this^(n − i)
+    layer_decay: float = option(1.0, above=0, high=1)
+    # further factor of the learning rate of the patch embedding
+    patch_embed_lr: float = option(1.0, low=0)
+    freeze_last_layer: int = option(0, low=0)  # number of steps in which the last layers of heads are frozen
+    # number of steps in which only the heads are trained, for a backbone that starts from given weights
+    freeze_backbone: int = option(0, low=0)
+
+
+@dataclass
+class Init(Section):
+    """The weights from which a new run starts, unless they are random. A run that continues from a checkpoint of its
+    own ignores them."""
+
+    shorthand = "backbone"
+    # weights of the backbone only: an export, a folder of transformers or timm, or a file of the DINOv2 or DINOv3
+    # releases; heads are initialised anew
+    backbone: str = ""
+    # weights of the whole objective, with teacher and heads: a run folder, RUN/checkpoints/STEP, or a URL; the
+    # optimizer is initialised anew
+    run: str = ""
+
+
+@dataclass
+class Parallel(Section):
+    """How the run is distributed over processes."""
+
+    shorthand = "mode"
+    # single: one process; ddp: a replica in each process; fsdp2: everything is sharded; zero1, zero2, zero3: the stages
+    # of DeepSpeed
+    mode: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
+    # fsdp2: number of groups of processes that each hold all shards among their members (HSDP)
+    replicate: int = only(1, "mode", "fsdp2", low=1)
+    # fsdp2: whether a frozen teacher, which never changes, is sharded or whole in each process
+    frozen: Literal["sharded", "replicated"] = only("sharded", "mode", "fsdp2")
+    # which activations of transformer blocks are recomputed in the backward pass; selective: all but those of matrix
+    # products and attention
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # whether each block is compiled with torch.compile
+    # what computes attention: sdpa is PyTorch's own, with one call for each size of crop and dense masks of documents and
+    # windows; the others, on CUDA only, take packed sizes and documents in one call; auto: the best that can be used
+    attention: Literal["auto", "sdpa", "xformers", "varlen", "flex"] = "auto"
+    # fsdp2: whether parameters, gradients and optimizer states are kept in host memory; zero: the optimizer states only
+    offload: bool = only(False, "mode", "fsdp2", "zero1", "zero2", "zero3")
+    # seconds that a process waits for the others, after the first step; `data.fetch.retry_seconds` more if shards are
+    # remote; half an hour before the first step
+    timeout: float = option(300.0, above=0)
+    # number of samples in one forward of a process; null: all of its samples at once, without gradient accumulation
+    micro_batch: int | None = option(None, low=1)
+    # allow gradient accumulation for an objective whose loss couples the samples of a batch; its loss then sees only
+    # one micro-batch at a time
+    accumulate_coupled: bool = False
+
+
+@dataclass
+class Checkpoint(Section):
+    """When, where and how a run is saved, and the checkpoint from which it starts. Except `resume`, these options do
+    not change the result of the training."""
+
+    shorthand = "every"
+    every: int = option(1000, low=1)  # number of steps between two checkpoints
+    keep: int = option(2, low=1)  # number of newest checkpoints that are kept
+    keep_every: int | None = option(None, low=1)  # also keep the checkpoints whose step is a multiple of this
+    # async: a checkpoint is copied to host memory and written while the training continues
+    mode: Literal["sync", "async"] = "sync"
+    folder: str = ""  # local, or any fsspec URL (s3://…) that all processes share; empty: RUN/checkpoints
+    # where a new run begins: latest (the newest checkpoint of this folder), none (at the first step), a step of this
+    # folder, or the path or URL of a checkpoint; the same command later continues from the run's own checkpoints
+    resume: int | str = "latest"
+    # what the run does if a checkpoint cannot be written within `retry_seconds`
+    on_error: Literal["stop", "continue"] = "stop"
+    retry_seconds: float = option(60.0, low=0)  # seconds in which a failed write is tried again
+
+
+@dataclass
+class Skip(Section):
+    """When the optimizer skips a step. A step whose loss or gradient is not finite on any process is always skipped: it
+    changes neither weights nor optimizer, teacher or buffers."""
+
+    shorthand = "most"
+    most: int = option(10, low=1)  # largest number of skipped steps in a row; one more ends the run with a report
+    # skip also a step whose loss is so many standard deviations above the mean of the last 128 losses; null: never
+    sigma: float | None = None
+
+
+@dataclass
+class Export(Section):
+    """When the encoder is exported to RUN/export/STEP, in a folder that other libraries open, and scored."""
+
+    shorthand = "every"
+    # number of steps between two exports; the first and the last step are exported in any case
+    every: int = option(1000, low=1)
+
+
+@dataclass
+class Log(Section):
+    """What is logged while the run trains."""
+
+    shorthand = "every"
+    # number of steps between two writes, each of which waits for the device; the log has a row for every step all the
+    # same
+    every: int = option(10, low=1)
+    flops: bool = True  # log model FLOP/s and MFU; this traces one step at the start
+    # text: number of steps between two computations of the loss on eval.val, and one after the last step; 0: none
+    val_every: int = 100
+    val_batches: int = 4  # number of batches for that loss, of the size of the global batch; always the same rows
+
+
+@dataclass
+class Eval(Section):
+    """The labelled data and the protocols that score exports. `val` is scored during the run, `test` once at its
+    end."""
+
+    # labelled shards on which classifiers are fitted, and in which neighbours are searched, during the run
+    gallery: list[str] = field(default_factory=list)
+    val: list[str] = field(default_factory=list)  # labelled shards on which every export is scored
+    # labelled shards on which the first and the last export are scored at the end
+    test: list[str] = field(default_factory=list)
+    test_gallery: list[str] = field(default_factory=list)  # gallery for `test`; empty: as `gallery`
+    periodic: list[str] = field(default_factory=lambda: ["knn"])  # protocols for every export, on val
+    # protocols for the first and the last export, on test
+    final: list[str] = field(default_factory=lambda: ["knn", "linear"])
+    image_size: int | None = None  # side of the images in pixels; null: that of the model
+    # where features are computed: cpu, cuda, cuda:1, …; auto: cpu if the run trains on an accelerator, otherwise the best
+    # device
+    device: str = "auto"
+    pixels: bool = True  # score raw pixels (of text: bytes) as well, as a baseline
+    prompts: list[str] = field(default_factory=list)  # texts that a language model continues at each export

@@ -1,0 +1,80 @@
+"""The size dial of decoders: if a recipe says `auto` for its steps, its batch or its learning rate, the value follows
+from `model.depth`.
+
+    width = 64 · depth, in heads of 64 (pretrain/models/presets.py)
+    N = number of weights of all matrices and the head
+    D = 12 · N, the tokens of the run (nanochat; Chinchilla's ratio of 20 counts embeddings as well)
+    C = 6 · N · D, the FLOPs of the run
+    batch = 0.2920 · C^0.3271 tokens, rounded to a power of 2
+    lr = 0.3118 · C^-0.1250
+
+The last two are equation 1 of DeepSeek LLM (arXiv 2401.02954), which was fitted between 1e17 and 2e19 FLOPs: depths of
+8 to 16. Muon's updates have the same size as AdamW's (pretrain/optim/muon.py), so both use this rate.
+"""
+
+from __future__ import annotations
+
+import math
+
+from common import config
+from common.config import ConfigError, Section
+from common.schedules import Schedule
+from pretrain.models.presets import Decoder, decoder_sizes
+
+AUTO = "auto"
+TOKENS_PER_WEIGHT = 12
+
+
+def weights(cfg: Decoder) -> int:
+    """N, the number of weights that each token is multiplied with."""
+    dim, heads, kv_heads, head_dim, width = decoder_sizes(cfg)
+    attention = dim * head_dim * (2 * heads + 2 * kv_heads)
+    return cfg.depth * (attention + (3 if cfg.mlp == "swiglu" else 2) * dim * width) + dim * cfg.vocab_size
+
+
+def budget(cfg: Decoder) -> tuple[int, int, float]:
+    """(tokens of the run, tokens of a step, learning rate)."""
+    n = weights(cfg)
+    tokens = TOKENS_PER_WEIGHT * n
+    compute = 6.0 * n * tokens
+    return tokens, 2 ** round(math.log2(0.2920 * compute**0.3271)), 0.3118 * compute**-0.1250
+
+
+def derive(recipe: Section) -> list[str]:
+    """Replace every `auto` that the size dial derives. Returns a line "key = value (auto: rule)" for each.
+
+    Raises ConfigError if `auto` is written for another option, or for a model that is no decoder.
+    """
+    stored = vars(recipe)
+    data, optim, model = vars(stored["data"]), vars(stored["optim"]), stored["model"]
+    keys = [key for key, value in (("steps", stored["steps"]), ("data.batch", data["batch"])) if value == AUTO]
+    for schedule in config.sections(recipe):
+        if isinstance(schedule, Schedule) and vars(schedule)["value"] == AUTO:
+            if schedule is not optim["lr"]:
+                raise ConfigError("value = auto: of all schedules only optim.lr can be derived; write a number")
+            keys.append("optim.lr.value")
+    if not keys:
+        return []
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            f"{keys[0]} = auto: is derived for decoders (model=gpt), not for model.name = {model.name}; write a number"
+        )
+    run_tokens, step_tokens, rate = budget(model)
+    length = data["length"] or model.context
+    lines = []
+    if "data.batch" in keys:
+        stored["data"].batch = max(1, step_tokens // length)
+        lines.append(
+            f"data.batch = {data['batch']} (auto: {step_tokens:,} tokens in rows of {length}, by 0.2920 · C^0.3271 of"
+            " the run's FLOPs)"
+        )
+    if "steps" in keys:
+        recipe.steps = max(1, round(run_tokens / (data["batch"] * length)))  # type: ignore[attr-defined]
+        lines.append(
+            f"steps = {stored['steps']} (auto: {run_tokens:,} tokens, {TOKENS_PER_WEIGHT} for each of"
+            f" {run_tokens // TOKENS_PER_WEIGHT:,} weights)"
+        )
+    if "optim.lr.value" in keys:
+        optim["lr"].value = float(f"{rate:.3g}")
+        lines.append(f"optim.lr.value = {optim['lr'].value} (auto: 0.3118 · C^-0.125 of the run's FLOPs)")
+    return lines

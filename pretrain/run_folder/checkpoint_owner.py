@@ -1,0 +1,69 @@
+"""Which run the checkpoints in `checkpoint.folder` belong to: a run may neither continue nor delete another run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.run_folder.marker import read_marker, update_marker
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.store import Store
+
+
+def check_checkpoint_owner(recipe: Recipe, run: Path) -> None:
+    """Raises UserError if `checkpoint.folder` holds checkpoints of another run. A run whose own folder was lost is
+    recognised by the path that its checkpoints store; it takes over the id in them."""
+    store = external_store(recipe.checkpoint.folder, run, recipe.checkpoint.retry_seconds)
+    owner = store.owner() if store else None
+    if store is None or owner is None:
+        return
+    marker, here = read_marker(run), str(run.resolve())
+    same_folder = bool(owner["folder"]) and str(Path(owner["folder"]).resolve()) == here
+    if owner["id"]:
+        is_own = owner["id"] in (marker.id, marker.deleting_id)
+    else:  # checkpoints of a version without ids
+        is_own = same_folder or marker.checkpoints_without_id == recipe.checkpoint.folder
+    if is_own:
+        return
+    if same_folder and not has_results(run) and marker.deleting_id is None:
+        update_marker(run, id=owner["id"])
+        return
+    raise UserError(another_run(store, owner))
+
+
+def another_run(store: Store, owner: dict[str, str]) -> str:
+    """The error message for a `checkpoint.folder` that holds the checkpoints of another run."""
+    complete = store.complete_names()
+    to_resume = (
+        f" (to resume from there: checkpoint.resume={store.path(complete[-1])} checkpoint.folder=ANOTHER)"
+        if complete
+        else ""
+    )
+    run_id = f" ({owner['id'][:8]})" if owner["id"] else ""
+    return (
+        f"checkpoint.folder = {store.url}: holds the checkpoints of another run, {owner['folder'] or 'unknown'}{run_id};"
+        f" choose another folder{to_resume}, or delete those checkpoints"
+    )
+
+
+def external_store(folder: str, run: Path, retry_seconds: float = 60.0) -> Store | None:
+    """The store at `checkpoint.folder`; None if that is empty or means the run's own checkpoints/."""
+    if not folder:
+        return None
+    from pretrain.checkpoint.disk_store import DiskStore
+    from pretrain.checkpoint.open_store import open_checkpoint_store
+
+    store = open_checkpoint_store(folder, retry_seconds)
+    inside = isinstance(store, DiskStore) and Path(store.url).resolve() == (run / "checkpoints").resolve()
+    return None if inside else store
+
+
+def has_results(run: Path) -> bool:
+    """Whether the run folder itself holds rows of metrics or results, checkpoints or exports."""
+    if read_rows(run / "metrics.jsonl") or read_rows(run / "results.jsonl"):
+        return True
+    return any((run / "checkpoints").glob("[0-9]*")) or any((run / "export").glob("[0-9]*"))

@@ -1,0 +1,54 @@
+"""Reads the .jsonl files of a run: metrics.jsonl, results.jsonl, samples.jsonl and others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.untrusted import loads, schema_error
+
+# {name of a file: what a line of it must hold beside "step", see `schema_error`}; further keys are allowed.
+ROW_SCHEMAS: dict[str, dict[str, Any]] = {
+    "metrics.jsonl": {"?samples_per_second": float},
+    "results.jsonl": {
+        **{"model": str, "protocol": str, "split": str, "metric": str, "value": object},
+        **{"?count": int, "?gallery_count": int, "?left_out": int, "?passed_over": int, "?unit": str},
+        **{"?seconds": float, "?note": str},
+    },
+    "samples.jsonl": {"prompt": str, "text": str},
+}
+MAX_STEP = 1 << 53  # above it a float64 no longer represents every step
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; [] if the file does not exist.
+
+    A line that is not a row as ROW_SCHEMAS describes it is skipped, because a killed process may leave half a line, and
+    users may edit these files.
+    """
+    return [*iterate_rows(path)]
+
+
+def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Iterates over the rows that `read_rows` returns, without keeping them in memory."""
+    if not path.is_file():
+        return
+    with path.open(errors="replace") as file:
+        for line in file:
+            try:
+                row = loads(line)
+            except ValueError:
+                continue
+            if _is_row(row, ROW_SCHEMAS.get(path.name, {})):
+                yield row
+
+
+def _is_row(row: Any, schema: dict[str, Any]) -> bool:
+    """Whether a JSON value is an object that matches the schema, with a "step", with a number (or NaN) for "value" if it
+    has one, and with integers that fit into 64 bits."""
+    if schema_error(row, {"step": int, **schema}) or not 0 <= row["step"] < MAX_STEP:
+        return False
+    if type(row.get("value", 0)) not in (int, float):
+        return False
+    return all(not isinstance(value, int) or abs(value) < 1 << 63 for value in row.values())

@@ -1,0 +1,67 @@
+"""`overwrite=true`: deletes what the program has written to a run folder, and the run's checkpoints elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import output
+from common.errors import UserError
+from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.checkpoint_owner import another_run, check_checkpoint_owner, external_store
+from pretrain.run_folder.marker import Marker, read_marker, update_marker
+from pretrain.run_folder.written_files import LOCK, MARKER, RUN_FILES, delete_files
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.store import Store
+
+SHOWN_FILES = 5  # in a log line
+
+
+def delete_run(recipe: Recipe, run: Path) -> Marker:
+    """Delete a run's files and checkpoints, but nothing that others have put beside them. Returns the marker of the new
+    run, which has a new id.
+
+    The marker keeps the former id until everything is deleted. If this command is killed before that, the next one
+    completes the deletion. Raises UserError, before anything is deleted, if a checkpoint belongs to another run.
+    """
+    check_checkpoint_owner(recipe, run)
+    marker = read_marker(run)
+    store = external_store(recipe.checkpoint.folder, run, recipe.checkpoint.retry_seconds)
+    if store is not None:
+        _check_each_owner(store, marker)
+    if marker.deleting_id is None:
+        ids = {"id": uuid.uuid4().hex, "deleting_id": marker.id}
+        marker = update_marker(run, **ids, files=marker.files, resumed_from=None, jobs=None)
+    _delete_checkpoints(run, store, marker)
+    # A marker that somebody has edited cannot name files that the program never writes.
+    patterns = [pattern for pattern in marker.files if pattern in RUN_FILES]
+    kept = delete_files(run, tuple(pattern for pattern in patterns if pattern not in (MARKER, LOCK, f"{LOCK}.*")))
+    if kept:
+        more = f" and {len(kept) - SHOWN_FILES} more" if len(kept) > SHOWN_FILES else ""
+        output.say(
+            f"{run}: overwritten; these files are not the run's and were kept: {', '.join(kept[:SHOWN_FILES])}{more}"
+        )
+    return update_marker(run, deleting_id=None, checkpoints_without_id=None)
+
+
+def _check_each_owner(store: Store, marker: Marker) -> None:
+    """Raises UserError if one of the checkpoints belongs to another run."""
+    from pretrain.checkpoint.integrity import Damaged
+
+    for name in store.complete_names():
+        with contextlib.suppress(Damaged):
+            owner = store.run_json(name).get("run")
+            if owner and owner["id"] not in (marker.id, marker.deleting_id):
+                raise UserError(another_run(store, owner))
+
+
+def _delete_checkpoints(run: Path, store: Store | None, marker: Marker) -> None:
+    from pretrain.checkpoint.disk_store import DiskStore
+
+    if store is not None:
+        store.delete_all(new_owner={"id": marker.id, "folder": str(run.resolve())})
+    if (run / "checkpoints").is_dir():
+        DiskStore(str(run / "checkpoints")).delete_all(new_owner=None)

@@ -1,0 +1,75 @@
+"""What a run says while it trains: its log on the terminal and in log.txt, and the lines with which it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from pathlib import Path
+
+from common import output
+from common.line_file import LineFile
+from data_pipeline.stream.stream import Stream
+from pretrain.interchange import export
+from pretrain.objectives.base import Objective
+from pretrain.parallel import processes
+from pretrain.recipes.recipe import Recipe
+
+
+class Log:
+    """Writes lines to the terminal and to log.txt, on rank 0 only. With `every_rank`, other ranks write the line too,
+    after their number."""
+
+    def __init__(self, run: Path):
+        self.lines = LineFile(run / "log.txt")
+
+    def __call__(self, line: str, every_rank: bool = False) -> None:
+        if processes.rank():
+            if not every_rank:
+                return
+            line = f"rank {processes.rank()}: {line}"
+        with contextlib.suppress(output.OutputClosed):  # a run continues when its terminal has been closed
+            output.say(line)
+        self.lines.add(output.shown(time.strftime("%Y-%m-%d %H:%M:%S ") + line) + "\n")
+
+
+def frozen_parts(cfg: Recipe, objective: Objective) -> list[str]:
+    """A line that names the modules that are not trained, or not from the first step on; no line if all are."""
+    parameters = {name: list(module.parameters()) for name, module in objective.named_children()}
+    without = [name for name, own in parameters.items() if own and not any(p.requires_grad for p in own)]
+    frozen = [f"{', '.join(without)} (no gradients)"] if without else []
+    if step := cfg.optim.freeze_backbone:
+        frozen.append(f"the backbone until step {step} (optim.freeze_backbone)")
+    if step := cfg.optim.freeze_last_layer:
+        frozen.append(f"the last layers of the heads until step {step} (optim.freeze_last_layer)")
+    return [f"frozen: {'; '.join(frozen)}"] if frozen else []
+
+
+def data_summary(run: Path, stream: Stream, first: int, end: int, unit: str) -> str:
+    """A line on the samples of all ranks: how many were trained on or skipped in the steps from `first` to `end`, and
+    how many were found damaged in the whole run. Collective. `unit`: what the samples are called."""
+    of_ranks = processes.gather((stream.absent, list(stream.damage_log.bad)))
+    trained = sum(map(stream.plan.batch, range(first, end)))
+    damaged = len({name for _, bad in of_ranks for name in bad})
+    parts = [f"{run}: trained on {trained} {unit} in the steps from {first} to {end}"]
+    if unit == "samples":
+        parts.append(f"samples without an image were skipped {sum(absent for absent, _ in of_ranks)} times")
+    listed = f", all listed in {run / 'damaged'}" if damaged else ""
+    parts.append(f"{damaged} {'was' if damaged == 1 else 'were'} damaged and replaced by neighbours{listed}")
+    return "; ".join(parts)
+
+
+def finished_line(cfg: Recipe, run: Path, objective: Objective) -> str:
+    """The last line of a finished run: where its exports, scores and report are, and which commands use them."""
+    model, *more = export.folders(run / "export" / str(cfg.steps), objective).values()
+    quoted_model, quoted_run = shlex.quote(str(model)), shlex.quote(str(run))
+    score = f"unlabeled eval {quoted_model}"
+    if not cfg.eval.test:
+        score += " gallery=SHARDS query=SHARDS"
+    use = f"unlabeled generate {quoted_model} PROMPT" if cfg.model.writes else score
+    further = f", further exports are {', '.join(map(str, more))}" if more else ""
+    scores = f", its scores will be in {run / 'results.jsonl'}" if cfg.eval.val or cfg.eval.test else ""
+    return (
+        f"{run}: finished its {cfg.steps} steps; its export is {model}{further}{scores}."
+        f" Next: `unlabeled report {quoted_run}`, which writes {run / 'report.html'}; `{use}`"
+    )

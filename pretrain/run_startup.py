@@ -1,0 +1,131 @@
+"""What a run does once before its first step: it settles values that the recipe leaves open, loads weights, and resumes
+from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import config, output
+from common.config import ConfigError
+from common.errors import UserError
+from common.schedules import Schedule
+from data_pipeline.build.stats import summarize
+from data_pipeline.build.tokenizer import write_folder
+from data_pipeline.shards.dataset import Dataset, store_manifests
+from data_pipeline.stream.stream import Stream
+from pretrain import image_folders
+from pretrain.build import build_objective, placed
+from pretrain.checkpoint.load import is_latest, load
+from pretrain.checkpoint.save import Saver
+from pretrain.checkpoint.store import Store
+from pretrain.estimate import plan
+from pretrain.estimate.hardware import peak
+from pretrain.interchange import loaded_weights
+from pretrain.interchange.teachers import checkpoint_recipe
+from pretrain.objectives.base import Objective
+from pretrain.optim.skip_steps import Guard
+from pretrain.parallel import fsdp2, processes
+from pretrain.parallel.device import faster_precision, precision_of
+from pretrain.parallel.engine import Engine
+from pretrain.recipes import defaults
+from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.recipe_file import write_recipe
+from pretrain.run_log import Log, frozen_parts
+
+
+def convert_image_folders(cfg: Recipe) -> None:
+    """Build shards from folders of images, and name them in the recipe instead. To be called before the process group
+    exists: its time-out of half an hour may be too short for it."""
+    try:
+        image_folders.use_shards(cfg, output.say if processes.rank() == 0 else lambda line: None)
+    except UserError as error:
+        raise processes.raised_by_all(error) from None
+
+
+def log_datasets(samples: Sequence[Dataset], say: Log) -> None:
+    """Log a summary of each dataset of images; those of text have none."""
+    images = [dataset for dataset in samples if not dataset.length]
+    lines = processes.on_rank_0(lambda: [line for dataset in images for line in summarize(dataset)])
+    for line in lines:
+        say(line)
+
+
+def settle_auto_values(cfg: Recipe, run: Path, samples: Sequence[Dataset], device: torch.device, say: Log) -> None:
+    """Replace the recipe's "auto" values by what their rules give for these data and this device, and store the
+    recipe."""
+    lines = defaults.settle(cfg, sum(map(len, samples)), checkpoint_recipe)
+    for line in lines:
+        say(line)
+    precision: Any = processes.on_rank_0(lambda: precision_of(device)) if cfg.precision == "auto" else None
+    cfg.precision = precision or cfg.precision
+    if lines or precision:
+        processes.on_rank_0(lambda: write_recipe(cfg, run))
+
+
+def measure_precision(cfg: Recipe, run: Path, objective: Objective, stream: Stream, device: torch.device) -> None:
+    """Replace a `precision` that is still "auto" by the one that is measured to be faster, and store the recipe."""
+    if cfg.precision != "auto":
+        return
+    batch = placed(objective, stream.first(), device)
+    measured: Any = faster_precision(objective, batch)  # on every rank, because the loss may have collectives
+    cfg.precision = processes.on_rank_0(lambda: measured)
+    processes.on_rank_0(lambda: write_recipe(cfg, run))
+
+
+def build_and_log_objective(cfg: Recipe, start: bool, say: Log) -> Objective:
+    """The recipe's objective. With `start`, it loads the weights that the recipe names, and logs where they come
+    from."""
+    with loaded_weights.record_loading() as loaded:
+        objective = build_objective(cfg, start=start, empty=fsdp2.starts_empty(cfg))
+    pixels = vars(cfg.data)  # `vars` does not mark the keys as read, so that a mean in a recipe on text stays an error
+    for line in [*loaded_weights.report_loaded(loaded, pixels["mean"], pixels["std"]), *frozen_parts(cfg, objective)]:
+        say(line)
+    return objective
+
+
+def store_data_files(samples: Sequence[Dataset], run: Path) -> None:
+    """Store in the run folder what later stages need to know of the data: an index of each dataset, and the tokenizer,
+    which exports copy."""
+    processes.on_rank_0(lambda: store_manifests(samples, run / "data"))
+    if (vocabulary := samples[0].vocabulary) is not None:
+        processes.on_rank_0(lambda: write_folder(str(run), vocabulary))
+
+
+def resume(
+    run: Path, found: tuple[Store, str] | None, saver: Saver, engine: Engine, stream: Stream, guard: Guard, say: Log
+) -> int:
+    """Load the checkpoint that was found, if there is one. Returns the step to train next."""
+    if found is None:
+        return 0
+    store, name = found
+    step = load(store, name, engine, stream, guard=guard)
+    if store.url == saver.store.url and processes.on_rank_0(lambda: is_latest(store, name)):
+        saver.newest = name
+    say(f"{run}: resumes from step {step} ({store.path(name)})")
+    stored_lr = config.build(Schedule, store.run_json(name)["recipe"]["optim"]["lr"], {"": store.path(name)})(step)
+    lr = saver.recipe.optim.lr(step)
+    if not math.isclose(lr, stored_lr, rel_tol=1e-6):  # for example in a new run from a checkpoint in the decay
+        say(f"optim.lr is {lr:.4g} at step {step}; in the run of the checkpoint it was {stored_lr:.4g}")
+    return step
+
+
+def flops_and_peak(cfg: Recipe, run: Path, engine: Engine, say: Log) -> tuple[float, float]:
+    """(FLOPs of a step, peak FLOP/s of all devices) on rank 0, which logs them; zeros on the other ranks, and if the
+    objective's FLOPs cannot be traced."""
+    if not cfg.log.flops or processes.rank():
+        return 0.0, 0.0
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by copies of parameters
+    try:
+        flops = plan.step_flops(cfg, run)
+    except ConfigError as error:
+        say(f"FLOP/s will not be logged: {error}")
+        return 0.0, 0.0
+    rate, source = peak(engine.device, cfg.precision)
+    say(f"mfu is relative to {rate / 1e12:.3g} TFLOP/s per process, {source}")
+    return flops, engine.world * rate

@@ -1,0 +1,267 @@
+"""Profiles of clusters, batch scripts, and what the job's own processes work out; nothing here needs Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import config
+from common.errors import UserError
+from launch import clusters, node_check, slurm, slurm_client, snapshot, supervisor
+from launch.clusters import Cluster
+from launch.run_tail import last_step, tail
+from launch.slurm_rank import distributed
+from pretrain.recipes.recipe import load
+from tests.conftest import call
+
+TWO = """
+small: {partition: debug, hours: 0.5}
+large:
+  nodes: 2-4
+  gpus: 8
+  cpus: 12
+  memory_gb: 900
+  partition: gpu
+  qos: normal
+  account: me
+  constraint: h100
+  reservation: week
+  exclude: n7
+  sbatch: [--mail-type=FAIL, --exclusive]
+  setup: [module load cuda]
+  environment: ["NCCL_DEBUG=WARN, please"]
+"""
+
+
+@pytest.fixture
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """clusters.yaml of this test's user."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    path = tmp_path / "unlabeled" / "clusters.yaml"
+    path.parent.mkdir()
+    path.write_text(TWO)
+    assert clusters.file() == path
+    return path
+
+
+# ---------------------------------------------------------------- profiles
+def test_options_of_the_command_line_replace_those_of_the_profile(profiles: Path):
+    cluster = clusters.find("large", gpus=4, qos=None)
+    assert (cluster.gpus, cluster.qos, cluster.least_nodes, cluster.most_nodes) == (4, "normal", 2, 4)
+    assert cluster.processes_per_node == 4 and clusters.find("small").processes_per_node == 1
+    assert clusters.find("large", gpus=0, processes=3).processes_per_node == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: {gpu: 8}", ["gpu = 8", "no such key", "gpus"]),
+        ("a: {nodes: 4-2}", ["nodes = '4-2'", "nodes: 2-4"]),
+        ("a: {nodes: 0}", ["nodes = 0", "nodes: 2-4"]),
+        ("a: {hours: 0}", ["hours = 0", "above 0"]),
+        ("a: {gpus: many}", ["gpus = 'many'", "expected"]),
+        ("a: {environment: [PATH]}", ["environment = 'PATH'", "NAME=VALUE"]),
+        ("a: {sbatch: [-p x]}", ["sbatch = '-p x'", "--OPTION=VALUE"]),
+        ("a: {mounts: [/data]}", ["mounts", "container: IMAGE"]),
+        ("a: 8", ["a = 8", "gpus: 8"]),
+        ("- a", ["no mapping"]),
+    ],
+)
+def test_a_wrong_profile_is_refused_with_file_value_and_remedy(text: str, words: list[str], profiles: Path):
+    profiles.write_text(text)
+    with pytest.raises(UserError) as error:
+        clusters.find("a")
+    assert all(word in str(error.value) for word in [str(profiles), *words]), error.value
+
+
+def test_a_cluster_that_is_not_there(profiles: Path):
+    with pytest.raises(UserError, match="no such cluster; did you mean large"):
+        clusters.find("larg")
+    with pytest.raises(UserError, match="several clusters; name one with --on small, --on large"):
+        clusters.find("")
+    profiles.unlink()
+    assert clusters.find("", nodes="3").most_nodes == 3
+    with pytest.raises(UserError, match="launch --init"):
+        clusters.find("large")
+
+
+# ---------------------------------------------------------------- the batch script
+def test_the_batch_script_holds_all_options(profiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = tmp_path / "a run"
+    words = ["parallel.mode=ddp", "data.train=x", f"run={run}", "data.batch=128"]
+    assert call("launch", "demo", *words, "--on", "large", "--hours", "1.5", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    folder = tmp_path / "jobs" / "a run-1"
+    for option in (
+        *("nodes=2-4", "gpus-per-node=8", "cpus-per-task=96", "mem=921600M", "partition=gpu"),
+        *("qos=normal", "account=me", "constraint=h100", "reservation=week", "exclude=n7", "mail-type=FAIL"),
+        *("exclusive", "time=90", "signal=B:USR2@120", "requeue", "no-kill", "open-mode=append"),
+        *("job-name='a run'", f"output='{folder}/%j_0_log.out'"),
+    ):
+        assert f"#SBATCH --{option}" in lines
+    assert "wckey" not in "".join(lines)
+    setup = lines.index("module load cuda")
+    assert lines[setup + 1] == "export NCCL_DEBUG='WARN, please'"
+    assert lines[setup + 2].startswith(f"export PYTHONPATH={tmp_path}/jobs/code-{snapshot.code_hash()}$")
+    assert lines[setup - 1] == "trap '' USR2"
+    assert lines[-1] == f"exec {shlex.quote(sys.executable)} -u -m submitit.core._submit '{folder}'"
+    assert not folder.parent.exists()  # nothing was written
+
+
+def test_processes_that_do_not_fit_are_refused_before_submission(profiles: Path, tmp_path: Path):
+    words = ["data.train=x", f"run={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="single is one process, not 2"):
+        call("launch", "demo", *words, "--on", "small", "--nodes", "2", "--dry-run")
+    with pytest.raises(UserError, match=r"3 processes do not divide it; write data\.batch=129"):
+        call("launch", "demo", *words, "parallel.mode=ddp", "--on", "small", "--nodes", "3", "--dry-run")
+    call("launch", "demo", *words, "parallel.mode=ddp", "--on", "small", "--nodes", "2-3", "--dry-run")  # 2 of 3
+    cfg = load("demo", [*words, "parallel.mode=ddp", "parallel.micro_batch=48"])
+    with pytest.raises(UserError, match=r"parallel\.micro_batch = 48: data\.batch = 128 does not divide"):
+        supervisor.check_world(cfg, 2)
+
+
+def test_an_array_has_a_run_for_each_combination(tmp_path: Path):
+    made = slurm.recipes("demo", [f"run={tmp_path}/r"], ["seed=0,1", "optim.lr=[1e-3, 2e-3]"])
+    assert [(one.seed, one.optim.lr.value) for one in made] == [(0, 1e-3), (0, 2e-3), (1, 1e-3), (1, 2e-3)]
+    assert [Path(one.run).name for one in made][:2] == ["r_seed-0_lr-1e-3", "r_seed-0_lr-2e-3"]
+    (alone,) = slurm.recipes("demo", ["run=runs/x"], [])
+    assert alone.run == str(Path.cwd() / "runs" / "x")
+    for entry, words in (("seed=0,0", "values that differ"), ("run=a,b", "KEY=VALUE,VALUE"), ("seed", "no override")):
+        with pytest.raises(UserError, match=words):
+            slurm.recipes("demo", [], [entry])
+
+
+# ---------------------------------------------------------------- the snapshot of the code
+def test_a_snapshot_runs_and_does_not_follow_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = snapshot.write(tmp_path)
+    assert snapshot.write(tmp_path) == code and [path.name for path in tmp_path.iterdir()] == [code.name]
+    env = {**os.environ, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+    program = (
+        "import common, launch.cli; from pretrain.recipes.recipe import load; load('demo'); print(common.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == str(code / "common" / "__init__.py"), done.stderr
+    monkeypatch.setattr(snapshot, "ROOT", code)
+    before = snapshot.code_hash()
+    assert code.name == f"code-{before}"
+    (code / "pretrain" / "recipes" / "demo.yaml").write_text("steps: 1\n")
+    assert snapshot.code_hash() != before
+
+
+# ---------------------------------------------------------------- what Slurm's commands say
+@pytest.mark.parametrize(
+    ("limit", "hours"), [("infinite", None), ("30:00", 0.5), ("12:00:00", 12.0), ("2-06:30:00", 54.5), ("n/a", None)]
+)
+def test_time_limits_as_sinfo_writes_them(limit: str, hours: float | None):
+    assert slurm_client._hours(limit) == hours
+
+
+def test_without_slurm_the_command_says_where_it_works(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="squeue --noheader --array: is not installed here; use a machine from which"):
+        slurm_client.jobs(["1"])
+    assert slurm_client.jobs([]) == {}
+
+
+# ---------------------------------------------------------------- in the job
+def test_variables_of_torch_distributed_from_those_of_slurm():
+    slurm_variables = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}
+    found = distributed({**slurm_variables, "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "16"})
+    assert found == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_the_cores_of_the_smallest_node(monkeypatch: pytest.MonkeyPatch):
+    for text, cores in (("4", 4), ("96(x2),64", 64), ("8(x16)", 8)):
+        monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", text)
+        assert supervisor.cores_of_job() == cores
+
+
+def test_the_rank_that_failed_first_is_named():
+    first = {"rank": 2, "node": "n2", "pid": 7, "code": -9, "ended": 10.0}
+    second = {"rank": 0, "node": "n1", "pid": 8, "code": 1, "ended": 10.1}
+    silent = {"rank": 1, "node": "n1", "pid": 9}
+    assert supervisor.cause({0: second, 2: first}) is first
+    assert supervisor.cause({0: second, 1: silent, 2: first}) is first  # the one that was killed
+    assert supervisor.cause({0: second, 1: silent}) is silent  # the other only waited for it
+    assert supervisor.described(first) == "rank 2 on n2 was killed by SIGKILL"
+    assert supervisor.described({**first, "code": 1}) == "rank 2 on n2 ended with code 1"
+    assert "hung or its node was lost" in supervisor.described(silent)
+    assert "never started" in supervisor.described({"rank": 3, "node": "n2"})
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> supervisor.Supervisor:
+    """The supervisor of a job of one run, outside of Slurm and without handlers of signals."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor.time, "sleep", lambda seconds: None)
+    job = {"runs": [str(tmp_path / "run")], "cluster": config.to_dict(Cluster()), "methods": {}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    return supervisor.Supervisor(tmp_path, 0)
+
+
+def test_a_job_that_was_stopped_before_it_handled_signals_ends(alone: supervisor.Supervisor):
+    (alone.folder / supervisor.STOP).touch()  # as `unlabeled stop` does before it sends its signal, which was lost
+    assert alone.supervise() == 0 and alone.state["ended"] == "stopped" and alone.state["attempts"] == 0
+
+
+def test_a_request_is_repeated_while_the_controller_does_not_answer(
+    alone: supervisor.Supervisor, monkeypatch: pytest.MonkeyPatch
+):
+    failures = [UserError("scontrol requeue 7: did not answer")] * 2
+
+    def request() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert alone.repeated(request) == "done" and not failures
+    failures += [UserError("scontrol requeue 7: failed: no such job")]
+    monkeypatch.setattr(supervisor, "SLURM_SECONDS", -1.0)
+    with pytest.raises(UserError, match="no such job"):
+        alone.repeated(request)
+
+
+def test_a_node_that_differs_or_is_slow_is_left_out(tmp_path: Path):
+    found = node_check.look(tmp_path, 0)
+    assert found["disk"] == "" and found["free_gb"] > 0 and found["mb_per_second"] > 0
+    good = {**found, "free_gb": 100.0, "mb_per_second": 100.0}  # whatever this machine's disk does at present
+    now = good["clock"]
+    assert node_check.problems({"n1": good, "n2": good}, 0, now, now) == {}
+    assert node_check.problems({"n1": good}, 0, now, now + 60) == {}  # another node had not answered for a minute
+    assert node_check.problems({"n1": good}, 0, now - 60, now) == {}
+    bad = {
+        "torch": ({**good, "torch": "1.0"}, "torch is 1.0, but "),
+        "code": ({**good, "code": "0"}, "code is 0, but "),
+        "clock": ({**good, "clock": good["clock"] + 100}, "its clock differs by 100 s"),
+        "free": ({**good, "free_gb": 0.1}, "0.1 GB of free disk space"),
+        "disk": ({**good, "disk": "Read-only file system"}, "cannot write to the run folder (Read-only file system)"),
+        "slow": ({**good, "mb_per_second": 0.5}, "writes to and reads from the run folder at 0.5 MB/s"),
+        "gpus": ({**good, "gpus": 7}, "has 7 GPUs, but 8 are needed"),
+    }
+    reports = {name: {"gpus": 8, **report} for name, (report, _) in bad.items()}
+    well = {**good, "gpus": 8}
+    found = node_check.problems({"n1": well, "n2": well, **reports}, 8, now, now)
+    assert found.keys() == bad.keys()
+    assert all(words in found[name] for name, (_, words) in bad.items()), found
+    assert node_check.look(tmp_path / "missing", 0)["disk"] == "No such file or directory"  # not mounted on that node
+
+
+def test_the_end_of_a_file(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_step(tmp_path) == 0 and tail(path, 3) == []
+    path.write_text("".join(f'{{"step": {n}, "loss": 1.0}}\n' for n in range(5000)) + '{"step": 50')
+    assert last_step(tmp_path) == 5000
+    assert tail(path, 2) == ['{"step": 4999, "loss": 1.0}', '{"step": 50']
+
+
+def test_a_profile_survives_the_way_to_the_job(profiles: Path):
+    cluster = clusters.find("large")
+    assert config.to_dict(config.build(Cluster, config.to_dict(cluster), {})) == config.to_dict(cluster)

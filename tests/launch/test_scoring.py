@@ -1,0 +1,124 @@
+"""Evaluation that cannot give scores is refused at the start; one that dies is started again; what is not scored in the end does not look like success."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common import config
+from common.errors import UserError
+from data_pipeline.build.build_shards import build
+from eval.scoring import RESTARTS, check
+from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.signals import EXIT_UNSCORED
+from pretrain.train import train
+from tests.conftest import tiny_recipe, tokens
+from tests.data.texts import tokens_of, write_texts
+from tests.tars import jpeg, write_tar
+
+QUICK = ("steps=2", "eval.periodic=[knn]", "eval.final=[knn]", "eval.pixels=false")
+
+
+def scored(shards: Path, run: Path, *overrides: str):
+    return tiny_recipe("mae", shards, run, *QUICK, f"eval.gallery={shards}", f"eval.test={shards}", *overrides)
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_written(photos: Path, shards: Path, tmp_path: Path):
+    (tmp_path / "bare").mkdir()
+    write_tar(tmp_path / "bare" / "a.tar", [(f"{n}.jpg", jpeg(n)) for n in range(3)])
+    shutil.copytree(photos / "china", tmp_path / "one" / "china")
+    build(tmp_path / "one", tmp_path / "china")
+    for override, message in (
+        (f"eval.test={tmp_path / 'none'}", "eval.test: .*none: no such file or folder"),
+        (f"eval.gallery={tmp_path / 'bare'}", r"eval.gallery: .*a.tar: 0 has no .cls member"),
+        (
+            f"eval.gallery={tmp_path / 'china'}",
+            "eval.gallery: .*all of its labels are 'china', but 2 classes are needed",
+        ),
+        ("eval.gallery=[]", "eval.gallery: is empty"),
+        ("eval.final=[knm]", "eval.final: .*did you mean knn"),
+        ("eval.final=[bits_per_byte]", "eval.test: bits_per_byte scores language models"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"^{message}.*; write eval.val=\[\] eval.test=\[\] to train without scores$"
+        ):
+            train(scored(shards, tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_of_another_tokenizer_are_refused(shards: Path, tmp_path: Path):
+    held, other = tokens(shards.parent), tmp_path / "other"
+    tokens_of(write_texts(tmp_path / "texts"), other, vocab=400, specials=("sentinels",))
+    names = ["eval.periodic=[bits_per_byte]", "eval.final=[bits_per_byte]"]
+    check(tiny_recipe("gpt", shards, tmp_path / "run", *names, f"eval.val={held}"))
+    with pytest.raises(UserError, match=r"eval.val: .*other: was made with another tokenizer than"):
+        check(tiny_recipe("gpt", shards, tmp_path / "run", *names, f"eval.val={other}"))
+
+
+@pytest.mark.slow
+def test_train_scores_as_the_command_does(shards: Path, tmp_path: Path):
+    run = train(scored(shards, tmp_path / "run"))
+    rows = read_rows(run / "results.jsonl")
+    assert {(row["model"], row["step"], row["protocol"]) for row in rows} == {
+        ("untrained", 0, "knn"),
+        ("pretrained", 2, "knn"),
+    }
+    (run / "results.jsonl").unlink()
+    shutil.copytree(shards, tmp_path / "shards")
+    cfg = scored(shards, run, f"eval.test={tmp_path / 'shards'}")
+    for tar in (tmp_path / "shards").glob("*.tar"):  # its index is whole, its bytes are not
+        tar.write_bytes(bytes(tar.stat().st_size))
+    with pytest.raises(UserError, match=r"eval.test: .*none of its labels can be read"):
+        train(cfg)
+
+
+def kill_scoring(process: subprocess.Popen, enough: Callable[[int], bool]) -> int:
+    """Kill each scoring process as it comes; how many there were."""
+    killed: set[int] = set()
+    while process.poll() is None and not enough(len(killed)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children():
+                if "launch.watch" in child.cmdline() and child.pid not in killed:
+                    child.kill()
+                    killed.add(child.pid)
+        time.sleep(0.01)
+    return len(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("always", [False, True])
+def test_a_scoring_process_that_dies(always: bool, shards: Path, tmp_path: Path):
+    run, path = tmp_path / "run", tmp_path / "run.yaml"
+    path.write_text(config.dump(scored(shards, run)))
+    command = [sys.executable, "-m", "launch.cli", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    killed = kill_scoring(process, lambda count: count == 1 and not always)
+    _, error = process.communicate(timeout=300)
+    assert killed == (RESTARTS + 1 if always else 1) and "Traceback" not in error
+    assert "the process that scores was killed by SIGKILL; it is started again" in error
+    assert (run / "export" / "2" / "config.json").is_file()
+    if always:
+        assert process.returncode == EXIT_UNSCORED not in (0, 1, 2, 75)
+        assert f"error: {run}: trained, but the process that scores died 4 times; the same command tries again" in error
+    else:
+        assert process.returncode == 0 and len(read_rows(run / "results.jsonl")) > 1
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_ends_with_a_code_of_its_own(shards: Path, tmp_path: Path):
+    run = train(tiny_recipe("mae", shards, tmp_path / "run", *QUICK, f"eval.gallery={shards}"))
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("test: []", f"test: [{tmp_path / 'gone'}]", 1))
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.watch", str(run)], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == EXIT_UNSCORED and done.stderr.count("evaluation of") == 4  # two exports, each tried again
+    assert "gone: no such file or folder" in (run / "log.txt").read_text()

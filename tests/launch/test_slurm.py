@@ -1,0 +1,363 @@
+"""Runs as jobs of a real Slurm cluster on loopback. Whatever happens to a job, the losses of its run are those of an
+undisturbed run of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common import config
+from common.errors import UserError
+from launch import clusters, slurm, status
+from launch.clusters import Cluster
+from launch.run_tail import last_step
+from launch.supervisor import ranks_of
+from pretrain.checkpoint.open_store import complete_checkpoints
+from pretrain.recipes.recipe import Recipe, load
+from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.train import train
+from tests.conftest import TINY, call, unlabeled
+from tests.contract.own_objectives import OWN
+from tests.slurm import SlurmCluster, missing
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+STEPS = 40
+# what an objective's forward does here: take its time, so that a test can do something to the run, and fail if asked
+FORWARD = """
+        time.sleep(float(os.environ.get("STEP_SECONDS", "0.1")))
+        if step == int(os.environ.get("FAIL_AT", "-1")):
+            raise RuntimeError(f"step {step} fails")
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Three nodes; tests find it by their environment."""
+    if reason := missing():
+        pytest.skip(f"NO SLURM HERE, SO NOTHING OF `unlabeled launch` IS TESTED: {reason}")
+    with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=3) as cluster, pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def idle(cluster: SlurmCluster) -> Iterator[None]:
+    """Each test begins with nodes that are up and have no job."""
+    yield
+    cluster.run("scancel", "--user=root")
+    for node in cluster.nodes:
+        if cluster.daemons[node].poll() is not None:
+            cluster.start_node(node)
+    cluster.wait_idle()
+
+
+@pytest.fixture(scope="module")
+def method(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An objective of one's own, whose steps take their time."""
+    path = tmp_path_factory.mktemp("methods") / "slow.py"
+    text = OWN["labels"].replace("from dataclasses", "import os\nimport time\nfrom dataclasses", 1)
+    line = "        logits = self.head("
+    assert line in text
+    path.write_text(text.replace(line, f"{FORWARD}{line}"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(method: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
+    """The losses of the run of one process that nobody disturbs."""
+    return losses(train(recipe(method, shards, tmp_path_factory.mktemp("whole") / "run", "parallel.mode=single")))
+
+
+def recipe(method: Path, shards: Path, run: Path, *overrides: str) -> Recipe:
+    few = [f"steps={STEPS}", "checkpoint=10", "export=1000", "log=1", "log.flops=false", "data.batch=16"]
+    more = [f"objective={method}", f"data.train={shards}", "data.workers=0", "eval.pixels=false", "optim.lr=1e-3"]
+    return load("demo", [*TINY, *few, *more, "parallel.mode=ddp", "parallel.timeout=30", f"run={run}", *overrides])
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], pytest.approx(row["loss"], rel=1e-5)) for row in read_rows(run / "metrics.jsonl")]
+
+
+def checkpoints(run: Path) -> list[int]:
+    return [int(path.name) for path in complete_checkpoints(run)]
+
+
+class Job:
+    """A run as a job."""
+
+    def __init__(self, cluster: SlurmCluster, recipe: Recipe, **options: object):
+        self.cluster, self.run = cluster, Path(recipe.run)
+        slurm.submit([recipe], Cluster(cpus=1, **options))  # type: ignore[arg-type]
+        told = json.loads((self.run / "job.json").read_text())
+        self.id, self.folder = told["id"], Path(told["folder"]) / str(told["number"])
+
+    @property
+    def state(self) -> dict:
+        return json.loads((self.folder / "state.json").read_text())
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text() for path in self.folder.parent.glob("*_log.out"))
+
+    def trains(self, steps: int = 1, attempt: int = 1) -> None:
+        """Wait until an attempt has trained, and the run has so many steps."""
+        there = (self.folder / f"attempt-{attempt}").is_dir
+        self.cluster.wait(lambda: there() and last_step(self.run) >= steps, f"{steps} steps\n{self.log}", 120)
+
+    def ends(self, state: str = "COMPLETED", ended: str = "finished", seconds: float = 240) -> None:
+        found = self.cluster.wait_for(
+            self.id, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", seconds=seconds
+        )
+        assert (found, self.state["ended"]) == (state, ended), f"{found}\n{self.log}"
+
+    @property
+    def run_log(self) -> str:
+        return (self.run / "log.txt").read_text()
+
+
+def test_two_nodes_train_as_one_process_does(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    """The command, its batch script, and the same command once more while the run is in the queue."""
+    run, path = tmp_path / "a run", tmp_path / "tiny.yaml"
+    path.write_text(config.dump(recipe(method, shards, run)))
+    words = ["launch", path, "--nodes", 2, "--cpus", 1, "--hours", 0.5, "--partition", "main"]
+    script = unlabeled(*words, "--dry-run").stdout
+    first = unlabeled(*words)
+    assert first.returncode == 0 and "queued as job" in first.stdout, first.stdout + first.stderr
+    again = unlabeled(*words)
+    assert again.returncode == 0 and "is queued already, as job" in again.stdout, again.stdout + again.stderr
+    job = json.loads((run / "job.json").read_text())
+    submitted = Path(job["folder"]) / f"{job['id']}_submission.sh"
+    assert submitted.read_text().strip() == script.strip() and "#SBATCH --nodes=2" in script
+    state = cluster.wait_for(job["id"], "COMPLETED", "FAILED")
+    assert state == "COMPLETED", (Path(job["folder"]) / f"{job['id']}_0_log.out").read_text()
+    assert losses(run) == whole and len(whole) == STEPS
+    ranks = ranks_of(Path(job["folder"]) / "0" / "attempt-1")
+    assert [rank["node"] for rank in ranks.values()] == ["n1", "n2"]
+
+
+def test_a_preempted_job_saves_requeues_and_goes_on(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    """A job of a partition with higher priority takes all nodes; no step is trained twice."""
+    options = {"nodes": 2, "partition": "main", "environment": ["STEP_SECONDS=0.3"]}  # Slurm takes seconds to preempt
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), **options)
+    job.trains(3)
+    words = ("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    other = cluster.run("sbatch", "--parsable", *words).stdout.strip()
+    cluster.wait_for(other, "COMPLETED")
+    done = last_step(job.run)
+    assert 3 <= done < STEPS and max(checkpoints(job.run)) == done  # no step was lost
+    job.ends()
+    assert losses(job.run) == whole
+    assert job.state["attempts"] == 2 and job.state["restarts"] == 0
+    assert f"resumes from step {done} " in job.run_log
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    """In the same job, from the last checkpoint; the log says how long it took."""
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2)
+    job.trains(12)
+    rank = ranks_of(job.folder / "attempt-1")[1]
+    os.kill(rank["pid"], signal.SIGKILL)
+    job.ends()
+    assert losses(job.run) == whole
+    text = job.run_log
+    assert "rank 1 on n2 was killed by SIGKILL after" in text and "the last lines of its log: " in text
+    assert re.search(r"resumes from step [123]0 ", text) and re.search(r"trains again \d+\.\d s after the fault", text)
+    assert job.state == {
+        "attempts": 2,
+        "restarts": 1,
+        "in_a_row": 0,
+        "reached": job.state["reached"],
+        "ended": "finished",
+    }
+
+
+# ---------------------------------------------------------------- the rest, for `make test-matrix`
+@pytest.mark.matrix
+def test_the_time_limit(cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path):
+    """Slurm may send the signal up to a minute early."""
+    options = {"hours": 3 / 60, "signal_delay": 80, "environment": ["STEP_SECONDS=3"]}
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=1, processes=1, **options)
+    job.ends(seconds=500)
+    assert losses(job.run) == whole
+    assert job.state["attempts"] >= 2 and job.state["restarts"] == 0
+    assert re.search(r"requeues itself after \d+ steps", job.run_log)
+
+
+@pytest.mark.matrix
+def test_a_job_that_an_operator_requeues(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2, environment=["STEP_SECONDS=0.3"])
+    job.trains(3)
+    cluster.run("scontrol", "requeue", job.id)
+    job.ends()
+    assert losses(job.run) == whole and job.state["attempts"] == 2
+    (step,) = map(int, re.findall(r"resumes from step (\d+) ", job.run_log))
+    assert 3 <= step < STEPS and step % 10  # where it was when it was asked, not a regular checkpoint
+
+
+@pytest.mark.matrix
+def test_a_rank_that_hangs_is_named(cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path):
+    job = Job(cluster, recipe(method, shards, tmp_path / "run", "parallel.timeout=10"), nodes=2)
+    job.trains(12)
+    os.kill(ranks_of(job.folder / "attempt-1")[1]["pid"], signal.SIGSTOP)
+    job.ends()
+    assert losses(job.run) == whole
+    assert "rank 1 on n2 did not end by itself, so it hung or its node was lost, after" in job.run_log
+
+
+@pytest.mark.matrix
+def test_a_node_that_is_lost_is_left_out(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    """Everything on it is gone at once; the job goes on with the other, without a requeue."""
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes="1-2")
+    job.trains(12)
+    cluster.kill_node("n2")
+    job.ends()
+    assert losses(job.run) == whole
+    assert "n2 is left out: " in job.run_log and "1 processes on n1" in job.run_log
+    assert job.state["attempts"] == 2
+
+
+@pytest.mark.matrix
+def test_a_fixed_number_of_nodes_comes_from_the_queue_again(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    """The job requeues itself without the node that it has lost, and gets the third one."""
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2)
+    job.trains(12)
+    cluster.kill_node("n2")
+    job.ends()
+    assert losses(job.run) == whole
+    assert "1 of 2 nodes can be used" in job.run_log and "2 processes on n1, n3" in job.run_log
+
+
+@pytest.mark.matrix
+def test_a_node_that_fails_the_check_is_left_out(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n2 ] && echo no library >&2 && exit 3\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes="1-2", python=str(python))
+    job.ends()
+    assert losses(job.run) == whole and job.state["attempts"] == 1
+    assert "n2 is left out: no library" in job.run_log and "1 processes on n1" in job.run_log
+
+
+@pytest.mark.matrix
+def test_a_job_without_usable_nodes_ends(cluster: SlurmCluster, method: Path, shards: Path, tmp_path: Path):
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), python="/no/python", max_restarts=0)
+    job.ends("FAILED", "failed: too few nodes pass the check")
+    assert "n1 is left out: " in job.run_log and "0 of 1 nodes can be used" in job.run_log
+
+
+@pytest.mark.matrix
+def test_four_processes_on_two_nodes(cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path):
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2, processes=2)
+    job.ends()
+    assert losses(job.run) == whole
+    assert [rank["node"] for rank in ranks_of(job.folder / "attempt-1").values()] == ["n1", "n1", "n2", "n2"]
+
+
+@pytest.mark.matrix
+def test_a_job_is_stopped_and_the_same_command_goes_on(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run = tmp_path / "run"
+    job = Job(cluster, recipe(method, shards, run), nodes=2)
+    job.trains(3)
+    call("status", run)
+    assert f"running on n[1-2], job {job.id}" in capsys.readouterr().out
+    assert call("logs", run, "--rank", 1) == 0
+    with pytest.raises(UserError, match="has no log of rank 2; write --rank 0 to 1"):
+        call("logs", run, "--rank", 2)
+    call("stop", run)
+    job.ends(ended="stopped")
+    done = last_step(run)
+    assert done < STEPS and max(checkpoints(run)) == done
+    assert status.of(run, {}).state == "stopped"
+    again = Job(cluster, recipe(method, shards, run), nodes=2)
+    assert again.id != job.id
+    again.ends()
+    assert losses(run) == whole
+
+
+@pytest.mark.matrix
+def test_an_objective_of_ones_own_that_was_edited_ends_the_job(
+    cluster: SlurmCluster, method: Path, shards: Path, tmp_path: Path
+):
+    """While the job waited: behind one that has all nodes."""
+    own = tmp_path / "own.py"
+    own.write_text(method.read_text())
+    words = ("--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+    first = cluster.run("sbatch", "--parsable", *words).stdout.strip()
+    cluster.wait_for(first, "RUNNING")
+    job = Job(cluster, recipe(method, shards, tmp_path / "run", f"objective={own}"))
+    own.write_text(f"{method.read_text()}\n")
+    cluster.run("scancel", first)
+    job.ends("FAILED", f"failed: {own} has changed")
+    assert last_step(job.run) == 0
+
+
+@pytest.mark.matrix
+def test_an_array_of_two_seeds(cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(config.dump(recipe(method, shards, tmp_path / "run")))
+    runs = slurm.recipes(str(path), [], ["seed=0,1"])
+    slurm.submit(runs, Cluster(cpus=1))
+    for one in runs:
+        job = slurm.job_of(Path(one.run))
+        cluster.wait_for(job["id"], "COMPLETED", "FAILED", seconds=240)
+    first, second = (losses(Path(one.run)) for one in runs)
+    assert first == whole and second != whole and len(second) == STEPS
+
+
+@pytest.mark.matrix
+def test_restarts_without_a_further_step_end(cluster: SlurmCluster, method: Path, shards: Path, tmp_path: Path):
+    options = {"max_restarts": 1, "environment": ["FAIL_AT=12"]}
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), **options)
+    job.ends("FAILED", "failed: 2 attempts without a further step")
+    assert job.state["attempts"] == 3 and last_step(job.run) == 12  # the first one had trained
+    assert "rank 0 on n1 ended with code 1 after 12 steps" in job.run_log and "step 12 fails" in job.run_log
+
+
+@pytest.mark.matrix
+def test_a_recipe_that_the_trainer_refuses_is_not_tried_again(
+    cluster: SlurmCluster, method: Path, shards: Path, tmp_path: Path
+):
+    cfg = recipe(method, shards, tmp_path / "run", f"data.train={tmp_path / 'nothing'}")
+    job = Job(cluster, cfg)
+    job.ends("FAILED", "failed: it was refused")
+    assert job.state["attempts"] == 1 and str(tmp_path / "nothing") in job.run_log
+
+
+def test_a_profile_is_written_by_what_sinfo_says(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert call("launch", "--init") == 0
+    text = clusters.file().read_text()
+    assert "main (default): 3 nodes, 4 cores, 8 GiB, 0 GPUs, no limit" in text and "# max_restarts: 3  # " in text
+    found = clusters.find("local")
+    assert (found.partition, found.gpus, found.cpus, found.nodes) == ("main", 0, 4, 1)
+    with pytest.raises(UserError, match="has the cluster local already"):
+        call("launch", "--init")

@@ -1,0 +1,73 @@
+"""The generator of hostile inputs (`tests/attack.py`) runs against the commands for a while: no trace, no hang, nothing written elsewhere, memory bounded.
+
+UNLABELED_ATTACK_SECONDS makes it longer, UNLABELED_ATTACK_SEED begins elsewhere. The process is watched from outside, so that a crash inside of a
+library or a hang that no signal ends names its case, too.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests import attack
+
+SECONDS = 60.0  # of cases, in CI
+START = 300.0  # seconds until the first case, on a slow and busy machine
+
+
+@pytest.mark.slow
+def test_hostile_inputs(tmp_path: Path):
+    seconds = os.environ.get("UNLABELED_ATTACK_SECONDS", str(SECONDS))
+    seed = os.environ.get("UNLABELED_ATTACK_SEED", "0")
+    command = [
+        sys.executable,
+        "-m",
+        "tests.attack",
+        "--seconds",
+        seconds,
+        "--seed",
+        seed,
+        "--folder",
+        str(tmp_path / "a"),
+    ]
+    said: list[str] = []
+    lines: queue.SimpleQueue = queue.SimpleQueue()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        patience = START
+        try:
+            while (line := lines.get(timeout=patience)) is not None:
+                said.append(line)
+                if line.startswith("case "):
+                    patience = 10 * attack.SECONDS  # a case gives several commands, each of which ends itself
+        except queue.Empty:
+            process.kill()
+            said.append("it went on without a word, and was killed\n")
+    cases = [line.split()[1] for line in said if line.startswith("case ")]
+    last = f"the last case was {cases[-1]}: python -m tests.attack --only {cases[-1]}" if cases else "no case began"
+    failed = "".join(line for line in said if not re.match(r"case \d+$", line))
+    assert process.returncode == 0 and cases, f"exit code {process.returncode}; {last}\n{failed[-8000:]}"
+
+
+def test_the_same_number_gives_the_same_case():
+    """Of the parts that a case is made of; so a failure in CI can be run again anywhere."""
+    import random
+
+    for make in (attack.image, attack.member, attack.value, attack.bomb):
+        assert repr(make(random.Random(7))) == repr(make(random.Random(7)))
+    assert attack.tar(random.Random(7), Path("/x")) == attack.tar(random.Random(7), Path("/x"))

@@ -1,0 +1,300 @@
+"""Each kernel against the plain module that it takes over: values and gradients, in fp32 and bf16.
+
+What runs on a GPU alone is compared through its masks: xformers' materialised, varlen's borders and windows as its
+documentation has them. `tests/gpu/test_kernels.py` runs the kernels themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_mask
+
+from common.config import ConfigError
+from pretrain import kernels
+from pretrain.build import build_objective
+from pretrain.kernels import flex_attention, norms, packed_attention
+from pretrain.models import presets
+from pretrain.models.build import build_model
+from pretrain.models.layers import LayerNorm, PackedAttention
+from pretrain.models.text_layers import MaskedAttention, Masks, visible
+from pretrain.models.text_mlp import RMSNorm
+from tests.conftest import tiny_recipe
+
+CPU = torch.device("cpu")
+SHAPES = [(3, 20), (2, 7)]
+LENGTHS = [20, 20, 20, 7, 7]
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7 + [2] * 8, [0] * 20, [0] * 14 + [1] * 3 + [-1] * 3])
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_small", {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "positions": "rope", "layer_scale": 0.5, "drop_path": 0.5}),
+    "decoder": ("gpt_micro", {"dim": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "depth": 2, "windows": [6, 0], "vocab_size": 50}),
+    "bert": ("bert_micro", {"dim": 32, "heads": 2, "depth": 2, "vocab_size": 50}),
+}  # fmt: skip
+
+
+def near(ours: list[Tensor], plain: list[Tensor], dtype: torch.dtype, tolerance: float = 0.0) -> None:
+    """bf16 has 8 bits, and kernels round at other places."""
+    bound = tolerance or {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for one, other in zip(ours, plain, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert (one.double() - other.double()).norm() <= bound * other.double().norm() + 1e-12
+
+
+def results(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """The function's value and the gradients of its weighted sum."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    out = function(*leaves)
+    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+
+
+def heads(count: int, tokens: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*tokens, count, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def network(preset: str, **options: Any) -> nn.Module:
+    kind, values = presets.choose(preset)
+    return build_model(kind(**{**values, **options}))
+
+
+# ---------------------------------------------------------------- norms
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("plain", "kernel"),
+    [(RMSNorm, norms.CpuRMSNorm), (RMSNorm, norms.CudaRMSNorm), (LayerNorm, norms.CudaLayerNorm)],
+)
+def test_norms(plain: type[nn.Module], kernel: type[nn.Module], dtype: torch.dtype):
+    module = plain(24, 1e-5).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    x = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def run(kind: type[nn.Module]) -> list[Tensor]:
+        module.__class__ = kind
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return results(lambda x, *_: module(x), [x]) + [
+                torch.autograd.grad(module(x).square().sum(), p)[0] for p in module.parameters()
+            ]
+
+    ours, theirs = run(kernel), run(plain)
+    assert ours[0].dtype == dtype  # the residual stream keeps its dtype
+    near(ours, theirs, dtype)
+
+
+# ---------------------------------------------------------------- attention by xformers and varlen, through their masks
+def materialised(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, scale: float | None) -> Tensor:
+    """What `memory_efficient_attention` of [1, T, H, d] computes, with its mask as a tensor."""
+    mask = attn_bias.materialize((q.shape[1], k.shape[1]), dtype=q.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+
+
+def by_borders(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa) -> Tensor:
+    """What `varlen_attn` computes, sequence by sequence."""
+    lengths = cu_seq_q.diff().tolist()
+    assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32 and max_q == max_k == max(lengths)
+    before, after = window_size
+    out = []
+    for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        places = torch.arange(len(parts[0]))
+        distance = places.unsqueeze(1) - places
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        seen = seen & (distance <= before) if before >= 0 else seen
+        seen = seen & (-distance <= after) if after >= 0 else seen
+        each = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+        mixed = F.scaled_dot_product_attention(*each, seen, scale=scale, enable_gqa=enable_gqa)
+        out.append(mixed.squeeze(0).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.fixture(params=["xformers", "varlen", "flex"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The attention of a library, with what runs on a GPU alone replaced by what its masks say."""
+    name = request.param
+    if name == "xformers":
+        module = pytest.importorskip("xformers.ops")
+        monkeypatch.setattr(module, "memory_efficient_attention", materialised)
+    elif name == "varlen":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_borders)
+    else:  # runs on a CPU, but refuses gradients there
+        flex = sys.modules["torch.nn.attention.flex_attention"]
+        monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+        monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+        monkeypatch.setattr(flex_attention, "attention", flex.flex_attention)
+    return name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_sizes(library: str, dtype: torch.dtype):
+    q, k, v = (heads(2, (74,), dtype, seed) for seed in range(3))
+    kernel = kernels.attention_kernels(library)[PackedAttention]()
+    ours = results(lambda *a: kernel(*a, SHAPES), [q, k, v])
+    near(ours, results(lambda *a: PackedAttention()(*a, SHAPES), [q, k, v]), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(library: str, name: str, dtype: torch.dtype):
+    """Crops of two sizes with drop path; documents with causal masks, windows and groups of heads; documents without."""
+    preset, options = NETWORKS[name]
+    torch.manual_seed(0)
+    model = network(preset, **options).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    if name == "vit":
+        given: Any = [torch.randn(4, 3, 32, 32), torch.randn(3, 3, 16, 24)]
+        options = {}
+    else:
+        given, options = torch.randint(0, 50, (3, 20)), {"documents": DOCUMENTS}
+
+    def run(model: nn.Module) -> list[Tensor]:
+        torch.manual_seed(3)  # drop path
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = model(given, **options)
+            tokens = torch.cat([f.tokens.flatten(0, 1) for f in (out if isinstance(out, list) else [out])])
+        loss = (tokens.float() * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(4))).sum()
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return [tokens, *(g for g in found if g is not None)]
+
+    replaced = copy.deepcopy(model)
+    kernels.replace(replaced, kernels.attention_kernels(library))
+    assert {type(m) for m in replaced.modules()} & set(kernels.attention_kernels(library).values())
+    plain = run(model)
+    if dtype == torch.float32:
+        near(run(replaced), plain, dtype, 2e-5)
+    else:  # through all layers
+        near(run(replaced)[:1], plain[:1], dtype, 5e-2)
+
+
+def test_windows_without_documents(library: str):
+    """All rows of a batch share one mask."""
+    places = torch.arange(20)
+    leaves = [heads(2, (3, 20), torch.float32, seed) for seed in range(3)]
+
+    def run(masks: type[Masks], attention: type[MaskedAttention]) -> list[Tensor]:
+        mask = masks()(places, places, [6], None, True)[0]
+        return results(lambda *a: attention()(*a, mask), leaves)
+
+    table = kernels.attention_kernels(library)
+    near(run(table[Masks], table[MaskedAttention]), run(Masks, MaskedAttention), torch.float32, 2e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("causal", [True, False])
+def test_masks_of_documents_are_the_dense_ones(causal: bool, window: int):
+    places = torch.arange(20)
+    dense = visible(places, places, window if causal else 0, DOCUMENTS, causal)  # [B, 1, T, T]
+    lengths = packed_attention.lengths_of(DOCUMENTS)
+    assert lengths == (5, 7, 8, 20, 14, 3, 3)
+    pytest.importorskip("xformers")
+    mask = packed_attention.block_diagonal(lengths, CPU, causal, window if causal else 0)
+    assert torch.equal(mask.materialize((60, 60)) == 0, torch.block_diag(*dense[:, 0]).bool())
+    assert packed_attention.block_diagonal(lengths, CPU, causal, window if causal else 0) is mask  # built once
+
+
+def test_masks_without_documents_are_for_windows_alone():
+    """A row is one document then: without a window PyTorch's causal kernel needs no mask."""
+    places = torch.arange(20)
+    for kind in (packed_attention.SpanMasks, flex_attention.BlockMasks):
+        masks = kind()(places, places, [0, 6, 32], None, True)
+        assert [mask is None for mask in masks] == [True, False, True]
+        assert torch.equal(kind()(places[12:], places, [0], None, True)[0], visible(places[12:], places, 0, None, True))
+
+
+# ---------------------------------------------------------------- FlexAttention's blocks
+@pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (True, 300), (True, 1000), (True, 5)])
+def test_blocks_hold_all_that_is_seen(causal: bool, window: int):
+    """Of 128 × 128: a full one is seen whole, one that is left out not at all, and no pair is listed twice."""
+    length = 1100
+    documents = torch.zeros(4, length, dtype=torch.int64)
+    documents[1] = torch.arange(length) // 256
+    documents[2] = torch.cat([torch.zeros(400), torch.ones(30), torch.full((600,), 2.0), torch.full((70,), -1.0)])
+    documents[3] = torch.arange(length) // 50
+    mask = flex_attention.block_mask(documents, causal, window)
+    places = torch.arange(length)
+    dense = visible(places, places, window, documents, causal)[:, 0]  # [B, T, T]
+    assert torch.equal(create_mask(mask.mask_mod, 4, None, length, length, "cpu")[:, 0], dense)
+    n = -(-length // 128)
+    blocks = F.pad(dense, (0, n * 128 - length) * 2).unflatten(2, (n, 128)).unflatten(1, (n, 128)).transpose(2, 3)
+    some, whole = blocks.flatten(3).any(3), blocks.flatten(3).all(3)  # [B, n, n]
+
+    def listed(counts: Tensor, indices: Tensor) -> Tensor:
+        out = torch.zeros(4, n, n, dtype=torch.bool)
+        for b in range(4):
+            for row in range(n):
+                out[b, row, indices[b, 0, row, : counts[b, 0, row]].long()] = True
+        return out
+
+    partial, full = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (partial & full).any() and not (full & ~whole).any() and not (some & ~(partial | full)).any()
+    assert torch.equal(full, whole) and (partial & ~some).sum() <= 0.1 * n * n * 4  # and little is computed in vain
+
+
+# ---------------------------------------------------------------- apply
+def test_names_and_parameters_stay(shards, tmp_path):
+    for name in ("dinov3", "gpt"):
+        objective = build_objective(tiny_recipe(name, shards, tmp_path))
+        before, state = dict(objective.named_parameters()), objective.state_dict()
+        kernels.replace(objective, kernels.CUDA | kernels.attention_kernels("flex"))
+        assert list(objective.state_dict()) == list(state)
+        assert all(before[key] is value for key, value in objective.named_parameters())
+        kinds = {type(module) for module in objective.modules()}
+        assert not kinds & {LayerNorm, RMSNorm, PackedAttention} and kinds & {norms.CudaLayerNorm, norms.CudaRMSNorm}
+
+
+def test_on_a_cpu():
+    model = network("gpt_micro")
+    assert kernels.apply(model, CPU) == []
+    kinds = {type(module) for module in model.modules()}
+    assert norms.CpuRMSNorm in kinds and RMSNorm not in kinds and packed_attention.SpanMasks not in kinds
+
+
+@pytest.mark.parametrize("choice", ["xformers", "varlen", "flex"])
+def test_an_attention_that_cannot_be_used_here_is_refused(choice: str):
+    says = f"parallel.attention = {choice}: needs a CUDA device, and this run computes on cpu; write parallel.attention=auto"
+    with pytest.raises(ConfigError, match=says):
+        kernels.apply(nn.Identity(), CPU, choice)
+
+
+def test_the_reasons_of_a_choice_are_told(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU (here: what is asked before one is used), a library that is missing or refuses the dtype."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cuda = torch.device("cuda")
+
+    def missing(name: str, *_: object) -> float:
+        if name == "rotary":
+            return 0.0
+        raise ImportError(f"no {name} here", name=name)
+
+    monkeypatch.setattr(kernels, "_trial", missing)
+    kernels.unusable.cache_clear()
+    with pytest.raises(
+        ConfigError, match=r"xformers: is not installed \(pip install 'unlabeled\[xformers\]'\); write parallel"
+    ):
+        kernels.kernels_of(cuda, "xformers", torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"flex: cannot be imported \(no flex here\); write parallel"):
+        kernels.kernels_of(cuda, "flex", torch.bfloat16)
+    table, lines = kernels.kernels_of(cuda, "auto", torch.bfloat16)
+    assert PackedAttention not in table and kernels.Rotary in table
+    assert (
+        lines[0]
+        == "attention of crops of several sizes: sdpa, as xformers is not installed (pip install 'unlabeled[xformers]')"
+    )
+    monkeypatch.setattr(kernels, "_trial", lambda *_: 1.0)
+    kernels.unusable.cache_clear()
+    with pytest.raises(ConfigError, match="varlen: is off by 1 from plain operations here"):
+        kernels.kernels_of(cuda, "varlen", torch.bfloat16)
+    monkeypatch.setattr(kernels, "_trial", lambda *_: 0.001)
+    kernels.unusable.cache_clear()
+    table, lines = kernels.kernels_of(cuda, "auto", torch.bfloat16)
+    assert table[PackedAttention] is packed_attention.XformersPackedAttention and "flex" in lines[1]
+    kernels.unusable.cache_clear()
