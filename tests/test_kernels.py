@@ -20,7 +20,8 @@ from torch.nn.attention.flex_attention import create_mask
 from common.config import ConfigError
 from pretrain import kernels
 from pretrain.build import build_objective
-from pretrain.kernels import flex_attention, norms, packed_attention
+from pretrain.kernels import flex_attention, norms, packed_attention, trial
+from pretrain.kernels.trial import Call
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.models.layers import LayerNorm, PackedAttention
@@ -36,6 +37,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_small", {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "positions": "rope", "layer_scale": 0.5, "drop_path": 0.5}),
     "decoder": ("gpt_micro", {"dim": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "depth": 2, "windows": [6, 0], "vocab_size": 50}),
     "bert": ("bert_micro", {"dim": 32, "heads": 2, "depth": 2, "vocab_size": 50}),
+    "t5": ("t5_micro", {"dim": 32, "heads": 2, "head_dim": 16, "depth": 2, "vocab_size": 50, "max_distance": 16, "buckets": 8}),
 }  # fmt: skip
 
 
@@ -128,7 +130,10 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         flex = sys.modules["torch.nn.attention.flex_attention"]
         monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
         monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-        monkeypatch.setattr(flex_attention, "attention", flex.flex_attention)
+        # compiled for T5, as gradients of what is added to the scores are lost otherwise
+        learned = "t5" in request.node.name
+        attend = torch.compile(flex.flex_attention, backend="eager") if learned else flex.flex_attention
+        monkeypatch.setattr(flex_attention, "attention", attend)
     return name
 
 
@@ -161,6 +166,8 @@ def test_networks(library: str, name: str, dtype: torch.dtype):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             out = model(given, **options)
             tokens = torch.cat([f.tokens.flatten(0, 1) for f in (out if isinstance(out, list) else [out])])
+            if name == "t5":
+                tokens = torch.cat([tokens, model.decoder(given, out.tokens, DOCUMENTS >= 0).flatten(0, 1)])
         loss = (tokens.float() * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(4))).sum()
         found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         return [tokens, *(g for g in found if g is not None)]
@@ -173,6 +180,40 @@ def test_networks(library: str, name: str, dtype: torch.dtype):
         near(run(replaced), plain, dtype, 2e-5)
     else:  # through all layers
         near(run(replaced)[:1], plain[:1], dtype, 5e-2)
+
+
+def test_sequences_of_one_size_are_a_batch(library: str, monkeypatch: pytest.MonkeyPatch):
+    """The plain module needs no mask for them."""
+    kind = kernels.attention_kernels(library)[PackedAttention]
+    monkeypatch.delattr(kind, "_packed")
+    q, k, v = (heads(2, (60,), torch.float32, seed) for seed in range(3))
+    assert torch.equal(kind()(q, k, v, [(3, 20)]), PackedAttention()(q, k, v, [(3, 20)]))
+    with pytest.raises(NotImplementedError):
+        kind()(q, k, v, [(2, 20), (2, 10)])
+
+
+CALLS = {
+    "vit": (Call(2, 2, 16),),
+    "decoder": tuple(Call(4, 2, 16, masked=True, causal=True, window=window) for window in (False, True)),
+    "bert": (Call(2, 2, 16, masked=True),),
+    "t5": tuple(Call(2, 2, 16, masked=True, causal=causal, relative=True, scale=1.0) for causal in (False, True)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_a_model_asks_of_a_library_is_tried(library: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    """Its own heads, widths, groups, masks and windows, and one that the library gets wrong is found."""
+    preset, options = NETWORKS[name]
+    calls = trial.calls_of(network(preset, **options))
+    assert calls == CALLS[name]
+    table = dict(kernels.attention_kernels(library))
+    assert trial.difference(table, calls, CPU, torch.float32) < 1e-4
+    wrong = dict(table)
+    for plain, kind in ((MaskedAttention, "forward"), (PackedAttention, "_packed")):
+        right = getattr(table[plain], kind)
+        spoilt = {kind: lambda self, *args, right=right, **options: 1.1 * right(self, *args, **options)}
+        wrong[plain] = type("Wrong", (table[plain],), spoilt)
+    assert trial.difference(wrong, calls, CPU, torch.float32) > kernels.MAX_DIFFERENCE
 
 
 def test_windows_without_documents(library: str):
@@ -269,6 +310,7 @@ def test_the_reasons_of_a_choice_are_told(monkeypatch: pytest.MonkeyPatch):
     """On a GPU (here: what is asked before one is used), a library that is missing or refuses the dtype."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cuda = torch.device("cuda")
+    calls = (*CALLS["vit"], *CALLS["decoder"])
 
     def missing(name: str, *_: object) -> float:
         if name == "rotary":
@@ -280,10 +322,10 @@ def test_the_reasons_of_a_choice_are_told(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         ConfigError, match=r"xformers: is not installed \(pip install 'unlabeled\[xformers\]'\); write parallel"
     ):
-        kernels.kernels_of(cuda, "xformers", torch.bfloat16)
+        kernels.kernels_of(cuda, "xformers", torch.bfloat16, calls)
     with pytest.raises(ConfigError, match=r"flex: cannot be imported \(no flex here\); write parallel"):
-        kernels.kernels_of(cuda, "flex", torch.bfloat16)
-    table, lines = kernels.kernels_of(cuda, "auto", torch.bfloat16)
+        kernels.kernels_of(cuda, "flex", torch.bfloat16, calls)
+    table, lines = kernels.kernels_of(cuda, "auto", torch.bfloat16, calls)
     assert PackedAttention not in table and kernels.Rotary in table
     assert (
         lines[0]
@@ -292,9 +334,15 @@ def test_the_reasons_of_a_choice_are_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "_trial", lambda *_: 1.0)
     kernels.unusable.cache_clear()
     with pytest.raises(ConfigError, match="varlen: is off by 1 from plain operations here"):
-        kernels.kernels_of(cuda, "varlen", torch.bfloat16)
+        kernels.kernels_of(cuda, "varlen", torch.bfloat16, calls)
     monkeypatch.setattr(kernels, "_trial", lambda *_: 0.001)
     kernels.unusable.cache_clear()
-    table, lines = kernels.kernels_of(cuda, "auto", torch.bfloat16)
+    table, lines = kernels.kernels_of(cuda, "auto", torch.bfloat16, calls)
     assert table[PackedAttention] is packed_attention.XformersPackedAttention and "flex" in lines[1]
+    for kind, line in (("vit", 0), ("decoder", 1)):  # what a model does not call is not tried
+        table, own = kernels.kernels_of(cuda, "auto", torch.bfloat16, CALLS[kind])
+        assert own == [lines[line]] and (PackedAttention in table) is (kind == "vit")
+    _, (said,) = kernels.kernels_of(cuda, "varlen", torch.bfloat16, calls)
+    assert said == "attention of documents: varlen, for which the host waits once in each forward"
+    assert kernels.kernels_of(cuda, "varlen", torch.bfloat16, CALLS["vit"])[1] == []
     kernels.unusable.cache_clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from data_pipeline.stream import stream as stream_module
 from data_pipeline.stream.stream import Stream
-from pretrain import contract, host_syncs
+from pretrain import contract, host_syncs, kernels
 from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.host_syncs import ALLOWED, DEVICE, HostSyncs, fake_device, of_steps
+from pretrain.kernels import flex_attention, packed_attention
 from pretrain.metrics import Clock, Writer
 from pretrain.objectives import finder
 from pretrain.optim.skip_steps import Guard
@@ -160,6 +162,48 @@ def test_no_objective_has_a_host_sync(name: str, shards: Path, request: pytest.F
     request.getfixturevalue("two_ranks")
     found = [sync for one in made for sync in of_steps(one.objective, one.recipe, one.held)]
     assert not found, "\n".join(map(str, found))
+
+
+ATTENTION = [
+    ("xformers", "dinov3", []),
+    ("varlen", "dinov3", []),
+    ("flex", "dinov3", []),
+    ("flex", "gpt", ["model.windows=[8,0]"]),
+    ("flex", "bert", []),
+    ("flex", "t5", []),
+]
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "own"), ATTENTION, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_no_mask_of_a_kernel_has_a_host_sync(
+    library: str, name: str, own: list[str], shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Crops of several sizes by every library; documents, windows and relative positions by FlexAttention, as `auto`
+    has them. What only a GPU computes is left out: the masks are what could wait."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+        called.append(q)
+        return q + k.mean() + v.mean()
+
+    called: list[Tensor] = []
+    if library == "xformers":
+        monkeypatch.setattr(pytest.importorskip("xformers.ops"), "memory_efficient_attention", attend)
+        # which needs a driver for pinned memory
+        place = "xformers.ops.fmha.attn_bias._to_device_tensor"
+        monkeypatch.setattr(place, lambda seq, dtype, device: torch.tensor(seq, dtype=dtype, device=device))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend)
+    monkeypatch.setattr(flex_attention, "attention", attend)
+    made = contract.case(name, [*contract.tiny(name, lambda kind: folder_of(kind, shards))[0], *SMALL, *own])
+    kernels.replace(made.objective, kernels.attention_kernels(library))
+    caches: Any = (flex_attention.packed_mask.__wrapped__, packed_attention.block_diagonal, packed_attention.borders)
+    for cache in caches:
+        cache.cache_clear()
+    found = of_steps(made.objective, made.recipe, made.held)
+    for cache in caches:  # of fake masks
+        cache.cache_clear()
+    assert called and not found, "\n".join(map(str, found))
 
 
 # ---------------------------------------------------------------- the loop

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from common.config import ConfigError
-from pretrain.kernels import batch_norm, norms
+from pretrain.kernels import batch_norm, norms, trial
+from pretrain.kernels.trial import Call, calls_of
 from pretrain.models.layers import LayerNorm, PackedAttention, Rotary
+from pretrain.models.t5 import RelativeBias
 from pretrain.models.text_layers import MaskedAttention, Masks
 from pretrain.models.text_mlp import RMSNorm
 from pretrain.ops.sync_norm import BatchNorm
@@ -41,6 +43,7 @@ def attention_kernels(name: str) -> Table:
         return {
             PackedAttention: flex.FlexPackedAttention,
             Masks: flex.BlockMasks,
+            RelativeBias: flex.FlexRelativeBias,
             MaskedAttention: flex.FlexMaskedAttention,
         }
     from pretrain.kernels import packed_attention as packed
@@ -59,12 +62,12 @@ def apply(
     objective: nn.Module, device: torch.device, attention: str = "auto", dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """Replace the plain modules below `objective` that have a kernel for `device`; a line about each choice that was
-    not certain.
+    not certain, or that makes the host wait.
 
     `attention`: the recipe's `parallel.attention`. `dtype`: of the computation. Raises ConfigError where the named
     attention cannot be used here.
     """
-    table, lines = kernels_of(device, attention, dtype)
+    table, lines = kernels_of(device, attention, dtype, calls_of(objective))
     replace(objective, table)
     return lines
 
@@ -77,24 +80,32 @@ def replace(module: nn.Module, table: Table) -> None:
             each.__class__ = kernel
 
 
-def kernels_of(device: torch.device, attention: str, dtype: torch.dtype) -> tuple[Table, list[str]]:
-    """(the kernels for a device, lines for the log). With "auto", what cannot be used here is left plain."""
-    if attention not in ("auto", "sdpa") and (reason := unusable(attention, device, dtype)):
+def kernels_of(
+    device: torch.device, attention: str, dtype: torch.dtype, calls: tuple[Call, ...]
+) -> tuple[Table, list[str]]:
+    """(the kernels for a device, lines for the log). `calls`: what the model asks of its attention. With "auto", what
+    cannot be used here is left plain."""
+    if attention not in ("auto", "sdpa") and (reason := unusable(attention, device, dtype, calls)):
         raise ConfigError(f"parallel.attention = {attention}: {reason}; write parallel.attention=auto")
     if device.type == "cpu":
         return CPU, []
     if device.type != "cuda":
         return {}, []
+    packed, masked = (tuple(call for call in calls if call.masked is kind) for kind in (False, True))
     if attention != "auto":
-        return CUDA | attention_kernels(attention) | _fused_rotary(device, dtype)[0], []
+        waits = attention in ("xformers", "varlen") and any(not call.relative for call in masked)
+        lines = [f"attention of documents: {attention}, for which the host waits once in each forward"] if waits else []
+        return CUDA | attention_kernels(attention) | _fused_rotary(device, dtype)[0], lines
     table, lines = dict(CUDA), []
     # crops of several sizes by xformers, as DINOv2 has it; documents and windows by FlexAttention, which alone builds
     # its masks without waiting for the device
-    for name, kinds, what in (
-        ("xformers", [PackedAttention], "crops of several sizes"),
-        ("flex", [Masks, MaskedAttention], "documents and windows"),
+    for name, kinds, own, what in (
+        ("xformers", [PackedAttention], packed, "crops of several sizes"),
+        ("flex", [Masks, RelativeBias, MaskedAttention], masked, "documents and windows"),
     ):
-        reason = unusable(name, device, dtype)
+        if not own:
+            continue
+        reason = unusable(name, device, dtype, own)
         table |= {} if reason else {kind: attention_kernels(name)[kind] for kind in kinds}
         lines.append(f"attention of {what}: {name if not reason else f'sdpa, as {name} {reason}'}")
     fused, reason = _fused_rotary(device, dtype)
@@ -102,7 +113,7 @@ def kernels_of(device: torch.device, attention: str, dtype: torch.dtype) -> tupl
 
 
 def _fused_rotary(device: torch.device, dtype: torch.dtype) -> tuple[Table, str]:
-    if reason := unusable("rotary", device, dtype):
+    if reason := unusable("rotary", device, dtype, ()):
         return {}, reason
     from pretrain.kernels import rotary
 
@@ -110,13 +121,13 @@ def _fused_rotary(device: torch.device, dtype: torch.dtype) -> tuple[Table, str]
 
 
 @functools.cache
-def unusable(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a kernel cannot be used here, or "". It computes a small example, forward and backward, and is compared with
-    its plain module."""
+def unusable(name: str, device: torch.device, dtype: torch.dtype, calls: tuple[Call, ...]) -> str:
+    """Why a kernel cannot be used here, or "". It computes each of the model's calls on a small example, forward and
+    backward, and is compared with its plain module."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"needs a CUDA device, and this run computes on {'cpu' if device.type == 'cuda' else device.type}"
     try:
-        difference = _trial(name, device, dtype)
+        difference = _trial(name, device, dtype, calls)
     except ImportError as error:
         if error.name == "xformers":
             return "is not installed (pip install 'unlabeled[xformers]')"
@@ -127,17 +138,10 @@ def unusable(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return "" if difference <= MAX_DIFFERENCE else f"is off by {difference:.2g} from plain operations here"
 
 
-def _trial(name: str, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference between a kernel and its plain module on a small example, outputs and gradients."""
+def _trial(name: str, device: torch.device, dtype: torch.dtype, calls: tuple[Call, ...]) -> float:
+    """The largest difference between a kernel and its plain module on small examples, outputs and gradients."""
     if name == "rotary":
         from pretrain.kernels import rotary
 
         return rotary.trial(device, dtype)
-    shapes, results = [(2, 40), (1, 9)], []
-    for kind in (PackedAttention, attention_kernels(name)[PackedAttention]):
-        draw = torch.Generator(device).manual_seed(0)
-        q, k, v, slope = (torch.randn(89, 2, 64, generator=draw, device=device, dtype=dtype) for _ in range(4))
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = kind()(*leaves, shapes)
-        results.append([out, *torch.autograd.grad(out, leaves, slope)])
-    return max(float((one - other).abs().max()) for one, other in zip(*results, strict=True))
+    return trial.difference(attention_kernels(name), calls, device, dtype)

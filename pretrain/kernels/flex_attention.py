@@ -7,14 +7,17 @@ Nothing here waits for the device, and no mask of T × T is built. Shapes: B row
 from __future__ import annotations
 
 import functools
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention as eager_attention
 
-from pretrain.models.layers import PackedAttention, Shapes
+from pretrain.kernels.packed_attention import KEPT_MASKS, SeveralSizes
+from pretrain.models.layers import Shapes
+from pretrain.models.t5 import RelativeBias
 from pretrain.models.text_layers import MaskedAttention, Masks
 
 BLOCK = 128
@@ -69,16 +72,20 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.compiler.disable  # else a compiled block would build the mask anew in each call
-@functools.lru_cache(256)
+@functools.lru_cache(KEPT_MASKS)
 def packed_mask(shapes: tuple[tuple[int, int], ...], device: torch.device) -> BlockMask:
     """The mask of packed sequences, as one row."""
-    lengths = torch.tensor([n for b, n in shapes for _ in range(b)])
+    ends = itertools.accumulate(b for b, _ in shapes)
     with torch.inference_mode(False):  # training may need it later
-        return block_mask(torch.arange(len(lengths)).repeat_interleave(lengths).unsqueeze(0).to(device), False, 0)
+        numbers = [
+            torch.arange(end - b, end, device=device).unsqueeze(1).expand(b, n).flatten()
+            for end, (b, n) in zip(ends, shapes, strict=True)
+        ]
+        return block_mask(torch.cat(numbers).unsqueeze(0), False, 0)
 
 
-class FlexPackedAttention(PackedAttention):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
+class FlexPackedAttention(SeveralSizes):
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
         each = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, T, d]
         return attention(*each, block_mask=packed_mask(tuple(shapes), q.device)).squeeze(0).transpose(0, 1)
 
@@ -94,12 +101,38 @@ class BlockMasks(Masks):
         return [block_mask(numbers, causal, w) if some or 0 < w < len(keys) else None for w in windows]
 
 
+class Biased(NamedTuple):
+    """A mask, and what is added to the scores of each head at each distance of key from query."""
+
+    mask: BlockMask
+    table: Tensor  # [H, 2T − 1], the distances −(T − 1) … T − 1
+
+
+class FlexRelativeBias(RelativeBias):
+    """A number for each distance instead of one for each pair of tokens."""
+
+    def forward(self, queries: Tensor, keys: Tensor, documents: Tensor | None = None) -> Any:
+        if len(queries) != len(keys):  # a cache: few queries
+            return super().forward(queries, keys, documents)
+        numbers = torch.zeros_like(keys).unsqueeze(0) if documents is None else documents
+        distances = torch.arange(1 - len(keys), len(keys), device=keys.device)
+        table = self.weight[self.buckets(distances)].t().contiguous()
+        return Biased(block_mask(numbers, not self.both_sides, 0), table)
+
+
 class FlexMaskedAttention(MaskedAttention):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, scale: float | None = None
     ) -> Tensor:
-        if not isinstance(mask, BlockMask):
+        if not isinstance(mask, (BlockMask, Biased)):
             return super().forward(q, k, v, mask, causal, scale)
         grouped = q.shape[2] != k.shape[2]
         each = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or K, T, d]
-        return attention(*each, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+        change = None
+        if isinstance(mask, Biased):
+            (mask, table), last = mask, k.shape[1] - 1
+
+            def change(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return score + table[h, key - query + last]
+
+        return attention(*each, score_mod=change, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)

@@ -19,7 +19,7 @@ from torch import Tensor
 from pretrain.models.layers import PackedAttention, Shapes
 from pretrain.models.text_layers import MaskedAttention, Masks
 
-KEPT_MASKS = 256  # as many as steps use again: student and teacher, with and without drop path, each in a few sizes
+KEPT_MASKS = 64  # more than steps use again: student and teacher, with and without drop path, each in a few sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,16 @@ class Spans:
     lengths: tuple[int, ...] | None
     causal: bool
     window: int
+
+
+class SeveralSizes(PackedAttention):
+    """Sequences of one size are a batch, which the plain module computes without a mask."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
+        return super().forward(q, k, v, shapes) if len(shapes) == 1 else self._packed(q, k, v, shapes)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
+        raise NotImplementedError
 
 
 class SpanMasks(Masks):
@@ -92,9 +102,9 @@ def by_xformers(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None 
     return memory_efficient_attention(*(x.unsqueeze(0) for x in (q, k, v)), attn_bias=mask, scale=scale).squeeze(0)
 
 
-class XformersPackedAttention(PackedAttention):
+class XformersPackedAttention(SeveralSizes):
     @torch.compiler.disable
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
         return by_xformers(q, k, v, block_diagonal(_repeated(shapes), q.device))
 
 
@@ -131,9 +141,9 @@ def by_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window:
     )
 
 
-class VarlenPackedAttention(PackedAttention):
+class VarlenPackedAttention(SeveralSizes):
     @torch.compiler.disable  # else it would compile again for each number of sequences
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
         return by_varlen(q, k, v, _repeated(shapes), (-1, -1), None)
 
 

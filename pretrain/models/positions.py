@@ -4,10 +4,27 @@ angles (DINOv3)."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MAX_TABLES = 32  # more than the grids of a run; one of a large grid takes a megabyte
+
+
+class Tables(dict[Any, Any]):
+    """Tables of positions on a device, each made once for its key. Of more than MAX_TABLES the oldest is left out, as
+    an encoder may be given images of any size."""
+
+    def of(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self:
+            if len(self) >= MAX_TABLES:
+                del self[next(iter(self))]
+            with torch.inference_mode(False):  # training may need it later
+                self[key] = make()
+        return self[key]
 
 
 def sincos_table(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: B rows, S tokens in the encoder, T in the decoder, D features, H heads o
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,16 @@ class RelativeBias(nn.Module):
         self.both_sides, self.max_distance = both_sides, cfg.max_distance
         self.weight = nn.Parameter(torch.empty(cfg.buckets, cfg.heads))
 
-    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """[1, H, T, S] from the positions of queries [T] and keys [S]."""
-        distance = keys - queries.unsqueeze(1)  # [T, S]
+    def forward(self, queries: Tensor, keys: Tensor, documents: Tensor | None = None) -> Any:
+        """The mask of a stack, float [B or 1, H, T, S], from the positions of queries [T] and keys [S]: −inf across the
+        borders of `documents` [B, T] and, without `both_sides`, for later keys."""
+        bias = self.weight[self.buckets(keys - queries.unsqueeze(1))].permute(2, 0, 1).unsqueeze(0)
+        if documents is None and self.both_sides:
+            return bias
+        return bias.masked_fill(~visible(queries, keys, 0, documents, causal=not self.both_sides), float("-inf"))
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """The bucket of each distance of a key from its query, in tokens."""
         count = len(self.weight)
         base = torch.zeros_like(distance)
         if self.both_sides:
@@ -43,8 +51,7 @@ class RelativeBias(nn.Module):
         exact = count // 2
         far = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + (far * (count - exact)).long()).clamp(max=count - 1)
-        bucket = base + torch.where(distance < exact, distance, far)
-        return self.weight[bucket].permute(2, 0, 1).unsqueeze(0)
+        return base + torch.where(distance < exact, distance, far)
 
 
 def _attention(cfg: EncoderDecoder) -> SelfAttention:
@@ -119,6 +126,8 @@ class DecoderStack(nn.Module):
     """The decoder: tokens long [B, T], memory [B, S, D], memory_mask bool [B, S] (true where a state may be seen) → [B,
     T, D], after the last norm."""
 
+    causal = True
+
     def __init__(self, cfg: EncoderDecoder, embed: nn.Embedding):
         super().__init__()
         self._embed = [embed]  # the encoder's, which owns it
@@ -134,8 +143,6 @@ class DecoderStack(nn.Module):
         seen = cache.length if cache is not None else 0
         keys = torch.arange(seen + t, device=tokens.device)
         bias = self.relative(keys[seen:], keys)
-        if t > 1:
-            bias = bias.masked_fill(~visible(keys[seen:], keys, 0, None, causal=True), float("-inf"))
         mask = memory_mask[:, None, None] if memory_mask is not None else None
         x, scope = self._embed[0](tokens).flatten(0, 1), Scope(b, t, None, {0: bias}, causal=False)
         x = x.to(compute_dtype(x))
@@ -202,10 +209,7 @@ class EncoderDecoderTransformer(TextBackbone):
         """Features of the encoder; `cls` is each row's first token."""
         b, t = tokens.shape
         places = torch.arange(t, device=tokens.device)
-        bias = self.relative(places, places)
-        if documents is not None:
-            bias = bias.masked_fill(~visible(places, places, 0, documents, causal=False), float("-inf"))
-        scope = Scope(b, t, None, {0: bias}, causal=False)
+        scope = Scope(b, t, None, {0: self.relative(places, places, documents)}, causal=False)
         x, outputs = self.embed(tokens).flatten(0, 1), []
         x = x.to(compute_dtype(x))
         for i, block in enumerate(self.blocks):

@@ -28,6 +28,7 @@ class TextBackbone(Backbone):
     predicts tokens from hidden states; objectives call it as `backbone.head(…)`.
     """
 
+    causal = False  # whether a token attends to itself and earlier ones only
     context: int  # longest sequence in training
     vocab_size: int
     head: Head
@@ -48,8 +49,8 @@ class Scope(NamedTuple):
     batch: int
     length: int
     rotation: Rotation | None
-    # {width of the attention window of a block (0: no window): its mask}. A mask comes from `Masks`, or is a float
-    # [1, H, T, S] that is added to the scores, or is None.
+    # {width of the attention window of a block (0: no window): its mask}. A mask comes from `Masks`, or from T5's
+    # `RelativeBias`, or is None.
     masks: dict[int, Any]
     causal: bool  # if the mask is None: whether a query attends only to itself and earlier tokens, or to all tokens
 

@@ -46,6 +46,8 @@ class DecoderBlock(nn.Module):
 
 
 class DecoderTransformer(TextBackbone):
+    causal = True
+
     def __init__(self, cfg: Decoder):
         super().__init__()
         dim, _, _, self.head_dim, _ = decoder_sizes(cfg)
@@ -111,7 +113,7 @@ class DecoderTransformer(TextBackbone):
             raise ValueError(f"{seen + t} tokens, but model.context = {self.context} positions were learned")
         keys = torch.arange(seen + t, device=device)
         queries = keys[seen:]
-        masks = dict(zip(self.windows, self.masks(queries, keys, self.windows, documents, causal=True), strict=True))
+        masks = dict(zip(self.windows, self.masks(queries, keys, self.windows, documents, self.causal), strict=True))
         positions = queries if documents is None else document_positions(documents)
         rotation = None
         if self.rope_base is not None:
@@ -175,7 +177,7 @@ class EncoderTransformer(TextBackbone):
         if t > self.context:
             raise ValueError(f"{t} tokens, but model.context = {self.context} positions were learned")
         places = torch.arange(t, device=tokens.device)
-        masks = self.masks(places, places, [0], documents, causal=False)
+        masks = self.masks(places, places, [0], documents, self.causal)
         scope = Scope(b, t, None, {0: masks[0]}, causal=False)
         positions = places if documents is None else document_positions(documents)
         x = self.embed(tokens) + self.position_embed(positions) + self.segment_embed(places.new_zeros(1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.layers import Backbone, Block, Features, LayerNorm, Rotation, Shapes
-from pretrain.models.positions import interpolate_table, rope_angles, rope_change, rope_periods, sincos_table
+from pretrain.models.positions import Tables, interpolate_table, rope_angles, rope_change, rope_periods, sincos_table
 from pretrain.models.presets import ViT
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.pinned import to_device
@@ -59,8 +59,7 @@ class VisionTransformer(Backbone):
         self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, *rates) for _ in range(cfg.depth))
         self.norm = LayerNorm(cfg.dim, cfg.norm_eps)
         self.local_cls_norm = LayerNorm(cfg.dim, cfg.norm_eps) if cfg.local_cls_norm else None
-        self._rotations: dict[tuple, Rotation] = {}  # by grid and device
-        self._periods: dict[torch.device, Tensor] = {}
+        self._rotations, self._periods = Tables(), Tables()  # by grid and device; by device
         self._initialise()
 
     def _initialise(self) -> None:
@@ -161,10 +160,7 @@ class VisionTransformer(Backbone):
         if self.training and any(option is not None for option in options):
             cos, sin = self._tables(grid, device, rope_change(len(self.blocks), *options))
         else:
-            if (grid, device) not in self._rotations:
-                with torch.inference_mode(False):  # training may need them later
-                    self._rotations[grid, device] = self._tables(grid, device)
-            cos, sin = self._rotations[grid, device]
+            cos, sin = self._rotations.of((grid, device), lambda: self._tables(grid, device))
         if keep is not None:
             prefix = torch.arange(self.prefix, device=device).expand(len(keep), -1)
             index = torch.cat([prefix, keep + self.prefix], dim=1)  # [B, P + K]
@@ -183,10 +179,9 @@ class VisionTransformer(Backbone):
 
     def _tables(self, grid: tuple[int, int], device: torch.device, change: Tensor | None = None) -> Rotation:
         """cos and sin [L, P + N, 1, d/2], fp32; L is 1 without `change`."""
-        if device not in self._periods:
-            with torch.inference_mode(False):  # training may need them later
-                self._periods[device] = rope_periods(self.cfg.dim // self.cfg.heads, self.cfg.rope_base, device)
-        angles = rope_angles(self._periods[device], grid, None if change is None else to_device(change, device))
+        cfg = self.cfg
+        periods = self._periods.of(device, lambda: rope_periods(cfg.dim // cfg.heads, cfg.rope_base, device))
+        angles = rope_angles(periods, grid, None if change is None else to_device(change, device))
         angles = (angles if change is not None else angles.unsqueeze(0))[..., : angles.shape[-1] // 2]
         angles = torch.cat([angles.new_zeros(len(angles), self.prefix, angles.shape[2]), angles], dim=1).unsqueeze(2)
         return angles.cos(), angles.sin()

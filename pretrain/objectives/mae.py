@@ -20,7 +20,7 @@ from common.config import option
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
 from pretrain.models.layers import Block, LayerNorm
-from pretrain.models.positions import sincos_table
+from pretrain.models.positions import Tables, sincos_table
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
 from pretrain.ops.init import trunc_normal
@@ -51,7 +51,7 @@ class MAE(Objective):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.decoder_dim))
         self.blocks = nn.ModuleList(Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
         self.norm = LayerNorm(cfg.decoder_dim, 1e-6)
-        self._positions: dict[tuple, Tensor] = {}  # by grid and device
+        self._positions = Tables()  # by grid and device
         self.predict = nn.Linear(cfg.decoder_dim, self.backbone.patch_size**2 * self.backbone.cfg.in_channels)
         for part in (self.embed, self.predict):
             trunc_normal(part)
@@ -94,9 +94,7 @@ class MAE(Objective):
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """The decoder's fixed positions [N, E], made once for each grid and device."""
-        if (grid, device) not in self._positions:
-            self._positions[grid, device] = sincos_table(self.cfg.decoder_dim, grid, device)
-        return self._positions[grid, device]
+        return self._positions.of((grid, device), lambda: sincos_table(self.cfg.decoder_dim, grid, device))
 
     def target(self, images: Tensor) -> Tensor:
         """Pixels of every patch [B, N, p·p·3], normalised per patch with the unbiased variance."""

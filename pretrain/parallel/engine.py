@@ -186,6 +186,9 @@ class DDP(Engine):
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.14
         options: dict[str, Any] = {name: False}
+        # Blocks are compiled one by one, so gradients are reduced while other blocks are still computed. By default,
+        # torch would cut graphs inside DDP at the borders of its buckets: a block of more than 25 MB into several.
+        torch._dynamo.config.optimize_ddp = False
         return DistributedDataParallel(
             self.objective.to(self.device), device_ids=ids, gradient_as_bucket_view=True, **options
         )

@@ -151,6 +151,23 @@ def test_gradients_of_ddp_are_views_of_its_buckets(alone: None, shards: Path):
     assert len(storages) < len(engine.parameters) / 4
 
 
+def test_ddp_does_not_cut_the_graphs_of_blocks(alone: None, shards: Path, monkeypatch: pytest.MonkeyPatch):
+    """Into pieces as large as its buckets, of which the first one is 1 MB: here a block has 3 MB."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(blocks, "BACKEND", backend)
+    torch._dynamo.reset()
+    cfg = recipe_of("simclr", shards, "ddp", {"parallel.compile": True, "model.dim": 256, "model.depth": 1})
+    engine = build_engine(build_objective(cfg), cfg, CPU)
+    (batch,) = batches(cfg, shards, 1)
+    engine.backward(engine.forward(batch, 0)[0])
+    assert len(graphs) == 1
+
+
 def test_trained_roots_stay_gathered_until_their_backward(alone: None, shards: Path):
     """The roots of student and teacher; without a backward (validation, pictures) nothing stays gathered."""
     cfg = recipe_of("dinov2", shards, "fsdp2", {})

@@ -27,6 +27,7 @@ from pretrain.interchange import export
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone, DropPath, Features
+from pretrain.models.positions import MAX_TABLES
 from pretrain.models.resnet import ResidualNetwork
 from pretrain.models.vit import VisionTransformer
 from pretrain.ops.sync_norm import BatchNorm
@@ -116,6 +117,17 @@ def assert_round_trip(folder: Path, model: Backbone) -> None:
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("layer_scale", [None, 0.5], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("registers", [0, 4])
+def test_tables_of_positions_are_kept_for_few_grids():
+    """As an encoder may be given images of any size."""
+    model = vit(positions="rope").eval()
+    images = [torch.randn(1, 3, 8 * rows, 8) for rows in range(1, MAX_TABLES + 9)]
+    with torch.no_grad():
+        outputs = [model(image).cls for image in images]
+        assert len(model._rotations) == MAX_TABLES and len(model._periods) == 1
+        for image, output in zip(images, outputs, strict=True):
+            assert torch.equal(model(image).cls, output)
+
+
 @pytest.mark.parametrize("positions", ["rope", "learned", "sincos"])
 @torch.no_grad()
 def test_vit(hf, tmp_path: Path, positions: str, registers: int, layer_scale: float | None, mlp: str, qkv_bias: bool):

@@ -1,0 +1,97 @@
+"""Tries kernels of attention before a run starts, on the heads, widths, groups, windows and masks that its model has.
+
+Each call of the model is computed on a small example, forward and backward, by the kernel and by the plain module.
+Shapes: T tokens, H heads of width d, K key-value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.models.layers import Attention, PackedAttention
+from pretrain.models.t5 import DecoderStack, EncoderDecoderTransformer, RelativeBias
+from pretrain.models.text_layers import MaskedAttention, Masks, SelfAttention, TextBackbone
+
+SHAPES = [(2, 40), (1, 9)]  # of packed sequences
+LENGTH = 160  # tokens of a row: more than a block of FlexAttention
+WINDOW = 50  # tokens, for any window: shorter than a row, so that it has an effect
+
+
+class Call(NamedTuple):
+    """What a model asks of an attention kernel. Without `masked`: packed sequences of several sizes."""
+
+    heads: int
+    key_heads: int
+    width: int
+    masked: bool = False  # rows with documents
+    causal: bool = False
+    window: bool = False
+    relative: bool = False  # T5's positions
+    scale: float | None = None
+
+
+def calls_of(objective: nn.Module) -> tuple[Call, ...]:
+    """The different calls of an objective's models."""
+    found = {
+        Call(module.heads, module.heads, module.qkv.in_features // module.heads)
+        for module in objective.modules()
+        if isinstance(module, Attention)
+    }
+    for stack in objective.modules():
+        if not isinstance(stack, (TextBackbone, DecoderStack)):
+            continue
+        relative = isinstance(stack, (EncoderDecoderTransformer, DecoderStack))
+        for block in stack.blocks:
+            a = block.attn
+            if isinstance(a, SelfAttention):
+                sizes = a.heads, a.kv_heads, a.head_dim
+                found.add(Call(*sizes, True, stack.causal, a.window > 0, relative, a.scale))
+    return tuple(sorted(found, key=str))
+
+
+def difference(table: Mapping[Any, Any], calls: tuple[Call, ...], device: torch.device, dtype: torch.dtype) -> float:
+    """The largest difference between the kernels in a table and their plain modules, of outputs and gradients of
+    size 1."""
+    return max((_of_call(table, call, device, dtype) for call in calls), default=0.0)
+
+
+def _of_call(table: Mapping[Any, Any], call: Call, device: torch.device, dtype: torch.dtype) -> float:
+    draw = torch.Generator(device).manual_seed(0)
+    rows = (2, LENGTH) if call.masked else (sum(b * n for b, n in SHAPES),)
+
+    def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=draw, device=device, dtype=kind)
+
+    q, k, v, slope = (random(*rows, h, call.width) for h in (call.heads, call.key_heads, call.key_heads, call.heads))
+    weight = random(32, call.heads, kind=torch.float32)  # of the relative positions
+    results = []
+    for kinds in ({}, table):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, *([weight] if call.relative else []))]
+        out = _attend(kinds, call, leaves)
+        found = torch.autograd.grad(out, leaves, slope)
+        results.append([out.detach(), *found[:3], *(g / LENGTH for g in found[3:])])  # a sum over many pairs of tokens
+    return max(float((one - other).abs().max()) for one, other in zip(*results, strict=True))
+
+
+def _attend(kinds: Mapping[Any, Any], call: Call, leaves: list[Tensor]) -> Tensor:
+    q, k, v, *weight = leaves
+    if not call.masked:
+        return kinds.get(PackedAttention, PackedAttention)()(q, k, v, SHAPES)
+    documents = torch.zeros(2, LENGTH, dtype=torch.int64, device=q.device)
+    documents[0, 100:] = 1  # the other row is one document
+    places = torch.arange(LENGTH, device=q.device)
+    if call.relative:
+        cfg = SimpleNamespace(buckets=32, heads=call.heads, max_distance=128)
+        relative = kinds.get(RelativeBias, RelativeBias)(cfg, both_sides=not call.causal).to(q.device)
+        del relative.weight
+        relative.weight = weight[0]
+        mask = relative(places, places, documents)
+    else:
+        window = WINDOW if call.window else 0
+        (mask,) = kinds.get(Masks, Masks)()(places, places, [window], documents, call.causal)
+    return kinds.get(MaskedAttention, MaskedAttention)()(q, k, v, mask, scale=call.scale)
