@@ -35,11 +35,11 @@ from torch import Tensor
 from pretrain.build import build_objective, build_stream, noise_batch, open_samples, placed
 from pretrain.estimate import plan
 from pretrain.estimate.hardware import peak
-from pretrain.optim.groups import thaw
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.modes import build_engine
 from pretrain.recipes.recipe import Recipe, load
+from pretrain.step import one_step
 
 CROPS = ["objective.local_crops=8", "objective.local_size=96", "model.image_size=224"]
 RUNGS: dict[str, tuple[str, list[str]]] = {
@@ -84,19 +84,6 @@ def streamed(cfg: Recipe, engine: Engine, shards: Path) -> Iterator[dict[str, Te
         stream.close()
 
 
-def one_step(cfg: Recipe, engine: Engine, guard: Guard, batches: Iterator[dict[str, Tensor]], step: int) -> None:
-    """What `pretrain.train` does in a step, without metrics."""
-    guard.before()
-    (batch,) = engine.micro_batches([next(batches)])
-    with engine.microbatch(last=True):
-        loss, _ = engine.forward(batch, step)
-        engine.backward(loss)
-    thaw(engine.optimizer, step)
-    engine.step(cfg.optim.lr(step), cfg.optim.weight_decay(step), lambda norm: guard.judge(loss.detach(), norm))
-    guard.after()
-    engine.objective.after_step(step)
-
-
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -117,12 +104,16 @@ def measure(rung: str, options: argparse.Namespace, emit: Callable[[str, float, 
             batches = streamed(cfg, engine, photos(Path(folder), 2 * cfg.data.batch))
         else:
             batches = held_batch(cfg, engine)
+
+        def train(step: int) -> None:
+            one_step(engine, guard, [next(batches)], step, cfg.optim.lr(step), cfg.optim.weight_decay(step))
+
         for step in range(options.warmup):
-            one_step(cfg, engine, guard, batches, step)
+            train(step)
         wait(device)
         began = time.perf_counter()
         for step in range(options.warmup, options.warmup + options.steps):
-            one_step(cfg, engine, guard, batches, step)
+            train(step)
         wait(device)
         seconds = (time.perf_counter() - began) / options.steps
         batches.close()  # type: ignore[attr-defined]

@@ -38,10 +38,10 @@ from torch.utils._pytree import tree_leaves
 from pretrain import kernels
 from pretrain.build import placed
 from pretrain.objectives.base import Batch, Objective
-from pretrain.optim.groups import thaw
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe
+from pretrain.step import one_step
 
 # {function: why it may wait for the device}. All of them run every so many steps, never in each
 ALLOWED = {
@@ -304,7 +304,8 @@ def of_steps(objective: Objective, recipe: Recipe, batch: Batch) -> list[Sync]:
         for step in range(2):
             syncs.found.clear()
             try:
-                _step(engine, guard, recipe, held, step)
+                batch = placed(objective, held, DEVICE)
+                one_step(engine, guard, [batch], step, recipe.optim.lr(step), recipe.optim.weight_decay(step))
             except Exception:
                 if not syncs.found:
                     raise
@@ -312,20 +313,6 @@ def of_steps(objective: Objective, recipe: Recipe, batch: Batch) -> list[Sync]:
             if not syncs.found:
                 break  # then the second step has none, either
     return syncs.found
-
-
-def _step(engine: Engine, guard: Guard, recipe: Recipe, held: Batch, step: int) -> None:
-    """What the loop does in a step (`pretrain.train_step`)."""
-    guard.before()
-    (batch,) = engine.micro_batches([placed(engine.objective, held, engine.device)])
-    with engine.microbatch(last=True):
-        loss, _ = engine.forward(batch, step)
-        engine.backward(loss)
-    thaw(engine.optimizer, step)
-    lr, weight_decay = recipe.optim.lr(step), recipe.optim.weight_decay(step)
-    engine.step(lr, weight_decay, lambda norm: guard.judge(loss.detach(), norm))
-    guard.after()
-    engine.objective.after_step(step)
 
 
 # ---------------------------------------------------------------- on a real GPU

@@ -1,4 +1,4 @@
-"""One step of the training loop: forward and backward of the micro-batches, and the update of the weights."""
+"""One step of the training loop: its data, its signals and its metrics; `pretrain/step.py` has the training itself."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import contextlib
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from data_pipeline.stream.stream import Stream
 from pretrain.build import placed
 from pretrain.metrics import Clock
-from pretrain.optim.groups import thaw
+from pretrain.objectives.base import Batch
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel import processes
 from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe
 from pretrain.signals import Stop, Stopped
+from pretrain.step import one_step
 
 # What a rank tells the others in each step: CONTINUE; or STOP after this step, because a signal has come; or NO_DATA,
 # because a signal has come while it waited for data.
@@ -42,11 +42,9 @@ def train_step(
     """
     waiting = contextlib.nullcontext if stream.workers else stop.interruptible
     stream.while_waiting = stop.check
-    rows: list[dict[str, Tensor]] = []  # losses and logged values of the micro-batches
     has_data = True
-    guard.before()
 
-    def batches() -> Iterator[dict[str, Tensor]]:
+    def batches() -> Iterator[Batch]:
         nonlocal has_data
         for micro in range(engine.accumulate):
             if has_data:
@@ -62,21 +60,22 @@ def train_step(
             clock.lap("data")
             yield placed(engine.objective, batch, engine.device)
 
-    for micro, batch in enumerate(engine.micro_batches(batches())):
-        with engine.microbatch(last=micro + 1 == engine.accumulate):
-            loss, logs = engine.forward(batch, step)
-            loss = loss if has_data else loss * math.nan
-            engine.backward(loss)
-        rows.append({"loss": loss.detach(), **logs})
-        clock.lap("model")
-    means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
+    def check() -> None:
+        if agreement.answer() == NO_DATA:
+            engine.scale.undo()
+            raise Stopped(stop.number)
+
     lr = cfg.optim.lr(step)
-    thaw(engine.optimizer, step)
-    norm = engine.step(lr, cfg.optim.weight_decay(step), lambda norm: guard.judge(means["loss"], norm))
-    if agreement.answer() == NO_DATA:
-        engine.scale.undo()
-        raise Stopped(stop.number)
-    guard.after()
-    engine.objective.after_step(step)
+    values = one_step(
+        engine,
+        guard,
+        batches(),
+        step,
+        lr,
+        cfg.optim.weight_decay(step),
+        change=lambda loss: loss if has_data else loss * math.nan,
+        after_micro=lambda: clock.lap("model"),
+        after_update=check,
+    )
     clock.lap("model")
-    return {**means, "grad_norm": norm, "lr": lr, "skipped": guard.skipped}
+    return {**values, "lr": lr, "skipped": guard.skipped}

@@ -66,7 +66,7 @@ FLOORS = [  # from the ground up; the longest path that leads a file's name deci
     ["pretrain/checkpoint/"],
     ["pretrain/interchange/"],
     ["pretrain/objectives/"],
-    ["pretrain/build.py", "pretrain/contract.py", "pretrain/host_syncs.py"],
+    ["pretrain/build.py", "pretrain/contract.py", "pretrain/host_syncs.py", "pretrain/step.py"],
     ["pretrain/estimate/"],
     ["eval/"],
     [

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from data_pipeline.stream.stream import Stream
 from data_pipeline.stream.worker import collated
+from pretrain import step as training_step
 from pretrain.build import build_objective, open_samples, placed, views
 from pretrain.ops.cross_entropy import IGNORED
 from pretrain.ops.parameter_shards import whole, whole_state
@@ -66,21 +67,13 @@ def recipe_of(name: str, shards: Path, mode: str, options: dict[str, Any]) -> Re
 def one_step(
     engine: engines.Engine, guard: Guard, data: list[dict[str, Tensor]], step: int, poison: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `pretrain.train` does in a step; (mean loss, mean logs, gradient norm). `poison`: of the last micro-batch."""
-    guard.before()
-    losses, logs = [], []
-    for micro, batch in enumerate(engine.micro_batches(data[: engine.accumulate])):
-        with engine.microbatch(last=micro + 1 == engine.accumulate):
-            spoilt = poison and micro + 1 == engine.accumulate
-            loss, log = engine.forward(poisoned(batch) if spoilt else batch, step)
-            engine.backward(loss)
-        losses.append(loss.detach().float())
-        logs.append(torch.stack([v.float() for v in log.values()]) if log else torch.zeros(0))
-    mean = torch.stack(losses).mean()
-    norm = engine.step(LR, 0.05, lambda norm: guard.judge(mean, norm))
-    guard.after()
-    engine.objective.after_step(step)
-    return processes.mean(mean), processes.mean(torch.stack(logs).mean(0)), norm
+    """A step of training; (mean loss, mean logs, gradient norm). `poison`: of the last micro-batch."""
+    *others, last = data[: engine.accumulate]
+    values = training_step.one_step(
+        engine, guard, [*others, poisoned(last) if poison else last], step, LR, weight_decay=0.05
+    )
+    loss, norm = values.pop("loss"), values.pop("grad_norm")
+    return processes.mean(loss), processes.mean(torch.stack([torch.zeros_like(loss), *values.values()])[1:]), norm
 
 
 def everything(engine: engines.Engine) -> dict[str, Tensor]:
