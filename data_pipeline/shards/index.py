@@ -9,7 +9,6 @@ elsewhere, or in a folder that we do not write to) are indexed into the cache fo
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -27,7 +26,14 @@ import xxhash
 from common import output, process_pool
 from common.errors import DataError
 from common.progress import Progress
-from data_pipeline.shards.manifest import MANIFEST, Manifest, dataset_id, load_manifest, render_manifest
+from data_pipeline.shards.manifest import (
+    MANIFEST,
+    ForeignManifest,
+    Manifest,
+    dataset_id,
+    load_manifest,
+    render_manifest,
+)
 from data_pipeline.shards.members import (
     DOTS_ADVICE,
     SEVERAL_DOTS,
@@ -54,7 +60,8 @@ def write(
 
     `extra`: entries to add to the manifest. `further`: extensions to index in addition to those that always are; those
     of an older index of the folder are kept. Shards that a stopped call has scanned are not scanned again. `say` gets a
-    line for each reason to leave members out.
+    line for each reason to leave members out. Raises DataError, also if the folder holds a manifest.json that
+    something else has written.
     """
     folder = str(folder).rstrip("/")
     fs, path = open_store(folder)
@@ -62,9 +69,12 @@ def write(
     if not found:
         raise DataError(f"{folder}: holds no .tar shards")
     urls = [fs.unstrip_protocol(f) if "://" in folder else f for f in found]
-    old = None
-    with contextlib.suppress(DataError):  # this call replaces a manifest that cannot be read
+    try:
         old = load_manifest(folder)
+    except ForeignManifest:
+        raise
+    except DataError:  # a damaged one, which this call replaces
+        old = None
     details = {**(old.details if old else {}), **(extra or {})}
     details.setdefault("source", "tars made elsewhere")
     details.pop("left_out", None)

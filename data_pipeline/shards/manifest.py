@@ -5,6 +5,7 @@ extensions of their members, the names of the classes, and where the set came fr
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -108,12 +109,26 @@ def _is_row(name: Any = "", size: Any = "", count: Any = "", digest: Any = "", *
     return well_formed and 0 <= count <= size < 1 << 60 and ".." not in name.split("/")
 
 
+class ForeignManifest(DataError):
+    """A manifest.json that this program has not written, so that it may not replace it."""
+
+
+def _is_ours(text: str | bytes) -> bool:
+    """Whether the content of a manifest.json, which may be damaged, was written by `render_manifest`. An empty file
+    counts as ours: nothing is lost if it is replaced."""
+    start = text[:64].encode() if isinstance(text, str) else text[:64]
+    return not start.strip() or re.match(rb'\{\s*"format":\s*\d+\s*,\s*"dataset":', start) is not None
+
+
 def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
-    """A manifest from the content of its file. Raises DataError that begins with `source`."""
+    """A manifest from the content of its file. Raises DataError that begins with `source`: ForeignManifest if something
+    else has written it."""
     try:
         content = loads(text)
         version = content.pop("format")
         if version != FORMAT:
+            if not _is_ours(text):
+                raise ValueError(f"format is {shown(version)}")
             raise DataError(
                 f"{source}: has format {version}, but this version reads {FORMAT}; run `unlabeled shards index` again"
             )
@@ -147,6 +162,11 @@ def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
             content["dataset"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not _is_ours(text):
+            raise ForeignManifest(
+                f"{source}: was not written by `unlabeled shards index`; move it to another folder, as the manifest of"
+                " the shards has to have this name"
+            ) from None
         raise DataError(f"{source}: is no shard manifest ({error}); run `unlabeled shards index` again") from None
 
 

@@ -202,13 +202,15 @@ class Saver:
 
     def _delete_old(self, name: str) -> None:
         """Delete checkpoints up to this one that are neither among the newest `keep` nor at a multiple of `keep_every`
-        steps. Checkpoints of later steps, which are of an earlier attempt, are kept."""
+        steps. Checkpoints of later steps, which are of an earlier attempt, are kept, and so are those of other runs
+        that somebody has copied to this folder."""
         if self.rank:
             return
         try:
             until_now = [other for other in self.store.complete_names() if other <= name]
             for old in until_now[: -self.cfg.keep]:
-                if self.cfg.keep_every is None or int(old) % self.cfg.keep_every:
+                due = self.cfg.keep_every is None or int(old) % self.cfg.keep_every
+                if due and not self.store.is_of_another_run(old, (self.identity["id"],)):
                     self.store.delete(old)
         except (OSError, UserError) as error:  # the new checkpoint is safe
             self.say(f"{self.store.url}: an old checkpoint cannot be deleted ({self._reason(error)})")

@@ -16,7 +16,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 from common.errors import UserError
@@ -139,6 +139,24 @@ class Store:
                 return run_json.get("run") or {"id": "", "folder": run_json["recipe"]["run"]}
         return {"id": "", "folder": ""} if names else None
 
+    def check_latest(self) -> None:
+        """Raises UserError if something else than this program has written a file `latest` here, which the first
+        checkpoint would replace."""
+        with contextlib.suppress(MissingFile), self.read("", LATEST) as file:
+            if not re.fullmatch(rb"\d{9,18}\n?", file.read(64)):
+                raise UserError(
+                    f"{self.url}/{LATEST}: was not written by this program, which writes a file of this name beside its"
+                    " checkpoints; choose another checkpoint.folder"
+                )
+
+    def is_of_another_run(self, name: str, ids: Collection[str | None]) -> bool:
+        """Whether a complete checkpoint states that a run whose id is not among `ids` has written it."""
+        try:
+            owner = self.run_json(name).get("run")
+        except Damaged:
+            return False
+        return owner is not None and owner["id"] not in ids
+
     def set_owner(self, owner: dict[str, str]) -> None:
         """Write owner.json."""
         self.put(OWNER, json.dumps(owner).encode())
@@ -147,7 +165,8 @@ class Store:
         """Delete all checkpoints, then write owner.json for a new run; with None owner.json is deleted, too."""
         self.delete_file(LATEST)
         for name in self.names():
-            self.delete(name)
+            if name == checkpoint_name(int(name)):  # this program names no checkpoint otherwise
+                self.delete(name)
         if new_owner is None:
             self.delete_file(OWNER)
         else:

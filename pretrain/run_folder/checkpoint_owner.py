@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 
 def check_checkpoint_owner(recipe: Recipe, run: Path) -> None:
-    """Raises UserError if `checkpoint.folder` holds checkpoints of another run. A run whose own folder was lost is
-    recognised by the path that its checkpoints store; it takes over the id in them."""
+    """Raises UserError if `checkpoint.folder` holds checkpoints of another run, or a file that the checkpoints would
+    replace. A run whose own folder was lost is recognised by the path that its checkpoints store; it takes over the id
+    in them."""
     store = external_store(recipe.checkpoint.folder, run, recipe.checkpoint.retry_seconds)
-    owner = store.owner() if store else None
-    if store is None or owner is None:
+    if store is None:
         return
+    owner = store.owner()
+    if owner is None:
+        return store.check_latest()
     marker, here = read_marker(run), str(run.resolve())
     same_folder = bool(owner["folder"]) and str(Path(owner["folder"]).resolve()) == here
     if owner["id"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +29,9 @@ def delete_run(recipe: Recipe, run: Path) -> Marker:
     check_checkpoint_owner(recipe, run)
     marker = read_marker(run)
     store = external_store(recipe.checkpoint.folder, run, recipe.checkpoint.retry_seconds)
-    if store is not None:
-        _check_each_owner(store, marker)
+    for each in (store, _own_store(run)):
+        if each is not None:
+            _check_each_owner(each, marker)
     if marker.deleting_id is None:
         ids = {"id": uuid.uuid4().hex, "deleting_id": marker.id}
         marker = update_marker(run, **ids, files=marker.files, resumed_from=None, jobs=None)
@@ -47,21 +47,22 @@ def delete_run(recipe: Recipe, run: Path) -> Marker:
     return update_marker(run, deleting_id=None, checkpoints_without_id=None)
 
 
+def _own_store(run: Path) -> Store | None:
+    """The store at RUN/checkpoints; None if it does not exist."""
+    from pretrain.checkpoint.disk_store import DiskStore
+
+    return DiskStore(str(run / "checkpoints")) if (run / "checkpoints").is_dir() else None
+
+
 def _check_each_owner(store: Store, marker: Marker) -> None:
     """Raises UserError if one of the checkpoints belongs to another run."""
-    from pretrain.checkpoint.integrity import Damaged
-
     for name in store.complete_names():
-        with contextlib.suppress(Damaged):
-            owner = store.run_json(name).get("run")
-            if owner and owner["id"] not in (marker.id, marker.deleting_id):
-                raise UserError(another_run(store, owner))
+        if store.is_of_another_run(name, (marker.id, marker.deleting_id)):
+            raise UserError(another_run(store, store.run_json(name)["run"]))
 
 
 def _delete_checkpoints(run: Path, store: Store | None, marker: Marker) -> None:
-    from pretrain.checkpoint.disk_store import DiskStore
-
-    if store is not None:
+    if store is not None and store.owner() is not None:  # without an owner, nothing in that folder is a run's
         store.delete_all(new_owner={"id": marker.id, "folder": str(run.resolve())})
-    if (run / "checkpoints").is_dir():
-        DiskStore(str(run / "checkpoints")).delete_all(new_owner=None)
+    if (own := _own_store(run)) is not None:
+        own.delete_all(new_owner=None)

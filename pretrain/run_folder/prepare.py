@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from pretrain.recipes import defaults
 from pretrain.recipes.recipe import Recipe
 from pretrain.recipes.recipe import stored as stored_recipe
 from pretrain.run_folder.checkpoint_owner import external_store, has_results
+from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.run_folder.marker import is_restart, read_marker, remember_job
 from pretrain.run_folder.overwrite import delete_run
 from pretrain.run_folder.recipe_changes import changes_of_trained_steps, refusal
@@ -31,7 +33,7 @@ from pretrain.run_folder.recipe_file import (
     write_recipe,
 )
 from pretrain.run_folder.run_lock import Lock
-from pretrain.run_folder.written_files import FORMER_RECIPE, LOCK, MARKER, RECIPE, RUN_FILES
+from pretrain.run_folder.written_files import FORMER_RECIPE, LOCK, MARKER, RECIPE
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import Store
@@ -120,13 +122,20 @@ def _is_run(run: Path) -> bool:
     names = {path.name for path in run.iterdir()}
     if all(name.startswith(LOCK) or name == ".recipe.yaml" for name in names):
         return True  # another process is just starting a run here, or was killed while it started one
-    try:
-        with (run / RECIPE).open(errors="replace") as file:
-            resolved = file.readline().startswith(HEADER)
-    except OSError:
+    if not _first_line(run / RECIPE).startswith(HEADER):
         return False
-    written = {pattern.partition("/")[0] for pattern in RUN_FILES} | {"checkpoints"}
-    return resolved and (bool(names & {"metrics.jsonl", "log.txt"}) or names <= written)
+    # beside a recipe that was copied from a run, a user may have a log.txt and other files with names that runs use
+    logged = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", _first_line(run / "log.txt"))
+    return names <= {RECIPE, ".recipe.yaml"} or logged is not None or bool(read_rows(run / "metrics.jsonl"))
+
+
+def _first_line(path: Path) -> str:
+    """The first line of a text file; "" if it cannot be read."""
+    try:
+        with path.open(errors="replace") as file:
+            return file.readline(1000)
+    except OSError:
+        return ""
 
 
 def _store_of_begun_run(run: Path, recipe_yaml: Path) -> Store | None:

@@ -347,11 +347,23 @@ def test_shards_that_come_go_or_change_are_noticed(tmp_path: Path):
 
 def test_a_manifest_that_is_none(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
-    for content in ("not json", "{}", '{"format": 99}', "[]"):
+    for content in ("not json", "{}", '{"format": 99}', "[]", '{"format": 2, "photos": ["a"]}'):  # of somebody else
+        (tmp_path / "manifest.json").write_text(content)
+        for read in (lambda: Samples([str(tmp_path)]), lambda: index.write(tmp_path)):
+            with pytest.raises(
+                DataError, match=r"manifest\.json: was not written by `unlabeled shards index`; move it"
+            ):
+                read()
+        assert (tmp_path / "manifest.json").read_text() == content and not list(tmp_path.glob("index-*"))
+    (tmp_path / "manifest.json").unlink()
+    index.write(tmp_path)
+    whole = (tmp_path / "manifest.json").read_text()
+    for content in ("", whole[:60], whole.replace('"format": 1', '"format": 99')):  # of ours, or of another version
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(DataError, match="run `unlabeled shards index` again"):
             Samples([str(tmp_path)])
-    index.write(tmp_path)
+        index.write(tmp_path)
+        assert (tmp_path / "manifest.json").read_text() == whole
     next(tmp_path.glob("index-*.bin")).write_bytes(b"x")
     with pytest.raises(DataError, match=rf"holds 1 bytes instead of 20; run `unlabeled shards index {tmp_path}` again"):
         Samples([str(tmp_path)]).read(0)

@@ -21,6 +21,7 @@ from pretrain.checkpoint.disk_store import DiskStore
 from pretrain.checkpoint.integrity import run_json_digest
 from pretrain.recipes.recipe import Recipe, load
 from pretrain.run_folder import overwrite, run_lock
+from pretrain.run_folder.checkpoint_owner import check_checkpoint_owner
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.run_folder.marker import run_identity
 from pretrain.run_folder.prepare import prepare
@@ -99,6 +100,19 @@ def test_a_project_is_no_run(made: Path, shards: Path, tmp_path: Path, extra: li
     before = files(project)
     with pytest.raises(UserError, match="holds files but no run; choose another folder with run=FOLDER"):
         prepare(load(project / "recipe.yaml", [f"run={project}", *extra]), Lock())
+    assert files(project) == before
+
+
+def test_a_copied_recipe_beside_files_with_names_that_runs_use_is_no_run(made: Path, shards: Path, tmp_path: Path):
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    shutil.copy(made / "recipe.yaml", project)
+    for name in ("log.txt", "metrics.jsonl", "tokenizer.json", "report.html", "data/0.json"):
+        (project / name).write_text("mine")
+    before = files(project)
+    for extra in ([], ["overwrite=true"]):
+        with pytest.raises(UserError, match="holds files but no run"):
+            prepare(load(project / "recipe.yaml", [f"run={project}", *extra]), Lock())
     assert files(project) == before
 
 
@@ -360,6 +374,45 @@ def test_the_folder_inside_of_another_run_is_that_runs(run: Path, shards: Path, 
         with pytest.raises(UserError, match="holds the checkpoints of another run, "):
             train(recipe(shards, tmp_path / "second", f"checkpoint.folder={run / 'checkpoints'}"))
         forget_ids(run / "checkpoints")
+
+
+def test_what_others_keep_in_a_checkpoint_folder_stays(shards: Path, tmp_path: Path):
+    """Checkpoints of another program, also with overwrite=true, and a file `latest` of its own."""
+    run, there = tmp_path / "run", tmp_path / "there"
+    command = recipe(shards, run, f"checkpoint.folder={there}", "overwrite=true")
+    for name in ("500/.metadata", "500/__0_0.distcp", "000000500/__0_0.distcp", "notes.txt"):
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text("theirs")
+    before = files(there)
+    prepare(command.replace(overwrite=True))
+    assert files(there) == before
+    for make in (lambda path: path.write_text("500\n"), lambda path: path.symlink_to("500")):
+        make(there / "latest")
+        before = files(there)
+        for check in (check_checkpoint_owner, lambda command, run: prepare(command.replace(overwrite=True))):
+            with pytest.raises(UserError, match=r"latest: (was not written by this program|cannot be read)"):
+                check(command, run)
+        assert files(there) == before
+        (there / "latest").unlink()
+    DiskStore(str(there)).set_owner(run_identity(run))
+    before = files(there)
+    prepare(command.replace(overwrite=True))  # of a folder that is the run's, its own names go
+    assert {name for name in before if name not in files(there)} == {"000000500/__0_0.distcp"}
+
+
+def test_a_checkpoint_of_another_run_that_was_copied_here_stays(run: Path, shards: Path):
+    copy = shutil.copytree(run / "checkpoints" / "000000002", run / "checkpoints" / "000000001")
+    about = json.loads((copy / "run.json").read_text())
+    about["run"]["id"] = "b" * 32
+    del about["digest"]
+    (copy / "run.json").write_text(json.dumps({**about, "digest": run_json_digest(about)}))
+    cut(run, 2)
+    train(recipe(shards, run, "checkpoint.keep=1"))
+    assert DiskStore(str(run / "checkpoints")).complete_names() == ["000000001", "000000004"]
+    before = files(run)
+    with pytest.raises(UserError, match="holds the checkpoints of another run, "):
+        prepare(recipe(shards, run, "overwrite=true"))
+    assert files(run) == before
 
 
 @pytest.mark.slow
