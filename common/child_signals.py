@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def signals_blocked() -> Iterator[None]:
     """Block these signals, also in processes that are started in the context, until they call `ignore` or
     `deliver_pending`.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -34,24 +34,27 @@ def signals_blocked() -> Iterator[None]:
 
 def deliver_pending() -> None:
     """Unblock these signals for this thread. Pending ones are delivered now."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def ignore() -> None:
-    """Called in a child process of the trainer: ignore these signals, and write the stacks to stderr at SIGUSR2."""
-    for number in SIGNALS[:-1]:
-        signal.signal(number, signal.SIG_IGN)
+    """Called in a child process of the trainer: ignore these signals, but on SIGUSR2 write the stacks of all threads to
+    standard error."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGUSR2:
+            signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     deliver_pending()
 
 
 def end_with_parent() -> None:
-    """Called in a process that `multiprocessing` has started: end it as soon as the parent has ended, also by SIGKILL.
+    """Called in a process that `multiprocessing` has started: end this process as soon as its parent has ended, even if
+    the parent was killed.
 
-    A forked child holds copies of the parent's sockets. As long as it lives, the other ranks of the run wait, because
-    no connection is closed.
+    A forked child holds copies of the parent's sockets. As long as it lives, no connection is closed, so that the other
+    ranks of the run wait.
     """
-    import multiprocessing  # here, as every command imports this file and only data workers come here
+    import multiprocessing  # not at the top: every command imports this file, but only data workers call this function
 
     parent = multiprocessing.parent_process()
     if parent is not None:

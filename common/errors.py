@@ -10,16 +10,20 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common.output import OutputClosed, masked, say
+from common.output import OutputClosed, mask_secrets, say
 
 
 class UserError(Exception):
     """One line that says what was wrong, the value seen, and what to write instead. Secrets in URLs are masked."""
 
     def __init__(self, *text: object):
-        super().__init__(*(masked(part) if isinstance(part, str) else part for part in text))
+        super().__init__(*(mask_secrets(part) if isinstance(part, str) else part for part in text))
 
     printed_by_rank_0 = False  # true on the other ranks of a run, so that the line is printed once
+
+
+class ConfigError(UserError):
+    """A recipe or an override that cannot be used."""
 
 
 class DataError(UserError):
@@ -31,27 +35,27 @@ class Damaged(Exception):
 
 
 class Absent(Damaged):
-    """A sample lacks the member that is asked for. It is passed over and does not count as damaged."""
+    """A sample lacks the requested member. It is skipped, and does not count as damaged."""
 
 
-_OURS = Path(__file__).resolve().parents[1]
+_REPOSITORY = Path(__file__).resolve().parents[1]
 _PACKAGES = ("common", "data_pipeline", "pretrain", "eval", "launch")
 
 
 def is_bug(error: BaseException) -> bool:
-    """Whether an exception shows a mistake in the code of this project: of a kind that wrong code raises, and raised by
-    a line of ours, not of a library.
+    """Whether an exception is a bug of this project: its type is one that wrong code raises, and a line of the project,
+    not of a library, raised it.
 
-    For code that takes any exception of a library for a failure of a store or for damage, since the library's exceptions
-    have no common base.
+    For code that has to treat any exception of a library as a failed store or as damaged data, because the library's
+    exceptions have no common base class.
     """
     if not isinstance(error, (TypeError, AttributeError, NameError, LookupError, AssertionError, ArithmeticError)):
         return False
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    file = Path(place.tb_frame.f_code.co_filename) if place is not None else Path()
-    return file.is_relative_to(_OURS) and file.relative_to(_OURS).parts[0] in _PACKAGES
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    file = Path(frame.tb_frame.f_code.co_filename) if frame is not None else Path()
+    return file.is_relative_to(_REPOSITORY) and file.relative_to(_REPOSITORY).parts[0] in _PACKAGES
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -65,9 +69,9 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return "known: " + (", ".join(known) if known else "none")
 
 
-def command(main: Callable[[], int | None]) -> int:
-    """Run a command's main function and return the exit code: 0 or its own; 2 for a `UserError`, which is printed; 130
-    for Ctrl-C; 141 if its output is closed.
+def run_main(main: Callable[[], int | None]) -> int:
+    """Run a command's main function. Returns the exit code: what `main` returns, or 0 for None; 2 for a `UserError`,
+    which is printed; 130 for Ctrl-C; 141 if standard output is closed.
     """
     try:
         return main() or 0
@@ -76,7 +80,7 @@ def command(main: Callable[[], int | None]) -> int:
             say(f"error: {error}", file=sys.stderr)
         return 2
     except OutputClosed:
-        return 141  # as a shell has it for SIGPIPE
+        return 141  # the exit code of a shell for SIGPIPE
     except KeyboardInterrupt:
         say("stopped by Ctrl-C", file=sys.stderr)
         return 130

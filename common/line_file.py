@@ -1,7 +1,4 @@
-"""A file to which lines are appended during a run (metrics, log, damage log).
-
-No line is lost if the disk is full for some time.
-"""
+"""A file to which a run appends lines (metrics, log, damage log). No line is lost if the disk is full for some time."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ class LineFile:
         self._warned = False
 
     def add(self, text: str = "") -> bool:
-        """Append text. Returns whether it is in the file, with all text of earlier calls."""
+        """Append text. Returns whether this text and all text of earlier calls is in the file."""
         self.waiting += text.encode(errors="surrogateescape")
         try:
             with contextlib.suppress(FileExistsError):
@@ -33,7 +30,8 @@ class LineFile:
             number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 while self.waiting:
-                    self.waiting = self.waiting[os.write(number, self.waiting) :]
+                    written = os.write(number, self.waiting)
+                    self.waiting = self.waiting[written:]
                 if self.durable:
                     os.fsync(number)
             finally:

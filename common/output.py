@@ -1,7 +1,7 @@
 """Print text to the terminal and to log files. Printed text may contain names from data (files, members of tars,
 captions, labels), so control characters in it are escaped, and secrets in URLs are masked.
 
-`shown` does both to a text, `say` prints lines, and `write` prints text that a model has generated. All modules of the
+`printable` does both, `say` prints lines, and `write` prints text that a model has generated. All modules of the
 packages print with these functions.
 """
 
@@ -31,20 +31,20 @@ class OutputClosed(Exception):
     """The reader of standard output has closed it, as in `| head`. Later output is discarded."""
 
 
-def shown(text: object, keep: str = "") -> str:
-    """Make a text safe to print: replace secrets in URLs with ***, and escape control characters, as in \\x1b or
-    \\u202e.
+def printable(text: object, keep: str = "") -> str:
+    """The text made safe to print: secrets in URLs are replaced by ***, and control characters are escaped, as in \\x1b
+    or \\u202e.
 
     `keep`: control characters that are left as they are.
     """
-    return UNSAFE.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], masked(str(text)))
+    return UNSAFE.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], mask_secrets(str(text)))
 
 
 def say(*lines: object, file: TextIO | None = None) -> None:
     """Print each argument as one line, to standard output or to `file`."""
     stream = file or sys.stdout
     try:
-        stream.write("".join(f"{shown(line)}\n" for line in lines))
+        stream.write("".join(f"{printable(line)}\n" for line in lines))
         stream.flush()
     except BrokenPipeError:
         if file is not None:
@@ -56,7 +56,7 @@ def say(*lines: object, file: TextIO | None = None) -> None:
 def write(text: str) -> None:
     """Print text without a newline at the end. Control characters other than newlines and tabs are escaped."""
     try:
-        sys.stdout.write(shown(text, keep="\n\t"))
+        sys.stdout.write(printable(text, keep="\n\t"))
         sys.stdout.flush()
     except BrokenPipeError:
         discard_stdout()
@@ -76,25 +76,25 @@ def discard_stdout() -> None:
     os.close(descriptor)
 
 
-def columns(rows: Sequence[Sequence[str]], least: Sequence[int]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]], min_widths: Sequence[int]) -> list[str]:
     """Format a table, given as rows of cells, as one line per row.
 
-    `least` has the minimum width of each column except the last one, which is not padded. A column whose longest cell
-    plus two spaces is wider than that gets this width instead.
+    `min_widths`: the minimum width of each column except the last one, which is not padded. A column becomes wider if
+    its longest cell plus two spaces needs more.
     """
-    cells = [[shown(cell) for cell in row] for row in rows]
-    widths = [max(low, *(len(row[n]) + 2 for row in cells)) for n, low in enumerate(least)] if cells else []
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(low, *(len(row[n]) + 2 for row in cells)) for n, low in enumerate(min_widths)] if cells else []
     return ["".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=False)) for row in cells]
 
 
 # ---------------------------------------------------------------- secrets in URLs
-def masked(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """The text, with user names, passwords, tokens and signatures in its URLs replaced by ***."""
     return URL.sub(lambda match: _without(match[0], match[1], "***@", r"\1***"), text) if "://" in text else text
 
 
-def bare(text: str) -> str:
-    """The text, without the parts of its URLs that `masked` replaces by ***."""
+def drop_secrets(text: str) -> str:
+    """The text, without the parts of its URLs that `mask_secrets` replaces by ***."""
     return URL.sub(lambda match: _without(match[0], match[1], "", ""), text) if "://" in text else text
 
 
@@ -108,11 +108,10 @@ def _without(url: str, scheme: str, user: str, parameter: str) -> str:
     return PARAMETER.sub(parameter, USER.sub(replacement, url))
 
 
-def secret(text: str) -> str:
-    """If a text holds secrets in URLs, return an error message that tells the user where to give them instead;
-    otherwise return "".
-    """
-    if masked(text) == text:
+def secrets_error(text: str) -> str:
+    """The error message for a text with secrets in its URLs, which says where to give them instead; "" for a text without
+    secrets."""
+    if mask_secrets(text) == text:
         return ""
     if PARAMETER.search(text):
         return (
@@ -126,6 +125,6 @@ def secret(text: str) -> str:
         else "environment variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, …)"
     )
     return (
-        f"holds a user name or a password, which would be stored with the run or the shards; write {bare(text)} and"
+        f"holds a user name or a password, which would be stored with the run or the shards; write {drop_secrets(text)} and"
         f" give them in {how}"
     )

@@ -21,7 +21,7 @@ from common.errors import DataError, UserError
 
 Report = Callable[[int], None]  # called with the number of rows that have been finished since the last call
 Work = Callable[[dict[str, Any], dict[str, Any], Report], dict[str, Any]]  # (settings, task, report) → result, all JSON
-REPORT_SECONDS = 0.2  # shortest time between two reports of a worker
+MIN_REPORT_SECONDS = 0.2  # between two reports of a worker
 
 
 def cores() -> int:
@@ -50,8 +50,8 @@ def run(
         waiting.put(task)
     pool = [_Worker(work.__module__, settings, waiting, answers) for _ in range(processes)]
     try:
-        left = len(tasks)
-        while left:
+        unfinished = len(tasks)
+        while unfinished:
             answer = answers.get()
             if "rows" in answer:
                 report(answer["rows"])
@@ -60,7 +60,7 @@ def run(
             elif "bug" in answer:
                 raise RuntimeError(answer["bug"])
             else:
-                left -= 1
+                unfinished -= 1
                 yield answer["answer"]
     finally:
         for worker in pool:
@@ -140,7 +140,7 @@ def serve(work: Work) -> None:
         if os.getppid() != parent:  # the process that started this worker has ended
             os._exit(1)
         rows += count
-        if time.monotonic() - reported_at > REPORT_SECONDS:
+        if time.monotonic() - reported_at > MIN_REPORT_SECONDS:
             send({"rows": rows})
             rows, reported_at = 0, time.monotonic()
 

@@ -6,37 +6,39 @@ import sys
 import time
 from typing import TextIO
 
-from common.output import discard_stdout, shown
+from common.output import discard_stdout, printable
 
 
 class Progress:
-    """`update(done, text)` shows done/total, the text, and the remaining time, to which `extra` seconds of other work
-    are added.
-    """
+    """`update(done, text)` prints done/total, the text, and the remaining time. `extra`: seconds of other work to add to
+    the remaining time."""
 
     def __init__(self, name: str, total: int, done: int = 0, stream: TextIO = sys.stdout):
         self.name, self.total, self.stream = name, total, stream
         self.live = stream.isatty()
         self.began = time.monotonic()
         self.pace: tuple[float, int] | None = None  # (time, done) at the first update, which excludes the start-up
-        self.shown = -float("inf")
+        self.printed_at = -float("inf")
 
     def update(self, done: int, text: str = "", extra: float = 0.0) -> None:
         now = time.monotonic()
         if self.pace is None:
             self.pace = (now, done)
-        if done < self.total and now - self.shown < (0.2 if self.live else 10):
+        if done < self.total and now - self.printed_at < (0.2 if self.live else 10):
             return
-        self.shown = now
+        self.printed_at = now
         began, first = self.pace
-        left = f"took {duration(now - self.began)}"
-        if done < self.total:
-            rest = (now - began) / max(1, done - first) * (self.total - done) + extra
-            left = f"{duration(rest)} left" if done > first else "starting"
+        if done >= self.total:
+            time_text = f"took {duration(now - self.began)}"
+        elif done > first:
+            remaining = (now - began) / (done - first) * (self.total - done) + extra
+            time_text = f"{duration(remaining)} left"
+        else:
+            time_text = "starting"
         bar = "█" * (20 * done // max(1, self.total))
-        line = f"{self.name} {bar:░<20} {done}/{self.total}  {text}{'  ' if text else ''}{left}"
+        line = f"{self.name} {bar:░<20} {done}/{self.total}  {text}{'  ' if text else ''}{time_text}"
         try:
-            self.stream.write(f"\r\x1b[K{shown(line)}" if self.live else shown(line) + "\n")
+            self.stream.write(f"\r\x1b[K{printable(line)}" if self.live else printable(line) + "\n")
             self.stream.flush()
         except BrokenPipeError:  # the work continues although the output is closed
             discard_stdout()

@@ -23,7 +23,7 @@ def warmup(facts: Facts) -> float:
 @dataclass
 class Schedule(Section):
     """A linear change from `start` to `value` in the first `warmup` steps, then a change from `value` to `final` until
-    the last step, whose course is `kind`.
+    the last step, along the curve `kind`.
 
     `kind`: constant (`value` until the end); linear; cosine (half a period); wsd (warmup-stable-decay: constant, then a
     decay over the last `decay` steps, which is linear or follows 1 − sqrt(x), where x is the share of the decay that is
@@ -33,7 +33,7 @@ class Schedule(Section):
     # value after the warm-up; auto is allowed for the learning rate of a decoder only: see
     # pretrain/recipes/size_dial.py
     value: float | Literal["auto"]
-    # the course after the warm-up; wsd: constant, with a decay at the end
+    # the curve after the warm-up; wsd: constant, with a decay at the end
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     start: float = only(0.0, "warmup", unless=0)  # value at the beginning of the warm-up
     final: float = only(0.0, "kind", "linear", "cosine", "wsd")  # value at the last step
@@ -59,8 +59,8 @@ class Schedule(Section):
             )
         if kind == "constant" and not self.warmup:
             return value
-        # Read every field that has an effect already at the first step: `config.unread`, which is called after that
-        # step, reports fields that were never read as unused.
+        # The first step has to read every field that has an effect, because `config.unread` is called after it and
+        # reports fields that were never read.
         warmup, length = self.warmup_steps(), self._length()
         start = self.start if self.warmup else value
         final = self.final if kind != "constant" else value

@@ -41,22 +41,22 @@ def open_binary(path: str | os.PathLike) -> IO[bytes]:
     return os.fdopen(open_regular(path), "rb")
 
 
-def read_binary(path: str | os.PathLike, most: int) -> bytes:
+def read_binary(path: str | os.PathLike, max_bytes: int) -> bytes:
     """Return the bytes of a regular file.
 
-    Raises OSError, also if the file holds more than `most` bytes. The bytes are counted while they are read, since a
+    Raises OSError, also if the file holds more than `max_bytes` bytes. The bytes are counted while they are read, since a
     file may hold more than the size that the file system states.
     """
     with open_binary(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"holds more than the {most} bytes that are allowed", os.fspath(path))
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"holds more than the {max_bytes} bytes that are allowed", os.fspath(path))
     return data
 
 
-def read_text(path: str | os.PathLike, most: int = 64 << 20) -> str:
-    """Return the UTF-8 text of a regular file of at most `most` bytes. Raises OSError or ValueError."""
-    return read_binary(path, most).decode()
+def read_text(path: str | os.PathLike, max_bytes: int = 64 << 20) -> str:
+    """Return the UTF-8 text of a regular file of at most `max_bytes` bytes. Raises OSError or ValueError."""
+    return read_binary(path, max_bytes).decode()
 
 
 def loads(text: str | bytes) -> Any:
@@ -150,12 +150,12 @@ def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def lines(file: IO[bytes], most: int) -> Iterator[tuple[bytes, int]]:
+def lines(file: IO[bytes], max_bytes: int) -> Iterator[tuple[bytes, int]]:
     """Yield (line, length of the line in bytes) for each line of a file.
 
-    Of a line of more than `most` bytes, only the first `most` + 1 bytes are kept in memory and returned.
+    Of a line of more than `max_bytes` bytes, only the first `max_bytes` + 1 bytes are kept in memory and returned.
     """
-    while line := file.readline(most + 1):
+    while line := file.readline(max_bytes + 1):
         size, piece = len(line), line
         while not piece.endswith(b"\n") and (piece := file.readline(1 << 20)):
             size += len(piece)
@@ -208,10 +208,10 @@ def schema_error(value: Any, schema: Any, where: str = "") -> str:
         fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
     else:
         fits = isinstance(value, schema)
-    return "" if fits else f"{where or 'it'} is {shown(value)}, not {schema.__name__}"
+    return "" if fits else f"{where or 'it'} is {short_repr(value)}, not {schema.__name__}"
 
 
-def shown(value: Any, most: int = 60) -> str:
-    """The `repr` of a value for an error message, cut to `most` characters."""
+def short_repr(value: Any, max_chars: int = 60) -> str:
+    """The `repr` of a value for an error message, cut to `max_chars` characters."""
     text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= max_chars else f"{text[:max_chars]}…"

@@ -14,15 +14,11 @@ from typing import Any
 
 import yaml
 
-from common.errors import UserError
+from common.errors import ConfigError
 
 # For each dotted key, the file (or "command line") that set it, in the order in which the keys were set last.
 Origin = dict[str, str]
 MAX_YAML_VALUES = 100_000  # in one file; the recipes of the project have about a hundred
-
-
-class ConfigError(UserError):
-    """A recipe or an override that cannot be used."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,10 +59,8 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _texts(content: Any) -> Iterator[str]:
-    """Every text in a YAML value, including keys.
-
-    Each part is visited once, because the value may be large or contain itself.
-    """
+    """Every text in a YAML value, including keys. Each list and mapping is visited once, because a value may contain
+    itself."""
     waiting, seen = [content], set[int]()
     while waiting:
         node = waiting.pop()
@@ -78,7 +72,7 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: YAML's escapes can also express code points that are no characters."""
+    """Whether a text can be encoded as UTF-8: YAML's escapes can also express unpaired surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -118,9 +112,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def merge(base: dict, origin: Origin, new: dict, source: str, chosen: set[str], prefix: str = "") -> None:
-    """Merge `new` into `base`, in place.
+    """Merge `new`, which comes from `source`, into `base` and `origin`, in place.
 
-    If a section of `chosen` gets another `name`, its old keys are dropped: they belong to another class.
+    `chosen`: the dotted keys of the sections whose class is chosen by `name`. If such a section gets another name, its
+    old keys are dropped, because they belong to another class.
     """
     for key, value in new.items():
         dotted = f"{prefix}{key}"
@@ -132,7 +127,8 @@ def merge(base: dict, origin: Origin, new: dict, source: str, chosen: set[str], 
             continue
         below = base.get(key)
         if not isinstance(below, dict):
-            below = {} if below is None else {"": below}  # a shorthand is merged with the long form: `build` names ""
+            # A shorthand (`lr: 0.1`) is kept under the key "", which `build_config.build` replaces by the field's name.
+            below = {} if below is None else {"": below}
         if dotted in chosen and value.get("name", below.get("name")) != below.get("name"):
             below = {}
         base[key] = below
@@ -168,8 +164,8 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def expand_home(text: str, what: str = "") -> str:
-    """A path with its "~/" or "~user/" expanded, which a shell does not do in `data.train=~/shards`; any other text as
-    it is.
+    """The path with its "~/" or "~user/" expanded, which a shell does not do in `data.train=~/shards`. Any other text is
+    returned unchanged.
 
     Raises ConfigError that begins with `what` if the home folder is not known.
     """

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from common.errors import DataError, UserError
-from common.output import masked
+from common.output import mask_secrets
 from data_pipeline.shards.samples import Samples
 from eval import knn, linear, pictures, report_text, results
 from eval.features import Encoder, open_encoder
@@ -345,7 +345,7 @@ def _drawn(run: Path) -> str:
 def _foot(run: Path) -> str:
     command = f"<code>unlabeled train {escape(shlex.quote(str(run)))}</code>"
     text = f"{command} continues this run; with <code>overwrite=true</code> it starts again."
-    yaml = escape(masked((run / "recipe.yaml").read_text()))
+    yaml = escape(mask_secrets((run / "recipe.yaml").read_text()))
     recipe = f'<details class="card"><summary>The resolved recipe</summary><pre>{yaml}</pre></details>'
     return section(
         "How to run it again",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import config
+from common import build_config
 from common.errors import UserError, nearest
 from eval.results import Row
 
@@ -49,7 +49,7 @@ def evaluate(
     rows: list[Row] = []
     for name in protocols:
         protocol = importlib.import_module(f"eval.{name}")
-        cfg = config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
+        cfg = build_config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
         if name in TEXT and encoder.unit != "texts":
             others = " or ".join(other for other in PROTOCOLS if other not in TEXT)
             raise UserError(f"{model}: reads images, which {name} does not score; choose {others}")

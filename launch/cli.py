@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from common.errors import UserError, command
+from common.errors import UserError, run_main
 from launch import command_parser
 from launch.commands import COMMANDS
 
@@ -57,7 +57,7 @@ def main() -> int:
             answer(parser())
         return command_parser.call(_parse(sys.argv[1:]))
 
-    return command(run)
+    return run_main(run)
 
 
 if __name__ == "__main__":

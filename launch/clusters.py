@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import config
+from common import build_config, config
 from common.config import Section, option
-from common.errors import nearest
+from common.errors import ConfigError, nearest
 from common.explain import explanations
-from common.yaml_values import ConfigError, parse_yaml
+from common.yaml_values import parse_yaml
 from launch import slurm_client
 
 NAME = re.compile(r"[A-Za-z_]\w*")
@@ -121,7 +121,7 @@ def find(name: str, **options: Any) -> Cluster:
     origin = {key: f"{path}: {name}" for key in known.get(name, {})}
     given = {key: value for key, value in options.items() if value is not None}
     origin |= dict.fromkeys(given, "command line")
-    return config.build(Cluster, {**known.get(name, {}), **given}, origin or {"": "command line"})
+    return build_config.build(Cluster, {**known.get(name, {}), **given}, origin or {"": "command line"})
 
 
 # ---------------------------------------------------------------- unlabeled launch --init

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from common import config
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from common.untrusted import loads, read_text, schema_error
-from common.yaml_values import ConfigError, parse_override
+from common.yaml_values import parse_override
 from data_pipeline.storage.urls import write_atomically
 from launch import slurm_client, snapshot
 from launch.clusters import Cluster

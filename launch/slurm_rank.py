@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.child_signals import SIGNALS, signals_blocked
+from common.child_signals import STOP_SIGNALS, signals_blocked
 
 END = ".end.json"
 
@@ -43,9 +43,9 @@ def run(folder: Path, recipe: str) -> int:
     about = {"rank": int(env["RANK"]), "node": env["SLURMD_NODENAME"], "step": env["SLURM_STEP_ID"]}
     with signals_blocked():  # a signal that comes before the trainer can handle it waits
         trainer = subprocess.Popen([sys.executable, "-P", "-m", "pretrain.train", recipe], env=env)
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda number, frame: trainer.send_signal(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     record(folder / f"rank-{about['rank']}.json", **about, pid=trainer.pid)
     while trainer.poll() is None:
         time.sleep(0.05)

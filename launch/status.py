@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from common.output import columns
 from common.progress import duration
 from common.untrusted import loads, read_text
-from common.yaml_values import ConfigError, read_yaml
+from common.yaml_values import read_yaml
 from eval.results import MAIN_METRICS
 from launch import slurm_client
 from launch.run_tail import last_step, tail

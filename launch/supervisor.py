@@ -22,11 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common import config
-from common.errors import UserError, command
+from common import build_config
+from common.errors import ConfigError, UserError, run_main
 from common.line_file import LineFile
-from common.output import say, shown
-from common.yaml_values import ConfigError
+from common.output import printable, say
 from launch import node_check, slurm_client
 from launch.clusters import Cluster
 from launch.run_tail import last_step, tail
@@ -51,7 +50,7 @@ T = TypeVar("T")
 
 def supervise(folder: str, number: int) -> None:
     """Train run NUMBER of a job's folder. submitit calls this in the batch script."""
-    sys.exit(command(Supervisor(Path(folder), number).supervise))
+    sys.exit(run_main(Supervisor(Path(folder), number).supervise))
 
 
 class Supervisor:
@@ -59,7 +58,7 @@ class Supervisor:
 
     def __init__(self, folder: Path, number: int):
         job = json.loads((folder / "job.json").read_text())
-        self.cluster: Cluster = config.build(Cluster, job["cluster"], {})
+        self.cluster: Cluster = build_config.build(Cluster, job["cluster"], {})
         self.methods: dict[str, str] = job["methods"]
         self.run, self.recipe = Path(job["runs"][number]), folder / f"{number}.yaml"
         self.folder, self.job = folder / str(number), os.environ["SLURM_JOB_ID"]
@@ -75,7 +74,7 @@ class Supervisor:
     def say(self, line: str) -> None:
         """A line in the job's log and in the run's."""
         say(line)
-        self.log.add(shown(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {self.job}: {line}") + "\n")
+        self.log.add(printable(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {self.job}: {line}") + "\n")
 
     def keep(self, **values: Any) -> None:
         self.state |= values

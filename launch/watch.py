@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import child_signals
-from common.errors import UserError, command
+from common.errors import UserError, run_main
 from common.output import say
 from eval import results
 from eval.run import TEXT, evaluate
@@ -137,4 +137,4 @@ def _input_closed(wait: float) -> bool:
 
 if __name__ == "__main__":
     child_signals.ignore()  # the parent process handles signals, and ends this process
-    sys.exit(command(lambda: watch(Path(sys.argv[1]))))
+    sys.exit(run_main(lambda: watch(Path(sys.argv[1]))))

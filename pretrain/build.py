@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from data_pipeline.order.schedule import Phase
 from data_pipeline.parts.part import About, Part
 from data_pipeline.shards.dataset import Dataset
@@ -36,12 +36,13 @@ from pretrain.recipes.recipe import Recipe
 
 
 def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Objective:
-    """The recipe's objective on CPU, initialised from its seed. Raises ConfigError for options that do not fit.
+    """The recipe's objective on the CPU, initialised from the recipe's seed. Raises ConfigError for options that do not
+    fit together.
 
     `start`: also load the weights that `init` and the objective's options name. `empty`: build it on the meta device,
     for an engine that gets the weights from rank 0.
     """
-    defaults.settle(cfg, recipe_of=checkpoint_recipe)  # has an effect only if the data are not known, as for a plan
+    defaults.settle(cfg, recipe_of=checkpoint_recipe)  # no effect if `auto` values were set when the data were opened
     torch.manual_seed(cfg.seed)
     start = start and not empty
     with (
@@ -49,9 +50,9 @@ def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Ob
         torch.device("meta") if empty else contextlib.nullcontext(),
     ):
         try:
-            kind = find(cfg.objective.name)
-            parts = parts_of(cfg, kind)
-            objective = kind(cfg.objective, functools.partial(backbone, cfg))
+            cls = find(cfg.objective.name)
+            parts = parts_of(cfg, cls)
+            objective = cls(cfg.objective, functools.partial(backbone, cfg))
             objective.parts = parts
             _check_queues(cfg, objective)
             if start:
@@ -62,7 +63,7 @@ def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Ob
 
 
 def _check_queues(cfg: Recipe, objective: Objective) -> None:
-    """Raises ConfigError for a queue of the objective whose size does not fit a batch of the recipe."""
+    """Raises ConfigError if the size of a queue of the objective does not fit a batch of the recipe."""
     queues = [module for module in objective.modules() if isinstance(module, Queue)]
     for batch in _batches(cfg):
         for queue in queues:
@@ -70,7 +71,7 @@ def _check_queues(cfg: Recipe, objective: Objective) -> None:
 
 
 def _batches(cfg: Recipe) -> list[int]:
-    """The global batch size of the recipe, and those of its phases."""
+    """The global batch sizes of the recipe and of its phases."""
     return [cfg.data.batch, *(phase.batch for phase in cfg.data.phases if phase.batch)]
 
 
@@ -86,17 +87,26 @@ def backbone(cfg: Recipe, section: str = "", **changes: Any) -> Backbone:
 
 
 def phases_of(cfg: Recipe, samples: Sequence[Dataset]) -> list[Phase]:
-    """The recipe's phases, with every null replaced by the value of the phase before."""
+    """The recipe's phases, with every null replaced by the value of the previous phase."""
     mix = cfg.data.mix
-    own = [float(len(s)) if source.weight is None else source.weight for s, source in zip(samples, mix, strict=False)]
-    now = Phase(0, cfg.data.batch, tuple(own or [1.0]), tuple(source.homogeneous for source in mix) or (0.0,))
-    out = [now]
+    if mix:
+        weights = [
+            float(len(s)) if source.weight is None else source.weight for s, source in zip(samples, mix, strict=False)
+        ]
+        phases = [Phase(0, cfg.data.batch, tuple(weights), tuple(source.homogeneous for source in mix))]
+    else:
+        phases = [Phase(0, cfg.data.batch, (1.0,), (0.0,))]
     for change in cfg.data.phases:
-        weights = now.weights if change.weights is None else tuple(change.weights)
-        alone = now.homogeneous if change.homogeneous is None else tuple(change.homogeneous)
-        now = Phase(change.step, change.batch or now.batch, weights, alone)
-        out.append(now)
-    return out
+        last = phases[-1]
+        phases.append(
+            Phase(
+                change.step,
+                change.batch or last.batch,
+                last.weights if change.weights is None else tuple(change.weights),
+                last.homogeneous if change.homogeneous is None else tuple(change.homogeneous),
+            )
+        )
+    return phases
 
 
 def build_stream(
@@ -106,13 +116,13 @@ def build_stream(
     damage_log: Path | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008  # immutable
 ) -> Stream:
-    """The stream of a recipe's data, whose batches go to `device`."""
+    """The stream of a recipe's data, for batches that will be copied to `device`."""
     data = cfg.data
     fetch = data.fetch
     if data.batch > (count := sum(map(len, samples))):
         raise ConfigError(
             f"data.batch = {data.batch} is more than the {count} samples in {', '.join(s.names for s in samples)};"
-            f" write {parallel_checks.fitting(cfg, processes.world(), count)}"
+            f" write {parallel_checks.fitting_batch(cfg, processes.world(), count)}"
         )
     reading = Reading(
         workers=default_workers(processes.local_world()) if data.workers is None else data.workers,
@@ -150,30 +160,31 @@ def placed(objective: Objective, batch: dict[str, Tensor], device: torch.device)
 
 
 # ---------------------------------------------------------------- the data of the objective
-def parts_of(cfg: Recipe, kind: type[Objective] | None = None) -> dict[str, Part]:
+def parts_of(cfg: Recipe, cls: type[Objective] | None = None) -> dict[str, Part]:
     """The parts of the recipe's objective, with their options from the sections `data` and `model`.
 
-    `kind`: the class of the objective, if it is known already.
+    `cls`: the class of the objective; None: it is found by its name.
     """
-    kind = kind or find(cfg.objective.name)
-    check(cfg, kind)
-    return {name: part.configured(cfg.data, cfg.model) for name, part in kind.parts.items()}
+    cls = cls or find(cfg.objective.name)
+    check(cfg, cls)
+    return {name: part.configured(cfg.data, cfg.model) for name, part in cls.parts.items()}
 
 
 def open_samples(cfg: Recipe) -> list[Dataset]:
-    """The datasets of a recipe: one, or those of `data.mix`. Raises UserError if they lack a part of the objective."""
+    """The datasets of a recipe: those of `data.mix`, or `data.train` as one. Raises UserError if they lack a part of the
+    objective."""
     specs = [source.shards for source in cfg.data.mix] or [cfg.data.train]
     parts = list(parts_of(cfg).values())
     extensions = [extension for part in parts for extension in part.extensions]
-    datasets = [parts[0].open(some, extensions=extensions) for some in specs]
+    datasets = [parts[0].open(shards, extensions=extensions) for shards in specs]
     for part in parts:
         part.check(datasets, cfg.model)
     return datasets
 
 
 def about(cfg: Recipe, objective: Objective, datasets: Sequence[Dataset] | None = None) -> About:
-    """The facts for the objective's views. Without `datasets`, as for a plan, a stand-in of the model's vocabulary size
-    takes the place of the tokenizer's vocabulary."""
+    """What the objective's `views` may have to know. Without `datasets`, as for a plan, a stand-in with the model's
+    vocabulary size replaces the vocabulary of the tokenizer."""
     known = objective.encoder().about()
     for part in objective.parts.values():
         known |= part.about(datasets, cfg.model)
@@ -181,10 +192,11 @@ def about(cfg: Recipe, objective: Objective, datasets: Sequence[Dataset] | None 
 
 
 class Views:
-    """What makes one sample's arrays of a batch: the function that an objective's `views` returns.
+    """The function that an objective's `views` returns, which makes the arrays of one sample, in a form that can be
+    pickled.
 
-    Such a function is defined inside of another, which cannot be pickled. A data worker that is not forked from the
-    trainer gets the arguments of `views` instead, and calls it again.
+    The function itself is defined inside another one, so that it cannot be pickled. A data worker that is not forked from
+    the trainer gets the arguments of `views` instead, and calls `views` again.
     """
 
     def __init__(self, cfg: Options, about: About):
@@ -202,21 +214,20 @@ class Views:
 
 
 def _unpickled_views(name: str, arguments: bytes) -> Views:
-    config_class(name)  # executes what the class of the options is in
+    config_class(name)  # executes the objective's file, which defines the class of the pickled options
     return Views(*pickle.loads(arguments))
 
 
 def views(cfg: Recipe, objective: Objective, datasets: Sequence[Dataset] | None = None) -> Views:
-    """The objective's function from a sample to its arrays of a batch. Raises ConfigError for sizes that do not fit the
-    model."""
+    """The function that makes the arrays of one sample. Raises ConfigError for sizes that do not fit the model."""
     try:
         return Views(cfg.objective, about(cfg, objective, datasets))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def of_noise(cfg: Recipe, objective: Objective, count: int) -> list[dict[str, np.ndarray]]:
-    """The arrays that the objective's views make of `count` random samples, for a batch without data."""
+def noise_samples(cfg: Recipe, objective: Objective, count: int) -> list[dict[str, np.ndarray]]:
+    """The arrays that the objective's views make from `count` random samples, for batches without data."""
     make, known, rng = views(cfg, objective), about(cfg, objective), np.random.default_rng(0)
     out = []
     for n in range(count):
@@ -231,25 +242,26 @@ def of_noise(cfg: Recipe, objective: Objective, count: int) -> list[dict[str, np
 
 def noise_batch(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     """A micro-batch of `count` random samples, on the host."""
-    rows = of_noise(cfg, objective, count)
-    arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    return {key: torch.from_numpy(value) for key, value in (arrays | collated(views(cfg, objective), arrays)).items()}
+    samples = noise_samples(cfg, objective, count)
+    arrays = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+    arrays |= collated(views(cfg, objective), arrays)
+    return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
 
-def check(cfg: Recipe, kind: type[Objective]) -> None:
+def check(cfg: Recipe, cls: type[Objective]) -> None:
     """Raises ConfigError for a model that reads a part that the objective does not have, and for a batch that is too
     small for its loss."""
     micro, world = cfg.parallel.micro_batch, processes.world()
     for batch in _batches(cfg):
         key, rows = ("data.batch", batch) if micro is None else ("parallel.micro_batch", min(batch, micro * world))
-        if rows < kind.least_batch:
+        if rows < cls.least_batch:
             raise ConfigError(
                 f"{key} = {rows}: {cfg.objective.name} compares samples with others of their batch; write"
-                f" {kind.least_batch} or more"
+                f" {cls.least_batch} or more"
             )
-    if cfg.model.reads not in kind.parts:
+    if cfg.model.reads not in cls.parts:
         raise ConfigError(
-            f"objective.name = {cfg.objective.name}: trains on {', '.join(kind.parts)}, but"
+            f"objective.name = {cfg.objective.name}: trains on {', '.join(cls.parts)}, but"
             f" model.name = {cfg.model.name} reads {cfg.model.reads};"
             " choose a model that fits (`unlabeled recipes` shows pairs that go together)"
         )

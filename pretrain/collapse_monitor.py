@@ -15,20 +15,20 @@ from typing import Any
 
 from pretrain.run_folder.jsonl_rows import iterate_rows
 
-PATIENCE = 20  # consecutive rows of metrics that must look collapsed
-MIN_FEATURE_STD_RATIO = 0.1  # of feature_std to its value at the start of the run
+PATIENCE = 20  # number of consecutive rows of metrics that must look collapsed before the warning
+MIN_FEATURE_STD_RATIO = 0.1  # smallest healthy ratio of feature_std to its value at the start of the run
 MIN_RANK = 1.5  # below it, the class tokens lie almost on a line
-MAX_ENTROPY_SHARE = 0.995  # of teacher_entropy in ln K, its value when all images have the same assignment
+MAX_ENTROPY_SHARE = 0.995  # largest healthy share of teacher_entropy in ln K, which it reaches if all images are alike
 GRACE_STEPS = 300  # a high entropy is normal in these first steps, or in the learning rate's warm-up if that is longer
 
 
 class CollapseMonitor:
     """Reads rows of metrics in the order of their steps.
 
-    classes   the number K of the teacher's classes, or None if the objective has none
-    metrics   the metrics file of a resumed run, which holds the values at its start
-    warmup    steps of the learning rate's warm-up, in which a nearly untrained network gives all images the same
-              assignment
+    classes   the number K of the teacher's classes, or None if the objective has no such classes
+    metrics   the metrics file of a resumed run, which holds the values at the start of the run
+    warmup    number of steps of the learning rate's warm-up, during which a nearly untrained network assigns all images
+              to the same classes
     remedies  {quantity: which options of the objective to change} (`pretrain.objectives.options.Options`)
     """
 
@@ -107,7 +107,6 @@ def _monitored(row: dict[str, Any]) -> list[str]:
 
 
 def _values_at_start(metrics: Path) -> dict[str, float]:
-    """The values in the first row of the metrics file: by the first row after a restart, the run may have collapsed
-    already."""
+    """The values in the first row of the metrics file, because the run may have collapsed before it was resumed."""
     row = next(iterate_rows(metrics), {})
     return {key: row[key] for key in _monitored(row) if math.isfinite(row[key])}

@@ -1,5 +1,5 @@
-"""Lets a recipe name folders of plain images where shards are expected: shards of them are built into the cache, and the
-recipe then names those."""
+"""Accept folders of plain images in a recipe where shards are expected: build shards from them in the cache, and put their
+paths into the recipe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SCORED_DATASETS = ("gallery", "val", "test", "test_gallery")  # keys of `eval` t
 
 
 def use_shards(recipe: Recipe, say: Callable[[str], None] = output.say) -> None:
-    """Replace folders of images by folders of shards, in data.train, data.mix and the datasets that are scored. Raises
-    UserError if the run folder is inside of one of the folders of images.
+    """Replace folders of images by folders of shards in data.train, data.mix and the datasets of `eval`. Raises UserError
+    if the run folder is inside one of the folders of images.
 
-    The run stores the paths of the shards, so that it is resumed with exactly these images, even if the folder of images
-    changes.
+    The run stores the paths of the shards, so that a resumed run has the same images, even if the folder of images has
+    changed.
     """
     data, scored = vars(vars(recipe)["data"]), vars(vars(recipe)["eval"])
     if recipe.model.reads != "image":
@@ -42,8 +42,8 @@ def use_shards(recipe: Recipe, say: Callable[[str], None] = output.say) -> None:
 
 
 def _check_run_is_outside(run: str, images: str) -> None:
-    """Raises UserError for a run folder inside of a folder of images: pictures that the run writes would be taken for
-    images of the folder."""
+    """Raises UserError for a run folder inside a folder of images: the pictures that the run writes there would become
+    part of the data."""
     if Path(run).resolve().is_relative_to(Path(images).expanduser().resolve()):
         raise UserError(
             f"run = {run}: lies inside of {images}, a folder of images that is only read; write run=FOLDER, outside of it"

@@ -26,7 +26,7 @@ from pretrain.run_folder.jsonl_rows import read_rows
 
 
 class Clock:
-    """Measures where the loop spends its time, part by part: data, model, loop, save."""
+    """Measures how much time the loop spends in each of its parts: data, model, loop, save."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}  # {part: seconds since the last `take`}
@@ -47,11 +47,11 @@ class Clock:
 
 
 class Writer:
-    """Averages values over ranks; rank 0 writes metrics.jsonl and TensorBoard, and shows the progress line.
+    """Averages values over ranks; rank 0 writes metrics.jsonl and TensorBoard, and prints the progress line.
 
-    Rows of steps from `step` on are deleted, because a resumed run writes them again. `flops`, of one step of the global
-    batch, and `peak`, the peak FLOP/s of all devices together, give the model FLOP/s and their share of the peak (MFU);
-    0 if they are not known. `length`: tokens per row of text; 0 for images.
+    Rows of steps from `step` on are deleted, because a resumed run writes them again. `flops` is the number of FLOPs of a
+    step with the first global batch, and `peak` the peak FLOP/s of all devices together; 0 if they are not known.
+    `length`: tokens per row of text; 0 for images.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Writer:
             self.board = Board(run / "tensorboard", step)
             self.progress = Progress("train", steps, step)
             self.lines, self.streams = LineFile(self.path), LineFile(run / "streams.jsonl")
-        # called with rows when they reach the host, before they are written
+        # Called with the rows once they are on the host, before they are written.
         self.readers: list[Callable[[list[dict[str, Any]]], None]] = []
 
     def add(self, step: int, **values: Tensor | float) -> None:
@@ -141,16 +141,16 @@ class Writer:
         last |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": round(value, 4) for n, value in enumerate(epochs)}
 
     def _stream_statistics(self, step: int) -> tuple[dict[str, float], str]:
-        """(statistics, slowest stage) of the stream of the rank that waits longest for data. Those of all ranks are
-        written to streams.jsonl."""
-        of_ranks = processes.gather(self.stream.stats.take(self.stream.workers))
-        if len(of_ranks) == 1:
-            return of_ranks[0]
+        """(statistics, slowest stage) of the stream on the rank that waits longest for data. The statistics of all ranks
+        are written to streams.jsonl."""
+        per_rank = processes.gather(self.stream.stats.take(self.stream.workers))
+        if len(per_rank) == 1:
+            return per_rank[0]
         if self.writes:
-            row = {"step": step, "processes": [{**figures, "stage": stage} for figures, stage in of_ranks]}
+            row = {"step": step, "processes": [{**figures, "stage": stage} for figures, stage in per_rank]}
             self.streams.add(json.dumps(row) + "\n")
-        slowest = max(range(len(of_ranks)), key=lambda n: of_ranks[n][0]["wait_ms_p50"])
-        figures, stage = of_ranks[slowest]
+        slowest = max(range(len(per_rank)), key=lambda n: per_rank[n][0]["wait_ms_p50"])
+        figures, stage = per_rank[slowest]
         return {**figures, "process": slowest}, stage
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
@@ -173,7 +173,7 @@ class Writer:
         self._update_progress(last)
 
     def _call_readers(self, rows: list[dict[str, Any]]) -> UserError | None:
-        """Call the readers with the rows. Returns their UserError, which is raised after the rows have been written."""
+        """Call the readers with the rows. Returns a UserError of theirs, which `flush` raises after writing the rows."""
         try:
             for reader in self.readers:
                 reader(rows)
@@ -190,7 +190,7 @@ class Writer:
             loss += f" val {self.last_val_loss:.4f}"
         scores = read_rows(self.run / "results.jsonl")
         text = f"{loss}  {speed}  data wait {row['data_share']:.0%}{_knn_so_far(scores)}"
-        # scoring the last export on the test split will take as long as scoring the first one
+        # Scoring the last export on the test split will take as long as scoring the first export did.
         seconds = {
             (s["model"], s["step"], s["protocol"]): s.get("seconds", 0.0)
             for s in scores
@@ -213,9 +213,9 @@ class Writer:
 
 
 class Board:
-    """TensorBoard's event file. Entries that a full disk refuses are kept, and written to a new file later.
+    """TensorBoard's event file. If the disk is full, entries are kept in memory, and written to a new file later.
 
-    TensorBoard ignores the entries that earlier files of the folder have from `step` on.
+    TensorBoard ignores the entries of steps from `step` on in earlier files of the folder.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -239,7 +239,7 @@ class Board:
             for entry in self.pending:
                 entry(self.writer)
             self.writer.flush()
-            self.pending, self.purge_step = [], None  # a later file of this run must not hide the entries of this one
+            self.pending, self.purge_step = [], None  # a later file of this process must not hide these entries
         except OSError:  # the full disk has been reported by `LineFile` already
             self._end()
 
@@ -258,7 +258,7 @@ class Board:
 
 @contextlib.contextmanager
 def _quiet_thread() -> Iterator[None]:
-    """Suppress the traceback that TensorBoard's thread prints for an OSError; the caller gets the same error."""
+    """Suppress the traceback that TensorBoard's thread prints for an OSError, which is also raised in the caller."""
     former_hook = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else former_hook(args)
     try:
@@ -268,8 +268,8 @@ def _quiet_thread() -> Iterator[None]:
 
 
 def _knn_so_far(scores: list[dict[str, Any]]) -> str:
-    """Part of the progress line: the newest k-NN accuracy on val of the recipe's model; with several exports, the newest
-    of each, with its name. "" without scores."""
+    """The newest k-NN accuracy on val, as text for the progress line. If several models are exported, the accuracies of
+    all, with their names. "" without scores."""
     knn = [
         s
         for s in scores
@@ -289,7 +289,7 @@ def _knn_so_far(scores: list[dict[str, Any]]) -> str:
 
 
 def short(count: float) -> str:
-    """A count in three digits, as "12.3k" for 12345."""
+    """A count with three significant digits, such as "12.3k" for 12345."""
     for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{name}"
@@ -297,7 +297,7 @@ def short(count: float) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory of this process in bytes: of the GPU if `device` is one, else of main memory."""
+    """Peak memory of this process in bytes, on the GPU if `device` is one, otherwise on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,7 +22,7 @@ from pretrain.recipes.recipe import Recipe
 
 
 def missing_exports(run: Path, step: int, engine: Engine) -> list[Path]:
-    """The export folders of a step that do not exist yet, of all `Objective.exports()`."""
+    """The folders of the exports of a step, of all `Objective.exports()`, that are not complete yet."""
     folders = export.folders(run / "export" / str(step), engine.objective).values()
     return [folder for folder in folders if not (folder / "config.json").is_file()]
 
@@ -38,8 +38,8 @@ def write_exports(
 ) -> None:
     """Write the exports of a step that are missing, and the objective's pictures. Collective: every rank must call it.
 
-    An export that cannot be written is logged, and the run continues without it. At the last step it is an error, and
-    the same command tries again.
+    If an export cannot be written, this is logged, and the run continues without it. At the last step it raises
+    UserError; the same command then tries again.
     """
     if processes.on_rank_0(lambda: bool(missing_exports(run, step, engine))):
         _write_missing(cfg, run, step, engine, say)
@@ -53,7 +53,7 @@ def _write_missing(cfg: Recipe, run: Path, step: int, engine: Engine, say: Calla
     tokenizer = run / TOKENIZER if (run / TOKENIZER).is_file() else None
 
     def save() -> str:
-        """Returns what went wrong, or ""."""
+        """Returns an error message, or ""."""
         try:
             export.save(folder, engine.objective, cfg, step, states, tokenizer)
         except (OSError, SafetensorError) as error:
@@ -70,8 +70,8 @@ def _write_missing(cfg: Recipe, run: Path, step: int, engine: Engine, say: Calla
 def _write_pictures(
     run: Path, step: int, engine: Engine, stream: Stream, writer: Writer, say: Callable[[str], None]
 ) -> None:
-    """Write the objective's pictures of the run's first batch, the same batch each time, so that they can be
-    compared."""
+    """Write the objective's pictures of the first batch of the run. It is the same batch at every export, so that the
+    pictures can be compared."""
     pictures = engine.pictures(placed(engine.objective, stream.first(), engine.device))
     if not writer.writes:
         return

@@ -1,4 +1,4 @@
-"""What a run says while it trains: its log on the terminal and in log.txt, and the lines with which it ends."""
+"""The log of a run, on the terminal and in log.txt, and the lines with which a run ends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pretrain.recipes.recipe import Recipe
 
 
 class Log:
-    """Writes lines to the terminal and to log.txt, on rank 0 only. With `every_rank`, other ranks write the line too,
-    after their number."""
+    """Writes lines to the terminal and to log.txt, on rank 0 only. With `every_rank`, the other ranks write the line, too,
+    with their rank in front of it."""
 
     def __init__(self, run: Path):
         self.lines = LineFile(run / "log.txt")
@@ -30,14 +30,15 @@ class Log:
             line = f"rank {processes.rank()}: {line}"
         with contextlib.suppress(output.OutputClosed):  # a run continues when its terminal has been closed
             output.say(line)
-        self.lines.add(output.shown(time.strftime("%Y-%m-%d %H:%M:%S ") + line) + "\n")
+        self.lines.add(output.printable(time.strftime("%Y-%m-%d %H:%M:%S ") + line) + "\n")
 
 
 def frozen_parts(cfg: Recipe, objective: Objective) -> list[str]:
-    """A line that names the modules that are not trained, or not from the first step on; no line if all are."""
-    parameters = {name: list(module.parameters()) for name, module in objective.named_children()}
-    without = [name for name, own in parameters.items() if own and not any(p.requires_grad for p in own)]
-    frozen = [f"{', '.join(without)} (no gradients)"] if without else []
+    """A line that names the modules which are frozen, for the whole run or for its first steps; no line if there are
+    none."""
+    children = {name: list(module.parameters()) for name, module in objective.named_children()}
+    no_gradients = [name for name, params in children.items() if params and not any(p.requires_grad for p in params)]
+    frozen = [f"{', '.join(no_gradients)} (no gradients)"] if no_gradients else []
     if step := cfg.optim.freeze_backbone:
         frozen.append(f"the backbone until step {step} (optim.freeze_backbone)")
     if step := cfg.optim.freeze_last_layer:
@@ -46,14 +47,14 @@ def frozen_parts(cfg: Recipe, objective: Objective) -> list[str]:
 
 
 def data_summary(run: Path, stream: Stream, first: int, end: int, unit: str) -> str:
-    """A line on the samples of all ranks: how many were trained on or skipped in the steps from `first` to `end`, and
-    how many were found damaged in the whole run. Collective. `unit`: what the samples are called."""
-    of_ranks = processes.gather((stream.absent, list(stream.damage_log.bad)))
+    """A line about the samples of all ranks: the number of those trained on or skipped in the steps from `first` to
+    `end`, and of those found damaged in the whole run. Collective. `unit`: the word for a sample ("samples", "rows")."""
+    per_rank = processes.gather((stream.absent, list(stream.damage_log.bad)))
     trained = sum(map(stream.plan.batch, range(first, end)))
-    damaged = len({name for _, bad in of_ranks for name in bad})
+    damaged = len({name for _, bad in per_rank for name in bad})
     parts = [f"{run}: trained on {trained} {unit} in the steps from {first} to {end}"]
     if unit == "samples":
-        parts.append(f"samples without an image were skipped {sum(absent for absent, _ in of_ranks)} times")
+        parts.append(f"samples without an image were skipped {sum(absent for absent, _ in per_rank)} times")
     listed = f", all listed in {run / 'damaged'}" if damaged else ""
     parts.append(f"{damaged} {'was' if damaged == 1 else 'were'} damaged and replaced by neighbours{listed}")
     return "; ".join(parts)

@@ -1,5 +1,5 @@
-"""What a run does once before its first step: it settles values that the recipe leaves open, loads weights, and resumes
-from a checkpoint."""
+"""The work before the first step of a run: replace the recipe's `auto` values, load weights, and resume from a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from common import config, output
-from common.config import ConfigError
-from common.errors import UserError
+from common import build_config, output
+from common.errors import ConfigError, UserError
 from common.schedules import Schedule
 from data_pipeline.build.stats import summarize
 from data_pipeline.build.tokenizer import write_folder
@@ -40,8 +39,8 @@ from pretrain.run_log import Log, frozen_parts
 
 
 def convert_image_folders(cfg: Recipe) -> None:
-    """Build shards from folders of images, and name them in the recipe instead. To be called before the process group
-    exists: its time-out of half an hour may be too short for it."""
+    """Replace folders of images in the recipe by shards that are built from them. Called before the process group exists,
+    because building may take longer than its time-out of half an hour."""
     try:
         image_folders.use_shards(cfg, output.say if processes.rank() == 0 else lambda line: None)
     except UserError as error:
@@ -49,7 +48,7 @@ def convert_image_folders(cfg: Recipe) -> None:
 
 
 def log_datasets(samples: Sequence[Dataset], say: Log) -> None:
-    """Log a summary of each dataset of images; those of text have none."""
+    """Log a summary of each dataset of images; there is none for text."""
     images = [dataset for dataset in samples if not dataset.length]
     lines = processes.on_rank_0(lambda: [line for dataset in images for line in summarize(dataset)])
     for line in lines:
@@ -57,7 +56,7 @@ def log_datasets(samples: Sequence[Dataset], say: Log) -> None:
 
 
 def settle_auto_values(cfg: Recipe, run: Path, samples: Sequence[Dataset], device: torch.device, say: Log) -> None:
-    """Replace the recipe's "auto" values by what their rules give for these data and this device, and store the
+    """Replace the recipe's `auto` values by those that their rules give for these data and this device, and store the
     recipe."""
     lines = defaults.settle(cfg, sum(map(len, samples)), checkpoint_recipe)
     for line in lines:
@@ -69,7 +68,7 @@ def settle_auto_values(cfg: Recipe, run: Path, samples: Sequence[Dataset], devic
 
 
 def measure_precision(cfg: Recipe, run: Path, objective: Objective, stream: Stream, device: torch.device) -> None:
-    """Replace a `precision` that is still "auto" by the one that is measured to be faster, and store the recipe."""
+    """If `precision` is still `auto`, measure which precision is faster, and store it in the recipe."""
     if cfg.precision != "auto":
         return
     batch = placed(objective, stream.first(), device)
@@ -79,19 +78,18 @@ def measure_precision(cfg: Recipe, run: Path, objective: Objective, stream: Stre
 
 
 def build_and_log_objective(cfg: Recipe, start: bool, say: Log) -> Objective:
-    """The recipe's objective. With `start`, it loads the weights that the recipe names, and logs where they come
-    from."""
+    """The recipe's objective. With `start`, the weights that the recipe names are loaded, and their source is logged."""
     with loaded_weights.record_loading() as loaded:
         objective = build_objective(cfg, start=start, empty=fsdp2.starts_empty(cfg))
-    pixels = vars(cfg.data)  # `vars` does not mark the keys as read, so that a mean in a recipe on text stays an error
+    pixels = vars(cfg.data)  # `vars` does not mark the keys as read: a mean in a recipe for text must remain an error
     for line in [*loaded_weights.report_loaded(loaded, pixels["mean"], pixels["std"]), *frozen_parts(cfg, objective)]:
         say(line)
     return objective
 
 
 def store_data_files(samples: Sequence[Dataset], run: Path) -> None:
-    """Store in the run folder what later stages need to know of the data: an index of each dataset, and the tokenizer,
-    which exports copy."""
+    """Store in the run folder what later stages need from the data: the manifest of each dataset, and the tokenizer, which
+    is copied into exports."""
     processes.on_rank_0(lambda: store_manifests(samples, run / "data"))
     if (vocabulary := samples[0].vocabulary) is not None:
         processes.on_rank_0(lambda: write_folder(str(run), vocabulary))
@@ -100,7 +98,7 @@ def store_data_files(samples: Sequence[Dataset], run: Path) -> None:
 def resume(
     run: Path, found: tuple[Store, str] | None, saver: Saver, engine: Engine, stream: Stream, guard: Guard, say: Log
 ) -> int:
-    """Load the checkpoint that was found, if there is one. Returns the step to train next."""
+    """Load the checkpoint `found`, if there is one. Returns the step to train next."""
     if found is None:
         return 0
     store, name = found
@@ -108,19 +106,20 @@ def resume(
     if store.url == saver.store.url and processes.on_rank_0(lambda: is_latest(store, name)):
         saver.newest = name
     say(f"{run}: resumes from step {step} ({store.path(name)})")
-    stored_lr = config.build(Schedule, store.run_json(name)["recipe"]["optim"]["lr"], {"": store.path(name)})(step)
+    stored_schedule = store.run_json(name)["recipe"]["optim"]["lr"]
+    stored_lr = build_config.build(Schedule, stored_schedule, {"": store.path(name)})(step)
     lr = saver.recipe.optim.lr(step)
-    if not math.isclose(lr, stored_lr, rel_tol=1e-6):  # for example in a new run from a checkpoint in the decay
+    if not math.isclose(lr, stored_lr, rel_tol=1e-6):  # for example if a new run begins at a checkpoint in the decay
         say(f"optim.lr is {lr:.4g} at step {step}; in the run of the checkpoint it was {stored_lr:.4g}")
     return step
 
 
 def flops_and_peak(cfg: Recipe, run: Path, engine: Engine, say: Log) -> tuple[float, float]:
-    """(FLOPs of a step, peak FLOP/s of all devices) on rank 0, which logs them; zeros on the other ranks, and if the
-    objective's FLOPs cannot be traced."""
+    """(FLOPs of a step, peak FLOP/s of all devices) on rank 0, which logs the peak. Zeros on the other ranks, and if the
+    FLOPs of the objective cannot be traced."""
     if not cfg.log.flops or processes.rank():
         return 0.0, 0.0
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by copies of parameters
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copying parameters warns
     try:
         flops = plan.step_flops(cfg, run)
     except ConfigError as error:

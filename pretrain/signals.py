@@ -1,8 +1,9 @@
-"""Signals that stop a run: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any of its processes. Nothing here imports torch.
+"""Signals that stop a run: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any of its processes. This module does not import
+torch.
 
-Before the first step such a signal ends the process at once, because there is nothing to save. Afterwards it is
-recorded, and the loop ends after the step with a checkpoint. Only a wait for data is interrupted; with several ranks
-the step is then skipped on all of them (`pretrain.train_step`).
+Before the first step such a signal ends the process at once, because there is nothing to save. Later it is recorded, and
+the loop ends after the current step and a checkpoint. Only a wait for data is interrupted; with several ranks all of them
+then skip the step (`pretrain.train_step`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from common.child_signals import SIGNALS, deliver_pending
+from common.child_signals import STOP_SIGNALS, deliver_pending
 
-EXIT_STOPPED = 75  # exit code of a run that a signal has stopped: the same command resumes it
-EXIT_UNSCORED = 76  # exit code of a finished run without all of its scores: the same command computes them
+EXIT_STOPPED = 75  # exit code of a run that a signal has stopped; the same command resumes it
+EXIT_UNSCORED = 76  # exit code of a finished run that lacks scores; the same command computes them
 STOPPED_EARLY = "stopped as asked, before a step was trained; the same command starts it again"
 
 
@@ -31,9 +32,9 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """A context in which signals stop the run; on exit the earlier handlers are restored.
+    """A context in which signals stop the run. On exit, the previous handlers are restored.
 
-    Only the main thread can install handlers: in another thread this context does nothing.
+    Only the main thread can install signal handlers; in another thread this context does nothing.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 self._former_handlers[number] = signal.signal(number, self._handle)
         return self
 
@@ -61,7 +62,7 @@ class Stop:
             raise Stopped(self.number)
 
     def on_signal(self, callback: Callable[[int], object]) -> None:
-        """Call `callback` with the number of each signal from now on, and of a signal that has already come."""
+        """Call `callback` with the number of each signal from now on, and of the signal that has already come, if any."""
         self._callback = callback
         if self.number is not None:
             callback(self.number)
@@ -73,7 +74,8 @@ class Stop:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within the context a signal raises Stopped, also if it came before; afterwards signals are deferred again."""
+        """Within the context, a signal raises Stopped, even one that came before; after the context, signals are deferred
+        again."""
         self.deferred = False
         try:
             self.check()
@@ -83,8 +85,9 @@ class Stop:
 
 
 def end_at_once() -> None:
-    """Let a signal end this process with code 75 until a `Stop` is entered: for the imports at a program's start."""
-    for number in SIGNALS:
+    """Let a signal end this process with code 75 until a `Stop` is entered. For the time in which a program imports its
+    modules."""
+    for number in STOP_SIGNALS:
         signal.signal(number, _end)
     deliver_pending()
 

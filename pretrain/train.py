@@ -1,4 +1,4 @@
-"""Trains a run. `python -m pretrain.train RECIPE [key=value …]` is one process of it.
+"""Trains a run. `python -m pretrain.train RECIPE [key=value …]` is one process of the run.
 
 From Python: `train(load("demo", ["steps=100"]))`.
 """
@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from common import config, output
-from common.config import ConfigError
-from common.errors import UserError, command
+from common.errors import ConfigError, UserError, run_main
 from data_pipeline.stream.stream import Stream
 from data_pipeline.stream.worker_processes import start_method, start_server
 from pretrain import collapse_monitor, run_startup
@@ -52,17 +51,17 @@ from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED, Stop, Stopped
 from pretrain.train_step import train_step
 from pretrain.validation import held_out_batches
 
-READ_AFTER_STEP_1 = ("eval.", "checkpoint.", "init.")  # prefixes of keys that are legitimately unread after step 1
-GC_STEPS = 100  # steps between two runs of Python's garbage collector: all ranks at the same step, so that none waits
+READ_LATER = ("eval.", "checkpoint.", "init.")  # prefixes of keys that may be read only after the first step
+GC_STEPS = 100  # steps between two garbage collections, which all ranks run at the same step, so that no rank waits
 
 
 def train(cfg: Recipe) -> Path:
     """Train a recipe to its end, from its last checkpoint if there is one. Returns the run folder.
 
-    A signal that asks the run to stop ends it after a checkpoint: Ctrl-C raises KeyboardInterrupt, other signals
-    SystemExit with code 75. The signal handlers are installed while it runs, and only in the main thread. Exports are
-    scored in a second process as the recipe's `eval` says; UserError is raised if scores are missing at the end. With
-    several processes (torchrun, or `unlabeled train --processes N`) all of them must call it with the same recipe.
+    A signal that stops the run ends it after a checkpoint: Ctrl-C raises KeyboardInterrupt, other signals raise
+    SystemExit with code 75. Signal handlers are installed during the call, and only in the main thread. A second process
+    scores the exports as the recipe's `eval` says; UserError is raised if scores are missing at the end. With several
+    processes (torchrun, or `unlabeled train --processes N`) every process must call this function with the same recipe.
     """
     try:
         folder, problem = _train_and_score(cfg)
@@ -93,24 +92,23 @@ def _train_only(
     before_folder: Callable[[], None] = lambda: None,
     after_folder: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
-    """Like `train` without scores; raises Stopped after a signal. Rank 0 calls `before_folder` before it makes the run
-    folder, and `after_folder` with the folder after that."""
+    """Like `train`, but without scores, and raises Stopped after a signal. Rank 0 calls `before_folder` before it creates
+    the run folder, and `after_folder(folder)` afterwards."""
     parallel_checks.check(cfg, processes.world())
     with run_folder_lock() as lock, Stop() as stop:
         try:
             run_startup.convert_image_folders(cfg)
             device = pick_device(cfg.device, cfg.parallel.mode)
             if cfg.data.workers != 0 and start_method(cfg.data.start_method, device.type) == "forkserver":
-                start_server(["pretrain.build"])  # before NCCL, and early, so that its imports run beside ours
+                start_server(["pretrain.build"])  # before NCCL; early, so that it imports while this process continues
             processes.start(
                 cfg.parallel.mode, device, retry=max(cfg.data.fetch.retry_seconds, cfg.checkpoint.retry_seconds)
             )
             return _train(cfg, device, stop, lock, before_folder, after_folder)
         except RuntimeError as error:
-            # After a signal before the first step, a collective fails because the other ranks have got the signal, too,
-            # and have left.
-            left = not stop.deferred or (isinstance(error, timeouts.CollectiveError) and not stop.has_trained)
-            if stop.number is None or not left or processes.world() == 1:
+            # If a signal comes before the first step, the other ranks get it, too, and end, so that a collective fails.
+            others_ended = not stop.deferred or (isinstance(error, timeouts.CollectiveError) and not stop.has_trained)
+            if stop.number is None or not others_ended or processes.world() == 1:
                 raise
             raise Stopped(stop.number) from None
         except Stopped:
@@ -151,7 +149,7 @@ def _train(
     if processes.rank() == 0:
         after_folder(folder)
     else:
-        cfg = recipe.load(folder)  # rank 0 has replaced "auto" values in it, and stored it
+        cfg = recipe.load(folder)  # rank 0 has stored the recipe, with some of the "auto" values replaced
     say = Log(folder)
     if device.type == "cpu":
         torch.set_num_threads(cfg.threads or threads(processes.local_world()))
@@ -200,8 +198,8 @@ def _train(
 
 
 def _add_readers(run: Run, lock: Lock) -> None:
-    """Let rows of metrics be read when they reach the host: by what logs skipped steps, by the monitor of collapse, and
-    by the check that no other trainer has taken over the folder."""
+    """Add the functions that get each row of metrics as soon as it is on the host: they report skipped steps, look for a
+    collapse, and check that no other trainer has taken over the folder."""
     cfg, say = run.cfg, run.say
     classes, warmup = cfg.objective.assignments(), cfg.optim.lr.warmup_steps()
     metrics = run.folder / "metrics.jsonl"
@@ -215,33 +213,33 @@ def _add_readers(run: Run, lock: Lock) -> None:
 
 @contextlib.contextmanager
 def _collect_garbage_at_fixed_steps() -> Iterator[None]:
-    """Context in which Python does not collect garbage by itself: the loop does, every GC_STEPS steps."""
-    frozen = gc.get_freeze_count() > 0  # the caller of `train` has frozen the collector, and it stays frozen
+    """Context in which Python's automatic garbage collection is off; the loop collects garbage every GC_STEPS steps."""
+    frozen_by_caller = gc.get_freeze_count() > 0
     gc.collect()
-    if not frozen:
-        gc.freeze()  # objects that exist by now live as long as the run
+    if not frozen_by_caller:
+        gc.freeze()  # the objects that exist now live as long as the run
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        if not frozen:
+        if not frozen_by_caller:
             gc.unfreeze()
 
 
 def _is_due(step: int, steps: int) -> bool:
-    """Whether a task of every `steps` steps is due at `step`; never at step 0."""
+    """Whether a task that runs every `steps` steps is due at `step`. It is never due at step 0."""
     return step > 0 and step % steps == 0
 
 
 def _loop(run: Run, first: int) -> int:
-    """Train from step `first` on. Returns the number of steps that are trained: `cfg.steps`, or less after a signal."""
+    """Train from step `first` on. Returns the number of trained steps: `cfg.steps`, or fewer after a signal."""
     cfg, stop, writer, clock = run.cfg, run.stop, run.writer, run.writer.clock
     agreement = processes.Agreement()
     graphs = GraphLog(run.say) if cfg.parallel.compile else None
     if first == 0:
-        _export(run, 0)  # the untrained network, with which scores are compared
-    stop.deferred = True  # from here on a signal sets `stop.number`, and the loop ends after a checkpoint
+        _export(run, 0)  # the untrained network, a baseline for the scores
+    stop.deferred = True  # from now on a signal only sets `stop.number`, and the loop ends after a checkpoint
     for step in range(first, cfg.steps + 1):
         with timeouts.at_step(step):
             stopping = agreement.answer() if agreement.many else stop.number
@@ -258,8 +256,8 @@ def _loop(run: Run, first: int) -> int:
                 run.say(f"step {step}: the backbone is trained from here on")
             try:
                 values = train_step(cfg, step, run.engine, run.stream, run.guard, clock, stop, agreement)
-            except Stopped:  # by a signal while this rank waited for data; weights are as after the step before
-                if agreement.many and not stop.has_trained:  # the collectives of the other ranks fail, and they stop
+            except Stopped:  # a signal came while this rank waited for data; the weights are those of the previous step
+                if agreement.many and not stop.has_trained:  # the other ranks stop, too, because their collectives fail
                     stop.deferred = False
                     raise
                 run.guard.undo()
@@ -278,7 +276,7 @@ def _loop(run: Run, first: int) -> int:
                 clock.lap("loop")
                 batches = [placed(run.engine.objective, batch, run.engine.device) for batch in run.held_out]
                 values["val_loss"] = run.engine.validate(batches, step)
-                clock.lap("save")  # not counted in the training speed
+                clock.lap("save")  # this part does not count for the training speed
             writer.add(step, **values)
             clock.lap("loop")
     return step
@@ -294,7 +292,8 @@ def _export(run: Run, step: int) -> None:
 
 
 def _accept_first_step(run: Run) -> None:
-    """After the first step: collectives get their short time-out, and the recipe of this command is the run's."""
+    """After the first step: give collectives their short time-out, and make the recipe of this command the recipe of the
+    run."""
     timeouts.shorten(parallel_checks.collective_timeout(run.cfg))
     processes.on_rank_0(lambda: _refuse_unread(run.cfg))
     processes.on_rank_0(lambda: accept_recipe(run.folder))
@@ -302,19 +301,20 @@ def _accept_first_step(run: Run) -> None:
 
 
 def _refuse_unread(cfg: Recipe) -> None:
-    """Raises ConfigError for keys that were set but not read by the end of the first step: they have no effect. Options
-    that the objective's file reads in any step count as read."""
+    """Raises ConfigError for keys that were set but not read until the end of the first step, so that they have no
+    effect. All options that the objective's file names count as read, because a later step may read them."""
     config.count_as_read(cfg.objective, finder.attributes(cfg.objective.name))
-    keys = [f"{key} = {value!r}" for key, value in config.unread(cfg) if not key.startswith(READ_AFTER_STEP_1)]
+    keys = [f"{key} = {value!r}" for key, value in config.unread(cfg) if not key.startswith(READ_LATER)]
     if keys:
         raise ConfigError(
-            f"{cfg.run}/recipe.yaml: nothing reads {', '.join(keys)}; it has no effect in this recipe: take it out"
+            f"{cfg.run}/recipe.yaml: nothing reads {', '.join(keys)}; remove it, because it has no effect in this recipe"
         )
 
 
 def _finish(run: Run, first: int, end: int, unit: str) -> None:
-    """Write what is left to write, and log how the run has ended. Raises Stopped if it has not reached its last step,
-    and UserError if rows of metrics could not be written. `unit`: what the samples are called."""
+    """Write all pending rows and checkpoints, and log how the run has ended. Raises Stopped if it has not reached its
+    last step, and UserError if rows of metrics could not be written. `unit`: the word for a sample, as in
+    `data_summary`."""
     cfg, folder, say = run.cfg, run.folder, run.say
     problem = run.writer.close()
     run.saver.close()
@@ -355,4 +355,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_main(main))

@@ -19,8 +19,8 @@ from pretrain.recipes.recipe import Recipe
 from pretrain.signals import Stop, Stopped
 from pretrain.step import one_step
 
-# What a rank tells the others in each step: CONTINUE; or STOP after this step, because a signal has come; or NO_DATA,
-# because a signal has come while it waited for data.
+# The answers that the ranks exchange in each step. STOP: a signal has come, so the run ends after this step. NO_DATA: a
+# signal has come while the rank waited for data, so the run ends without this step.
 CONTINUE, STOP, NO_DATA = 0, 1, 2
 
 
@@ -36,9 +36,9 @@ def train_step(
 ) -> dict[str, Tensor | float]:
     """Train one step, unless the guard skips its update. Returns scalars to log, on the device.
 
-    Raises Stopped if a signal came while a rank waited for data. Other ranks may already be in a collective of this
-    step. Therefore the rank finishes the step with an earlier batch and a loss of NaN, which makes the guard skip the
-    update on all ranks, and tells them NO_DATA; then all ranks raise Stopped.
+    Raises Stopped if a signal came while a rank waited for data. Other ranks may already wait for this rank in a
+    collective. Therefore it finishes the step with an earlier batch and a loss of NaN, so that the guard skips the update
+    on all ranks, and answers NO_DATA; then all ranks raise Stopped.
     """
     waiting = contextlib.nullcontext if stream.workers else stop.interruptible
     stream.while_waiting = stop.check

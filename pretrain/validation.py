@@ -1,4 +1,4 @@
-"""The validation loss of a text run: the batches of `eval.val` for which it is computed while training."""
+"""The batches of `eval.val` on which the validation loss of a text run is computed during training."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from pretrain.recipes.recipe import Recipe
 def held_out_batches(
     cfg: Recipe, objective: Objective, samples: Sequence[Dataset], engine: Engine, say: Callable[[str], None]
 ) -> list[dict[str, Tensor]]:
-    """This rank's micro-batches of the text `eval.val`, on the host. They are the same each time that the loss is
-    computed, and come from all parts of the set. None if the recipe asks for no such loss, or the set does not allow
-    one, which is logged."""
+    """This rank's micro-batches of `eval.val`, on the host. The loss is always computed on the same rows, which come from
+    all parts of the set. [] if the recipe asks for no such loss, or if it cannot be computed on this set, which is
+    logged."""
     if not objective.validates or not cfg.log.val_every or not cfg.log.val_batches or not cfg.eval.val:
         return []
     try:
         part = next(iter(objective.parts.values()))
         rows = part.open(cfg.eval.val, held_out=True)
         part.check([samples[0], rows], cfg.model)
-    except UserError as error:  # such as labelled texts, which are for protocols; a missing set is an error of scoring
+    except (
+        UserError
+    ) as error:  # not fatal: the set may hold labelled texts for a protocol; scoring refuses a missing set
         say(f"no loss on eval.val will be computed while training: {error}")
         return []
     micro_batches = engine.world * engine.accumulate  # in a global batch

@@ -1110,7 +1110,7 @@ class Attack:
 
 def run_command(argv: Argv) -> int:
     """The command line in this process; TRAIN is `unlabeled train` without processes of its own."""
-    from common.errors import command
+    from common.errors import run_main
     from launch import cli
 
     if argv[0] != "TRAIN":
@@ -1124,7 +1124,7 @@ def run_command(argv: Argv) -> int:
         train(load(argv[1], argv[2:]))
         return 0
 
-    return command(train)
+    return run_main(train)
 
 
 def _leaves(content: dict, prefix: str = "") -> Iterator[str]:

@@ -273,11 +273,11 @@ def _command_line(words: list[str]) -> int | None:
 
 
 def _trainer(words: list[str]) -> int:
-    from common.errors import command
+    from common.errors import run_main
     from pretrain.train import main
 
     sys.argv = ["pretrain.train", *words]
-    return command(main)
+    return run_main(main)
 
 
 def call(*args: object) -> int:

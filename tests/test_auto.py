@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from common import config
-from common.config import ConfigError, Facts
+from common.config import Facts
+from common.errors import ConfigError
 from common.schedules import warmup
 from pretrain import collapse_monitor
 from pretrain.build import build_objective

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common import config
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain.build import build_objective
 from pretrain.recipes import defaults, parallel_checks, recipe
 from pretrain.train import train

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import launch.cli
-from common.errors import command
+from common.errors import run_main
 from data_pipeline.build.build_shards import build
 from data_pipeline.build.tokenize_text import tokenize
 from pretrain.objectives import finder
@@ -335,7 +335,7 @@ def run_command(words: list[str]) -> int | None:
     from pretrain.train import main
 
     sys.argv = ["pretrain.train", *words[1:]]
-    return command(main)
+    return run_main(main)
 
 
 def run_program(text: str, overrides: dict[str, list[str]]) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain import kernels
 from pretrain.build import build_objective
 from pretrain.kernels import flex_attention, norms, packed_attention, trial

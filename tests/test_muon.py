@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from launch.local import environments, wait
 from pretrain.models import presets
 from pretrain.models.build import build_model

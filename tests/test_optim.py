@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from common import config
-from common.config import ConfigError
+from common import build_config, config
+from common.errors import ConfigError
 from launch.local import environments, wait
 from pretrain.models import presets
 from pretrain.models.build import build_model
@@ -121,7 +121,7 @@ def test_refusals():
         ({"patch_embed_lr": -1.0}, "optim.patch_embed_lr"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            config.build(Optim, options, {}, "optim.")
+            build_config.build(Optim, options, {}, "optim.")
     with pytest.raises(ConfigError, match="no head of this objective has a `last_layer`"):
         parameter_groups(nn.Linear(2, 2), Optim(freeze_last_layer=5))
 
@@ -140,7 +140,7 @@ def one_step(optimizer: torch.optim.Optimizer, fill: float | None, found: float)
 
 def test_names_are_files():
     assert optimizers.names() == ["adamw", "lars", "muon"]
-    assert [optimizers.kind(name).__name__ for name in optimizers.names()] == ["AdamW", "LARS", "MuonAdamW"]
+    assert [optimizers.optimizer_class(name).__name__ for name in optimizers.names()] == ["AdamW", "LARS", "MuonAdamW"]
 
 
 @pytest.mark.parametrize("name", optimizers.names())

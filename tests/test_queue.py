@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from launch.local import environments, wait
 from pretrain.build import build_objective
 from pretrain.models.build import build_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common import config, yaml_values
-from common.config import ConfigError
+from common.errors import ConfigError
 from common.schedules import Schedule
 from pretrain.recipes import recipe
 from pretrain.recipes.recipe import load
@@ -105,7 +105,7 @@ def test_a_batch_that_fits_is_one_answer():
     from pretrain.recipes import parallel_checks
 
     said = [
-        (parallel_checks.fitting(load(name, overrides), processes, samples), name, overrides, processes)
+        (parallel_checks.fitting_batch(load(name, overrides), processes, samples), name, overrides, processes)
         for name, overrides, processes, samples in [
             ("mae_vits16", [], 1, 37),
             ("mae_vits16", ["parallel.mode=ddp"], 4, 1030),
@@ -228,7 +228,9 @@ def test_a_settled_copy_is_read_without_a_trace():
     assert torch.equal(compiled(torch.ones(2), settled), forward(torch.ones(2), recorded))
     assert (vars(settled.local_weight), vars(settled)) == before and "_read" not in before[1]
     assert {"koleo_weight", "local_weight"} <= vars(recorded)["_read"]
-    assert isinstance(settled, type(recorded)) and config.kind(settled) is config.kind(recorded) is type(recorded)
+    assert isinstance(settled, type(recorded)) and config.config_class(settled) is config.config_class(
+        recorded
+    ) is type(recorded)
 
 
 def test_fields_count_as_read_where_they_have_an_effect():

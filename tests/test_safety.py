@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 
 from common import config, output
-from common.config import ConfigError
-from common.errors import DataError, UserError, command
+from common.errors import ConfigError, DataError, UserError, run_main
 from data_pipeline.shards.samples import Samples
 from data_pipeline.storage.urls import open_store
 from eval import report
@@ -194,10 +193,14 @@ OPEN = [
 
 def test_secrets_of_urls_are_masked():
     for text, shown, plain in SECRETS:
-        assert output.shown(text) == shown and output.secret(text) and (not plain or output.bare(text) == plain)
-        assert "hunter" not in output.bare(text)
+        assert (
+            output.printable(text) == shown
+            and output.secrets_error(text)
+            and (not plain or output.drop_secrets(text) == plain)
+        )
+        assert "hunter" not in output.drop_secrets(text)
     for text in OPEN:
-        assert output.shown(text) == output.bare(text) == text and not output.secret(text)
+        assert output.printable(text) == output.drop_secrets(text) == text and not output.secrets_error(text)
 
 
 @pytest.mark.parametrize("url", ["http://joe:hunter@127.0.0.1:9/a", "https://127.0.0.1:9/a.tar?X-Amz-Signature=hunter"])
@@ -206,7 +209,7 @@ def test_a_url_with_a_secret_is_refused_in_one_line(url: str, tmp_path: Path, sh
     commands += [("shards", name, url) for name in ("index", "verify", "stats")]
     commands += [("eval", "pixels", "knn", f"gallery={url}", f"query={shards}")]
     for words in commands:
-        assert command(lambda words=words: call(*words)) == 2
+        assert run_main(lambda words=words: call(*words)) == 2
         said = capsys.readouterr()
         assert "hunter" not in said.out + said.err and "holds a" in said.err and said.err.count("\n") == 1
     for key in ("data.train", "eval.val", "checkpoint.folder", "init.backbone"):
@@ -338,6 +341,6 @@ def test_names_of_files_and_members_are_shown_escaped(photos: Path, tmp_path: Pa
     call("shards", "index", tmp_path / "tars")
     said = capsys.readouterr()
     assert said.out.count("\\x1b[2J") >= 3 and safe(said.out + said.err), said
-    assert command(lambda: call("shards", "stats", tmp_path / name)) == 2
+    assert run_main(lambda: call("shards", "stats", tmp_path / name)) == 2
     said = capsys.readouterr().err
     assert safe(said) and said.count("\n") == 1

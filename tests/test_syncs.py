@@ -158,9 +158,9 @@ def test_no_objective_has_a_host_sync(name: str, shards: Path, request: pytest.F
     """Placing a batch, forward, backward, update and `after_step`, with each variant of its options."""
     objective, own = OBJECTIVES[name]
     sizes = contract.tiny(objective, lambda kind: folder_of(kind, shards))
-    made = [contract.case(objective, [*sizes[0], *variant, *own]) for variant in [[], *sizes[1:]]]
+    made = [contract.build_case(objective, [*sizes[0], *variant, *own]) for variant in [[], *sizes[1:]]]
     request.getfixturevalue("two_ranks")
-    found = [sync for one in made for sync in of_steps(one.objective, one.recipe, one.held)]
+    found = [sync for one in made for sync in of_steps(one.objective, one.recipe, one.host_batch)]
     assert not found, "\n".join(map(str, found))
 
 
@@ -195,12 +195,12 @@ def test_no_mask_of_a_kernel_has_a_host_sync(
         monkeypatch.setattr(place, lambda seq, dtype, device: torch.tensor(seq, dtype=dtype, device=device))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend)
     monkeypatch.setattr(flex_attention, "attention", attend)
-    made = contract.case(name, [*contract.tiny(name, lambda kind: folder_of(kind, shards))[0], *SMALL, *own])
+    made = contract.build_case(name, [*contract.tiny(name, lambda kind: folder_of(kind, shards))[0], *SMALL, *own])
     kernels.replace(made.objective, kernels.attention_kernels(library))
     caches: Any = (flex_attention.packed_mask.__wrapped__, packed_attention.block_diagonal, packed_attention.borders)
     for cache in caches:
         cache.cache_clear()
-    found = of_steps(made.objective, made.recipe, made.held)
+    found = of_steps(made.objective, made.recipe, made.host_batch)
     for cache in caches:  # of fake masks
         cache.cache_clear()
     assert called and not found, "\n".join(map(str, found))

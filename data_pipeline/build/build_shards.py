@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common import output, process_pool
-from common.errors import Damaged, DataError, command
+from common.errors import Damaged, DataError, run_main
 from common.process_pool import Report
 from common.progress import Progress
 from data_pipeline.build.build_folder import (
@@ -375,4 +375,4 @@ def describe(summary: dict[str, Any], target: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command(lambda: process_pool.serve(work)))
+    sys.exit(run_main(lambda: process_pool.serve(work)))

@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from common import output, process_pool
-from common.errors import Damaged, DataError, command
+from common.errors import Damaged, DataError, run_main
 from common.process_pool import Report
 from data_pipeline.build import tokenizer
 from data_pipeline.build.build_folder import (
@@ -410,4 +410,4 @@ def describe(summary: dict[str, Any], target: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command(lambda: process_pool.serve(work)))
+    sys.exit(run_main(lambda: process_pool.serve(work)))

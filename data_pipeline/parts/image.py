@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from data_pipeline.formats.decode import Encoded
 from data_pipeline.formats.decode_budget import DECODE_MB
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS, MAX_PIXELS

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import ConfigError
-from common.errors import Absent
+from common.errors import Absent, ConfigError
 from data_pipeline.formats.decode_budget import DECODE_MB
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.members import check_extensions

@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from data_pipeline.parts.part import About, Part
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.rows import Packing, Rows

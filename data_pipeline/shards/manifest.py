@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from common.errors import DataError
-from common.untrusted import loads, schema_error, shown
+from common.untrusted import loads, schema_error, short_repr
 from data_pipeline.shards.members import VALID_EXTENSION, LeftOut
 from data_pipeline.storage.ranges import MissingFile, with_retries
 from data_pipeline.storage.urls import open_store
@@ -128,7 +128,7 @@ def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
         version = content.pop("format")
         if version != FORMAT:
             if not _is_ours(text):
-                raise ValueError(f"format is {shown(version)}")
+                raise ValueError(f"format is {short_repr(version)}")
             raise DataError(
                 f"{source}: has format {version}, but this version reads {FORMAT}; run `unlabeled shards index` again"
             )
@@ -140,7 +140,7 @@ def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
             raise ValueError("a row of shards is not name, bytes, samples and hash")
         extensions = content.pop("extensions")
         if not all(map(VALID_EXTENSION.fullmatch, extensions)) or len({*extensions}) < len(extensions):
-            raise ValueError(f"extensions is {shown(extensions)}")
+            raise ValueError(f"extensions is {short_repr(extensions)}")
         tokens = content.get("tokens", {"dtype": "<u2", "block": 1, "shards": {}})
         if (
             tokens["dtype"] not in ("<u2", "<u4")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from common.errors import DataError, command
+from common.errors import DataError, run_main
 from common.untrusted import open_binary, open_tar, tar_members
 from data_pipeline.shards.members import (
     MAX_MEMBER_BYTES,
@@ -193,4 +193,4 @@ def read_scan(url: str, file: Path, further: Sequence[str] = ()) -> tuple[dict[s
 
 
 if __name__ == "__main__":
-    sys.exit(command(_scan_tars_from_stdin))
+    sys.exit(run_main(_scan_tars_from_stdin))

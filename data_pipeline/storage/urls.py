@@ -42,7 +42,7 @@ def open_store(url: str) -> tuple[Any, str]:
 
     Raises DataError for a URL that holds a password or a signature: it would be stored in manifests and runs.
     """
-    if reason := output.secret(url):
+    if reason := output.secrets_error(url):
         raise DataError(f"{url}: {reason}")
     scheme = url.partition("://")[0]
     try:

@@ -1,5 +1,5 @@
-"""Finds the checkpoint that a run resumes from, and loads it. Every byte that is used is compared with its digest, and
-nothing that is read is executed."""
+"""Finds the checkpoint that a run resumes from, and loads it. All bytes are compared with their digests before they are
+used, and nothing in a checkpoint is executed (no pickle)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.marker import read_marker
 
-MAX_SHOWN = 3  # differences in an error message
+MAX_NAMED_DIFFERENCES = 3  # in an error message
 
 
 # ---------------------------------------------------------------- which checkpoint
@@ -31,12 +31,12 @@ def checkpoint_to_resume(run: Path, recipe: Recipe, say: Callable[[str], None]) 
     """(store, name) of the checkpoint that a run resumes from; None if it starts with its first step. Collective: every
     rank must call it.
 
-    `checkpoint.resume` of the recipe names where the run has begun. Once the run has saved checkpoints since, the same
-    command resumes from the newest of these; the recipe's value then becomes "latest".
+    `checkpoint.resume` of the recipe names the checkpoint where the run began. When the run has saved checkpoints of its
+    own, the same command resumes from the newest of them, and the value in the recipe becomes "latest".
     """
     store, wanted = run_store(run, recipe), recipe.checkpoint.resume
 
-    def ask() -> tuple[str, str, str | int] | None:
+    def find() -> tuple[str, str, str | int] | None:
         has_begun_there = str(wanted) == read_marker(run).resumed_from or (
             _is_of_another_store(store, wanted) and store.latest() is not None
         )
@@ -51,7 +51,7 @@ def checkpoint_to_resume(run: Path, recipe: Recipe, say: Callable[[str], None]) 
             )
         return None if found is None else (found[0].url, found[1], chosen)
 
-    found = processes.on_rank_0(ask)
+    found = processes.on_rank_0(find)
     if found is None:
         return None
     url, name, recipe.checkpoint.resume = found
@@ -70,8 +70,9 @@ def _is_of_another_store(store: Store, wanted: int | str) -> bool:
 
 
 def find_checkpoint(store: Store, wanted: int | str) -> tuple[Store, str] | None:
-    """(store, name) of the checkpoint that `checkpoint.resume` means: "latest", a step of this store, or a path or URL.
-    None for "none", and for "latest" in an empty store. Raises UserError if there is no such checkpoint."""
+    """(store, name) of the checkpoint that a value of `checkpoint.resume` names: "latest", a step in this store, or a
+    path or URL. None for "none", and for "latest" if the store is empty. Raises UserError if there is no such
+    checkpoint."""
     if wanted == "none":
         return None
     if wanted == "latest":
@@ -103,17 +104,18 @@ def load(store: Store, name: str, engine: Engine, stream: Stream, **parts: Any) 
     """Load engine, stream, and further parts (with state_dict and load_state_dict) from a checkpoint. Returns the step
     to train next.
 
-    Raises UserError if the checkpoint is of another model, and Damaged, which names the file, if one is not as it was
-    written.
+    Raises UserError if the checkpoint is of another model, and Damaged, which names the file, if a file has changed since
+    it was written.
     """
     run_json = store.run_json(name)
     metadata = read_metadata(store, name, run_json["files"])
     state = {**engine.state_dict(), **{key: part.state_dict() for key, part in parts.items()}}
-    if unlike := differences(state, metadata):
-        more = f" and {len(unlike) - MAX_SHOWN} more" if len(unlike) > MAX_SHOWN else ""
+    if found := differences(state, metadata):
+        named = "; ".join(found[:MAX_NAMED_DIFFERENCES])
+        named += f" and {len(found) - MAX_NAMED_DIFFERENCES} more" if len(found) > MAX_NAMED_DIFFERENCES else ""
         raise UserError(
-            f"{store.path(name)}: is a checkpoint of another model: {'; '.join(unlike[:MAX_SHOWN])}{more}; use the recipe"
-            " that it was trained with, or another run folder"
+            f"{store.path(name)}: is a checkpoint of another model: {named}; use the recipe that it was trained with, or"
+            " another run folder"
         )
     stream.load_state_dict(run_json["stream"])  # raises an error for other data before anything is changed
     _fill(store, name, run_json["files"], metadata, state)

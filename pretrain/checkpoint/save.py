@@ -1,8 +1,8 @@
 """Writes a run's checkpoints: weights, teacher, optimizer state, position in the data, and recipe.
 
-`Saver.save` writes at once or beside the training (`checkpoint.mode`), retries what fails, and changes `latest` when all
-bytes are durable. Random generators need not be stored, because dropout and drop path are drawn from (seed, step), and
-masks and crops from (seed, sample). What a checkpoint's folder looks like: `store.py`.
+`Saver.save` writes while the training waits or while it continues (`checkpoint.mode`), tries a failed write again, and
+updates `latest` once all bytes are durable. The states of random generators are not stored, because dropout and drop path
+are drawn from (seed, step), and masks and crops from (seed, sample). `store.py` describes the folder of a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.marker import run_identity, update_marker
 from pretrain.run_folder.recipe_file import write_recipe
 
-FORMAT = 2  # of run.json
+FORMAT = 2  # version of run.json
 
 
 class Saver:
     """Writes a run's checkpoints. Collective: every rank must call each method at the same step.
 
-    A method whose name begins with "_try" returns a message about what went wrong, or None.
+    A method whose name begins with "_try" returns an error message, or None if it has succeeded.
     """
 
     def __init__(self, run: Path, recipe: Recipe, say: Callable[[str], None]):
         self.run, self.recipe, self.say, self.cfg = run, recipe, say, recipe.checkpoint
         self.store = run_store(run, recipe)
-        # A group of its own: messages of the thread that saves must not mix with those of the training, and NCCL cannot
-        # send objects.
+        # A separate gloo group: the messages of the thread that saves must not mix with those of the training, and NCCL
+        # cannot send objects.
         self.group = timeouts.patient_group() if dist.is_initialized() else None
         self.rank = dist.get_rank() if self.group else 0
         self.world = dist.get_world_size() if self.group else 1
@@ -55,14 +55,14 @@ class Saver:
         self.pending: Future[str | None] | None = None
         self.stager: DefaultStager | None = None
         self.identity: dict[str, str] = self._on_rank_0(lambda: run_identity(run))
-        self.newest = ""  # the name of the checkpoint that this run has resumed from, or has written last
+        self.newest = ""  # name of the checkpoint that this process has written last, or has resumed from
         self._take_ownership()
 
     def save(self, step: int, engine: Engine, stream: Stream, last: bool = False, **parts: dict[str, Any]) -> None:
-        """Write a checkpoint of engine, stream, and further parts (state dicts). In mode async it returns when the
-        tensors have been copied, unless it is the `last` one.
+        """Write a checkpoint of engine, stream, and further parts (state dicts). With `checkpoint.mode: async` the call
+        returns as soon as the tensors have been copied to host memory, except for the `last` checkpoint.
 
-        Raises UserError if it cannot be written and either `checkpoint.on_error` is stop or it is the last one.
+        Raises UserError if the checkpoint cannot be written and it is the last one or `checkpoint.on_error` is stop.
         """
         self.wait()
         name = checkpoint_name(step)
@@ -87,14 +87,14 @@ class Saver:
             self.pending = self.thread.submit(self._try_with_retries, name, copy, run_json)
 
     def wait(self) -> None:
-        """Wait until a save beside the training has ended. Raises the error of that save."""
+        """Wait until a checkpoint that is written in the background is complete. Raises the error if that failed."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             self._raise_if(pending.result())
 
     def check(self) -> None:
-        """Raise the error of a save beside the training that has failed already. With several ranks this waits for the
-        next `wait`, because they would not raise at the same step."""
+        """Raise the error of a checkpoint that failed in the background. With several ranks only `wait` raises it,
+        because here they would not raise it at the same step."""
         if self.pending is not None and self.pending.done() and self.group is None:
             self.wait()
 
@@ -110,14 +110,14 @@ class Saver:
             raise processes.raised_by_all(UserError(problem))
 
     def _copy_to_host(self, state: dict[str, Any], gpu: bool) -> dict[str, Any]:
-        """A copy in main memory that the training does not change. The next copy uses the same memory."""
+        """A copy in host memory that the training does not change. The next call overwrites it."""
         if self.stager is None:
             self.stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
         return self.stager.stage(state)  # type: ignore[return-value]
 
-    # ------------------------------------------------ whose checkpoints they are
+    # ------------------------------------------------ ownership of the folder
     def _take_ownership(self) -> None:
-        """Write owner.json. This shows before the first step whether the folder can be written."""
+        """Write owner.json. If the folder cannot be written, this fails before the first step."""
         problem = self._on_rank_0(self._try_to_set_owner)
         if problem and self.cfg.on_error == "stop":
             raise processes.raised_by_all(UserError(problem))
@@ -133,7 +133,8 @@ class Saver:
 
     # ------------------------------------------------ writing
     def _try_with_retries(self, name: str, state: dict[str, Any], run_json: dict[str, Any]) -> str | None:
-        """Write and publish a checkpoint, and then delete old ones."""
+        """Write and publish a checkpoint, with repeated attempts for `checkpoint.retry_seconds`, and then delete old
+        ones."""
         deadline, tries = time.monotonic() + self.cfg.retry_seconds, 0
         while True:
             problem = self._try_once(name, state, run_json)
@@ -161,22 +162,20 @@ class Saver:
             dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
             problem = self._reason(error)
-        of_ranks = self._all_gather((problem, writer.files))
-        problem = next((problem for problem, _ in of_ranks if problem), None)
+        results = self._all_gather((problem, writer.files))
+        problem = next((problem for problem, _ in results if problem), None)
         if problem:
             return problem
-        files = {file: entry for _, written in of_ranks for file, entry in written.items()}
+        files = {file: entry for _, written in results for file, entry in written.items()}
         return self._on_rank_0(lambda: self._try_to_publish(folder, name, {**run_json, "files": files}))
 
     def _begin(self, name: str) -> tuple[str, str | None]:
-        """(folder to write to, None), or ("", what went wrong)."""
+        """(folder to write to, None), or ("", error message)."""
         try:
             owner = self.store.owner()
             if owner is not None and owner["id"] not in ("", self.identity["id"]):
-                return (
-                    "",
-                    f"the folder has been taken by another run, {owner['folder']}, which started at the same time",
-                )
+                other = owner["folder"]
+                return "", f"the folder has been taken by another run, {other}, which started at the same time"
             return self.store.begin(name), None
         except (OSError, UserError) as error:
             return "", self._reason(error)
@@ -192,7 +191,7 @@ class Saver:
             run_json["digest"] = run_json_digest(run_json)
             self.store.publish(folder, name, json.dumps(run_json, indent=1).encode())
             self.store.set_latest(name)
-            if self.cfg.resume != "latest":  # the run has begun there; from now on it resumes from its own checkpoints
+            if self.cfg.resume != "latest":  # the run began at another checkpoint; from now on it resumes from its own
                 update_marker(self.run, resumed_from=str(self.cfg.resume))
                 self.cfg.resume = "latest"
                 write_recipe(self.recipe, self.run)
@@ -201,14 +200,14 @@ class Saver:
         return None
 
     def _delete_old(self, name: str) -> None:
-        """Delete checkpoints up to this one that are neither among the newest `keep` nor at a multiple of `keep_every`
-        steps. Checkpoints of later steps, which are of an earlier attempt, are kept, and so are those of other runs
-        that somebody has copied to this folder."""
+        """Delete the checkpoints up to `name`, except for the newest `keep`, those whose step is a multiple of
+        `keep_every`, and those of other runs that somebody has copied to this folder. Checkpoints of later steps, which
+        an earlier attempt has written, are kept."""
         if self.rank:
             return
         try:
-            until_now = [other for other in self.store.complete_names() if other <= name]
-            for old in until_now[: -self.cfg.keep]:
+            up_to_this = [other for other in self.store.complete_names() if other <= name]
+            for old in up_to_this[: -self.cfg.keep]:
                 due = self.cfg.keep_every is None or int(old) % self.cfg.keep_every
                 if due and not self.store.is_of_another_run(old, (self.identity["id"],)):
                     self.store.delete(old)
@@ -216,15 +215,15 @@ class Saver:
             self.say(f"{self.store.url}: an old checkpoint cannot be deleted ({self._reason(error)})")
 
     def _reason(self, error: BaseException) -> str:
-        """An error in one line; of a DCP error, the error of the first rank that failed."""
+        """An error in one line. For an error of DCP, that of the failed rank with the lowest number."""
         failures = getattr(error, "failures", None)
         rank = ""
         if failures:
             number, (error, _) = min(failures.items())
             rank = f"rank {number}: " if self.world > 1 else ""
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        return rank + where + (" ".join(text.split()) or type(error).__name__)
+        file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        return rank + file + (" ".join(text.split()) or type(error).__name__)
 
     # ------------------------------------------------ collectives
     def _on_rank_0(self, ask: Callable[[], Any]) -> Any:
@@ -236,7 +235,7 @@ class Saver:
         return box[0]
 
     def _all_gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order."""
+        """The values of all ranks, in the order of ranks."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world

@@ -1,8 +1,8 @@
-"""`unlabeled checkpoint inspect|verify|consolidate PATH`: what a checkpoint holds, whether it is complete and undamaged,
-and its model as one file.
+"""`unlabeled checkpoint inspect|verify|consolidate PATH`: describe a checkpoint, check that it is complete and undamaged,
+or write its model as one file.
 
-PATH is a checkpoint (RUN/checkpoints/1000, or a URL), or a folder of checkpoints, of which the latest is meant. No
-recipe, objective or process group is needed, and nothing that is read is executed.
+PATH is a checkpoint (RUN/checkpoints/1000, or a URL), or a folder of checkpoints, which stands for the latest of them. No
+recipe, objective or process group is needed, and nothing in the checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pretrain.checkpoint.store import RUN_JSON, Store, checkpoint_name
 
 
 def locate(path: str) -> tuple[Store, str]:
-    """(store, name) of a checkpoint. `path` is the checkpoint's own (the zeros before a step may be left out), that of
-    the folder of checkpoints, or that of the run. Raises UserError if there is none."""
+    """(store, name) of a checkpoint. `path` names the checkpoint (leading zeros may be omitted), a folder of checkpoints,
+    or a run folder; folders stand for their latest checkpoint. Raises UserError if there is none."""
     folder, _, name = path.rstrip("/").rpartition("/")
     store = open_checkpoint_store(folder or ("." if not path.startswith("/") else "/"))
     if store.size(name, RUN_JSON) is not None:
@@ -49,15 +49,15 @@ def locate(path: str) -> tuple[Store, str]:
 
 
 def names_checkpoint(path: Path) -> bool:
-    """Whether a path means a checkpoint: it is one, or a run, or a step in a folder that has checkpoints. `locate` may
-    still find that this step is missing."""
+    """Whether a path has the form of a checkpoint's: a checkpoint, a run folder, or a step in a folder of checkpoints.
+    `locate` may still find that this step is missing."""
     if (path / RUN_JSON).is_file() or (path / "recipe.yaml").is_file():
         return True
     return is_number(path.name) and any(path.parent.glob(f"*/{RUN_JSON}"))
 
 
 def inspect(path: str) -> list[str]:
-    """Lines on a checkpoint: step, recipe in short, versions, data, files, and the tensors of each part."""
+    """Lines that describe a checkpoint: step, main options, versions, data, files, and the tensors of each part."""
     store, name = locate(path)
     run_json = store.run_json(name)
     files: dict[str, list] = run_json["files"]
@@ -71,7 +71,7 @@ def inspect(path: str) -> list[str]:
         *(f"data        {d['samples']} samples of {d['shards']}, id {d['id']}" for d in run_json["data"]),
         f"files       {len(files)}, {sum(size for size, *_ in files.values()) / 1e6:.1f} MB",
     ]
-    parts: dict[str, list[int]] = {}  # {part of the state: [tensors, numbers in them]}
+    parts: dict[str, list[int]] = {}  # {part of the state: [number of tensors, number of elements]}
     for key, value in read_metadata(store, name, files).state_dict_metadata.items():
         if isinstance(value, TensorStorageMetadata):
             counts = parts.setdefault(key.partition(".")[0], [0, 0])
@@ -83,7 +83,7 @@ def inspect(path: str) -> list[str]:
 
 
 def verify(path: str) -> list[str]:
-    """What is wrong with a checkpoint, a line each. Every byte is read and compared with its digest."""
+    """Read all bytes of a checkpoint and compare them with their digests. Returns a line for each problem."""
     store, name = locate(path)
     try:
         files = store.run_json(name)["files"]
@@ -107,8 +107,8 @@ def verify(path: str) -> list[str]:
 
 
 def consolidate(path: str, target: str) -> str:
-    """Write the model's tensors, those of a teacher included, as one safetensors file, without the optimizer state.
-    Returns the path of the file."""
+    """Write the tensors of the model, including those of a teacher but not the optimizer state, as one safetensors file.
+    Returns its path."""
     store, name = locate(path)
     run_json = store.run_json(name)
     metadata = read_metadata(store, name, run_json["files"])

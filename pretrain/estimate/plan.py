@@ -17,8 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import ConfigError
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.untrusted import loads, read_text, schema_error
 from pretrain.estimate.hardware import PEAKS, peak_of
 from pretrain.recipes import parallel_checks
@@ -74,7 +73,7 @@ def trace(cfg: Recipe, processes: int | None = None) -> Plan:
     batch = cfg.data.batch
     accumulate = accumulation(cfg, find(cfg.objective.name).couples_batch, processes)
     micro = batch // (processes * accumulate)
-    states = len(optimizers.kind(cfg.optim.name).state_names)
+    states = len(optimizers.optimizer_class(cfg.optim.name).state_names)
     share = shares(cfg, processes, accumulate, states)
     offloaded = _offloaded(cfg)
     on_device = {name: 0.0 if name in offloaded else part for name, part in share.items()}

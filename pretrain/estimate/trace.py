@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from data_pipeline.stream.worker import collated
 from pretrain import kernels
-from pretrain.build import of_noise, views
+from pretrain.build import noise_samples, views
 from pretrain.objectives.base import Objective
 from pretrain.optim.groups import make_optimizer
 from pretrain.parallel import blocks
@@ -188,7 +188,7 @@ def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     """A micro-batch of `count` samples that the objective's views have made of random samples, as it is on the device. To
     be called under the fake mode: floating-point tensors and images are fake."""
     made = min(count, SAMPLES)
-    parts = of_noise(cfg, objective, made)
+    parts = noise_samples(cfg, objective, made)
     batch, real = dict[str, Tensor](), dict[str, np.ndarray]()
     for key, value in parts[0].items():
         if value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating):

@@ -9,7 +9,7 @@ from typing import Any
 
 from common import yaml_values
 from common.errors import UserError
-from common.output import shown
+from common.output import printable
 from common.untrusted import schema_error
 from pretrain.interchange.layouts.transformers_text import CLASSES, OWN
 from pretrain.run_folder.export_folders import run_of
@@ -109,7 +109,7 @@ def _scores(run: Path, step: int | None, student: str | None) -> list[str]:
         for (s, p, m), r in newest.items()
     ]
     notes = dict.fromkeys(row["note"] for row in newest.values() if row.get("note"))
-    return [*lines, "", *(f"Note: {shown(note)}.\n" for note in notes)]
+    return [*lines, "", *(f"Note: {printable(note)}.\n" for note in notes)]
 
 
 def _data(run: Path) -> list[str]:
@@ -135,7 +135,7 @@ def _recipe(run: Path) -> list[str]:
     if wrong := schema_error(recipe, {"steps": int, "data": {"batch": int}, "precision": str}):
         raise UserError(f"{run}/recipe.yaml: is not the resolved recipe of a run ({wrong})")
     steps, batch = recipe["steps"], recipe["data"]["batch"]
-    text = shown((run / "recipe.yaml").read_text().strip(), keep="\n\t")
+    text = printable((run / "recipe.yaml").read_text().strip(), keep="\n\t")
     what = f"{steps} steps of {batch} samples, {recipe['precision']}."
     if "context" in recipe["model"]:
         length = recipe["data"]["length"] or recipe["model"]["context"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from common import config
+from common import build_config
 from common.errors import UserError
 from common.untrusted import loads, read_text, schema_error
 from pretrain.checkpoint.dcp_format import Reader, fill, read_metadata
@@ -149,7 +149,7 @@ def _official_source(path: Path) -> Source:
 def model_config(name: str, options: dict[str, Any], where: str) -> Any:
     """The config of our model `name` with `options`. Raises an error that begins with `where` if they are not valid."""
     cls, defaults = presets.choose(name, f"{where}: ")
-    cfg = config.build(cls, options, {"": where}, "model.", defaults)
+    cfg = build_config.build(cls, options, {"": where}, "model.", defaults)
     cfg.name = name
     return cfg
 

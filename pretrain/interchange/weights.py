@@ -78,7 +78,7 @@ def _load(backbone: Backbone, source: Source, origin: str) -> None:
 def _fitting_tensors(own: State, cfg: Any, source: Source, origin: str) -> State:
     """A source's weights for a backbone with the state dict `own` and the config `cfg`. Raises UserError if they do not
     fit, see `load_into`."""
-    if config.kind(cfg) is not config.kind(source.cfg):
+    if config.config_class(cfg) is not config.config_class(source.cfg):
         theirs, ours = type(source.cfg).__name__, type(cfg).__name__
         raise UserError(
             f"{source.where}: holds a {theirs}, but model.name = {cfg.name} is a {ours}; write"

@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import nn
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain.kernels import batch_norm, norms, trial
 from pretrain.kernels.trial import Call, calls_of
 from pretrain.models.layers import LayerNorm, PackedAttention, Rotary

@@ -6,7 +6,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from common.config import ConfigError, fields, kind
+from common.config import config_class, fields
+from common.errors import ConfigError
 from pretrain.models import presets
 from pretrain.models.layers import Backbone
 
@@ -26,11 +27,11 @@ def build_model(cfg: Any, **changes: Any) -> Backbone:
     from torch's global generator."""
     for key in changes:
         if key not in fields(type(cfg)):
-            family = kind(cfg).__name__
+            family = config_class(cfg).__name__
             raise ConfigError(
                 f"model.name = {cfg.name!r}: the objective sets model.{key}, which a {family} does not have; choose a ViT (model=vit_small)"
             )
-    file, name = NETWORKS[kind(cfg)].split(".")
+    file, name = NETWORKS[config_class(cfg)].split(".")
     network = getattr(importlib.import_module(f"pretrain.models.{file}"), name)(cfg.replace(**changes))
     network.cfg = network.cfg.settled()
     return network

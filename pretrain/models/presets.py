@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from common.config import ConfigError, Facts, Section, only, option
-from common.errors import nearest
+from common.config import Facts, Section, only, option
+from common.errors import ConfigError, nearest
 
 # Limits of the options: values from a damaged file must not make a network that takes all memory.
 SIZE = {"low": 1, "high": 1 << 30}  # of a width or a count

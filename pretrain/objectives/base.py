@@ -1,5 +1,5 @@
-"""The base class of all objectives. `pretrain/objectives/finder.py` says how one is found; `mae.py` is one to start
-from."""
+"""The base class of all objectives. `pretrain/objectives/finder.py` finds objectives by name; `mae.py` is a good example
+to begin with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from common.config import ConfigError, Section
+from common.config import Section
+from common.errors import ConfigError
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.part import About, Part
 from data_pipeline.views.augmentations import Rng
@@ -19,11 +20,11 @@ from pretrain.ops.cross_entropy import IGNORED
 
 Batch = dict[str, Tensor]
 # One entry for each of the objective's parts, as the part's `decode` returns it, and: "id", "epoch", "seed", "step",
-# "batch" (the global batch size), "slot" (the sample's index in the global batch). A row of tokens has "tokens" int64
-# [T + 1] and "documents" int32 [T + 1]: the number of each token's document, counted from 0 in each row, −1 for
+# "batch" (the global batch size), "slot" (the sample's index in the global batch). A row of text has "tokens", int64
+# [T + 1], and "documents", int32 [T + 1]: for each token the number of its document, counted from 0 in each row; −1 for
 # padding.
 Sample = dict[str, Any]
-View = Callable[[Sample, Rng], dict[str, np.ndarray]]  # from one sample to its arrays of the batch
+View = Callable[[Sample, Rng], dict[str, np.ndarray]]  # makes the arrays of one sample, by their names in the batch
 
 
 class Builder(Protocol):
@@ -48,26 +49,26 @@ class Exported:
 class Objective(nn.Module):
     """One method: the views of a sample, the loss, and the work after a step (for example a moving average).
 
-    `forward` is a pure function of batch, step and weights: all randomness comes with the batch, except dropout and
-    drop path.
+    `forward` is a pure function of batch, step and weights: all random numbers come with the batch, except those of
+    dropout and drop path.
     """
 
-    # True where the loss of a sample depends on the others of its batch: gradient accumulation then needs
+    # Whether the loss of a sample depends on other samples of its batch. If so, gradient accumulation needs
     # parallel.accumulate_coupled.
     couples_batch = False
-    least_batch = 1  # the smallest number of samples in one forward, over all ranks, with which the loss has a gradient
-    # A scalar on the device: 1 where the optimizer skipped the step before `after_step`, which then must change
-    # nothing.
+    least_batch = 1  # smallest number of samples in one forward, over all ranks, for which the loss has a gradient
+    # A scalar on the device: 1 if the optimizer has skipped this step, so that `after_step` must change nothing.
     skipped: Tensor | None = None
     parts: dict[str, Part] = {"image": Image()}  # the members of a sample; the first one opens the datasets
-    made_of: dict[str, str] = {}  # {tensor of the batch: the part that it is made from}, where the names differ
-    validates = False  # whether the loss on held-out data (`eval.val`) is logged while the run trains
-    # The tensor of the batch that holds targets, −100 where there is none. If given, the loss is the mean over the
-    # targets of the global batch.
+    made_of: dict[str, str] = {}  # {tensor of the batch: the part from which it is made}, if their names differ
+    validates = False  # whether the loss on held-out data (`eval.val`) is logged during training
+    # Name of the tensor of the batch that holds the targets; −100 stands for no target. If given, the loss is the mean
+    # over the targets of the global batch.
     counted: str | None = None
-    # Prefixes of tensors that may be missing from, or extra in, the checkpoint of `init.run`.
+    # Prefixes of the names of tensors that may differ between this objective and the checkpoint of `init.run`: missing
+    # or additional ones are no error.
     fresh: tuple[str, ...] = ()
-    # The exported sub-module, for checkpoints of earlier versions, which do not store its name.
+    # Name of the exported sub-module, for checkpoints of earlier versions, which do not store it.
     encoder_name = "backbone"
 
     def __init__(self, cfg: Any, backbone: Builder) -> None:
@@ -79,19 +80,19 @@ class Objective(nn.Module):
         """The function `view(sample, rng)` that data workers call for each sample. Raises ValueError for sizes that do
         not fit together.
 
-        `rng(k)` is the sample's k-th random generator: `crops` uses 0, 1, 2, ... for its views, masks use those from
-        `MASKS` on (data_pipeline/views/augmentations.py).
+        `rng(k)` is the sample's k-th random generator: `crops` uses 0, 1, 2, ... for its views, masks use the numbers
+        from `MASKS` on (data_pipeline/views/augmentations.py).
 
-        The function may be an object that also has `collate(arrays)`: it gets the stacked arrays of a micro-batch, [B,
-        …] each, and returns further ones, which are not one row for each sample. The data workers call it too: it is
-        the place for what the device could only tell by a host sync, such as the indices of masked patches.
+        The function may be an object with a method `collate(arrays)`, which data workers call with the stacked arrays of
+        a micro-batch, each [B, …]. It returns further arrays, which need not have one row per sample, such as the indices
+        of masked patches, which would cost a host sync if they were computed on the device.
         """
         raise NotImplementedError
 
     def started(self, loaded: set[str]) -> None:
-        """Called before the first step of a new run. `loaded`: names of the tensors that `init.run` has filled.
+        """Called before the first step of a new run. `loaded`: names of the tensors that were loaded from `init.run`.
 
-        Raises ValueError where a tensor that the method needs was not loaded.
+        Raises ValueError if a tensor that the method needs was not loaded.
         """
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -99,11 +100,11 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def mean(self, total: Tensor, batch: Batch) -> Tensor:
-        """From the sum of a micro-batch's losses to its share of the mean over the targets of the global batch, a
-        scalar.
+        """The contribution of a micro-batch to the mean loss over the targets of the global batch, a scalar. `total`: the
+        sum of the losses of the micro-batch.
 
-        The engine puts the number of targets per micro-batch into `batch["count"]`; without it the mean is over this
-        micro-batch.
+        The engine sets `batch["count"]`, the mean number of targets per micro-batch; without it, the mean is over the
+        targets of this micro-batch.
         """
         return total / batch["count"] if "count" in batch else total / self.count(batch).clamp_min(1)
 
@@ -112,8 +113,8 @@ class Objective(nn.Module):
         return (batch[self.counted or "targets"] != IGNORED).sum()
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizer's step, for example to update a teacher or a queue. Where `self.skipped` is 1, it
-        must change nothing (`ema_update` takes `skipped`)."""
+        """Called after the optimizer's step, for example to update a teacher or a queue. If `self.skipped` is 1, it must
+        change nothing (`ema_update` and `Queue.push` take `skipped`)."""
 
     def exports(self) -> dict[str, Exported]:
         """The backbones to evaluate and export, by name: "model" is written to RUN/export/STEP, others to
@@ -148,6 +149,6 @@ class Objective(nn.Module):
         return [*below(self), self]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """{name: picture, uint8 [3, H, W]} of what the method does with a batch, drawn at every export. The batch's
-        images are normalised."""
+        """{name: picture, uint8 [3, H, W]}: pictures that show what the method does with a batch, drawn at every export.
+        The images of the batch are normalised."""
         return {}

@@ -29,7 +29,7 @@ from pretrain.ops.cross_entropy import IGNORED
 class Config(Options):
     share: float = option(0.15, above=0, high=1)  # share of the tokens that are chosen, and predicted
     masked: float = option(0.8, low=0, high=1)  # share of the chosen tokens that become [MASK]
-    random: float = option(0.1, low=0, high=1)  # share that become a random token; the rest stays
+    random: float = option(0.1, low=0, high=1)  # share that become a random token; the others are not changed
 
     def check(self) -> None:
         if self.masked + self.random > 1:
@@ -61,19 +61,19 @@ class BERT(Objective):
                 " use a tokenizer that has one"
             )
         ordinary = np.flatnonzero(~vocabulary.special)
-        most = max(1, round(cfg.share * length))
+        max_targets = max(1, round(cfg.share * length))
 
         def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
-            tokens, documents, draw = sample["tokens"][:length].copy(), sample["documents"][:length], rng(MASKS)
+            tokens, documents, generator = sample["tokens"][:length].copy(), sample["documents"][:length], rng(MASKS)
             candidates = np.flatnonzero((documents >= 0) & ~vocabulary.special[tokens])
             count = min(len(candidates), max(1, round(cfg.share * len(candidates))))
-            chosen = np.sort(draw.permutation(candidates)[:count])
-            places, targets = np.zeros(most, np.int64), np.full(most, IGNORED, np.int64)
+            chosen = np.sort(generator.permutation(candidates)[:count])
+            places, targets = np.zeros(max_targets, np.int64), np.full(max_targets, IGNORED, np.int64)
             places[:count], targets[:count] = chosen, tokens[chosen]
-            fate = draw.random(count)
-            tokens[chosen[fate < cfg.masked]] = vocabulary.mask
-            other = chosen[(fate >= cfg.masked) & (fate < cfg.masked + cfg.random)]
-            tokens[other] = draw.choice(ordinary, len(other))
+            uniform = generator.random(count)
+            tokens[chosen[uniform < cfg.masked]] = vocabulary.mask
+            replaced = chosen[(uniform >= cfg.masked) & (uniform < cfg.masked + cfg.random)]
+            tokens[replaced] = generator.choice(ordinary, len(replaced))
             return {"tokens": tokens, "documents": documents, "places": places, "targets": targets}
 
         return view

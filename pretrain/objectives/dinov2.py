@@ -72,14 +72,16 @@ class DINOv2(Objective):
         if batch["local"].shape[1]:
             inputs, masks = [images, batch["local"].flatten(0, 1)], [mask, None]
         features = self.student["backbone"](inputs, mask=masks)
-        cls, small = by_image([f.cls for f in features], crops)  # [B, G, D], [B, L, D]
+        cls, local_cls = by_image([f.cls for f in features], crops)  # [B, G, D], [B, L, D]
         dino_head, ibot_head = self.student["dino_head"], self.student["ibot_head"]
-        local, glob = dino_terms(dino_head, cls, small, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
+        local_loss, global_loss = dino_terms(
+            dino_head, cls, local_cls, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature
+        )
         patches, weight = select_patches(features[0].tokens, batch["mask_indices"]), batch["mask_weight"]  # [M, D], [M]
         ibot = ibot_term(ibot_head, patches, p_patch, weight, len(images), cfg.student_temperature)
-        spread = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
-        loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
-        logs = {"dino_local": local, "dino_global": glob, "ibot": ibot, "koleo": spread / crops}
+        koleo_loss = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
+        loss = local_loss + global_loss + cfg.ibot_weight * ibot + cfg.koleo_weight * koleo_loss
+        logs = {"dino_local": local_loss, "dino_global": global_loss, "ibot": ibot, "koleo": koleo_loss / crops}
         logs |= health(cls[:, 0], p_cls)
         return loss, {name: value.detach() for name, value in logs.items()}
 
@@ -87,7 +89,7 @@ class DINOv2(Objective):
     def targets(self, images: Tensor, masked: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of class tokens [B·G, K] and of masked patches [M, K].
 
-        `images`: global crops [B·G, 3, H, W]; `masked`: the places of masked patches among all B·G·N, [M].
+        `images`: global crops [B·G, 3, H, W]; `masked`: indices of the masked patches among all B·G·N patches, [M].
         """
         features = self.teacher["backbone"](images)
         p_cls = sinkhorn(self.teacher["dino_head"](features.cls), temperature)

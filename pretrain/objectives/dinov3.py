@@ -38,25 +38,28 @@ from pretrain.ops.sinkhorn import sinkhorn
 
 
 def twice(facts: Facts) -> int | None:
-    """Twice the image size (DINOv3: 512 of 256)."""
-    own, size = facts.beside, facts.model.get("image_size")
-    return 2 * size if size and own["gram_teacher"] != "none" and not own["resolutions"] else None
+    """Twice the image size (DINOv3: 512 for 256)."""
+    options, size = facts.section, facts.model.get("image_size")
+    return 2 * size if size and options["gram_teacher"] != "none" and not options["resolutions"] else None
 
 
 @dataclass
 class Config(PrototypeHeads):
     unit_prototypes: bool = False  # normalise prototypes to length 1, as DINOv2 does
-    local_weight: Schedule = option(lambda: Schedule(1.0))  # of the DINO loss on local crops; global crops have 1
+    # weight of the DINO loss on local crops; the weight of global crops is 1
+    local_weight: Schedule = option(lambda: Schedule(1.0))
     koleo_neighbours: int = option(1, low=1)  # nearest neighbours that KoLeo uses
     # none, an export, a checkpoint (RUN/checkpoints/STEP), init (the Gram teacher of init.run), or ema (the teacher at
     # the start)
     gram_teacher: str = "none"
     # weight of the Gram loss, which keeps the similarities of patches near the Gram teacher's
     gram_weight: Schedule = only(lambda: Schedule(2.0), "gram_teacher", unless="none")
-    # pixels of a global crop as the Gram teacher gets it
-    gram_size: int | Literal["auto"] = only("auto", "gram_teacher", unless="none", was=512, low=1, auto=twice)
-    gram_every: int = only(10000, "gram_teacher", unless="none", low=1)  # steps between Gram teacher updates
-    gram_updates: int = only(3, "gram_teacher", unless="none", low=0)  # the number of updates
+    # side in pixels of the global crops that the Gram teacher gets
+    gram_size: int | Literal["auto"] = only(
+        "auto", "gram_teacher", unless="none", former_default=512, low=1, auto=twice
+    )
+    gram_every: int = only(10000, "gram_teacher", unless="none", low=1)  # steps between updates of the Gram teacher
+    gram_updates: int = only(3, "gram_teacher", unless="none", low=0)  # largest number of these updates
     # patches whose similarities are compared
     gram_tokens: Literal["all", "masked", "unmasked"] = only("all", "gram_teacher", unless="none")
     # similarities below 0: keep them, clip them to 0, or clip them where the Gram teacher's are negative
@@ -126,14 +129,18 @@ class DINOv3(Objective):
         if batch["local"].shape[1]:
             inputs, masks = [images, batch["local"].flatten(0, 1)], [mask, None]
         features = self.student["backbone"](inputs, mask=masks)
-        cls, small = by_image([f.cls for f in features], crops)  # [B, G, D], [B, L, D]
+        cls, local_cls = by_image([f.cls for f in features], crops)  # [B, G, D], [B, L, D]
         dino_head, ibot_head = self.student["dino_head"], self.student["ibot_head"]
-        local, glob = dino_terms(dino_head, cls, small, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature)
+        local_loss, global_loss = dino_terms(
+            dino_head, cls, local_cls, p_cls.unflatten(0, (-1, crops)), cfg.student_temperature
+        )
         patches, weight = select_patches(features[0].tokens, batch["mask_indices"]), batch["mask_weight"]  # [M, D], [M]
         ibot = ibot_term(ibot_head, patches, p_patch, weight, len(images), cfg.student_temperature)
-        spread = sum(koleo(cls[:, i], cfg.koleo_group, cfg.koleo_neighbours) for i in range(crops))
-        loss = cfg.local_weight(step) * local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
-        logs = {"dino_local": local, "dino_global": glob, "ibot": ibot, "koleo": spread / crops}
+        koleo_loss = sum(koleo(cls[:, i], cfg.koleo_group, cfg.koleo_neighbours) for i in range(crops))
+        loss = (
+            cfg.local_weight(step) * local_loss + global_loss + cfg.ibot_weight * ibot + cfg.koleo_weight * koleo_loss
+        )
+        logs = {"dino_local": local_loss, "dino_global": global_loss, "ibot": ibot, "koleo": koleo_loss / crops}
         if self.gram is not None:
             logs["gram"] = self.anchor(features[0], batch["gram"].flatten(0, 1), mask)
             loss = loss + cfg.gram_weight(step) * logs["gram"]
@@ -144,15 +151,15 @@ class DINOv3(Objective):
     def targets(self, images: Tensor, masked: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of class tokens [B·G, K] and of masked patches [M, K].
 
-        `images`: global crops [B·G, 3, H, W]; `masked`: the places of masked patches among all B·G·N, [M].
+        `images`: global crops [B·G, 3, H, W]; `masked`: indices of the masked patches among all B·G·N patches, [M].
         """
         features = self.teacher["backbone"](images)
         p_cls = sinkhorn(self.teacher["dino_head"](features.cls), temperature)
         return p_cls, sinkhorn(self.teacher["ibot_head"](select_patches(features.tokens, masked)), temperature)
 
     def anchor(self, student: Features, images: Tensor, mask: Tensor) -> Tensor:
-        """The Gram loss between the student's features of global crops and the Gram teacher's of the larger images
-        [B·G, 3, S, S]."""
+        """The Gram loss between the student's features of global crops and the Gram teacher's features of `images`, the
+        same crops at a higher resolution [B·G, 3, S, S]."""
         cfg = self.cfg
         assert self.gram is not None
         with torch.no_grad():
@@ -164,8 +171,8 @@ class DINOv3(Objective):
         ema_update(self.teacher, self.student, self.cfg.momentum(step), self.skipped)
         if self.gram is None:
             return
-        every, most = self.cfg.gram_every, self.cfg.gram_updates
-        if (step + 1) % every == 0 and (step + 1) // every <= most:
+        every, max_updates = self.cfg.gram_every, self.cfg.gram_updates
+        if (step + 1) % every == 0 and (step + 1) // every <= max_updates:
             ema_update(self.gram, self.teacher["backbone"], 0.0)
 
     def exports(self) -> dict[str, Exported]:

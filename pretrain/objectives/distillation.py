@@ -3,9 +3,9 @@
     teacher:    2 global crops, one forward for all students;   each student: the same crops and n local ones, not masked
     prototypes: the DINO and iBOT losses with the teacher's heads and new student heads; iBOT on the sampled patches
     features:   1 − cos(W x, ẑ) on class tokens and on patches; ẑ: the teacher's features, standardised over the batch
-                + KL(softmax_j cos(ẑ_i, ẑ_j)/τ ‖ softmax_j cos(x_i, x_j)/τ) on class tokens (SEED, 2101.04731), as
-                W leaves the geometry of x itself free, which retrieval and k-NN use
-    Patches are compared on the student's grid: the teacher's map is averaged or interpolated to it.
+                + KL(softmax_j cos(ẑ_i, ẑ_j)/τ ‖ softmax_j cos(x_i, x_j)/τ) on class tokens (SEED, 2101.04731), because
+                the first term does not constrain the distances between the x, which retrieval and k-NN use
+    Patches are compared on the student's grid, to which the teacher's feature map is averaged or interpolated.
     loss = sum over students; no student influences another. The export is the moving average of each student.
 
 Shapes: B images, G = 2 global and L local crops each, N patches, M sampled patches of a student, D width, K prototypes.
@@ -32,7 +32,7 @@ from pretrain.ops.align import align_map, standardise
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
-from pretrain.ops.randomness import own_randomness
+from pretrain.ops.randomness import named_generator
 from pretrain.ops.relations import relation_loss
 from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term, select_patches
 from pretrain.ops.sinkhorn import sinkhorn
@@ -53,8 +53,8 @@ class Config(SelfDistillation):
     ibot_weight: float = only(1.0, "loss", "prototypes")
     koleo_weight: float = only(0.1, "loss", "prototypes")
     koleo_group: int | None = only(None, "loss", "prototypes", low=2)
-    patch_weight: float = only(1.0, "loss", "features")  # of the loss between patches, beside that between class tokens
-    relation_weight: float = only(1.0, "loss", "features")  # of the loss between similarities of all crops
+    patch_weight: float = only(1.0, "loss", "features")  # weight of the loss on patches; that on class tokens has 1
+    relation_weight: float = only(1.0, "loss", "features")  # weight of the loss on similarities between crops (KL)
     relation_temperature: float = only(0.1, "loss", "features", above=0)  # τ
 
     @classmethod
@@ -92,7 +92,7 @@ class Distillation(Objective):
         bodies: dict[str, Backbone] = {}
         self.students: Any = nn.ModuleDict()
         for name, build in builders.items():
-            with own_randomness(name):
+            with named_generator(name):
                 bodies[name] = build()
                 self.students[name] = student(bodies[name])
             self.check_reads(f"objective.students: {name}", bodies[name])
@@ -102,9 +102,9 @@ class Distillation(Objective):
 
     def check_reads(self, what: str, body: Backbone) -> None:
         """Raises ValueError for a network whose input differs from that of the recipe's model."""
-        own, channels = (getattr(one.cfg, "in_channels", None) for one in (body, self.students["model"]["backbone"]))
-        if own != channels:
-            reads = "text" if own is None else f"images of {own} channels"
+        found, channels = (getattr(b.cfg, "in_channels", None) for b in (body, self.students["model"]["backbone"]))
+        if found != channels:
+            reads = "text" if found is None else f"images of {found} channels"
             raise ValueError(f"{what}: reads {reads}, but model.in_channels = {channels}; name one that reads as many")
 
     def check_sizes(self, name: str, student: Backbone) -> None:
@@ -126,7 +126,7 @@ class Distillation(Objective):
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:
-        # patches are sampled on the teacher's grid; local crops go to students alone, see `check_sizes`
+        # Patches are sampled on the teacher's grid; only students get local crops (see `check_sizes`).
         cells = sorted({about.patch_size, *teachers.patch_sizes_of(cfg.students)}) if cfg.loss == "prototypes" else []
         return multicrop(cfg, about.image_size, teachers.patch_size_of(cfg.teacher), local_patch=1, cells=tuple(cells))
 
@@ -138,12 +138,12 @@ class Distillation(Objective):
         total, logs = torch.zeros((), device=images.device), dict[str, Tensor]()
         inputs = [images, batch["local"].flatten(0, 1)] if batch["local"].shape[1] else [images]
         for name, student in self.students.items():
-            with own_randomness(name):  # of drop path and rotary positions
+            with named_generator(name):  # of drop path and rotary positions
                 features = student["backbone"](inputs)
             compare = self.by_prototypes if self.cfg.loss == "prototypes" else self.by_features
-            loss, own = compare(student, features, teacher, target, batch, step)
+            loss, terms = compare(student, features, teacher, target, batch, step)
             total = total + loss
-            logs |= {f"{name}/{key}": value.detach() for key, value in {"loss": loss, **own}.items()}
+            logs |= {f"{name}/{key}": value.detach() for key, value in {"loss": loss, **terms}.items()}
         return total, logs
 
     @torch.no_grad()
@@ -155,37 +155,37 @@ class Distillation(Objective):
         self, student: Any, features: list[Features], teacher: Features, p_cls: Tensor, batch: Batch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, logs): DINO, iBOT and KoLeo of one student, as in DINOv2; `p_cls` [B·G, K]."""
-        cfg, crops, own = self.cfg, batch["global"].shape[1], features[0]
+        cfg, crops, large = self.cfg, batch["global"].shape[1], features[0]  # large: features of the global crops
         masked, weight = (batch[f"mask_{key}_{student['backbone'].patch_size}"] for key in ("indices", "weight"))  # [M]
         with torch.no_grad():
-            patches = select_patches(align_map(teacher.tokens, teacher.grid, own.grid), masked)
+            patches = select_patches(align_map(teacher.tokens, teacher.grid, large.grid), masked)
             p_patch = sinkhorn(self.teacher["ibot_head"](patches), cfg.teacher_temperature(step))  # [M, K]
-        cls, small = by_image([f.cls for f in features], crops)  # [B, G, D], [B, L, D]
+        cls, local_cls = by_image([f.cls for f in features], crops)  # [B, G, D], [B, L, D]
         tau = cfg.student_temperature
-        local, glob = dino_terms(student["dino_head"], cls, small, p_cls.unflatten(0, (-1, crops)), tau)
-        ibot = ibot_term(student["ibot_head"], select_patches(own.tokens, masked), p_patch, weight, len(own.cls), tau)
-        spread: Any = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
-        loss = local + glob + cfg.ibot_weight * ibot + cfg.koleo_weight * spread
-        logs = {"dino": local + glob, "ibot": ibot, "koleo": spread / crops}
+        local_loss, global_loss = dino_terms(student["dino_head"], cls, local_cls, p_cls.unflatten(0, (-1, crops)), tau)
+        patches = select_patches(large.tokens, masked)  # [M, D]
+        ibot = ibot_term(student["ibot_head"], patches, p_patch, weight, len(large.cls), tau)
+        koleo_loss: Any = sum(koleo(cls[:, i], cfg.koleo_group) for i in range(crops))
+        loss = local_loss + global_loss + cfg.ibot_weight * ibot + cfg.koleo_weight * koleo_loss
+        logs = {"dino": local_loss + global_loss, "ibot": ibot, "koleo": koleo_loss / crops}
         return loss, logs | health(cls[:, 0], p_cls)
 
     def by_features(
         self, student: Any, features: list[Features], teacher: Features, z_cls: Tensor, batch: Batch, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, logs): cosine distances of one student's projected features; local crops are compared with the mean of
-        `z_cls` [B·G, D]."""
-        crops, small = batch["global"].shape[1], batch["local"].shape[1]
-        own = features[0]
-        away = self.distance(student["cls_head"](own.cls), z_cls)
-        relations = relation_loss(own.cls, z_cls, self.cfg.relation_temperature)
-        if small:
-            both = z_cls.unflatten(0, (-1, crops)).mean(1)  # [B, D]
-            local = self.distance(student["cls_head"](features[1].cls), both.repeat_interleave(small, 0))
-            away = (crops * away + small * local) / (crops + small)
-        tokens = align_map(teacher.tokens, teacher.grid, own.grid).flatten(0, 1)
-        patches = self.distance(student["patch_head"](own.tokens.flatten(0, 1)), standardise(tokens))
-        loss = away + self.cfg.patch_weight * patches + self.cfg.relation_weight * relations
-        return loss, {"cls": away, "patches": patches, "relations": relations}
+        """(loss, logs): cosine distances of one student's projected features from the teacher's `z_cls` [B·G, D]. Local
+        crops are compared with the mean of `z_cls` over the global crops."""
+        crops, local_crops, large = batch["global"].shape[1], batch["local"].shape[1], features[0]
+        cls = self.distance(student["cls_head"](large.cls), z_cls)
+        relations = relation_loss(large.cls, z_cls, self.cfg.relation_temperature)
+        if local_crops:
+            mean = z_cls.unflatten(0, (-1, crops)).mean(1)  # [B, D]
+            local = self.distance(student["cls_head"](features[1].cls), mean.repeat_interleave(local_crops, 0))
+            cls = (crops * cls + local_crops * local) / (crops + local_crops)
+        tokens = align_map(teacher.tokens, teacher.grid, large.grid).flatten(0, 1)  # [B·G·N, D]
+        patches = self.distance(student["patch_head"](large.tokens.flatten(0, 1)), standardise(tokens))
+        loss = cls + self.cfg.patch_weight * patches + self.cfg.relation_weight * relations
+        return loss, {"cls": cls, "patches": patches, "relations": relations}
 
     @staticmethod
     def distance(x: Tensor, z: Tensor) -> Tensor:

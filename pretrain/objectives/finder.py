@@ -2,10 +2,10 @@
 and one recipe.
 
 The file holds a docstring, a `Config` dataclass and one class that derives from `Objective`; there is no registry.
-A user's file is executed only if the user gave its path, or a recipe that names it. A recipe that is stored with a run
-or an export is read by `recipe.stored`, which never executes such a file. `config_class` executes only `Config` and
-what it needs from the source, so that a recipe is checked before torch is imported. `Config` may therefore use only
-imports from the modules in LIGHT, and functions, classes and constants of the file that do the same.
+A user's file is executed only if the user has given its path, or a recipe that names it; `recipe.stored`, which reads the
+recipe that is stored in a run or an export, never executes such a file. A recipe is checked before torch is imported.
+Therefore `config_class` executes only `Config` and those functions, classes and constants of the file that it uses, and
+all of these may only import from LIGHT_MODULES.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import ConfigError
-from common.errors import nearest
+from common.errors import ConfigError, nearest
 from pretrain.objectives.options import Options
 
 if TYPE_CHECKING:
     from pretrain.objectives.base import Objective
 
 FOLDER = Path(__file__).parent
-LIGHT = (
+LIGHT_MODULES = (
     "__future__",
     "math",
     "dataclasses",
@@ -36,25 +35,27 @@ LIGHT = (
     "common.schedules",
     "pretrain.objectives.options",
 )
-# modules by (name, source): executed once, as another process can only name a class that is the one in sys.modules
+# Executed modules by (name, source). Each is executed once: pickle needs classes that are identical to those in
+# sys.modules.
 _modules: dict[tuple[str, str], types.ModuleType] = {}
-NO_METHODS = ("__init__", "base", "finder", "options")  # files of the folder that hold no objective
+OTHER_FILES = ("__init__", "base", "finder", "options")  # files in this folder that hold no objective
 
 
 def names() -> list[str]:
     """The names of all objectives that come with the project."""
-    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_METHODS)
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHER_FILES)
 
 
 def path_of(name: str, where: str = "") -> Path:
+    """The file of an objective, by its name or its path. Raises ConfigError that begins with `where`."""
     if is_file(name):
-        path, what = Path(name), "no such file"
-        found = path.is_file() and path.stem not in NO_METHODS
+        path, problem = Path(name), "no such file"
+        exists = path.is_file() and path.stem not in OTHER_FILES
     else:
-        path, what = FOLDER / f"{name}.py", f"no such objective; {nearest(name, names())}"
-        found = name in names()
-    if not found:
-        raise ConfigError(f"{where}objective.name = {name!r}: {what}")
+        path, problem = FOLDER / f"{name}.py", f"no such objective; {nearest(name, names())}"
+        exists = name in names()
+    if not exists:
+        raise ConfigError(f"{where}objective.name = {name!r}: {problem}")
     return path
 
 
@@ -64,13 +65,13 @@ def is_file(name: str) -> bool:
 
 
 @dataclass
-class Unopened(Options):
-    """Takes the place of the `Config` of an objective file that is not executed; it has no options."""
+class NotExecuted(Options):
+    """Replaces the `Config` of an objective's file that must not be executed; it has no options."""
 
 
-def unopened(name: str, where: str = "") -> tuple[type[Options], dict]:
-    """Like `config_class`, but returns `Unopened` for a user's file, which is not read."""
-    return (Unopened, {}) if is_file(name) else config_class(name, where)
+def config_without_execution(name: str, where: str = "") -> tuple[type[Options], dict]:
+    """Like `config_class`, but returns `NotExecuted` for a user's file, which is not read."""
+    return (NotExecuted, {}) if is_file(name) else config_class(name, where)
 
 
 def purpose(name: str) -> str:
@@ -83,17 +84,16 @@ def config_class(name: str, where: str = "") -> tuple[type[Options], dict]:
     path = path_of(name, where)
     source = path.read_text()
     try:
-        light = _light(ast.parse(source).body)
+        statements = _needed_by_config(ast.parse(source).body)
     except SyntaxError as error:
         raise ConfigError(f"{path}: line {error.lineno}: {error.msg}") from None
-    module = types.ModuleType(f"unlabeled_objective_config_{path.stem}")  # no other module has it; no dot, for pickle
-    module.__file__ = str(path)  # where the comments at its options stand (common/explain.py)
+    module = types.ModuleType(f"unlabeled_objective_config_{path.stem}")  # a unique name; without a dot, for pickle
+    module.__file__ = str(path)  # common/explain.py reads the comments of the options from this file
+    code = compile(ast.Module(statements, type_ignores=[]), str(path), "exec")
     try:
-        module = _once(
-            module, source, lambda: exec(compile(ast.Module(light, type_ignores=[]), str(path), "exec"), vars(module))
-        )
+        module = _once(module, source, lambda: exec(code, vars(module)))
     except NameError as error:
-        allowed = ", ".join(LIGHT[1:])
+        allowed = ", ".join(LIGHT_MODULES[1:])
         raise ConfigError(
             f"{path}: Config uses {error.name}; it is read before torch is imported,"
             f" so it may use only what comes from {allowed}"
@@ -106,8 +106,8 @@ def config_class(name: str, where: str = "") -> tuple[type[Options], dict]:
 
 
 def _once(module: types.ModuleType, source: str, execute: Callable[[], object]) -> types.ModuleType:
-    """The module that was executed for this file and source, or else `module`, executed now; also in `sys.modules`,
-    where dataclasses and pickle look for it."""
+    """Execute `module`, unless a module was executed before for the same file and source. Returns the executed one, and
+    puts it into `sys.modules`, where dataclasses and pickle look for it."""
     key = (f"{module.__name__} {module.__file__}", source)
     before = sys.modules.get(module.__name__)
     sys.modules[module.__name__] = _modules.get(key, module)
@@ -122,34 +122,34 @@ def _once(module: types.ModuleType, source: str, execute: Callable[[], object]) 
 
 
 def attributes(name: str) -> set[str]:
-    """The attributes that an objective's file reads outside of its `Config`. The options among them are read in some
-    step, whichever branch the first step takes."""
+    """The names of all attributes that an objective's file reads outside of its `Config`. The options among them are read
+    in some step, even if the first step takes another branch."""
     body = ast.parse(path_of(name).read_text()).body
     nodes = (node for part in body if getattr(part, "name", "") != "Config" for node in ast.walk(part))
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 
-def _light(body: list[ast.stmt]) -> list[ast.stmt]:
-    """The statements of an objective's file that its `Config` needs: imports of light modules, and all names it uses,
-    also indirectly."""
-    named: dict[str, ast.stmt] = {}
+def _needed_by_config(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements of an objective's file that its `Config` needs: imports from light modules, and the definitions of
+    all names that it uses directly or indirectly."""
+    definitions: dict[str, ast.stmt] = {}
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            named[node.name] = node
+            definitions[node.name] = node
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            named |= {target.id: node for target in targets if isinstance(target, ast.Name)}
-    wanted, used = ["Config"], set[ast.stmt]()
-    while wanted:
-        statement = named.get(wanted.pop())
-        if statement is not None and statement not in used:
-            used.add(statement)
-            wanted += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
+            definitions |= {target.id: node for target in targets if isinstance(target, ast.Name)}
+    names_to_visit, used = ["Config"], set[ast.stmt]()
+    while names_to_visit:
+        definition = definitions.get(names_to_visit.pop())
+        if definition is not None and definition not in used:
+            used.add(definition)
+            names_to_visit += [node.id for node in ast.walk(definition) if isinstance(node, ast.Name)]
 
     def is_light(node: ast.stmt) -> bool:
         if isinstance(node, ast.Import):
-            return all(alias.name in LIGHT for alias in node.names)
-        return isinstance(node, ast.ImportFrom) and node.module in LIGHT
+            return all(alias.name in LIGHT_MODULES for alias in node.names)
+        return isinstance(node, ast.ImportFrom) and node.module in LIGHT_MODULES
 
     return [node for node in body if node in used or is_light(node)]
 

@@ -1,10 +1,10 @@
-"""GPT: a decoder predicts each token from those before it in its document (Radford et al. 2018, 2019; LLaMA: arXiv
+"""GPT: a decoder predicts each token from the previous tokens of its document (Radford et al. 2018, 2019; LLaMA: arXiv
 2302.13971).
 
     loss = −1/n Σ log p(token_t | token_<t) + z_loss · logsumexp(logits_t)²,   over the n targets of the global batch
 
-The last token of a document has no target, unless `data.document_mask` is false: then a row is one text across document
-borders. Shapes: B rows of T tokens, D width.
+The last token of a document has no target. If `data.document_mask` is false, a row counts as one text, so that this token
+predicts the first token of the next document. Shapes: B rows of T tokens, D width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pretrain.objectives.options import Options
 
 @dataclass
 class Config(Options):
-    # keeps the softmax's normaliser near 1 (arXiv 2204.02311); 1e-5 in OLMo, 1e-4 in PaLM
+    # weight of the z-loss, which keeps the normaliser of the softmax near 1 (arXiv 2204.02311); OLMo 1e-5, PaLM 1e-4
     z_loss: float = option(0.0, low=0)
 
     @classmethod

@@ -31,9 +31,9 @@ from pretrain.ops.patchify import complement, patchify, unpatchify
 class Config(Options):
     mask_ratio: float = option(0.75, above=0, below=1)  # share of the patches that the encoder does not see
     decoder_dim: int = option(512, low=1)  # width of the decoder
-    decoder_depth: int = option(8, low=1)  # blocks of the decoder
-    decoder_heads: int = option(16, low=1)  # attention heads of each
-    norm_pix: bool = True  # predict pixels normalised per patch
+    decoder_depth: int = option(8, low=1)  # number of blocks of the decoder
+    decoder_heads: int = option(16, low=1)  # number of attention heads in each of these blocks
+    norm_pix: bool = True  # whether the pixels to predict are normalised per patch
     crop_scale: float = option(0.2, above=0, high=1)  # smallest share of the image's area in a random crop
 
     @classmethod
@@ -84,8 +84,8 @@ class MAE(Objective):
         seen = self.embed(features.tokens)
         seen = seen + positions[keep].to(seen.dtype)  # [B, K, E]
         unseen = self.mask_token.to(seen.dtype) + positions[dropped].to(seen.dtype)  # [B, M, E]
-        cls = self.embed(features.cls.unsqueeze(1))  # its position is zero
-        x = torch.cat([cls, seen, unseen], dim=1)  # the order is free: positions have been added
+        cls = self.embed(features.cls.unsqueeze(1))  # [B, 1, E]; the position of the class token is zero
+        x = torch.cat([cls, seen, unseen], dim=1)  # [B, 1 + N, E] in any order, since positions have been added
         b, n, _ = x.shape
         flat = x.flatten(0, 1)
         for block in self.blocks:
@@ -93,7 +93,7 @@ class MAE(Objective):
         return self.predict(self.norm(flat.view(b, n, -1)[:, -dropped.shape[1] :])), dropped
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """The decoder's fixed positions [N, E], made once for each grid and device."""
+        """The decoder's fixed positions [N, E], computed once for each grid and device."""
         return self._positions.of((grid, device), lambda: sincos_table(self.cfg.decoder_dim, grid, device))
 
     def target(self, images: Tensor) -> Tensor:

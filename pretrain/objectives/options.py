@@ -1,9 +1,9 @@
 """The base class of an objective's `Config`, options that several methods share, and the rules that replace `auto` by a
 value.
 
-Nothing here imports torch, because a recipe is checked before torch is imported. The published recipes are for a
-million images and batches of thousands; the rules give the same values there, and smaller ones for less data, smaller
-batches and shorter runs. They are rules of thumb: the log names the chosen values.
+This module does not import torch, because a recipe is checked before torch is imported. The published recipes are for a
+million images and batches of thousands. For such runs the rules give the published values; they adapt them to less data,
+smaller batches and shorter runs. They are rules of thumb; the log names the chosen values.
 """
 
 from __future__ import annotations
@@ -19,35 +19,36 @@ from pretrain.models import presets
 
 
 class Options(Section):
-    """Base of every objective's `Config`: the questions that generic modules ask a method, with defaults."""
+    """Base class of every objective's `Config`. Its methods tell other modules what they have to know about the method;
+    a subclass overrides those whose default does not fit."""
 
-    # {logged quantity that shows a collapse: advice which options to change}
+    # {logged quantity that reveals a collapse: advice which options to change}
     remedies: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
-        """Overrides of a recipe, by dotted key, with which a test trains this objective in seconds: on a small ViT, or
-        on the `model` named here.
+        """Overrides of a recipe, by dotted key, with which a test trains this objective in seconds, on a small ViT or on
+        the `model` that they name.
 
-        The first entry is complete. Each further entry is merged into the first, to reach options that the first does
-        not read. In a value, "{export}" stands for the folder of an exported ViT, and "{run NAME}" for the folder of a
-        run of the objective NAME.
+        The first entry is complete. Each further entry is merged into the first one, to test options that the first does
+        not use. In a value, "{export}" stands for the folder of an exported ViT, and "{run NAME}" for the folder of a run
+        of the objective NAME.
         """
         return [{}]
 
     def assignments(self) -> int | None:
-        """K, the number of classes that images are assigned to, if the objective logs `teacher_entropy`: its maximum is
-        ln K. Else None."""
+        """K, the number of classes to which images are assigned, if the objective logs `teacher_entropy`, whose maximum is
+        ln K. Otherwise None."""
         return None
 
     def rows(self) -> tuple[int, str]:
-        """(n, override): the samples in one forward, over all ranks, must be a multiple of n, unless the recipe has
-        this override."""
+        """(n, override): the number of samples in one forward, over all ranks, must be a multiple of n, unless the recipe
+        has the override."""
         return 1, ""
 
     def check_rows(self, rows: int, what: str) -> None:
-        """Raises ValueError where the options do not fit `rows`, the samples in one forward over all ranks, which
-        `what` describes."""
+        """Raises ValueError if the options do not fit `rows`, the number of samples in one forward over all ranks. `what`:
+        a description of these samples for the message."""
 
 
 def network(name: str, **changes: Any) -> Any:
@@ -59,10 +60,10 @@ def network(name: str, **changes: Any) -> Any:
     """
 
     def default() -> Section:
-        kind, values = presets.choose(name)
-        made = kind(**(values | changes))
-        made.name, made._defaults = name, values | changes
-        return made
+        cls, values = presets.choose(name)
+        section = cls(**(values | changes))
+        section.name, section._defaults = name, values | changes
+        return section
 
     return dataclasses.field(default_factory=default, metadata={"choose": presets.choose})
 
@@ -70,13 +71,13 @@ def network(name: str, **changes: Any) -> Any:
 # ---------------------------------------------------------------- what `auto` becomes
 def inherited(facts: Facts) -> Any:
     """The value of the same option in the run that this one starts from (`init.run`)."""
-    return facts.before().get(facts.key)
+    return facts.previous_run().get(facts.key)
 
 
 def prototypes(facts: Facts) -> int:
     """min(samples / 20, 64 · batch, 262144), rounded to a power of two, at least 256.
 
-    65,536 for ImageNet's 1.28 M images; at most the 262,144 that DINOv3 has at batch 4,096.
+    This is 65,536 for ImageNet's 1.28 M images, and at most 262,144, which DINOv3 has at batch 4,096.
     """
     wanted = max(256, min(facts.samples / 20, 64 * facts.batch, 262144))
     return 2 ** round(math.log2(wanted))
@@ -85,8 +86,8 @@ def prototypes(facts: Facts) -> int:
 def momentum(facts: Facts) -> Schedule:
     """max(0.95, min(1 − 0.004 · batch / 1024, 1 − 20 / steps, 0.9999)), rising to 1 by a cosine.
 
-    DINO's 0.996 at batch 1,024, the same half-life in samples at other batches, and at least about 20 time constants in
-    the run.
+    This is DINO's 0.996 at batch 1,024, and the same half-life in samples at other batches; a run is at least 20 time
+    constants long.
     """
     value = 1 - min(0.05, max(0.004 * facts.batch / 1024, 20 / facts.steps, 1e-4))
     return Schedule(value, kind="cosine", final=1.0, steps=facts.steps)
@@ -104,19 +105,19 @@ def temperature(facts: Facts) -> Schedule:
 class MultiCrop(Options):
     """Two global crops, n local crops, and block masks on the global crops (data_pipeline/views/multicrop.py)."""
 
-    local_crops: int = option(8, low=0)  # local crops of each image, in addition to two global ones
-    local_size: int = option(96, low=1)  # pixels
+    local_crops: int = option(8, low=0)  # number of local crops of each image, in addition to two global crops
+    local_size: int = option(96, low=1)  # side of a local crop in pixels
     global_scale: float = option(0.32, above=0, high=1)  # smallest share of the image's area in a global crop
     local_scale: float = option(0.05, above=0, high=1)  # smallest share in a local crop; its largest is `global_scale`
     mask_share: float = option(0.5, low=0, high=1)  # share of the global crops that are masked
     mask_ratio_min: float = option(0.1, low=0, high=1)  # smallest share of masked patches in a masked crop
     # largest share of masked patches; each masked crop draws its share between the two
     mask_ratio_max: float = option(0.5, low=0, high=1)
-    # probability of a blur in the first global crop, the second one, and local crops; the released models have 0, 0.9,
-    # 0.5
+    # probability that the first global crop, the second global crop and a local crop are blurred; the released models
+    # have 0, 0.9, 0.5
     blur: list[float] = option(lambda: [1.0, 0.1, 0.5], low=0, high=1)
-    solarize: float = option(0.2, low=0, high=1)  # probability, second global crop only
-    flip: float = option(0.5, low=0, high=1)  # probability; DINOv3's 7B model: 0
+    solarize: float = option(0.2, low=0, high=1)  # probability that the second global crop is solarized
+    flip: float = option(0.5, low=0, high=1)  # probability of a horizontal flip; DINOv3's 7B model has 0
 
     def check(self) -> None:
         if len(self.blur) != 3:
@@ -125,9 +126,9 @@ class MultiCrop(Options):
                 " and the local crops"
             )
         for low, high in (("mask_ratio_min", "mask_ratio_max"), ("local_scale", "global_scale")):
-            least, most = getattr(self, low), getattr(self, high)
-            if least > most:
-                raise ValueError(f"objective.{low} = {least}: must be at most objective.{high} = {most}")
+            smallest, largest = getattr(self, low), getattr(self, high)
+            if smallest > largest:
+                raise ValueError(f"objective.{low} = {smallest}: must be at most objective.{high} = {largest}")
 
 
 @dataclass
@@ -141,7 +142,7 @@ class SelfDistillation(MultiCrop):
     }
 
     student_temperature: float = option(0.1, above=0)  # the student's logits are divided by it before the softmax
-    # the same for the teacher's logits
+    # the teacher's logits are divided by it
     teacher_temperature: Literal["auto"] | Schedule = option(
         lambda: Schedule(0.07, start=0.04, warmup=0.1), above=0, auto=temperature
     )
@@ -149,7 +150,7 @@ class SelfDistillation(MultiCrop):
     momentum: Literal["auto"] | Schedule = option(lambda: Schedule(0.994), low=0, high=1, auto=momentum)
     ibot_weight: float = 1.0  # weight of the iBOT loss on masked patches; the DINO loss has 1
     koleo_weight: float = 0.1  # weight of KoLeo, which spreads the class tokens of a batch
-    # KoLeo compares images within groups of this many; null: the whole batch. The papers use each GPU's batch
+    # number of images in a group, within which KoLeo compares them; null: the whole batch. The papers use each GPU's batch
     koleo_group: int | None = option(None, low=2)
 
     def neighbours(self) -> int:
@@ -185,14 +186,15 @@ class SelfDistillation(MultiCrop):
 class PrototypeHeads(SelfDistillation):
     """Self-distillation with prototype heads that the run trains (DINOv2, DINOv3)."""
 
-    # K, the outputs of the DINO head
+    # K, the number of outputs of the DINO head
     prototypes: int | Literal["auto"] = option(65536, low=1, auto=(inherited, prototypes))
     head_hidden: int = option(2048, low=1)  # width of the head's hidden layers
     head_bottleneck: int = option(256, low=1)  # width of the layer before the prototypes
-    # outputs of the iBOT head; null: as the DINO head
+    # number of outputs of the iBOT head; null: that of the DINO head
     ibot_prototypes: int | None = option(None, low=1)
-    ibot_hidden: int | None = option(None, low=1)  # width of its hidden layers; null: as the DINO head
-    # width of its layer before the prototypes; null: as the DINO head
+    # width of the hidden layers of the iBOT head; null: that of the DINO head
+    ibot_hidden: int | None = option(None, low=1)
+    # width of the iBOT head's layer before the prototypes; null: that of the DINO head
     ibot_bottleneck: int | None = option(None, low=1)
 
     def assignments(self) -> int | None:

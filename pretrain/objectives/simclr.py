@@ -1,4 +1,4 @@
-"""SimCLR: tell an image's other view from all other views of the batch by similarity (arXiv 2002.05709).
+"""SimCLR: find the other view of an image among all views of the batch by its similarity (arXiv 2002.05709).
 
     z_a, z_b = g(f(t_a(x))), g(f(t_b(x)))
     loss = −log softmax_j(cos(z_i, z_j) / temperature) at the other view of image i, mean over all views
@@ -27,7 +27,7 @@ from pretrain.ops.heads import ProjectionHead
 class Config(Options):
     temperature: float = option(0.1, above=0)  # cosine similarities are divided by it before the softmax
     head_hidden: int = option(2048, low=1)  # width of the projection head's hidden layer
-    head_outputs: int = option(128, low=1)  # width of what is compared
+    head_outputs: int = option(128, low=1)  # width of the embeddings that are compared
     crop_scale: float = option(0.08, above=0, high=1)  # smallest share of the image's area in a random crop
     color: float = 1.0  # strength s of the colour jitter (0.8 s, 0.8 s, 0.8 s, 0.2 s)
     blur: float = option(0.5, low=0, high=1)  # probability of a Gaussian blur

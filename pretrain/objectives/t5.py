@@ -63,14 +63,14 @@ class T5(Objective):
             tokens = sample["tokens"][:length]
             tokens = tokens[sample["documents"][:length] >= 0]  # padding comes last
             cut = spans_of(cfg, len(tokens), rng(MASKS))
-            read = [*replaced(tokens, cut, sentinels), eos]
-            written = [*replaced(tokens, ~cut, sentinels), eos]
+            encoder_text = [*replaced(tokens, cut, sentinels), eos]
+            decoder_text = [*replaced(tokens, ~cut, sentinels), eos]
             encoder = np.full(length - noise + spans + 1, pad)
             targets = np.full(noise + spans + 1, IGNORED)
-            encoder[: len(read)], targets[: len(written)] = read, written
+            encoder[: len(encoder_text)], targets[: len(decoder_text)] = encoder_text, decoder_text
             decoder = np.full(len(targets), pad)
-            decoder[1 : len(written)] = written[:-1]
-            documents = np.where(np.arange(len(encoder)) < len(read), 0, -1)
+            decoder[1 : len(decoder_text)] = decoder_text[:-1]
+            documents = np.where(np.arange(len(encoder)) < len(encoder_text), 0, -1)
             return {"tokens": encoder, "documents": documents, "decoder_tokens": decoder, "targets": targets}
 
         return view
@@ -91,22 +91,24 @@ def sizes(cfg: Config, length: int) -> tuple[int, int]:
 
 
 def spans_of(cfg: Config, length: int, draw: np.random.Generator) -> np.ndarray:
-    """bool [length], true where tokens are cut. The numbers of spans and of cut tokens are fixed, the borders random;
-    the first token is kept."""
+    """bool [length], true for tokens that are cut. The numbers of spans and of cut tokens are fixed, the borders of the
+    spans are random; the first token is never cut."""
     if length < 2:
         return np.zeros(length, bool)
     noise, spans = sizes(cfg, length)
 
-    def parts(total: int) -> np.ndarray:
+    def random_lengths(total: int) -> np.ndarray:
+        """Lengths of `spans` parts, each at least 1, whose sum is `total`."""
         ends = np.sort(draw.choice(total - 1, spans - 1, replace=False)) + 1
         return np.diff([0, *ends, total])
 
-    return np.repeat(np.tile([False, True], spans), np.stack([parts(length - noise), parts(noise)], 1).ravel())
+    lengths = np.stack([random_lengths(length - noise), random_lengths(noise)], 1)  # [spans, 2]: kept, cut
+    return np.repeat(np.tile([False, True], spans), lengths.ravel())
 
 
 def replaced(tokens: np.ndarray, cut: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-    """The tokens, with each run of `cut` (bool, as long as `tokens`) replaced by the next sentinel."""
-    begins = cut & ~np.concatenate([[False], cut[:-1]])
+    """The tokens, with each span that `cut` (bool, as long as `tokens`) marks replaced by the next sentinel."""
+    is_first = cut & ~np.concatenate([[False], cut[:-1]])  # the first token of each span
     out = tokens.copy()
-    out[begins] = sentinels[: begins.sum()]
-    return out[~cut | begins]
+    out[is_first] = sentinels[: is_first.sum()]
+    return out[~cut | is_first]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain.ops.gather import gather, world
 
 

@@ -10,7 +10,7 @@ import torch
 
 
 @contextlib.contextmanager
-def own_randomness(name: str) -> Iterator[None]:
+def named_generator(name: str) -> Iterator[None]:
     """Within the context, torch's generators are seeded by (the seed that was last set, `name`); afterwards they are
     restored."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []

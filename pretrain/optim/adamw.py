@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101): torch's fused implementation, with weight decay decoupled from the gradient."""
+"""AdamW (arXiv 1711.05101), Adam with weight decay decoupled from the gradient: torch's fused implementation."""
 
 from __future__ import annotations
 

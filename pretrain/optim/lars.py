@@ -1,4 +1,4 @@
-"""LARS (arXiv 1708.03888) as used by SimCLR (arXiv 2002.05709) and BYOL (arXiv 2006.07733): SGD with momentum, and a
+"""LARS (arXiv 1708.03888) as used by SimCLR (arXiv 2002.05709) and BYOL (arXiv 2006.07733): SGD with momentum and a
 learning rate that is adapted to each tensor.
 
     u = g + wd·w;   λ = trust · ‖w‖ / ‖u‖, or 1 where either norm is 0;   v ← μ v + lr·λ·u;   w ← w − v
@@ -44,28 +44,29 @@ class LARS(Skippable):
             if not state:
                 state.update(self.begin(p))
             weight, velocity = local(p), local(state["momentum_buffer"])
-            new = self.momentum * velocity + (group["lr"] * ratios.get(p, 1.0)) * _update(p, group)
+            new_velocity = self.momentum * velocity + (group["lr"] * ratios.get(p, 1.0)) * _update(p, group)
             if self.found_inf is None:
-                weight.sub_(velocity.copy_(new))
+                weight.sub_(velocity.copy_(new_velocity))
             else:
                 skip = self.found_inf.to(weight.device) > 0
-                velocity.copy_(torch.where(skip, velocity, new))
-                weight.sub_(torch.where(skip, 0.0, new))
+                velocity.copy_(torch.where(skip, velocity, new_velocity))
+                weight.sub_(torch.where(skip, 0.0, new_velocity))
 
     def _trust_ratios(self, adapted: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:
-        """λ of each parameter, [n], in fp64. Collective where the parameters are sharded: every rank must call it."""
-        lengths = [torch.stack(torch._foreach_norm([local(p), _update(p, group)])) for p, group in adapted]
-        squares = torch.stack(lengths).double().square()
-        if isinstance(
-            first := adapted[0][0], DTensor
-        ):  # then all are, on one mesh; its last dimension is the sharded one
-            dist.all_reduce(squares, group=first.device_mesh.get_group(first.device_mesh.ndim - 1))
-        weights, updates = squares.sqrt().unbind(1)
-        return torch.where((weights > 0) & (updates > 0), self.trust * weights / updates, 1.0)
+        """λ of each parameter, [n], in fp64. Collective if the parameters are sharded: every rank must call it."""
+        norms = [torch.stack(torch._foreach_norm([local(p), _update(p, group)])) for p, group in adapted]
+        squares = torch.stack(norms).double().square()  # [n, 2]: of the weights and of the updates
+        first = adapted[0][0]
+        if isinstance(first, DTensor):  # all parameters are sharded over the last dimension of the same mesh
+            mesh = first.device_mesh
+            dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+        weight_norms, update_norms = squares.sqrt().unbind(1)
+        ratios = self.trust * weight_norms / update_norms
+        return torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
 
 
 def _update(p: Tensor, group: dict[str, Any]) -> Tensor:
-    """g + wd·w of this rank's shard."""
+    """u = g + wd·w for this rank's shard."""
     assert p.grad is not None
     return local(p.grad).add(local(p), alpha=group["weight_decay"])
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain.ops.matrix_exchange import Layout, Round, Shape, deal, rounds_of
 from pretrain.ops.parameter_shards import local
 from pretrain.optim.adamw import AdamW
@@ -28,14 +28,14 @@ EPS = 1e-7
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """U S' Vᵀ from matrices [..., r, c] = U S Vᵀ, with S' between about 0.7 and 1.2, by Newton–Schulz in the matrices'
-    dtype."""
+    """U S' Vᵀ for matrices U S Vᵀ of shape [..., r, c], with singular values S' between about 0.7 and 1.2: the
+    Newton–Schulz iteration in the dtype of the matrices."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
+    x = matrix.mT if tall else matrix  # [..., short, long]
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = x @ x.mT  # [..., short, short]
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
@@ -43,13 +43,16 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 class MuonAdamW(Skippable):
     """One optimizer: Muon for the groups with `muon: true`, fused AdamW for the others.
 
-    A Muon group has `parts`, the rows (r₁, r₂, …) of the matrices that are stacked in each of its parameters (queries,
-    keys, values); each is orthogonalised by itself. `parts` is () for a single matrix. The matrices are shared out over
-    the ranks, stacked by shape, and travel in the dtype of the iteration: bf16 on a GPU, fp32 on a CPU, where it is
-    faster (`pretrain/ops/matrix_exchange.py`).
+    A Muon group has `parts`, the numbers of rows (r₁, r₂, …) of the matrices that are stacked in each of its parameters
+    (queries, keys, values), or () for a single matrix. Each matrix is orthogonalised separately. The matrices are
+    distributed over the ranks, stacked by shape, and sent in the dtype of the iteration: bf16 on a GPU, and fp32 on a
+    CPU, where it is faster than bf16 (`pretrain/ops/matrix_exchange.py`).
     """
 
-    state_names = ("momentum_buffer", *AdamW.state_names)  # a Muon matrix has only the first, other parameters the rest
+    state_names = (
+        "momentum_buffer",
+        *AdamW.state_names,
+    )  # Muon matrices have only the first, other parameters the rest
     unsupported = {
         "zero": "Muon needs whole matrices, and DeepSpeed flattens them",
         "offload": "Muon computes on the device, and offloading keeps the matrices in main memory",
@@ -81,23 +84,23 @@ class MuonAdamW(Skippable):
             self._update(matrices)
 
     def _update(self, matrices: list[tuple[Tensor, dict]]) -> None:
-        """Update all Muon matrices. While a stack is orthogonalised, the next one is on its way to this rank, and the
-        one before on its way to the others. Collective."""
+        """Update all Muon matrices. While a stack is orthogonalised, the next stack is sent to this rank, and the
+        previous one is sent back to the other ranks. Collective."""
         shapes = [(p.shape[0], p.shape[1]) for p, _ in matrices]
         kinds = [(shape, group["parts"]) for shape, (_, group) in zip(shapes, matrices, strict=True)]
         layout = Layout.of(matrices[0][0])
         dealt = deal([_cost(*kind) for kind in kinds], layout.owners)
         rounds = [Round(layout, stacks, shapes) for stacks in rounds_of(dealt, kinds, [p.numel() for p, _ in matrices])]
-        coming: Callable[[], Tensor] | None = self._send(rounds[0], matrices)
-        going: Callable[[], dict[int, Tensor]] = dict
-        for round, following in zip_longest(rounds, rounds[1:]):
-            stack = coming()  # type: ignore[misc]
-            coming = self._send(following, matrices) if following else None
+        wait_for_stack: Callable[[], Tensor] | None = self._send(rounds[0], matrices)
+        wait_for_updates: Callable[[], dict[int, Tensor]] = dict  # none before the first round has been sent back
+        for round, next_round in zip_longest(rounds, rounds[1:]):
+            stack = wait_for_stack()  # type: ignore[misc]
+            wait_for_stack = self._send(next_round, matrices) if next_round else None
             if round.mine:
                 stack = _orthogonal_parts(stack, matrices[round.mine[0]][1]["parts"])
-            self._apply(going(), matrices)
-            going = round.from_owners(stack)
-        self._apply(going(), matrices)
+            self._apply(wait_for_updates(), matrices)
+            wait_for_updates = round.from_owners(stack)
+        self._apply(wait_for_updates(), matrices)
 
     def _send(self, round: Round, matrices: list[tuple[Tensor, dict]]) -> Callable[[], Tensor]:
         """Update the momentum of this rank's rows of a round's matrices, and send the rows of u to their owners."""
@@ -107,7 +110,7 @@ class MuonAdamW(Skippable):
         return round.to_owners(pieces)
 
     def _direction(self, p: Tensor) -> Tensor:
-        """u of this rank's rows, in the dtype of the iteration; the momentum follows."""
+        """Update the momentum of this rank's rows, and return their u in the dtype of the iteration."""
         state = self.state[p]
         if not state:
             state.update(self.begin(p))
@@ -116,40 +119,41 @@ class MuonAdamW(Skippable):
         if self.found_inf is None:
             buffer.lerp_(g, 1 - self.momentum)
         else:
-            go = self._go(g)
-            g = torch.where(go > 0, g, 0.0)
-            buffer.lerp_(g, ((1 - self.momentum) * go).to(g.dtype))
+            is_taken = self._is_taken(g)
+            g = torch.where(is_taken > 0, g, 0.0)
+            buffer.lerp_(g, ((1 - self.momentum) * is_taken).to(g.dtype))
         return g.lerp(buffer, self.momentum).to(torch.bfloat16 if g.device.type == "cuda" else g.dtype)
 
     def _apply(self, updates: dict[int, Tensor], matrices: list[tuple[Tensor, dict]]) -> None:
         for index, update in updates.items():
             p, group = matrices[index]
             weight = local(p)
-            go = self._go(weight)
-            weight.mul_(1 - group["lr"] * group["weight_decay"] * go)
-            weight.add_(update.to(weight.dtype) * (-group["lr"] * go))
+            is_taken = self._is_taken(weight)
+            weight.mul_(1 - group["lr"] * group["weight_decay"] * is_taken)
+            weight.add_(update.to(weight.dtype) * (-group["lr"] * is_taken))
 
-    def _go(self, like: Tensor) -> Tensor | float:
-        """0 where this step is skipped, else 1."""
+    def _is_taken(self, like: Tensor) -> Tensor | float:
+        """0.0 if this step is skipped, otherwise 1.0, on the device of `like`."""
         return 1.0 if self.found_inf is None else 1.0 - self.found_inf.to(like.device)
 
 
 def _cost(shape: Shape, parts: tuple[int, ...]) -> float:
-    """Multiplications of one Newton–Schulz step, for all matrices that are stacked in one of `shape`."""
+    """The number of multiplications of one Newton–Schulz step for a parameter of `shape`, in which matrices with the
+    numbers of rows `parts` are stacked."""
     sides = [sorted((rows, shape[1])) for rows in parts or shape[:1]]
     return float(sum(2 * short**2 * long + short**3 for short, long in sides))
 
 
 def _orthogonal_parts(stack: Tensor, parts: tuple[int, ...]) -> Tensor:
-    """Orthogonalise and scale each of the matrices that are stacked in [n, r, c] along r; those of one shape at
-    once."""
+    """Orthogonalise and scale each of the matrices that are stacked along r in [n, r, c]. Matrices of equal shape are
+    computed together."""
     rows = list(parts) or [stack.shape[1]]
-    pieces = list(stack.split(rows, 1))
+    pieces = list(stack.split(rows, 1))  # [n, rows[k], c]
     for size in dict.fromkeys(rows):
-        places = [k for k, own in enumerate(rows) if own == size]
-        alike = torch.cat([pieces[k] for k in places])
-        done = orthogonalise(alike) * (0.2 * max(alike.shape[1:]) ** 0.5)
-        for k, piece in zip(places, done.chunk(len(places)), strict=True):
+        of_size = [k for k, piece_rows in enumerate(rows) if piece_rows == size]
+        batch = torch.cat([pieces[k] for k in of_size])  # [len(of_size)·n, size, c]
+        batch = orthogonalise(batch) * (0.2 * max(batch.shape[1:]) ** 0.5)
+        for k, piece in zip(of_size, batch.chunk(len(of_size)), strict=True):
             pieces[k] = piece
     return torch.cat(pieces, 1)
 

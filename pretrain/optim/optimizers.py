@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The files of this folder that define `build`."""
+    """The names of the optimizers: the files of this folder that define `build`."""
     return sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef build(" in path.read_text())
 
 
@@ -29,11 +29,11 @@ def find(name: str) -> ModuleType:
     return importlib.import_module(f"pretrain.optim.{name}")
 
 
-def kind(name: str) -> type[Skippable]:
-    """The class in the optimizer's file."""
+def optimizer_class(name: str) -> type[Skippable]:
+    """The class that the optimizer's file defines."""
     from pretrain.optim.skippable import Skippable
 
-    file = find(name)
-    own = (c for c in vars(file).values() if isinstance(c, type) and c.__module__ == file.__name__)
-    (out,) = (c for c in own if issubclass(c, Skippable))
-    return out
+    module = find(name)
+    defined_here = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)
+    (optimizer,) = (c for c in defined_here if issubclass(c, Skippable))
+    return optimizer

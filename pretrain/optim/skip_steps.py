@@ -1,8 +1,8 @@
 """Skip the update of a step whose loss or gradient is not finite on any rank, without a host sync.
 
-The verdict is a scalar on the device; 1.0 skips the step. Fused optimizers get it as `found_inf`, and the update of an
+The decision is a scalar on the device; 1.0 skips the step. Fused optimizers get it as `found_inf`, and the update of an
 objective's teacher gets it as `Objective.skipped`. Buffers that the forward has changed, such as running means, are
-restored with `torch.where`. The host reads the verdict together with the other metrics, every `log.every` steps.
+restored with `torch.where`. The host reads the decision together with the other metrics, every `log.every` steps.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ class Guard:
     between the backward and the update, `after` after the update, and `read` with each group of rows of metrics."""
 
     def __init__(self, objective: nn.Module, cfg: Skip, device: torch.device):
-        self.objective, self.most, self.sigma = objective, cfg.most, cfg.sigma
+        self.objective, self.max_in_a_row, self.sigma = objective, cfg.most, cfg.sigma
         self.state = {
             "losses": torch.zeros(WINDOW, device=device),  # ring buffer of the last WINDOW finite losses
             "count": torch.zeros((), dtype=torch.int64, device=device),  # number of finite losses so far
         }
-        self.saved: list[Tensor] = []  # the buffers of the objective before this step
-        self.skipped = torch.zeros((), device=device)  # the verdict on this step
+        self.saved: list[Tensor] = []  # clones of the objective's buffers, made before this step
+        self.skipped = torch.zeros((), device=device)  # the decision for this step
         self.in_a_row = 0  # number of consecutive skipped steps up to the last row that was read
         self.lines: LineFile | None = None  # RUN/skipped.jsonl
 
     def before(self) -> None:
-        """Clone all buffers of the objective. All of them, because changes cannot be detected: batch norm updates its
-        running statistics without an increment of the tensors' version counters."""
+        """Clone all buffers of the objective. It is not possible to clone only those that a step changes: batch norm
+        updates its running statistics without incrementing the version counters of the tensors."""
         self.saved = [b.clone() for b in self.objective.buffers()]
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """1.0 if the step is to be skipped, otherwise 0.0, equal on all ranks. `loss` and `norm` are this rank's loss
         and gradient norm, scalars on the device. Collective: every rank must call it.
 
-        Only one number is all-reduced: the loss, which is replaced by NaN if the gradient norm is not finite. The sum
-        is finite only if the values of all ranks are.
+        Only one number is all-reduced: the loss, or NaN if the gradient norm is not finite. The sum is finite only if
+        the values of all ranks are finite.
         """
-        value = loss.detach().float() + 0 * norm.detach().float()
+        value = loss.detach().float() + 0 * norm.detach().float()  # 0 · inf is NaN
         world = 1
         if dist.is_initialized():
             dist.all_reduce(value)
@@ -63,13 +63,13 @@ class Guard:
         value = value / world
         finite = value.isfinite()
         losses, count = self.state["losses"], self.state["count"]
-        bad = ~finite
+        skip = ~finite
         if self.sigma is not None:
-            bad = bad | ((count >= WINDOW) & (value > losses.mean() + self.sigma * losses.std()))
-        place = (count % WINDOW).view(1)
-        losses.index_copy_(0, place, torch.where(finite, value, losses[place].view(())).view(1))
+            skip = skip | ((count >= WINDOW) & (value > losses.mean() + self.sigma * losses.std()))
+        index = (count % WINDOW).view(1)
+        losses.index_copy_(0, index, torch.where(finite, value, losses[index].view(())).view(1))
         count += finite
-        self.skipped = bad.float()
+        self.skipped = skip.float()
         return self.skipped
 
     def after(self) -> None:
@@ -90,21 +90,21 @@ class Guard:
                 continue
             row["skipped"] = 1
             self.in_a_row += 1
-            terms = blame(row)
-            places = samples_of(stream, row["step"])
+            reason = skip_reason(row)
+            samples = samples_of(stream, row["step"])
             if processes.rank() == 0:
-                entry = {"step": row["step"], "terms": terms, "loss": repr(row["loss"]), "samples": places}
+                entry = {"step": row["step"], "terms": reason, "loss": repr(row["loss"]), "samples": samples}
                 self.lines = self.lines or LineFile(run / "skipped.jsonl")
                 self.lines.add(json.dumps(entry) + "\n")
-            say(f"step {row['step']} changed nothing: {terms}; its samples are in {run / 'skipped.jsonl'}")
-            if self.in_a_row > self.most:
-                shown = ", ".join(f"number {number} in {shard}" for shard, number in places[:MAX_NAMED_SAMPLES])
+            say(f"step {row['step']} changed nothing: {reason}; its samples are in {run / 'skipped.jsonl'}")
+            if self.in_a_row > self.max_in_a_row:
+                named = ", ".join(f"number {number} in {shard}" for shard, number in samples[:MAX_NAMED_SAMPLES])
+                named += " …" if len(samples) > MAX_NAMED_SAMPLES else ""
                 raise processes.raised_by_all(
                     UserError(
-                        f"{self.in_a_row} steps in a row were skipped (skip.most = {self.most}), the last is step"
-                        f" {row['step']}: {terms}; its samples: {shown}{' …' if len(places) > MAX_NAMED_SAMPLES else ''}"
-                        f" (all: {run / 'skipped.jsonl'}); lower optim.lr, set optim.clip, or resume from an earlier"
-                        " checkpoint with checkpoint.resume=STEP"
+                        f"{self.in_a_row} steps in a row were skipped (skip.most = {self.max_in_a_row}), the last is"
+                        f" step {row['step']}: {reason}; its samples: {named} (all: {run / 'skipped.jsonl'}); lower"
+                        " optim.lr, set optim.clip, or resume from an earlier checkpoint with checkpoint.resume=STEP"
                     )
                 )
 
@@ -122,18 +122,19 @@ class Guard:
             value.copy_(state[key])
 
 
-def blame(row: dict[str, Any]) -> str:
-    """The reason why a step was skipped, as text: its non-finite values ("ibot = nan, grad_norm = nan"), or its
-    outlying loss."""
-    wrong = [f"{k} = {v}" for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-    return ", ".join(wrong) or f"loss = {row['loss']:.4g} is far above the losses before it (skip.sigma)"
+def skip_reason(row: dict[str, Any]) -> str:
+    """The reason why a step was skipped, as text: the values that are not finite ("ibot = nan, grad_norm = nan"), or the
+    loss that is too high."""
+    not_finite = [f"{k} = {v}" for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    return ", ".join(not_finite) or f"loss = {row['loss']:.4g} is far above the losses before it (skip.sigma)"
 
 
 def samples_of(stream: Stream, step: int) -> list[tuple[str, int]]:
     """(shard, number in the shard, from 0) of every sample in the global batch of a step.
 
-    Samples are identified by number, because their keys are stored in the shards only, and reading a shard at this
-    point would delay all ranks.
+    Samples are identified by number, because only the shards hold their keys, and reading a shard here would delay all
+    ranks.
     """
     (pairs,) = stream.plan.micro_batches(np.array([step]), 1, 0, 1).values()
-    return [stream.samples[d].place(global_index % len(stream.samples[d])) for d, global_index in pairs]
+    datasets = stream.samples
+    return [datasets[d].place(index % len(datasets[d])) for d, index in pairs]  # the index counts on over all epochs

@@ -13,7 +13,7 @@ class Skippable(torch.optim.Optimizer):
     """The interface that engines, checkpoints and plans need in addition to `step`.
 
     `found_inf` is None, or a scalar on the device that is set before each step. If it is 1.0, `step` changes no bit of
-    parameters and state, even if gradients are not finite; if it is 0.0, `step` is an ordinary one.
+    parameters and state, even if gradients are not finite. If it is 0.0, `step` updates them as usual.
 
     The state of a parameter holds the tensors named in `state_names`, which have the parameter's shape and are sharded
     like it (`torch.zeros_like` of a DTensor is a DTensor). All other entries are scalars that are equal for all
@@ -24,15 +24,15 @@ class Skippable(torch.optim.Optimizer):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
-    unsupported: ClassVar[dict[str, str]] = {}  # {"zero" (DeepSpeed's flat tensors) or "offload": why it does not work}
+    # Keys: "zero" (DeepSpeed's flat tensors) and "offload"; values: the reason why the optimizer cannot be used with it
+    unsupported: ClassVar[dict[str, str]] = {}
     found_inf: Tensor | None = None
-    grad_scale: Tensor | None = (
-        None  # torch's fused optimizers read it with `found_inf`; the engine has unscaled gradients
-    )
+    # torch's fused optimizers read this attribute if `found_inf` is set; None, as the engine unscales gradients itself
+    grad_scale: Tensor | None = None
 
     @staticmethod
     def options(rows: tuple[int, ...] | None) -> dict[str, Any]:
-        """Further entries of a parameter's group, with hashable values; parameters with different entries go into
+        """Additional entries of a parameter's group, with hashable values. Parameters whose entries differ are put into
         different groups.
 
         `rows`: for the weight of a linear layer inside a block, the rows of each matrix that is stacked in it (queries,

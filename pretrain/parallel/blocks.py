@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain.models.layers import Backbone, Block
 from pretrain.objectives.base import Objective
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain.objectives.base import Batch, Objective
 from pretrain.ops.parameter_shards import whole
 from pretrain.parallel.engine import COMPUTE, Engine, Judge

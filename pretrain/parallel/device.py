@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from common.process_pool import cores
 from common.untrusted import is_number
 from pretrain.objectives.base import Batch, Objective

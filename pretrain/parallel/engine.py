@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain import kernels
 from pretrain.objectives.base import Batch, Objective
 from pretrain.ops.parameter_shards import local, whole_state

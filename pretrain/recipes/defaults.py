@@ -20,8 +20,8 @@ AUTO = "auto"
 def settle(cfg: Recipe, samples: int | None = None, recipe_of: Callable[[str], dict] | None = None) -> list[str]:
     """Replace every `auto` that has a rule. Returns a line "key = value (auto: rule)" for each.
 
-    `samples`: number of samples in the data; None if unknown: then as many as the run trains on. `recipe_of` reads the
-    recipe of the run that `init.run` names.
+    `samples`: number of samples in the data; None: unknown, so that the number of samples that the run trains on is used.
+    `recipe_of` reads the recipe of the run that `init.run` names.
     """
     stored = vars(cfg)
     steps, batch, start = stored["steps"], vars(stored["data"])["batch"], vars(stored["init"])["run"]
@@ -29,7 +29,7 @@ def settle(cfg: Recipe, samples: int | None = None, recipe_of: Callable[[str], d
     lines: list[str] = []
 
     @functools.cache
-    def before() -> dict[str, Any]:
+    def previous_recipe() -> dict[str, Any]:
         return recipe_of(start) if start and recipe_of is not None else {}
 
     def walk(section: Section, path: tuple[str, ...]) -> None:
@@ -39,28 +39,28 @@ def settle(cfg: Recipe, samples: int | None = None, recipe_of: Callable[[str], d
                 walk(value, (*path, key))
             elif value == AUTO:
                 facts = dataclasses.replace(
-                    known, key=key, beside=vars(section), before=lambda: _inside(before(), path)
+                    known, key=key, section=vars(section), previous_run=lambda: _section_at(previous_recipe(), path)
                 )
                 for rule in field.metadata.get("auto", ()):
                     if (new := rule(facts)) is not None:
                         setattr(section, key, new)
-                        words = (rule.__doc__ or rule.__name__).splitlines()[0].rstrip(".")
-                        lines.append(f"{'.'.join((*path, key))} = {_shown(new)} (auto: {words})")
+                        explanation = (rule.__doc__ or rule.__name__).splitlines()[0].rstrip(".")
+                        lines.append(f"{'.'.join((*path, key))} = {_as_text(new)} (auto: {explanation})")
                         break
 
     walk(cfg, ())
     return lines
 
 
-def _inside(values: Any, path: tuple[str, ...]) -> dict[str, Any]:
-    """The section at a path of a recipe's plain values; {} if there is none."""
+def _section_at(values: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    """The section at a path in a recipe's plain values; {} if there is none."""
     for key in path:
         values = values.get(key) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else {}
 
 
-def _shown(value: Any) -> Any:
-    """A value as text; for a schedule, its first and its last value."""
+def _as_text(value: Any) -> Any:
+    """A value for a message; of a schedule, its first and its last value."""
     if not isinstance(value, Schedule):
         return value
     if value.kind != "constant":
@@ -71,9 +71,13 @@ def _shown(value: Any) -> Any:
 def keep(old: Section, new: Section) -> None:
     """Replace every `auto` of `new` that has a rule by the value in `old`, the stored recipe of the same run."""
     for key, field in fields(type(new)).items():
-        before, now = vars(old).get(key), vars(new)[key]
-        if isinstance(now, Section):
-            if isinstance(before, Section) and (before.name, type(before).__name__) == (now.name, type(now).__name__):
-                keep(before, now)
-        elif now == AUTO and before is not None and field.metadata.get("auto"):
-            setattr(new, key, before)
+        old_value, new_value = vars(old).get(key), vars(new)[key]
+        if isinstance(new_value, Section):
+            if isinstance(old_value, Section) and _kind(old_value) == _kind(new_value):
+                keep(old_value, new_value)
+        elif new_value == AUTO and old_value is not None and field.metadata.get("auto"):
+            setattr(new, key, old_value)
+
+
+def _kind(section: Section) -> tuple[str, str]:
+    return section.name, type(section).__name__

@@ -1,13 +1,13 @@
-"""Checks of a recipe's `parallel.*` options for a number of processes, for `unlabeled plan` and the engines.
+"""Check a recipe's `parallel.*` options for a number of processes, before a run starts and for `unlabeled plan`.
 
-Nothing here imports torch, except `_check_optimizer` with ZeRO or offloading.
+This module does not import torch, except in `_check_optimizer` with ZeRO or offloading.
 """
 
 from __future__ import annotations
 
 import math
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain.optim import optimizers
 from pretrain.recipes.recipe import Recipe
 
@@ -21,8 +21,10 @@ def check(recipe: Recipe, processes: int) -> None:
             f"parallel.mode = single is one process, not {processes}; write parallel.mode=ddp, fsdp2, zero1, zero2 or zero3"
         )
     if batch % processes:
-        fitting = max(1, round(batch / processes)) * processes
-        raise ConfigError(f"data.batch = {batch}: {processes} processes do not divide it; write data.batch={fitting}")
+        nearest_batch = max(1, round(batch / processes)) * processes
+        raise ConfigError(
+            f"data.batch = {batch}: {processes} processes do not divide it; write data.batch={nearest_batch}"
+        )
     if replicate != 1 and mode != "fsdp2":
         raise ConfigError(f"parallel.replicate = {replicate}: only fsdp2 has replicas; parallel.mode is {mode}")
     if replicate < 1 or processes % replicate:
@@ -34,8 +36,8 @@ def check(recipe: Recipe, processes: int) -> None:
             f"parallel.offload = true: {mode} keeps everything on the device; write parallel.mode=fsdp2 or zero2"
         )
     if parallel.frozen == "replicated" and mode != "fsdp2":
-        cuts = "shards all parameters" if mode == "zero3" else "shards no parameters, so that it has no effect"
-        raise ConfigError(f"parallel.frozen = replicated: {mode} {cuts}; take it out, or write parallel.mode=fsdp2")
+        why = "shards all parameters" if mode == "zero3" else "shards no parameters, so that it has no effect"
+        raise ConfigError(f"parallel.frozen = replicated: {mode} {why}; remove it, or write parallel.mode=fsdp2")
     _check_optimizer(recipe)
     _check_rows(recipe, processes)
     if recipe.precision == "fp16" and mode.startswith("zero"):
@@ -43,8 +45,8 @@ def check(recipe: Recipe, processes: int) -> None:
 
 
 def collective_timeout(recipe: Recipe) -> float:
-    """Seconds that a rank waits for another after the first step: `parallel.timeout`, and where shards are remote
-    `data.fetch.retry_seconds` more, because a rank without data is not stuck while its store is asked again."""
+    """Seconds that a rank waits for another after the first step: `parallel.timeout`, plus `data.fetch.retry_seconds` if
+    shards are remote, because a rank whose requests to a store are tried again is not stuck."""
     from data_pipeline.storage.urls import is_local  # imports fsspec
 
     data = recipe.data
@@ -54,36 +56,38 @@ def collective_timeout(recipe: Recipe) -> float:
 
 def stall_seconds(recipe: Recipe, processes: int) -> float:
     """Seconds without a batch before all stacks are written: `data.fetch.stall_seconds`, but with several processes at
-    most half of `collective_timeout`, which ends them."""
-    own = recipe.data.fetch.stall_seconds
-    return own if processes == 1 else min(own, collective_timeout(recipe) / 2)
+    most half of `collective_timeout`, after which the processes are ended."""
+    seconds = recipe.data.fetch.stall_seconds
+    return seconds if processes == 1 else min(seconds, collective_timeout(recipe) / 2)
 
 
-def fitting(recipe: Recipe, processes: int, samples: int) -> str:
-    """The overrides with which the largest batch of at most `samples` divides over processes, micro-batches and the
-    objective's groups."""
-    micro, (group, without) = recipe.parallel.micro_batch, recipe.objective.rows()
-    more = []
+def fitting_batch(recipe: Recipe, processes: int, samples: int) -> str:
+    """Overrides that set the largest batch of at most `samples` which can be divided into processes, micro-batches and
+    the objective's groups of samples; overrides that remove micro-batches or groups are added where even one is too
+    large."""
+    micro, (group, without_groups) = recipe.parallel.micro_batch, recipe.objective.rows()
+    further = []
     if micro is not None and micro * processes > samples:
-        micro, more = None, ["parallel.micro_batch=null"]
-    unit = processes * micro if micro is not None else math.lcm(processes, group)
-    if unit > samples:
-        unit, more = processes, [*more, *([without] if without else [])]
-    return " ".join([f"data.batch={max(1, samples // unit) * unit}", *more])
+        micro, further = None, ["parallel.micro_batch=null"]
+    divisor = processes * micro if micro is not None else math.lcm(processes, group)
+    if divisor > samples:
+        divisor = processes
+        further += [without_groups] if without_groups else []
+    return " ".join([f"data.batch={max(1, samples // divisor) * divisor}", *further])
 
 
 def _check_optimizer(recipe: Recipe) -> None:
     """Raises ConfigError if the optimizer does not support the mode. Imports torch only with ZeRO or offloading."""
-    asked = {"zero": recipe.parallel.mode.startswith("zero"), "offload": recipe.parallel.offload}
-    unsupported = optimizers.kind(recipe.optim.name).unsupported if any(asked.values()) else {}
-    for what, why in unsupported.items():
-        if asked[what]:
+    used = {"zero": recipe.parallel.mode.startswith("zero"), "offload": recipe.parallel.offload}
+    unsupported = optimizers.optimizer_class(recipe.optim.name).unsupported if any(used.values()) else {}
+    for feature, why in unsupported.items():
+        if used[feature]:
             fsdp2 = "parallel.mode=fsdp2 without offload" if "offload" in unsupported else "parallel.mode=fsdp2"
             raise ConfigError(f"optim.name = {recipe.optim.name}: {why}; write {fsdp2}, or optim.name=adamw")
 
 
 def _check_rows(recipe: Recipe, processes: int) -> None:
-    """Check the samples in one forward, over all ranks, against the objective's options, in each phase."""
+    """Check whether the number of samples in one forward, over all ranks, fits the objective's options in each phase."""
     micro = recipe.parallel.micro_batch
     for batch in [recipe.data.batch, *(phase.batch for phase in recipe.data.phases if phase.batch)]:
         rows = batch if micro is None else micro * processes

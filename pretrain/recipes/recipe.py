@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common import config, yaml_values
-from common.config import ConfigError, Origin, Section, option
-from common.errors import nearest
+from common import build_config, config, yaml_values
+from common.config import Section, option
+from common.errors import ConfigError, nearest
 from common.schedules import Schedule
+from common.yaml_values import Origin
 from pretrain.models import presets
 from pretrain.objectives import finder
 from pretrain.objectives.options import Options
@@ -23,9 +24,8 @@ from pretrain.recipes import size_dial
 from pretrain.recipes.sections import Checkpoint, Data, Derived, Eval, Export, Init, Log, Optim, Parallel, Skip
 
 FOLDER = Path(__file__).parent
-# In bytes: the longest name of a file, and the longest path of a run folder. A run writes files below its folder, whose
-# paths need the rest of the 4096 bytes that Linux allows.
-LONGEST_NAME, LONGEST_PATH = 255, 3800
+MAX_NAME_BYTES = 255  # of a file
+MAX_PATH_BYTES = 3800  # of a run folder: Linux allows 4096, of which the paths of files in the folder need the rest
 CHOSEN = {"model", "objective"}  # sections whose options depend on their name
 
 
@@ -57,7 +57,7 @@ class Recipe(Section):
     export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
     eval: Eval = field(default_factory=Eval)
-    derived = list[str]()  # not a field: the lines that tell which values the size dial has derived
+    derived = list[str]()  # not a field: lines that list the values which the size dial has derived
 
     def check(self) -> None:
         if self.steps != "auto" and self.steps < 1:  # type: ignore[comparison-overlap]
@@ -74,7 +74,7 @@ class Recipe(Section):
 class StoredRecipe(Recipe):
     """A recipe that is read without executing the file of a user's objective, whose options are left out."""
 
-    objective: Options = field(metadata={"choose": finder.unopened})
+    objective: Options = field(metadata={"choose": finder.config_without_execution})
 
 
 def names() -> dict[str, str]:
@@ -98,10 +98,10 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
         key, value = yaml_values.parse_override(text)
         yaml_values.merge(values, origin, expand_paths(yaml_values.nest(key, value), ""), "command line", CHOSEN)
     if path == Path(name) / "recipe.yaml" and not any(text.startswith("run=") for text in overrides or []):
-        values["run"] = str(name)  # the stored name is that of another folder if the run was moved or copied
+        values["run"] = str(name)  # the stored path is wrong if the run folder was moved or copied
     if path.name == "recipe.yaml" and values.get("steps") != file_steps:
         _drop_schedule_lengths(values, file_steps, origin)
-    recipe = config.build(Recipe, values, origin or {"": str(path)})
+    recipe = build_config.build(Recipe, values, origin or {"": str(path)})
     recipe.run = _run_folder(vars(recipe)["run"] or f"runs/{path.stem}")
     return resolve(recipe)
 
@@ -109,8 +109,8 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
 def stored(run: Path, trusted: str = "", file: str = "recipe.yaml") -> Recipe:
     """The recipe in a run folder, for commands that score, report or compare the run.
 
-    `trusted`: the path of an objective's file that the user has named, and that may be executed. If the recipe names
-    another file, it is not executed.
+    `trusted`: the path of an objective's file that the user has named, so that it may be executed. No other file that the
+    recipe names is executed.
     """
     path = run / file
     if not path.is_file():
@@ -124,21 +124,21 @@ def stored(run: Path, trusted: str = "", file: str = "recipe.yaml") -> Recipe:
     name = (values.get("objective") or {}).get("name")
     if isinstance(name, str) and finder.is_file(name) and name != trusted:
         values["objective"] = {"name": name}
-    recipe = config.build(Recipe if name == trusted else StoredRecipe, values, origin or {"": str(path)})
+    recipe = build_config.build(Recipe if name == trusted else StoredRecipe, values, origin or {"": str(path)})
     recipe.run = vars(recipe)["run"] or str(run)
     return resolve(recipe)
 
 
-def find(name: str, beside: Path | None = None, where: str = "") -> Path:
-    """The file of a recipe that is given by its name, or by a path, which may be relative to the folder `beside`.
+def find(name: str, folder: Path | None = None, where: str = "") -> Path:
+    """The file of a recipe that is given by its name or by a path, which may also be relative to `folder`.
 
     Raises ConfigError that begins with `where`.
     """
-    for candidate in (Path(name), *([beside / name] if beside else []), FOLDER / f"{name}.yaml"):
-        if any(len(os.fsencode(part)) > LONGEST_NAME for part in candidate.parts) or "\0" in name:
-            raise ConfigError(f"{where}{name[:80]!r}…: a name of more than {LONGEST_NAME} bytes; no file has one")
-        if len(os.fsencode(candidate)) > LONGEST_PATH:
-            raise ConfigError(f"{where}{name[:80]!r}…: a path of more than {LONGEST_PATH} bytes; no file has one")
+    for candidate in (Path(name), *([folder / name] if folder else []), FOLDER / f"{name}.yaml"):
+        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in candidate.parts) or "\0" in name:
+            raise ConfigError(f"{where}{name[:80]!r}…: a name of more than {MAX_NAME_BYTES} bytes; no file has one")
+        if len(os.fsencode(candidate)) > MAX_PATH_BYTES:
+            raise ConfigError(f"{where}{name[:80]!r}…: a path of more than {MAX_PATH_BYTES} bytes; no file has one")
         if candidate.is_file():
             return candidate
         if candidate.is_dir() and (candidate / "recipe.yaml").is_file():  # a run folder stands for its recipe
@@ -158,7 +158,8 @@ def find(name: str, beside: Path | None = None, where: str = "") -> Path:
 
 
 def _read(path: Path, values: dict, origin: Origin, extending: tuple[Path, ...] = ()) -> None:
-    """Merge a recipe file into `values`, after the recipe that it extends. `extending`: the files that led to it."""
+    """Merge a recipe file into `values`, after the recipe that it extends. `extending`: the chain of recipes that extend
+    this one."""
     path = path.resolve()
     if path in extending:
         raise ConfigError(f"{path}: extends itself by way of {' → '.join(p.name for p in extending)}")
@@ -173,10 +174,10 @@ def _read(path: Path, values: dict, origin: Origin, extending: tuple[Path, ...] 
 
 
 def _drop_schedule_lengths(values: dict[str, Any], file_steps: Any, origin: Origin, prefix: str = "") -> None:
-    """Remove the `steps` of schedules that are equal to the number of steps of the file.
+    """Remove the length (`steps`) of each schedule that is as long as the run in the file, `file_steps`.
 
-    A stored recipe holds the length of every schedule. Without it, the schedules follow an override of the run's
-    length. A length that the command line has set is kept.
+    A stored recipe holds the length of every schedule. Without it, a schedule gets the new length of the run. A length
+    that the command line has set is kept.
     """
     for key, value in values.items():
         if isinstance(value, dict):
@@ -193,16 +194,16 @@ def resolve(recipe: Recipe) -> Recipe:
         if isinstance(section, Schedule):
             if vars(section)["steps"] is None:
                 section.steps = vars(recipe)["steps"]
-            # A length that nothing reads is no error, as the user has not written it.
+            # Make the length a default, so that it is no error if nothing reads it: the user has not written it.
             section._defaults = {**vars(section).get("_defaults", {}), "steps": section.steps}
     return recipe
 
 
 # ---------------------------------------------------------------- paths
 def expand_paths(value: Any, where: str, key: str = "") -> Any:
-    """Plain values in which a leading "~/" of a text is replaced by the home folder. Prompts are left as they are.
+    """Plain values in which "~/" at the beginning of a text is replaced by the home folder. Prompts are not changed.
 
-    Raises ConfigError for a text that is longer than any path, because every access to the disk would fail.
+    Raises ConfigError for a text that is longer than a path can be, because the operating system would refuse it.
     """
     if key == "eval.prompts":
         return value
@@ -218,13 +219,11 @@ def expand_paths(value: Any, where: str, key: str = "") -> Any:
 
 
 def _check_length(text: str, where: str) -> None:
-    """Raises ConfigError for a text that is too long for a path.
-
-    URLs are not checked. Nor are parts of a path with braces or wildcards, which may stand for shorter names.
-    """
+    """Raises ConfigError for a text that is too long for a path. Not checked are URLs, and parts of a path with braces or
+    wildcards, which may stand for shorter names."""
     parts = [part for part in text.split("/") if "://" not in text and not any(mark in part for mark in "{*?[")]
     longest, total = max((len(os.fsencode(part)) for part in parts), default=0), len(os.fsencode(text))
-    if longest > LONGEST_NAME or (parts and total > LONGEST_PATH):
+    if longest > MAX_NAME_BYTES or (parts and total > MAX_PATH_BYTES):
         raise _too_long(f"{where}{text[:80]!r}", total, longest)
 
 
@@ -237,7 +236,7 @@ def _run_folder(run: str) -> str:
         )
     out = yaml_values.expand_home(run, "run = ")
     longest, total = max((len(os.fsencode(part)) for part in out.split("/")), default=0), len(os.fsencode(out))
-    if "\0" in out or longest > LONGEST_NAME or total > LONGEST_PATH:
+    if "\0" in out or longest > MAX_NAME_BYTES or total > MAX_PATH_BYTES:
         raise _too_long(f"run = {run[:80]!r}", total, longest)
     return out
 

@@ -27,21 +27,21 @@ class Source(Section):
 
     shorthand = "shards"
     shards: list[str]  # folders, tars or globs, as in data.train
-    # weight of its samples in mixed steps, relative to the other datasets; null: its number of samples
+    # weight of this dataset in mixed steps, relative to the other datasets; null: its number of samples
     weight: float | None = None
-    # share of the steps whose batch comes from this dataset alone (DINOv3: 0.1 for ImageNet)
+    # share of the steps whose batch comes from this dataset only (DINOv3: 0.1 for ImageNet)
     homogeneous: float = 0.0
 
 
 @dataclass
 class Phase(Section):
-    """A change of the batch or of the weights from a step on; null keeps the former value. Each dataset continues where
-    it was."""
+    """A change of the batch or of the weights that starts at a step; null keeps the previous value. The position in each
+    dataset does not change."""
 
     step: int  # first step of the phase
-    batch: int | None = None  # global batch, as data.batch
-    weights: list[float] | None = None  # one weight for each dataset of data.mix
-    homogeneous: list[float] | None = None  # one share for each dataset of data.mix, as `homogeneous` there
+    batch: int | None = None  # replaces data.batch
+    weights: list[float] | None = None  # replaces `weight` in data.mix; one for each dataset
+    homogeneous: list[float] | None = None  # replaces `homogeneous` in data.mix; one for each dataset
 
 
 @dataclass
@@ -51,15 +51,15 @@ class Fetch(Section):
     shorthand = "cache"
     # a folder on a local disk that keeps fetched bytes for the next epoch and the next start; null: no cache
     cache: str | None = None
-    # size of that cache in GB; when it is full, the bytes that are needed again last are dropped first
+    # size of that cache in GB; when it is full, the bytes whose next use is furthest in the future are dropped first
     cache_gb: float = option(100.0, above=0)
-    # MB that are fetched ahead of their use, in addition to those that are kept for shuffling
+    # MB that are fetched before they are needed, in addition to those that are kept for shuffling
     ahead_mb: float = option(512.0, low=0)
-    requests: int = option(16, low=1)  # number of requests at the same time
+    requests: int = option(16, low=1)  # number of requests that are sent at the same time
     attempt_seconds: float = option(30.0, above=0)  # time limit of one request, in seconds
     retry_seconds: float = option(600.0, low=0)  # seconds without any answer after which the run ends
-    # seconds without a batch after which the stacks of all processes are written to stderr; with several processes at
-    # most half of the time that they wait for each other (`parallel.timeout`)
+    # seconds without a batch after which the stacks of all processes are written to standard error; with several
+    # processes at most half of `parallel.timeout`
     stall_seconds: float = option(120.0, above=0)
 
 
@@ -72,12 +72,12 @@ class Data(Section):
     # folders, tars or globs of WebDataset shards, local or any fsspec URL, read as one dataset; or local folders of
     # images
     train: list[str] = field(default_factory=list)
-    mix: list[Source] = field(default_factory=list)  # in place of `train`: several datasets with their weights
+    mix: list[Source] = field(default_factory=list)  # several datasets with their weights, instead of `train`
     # number of samples in a step, over all processes; auto, for decoders only: see pretrain/recipes/size_dial.py
     batch: Derived = option(256, low=1)
     # changes of batch or weights during the run; phases may be added to a run that has started
     phases: list[Phase] = field(default_factory=list)
-    shuffle: bool = True  # whether samples are shuffled; false: they come in the order of the shards
+    shuffle: bool = True  # whether samples are shuffled; false: the order of the shards
     # number of data worker processes for each training process; null: chosen from the number of cores
     workers: int | None = option(None, low=0)
     threads: int = option(1, low=1)  # number of threads of each data worker
@@ -97,7 +97,7 @@ class Data(Section):
     # text: number of tokens in a row, T; null: model.context, or 64 for captions
     length: int | None = option(None, low=1)
     tokenizer: str = ""  # captions: a tokenizer.json, or a folder that contains one; local or any URL
-    # text: split cuts rows from the concatenated documents; best_fit puts whole documents into rows where they fit
+    # text: split cuts the concatenated documents into rows; best_fit puts whole documents into rows where they fit
     packing: Literal["split", "best_fit"] = "split"
     document_mask: bool = True  # text: whether tokens attend to and predict tokens of their own document only
     # mean of the training pixels on a scale from 0 to 1, one for each of model.in_channels; the default is ImageNet's
@@ -125,8 +125,9 @@ class Optim(Section):
     momentum: float = only(0.95, "name", unless="adamw", low=0, below=1)  # momentum of muon and lars
     # trust coefficient of lars: the norm of an update relative to the norm of the weights, at a learning rate of 1
     trust: float = only(0.001, "name", "lars", above=0)
-    clip: float | None = option(None, above=0)  # largest norm of the whole gradient, to which it is scaled; null: none
-    # factor of the learning rate from one block to the one below it: block i of n has the rate × this^(n − i)
+    # the gradient is scaled down if the norm over all parameters exceeds this limit; null: no limit
+    clip: float | None = option(None, above=0)
+    # factor of the learning rate from one block to the one below it: that of block i of n is layer_decay^(n − i)
     layer_decay: float = option(1.0, above=0, high=1)
     # further factor of the learning rate of the patch embedding
     patch_embed_lr: float = option(1.0, low=0)
@@ -157,23 +158,23 @@ class Parallel(Section):
     # single: one process; ddp: a replica in each process; fsdp2: everything is sharded; zero1, zero2, zero3: the stages
     # of DeepSpeed
     mode: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
-    # fsdp2: number of groups of processes that each hold all shards among their members (HSDP)
+    # fsdp2: number of replicas of the model, each of which is sharded over a group of processes (HSDP)
     replicate: int = only(1, "mode", "fsdp2", low=1)
-    # fsdp2: whether a frozen teacher, which never changes, is sharded or whole in each process
+    # fsdp2: whether a frozen teacher, which never changes, is sharded, or replicated in each process
     frozen: Literal["sharded", "replicated"] = only("sharded", "mode", "fsdp2")
-    # which activations of transformer blocks are recomputed in the backward pass; selective: all but those of matrix
-    # products and attention
+    # which activations of transformer blocks are recomputed in the backward pass; selective: all except the results of
+    # matrix products and attention
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # whether each block is compiled with torch.compile
-    # what computes attention: sdpa is PyTorch's own, with one call for each size of crop and dense masks of documents and
-    # windows; the others, on CUDA only, take packed sizes and documents in one call; auto: the best that can be used
+    # implementation of attention: sdpa is PyTorch's, with one call for each size of crop, and dense masks for documents
+    # and windows; the others, on CUDA only, compute all sizes and documents in one call; auto: the best that is available
     attention: Literal["auto", "sdpa", "xformers", "varlen", "flex"] = "auto"
     # fsdp2: whether parameters, gradients and optimizer states are kept in host memory; zero: the optimizer states only
     offload: bool = only(False, "mode", "fsdp2", "zero1", "zero2", "zero3")
-    # seconds that a process waits for the others, after the first step; `data.fetch.retry_seconds` more if shards are
-    # remote; half an hour before the first step
+    # seconds that a process waits for the others after the first step, plus `data.fetch.retry_seconds` if shards are
+    # remote; before the first step it waits half an hour
     timeout: float = option(300.0, above=0)
-    # number of samples in one forward of a process; null: all of its samples at once, without gradient accumulation
+    # number of samples in one forward of a process; null: all samples at once, without gradient accumulation
     micro_batch: int | None = option(None, low=1)
     # allow gradient accumulation for an objective whose loss couples the samples of a batch; its loss then sees only
     # one micro-batch at a time
@@ -192,8 +193,8 @@ class Checkpoint(Section):
     # async: a checkpoint is copied to host memory and written while the training continues
     mode: Literal["sync", "async"] = "sync"
     folder: str = ""  # local, or any fsspec URL (s3://…) that all processes share; empty: RUN/checkpoints
-    # where a new run begins: latest (the newest checkpoint of this folder), none (at the first step), a step of this
-    # folder, or the path or URL of a checkpoint; the same command later continues from the run's own checkpoints
+    # where a new run begins: latest (the newest checkpoint in this folder), none (at the first step), a step in this
+    # folder, or the path or URL of a checkpoint; when the run has saved checkpoints, it resumes from the newest of them
     resume: int | str = "latest"
     # what the run does if a checkpoint cannot be written within `retry_seconds`
     on_error: Literal["stop", "continue"] = "stop"
@@ -207,7 +208,7 @@ class Skip(Section):
 
     shorthand = "most"
     most: int = option(10, low=1)  # largest number of skipped steps in a row; one more ends the run with a report
-    # skip also a step whose loss is so many standard deviations above the mean of the last 128 losses; null: never
+    # also skip a step whose loss is more than this number of standard deviations above the mean of the last 128 losses
     sigma: float | None = None
 
 
@@ -225,13 +226,14 @@ class Log(Section):
     """What is logged while the run trains."""
 
     shorthand = "every"
-    # number of steps between two writes, each of which waits for the device; the log has a row for every step all the
-    # same
+    # number of steps between two writes, each of which waits for the device; the log has a row for every step in any
+    # case
     every: int = option(10, low=1)
     flops: bool = True  # log model FLOP/s and MFU; this traces one step at the start
-    # text: number of steps between two computations of the loss on eval.val, and one after the last step; 0: none
+    # text: number of steps between two computations of the loss on eval.val, which is also computed after the last step;
+    # 0: never
     val_every: int = 100
-    val_batches: int = 4  # number of batches for that loss, of the size of the global batch; always the same rows
+    val_batches: int = 4  # number of global batches for that loss; always the same rows
 
 
 @dataclass
@@ -244,7 +246,7 @@ class Eval(Section):
     val: list[str] = field(default_factory=list)  # labelled shards on which every export is scored
     # labelled shards on which the first and the last export are scored at the end
     test: list[str] = field(default_factory=list)
-    test_gallery: list[str] = field(default_factory=list)  # gallery for `test`; empty: as `gallery`
+    test_gallery: list[str] = field(default_factory=list)  # gallery for `test`; empty: `gallery`
     periodic: list[str] = field(default_factory=lambda: ["knn"])  # protocols for every export, on val
     # protocols for the first and the last export, on test
     final: list[str] = field(default_factory=lambda: ["knn", "linear"])

@@ -1,10 +1,10 @@
-"""The size dial of decoders: if a recipe says `auto` for its steps, its batch or its learning rate, the value follows
-from `model.depth`.
+"""The size dial of decoders: `auto` for the steps, the batch or the learning rate of a recipe is replaced by a value that
+is computed from `model.depth`.
 
     width = 64 · depth, in heads of 64 (pretrain/models/presets.py)
-    N = number of weights of all matrices and the head
-    D = 12 · N, the tokens of the run (nanochat; Chinchilla's ratio of 20 counts embeddings as well)
-    C = 6 · N · D, the FLOPs of the run
+    N = number of weights in all matrices and the head, without embeddings
+    D = 12 · N, the number of tokens of the run (nanochat; Chinchilla's ratio of 20 also counts embeddings)
+    C = 6 · N · D, the number of FLOPs of the run
     batch = 0.2920 · C^0.3271 tokens, rounded to a power of 2
     lr = 0.3118 · C^-0.1250
 
@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 
 from common import config
-from common.config import ConfigError, Section
+from common.config import Section
+from common.errors import ConfigError
 from common.schedules import Schedule
 from pretrain.models.presets import Decoder, decoder_sizes
 
@@ -26,14 +27,14 @@ TOKENS_PER_WEIGHT = 12
 
 
 def weights(cfg: Decoder) -> int:
-    """N, the number of weights that each token is multiplied with."""
+    """N, the number of weights by which each token is multiplied."""
     dim, heads, kv_heads, head_dim, width = decoder_sizes(cfg)
     attention = dim * head_dim * (2 * heads + 2 * kv_heads)
     return cfg.depth * (attention + (3 if cfg.mlp == "swiglu" else 2) * dim * width) + dim * cfg.vocab_size
 
 
 def budget(cfg: Decoder) -> tuple[int, int, float]:
-    """(tokens of the run, tokens of a step, learning rate)."""
+    """(number of tokens of the run, number of tokens of a step, learning rate)."""
     n = weights(cfg)
     tokens = TOKENS_PER_WEIGHT * n
     compute = 6.0 * n * tokens

@@ -88,7 +88,7 @@ def check_data(recipe: Recipe) -> None:
     """Raises UserError for a recipe without training data, with both `data.train` and `data.mix`, or with a secret,
     which would be stored in recipe.yaml."""
     for key, value in yaml_values.leaves(config.to_dict(recipe)):
-        if not key.startswith("eval.prompts") and (reason := output.secret(str(value))):
+        if not key.startswith("eval.prompts") and (reason := output.secrets_error(str(value))):
             raise UserError(f"{key} = {value}: {reason}")
     if not recipe.data.train and not recipe.data.mix:
         raise UserError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import config, output, yaml_values
+from common import build_config, config, output, yaml_values
 from common.schedules import Schedule
 from pretrain.recipes import defaults
 from pretrain.recipes.recipe import Recipe
@@ -55,7 +55,7 @@ def changes_of_trained_steps(old: Recipe, new: Recipe, store: Store) -> list[str
     trained. Phases of the data, schedules and the number of steps may differ in later steps. `store` holds the run's
     checkpoints."""
     # without user names and secrets in URLs, which do not change the data
-    before, after = (yaml_values.each_text(config.to_dict(recipe), output.bare) for recipe in (old, new))
+    before, after = (yaml_values.each_text(config.to_dict(recipe), output.drop_secrets) for recipe in (old, new))
     _ignore_unused_datasets(before, after)
     if not after["parallel"]["accumulate_coupled"]:  # otherwise the loss depends on the size of the micro-batches
         before["parallel"] = after["parallel"]
@@ -120,6 +120,6 @@ def _agree(old: dict[str, Any], new: dict[str, Any], steps: int) -> bool:
     """Whether two schedules have the same values in the first `steps` steps; not known for values that are "auto"."""
     if defaults.AUTO in (old["value"], old["warmup"], new["value"], new["warmup"]):
         return False
-    old_schedule, new_schedule = (config.build(Schedule, values, {}) for values in (old, new))
+    old_schedule, new_schedule = (build_config.build(Schedule, values, {}) for values in (old, new))
     compared = {*range(0, steps, max(1, steps // COMPARED_STEPS)), max(0, steps - 1)}
     return all(old_schedule(step) == new_schedule(step) for step in compared)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain import contract
 from pretrain.build import build_objective, build_stream, open_samples, placed
 from pretrain.checkpoint.open_store import complete_checkpoints
@@ -51,7 +51,7 @@ def test_it_owes_nothing(name: str, shards: Path):
     syncs."""
     sizes = contract.tiny(name, lambda kind: folder_of(kind, shards))
     for check in set(contract.CHECKS) - {contract.nothing_waits_for_the_device}:
-        assert list(check(contract.case(name, sizes[0]))) == []
+        assert list(check(contract.build_case(name, sizes[0]))) == []
     assert list(contract.options_are_read(name, sizes)) == []
     assert "arXiv" in finder.purpose(name)
     light, _ = finder.config_class(name)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import ConfigError
-from common.errors import Absent, Damaged, DataError
+from common.errors import Absent, ConfigError, Damaged, DataError
 from data_pipeline.build.build_shards import build
 from data_pipeline.parts.caption import Caption, token_row
 from data_pipeline.parts.image import Image

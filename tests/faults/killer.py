@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from common.errors import command
+from common.errors import run_main
 from pretrain.checkpoint.disk_store import DiskStore
 from pretrain.train import main
 
@@ -53,4 +53,4 @@ def run(arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == rank:
         arm(phase.rstrip("+"), phase.endswith("+"), int(count))
     sys.argv[1:] = arguments
-    return command(main)
+    return run_main(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common import config
+from common import build_config, config
 from common.errors import UserError
 from launch import clusters, node_check, slurm, slurm_client, snapshot, supervisor
 from launch.clusters import Cluster
@@ -264,4 +264,4 @@ def test_the_end_of_a_file(tmp_path: Path):
 
 def test_a_profile_survives_the_way_to_the_job(profiles: Path):
     cluster = clusters.find("large")
-    assert config.to_dict(config.build(Cluster, config.to_dict(cluster), {})) == config.to_dict(cluster)
+    assert config.to_dict(build_config.build(Cluster, config.to_dict(cluster), {})) == config.to_dict(cluster)

@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from common import config
-from common.config import ConfigError
-from common.errors import DataError, UserError
+from common.errors import ConfigError, DataError, UserError
 from data_pipeline.shards import index
 from eval.run import evaluate
 from launch.preview import GAP, TILE, preview

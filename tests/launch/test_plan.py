@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from pretrain.build import build_objective
 from pretrain.estimate import plan, trace
 from pretrain.models.layers import Block

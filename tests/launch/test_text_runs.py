@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import ConfigError
-from common.errors import DataError, UserError
+from common.errors import ConfigError, DataError, UserError
 from common.progress import Progress
 from data_pipeline.build import demo_text
 from data_pipeline.parts.part import About

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.config import ConfigError
+from common.errors import ConfigError
 from launch.local import environments, wait
 from pretrain.build import build_objective
 from pretrain.estimate import hardware, plan

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from common import config
-from common.config import ConfigError
+from common.errors import ConfigError
 from launch.local import environments, wait
 from pretrain import train as training
 from pretrain.parallel import processes, timeouts

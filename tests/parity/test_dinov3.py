@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import ConfigError
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from common.schedules import Schedule
 from data_pipeline.views.augmentations import Augment
 from data_pipeline.views.multicrop import _augments, multicrop, pick

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import ConfigError
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from pretrain.build import build_objective, build_stream, open_samples, placed
 from pretrain.interchange import export
 from pretrain.interchange.export import load as load_export
@@ -21,7 +20,7 @@ from pretrain.interchange.weight_sources import model_config
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.ops.align import align_map, standardise
-from pretrain.ops.randomness import own_randomness
+from pretrain.ops.randomness import named_generator
 from pretrain.ops.relations import relation_loss
 from pretrain.train import train
 from tests.conftest import tiny_recipe, variants
@@ -81,12 +80,12 @@ def test_relations():
         assert relation_loss(z.float(), z.float(), 0.1).dtype == torch.float32
 
 
-def test_own_randomness():
+def test_named_generator():
     def draws(names: list[str]) -> dict[str, float]:
         torch.manual_seed(5)
         out = {}
         for name in names:
-            with own_randomness(name):
+            with named_generator(name):
                 out[name] = torch.rand(()).item()
         out["after"] = torch.rand(()).item()
         return out

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.config import ConfigError
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from pretrain.interchange import export, export_formats, weights
 from pretrain.interchange.layouts import transformers_text
 from pretrain.interchange.weight_sources import find_source, model_config

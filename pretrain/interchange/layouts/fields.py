@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.untrusted import loads, read_text, schema_error, shown
+from common.untrusted import loads, read_text, schema_error, short_repr
 
 # Whole numbers of 1 or more.
 SIZES = (
@@ -72,5 +72,5 @@ def _too_small(fields: dict[str, Any]) -> str:
     """Part of an error message about the first size that is not 1 or more; "" if there is none."""
     for name in (*SIZES, *NULLABLE_SIZES):
         if fields.get(name) is not None and fields[name] < 1:
-            return f"{name} is {shown(fields[name])}, not 1 or more"
+            return f"{name} is {short_repr(fields[name])}, not 1 or more"
     return ""
