@@ -191,7 +191,7 @@ def test_work_is_dealt_evenly_and_stacked_by_shape(monkeypatch: pytest.MonkeyPat
     dealt = deal([3.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0], 4)
     assert sorted(i for own in dealt for i in own) == list(range(7))
     assert max(sum([3.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0][i] for i in own) for own in dealt) == 3.0
-    monkeypatch.setattr(matrix_exchange, "MAX_STACKED", 200)
+    monkeypatch.setattr(matrix_exchange, "MAX_STACK_ELEMENTS", 200)
     kinds, sizes = [("a",), ("b",), ("a",), ("a",)], [100, 300, 100, 100]
     assert rounds_of([[0, 1, 2, 3], []], kinds, sizes) == [[[0, 2], []], [[3], []], [[1], []]]
 

@@ -1,4 +1,5 @@
-"""Which options of two model configs must be equal for weights of the one to give the same features in the other."""
+"""Compare two model configs in the options that must be equal, so that weights of one model give the same features in the
+other."""
 
 from __future__ import annotations
 
@@ -27,31 +28,31 @@ def incompatible_options(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
     of one class."""
     compared = (*SHAPE_OPTIONS, *COMPUTATION_OPTIONS)
     here, there = _effective_options(ours), _effective_options(theirs)
-    unlike = {k for k in compared if k in here and here[k] != there[k]}
+    differing = {k for k in compared if k in here and here[k] != there[k]}
     if here.get("positions") != "rope":
-        unlike.discard("rope_base")
+        differing.discard("rope_base")
     if here.get("rope_factor") == there.get("rope_factor") == 1:
-        unlike -= {*ROPE_SCALING_OPTIONS}
+        differing -= {*ROPE_SCALING_OPTIONS}
     if {here.get("positions"), there.get("positions")} == {"learned", "sincos"}:
-        unlike.discard("positions")
-    if here.get("layer_scale") is not None:  # no error: the source's layer scales are loaded, or ones if it has none
-        unlike.discard("layer_scale")
-    return {f"model.{k}": (here[k], there[k]) for k in compared if k in unlike}
+        differing.discard("positions")
+    if here.get("layer_scale") is not None:  # allowed: the source's layer scales are loaded, or ones if it has none
+        differing.discard("layer_scale")
+    return {f"model.{k}": (here[k], there[k]) for k in compared if k in differing}
 
 
-def describe_differences(unlike: dict[str, tuple[Any, Any]]) -> str:
+def describe_differences(differing: dict[str, tuple[Any, Any]]) -> str:
     """Part of an error message: the options that differ, {key: (value here, value of the source)}, and the overrides
     that set them to the source's values."""
-    differences = ", ".join(f"{k} is {here!r} here and {there!r} there" for k, (here, there) in unlike.items())
+    differences = ", ".join(f"{k} is {here!r} here and {there!r} there" for k, (here, there) in differing.items())
     overrides = " ".join(
-        f"{k}={v if isinstance(v, str) else json.dumps(v).replace(' ', '')}" for k, (_, v) in unlike.items()
+        f"{k}={v if isinstance(v, str) else json.dumps(v).replace(' ', '')}" for k, (_, v) in differing.items()
     )
     return f"{differences}; write {overrides}"
 
 
 def _effective_options(cfg: Any) -> dict[str, Any]:
-    """The values of a config for a comparison: "auto" values are resolved, and options without effect on this model are
-    emptied."""
+    """The values of a config for a comparison: "auto" values are resolved, and options that have no effect on this model
+    are set to None or []."""
     options = dict(vars(cfg))
     if isinstance(cfg, presets.Decoder):
         dim, heads, kv_heads, head_dim, width = presets.decoder_sizes(cfg)
@@ -63,6 +64,6 @@ def _effective_options(cfg: Any) -> dict[str, Any]:
     elif isinstance(cfg, presets.EncoderDecoder):
         options |= {"decoder_depth": cfg.decoder_depth or cfg.depth, "context": None}
     elif isinstance(cfg, presets.ViT):
-        # from the integer width that the MLP really has
+        # the ratio for the integer width that the MLP has
         options["mlp_ratio"] = int(cfg.dim * cfg.mlp_ratio + 1e-6) / cfg.dim
     return options

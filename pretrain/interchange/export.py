@@ -1,8 +1,8 @@
-"""Writes exports: folders of config.json and model.safetensors, with a tokenizer for text models, that
-`transformers.AutoModel.from_pretrained` and `load` open.
+"""Writes exports: folders with config.json, model.safetensors and, for text models, a tokenizer.
+`transformers.AutoModel.from_pretrained` and `load` open them.
 
-Which class of transformers a backbone becomes, and the names of its tensors, are in
-`pretrain/interchange/layouts/transformers.py`. The key `unlabeled` of config.json holds what `load` needs.
+`pretrain/interchange/layouts/transformers.py` determines the class of transformers for a backbone, and the names of its
+tensors. The key `unlabeled` of config.json holds what `load` needs in addition.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def write(
     state: State | None = None,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write an encoder as a folder, atomically, and read it back to check that its weights are the same.
+    """Write an encoder as a folder, atomically, and read it again to check that its weights are the same.
 
-    `about`: further facts for the key `unlabeled` of config.json. `mean`, `std`: the normalisation of the pixels that it
-    was trained on. `state`: weights to write in place of its own. `tokenizer`: the tokenizer.json of a text model.
+    `about`: further entries for the key `unlabeled` of config.json. `mean`, `std`: the normalisation of the pixels in
+    training. `state`: weights to write instead of those of `encoder`. `tokenizer`: the tokenizer.json of a text model.
     """
     cfg: Any = encoder.cfg
-    left_out = [name for name in encoder.training_only if vars(cfg)[name]]  # parts that only training uses
+    left_out = [name for name in encoder.training_only if vars(cfg)[name]]  # sub-modules that only training uses
     cfg = cfg.replace(**dict.fromkeys(left_out, False)) if left_out else cfg
     state = encoder.state_dict() if state is None else state
     state = {k: v.detach().cpu() for k, v in state.items() if k.partition(".")[0] not in left_out}
@@ -58,7 +58,7 @@ def write(
     )
     if cfg.reads == "tokens" and tokenizer is not None:
         fields |= tokenizers.write(partial, Path(tokenizer), encoder.context, not cfg.causal)
-        if "decoder_start_token_id" in fields:  # T5 begins with padding
+        if "decoder_start_token_id" in fields:  # the decoder of T5 begins with the padding token
             fields["decoder_start_token_id"] = fields.get("pad_token_id", 0)
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
     if cfg.reads == "image":
@@ -71,7 +71,7 @@ def write(
     if not folder.is_dir():
         partial.rename(folder)
         return
-    # config.json, which makes the folder an export, comes last; files of others in the folder stay
+    # config.json is moved last, because it makes the folder an export. Other files in the folder are kept.
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(folder / path.name)
     partial.rmdir()
@@ -114,8 +114,8 @@ def save(
     folders, `folder` first.
 
     `states`: the encoders' full weights on the host, if an engine has sharded them (`Engine.encoder_states`).
-    `tokenizer`: as for `write`. `run`: the run whose recipe, data and scores the model card shows, if the folder is
-    outside of it.
+    `tokenizer`: as for `write`. `run`: the run whose recipe, data and scores the model card lists; needed if `folder` is
+    outside the run folder.
     """
     targets, exported = folders(folder, objective), objective.exports()
     for name, target in targets.items():
@@ -145,6 +145,6 @@ def holds(folder: Path, encoder: Backbone, step: int) -> bool:
 
 
 def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:
-    """(the encoder in eval mode, facts on it: mean, std, pool, step, objective) of an export, or of any other source that
+    """(encoder in eval mode, {"mean", "std", "pool", "step", "objective"}) of an export, or of any other source that
     `weights.load_backbone` reads."""
     return weights.load_backbone(folder)

@@ -1,5 +1,5 @@
-"""Writes an export in further formats: timm's, the official layout, torch.export and ONNX. Each is opened again, and its
-outputs are compared with ours, before it counts as written.
+"""Writes an export in further formats: timm's, the official layout, torch.export and ONNX. Each is opened again and its
+outputs are compared with ours, before its files are moved to their place.
 
 transformers  FOLDER itself        opened by AutoModel.from_pretrained(FOLDER); the only format of text models
 timm          FOLDER/timm/         opened by timm.create_model("local-dir:FOLDER/timm", pretrained=True); for a network of
@@ -31,9 +31,9 @@ from pretrain.models.layers import Backbone
 from pretrain.models.text_layers import TextBackbone
 from pretrain.run_folder.written_files import EXPORT_FORMAT_FILES, delete_folder, make_empty_folder
 
-MAX_ERROR_LENGTH = 200  # characters of another library's error that ours quotes
-# The largest allowed difference of features, as a share of the largest one. Other libraries have other kernels, and timm
-# has its own epsilon in norms.
+MAX_ERROR_LENGTH = 200  # characters of another library's error message that are quoted
+# Largest allowed difference of features, relative to the largest feature. Other libraries have other kernels, and timm has
+# another epsilon in its norms.
 TOLERANCE = 1e-3
 Outputs = tuple[Tensor, Tensor | None]  # cls [B, D]; tokens [B, N, D], or None if the format has none
 
@@ -58,12 +58,12 @@ def check(formats: list[str]) -> None:
 
 
 def release(folder: Path, formats: list[str], say: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Write an export in further formats. Returns a line for each that says how far its outputs are from ours; `say` gets
-    each line as soon as it is known.
+    """Write an export in further formats. Returns a line for each format, with the difference of its outputs from ours;
+    `say` is called with each line at once.
 
-    A format is written to FOLDER/.FORMAT.partial and moved to its place once it has been compared. If one cannot be
-    written, or differs, nothing of it is left, its files from before stay, and the other formats are written. At the end
-    this raises Failed, with a line for each that has failed.
+    A format is written to FOLDER/.FORMAT.partial, and moved to its place after the comparison. If a format cannot be
+    written, or its outputs differ, its new files are deleted, earlier files of this format are kept, and the next formats
+    are written. Finally Failed is raised, with a line for each format that has failed.
     """
     check(formats)
     encoder, about = weights.load_backbone(folder)
@@ -93,7 +93,7 @@ def release(folder: Path, formats: list[str], say: Callable[[str], None] = lambd
 
 
 class Failed(UserError):
-    """Formats that could not be written, a line for each."""
+    """Some formats could not be written; `lines` has a line for each of them."""
 
     def __init__(self, lines: list[str]):
         super().__init__("; ".join(lines))
@@ -101,7 +101,7 @@ class Failed(UserError):
 
 
 def _write_format(folder: Path, partial: Path, encoder: Backbone, about: dict, name: str) -> str:
-    """Write a backbone for images in one format, compare it, and move it to its place. Returns a line about it."""
+    """Write an image backbone in one format, compare its outputs, and move it to its place. Returns the line about it."""
     size = encoder.image_size
     images = torch.randn(2, encoder.cfg.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -122,7 +122,7 @@ def _write_format(folder: Path, partial: Path, encoder: Backbone, about: dict, n
 
 
 def _move_to_place(folder: Path, partial: Path, name: str) -> None:
-    """Move a format's files to their place. Other files in a folder there stay."""
+    """Move a format's files to their place. Other files there are kept."""
     for file in EXPORT_FORMAT_FILES[name]:
         if (partial / file).exists():
             (folder / file).parent.mkdir(exist_ok=True)
@@ -130,7 +130,7 @@ def _move_to_place(folder: Path, partial: Path, name: str) -> None:
 
 
 def opened_by(folder: Path) -> tuple[str, str]:
-    """(the format that an exported folder itself has, or "" if only this program opens it; how to open it)."""
+    """(format of an exported folder, or "" if only this program can open it; a sentence on how to open it)."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     if kind == "timm_wrapper":
         return "timm", f"open it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
@@ -146,8 +146,8 @@ def opened_by(folder: Path) -> tuple[str, str]:
 
 
 def _compare_text_model(folder: Path, model: Any, name: str) -> str:
-    """Compare a text model's logits with those of transformers' class for the folder. Returns a line about it. Raises
-    UserError if there is no such class."""
+    """Compare a text model's logits with those of the class of transformers that opens the folder. Returns a line about
+    the difference. Raises UserError if there is no such class."""
     if name != "transformers":
         raise UserError(f"{name!r}: text models have no such export format; {folder} itself is for transformers")
     kind, unsupported = transformers_text.kind_of(model.cfg)
@@ -236,12 +236,13 @@ def _official(
     target = partial / "official.pth"
     torch.save({k: v.contiguous() for k, v in official.write(encoder.cfg, encoder.state_dict()).items()}, target)
     again, _ = weights.load_backbone(target)
-    own, assumed = ({m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} for model in (encoder, again))
+    # The format does not store the eps of the norms.
+    eps, assumed = (next(m.eps for m in net.modules() if isinstance(m, nn.LayerNorm)) for net in (encoder, again))
     for module in again.modules():
         if isinstance(module, nn.LayerNorm):
-            module.eps = next(iter(own))
-    note = f" (does not store the norms' eps, {next(iter(own)):g}; its readers assume {next(iter(assumed)):g})"
-    return f"{folder / target.name}{'' if own == assumed else note}", PlainOutputs(again)(images)
+            module.eps = eps
+    note = f" (does not store the norms' eps, {eps:g}; its readers assume {assumed:g})"
+    return f"{folder / target.name}{'' if eps == assumed else note}", PlainOutputs(again)(images)
 
 
 def _torch(folder: Path, partial: Path, encoder: Backbone, about: dict, images: Tensor) -> tuple[str, Outputs | None]:
@@ -249,7 +250,7 @@ def _torch(folder: Path, partial: Path, encoder: Backbone, about: dict, images: 
     exported = torch.export.export(PlainOutputs(encoder).eval(), (images,), dynamic_shapes={"images": {0: batch}})
     torch.export.save(exported, target)
     model = torch.export.load(target).module()
-    model(images[:1])  # another batch size than that of the trace must work
+    model(images[:1])  # the exported model must also accept other batch sizes than that of the trace
     return str(folder / target.name), model(images)
 
 

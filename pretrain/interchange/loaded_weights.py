@@ -1,5 +1,5 @@
-"""Records which weights were loaded into a run's networks, to report them; and switches loading off for networks that
-need none."""
+"""Record which weights were loaded into the networks of a run, for the log; and switch loading off for networks that need
+no weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LoadedWeights:
     source: Any  # a `weight_sources.Source`
     target: str  # what they were loaded into
     tensors: int  # number of tensors
-    numbers: int  # number of elements of these tensors
+    numbers: int  # number of elements in these tensors
 
 
 @contextlib.contextmanager
@@ -41,8 +41,8 @@ def record(source: Any, target: str, tensors: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def skip_loading() -> Iterator[None]:
-    """Context in which `weights.load_into` does nothing, for models whose weights are loaded from a checkpoint
-    afterwards, or that never compute anything."""
+    """Context in which `weights.load_into` does nothing: for models whose weights will be loaded from a checkpoint, or
+    that never compute anything."""
     global _loading
     outer, _loading = _loading, False
     try:
@@ -57,8 +57,8 @@ def is_loading() -> bool:
 
 
 def report_loaded(records: list[LoadedWeights], mean: list[float], std: list[float]) -> list[str]:
-    """The log lines about loaded weights, each once. A warning follows for each source that was trained with another
-    normalisation of pixels than `mean` and `std`, which are those of this run."""
+    """The log lines about loaded weights, without repetitions, each followed by a warning if the source was trained with
+    another normalisation of pixels than `mean` and `std` of this run."""
     lines = []
     for record in records:
         source = record.source
@@ -76,11 +76,11 @@ def _normalisation_warning(source: Any, mean: list[float], std: list[float]) -> 
     """One line if a source's mean or std differs from this run's, else none."""
     theirs = {key: source.about[key] for key in ("mean", "std")}
     ours = {"mean": mean, "std": std}
-    unlike = [key for key in ours if any(abs(a - b) > 1e-3 for a, b in zip(theirs[key], ours[key], strict=False))]
-    if not unlike:
+    differing = [key for key in ours if any(abs(a - b) > 1e-3 for a, b in zip(theirs[key], ours[key], strict=False))]
+    if not differing:
         return []
     stated = " and ".join(f"{key} {_without_spaces(values)}" for key, values in theirs.items())
-    options = " ".join(f"data.{key}={_without_spaces(theirs[key])}" for key in unlike)
+    options = " ".join(f"data.{key}={_without_spaces(theirs[key])}" for key in differing)
     return [
         f"{source.where}: was trained on pixels with {stated}, which is not the normalisation of this run, so that its"
         f" features here differ from its own; write {options}"

@@ -119,14 +119,13 @@ def _data(run: Path) -> list[str]:
 
     lines = ["## Data", ""]
     for path in sorted((run / "data").glob("[0-9]*.json")):
-        held = parse_manifest(path.read_bytes(), str(run / "data"), str(path))
-        what = f"{held.samples} samples"
-        if text := held.details.get("text"):
-            what = f"{text['documents']:,} documents, " if "documents" in text else ""
-            what += f"{text['tokens']:,} tokens" + (
-                f", {text['bytes'] / 1e6:,.1f} MB of text" if "bytes" in text else ""
-            )
-        lines.append(f"- {what} in {len(held.names)} shards, fingerprint `{held.id}`")
+        manifest = parse_manifest(path.read_bytes(), str(run / "data"), str(path))
+        amount = f"{manifest.samples} samples"
+        if text := manifest.details.get("text"):
+            amount = f"{text['documents']:,} documents, " if "documents" in text else ""
+            amount += f"{text['tokens']:,} tokens"
+            amount += f", {text['bytes'] / 1e6:,.1f} MB of text" if "bytes" in text else ""
+        lines.append(f"- {amount} in {len(manifest.names)} shards, fingerprint `{manifest.id}`")
     return [*lines, ""] if len(lines) > 2 else []
 
 
@@ -136,8 +135,11 @@ def _recipe(run: Path) -> list[str]:
         raise UserError(f"{run}/recipe.yaml: is not the resolved recipe of a run ({wrong})")
     steps, batch = recipe["steps"], recipe["data"]["batch"]
     text = printable((run / "recipe.yaml").read_text().strip(), keep="\n\t")
-    what = f"{steps} steps of {batch} samples, {recipe['precision']}."
+    summary = f"{steps} steps of {batch} samples, {recipe['precision']}."
     if "context" in recipe["model"]:
         length = recipe["data"]["length"] or recipe["model"]["context"]
-        what = f"{steps} steps of {batch} rows of {length} tokens, {steps * batch * length:,} tokens in all, {recipe['precision']}."
-    return ["## Recipe", "", what, "", "```yaml", text, "```"]
+        summary = (
+            f"{steps} steps of {batch} rows of {length} tokens, {steps * batch * length:,} tokens in all,"
+            f" {recipe['precision']}."
+        )
+    return ["## Recipe", "", summary, "", "```yaml", text, "```"]

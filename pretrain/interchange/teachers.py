@@ -20,8 +20,8 @@ from pretrain.models.layers import Backbone
 
 
 def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, bool]]:
-    """{name: arguments of its `PrototypeHead`} of the heads that the teacher in a checkpoint has. Raises UserError if it
-    has none, or if `where` is not a checkpoint."""
+    """{name of a head: arguments of `PrototypeHead`} for the heads of the teacher in a checkpoint. Raises UserError if it
+    lacks one, or if `where` is not a checkpoint."""
     shapes = checkpoint_tensors(where)[1] if find_source(where).layout == "checkpoint" else {}
     objective = checkpoint_recipe(where)["objective"] if shapes else {}
     unit_prototypes = bool(objective.get("unit_prototypes", True))
@@ -38,13 +38,14 @@ def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, bool]]:
 
 
 def checkpoint_recipe(where: str) -> dict[str, Any]:
-    """The recipe of the run that has written a checkpoint, as plain values."""
+    """The recipe of the run that wrote a checkpoint, as plain values."""
     store, name = locate(where)
     return store.run_json(name)["recipe"]
 
 
 def load_teacher(teacher: torch.nn.ModuleDict, where: str) -> None:
-    """Load the teacher's "backbone" from any source, and its heads, if it has some, from a checkpoint."""
+    """Load the weights of the teacher's "backbone" from any source and, if the teacher has heads, those of the heads from
+    the same source, which must be a checkpoint."""
     load_into(teacher["backbone"], where)  # type: ignore[arg-type]
     heads = [name for name in teacher if name != "backbone"]
     if not heads or not is_loading():
@@ -58,25 +59,25 @@ def load_teacher(teacher: torch.nn.ModuleDict, where: str) -> None:
 
 
 def build_like(where: str) -> Backbone:
-    """A backbone with the config of the one in a source, with random weights."""
+    """A backbone with random weights and the config of the backbone in a source."""
     return build_model(find_source(where).cfg)
 
 
 def patch_size_of(where: str) -> int:
-    """Pixels per token along one side, of the backbone in a source."""
+    """The number of pixels per token along one side, for the backbone in a source."""
     with torch.device("meta"):
         return build_like(where).patch_size
 
 
 def patch_sizes_of(specs: list[str]) -> list[int]:
-    """Pixels per token along one side, of each student that `student_builders` builds."""
+    """The number of pixels per token along one side, for each student that `student_builders` builds."""
     with torch.device("meta"):
         return [build().patch_size for build in student_builders(specs).values()]
 
 
 def student_builders(specs: list[str]) -> dict[str, Callable[[], Backbone]]:
-    """{name: builder} of students given as "NAME" or "NAME option=value …". If several have one name, the later ones are
-    numbered."""
+    """{name: builder} of students that are given as "NAME" or "NAME option=value …". If several students have the same
+    name, the second is called NAME-2, and so on."""
     builders: dict[str, Callable[[], Backbone]] = {}
     for spec in specs:
         name, *options = spec.split()

@@ -29,7 +29,7 @@ from pretrain.models.layers import Backbone
 from pretrain.models.positions import resize_table
 from pretrain.objectives.base import Objective
 
-MAX_SHOWN = 20  # tensors in an error message
+MAX_NAMED_TENSORS = 20  # in an error message
 
 
 # ---------------------------------------------------------------- a backbone
@@ -56,20 +56,20 @@ def tensors_of(source: str | Path) -> State:
 
 def load_into(backbone: Backbone, source: str | Path) -> None:
     """Load a source's weights into a backbone, which then computes exactly the same features at the source's image
-    size. Does nothing inside of `skip_loading`.
+    size. Does nothing inside `skip_loading`.
 
-    Raises UserError otherwise; it names the options that differ, or the tensors that are missing, unexpected or of
-    another shape. Only these differences are allowed: a mask token that only one side has (the backbone keeps its own),
-    a separate norm for local crops (a missing one is copied from the common norm), layer scales (missing ones are set
-    to 1), zero biases of attention keys, and the size of a position table (it is resized).
+    Raises UserError if the two do not fit; it names the options that differ, or the tensors that are missing, unexpected
+    or of another shape. Only these differences are allowed: a mask token that only one side has (the backbone keeps its
+    own), a separate norm for local crops (a missing one is copied from the common norm), layer scales (missing ones are
+    set to 1), zero biases of attention keys, and the size of a position table (it is resized).
     """
     if is_loading():
         _load(backbone, find_source(source), f"model.name = {backbone.cfg.name}")
 
 
 def _load(backbone: Backbone, source: Source, origin: str) -> None:
-    """Load a source's weights into a backbone, see `load_into`. `origin` names in an error message what the backbone
-    was built from."""
+    """Load a source's weights into a backbone, see `load_into`. `origin`: the name, for an error message, of the config
+    from which the backbone was built."""
     state = _fitting_tensors(backbone.state_dict(), backbone.cfg, source, origin)
     backbone.load_state_dict(state)
     record(source, f"the backbone {source.cfg.name}", state)
@@ -84,8 +84,8 @@ def _fitting_tensors(own: State, cfg: Any, source: Source, origin: str) -> State
             f"{source.where}: holds a {theirs}, but model.name = {cfg.name} is a {ours}; write"
             f" model={source.cfg.name} (a further message names the options that it needs)"
         )
-    if unlike := incompatible_options(cfg, source.cfg):
-        raise UserError(f"{source.where}: is another model: {describe_differences(unlike)}")
+    if differing := incompatible_options(cfg, source.cfg):
+        raise UserError(f"{source.where}: is another model: {describe_differences(differing)}")
     state = _adapt(source.state_dict(), cfg, source.cfg, own)
     problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     problems += [
@@ -175,19 +175,19 @@ def _why_no_fit(objective: Objective, where: str, stored: dict[str, tuple[int, .
             f"is a run of {theirs['name']}, and this one is of {ours.get('name')}; to load its backbone alone, write"
             f" init.backbone={where} in place of init.run. "
         )
-    unlike = incompatible_options(objective.encoder().cfg, checkpoint_source(where).cfg)
+    differing = incompatible_options(objective.encoder().cfg, checkpoint_source(where).cfg)
     own = {k: tuple(v.shape) for k, v in objective.state_dict().items()}
-    # An integer option of the objective is named if its value is, on both sides, a dimension of a tensor that does not
+    # Also name the integer options of the objective whose values are, on both sides, dimensions of tensors that do not
     # fit.
     sizes_here = {n for k, shape in own.items() if stored.get(k) != shape for n in shape}
     sizes_there = {n for k, shape in stored.items() if own.get(k) != shape for n in shape}
     for k, v in theirs.items():
         if type(v) is int and v in sizes_there and ours.get(k) in sizes_here and ours[k] != v:
-            unlike[f"objective.{k}"] = (ours[k], v)
-    return "is a checkpoint of another model: " + (f"{describe_differences(unlike)}; " if unlike else "")
+            differing[f"objective.{k}"] = (ours[k], v)
+    return "is a checkpoint of another model: " + (f"{describe_differences(differing)}; " if differing else "")
 
 
 def _first_of(problems: list[str]) -> str:
-    """The first MAX_SHOWN problems, and how many more there are."""
-    more = len(problems) - MAX_SHOWN
-    return ", ".join(problems[:MAX_SHOWN]) + (f", and {more} more" if more > 0 else "")
+    """The first MAX_NAMED_TENSORS problems, and the number of the others."""
+    more = len(problems) - MAX_NAMED_TENSORS
+    return ", ".join(problems[:MAX_NAMED_TENSORS]) + (f", and {more} more" if more > 0 else "")

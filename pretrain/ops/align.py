@@ -1,5 +1,5 @@
-"""Bring one network's patch features to another network's grid. Shapes: B images, N patches of a grid h × w, D
-features."""
+"""Resize one network's patch features to another network's grid, and standardise features. Shapes: B images, N patches of
+a grid h × w, D features."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pretrain.ops.gather import sum_over_world
 
 
 def align_map(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
-    """Patches [B, h·w, D] resized to another grid [B, h'·w', D]: averages over larger cells, bilinear interpolation for
-    smaller ones.
+    """Patches [B, h·w, D] of `grid` resized to the grid `target`, [B, h'·w', D]: averages if its cells are larger,
+    bilinear interpolation if they are smaller. In fp32 or wider, unless the grids are equal.
 
-    A feature that is linear in the position keeps its value at each position (for smaller cells: away from the border).
-    In fp32 or wider, unless the grids are equal.
+    A feature that depends linearly on the position keeps its value at each position (for smaller cells, only away from
+    the border).
     """
     if tuple(grid) == tuple(target):
         return tokens
@@ -25,7 +25,7 @@ def align_map(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) ->
         maps = F.interpolate(maps, size=tuple(target), mode="area")
     else:
         maps = F.interpolate(maps, size=tuple(target), mode="bilinear", align_corners=False)
-    return maps.flatten(2).transpose(1, 2)
+    return maps.flatten(2).transpose(1, 2)  # [B, h'·w', D]
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a target whose row does not count
-CHUNKS_PER_BYTE = 2  # chunks per byte of a logit; more chunks cost time: each adds to the full weight gradient
-MAX_CHUNK_LOGITS = 1 << 27  # logits in a chunk
+IGNORED = -100  # a row with this target does not count
+CHUNKS_PER_BYTE = 2  # chunks per byte of a logit; many chunks cost time, since each adds to the full weight gradient
+MAX_CHUNK_LOGITS = 1 << 27  # largest number of logits in a chunk
 
 
 class _Options(NamedTuple):
@@ -93,41 +93,41 @@ def _parts(count: int, size: int) -> list[slice]:
 
 
 def _of(targets: Tensor, part: slice, count: int) -> Tensor:
-    """The targets of the rows in `part`, of `count` rows in all."""
+    """The targets of the rows `part` of `count` rows."""
     if len(targets) == count:
         return targets[part]
     return targets[torch.arange(part.start, part.stop, device=targets.device) // (count // len(targets))]
 
 
-def _add_gradients(grads: list[Tensor | None], part: slice, h: Tensor, w: Tensor, slopes: Tensor) -> None:
-    """Add a chunk's gradients of hidden states, weights and bias, from its logit gradients `slopes` [n, V]."""
-    by_hidden, by_weight, by_bias = grads
-    if by_hidden is not None:
-        by_hidden[part] = slopes @ w
-    if by_weight is not None:
-        by_weight += slopes.t() @ h[part]
-    if by_bias is not None:
-        by_bias += slopes.sum(0, dtype=by_bias.dtype)
+def _add_gradients(grads: list[Tensor | None], part: slice, h: Tensor, w: Tensor, logit_grad: Tensor) -> None:
+    """Add a chunk's gradients of hidden states, weights and bias, from the gradient of its logits [n, V]."""
+    hidden_grad, weight_grad, bias_grad = grads
+    if hidden_grad is not None:
+        hidden_grad[part] = logit_grad @ w
+    if weight_grad is not None:
+        weight_grad += logit_grad.t() @ h[part]
+    if bias_grad is not None:
+        bias_grad += logit_grad.sum(0, dtype=bias_grad.dtype)
 
 
 def _rows(z: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None, o: _Options):
-    """(the loss of products z [n, V], a function that returns its gradient by z [n, V])."""
+    """(loss, function that returns its gradient) of the matrix products z [n, V]; the gradient has the shape of z."""
     z = z if z.dtype == torch.float64 else z.float()
     if o.scale != 1:
         z = z * o.scale
     if bias is not None:
         z = z + bias.to(z.dtype)
-    bent = None
+    tanh = None
     if o.softcap is not None:
-        bent = torch.tanh(z / o.softcap)
-        z = bent * o.softcap
+        tanh = torch.tanh(z / o.softcap)
+        z = tanh * o.softcap
     p = z.softmax(-1)
-    # logsumexp from the largest logit's probability, which is never tiny: no second pass of exponentials
+    # The logsumexp follows from the largest probability, which is at least 1/V; this saves a second pass of exponentials.
     lse = z.amax(-1) - p.amax(-1).log()
     hard = targets.ndim == 1
-    place = targets.clamp_min(0).unsqueeze(1) if hard else None
-    chosen = z.gather(1, place).squeeze(1) if hard else (targets * z).sum(-1)
-    losses = lse - chosen
+    index = targets.clamp_min(0).unsqueeze(1) if hard else None  # [n, 1]
+    target_logits = z.gather(1, index).squeeze(1) if hard else (targets * z).sum(-1)  # [n]
+    losses = lse - target_logits
     if o.z_loss:
         losses = losses + o.z_loss * lse.square()
 
@@ -135,11 +135,11 @@ def _rows(z: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None, 
         nonlocal p
         if o.z_loss:
             p.mul_((1 + 2 * o.z_loss * lse).unsqueeze(1))
-        p = p.scatter_add_(1, place, p.new_full(place.shape, -1.0)) if hard else p.sub_(targets)
+        p = p.scatter_add_(1, index, p.new_full(index.shape, -1.0)) if hard else p.sub_(targets)
         if rows is not None:
             p.mul_(rows.unsqueeze(1))
-        if bent is not None:
-            p.mul_(1 - bent.square())
+        if tanh is not None:
+            p.mul_(1 - tanh.square())
         return p.mul_(o.scale) if o.scale != 1 else p
 
     return (losses if rows is None else losses * rows).sum(), gradient

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pretrain.ops.parameter_shards import local
 
 M = TypeVar("M", bound=nn.Module)
-MAX_TEMPORARY = 1 << 26  # numbers that `move_towards` holds beside its arguments
+MAX_TEMPORARY = 1 << 26  # about the largest number of elements of the temporary tensors of `move_towards`
 
 
 def make_teacher(student: M) -> M:
@@ -27,14 +27,13 @@ def make_teacher(student: M) -> M:
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped: Tensor | None = None) -> None:
     """teacher ← momentum · teacher + (1 − momentum) · student, in one pass over all parameters; buffers are copied.
 
-    `skipped` is `Objective.skipped`: where that scalar on the device is 1, the parameters stay as they are.
+    `skipped` is `Objective.skipped`, a scalar on the device: if it is 1, the parameters do not change.
 
-    If an engine has sharded both, each rank updates its own shards. Raises ValueError where the two are not sharded
-    alike.
+    If both are sharded, each rank updates its shards. Raises ValueError if they are not sharded in the same way.
     """
     ours, theirs = [local(p) for p in teacher.parameters()], [local(p) for p in student.parameters()]
-    # an empty local shard is fine (few rows on many ranks); an empty parameter that is not sharded is an unknown
-    # engine's placeholder
+    # A local shard may be empty (few rows on many ranks). A parameter that is empty but not sharded is the placeholder of
+    # an engine that `local` does not know.
     placeholder = any(p.numel() == 0 and a is p for p, a in zip(teacher.parameters(), ours, strict=True))
     if placeholder or len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         raise ValueError(
@@ -56,8 +55,8 @@ def move_towards(tensors: list[Tensor], targets: list[Tensor], share: Tensor) ->
     """tensor ← tensor + share · (target − tensor), in place; `share` is a scalar on the device, which the host does not
     read.
 
-    `_foreach_lerp_` with a weight on the device launches one kernel per tensor; these three calls launch a few for all
-    of them. Where `share` is 0, no bit changes.
+    `_foreach_lerp_` with a weight on the device launches one kernel per tensor; these three calls launch a few kernels
+    for all tensors. If `share` is 0, no bit changes.
     """
     first = held = 0
     for last, tensor in enumerate(tensors, 1):

@@ -1,4 +1,4 @@
-"""Collectives that losses need. Each is the identity where no process group is initialised."""
+"""Collectives for losses. Without a process group, each of them is the identity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# until torch 2.14 they had the names on the right
+# Versions of torch before 2.14 have only the names on the right.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -25,22 +25,22 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        # into a tensor of its own: autograd may hand `grad` itself to other inputs of the graph
+        # a new tensor, because autograd may pass `grad` to other nodes of the graph as well
         out = grad.new_empty(len(grad) // world()[1], *grad.shape[1:])
         _reduce_scatter(out, grad.contiguous())
         return out
 
 
 def gather(x: Tensor) -> Tensor:
-    """All-gather x [B, ...] along dim 0 in rank order: [W·B, ...]. The gradient is the sum of all ranks' gradients of
-    this rank's rows."""
+    """All-gather x [B, ...] along dim 0 in rank order: [W·B, ...]. The gradient of x is the sum over all ranks of the
+    gradients of its rows."""
     return _Gather.apply(x) if world()[1] > 1 else x
 
 
 @torch.no_grad()
 def logsumexp_over_batch(x: Tensor) -> Tensor:
-    """log Σ exp over dim 0 of x [B, K] and over all ranks: [1, K], without overflow. B may differ between ranks, and be
-    0."""
+    """log Σ exp over dim 0 of x [B, K] and over all ranks: [1, K], without overflow. B may differ between ranks, and may
+    be 0."""
     highest = x.amax(0, keepdim=True) if len(x) else x.new_full((1, x.shape[1]), -torch.inf)
     if world()[1] > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)

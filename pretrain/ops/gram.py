@@ -17,7 +17,8 @@ NEGATIVES = ("keep", "clip", "clip_teacher")
 
 
 def resize_map(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
-    """Patch features [B, N', D] of a grid (h', w') resized bicubically to another: [B, N, D], in fp32 or wider."""
+    """Patch features [B, N', D] of `grid` (h', w') resized to the grid `target` by bicubic interpolation: [B, N, D], in
+    fp32 or wider."""
     if tuple(grid) == tuple(target):
         return tokens
     wide = tokens if tokens.dtype == torch.float64 else tokens.float()
@@ -48,7 +49,7 @@ def gram_loss(
                 false          pairs across all images of this rank
     """
     s, t = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-8) for x in (student, teacher))
-    chosen = torch.ones(s.shape[:2], dtype=torch.bool, device=s.device)
+    chosen = torch.ones(s.shape[:2], dtype=torch.bool, device=s.device)  # [B, N]
     if tokens != "all":
         if mask is None:
             raise ValueError(f'tokens = "{tokens}" needs a mask')
@@ -64,9 +65,9 @@ def gram_loss(
     error = (ours - theirs).square()
     if tokens == "all":
         return error.mean()
-    pairs = (chosen.unsqueeze(1) & chosen.unsqueeze(2)).to(error.dtype)
-    count = pairs.sum((1, 2))
+    pairs = (chosen.unsqueeze(1) & chosen.unsqueeze(2)).to(error.dtype)  # [B, N, N]
+    count = pairs.sum((1, 2))  # [B]
     means = (error * pairs).sum((1, 2)) / count.clamp(min=1)  # [B]
-    # images with such pairs per rank, on average: the mean of the losses over ranks is the mean over these images
-    images = sum_over_world((count > 0).sum()).clamp(min=1) / world()[1]
-    return means.sum() / images
+    # Dividing by the mean number of such images per rank makes the mean over ranks the mean over these images.
+    images_per_rank = sum_over_world((count > 0).sum()).clamp(min=1) / world()[1]
+    return means.sum() / images_per_rank

@@ -1,11 +1,12 @@
-"""Matrices whose rows are sharded over ranks, or that every rank has, shared out as work: each rank gets some of them
-whole, and all ranks get what it makes of them.
+"""Distribute work on whole matrices over the ranks, although each matrix is sharded by rows or replicated. Each matrix is
+sent to one rank, its owner, which computes a result; the result is sent back to all ranks.
 
-`Layout` says how the ranks hold the matrices: each is sharded on dim 0 over S ranks, as FSDP2 shards it, and there are
-R replicas of these S ranks (DDP: S = 1; FSDP2: R = 1; HSDP: both). Owner o of the R·S is shard o mod S of replica o
-div S. Matrices travel in rounds, in each of which every owner gets a stack of matrices of one shape [n, r, c]; each
-round is one all-to-all among the S ranks to the owners, one back, and one all-gather among the R replicas. All return a
-function that waits, so that a round travels while another is computed.
+`Layout` describes how the ranks hold the matrices: each matrix is sharded on dim 0 over S ranks, as FSDP2 shards it, and
+there are R replicas of these S ranks (DDP: S = 1; FSDP2: R = 1; HSDP: both above 1). Each of the R·S ranks is an owner:
+owner o is shard o mod S of replica o div S. Matrices are sent in rounds. In a round, every owner gets a stack [n, r, c]
+of matrices of one shape. A round consists of one all-to-all among the S ranks to the owners, one all-to-all back, and one
+all-gather among the R replicas. All are asynchronous and return a function that waits, so that one round can be sent
+while another is computed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from torch.distributed.tensor import DTensor
 
 from pretrain.ops.gather import all_gather, world
 
-MAX_STACKED = 1 << 24  # numbers of a stack of several matrices
+MAX_STACK_ELEMENTS = 1 << 24  # largest number of elements in a stack of several matrices
 Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place among the ranks that hold a matrix."""
+    """The position of this rank among the ranks that hold a matrix."""
 
     shards: int = 1
     shard: int = 0
@@ -40,18 +41,17 @@ class Layout:
 
     @classmethod
     def of(cls, parameter: Tensor) -> Layout:
-        """Of a parameter of FSDP2 or HSDP; any other is taken to be replicated on all ranks."""
+        """The layout of a parameter. A DTensor is sharded by FSDP2 or HSDP; any other tensor counts as replicated on all
+        ranks."""
         if not isinstance(parameter, DTensor):
             rank, ranks = world()
             return cls(replicas=ranks, replica=rank)
         mesh = parameter.device_mesh
         last = mesh.ndim - 1
-        sharded = cls(mesh.size(last), mesh.get_local_rank(last), mesh.get_group(last))
+        shards = (mesh.size(last), mesh.get_local_rank(last), mesh.get_group(last))
         if mesh.ndim == 1:
-            return sharded
-        return cls(
-            sharded.shards, sharded.shard, sharded.shard_group, mesh.size(0), mesh.get_local_rank(0), mesh.get_group(0)
-        )
+            return cls(*shards)
+        return cls(*shards, mesh.size(0), mesh.get_local_rank(0), mesh.get_group(0))
 
     @property
     def owners(self) -> int:
@@ -63,14 +63,14 @@ class Layout:
         return self.replica * self.shards + self.shard
 
     def rows(self, total: int) -> list[int]:
-        """The rows of a matrix of `total` rows on each shard."""
+        """The number of rows on each shard, of a matrix of `total` rows."""
         each = -(-total // self.shards)
         return [max(0, min(each, total - each * shard)) for shard in range(self.shards)]
 
 
 def deal(costs: Sequence[float], owners: int) -> list[list[int]]:
-    """The indices of `costs` for each owner, with nearly equal sums: the most expensive first, each to the owner with
-    the least so far."""
+    """Distribute `costs` over the owners so that the sums are nearly equal. Returns the indices for each owner. In order of
+    decreasing cost, each goes to the owner with the smallest sum so far."""
     dealt: list[list[int]] = [[] for _ in range(owners)]
     loads = [(0.0, owner) for owner in range(owners)]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
@@ -81,14 +81,15 @@ def deal(costs: Sequence[float], owners: int) -> list[list[int]]:
 
 
 def rounds_of(dealt: list[list[int]], kinds: Sequence[tuple], sizes: Sequence[int]) -> list[list[list[int]]]:
-    """For each round, the stack of each owner: indices of matrices of one kind, with `MAX_STACKED` numbers at most
-    unless it is a single one."""
+    """For each round, the stack of each owner: the indices of matrices of one kind, which have at most MAX_STACK_ELEMENTS
+    elements together, or of a single matrix. `dealt`: the indices for each owner."""
     stacks: list[list[list[int]]] = [[] for _ in dealt]
-    for own, indices in zip(stacks, dealt, strict=True):
-        for _, alike in groupby(sorted(indices, key=lambda index: (kinds[index], index)), lambda index: kinds[index]):
-            same = list(alike)
-            most = max(1, MAX_STACKED // sizes[same[0]])
-            own += [same[n : n + most] for n in range(0, len(same), most)]
+    for owner_stacks, indices in zip(stacks, dealt, strict=True):
+        by_kind = sorted(indices, key=lambda index: (kinds[index], index))
+        for _, group in groupby(by_kind, lambda index: kinds[index]):
+            same = list(group)
+            max_matrices = max(1, MAX_STACK_ELEMENTS // sizes[same[0]])
+            owner_stacks += [same[n : n + max_matrices] for n in range(0, len(same), max_matrices)]
     return [list(round) for round in zip_longest(*stacks, fillvalue=[])]
 
 
@@ -99,24 +100,24 @@ class Round:
         self.layout, self.stacks, self.shapes = layout, stacks, shapes
         first = layout.replica * layout.shards
         self.mine = stacks[layout.own]
-        self.group = stacks[first : first + layout.shards]  # of the owners of this rank's replica
+        self.group = stacks[first : first + layout.shards]  # the stacks of the owners in this rank's replica
         shape = shapes[self.mine[0]] if self.mine else (0, 0)
-        self.stack = (len(self.mine), *shape)  # [n, r, c] of this rank
+        self.stack = (len(self.mine), *shape)  # shape [n, r, c] of this rank's stack
         self.rows = layout.rows(shape[0])
-        self.received = [len(self.mine) * rows * shape[1] for rows in self.rows]  # numbers, by the shard they come from
+        # number of elements of the stack that this rank receives from each shard
+        self.received = [len(self.mine) * rows * shape[1] for rows in self.rows]
 
     def _sizes(self, stacks: list[list[int]]) -> list[int]:
-        """The numbers that this rank holds of each of these stacks."""
-        shard = self.layout.shard
-        held = [[self.layout.rows(r)[shard] * c for r, c in (self.shapes[i] for i in stack)] for stack in stacks]
-        return [sum(sizes) for sizes in held]
+        """The number of elements that this rank holds of each of these stacks."""
+        shard, shapes = self.layout.shard, self.shapes
+        return [sum(self.layout.rows(shapes[i][0])[shard] * shapes[i][1] for i in stack) for stack in stacks]
 
     def to_owners(self, pieces: dict[int, Tensor]) -> Callable[[], Tensor]:
-        """From this rank's rows of the matrices of its replica, by index, to its own stack [n, r, c]; a function that
-        waits for it. Collective."""
-        held = [pieces[i].flatten() for stack in self.group for i in stack]
+        """Send this rank's rows of the matrices of its replica, `pieces` by index, to the owners. Returns a function that
+        waits for this rank's own stack [n, r, c]. Collective."""
+        flat = [pieces[i].flatten() for stack in self.group for i in stack]
         reference = next(iter(pieces.values()))
-        sent = torch.cat(held) if held else reference.new_empty(0)
+        sent = torch.cat(flat) if flat else reference.new_empty(0)
         if self.layout.shards == 1:
             return lambda: sent.view(self.stack)
         out, wait = self._all_to_all(sent, self.received, self._sizes(self.group))
@@ -129,8 +130,8 @@ class Round:
         return finish
 
     def from_owners(self, result: Tensor) -> Callable[[], dict[int, Tensor]]:
-        """From what this rank made of its stack, [n, r, c], to this rank's rows of all matrices of the round, by index;
-        a function that waits for them. Collective."""
+        """Send the results for this rank's stack, [n, r, c], to all ranks. Returns a function that waits for this rank's
+        rows of all results of the round, by index. Collective."""
         layout = self.layout
         if layout.shards == 1:
             back, wait = result.flatten(), _nothing
@@ -146,15 +147,15 @@ class Round:
             return finish
         wait()
         by_replica = [self.stacks[n : n + layout.shards] for n in range(0, layout.owners, layout.shards)]
-        most = max(sum(self._sizes(stacks)) for stacks in by_replica)
-        padded = torch.cat([back, back.new_zeros(most - len(back))])
-        everything = back.new_empty(layout.replicas * most)
-        work = all_gather(everything, padded, group=layout.replica_group, async_op=True)
+        largest = max(sum(self._sizes(stacks)) for stacks in by_replica)
+        padded = torch.cat([back, back.new_zeros(largest - len(back))])
+        gathered = back.new_empty(layout.replicas * largest)
+        work = all_gather(gathered, padded, group=layout.replica_group, async_op=True)
 
         def finish_replicas() -> dict[int, Tensor]:
             work.wait()
             out: dict[int, Tensor] = {}
-            for flat, stacks in zip(everything.view(layout.replicas, most), by_replica, strict=True):
+            for flat, stacks in zip(gathered.view(layout.replicas, largest), by_replica, strict=True):
                 out |= self._unpacked(flat, stacks)
             return out
 
@@ -166,6 +167,7 @@ class Round:
         return out, work.wait
 
     def _unpacked(self, flat: Tensor, stacks: list[list[int]]) -> dict[int, Tensor]:
+        """This rank's rows of the matrices of these stacks, by index, from one flat tensor."""
         out, start = {}, 0
         for index in (i for stack in stacks for i in stack):
             rows, columns = self.layout.rows(self.shapes[index][0])[self.layout.shard], self.shapes[index][1]

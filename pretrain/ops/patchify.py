@@ -1,4 +1,4 @@
-"""Convert images to patches and back, and find the patches that a mask removes.
+"""Convert images to patches and back, and find the patches that are not kept.
 
 Shapes: B images, C channels, N = h·w patches of p×p pixels, K patches that are kept.
 """

@@ -1,4 +1,4 @@
-"""Copies from the host to the device for which the host does not wait."""
+"""Copies from the host to the device without a host sync."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor on the host; on a GPU by way of pinned memory, so that the host goes on at once.
+    """A copy of a host tensor on the device. On a GPU it goes through pinned memory, so that the host does not wait.
 
-    For what is drawn on the host in every step. Make constants once, and keep them on the device.
+    For values that the host computes in every step. Constants should be created once and kept on the device.
     """
     if device.type != "cuda":
         return tensor.to(device)

@@ -1,5 +1,5 @@
-"""Distillation of the similarities between samples, which needs no head between student and teacher (SEED, arXiv
-2101.04731)."""
+"""Distillation of the similarities between samples (SEED, arXiv 2101.04731). The features of student and teacher may have
+different widths, without a head between them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 
     def log_softmax(x: Tensor) -> Tensor:
         x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-        everyone, first = gather(x), len(x) * world()[0]
+        all_rows, first = gather(x), len(x) * world()[0]
         # without autocast: bf16 would round similarities to 1/256, before the temperature
         with torch.autocast(x.device.type, enabled=False):
-            logits = x @ everyone.T / temperature  # [R, W·R]
-        own = torch.arange(first, first + len(x), device=x.device).unsqueeze(1)
-        others = torch.arange(len(everyone) - 1, device=x.device)
-        return logits.gather(1, others + (others >= own)).log_softmax(1)  # [R, W·R − 1]: without the row itself
+            logits = x @ all_rows.T / temperature  # [R, W·R]
+        own_column = torch.arange(first, first + len(x), device=x.device).unsqueeze(1)  # [R, 1]
+        columns = torch.arange(len(all_rows) - 1, device=x.device)
+        columns = columns + (columns >= own_column)  # [R, W·R − 1]: all columns but that of the row itself
+        return logits.gather(1, columns).log_softmax(1)
 
     with torch.no_grad():
         target = log_softmax(teacher)

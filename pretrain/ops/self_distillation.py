@@ -27,15 +27,15 @@ def dino_terms(head: Head, x_global: Tensor, x_local: Tensor, p: Tensor, tempera
     cross-entropy −Σ p log softmax(s) is linear in p, so the assignments of all teacher crops with which a student crop
     is paired are averaged first, and each student crop needs only one cross-entropy.
     """
-    crops, small = x_global.shape[1], x_local.shape[1]
-    pairs_global, pairs_local = crops * (crops - 1), crops * small
-    others = (p.sum(1, keepdim=True) - p) / (crops - 1)  # [B, G, K]
-    glob = head(x_global.flatten(0, 1), others.flatten(0, 1), temperature) / (len(p) * crops)
-    if not small:
-        return glob * 0, glob
-    local = head(x_local.flatten(0, 1), p.mean(1), temperature) / (len(p) * small)
+    global_crops, local_crops = x_global.shape[1], x_local.shape[1]
+    pairs_global, pairs_local = global_crops * (global_crops - 1), global_crops * local_crops
+    others = (p.sum(1, keepdim=True) - p) / (global_crops - 1)  # [B, G, K]: mean over the other teacher crops
+    global_loss = head(x_global.flatten(0, 1), others.flatten(0, 1), temperature) / (len(p) * global_crops)
+    if not local_crops:
+        return global_loss * 0, global_loss
+    local_loss = head(x_local.flatten(0, 1), p.mean(1), temperature) / (len(p) * local_crops)
     total = pairs_global + pairs_local
-    return local * pairs_local / total, glob * pairs_global / total
+    return local_loss * pairs_local / total, global_loss * pairs_global / total
 
 
 def ibot_term(head: Head, x: Tensor, p: Tensor, weight: Tensor, crops: int, temperature: float) -> Tensor:
@@ -56,8 +56,8 @@ def select_patches(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def by_image(cls: list[Tensor], crops: int) -> tuple[Tensor, Tensor]:
-    """Class tokens by image, [B, G, D] and [B, L, D], from `cls`: those of the `crops` = G global crops of each image
-    [B·G, D] and, if there are local crops, those of local crops [B·L, D]. L = 0 without local crops."""
+    """Class tokens grouped by image, [B, G, D] and [B, L, D], from `cls`, a list of the class tokens of the global crops,
+    [B·G, D], and of the local crops, [B·L, D], if there are any. `crops`: G. Without local crops, L = 0."""
     first = cls[0].unflatten(0, (-1, crops))
     return (first, first[:, :0]) if len(cls) == 1 else (first, cls[1].unflatten(0, (len(first), -1)))
 

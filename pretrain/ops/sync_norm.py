@@ -1,5 +1,5 @@
-"""Batch normalisation over the samples of all ranks (arXiv 1502.03167), in fp32 and on any device; torch's
-SyncBatchNorm is for GPUs only."""
+"""Batch normalisation over the samples of all ranks (arXiv 1502.03167), in fp32 and on any device. torch's SyncBatchNorm
+works on GPUs only."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class _Sum(torch.autograd.Function):
 
 
 class BatchNorm(_BatchNorm):
-    """nn.BatchNorm1d and 2d in one, with the same parameters and buffers; mean and variance are of the global batch. x
-    [B, C, ...] → the same."""
+    """nn.BatchNorm1d and nn.BatchNorm2d in one class, with the same parameters and buffers, but with mean and variance of
+    the global batch. x [B, C, ...] → [B, C, ...]."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -47,24 +47,24 @@ class BatchNorm(_BatchNorm):
 
     def _in_one_process(self, x: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
-        # FSDP2 gathers weights in the compute dtype, and PyTorch's operation wants all four in one
+        # FSDP2 gathers weights in the compute dtype, but PyTorch's operation needs all four tensors in the same dtype.
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
         share = self._share() if self.training else 0.0
         return F.batch_norm(x, mean, variance, weight, bias, self.training, share, self.eps)
 
     def _share(self) -> float:
-        """The share of this batch in the running statistics; without `momentum`, they are means over all batches."""
+        """The weight of this batch in the running statistics. Without `momentum` they are means over all batches."""
         return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
 
     def _over_processes(self, x: Tensor) -> Tensor:
-        others = [0, *range(2, x.ndim)]
+        reduced_dims = [0, *range(2, x.ndim)]  # all but the channels
         count = torch.full((1,), float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
-        totals = _Sum.apply(torch.cat([x.sum(others), count]))
+        totals = _Sum.apply(torch.cat([x.sum(reduced_dims), count]))  # [C + 1]
         n = totals[-1].detach()
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean = totals[:-1] / n  # [C]
         centred = x - mean.view(shape)
-        variance = _Sum.apply(centred.square().sum(others)) / n
+        variance = _Sum.apply(centred.square().sum(reduced_dims)) / n  # [C]
         with torch.no_grad():
             share = self._share()
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)

@@ -1,4 +1,5 @@
-"""Which run the checkpoints in `checkpoint.folder` belong to: a run may neither continue nor delete another run's."""
+"""Check which run the checkpoints in `checkpoint.folder` belong to. A run may neither resume from nor delete checkpoints
+of another run."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 def check_checkpoint_owner(recipe: Recipe, run: Path) -> None:
     """Raises UserError if `checkpoint.folder` holds checkpoints of another run, or a file that the checkpoints would
-    replace. A run whose own folder was lost is recognised by the path that its checkpoints store; it takes over the id
-    in them."""
+    replace. If the run folder was lost, its checkpoints are recognised by the path that they store, and the run takes
+    over their id."""
     store = external_store(recipe.checkpoint.folder, run, recipe.checkpoint.retry_seconds)
     if store is None:
         return
@@ -54,7 +55,7 @@ def another_run(store: Store, owner: dict[str, str]) -> str:
 
 
 def external_store(folder: str, run: Path, retry_seconds: float = 60.0) -> Store | None:
-    """The store at `checkpoint.folder`; None if that is empty or means the run's own checkpoints/."""
+    """The store at `checkpoint.folder`; None if that is empty, or if it is RUN/checkpoints."""
     if not folder:
         return None
     from pretrain.checkpoint.disk_store import DiskStore
@@ -66,7 +67,7 @@ def external_store(folder: str, run: Path, retry_seconds: float = 60.0) -> Store
 
 
 def has_results(run: Path) -> bool:
-    """Whether the run folder itself holds rows of metrics or results, checkpoints or exports."""
+    """Whether the run folder holds rows of metrics or results, checkpoints or exports."""
     if read_rows(run / "metrics.jsonl") or read_rows(run / "results.jsonl"):
         return True
     return any((run / "checkpoints").glob("[0-9]*")) or any((run / "export").glob("[0-9]*"))

@@ -1,5 +1,5 @@
-"""Finds the exports of a run: RUN/export/STEP of its model, and RUN/export/STUDENT/STEP of each further student of a
-distillation."""
+"""Finds the exports of a run: RUN/export/STEP for the recipe's model, and RUN/export/STUDENT/STEP for each further student
+of a distillation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from common.untrusted import is_number
 
 
 def exports(run: Path, student: str = "") -> dict[int, Path]:
-    """{step: folder}, in order of the steps, of the exports of the recipe's model, or of a further `student`."""
+    """{step: folder} of the exports of the recipe's model or, if it is given, of a further `student`, in the order of the
+    steps."""
     folders = (run / "export" / student).glob("*")
     found = {int(p.name): p for p in folders if is_number(p.name) and (p / "config.json").is_file()}
     return dict(sorted(found.items()))
 
 
 def student_exports(run: Path) -> dict[str, dict[int, Path]]:
-    """{student: {step: folder}} of the students that a distillation trains beside the recipe's model."""
+    """{student: {step: folder}} of the students that a distillation trains in addition to the recipe's model."""
     names = sorted(
         p.name for p in (run / "export").glob("*") if p.is_dir() and p.name[0] != "." and not is_number(p.name)
     )
@@ -25,8 +26,7 @@ def student_exports(run: Path) -> dict[str, dict[int, Path]]:
 
 
 def run_of(export: str | Path) -> Path | None:
-    """The run that an exported folder belongs to; None for a folder that is not at the place of an export in a run, even
-    if there is a recipe.yaml near it."""
+    """The run that an exported folder belongs to; None if its path is not that of an export in a run folder."""
     folder = Path(export).resolve()
     parents = folder.parents[:3]
     if not is_number(folder.name):

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.untrusted import loads, schema_error
 
-# {name of a file: what a line of it must hold beside "step", see `schema_error`}; further keys are allowed.
+# {name of a file: schema of its lines in addition to "step", see `schema_error`}; further keys are allowed.
 ROW_SCHEMAS: dict[str, dict[str, Any]] = {
     "metrics.jsonl": {"?samples_per_second": float},
     "results.jsonl": {

@@ -1,4 +1,4 @@
-"""RUN/.run.json, the marker of a run folder: the id of the run, and which files the program may delete."""
+"""RUN/.run.json, the marker of a run folder: the id of the run, and the files that the program may delete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.run_folder.recipe_file import stored_checkpoint_folder
 from pretrain.run_folder.run_lock import process_start
 from pretrain.run_folder.written_files import MARKER, RECIPE, RUN_FILES, write_atomically
 
-MAX_JOBS = 20  # of which a marker keeps the names
+MAX_JOBS = 20  # largest number of names of jobs in a marker
 SCHEMA = {"id": str, "writes": [str], "?old": str, "?clearing": str, "?resumed": str, "?launches": [str]}
 JSON_NAMES = {  # {field of `Marker`: its name in the file}
     **{"id": "id", "files": "writes", "checkpoints_without_id": "old", "deleting_id": "clearing"},
@@ -33,8 +33,8 @@ class Marker:
     # `checkpoint.folder` of a run that began in a version without ids, so that its checkpoints store none
     checkpoints_without_id: str | None = None
     deleting_id: str | None = None  # the former id of the run, while overwrite=true deletes it
-    # value of `checkpoint.resume` from which the run started, once it has saved a checkpoint since: from then on the
-    # same command resumes from the run's own checkpoints
+    # the value of `checkpoint.resume` with which the run began; set when the run has saved a checkpoint, so that the same
+    # command then resumes from the run's own checkpoints
     resumed_from: str | None = None
     jobs: list[str] | None = None  # names of the jobs that have trained the run, see `job_names`
 
@@ -81,14 +81,14 @@ def _write_marker(run: Path, marker: Marker) -> None:
 
 
 def run_identity(run: Path) -> dict[str, str]:
-    """What each checkpoint stores about its run: {"id", "folder"}; error messages show the folder."""
+    """{"id", "folder"}: the entry for its run in each checkpoint. Error messages name the folder."""
     return {"id": read_marker(run).id, "folder": str(run.resolve())}
 
 
 # ---------------------------------------------------------------- jobs that are restarted
 def job_names() -> list[str]:
-    """Names of the job that this process belongs to, one for each system that may restart it with the same command:
-    torchrun, Slurm."""
+    """Names of the job that this process belongs to, one for each system that may restart the same command: torchrun and
+    Slurm."""
     names = []
     if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):
         if run_id == "none":  # torchrun's default, which does not identify the job

@@ -16,15 +16,15 @@ from pretrain.run_folder.written_files import LOCK, MARKER, RUN_FILES, delete_fi
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import Store
 
-SHOWN_FILES = 5  # in a log line
+MAX_NAMED_FILES = 5  # in a log line
 
 
 def delete_run(recipe: Recipe, run: Path) -> Marker:
-    """Delete a run's files and checkpoints, but nothing that others have put beside them. Returns the marker of the new
-    run, which has a new id.
+    """Delete a run's files and checkpoints, but no other files in its folders. Returns the marker of the new run, which has
+    a new id.
 
-    The marker keeps the former id until everything is deleted. If this command is killed before that, the next one
-    completes the deletion. Raises UserError, before anything is deleted, if a checkpoint belongs to another run.
+    The marker keeps the former id until everything is deleted, so that the next command completes a deletion that was
+    interrupted. Raises UserError, before anything is deleted, if a checkpoint belongs to another run.
     """
     check_checkpoint_owner(recipe, run)
     marker = read_marker(run)
@@ -36,14 +36,13 @@ def delete_run(recipe: Recipe, run: Path) -> Marker:
         ids = {"id": uuid.uuid4().hex, "deleting_id": marker.id}
         marker = update_marker(run, **ids, files=marker.files, resumed_from=None, jobs=None)
     _delete_checkpoints(run, store, marker)
-    # A marker that somebody has edited cannot name files that the program never writes.
+    # A marker may have been edited: ignore patterns of files that the program never writes.
     patterns = [pattern for pattern in marker.files if pattern in RUN_FILES]
     kept = delete_files(run, tuple(pattern for pattern in patterns if pattern not in (MARKER, LOCK, f"{LOCK}.*")))
     if kept:
-        more = f" and {len(kept) - SHOWN_FILES} more" if len(kept) > SHOWN_FILES else ""
-        output.say(
-            f"{run}: overwritten; these files are not the run's and were kept: {', '.join(kept[:SHOWN_FILES])}{more}"
-        )
+        named = ", ".join(kept[:MAX_NAMED_FILES])
+        named += f" and {len(kept) - MAX_NAMED_FILES} more" if len(kept) > MAX_NAMED_FILES else ""
+        output.say(f"{run}: overwritten; these files are not the run's and were kept: {named}")
     return update_marker(run, deleting_id=None, checkpoints_without_id=None)
 
 

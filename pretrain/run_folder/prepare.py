@@ -1,5 +1,5 @@
-"""Decides what a command does with the run folder that its recipe names: a new folder is made, the run of the same
-recipe is resumed, anything else is refused. Nothing in this package imports torch.
+"""Prepare the run folder that a recipe names: create it, or resume the run of the same recipe; refuse anything else. This
+package does not import torch.
 
 A run folder holds recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, export/, results.jsonl, pictures/, log.txt,
 report.html, and its marker .run.json.
@@ -43,8 +43,8 @@ def prepare(recipe: Recipe, lock: Lock | None = None) -> Path:
     """Create the run folder, or check that this recipe can resume the run in it; lock it with `lock`, and write the
     resolved recipe to it. Returns the folder.
 
-    Values of the recipe that are still "auto", such as `precision`, become those of the run. Raises UserError if the
-    folder is in use, or holds a run of another recipe, or files but no run.
+    Values of the recipe that are still "auto", such as `precision`, are replaced by those of the run. Raises UserError if
+    the folder is in use, or holds a run of another recipe, or files but no run.
     """
     check_data(recipe)
     run = Path(recipe.run)
@@ -73,8 +73,8 @@ def prepare(recipe: Recipe, lock: Lock | None = None) -> Path:
 
 @contextlib.contextmanager
 def run_folder_lock() -> Iterator[Lock]:
-    """Context with a lock for `prepare`. At its end the lock is released, and if the command has not trained a step, the
-    recipe that it has written is undone."""
+    """Context with a lock for `prepare`. At its end the lock is released. If the command has not trained a step, the
+    former recipe is restored."""
     lock = Lock()
     try:
         yield lock
@@ -148,9 +148,9 @@ def _store_of_begun_run(run: Path, recipe_yaml: Path) -> Store | None:
 
 
 def _check_changes(recipe: Recipe, run: Path, recipe_yaml: Path, store: Store) -> None:
-    """Replace "auto" values of a recipe by those of the run's stored recipe. Raises UserError if the recipes differ in
-    what the trained steps depend on."""
-    # the objective's file is executed only if the new recipe names the same one
+    """Replace "auto" values of a recipe by those of the run's stored recipe. Raises UserError if the recipes differ in an
+    option on which the trained steps depend."""
+    # The objective's file is executed only if the new recipe names the same file.
     old = stored_recipe(run, recipe.objective.name, recipe_yaml.name)
     if recipe.precision == "auto":
         recipe.precision = vars(old)["precision"]

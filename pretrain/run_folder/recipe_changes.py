@@ -1,5 +1,5 @@
-"""What a command may change in the recipe of a run that it resumes: everything that does not change a step which the
-run has already trained."""
+"""Find the differences between the recipe of a run and that of a command which resumes it. Allowed are all differences that
+do not affect a step which the run has already trained."""
 
 from __future__ import annotations
 
@@ -46,14 +46,13 @@ MAY_CHANGE = (
 MAY_CHANGE_IN_NEW_RUN = (
     *("steps", "optim.lr.", "optim.weight_decay.", "optim.beta", "optim.eps", "optim.clip", "data.phases", "skip."),
 )
-COMPARED_STEPS = 1000  # about the number of steps at which two schedules are compared
-SHOWN_CHANGES = 4  # in an error message
+COMPARED_STEPS = 1000  # approximate number of steps at which two schedules are compared
+MAX_NAMED_CHANGES = 4  # in an error message
 
 
 def changes_of_trained_steps(old: Recipe, new: Recipe, store: Store) -> list[str]:
-    """The differences between two recipes, "key: old -> new", that would change a step which the run has already
-    trained. Phases of the data, schedules and the number of steps may differ in later steps. `store` holds the run's
-    checkpoints."""
+    """The differences between two recipes, "key: old → new", that would change a step which the run has already trained.
+    Phases of the data, schedules and the number of steps may differ in later steps. `store` holds the run's checkpoints."""
     # without user names and secrets in URLs, which do not change the data
     before, after = (yaml_values.each_text(config.to_dict(recipe), output.drop_secrets) for recipe in (old, new))
     _ignore_unused_datasets(before, after)
@@ -62,7 +61,7 @@ def changes_of_trained_steps(old: Recipe, new: Recipe, store: Store) -> list[str
     if not _differences(before, after):
         return []
     saved = max(map(int, store.complete_names()), default=0)
-    rows = read_rows(Path(new.run) / "metrics.jsonl")  # may go beyond the last checkpoint
+    rows = read_rows(Path(new.run) / "metrics.jsonl")  # there may be rows of steps after the last checkpoint
     trained = max(saved, max((row["step"] + 1 for row in rows), default=0))
     for recipe in (before, after):
         recipe["data"]["phases"] = [phase for phase in recipe["data"]["phases"] if phase["step"] < saved]
@@ -74,7 +73,7 @@ def changes_of_trained_steps(old: Recipe, new: Recipe, store: Store) -> list[str
 
 def refusal(run: Path, changes: list[str], store: Store) -> str:
     """The error message that refuses to resume a run with such changes, and says what to write instead."""
-    shown = "; ".join(changes[:SHOWN_CHANGES]) + (" …" if len(changes) > SHOWN_CHANGES else "")
+    named = "; ".join(changes[:MAX_NAMED_CHANGES]) + (" …" if len(changes) > MAX_NAMED_CHANGES else "")
     complete = store.complete_names()
     keys = [change.partition(":")[0] for change in changes]
     can_branch_off = all(key.startswith(MAY_CHANGE_IN_NEW_RUN) or key.endswith(".steps") for key in keys)
@@ -84,7 +83,7 @@ def refusal(run: Path, changes: list[str], store: Store) -> str:
         else ""
     )
     return (
-        f"{run}: holds a run of another recipe ({shown}); {from_checkpoint}start in another folder with run=FOLDER,"
+        f"{run}: holds a run of another recipe ({named}); {from_checkpoint}start in another folder with run=FOLDER,"
         " or delete that run with overwrite=true"
     )
 
@@ -117,7 +116,7 @@ def _ignore_later_schedules(before: dict[str, Any], after: dict[str, Any], steps
 
 
 def _agree(old: dict[str, Any], new: dict[str, Any], steps: int) -> bool:
-    """Whether two schedules have the same values in the first `steps` steps; not known for values that are "auto"."""
+    """Whether two schedules have the same values in the first `steps` steps. False if a value is still "auto"."""
     if defaults.AUTO in (old["value"], old["warmup"], new["value"], new["warmup"]):
         return False
     old_schedule, new_schedule = (build_config.build(Schedule, values, {}) for values in (old, new))

@@ -28,7 +28,7 @@ from pretrain.run_folder.written_files import LOCK
 
 LOCK_TOKEN_VARIABLE = "UNLABELED_LOCK"  # environment variable: token of the launcher's lock, which its trainers join
 LAUNCHER_VARIABLE = "UNLABELED_LAUNCHER"  # environment variable: process id of the launcher; trainers end when it ends
-RENEWAL_SECONDS = 5.0  # between two renewals by a holder
+RENEWAL_SECONDS = 5.0  # time between two renewals by a holder
 STALE_SECONDS = 30.0  # a lock of another machine is stale after this time without a renewal
 Holder = dict[str, Any]  # {"host", "machine", "pid", "started", "since"}
 LockContent = dict[str, Any]  # {"token": str, "holders": list[Holder]}
@@ -36,8 +36,8 @@ HOLDER_SCHEMA = {"host": str, "machine": str, "pid": int, "started": str, "since
 
 
 class Lock:
-    """The lock as one process holds it: call `take` before anything in the run folder is changed, and `release` at the
-    end. Of the ranks of a run, only rank 0 takes it."""
+    """The lock, as one process holds it: call `take` before anything in the run folder is changed, and `release` at the
+    end. Only rank 0 of a run takes the lock."""
 
     def __init__(self) -> None:
         self.token = os.environ.get(LOCK_TOKEN_VARIABLE) or uuid.uuid4().hex
@@ -93,11 +93,11 @@ class Lock:
             return
         path, self.run = self.run / LOCK, None
         self._end.set()
-        # A signal handler may have raised while `take` started the thread: such a thread cannot be joined, and ends by
-        # itself.
+        # If a signal handler raised an exception while `take` started the thread, the thread is not alive for Python and
+        # cannot be joined; it ends because `_end` is set.
         if self._thread is not None and self._thread.is_alive():
             self._thread.join()
-        # The folder may have been deleted or be read-only by now. Then the lock remains, and becomes stale.
+        # If the folder has been deleted or become read-only, the lock remains, and becomes stale.
         with contextlib.suppress(OSError):
             content = _read(path)
             if content is not None and content["token"] == self.token:
@@ -180,9 +180,9 @@ def _create_exclusively(path: Path, content: bytes = b"") -> bool:
 
 
 def living_holder(run: Path) -> Holder | None:
-    """A process that trains the run at present, for commands that report the state of a run; None if there is none. It
-    does not wait: a process on another machine counts as running if the lock was renewed less than STALE_SECONDS ago,
-    according to this machine's clock."""
+    """A process that trains the run at present, for commands that report the state of a run; None if there is none. This
+    function does not wait: a process on another machine counts as running if the lock was renewed less than STALE_SECONDS
+    ago, according to this machine's clock."""
     path = run / LOCK
     content = _read(path)
     for holder in content["holders"] if content else ():
@@ -205,9 +205,9 @@ def _living_holder(path: Path, content: LockContent) -> Holder | None:
 
 
 def _is_renewed(path: Path) -> bool:
-    """Wait up to STALE_SECONDS for a renewal of a lock, and return whether it was renewed. The file is opened again for
-    every look at it, because that makes a network file system fetch the current modification time. Two values of that
-    time are compared, so clocks of different machines need not agree."""
+    """Wait up to STALE_SECONDS for a renewal of a lock, and return whether it was renewed. The file is opened again each
+    time, because that makes a network file system fetch the current modification time. Two values of the modification time
+    are compared, so that the clocks of different machines need not agree."""
     first_mtime, deadline = None, time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -223,8 +223,8 @@ def _is_renewed(path: Path) -> bool:
 
 
 def _delete_stale(path: Path, content: LockContent) -> None:
-    """Delete a stale lock, if its content is still `content`. A process that wants to delete it first creates a claim
-    file, whose name is a hash of this content: only one process can hold the claim, so none deletes the new lock that
+    """Delete a stale lock if its content is still `content`. A process that wants to delete it first creates a claim file,
+    whose name is a hash of this content. Only one process can hold the claim, so that no process deletes a new lock which
     another process has created in the meantime."""
     claim = path.with_name(f"{LOCK}.{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}")
     deadline = time.monotonic() + STALE_SECONDS

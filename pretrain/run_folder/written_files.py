@@ -14,9 +14,9 @@ from pathlib import Path
 from common.errors import UserError
 
 MARKER, RECIPE, LOCK = ".run.json", "recipe.yaml", ".run.lock"
-FLOPS = "flops.json"  # the FLOPs of a step, as traced for the recipe
-FORMER_RECIPE = ".recipe.before.yaml"  # recipe.yaml as it was before a command changed it, see `prepare`
-JOB = "job.json"  # which job of a cluster trains the run, see launch/slurm.py
+FLOPS = "flops.json"  # the FLOPs of a step, which were traced for the recipe
+FORMER_RECIPE = ".recipe.before.yaml"  # copy of recipe.yaml before a command changed it, see `recipe_file.py`
+JOB = "job.json"  # the job of a cluster that trains the run, see launch/slurm.py
 
 EXPORT_FORMAT_FILES: dict[str, tuple[str, ...]] = {  # {export format: the files that it adds to an export}
     "transformers": (),
@@ -45,7 +45,7 @@ RUN_FILES = (
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file of the run folder, by way of a temporary file that is renamed."""
+    """Write a file of the run folder to a temporary file, which is then renamed."""
     temporary = path.with_name(".recipe.yaml")
     temporary.write_text(text)
     temporary.replace(path)
@@ -80,11 +80,11 @@ def _delete_below(root: Path, folder: Path, patterns: list[tuple[str, ...]]) -> 
     for entry in sorted((root / folder).iterdir()):
         path = folder / entry.name
         depth = len(path.parts)
-        fitting = [pattern for pattern in patterns if matches(path.parts, pattern[:depth])]
-        # A link at the top level (such as tensorboard/ on another disk) is followed; any other is treated as a file.
-        if entry.is_dir() and (not entry.is_symlink() or (depth == 1 and fitting)):
-            kept += _delete_folder_entry(root, path, [pattern for pattern in fitting if len(pattern) > depth])
-        elif any(len(pattern) == depth for pattern in fitting):
+        matching = [pattern for pattern in patterns if matches(path.parts, pattern[:depth])]
+        # A link at the top level (such as tensorboard/ on another disk) is followed; any other link counts as a file.
+        if entry.is_dir() and (not entry.is_symlink() or (depth == 1 and matching)):
+            kept += _delete_folder_entry(root, path, [pattern for pattern in matching if len(pattern) > depth])
+        elif any(len(pattern) == depth for pattern in matching):
             entry.unlink()
         elif path not in (Path(MARKER), Path(LOCK)):
             kept.append(str(path))
@@ -92,8 +92,8 @@ def _delete_below(root: Path, folder: Path, patterns: list[tuple[str, ...]]) -> 
 
 
 def _delete_folder_entry(root: Path, path: Path, patterns: list[tuple[str, ...]]) -> list[str]:
-    """Delete what matches in one folder, and then the folder itself if it is empty and no link. `patterns`: those that
-    name files in it."""
+    """Delete the matching files in one folder, and then the folder if it is empty and not a link. `patterns`: the patterns
+    of files in this folder."""
     folder = root / path
     if not patterns:
         if path == Path("checkpoints") and not any(folder.iterdir()):
@@ -107,7 +107,7 @@ def _delete_folder_entry(root: Path, path: Path, patterns: list[tuple[str, ...]]
 
 
 def matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether each name of a path matches the name at the same position of a pattern, and both have as many."""
+    """Whether a path has as many names as a pattern, and each name matches the pattern's name at the same position."""
     return len(names) == len(pattern) and all(
         re.fullmatch(_regular_expression(wanted), name) for wanted, name in zip(pattern, names, strict=True)
     )

@@ -1,5 +1,5 @@
-"""Reads config.json of a model's folder. Anybody may have written it, so the types of its fields are checked here, before
-a layout computes with them."""
+"""Reads the config.json of a model's folder. The file may come from anybody, so the types of its fields are checked before
+a layout uses them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ SCHEMA: dict[str, Any] = {  # see `schema_error`; further fields are allowed
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The fields of FOLDER/config.json. Raises FileNotFoundError, and UserError if they are not what such a file
-    holds."""
+    """The fields of FOLDER/config.json. Raises FileNotFoundError if there is no such file, and UserError if it is not
+    valid."""
     path = folder / "config.json"
     fields: dict[str, Any] = {}
     try:

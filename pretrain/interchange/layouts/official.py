@@ -44,8 +44,8 @@ def matches(tensors: State) -> bool:
 
 # ---------------------------------------------------------------- which model
 def describe(tensors: State, where: str) -> tuple[str, dict[str, Any]]:
-    """(our model's name, its options), from the tensors alone. The width of a head follows from the rotary periods; in
-    DINOv2, which has none, it is 64."""
+    """(name of our model, its options), from the shapes of the tensors. The number of rotary periods determines the width
+    of a head; in DINOv2, which has none, the width is 64."""
     if "downsample_layers.0.0.weight" in tensors:
         stages = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("stages."))
         depths = [1 + max(int(k.split(".")[2]) for k in tensors if k.startswith(f"stages.{s}.")) for s in range(stages)]
@@ -64,7 +64,7 @@ def describe(tensors: State, where: str) -> tuple[str, dict[str, Any]]:
             f"{where}: is not a DINOv2 or DINOv3 ViT: its width {dim} is not a multiple of the width of a head, {head_dim}"
         )
     gated = "blocks.0.mlp.fc1.weight" not in tensors
-    first_mlp = {"fc1": 1, "w1": 1, "w12": 2}  # {name of its first layer: matrices that are fused in it}
+    first_mlp = {"fc1": 1, "w1": 1, "w12": 2}  # {name of the first MLP layer: number of matrices that are fused in it}
     hidden = next(
         len(tensors[f"blocks.0.mlp.{name}.weight"]) // fused
         for name, fused in first_mlp.items()
@@ -97,7 +97,7 @@ def describe(tensors: State, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _rope_base(periods: Tensor, where: str) -> float:
-    """The base of rotary periods, which are base^(2k / (head_dim / 2)). They may be rounded to bf16."""
+    """The base of rotary periods, which are the numbers base^(2k / (head_dim / 2)), perhaps rounded to bf16."""
     base = round(float(periods[-1].double()) ** (len(periods) / (len(periods) - 1))) if len(periods) > 1 else 100
     if not torch.allclose(rope_periods(4 * len(periods), base), periods.float(), rtol=1e-2):
         raise UserError(
@@ -108,7 +108,7 @@ def _rope_base(periods: Tensor, where: str) -> float:
 
 # ---------------------------------------------------------------- names
 def _names(cfg: presets.ViT) -> dict[str, str]:
-    """{our name: theirs} of the tensors whose names differ."""
+    """{our name: official name} of the tensors whose names differ."""
     registers = "storage_tokens" if cfg.positions == "rope" else "register_tokens"
     return {
         "registers": registers,
@@ -118,7 +118,7 @@ def _names(cfg: presets.ViT) -> dict[str, str]:
 
 
 def read(cfg: Any, tensors: State) -> State:
-    """Our state dict of tensors with official names; tensors with unknown names keep them."""
+    """Convert tensors with official names to our state dict. Tensors with unknown names keep these names."""
     if isinstance(cfg, presets.ConvNeXt):
         last = f"norms.{len(cfg.widths) - 1}."  # the same tensors as `norm`
         return {k: v for k, v in tensors.items() if not k.startswith(last)}
@@ -129,7 +129,7 @@ def read(cfg: Any, tensors: State) -> State:
             continue
         if key.endswith("qkv.bias") and not cfg.key_bias:
             mask = tensors.get(key + "_mask")
-            if mask is not None:  # a masked bias may have any value
+            if mask is not None:  # the mask sets the bias of the keys to zero, so its stored value has no meaning
                 value = torch.cat([value[: cfg.dim], torch.zeros_like(value[: cfg.dim]), value[2 * cfg.dim :]])
             value = without_key_bias(value, key)
         if ".mlp.w12." in key:
@@ -143,8 +143,8 @@ def read(cfg: Any, tensors: State) -> State:
 
 
 def write(cfg: Any, state: State) -> State:
-    """Our state dict under official names: those of DINOv2, which fuses w1 and w2 of a gated MLP, for learned positions,
-    and those of DINOv3 for rotary positions. Raises UserError for a model that neither has."""
+    """Convert our state dict to official names: for rotary positions those of DINOv3, otherwise those of DINOv2, which
+    fuses w1 and w2 of a gated MLP. Raises UserError for a model that neither of them has."""
     if isinstance(cfg, presets.ConvNeXt):
         last = len(cfg.widths) - 1
         return state | {f"norms.{last}.{part}": state[f"norm.{part}"].clone() for part in ("weight", "bias")}

@@ -1,8 +1,8 @@
 """The layout of timm: write a folder that `timm.create_model("local-dir:FOLDER")` opens, and read such folders of
 timm's ViTs (with learned or rotary positions) and ConvNeXts.
 
-config.json states the model as `architecture` and `model_args`. Folders from other sources may leave arguments out, so
-the reader lets timm build its model on the meta device and takes the options from the modules.
+In config.json, `architecture` and `model_args` name the model. Folders from other sources may omit arguments. Therefore
+the reader lets timm build the model on the meta device, and takes the options from its modules.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def _has_layer_scale(block: Any, rope: bool) -> bool:
 
 
 def read(cfg: Any, tensors: State) -> State:
-    """Convert tensors with timm's names to our state dict, without a classifier. Tensors with unknown names keep them."""
+    """Convert tensors with timm's names to our state dict, without a classifier. Tensors with unknown names keep these
+    names."""
     own = build_model(cfg).state_dict()
     if isinstance(cfg, presets.ConvNeXt):
         known = {_convnext_key(key): key for key in own}  # timm's name → our name

@@ -1,9 +1,10 @@
-"""transformers' layout of models for images: fields of config.json and names of tensors (those of transformers 4, which
-version 5 reads, too).
+"""The layout of transformers for image models: fields of config.json and names of tensors (the names of transformers 4,
+which version 5 reads, too).
 
-A ViT with rotary positions is a `dinov3_vit`, any other a `dinov2` (with registers: `dinov2_with_registers`), a
-ConvNeXt a `dinov3_convnext`, a ResNet with the ImageNet stem a `resnet`. Absent layer scales are written as ones. `vit`
-and the encoder of `vit_mae` can only be read. Text models are in `transformers_text.py`.
+A ViT with rotary positions becomes a `dinov3_vit`, any other ViT a `dinov2` (with registers: `dinov2_with_registers`), a
+ConvNeXt a `dinov3_convnext`, and a ResNet with the ImageNet stem a `resnet`. A model without layer scales is written with
+layer scales of one. `vit` and the encoder of `vit_mae` can be read but not written. Text models are in
+`transformers_text.py`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
 
 
 def read(cfg: Any, tensors: State, kind: str = "") -> State:
-    """Our state dict of tensors that `write` has written, or of a file of transformers' class with the model_type
-    `kind`."""
+    """Convert to our state dict the tensors that `write` has written, or those of a file for transformers' class with the
+    model_type `kind`."""
     if transformers_text.is_text(cfg):
         return transformers_text.read(cfg, tensors, kind)
     if isinstance(cfg, presets.ViT):
@@ -59,8 +60,8 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
 def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(fields of config.json, [(our name, transformers' name)] of the tensors, without .weight and .bias).
 
-    {i} stands for the number of a block. [j] after a name means part j of a tensor that is fused on that side only: of
-    our three for query, key and value, or of transformers' two of a gated MLP.
+    {i} stands for the number of a block. [j] after a name stands for part j of a tensor that only this side fuses: our
+    tensor for query, key and value, or transformers' tensor for the two matrices of a gated MLP.
     """
     rope = cfg.positions == "rope"
     ratio, hidden = _mlp_width(cfg)
@@ -123,8 +124,8 @@ def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]
 
 
 def _mlp_width(cfg: presets.ViT) -> tuple[int, int]:
-    """(mlp_ratio, hidden width) for transformers' class. Dinov2 allows whole ratios only, and for SwiGLU it has two thirds
-    of that width, rounded up to a multiple of 8. So this is the smallest width that is not below ours."""
+    """(mlp_ratio, hidden width) for transformers' class. Dinov2 allows only whole ratios; with SwiGLU its width is two
+    thirds of dim · ratio, rounded up to a multiple of 8. Returns the smallest width of this kind that is not below ours."""
     ratio, hidden = 1, int(cfg.dim * cfg.mlp_ratio + 1e-6)
     if cfg.positions == "rope":
         return ratio, hidden
@@ -134,8 +135,8 @@ def _mlp_width(cfg: presets.ViT) -> tuple[int, int]:
 
 
 def _resize_mlps(state: State, width: int) -> State:
-    """A state dict with the hidden width of every MLP changed to `width`: cut, or padded with units of zero weight, which
-    do not change the output."""
+    """The state dict with the hidden width of every MLP changed to `width`: units are cut off, or units of zero weight are
+    added, which do not change the output."""
     out = dict(state)
     for key, tensor in state.items():
         if re.search(r"mlp\.(fc1|w1|w2)\.", key):
@@ -146,7 +147,7 @@ def _resize_mlps(state: State, width: int) -> State:
 
 
 def vit_to_transformers(cfg: presets.ViT, state: State) -> tuple[dict[str, Any], State]:
-    """(fields of config.json, tensors under transformers' names) of our state dict. The norm for class tokens of local
+    """(fields of config.json, tensors with transformers' names) for our state dict. The norm for class tokens of local
     crops is left out, because only training uses it."""
     fields, names = _vit_layout(cfg)
     width = cfg.dim
@@ -157,7 +158,7 @@ def vit_to_transformers(cfg: presets.ViT, state: State) -> tuple[dict[str, Any],
     if cfg.layer_scale is None:
         ones = torch.ones(width)
         state |= {f"blocks.{i}.ls{n}.gamma": ones for i in range(cfg.depth) for n in (1, 2)}
-    if not cfg.mask_token and (cfg.positions == "rope" or cfg.registers):  # these two classes always have one
+    if not cfg.mask_token and (cfg.positions == "rope" or cfg.registers):  # classes that always have a mask token
         state["mask_token"] = torch.zeros(1, width)
     if cfg.positions == "rope":
         state["mask_token"] = state["mask_token"].unsqueeze(0)  # [1, 1, D]
@@ -197,12 +198,12 @@ def without_key_bias(bias: Tensor, key: str) -> Tensor:
 
 
 _MODEL_PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.", "dinov3_vit.")
-_OTHER_PARTS = ("pooler.", "decoder.", "classifier.")  # of classes that contain such a backbone
+_OTHER_PARTS = ("pooler.", "decoder.", "classifier.")  # prefixes of tensors outside the backbone
 
 
 def vit_from_transformers(cfg: presets.ViT, tensors: State, kind: str = "") -> State:
-    """Our state dict of tensors under transformers' names, the inverse of `vit_to_transformers`. Tensors with unknown
-    names keep them."""
+    """Convert tensors with transformers' names to our state dict, the inverse of `vit_to_transformers`. Tensors with
+    unknown names keep these names."""
     for prefix in _MODEL_PREFIXES:
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if not k.startswith(_OTHER_PARTS)}
     names = _plain_vit_names() if kind in ("vit", "vit_mae") else _vit_layout(cfg)[1]
@@ -236,7 +237,7 @@ def vit_from_transformers(cfg: presets.ViT, tensors: State, kind: str = "") -> S
 
 
 def _plain_vit_names() -> list[tuple[str, str]]:
-    """Names of `ViTModel`, which `ViTMAEModel` shares."""
+    """[(our name, transformers' name)] for `ViTModel` and `ViTMAEModel`, as in `_vit_layout`."""
     block = "encoder.layer.{i}"
     names = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
     names |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
@@ -262,7 +263,7 @@ def _for_each_block(names: list[tuple[str, str]], depth: int) -> list[tuple[str,
 
 # ---------------------------------------------------------------- ConvNeXt
 def convnext_to_transformers(cfg: presets.ConvNeXt, state: State) -> tuple[dict[str, Any], State]:
-    """(fields of config.json, tensors under transformers' names) of our state dict."""
+    """(fields of config.json, tensors with transformers' names) for our state dict."""
     fields = {
         "model_type": "dinov3_convnext",
         "architectures": ["DINOv3ConvNextModel"],
@@ -290,7 +291,7 @@ _CONVNEXT_NAMES = {  # {our name in a block: transformers'}
 
 
 def _convnext_key(key: str) -> str:
-    """transformers' name of a tensor of ours."""
+    """transformers' name for a tensor of our ConvNeXt."""
     key = re.sub(r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample_layers.", key)
     key = re.sub(r"^stages\.(\d+)\.(\d+)\.(\w+)", lambda m: f"stages.{m[1]}.layers.{m[2]}.{_CONVNEXT_NAMES[m[3]]}", key)
     return re.sub(r"^norm\.", "layer_norm.", key)

@@ -259,8 +259,8 @@ def _rope(cfg: presets.Decoder) -> dict[str, Any]:
 
 
 def _apertus(cfg: presets.Decoder) -> dict[str, Any]:
-    """Values that the class would replace by defaults of its own (scaled RoPE, ids of special tokens) are written out; RoPE
-    under both names, because versions of transformers differ in which one they read."""
+    """Values for which the class has other defaults (scaled RoPE, ids of special tokens) are written explicitly; RoPE under
+    two names, because versions of transformers differ in the name that they read."""
     fields = _llama(cfg)
     del fields["mlp_bias"]
     rope = None if cfg.rope_factor == 1 else _rope(cfg)

@@ -1,5 +1,5 @@
-"""Reads a config.json of a text model of transformers: which model of ours it describes. Absent fields have the
-defaults of transformers' classes."""
+"""Convert the config.json of a text model of transformers to the name and the options of our model. Absent fields have
+the defaults of transformers' classes."""
 
 from __future__ import annotations
 
