@@ -80,7 +80,7 @@ def measure_precision(cfg: Recipe, run: Path, objective: Objective, stream: Stre
 def build_and_log_objective(cfg: Recipe, start: bool, say: Log) -> Objective:
     """The recipe's objective. With `start`, the weights that the recipe names are loaded, and their source is logged."""
     with loaded_weights.record_loading() as loaded:
-        objective = build_objective(cfg, start=start, empty=fsdp2.starts_empty(cfg))
+        objective = processes.on_every_rank(lambda: build_objective(cfg, start=start, empty=fsdp2.starts_empty(cfg)))
     pixels = vars(cfg.data)  # `vars` does not mark the keys as read: a mean in a recipe for text must remain an error
     for line in [*loaded_weights.report_loaded(loaded, pixels["mean"], pixels["std"]), *frozen_parts(cfg, objective)]:
         say(line)
@@ -115,16 +115,18 @@ def resume(
 
 
 def flops_and_peak(cfg: Recipe, run: Path, engine: Engine, say: Log) -> tuple[float, float]:
-    """(FLOPs of a step, peak FLOP/s of all devices) on rank 0, which logs the peak. Zeros on the other ranks, and if the
-    FLOPs of the objective cannot be traced."""
-    if not cfg.log.flops or processes.rank():
-        return 0.0, 0.0
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copying parameters warns
-    try:
-        flops = plan.step_flops(cfg, run)
-    except ConfigError as error:
-        say(f"FLOP/s will not be logged: {error}")
-        return 0.0, 0.0
-    rate, source = peak(engine.device, cfg.precision)
-    say(f"mfu is relative to {rate / 1e12:.3g} TFLOP/s per process, {source}")
-    return flops, engine.world * rate
+    """(FLOPs of a step, peak FLOP/s of all devices), logged; zeros if the objective's FLOPs cannot be traced. Rank 0
+    traces and measures them."""
+
+    def measured() -> tuple[float, float]:
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by copies of parameters
+        try:
+            flops = plan.step_flops(cfg, run)
+        except ConfigError as error:
+            say(f"FLOP/s will not be logged: {error}")
+            return 0.0, 0.0
+        rate, source = peak(engine.device, cfg.precision)
+        say(f"mfu is relative to {rate / 1e12:.3g} TFLOP/s per process, {source}")
+        return flops, engine.world * rate
+
+    return processes.on_rank_0(measured) if cfg.log.flops else (0.0, 0.0)

@@ -37,7 +37,7 @@ from pretrain.parallel import processes, timeouts
 from pretrain.parallel.blocks import GraphLog
 from pretrain.parallel.device import keep_freed_memory, pick_device, threads
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.modes import build_engine
+from pretrain.parallel.modes import build_engine, check_engine
 from pretrain.recipes import parallel_checks, recipe
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_exports import missing_exports, write_exports
@@ -98,7 +98,7 @@ def _train_only(
     with run_folder_lock() as lock, Stop() as stop:
         try:
             run_startup.convert_image_folders(cfg)
-            device = pick_device(cfg.device, cfg.parallel.mode)
+            device = processes.on_every_rank(lambda: pick_device(cfg.device, cfg.parallel.mode))
             if cfg.data.workers != 0 and start_method(cfg.data.start_method, device.type) == "forkserver":
                 start_server(["pretrain.build"])  # before NCCL; early, so that it imports while this process continues
             processes.start(
@@ -148,21 +148,22 @@ def _train(
     folder = processes.on_rank_0(lambda: prepare(cfg, lock))
     if processes.rank() == 0:
         after_folder(folder)
-    else:
-        cfg = recipe.load(folder)  # rank 0 has stored the recipe, with some of the "auto" values replaced
+    # rank 0 has stored the recipe, with some of the "auto" values replaced
+    cfg = processes.on_every_rank(lambda: recipe.load(folder) if processes.rank() else cfg)
     say = Log(folder)
     if device.type == "cpu":
         torch.set_num_threads(cfg.threads or threads(processes.local_world()))
         keep_freed_memory()
-    samples = open_samples(cfg)
+    samples = processes.on_every_rank(lambda: open_samples(cfg))
     run_startup.log_datasets(samples, say)
     run_startup.settle_auto_values(cfg, folder, samples, device, say)
     processes.on_rank_0(lambda: check_checkpoint_owner(cfg, folder))
     found = checkpoint_to_resume(folder, cfg, say)
     objective = run_startup.build_and_log_objective(cfg, found is None, say)
-    stream = build_stream(cfg, objective, samples, folder / "damaged", device)
+    stream = processes.on_every_rank(lambda: build_stream(cfg, objective, samples, folder / "damaged", device))
     run_startup.measure_precision(cfg, folder, objective, stream, device)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    processes.on_every_rank(lambda: check_engine(objective, cfg, device))
     engine = build_engine(objective, cfg, device)
     for line in engine.notes:
         say(line)

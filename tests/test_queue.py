@@ -169,7 +169,8 @@ class Queued(MAE):
 
 def in_mode(mode: str, shards: Path, count: int) -> dict[str, Tensor]:
     """The queue after four steps, one of them skipped, as a checkpoint has it; the last step is taken by another engine that is given this state."""
-    device = processes.start(mode, torch.device("cpu"))
+    device = torch.device("cpu")
+    processes.start(mode, device)
     cfg = recipe_of("mae", shards, mode, {"parallel.micro_batch": 16 // count // 2})
     drawn = batches(cfg, shards, 8)
     parts = []  # the micro-batches of this rank, as a stream cuts a global batch of 16

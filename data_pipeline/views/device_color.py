@@ -7,7 +7,8 @@
       → Gaussian blur of 9 taps, mirrored at the edges, with each view's own sigma
       → min(x, 255 − x)                        where the view is solarized
 
-The result of each line is rounded to whole levels, as in the data workers. No shape and no branch depends on values,
+The result of each line is rounded to whole levels, as in the data workers; where a GPU may round the inputs of products
+to TF32 (`pretrain.parallel.device.set_tf32`: in all runs but those in fp32), a level may differ by one. No shape and no branch depends on values,
 and `constants` are copied to the device once, so there is no host sync.
 """
 

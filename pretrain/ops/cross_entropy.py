@@ -64,7 +64,7 @@ class _Chunked(torch.autograd.Function):
             h, w = hidden.to(dtype), weight.to(dtype)
             needed = ctx.needs_input_grad[:3]
             grads = [
-                torch.empty_like(hidden) if needed[0] else None,
+                torch.empty_like(hidden, dtype=exact if dtype == torch.float16 else None) if needed[0] else None,
                 torch.zeros(weight.shape, dtype=exact, device=weight.device) if needed[1] else None,
                 torch.zeros(len(weight), dtype=exact, device=weight.device) if needed[2] else None,
             ]
@@ -77,7 +77,7 @@ class _Chunked(torch.autograd.Function):
                 value, gradient = _rows(h[part] @ w.t(), _of(targets, part, len(h)), bias, own, o)
                 loss += value
                 if any(needed):
-                    _add_gradients(grads, part, h, w, gradient().to(dtype))
+                    _add_gradients(grads, part, h, w, gradient())
             if grads[2] is not None:
                 grads[2] /= o.scale  # `scale` multiplies the products, but not the bias
         ctx.save_for_backward(*grads)
@@ -102,12 +102,19 @@ def _of(targets: Tensor, part: slice, count: int) -> Tensor:
 def _add_gradients(grads: list[Tensor | None], part: slice, h: Tensor, w: Tensor, logit_grad: Tensor) -> None:
     """Add a chunk's gradients of hidden states, weights and bias, from the gradient of its logits [n, V]."""
     hidden_grad, weight_grad, bias_grad = grads
-    if hidden_grad is not None:
-        hidden_grad[part] = logit_grad @ w
-    if weight_grad is not None:
-        weight_grad += logit_grad.t() @ h[part]
     if bias_grad is not None:
         bias_grad += logit_grad.sum(0, dtype=bias_grad.dtype)
+    # The loss scale of fp16 is applied in the backward only, and small numbers underflow in fp16: divide by the largest.
+    unit = logit_grad.abs().amax().clamp_min(1e-30) if h.dtype == torch.float16 else None
+    logit_grad = (logit_grad if unit is None else logit_grad / unit).to(h.dtype)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b if unit is None else (a @ b).float() * unit
+
+    if hidden_grad is not None:
+        hidden_grad[part] = product(logit_grad, w)
+    if weight_grad is not None:
+        weight_grad += product(logit_grad.t(), h[part])
 
 
 def _rows(z: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None, o: _Options):

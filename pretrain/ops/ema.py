@@ -40,7 +40,9 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped:
             "teacher and student do not have the same parameters, sharded in the same way, so the teacher cannot be updated;"
             " parallel.frozen=replicated is for teachers that never change: write parallel.frozen=sharded"
         )
-    if skipped is None:
+    if not ours:  # nothing but buffers
+        pass
+    elif skipped is None:
         torch._foreach_lerp_(ours, theirs, 1 - momentum)
     elif ours[0].device.type == "cpu":
         torch._foreach_lerp_(ours, theirs, float((1 - momentum) * (1 - skipped)))

@@ -32,6 +32,8 @@ class BatchNorm(_BatchNorm):
     """nn.BatchNorm1d and nn.BatchNorm2d in one class, with the same parameters and buffers, but with mean and variance of
     the global batch. x [B, C, ...] → [B, C, ...]."""
 
+    momentum: float  # the share of a batch in the running statistics
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"batch norm takes [B, C, ...], not {list(input.shape)}; add the missing dimension")
@@ -49,12 +51,7 @@ class BatchNorm(_BatchNorm):
         mean, variance = self.running_mean, self.running_var
         # FSDP2 gathers weights in the compute dtype, but PyTorch's operation needs all four tensors in the same dtype.
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
-        share = self._share() if self.training else 0.0
-        return F.batch_norm(x, mean, variance, weight, bias, self.training, share, self.eps)
-
-    def _share(self) -> float:
-        """The weight of this batch in the running statistics. Without `momentum` they are means over all batches."""
-        return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
 
     def _over_processes(self, x: Tensor) -> Tensor:
         reduced_dims = [0, *range(2, x.ndim)]  # all but the channels
@@ -66,8 +63,7 @@ class BatchNorm(_BatchNorm):
         centred = x - mean.view(shape)
         variance = _Sum.apply(centred.square().sum(reduced_dims)) / n  # [C]
         with torch.no_grad():
-            share = self._share()
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-            self.running_var.lerp_((variance * (n / (n - 1))).to(self.running_var.dtype), share)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance * (n / (n - 1))).to(self.running_var.dtype), self.momentum)
         scale = (variance + self.eps).rsqrt() * self.weight.to(x.dtype)
         return centred * scale.view(shape) + self.bias.to(x.dtype).view(shape)

@@ -28,7 +28,7 @@ from pretrain.recipes.recipe import Recipe
 AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights autocast casts to the compute dtype
 
 
-def _import(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed, configure it for the device, and return the module. Raises ConfigError if it is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -70,7 +70,7 @@ class Zero(Engine):
 
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device):
         self.stage = int(recipe.parallel.mode[-1])
-        self.deepspeed = _import(device)
+        self.deepspeed = import_deepspeed(device)
         super().__init__(objective, recipe, device)
         self.names = {p: name for name, p in objective.named_parameters() if p.requires_grad}
         # (options, names of the parameters) of each parameter group. They are recorded here, because

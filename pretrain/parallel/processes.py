@@ -7,18 +7,23 @@ MASTER_PORT. Without these variables the run has one process.
 from __future__ import annotations
 
 import os
+import pickle
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
 from pretrain.parallel import timeouts
 
 T = TypeVar("T")
 _patient: dist.ProcessGroup | None = None  # the group of `on_rank_0`; None: the default group
+_joined: dist.Store | None = None
+_asked = _started = 0  # how often `on_every_rank` and `start` were called; a store may outlive a process group
 
 
 def rank() -> int:
@@ -34,34 +39,77 @@ def local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
-def start(mode: str, device: torch.device, retry: float = 0.0) -> torch.device:
-    """Join the process group, unless `parallel.mode` is single. Returns `device`, that of this process.
+def start(mode: str, device: torch.device, retry: float = 0.0) -> None:
+    """Join the process group, unless `parallel.mode` is single. `device`: that of this process.
 
     `retry`: seconds for which a rank asks a store again, while the others wait for it.
     """
     if mode == "single":
-        return device
+        return
     timeouts.set_long(retry)
-    alone: dict[str, Any] = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+    global _patient, _started
+    _started += 1
+    store = dist.PrefixStore(f"group_{_started}", _store()) if "MASTER_ADDR" in os.environ else dist.HashStore()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
         rank=rank(),
         world_size=world(),
         timeout=timeouts.long(),
         device_id=device if device.type == "cuda" else None,
-        **alone,
     )
-    global _patient
     _patient = timeouts.patient_group()
-    return device
 
 
 def stop() -> None:
     """Destroy the process group, at the end of the run."""
-    global _patient
+    global _patient, _joined
     if dist.is_initialized():
         dist.destroy_process_group()
-    _patient = None
+    timeouts.forget_groups()
+    _patient = _joined = None
+
+
+def _store() -> dist.Store:
+    """The store of the launcher's address, by which the ranks find each other."""
+    global _joined
+    if _joined is None:
+        _joined, *_ = next(rendezvous("env://", rank(), world(), timeout=timeouts.long()))
+    return _joined
+
+
+def on_every_rank(ask: Callable[[], T]) -> T:
+    """Run `ask` on every rank. A UserError on one of them is raised on all, which would wait in their next collective
+    for a rank that has ended. Collective: every rank must call it, before or after `start`; `ask` itself has no
+    collectives.
+    """
+    if world() == 1:
+        return ask()
+    global _asked
+    _asked += 1
+    error: UserError | None = None
+    try:
+        out = ask()
+    except UserError as own:
+        error = own
+    keys = dist.PrefixStore(f"on_every_rank_{_asked}", _store())
+    if error is not None:
+        keys.set("error", pickle.dumps((rank(), error)))
+        keys.add("errors", 1)
+    if keys.add("done", 1) == world():
+        keys.set("all_done", "")
+    keys.wait(["all_done"], timeouts.long())
+    count = keys.add("errors", 0)
+    if not count:
+        return out
+    number, found = pickle.loads(keys.get("error"))
+    if rank() == 0:  # which has the store: it goes when the others have read it
+        keys.wait(["all_read"], timedelta(seconds=10))
+    elif keys.add("read", 1) == world() - 1:
+        keys.set("all_read", "")
+    if count < world():
+        found = type(found)(f"rank {number} of {world()}: {found}")
+    raise raised_by_all(error if error is not None and count == world() else found) from None
 
 
 def on_rank_0(ask: Callable[[], T]) -> T:

@@ -39,6 +39,11 @@ def patient_group() -> dist.ProcessGroup:
     return group
 
 
+def forget_groups() -> None:
+    """To be called when the process groups are destroyed."""
+    _patient.clear()
+
+
 def shorten(seconds: float) -> None:
     """Set the time-out of all process groups except patient ones, after the first step. Does nothing without process
     groups.

@@ -128,7 +128,8 @@ def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> d
 def main(
     shards: Path, mode: str, options: dict[str, Any], target: Path, names: list[str], device_name: str = "cpu"
 ) -> None:
-    device = processes.start(mode, pick_device(device_name))
+    device = pick_device(device_name)
+    processes.start(mode, device)
     torch.set_num_threads(1)
     found = {}
     for name in names:

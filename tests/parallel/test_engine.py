@@ -24,7 +24,7 @@ from pretrain.build import build_objective
 from pretrain.estimate import hardware, plan
 from pretrain.objectives import finder
 from pretrain.objectives.mae import MAE
-from pretrain.parallel import blocks, processes
+from pretrain.parallel import blocks, processes, timeouts
 from pretrain.parallel.blocks import blocks_of
 from pretrain.parallel.device import set_tf32
 from pretrain.parallel.loss_scale import INITIAL_FACTOR
@@ -276,7 +276,8 @@ from pretrain.parallel import processes
 from pretrain.parallel.modes import build_engine
 from tests.parallel.modes import batches, mine, recipe_of
 from tests.parallel.test_engine import Guided
-device = processes.start("fsdp2", torch.device("cpu"))
+device = torch.device("cpu")
+processes.start("fsdp2", device)
 losses = []
 for frozen in ("sharded", "replicated"):
     cfg = recipe_of("mae", Path(sys.argv[1]), "fsdp2", {"parallel.frozen": frozen})
@@ -333,13 +334,30 @@ def test_flops_per_second_are_those_of_the_plan(shards: Path, tmp_path: Path):
 def test_flops_are_traced_once_and_on_rank_0_only(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cfg, traced, trace = tiny_recipe("mae", shards, tmp_path, "log.flops=true"), [], plan.trace
     monkeypatch.setattr(plan, "trace", lambda cfg: traced.append(cfg.data.batch) or trace(cfg))
-    monkeypatch.setenv("RANK", "1")
-    assert flops_and_peak(cfg, tmp_path, None, print) == (0.0, 0.0)  # type: ignore[arg-type]
+    asked: list[object] = []
+    monkeypatch.setattr(processes, "on_rank_0", lambda ask: asked.append(ask) or (1.0, 2.0))
+    assert flops_and_peak(cfg, tmp_path, None, print) == (1.0, 2.0) and not traced  # type: ignore[arg-type]
+    assert len(asked) == 1  # where an error of any kind is raised on every rank
     write_recipe(cfg, tmp_path)
     assert plan.step_flops(cfg, tmp_path) == plan.step_flops(cfg, tmp_path) and traced == [16]
     other = cfg.replace(data=cfg.data.replace(batch=8))
     write_recipe(other, tmp_path)
     assert 2 * plan.step_flops(other, tmp_path) == trace(cfg).flops and traced == [16, 8]
+
+
+def test_peaks_of_devices_with_similar_names():
+    """As `torch.cuda.get_device_name` has them; figures of the data sheets, without sparsity."""
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H100 PCIe", "NVIDIA H200")
+    assert [hardware.peak_of(name, "bf16") for name in names] == [989e12, 835e12, 756e12, 989e12]
+    assert hardware.peak_of("NVIDIA GH200 480GB", "bf16") is None
+
+
+def test_process_groups_that_are_destroyed_are_forgotten():
+    for _ in range(2):
+        processes.start("ddp", CPU)
+        assert len(timeouts._patient) == 1
+        processes.stop()
+    assert not timeouts._patient
 
 
 def test_the_peak_of_an_unknown_device_is_measured_with_several_products():

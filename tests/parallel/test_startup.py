@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from common import config
-from common.errors import ConfigError
+from common.errors import ConfigError, command
 from launch.local import environments, wait
+from pretrain import run_startup
 from pretrain import train as training
 from pretrain.parallel import processes, timeouts
 from pretrain.parallel.device import pick_device
@@ -84,6 +86,7 @@ def test_a_rank_touches_no_gpu_but_its_own(
         raise Reached
 
     monkeypatch.setattr(processes, "start", start)
+    monkeypatch.setattr(processes, "on_every_rank", lambda ask: ask())  # the other three are not there
     with FakeTensorMode(), Allocations(eight_gpus), pytest.raises(Reached):
         training._train_only(cfg)
     own = torch.device("cuda", 3)
@@ -95,6 +98,33 @@ def test_a_rank_without_a_gpu_is_refused(eight_gpus: list, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match=r"process 8 of this machine .* 8 can be seen; start 8 processes"):
         pick_device("cuda", "fsdp2")
     assert not eight_gpus
+
+
+def fail_on_rank_1(path: str, where: str) -> int:
+    """One rank of a run whose rank 1 lacks something."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise ConfigError("there is no such thing on this machine")
+
+    if processes.rank() == 1:
+        setattr(run_startup if where == "build_objective" else training, where, missing)
+    return command(lambda: training._train_only(recipe.load(path)) and 0)
+
+
+@pytest.mark.parametrize("where", ["pick_device", "open_samples", "build_objective", "check_engine"])
+def test_an_error_of_one_rank_ends_all_at_once(where: str, shards: Path, tmp_path: Path):
+    """Before there is a process group and behind it; without waiting for a time-out, and said once."""
+    cfg = tiny_recipe("mae", shards, tmp_path / "run", "parallel.mode=ddp")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.dump(cfg))
+    outputs = [(os.devnull, str(tmp_path / f"{rank}.txt")) for rank in range(2)]
+    started = [
+        Forked(fail_on_rank_1, str(path), where, env=e, output=out)
+        for e, out in zip(environments(2), outputs, strict=True)
+    ]
+    assert [process.wait(60) for process in started] == [2, 2]
+    said, other = (Path(file).read_text() for _, file in outputs)
+    assert said == "error: rank 1 of 2: there is no such thing on this machine\n" and not other
 
 
 def reach_engine(path: str, target: str) -> int:

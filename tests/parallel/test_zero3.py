@@ -25,7 +25,8 @@ def rank(shards: str, target: str) -> None:
     """One step of DINOv3, whose teachers are frozen; writes down what was moved as a whole, and what was gathered."""
     from deepspeed.runtime.zero import partition_parameters
 
-    device = processes.start("zero3", torch.device("cpu"))
+    device = torch.device("cpu")
+    processes.start("zero3", device)
     cfg = recipe_of("dinov3", Path(shards), "zero3", {"precision": "bf16"})
     data = [mine(batch) for batch in batches(cfg, Path(shards), 2)]
     model = build_objective(cfg, empty=fsdp2.starts_empty(cfg))

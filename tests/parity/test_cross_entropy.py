@@ -94,6 +94,25 @@ def test_bf16_is_the_plain_one_to_its_rounding():
         assert (a - e).norm() < 0.01 * e.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_fp16_keeps_small_gradients(dtype: torch.dtype):
+    """fp16 ends at 6e-8, and the factor of the loss comes in the backward only. `dtype`: of the hidden states."""
+    x = given(torch.float32, 300, 1000, 64)
+    inputs = [x["hidden"], x["weight"] * 0.2]
+
+    def loss(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return 1e4 * cross_entropy(h, w, x["soft"], row_weights=torch.full((300,), 1e-5))
+
+    def half(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return loss(h.to(dtype), w)
+
+    for name, a, e in zip(
+        ("loss", "hidden", "weight"), with_gradients(half, inputs), with_gradients(loss, inputs), strict=True
+    ):
+        assert (a - e).norm() < 2e-3 * e.norm(), name
+
+
 def test_large_logits_and_no_valid_target():
     x = given(torch.float32)
     loss, by_hidden, by_weight = with_gradients(

@@ -305,6 +305,14 @@ def test_ema_update(momentum: float):
     assert teacher[1].running_mean.tolist() == [5] * 4 and teacher[1].num_batches_tracked == 7
 
 
+@pytest.mark.parametrize("skipped", [None, torch.zeros(())])
+def test_ema_of_a_network_without_parameters(skipped: torch.Tensor | None):
+    teacher, student = (nn.BatchNorm1d(4, affine=False) for _ in range(2))
+    student.running_mean.fill_(5)
+    ema_update(teacher, student, 0.5, skipped)
+    assert teacher.running_mean.tolist() == [5] * 4
+
+
 def test_ema_update_on_a_device(monkeypatch: pytest.MonkeyPatch):
     """The path of GPUs, where the host does not read `skipped`: the same average in chunks, bit for bit none in a
     skipped step."""
