@@ -29,28 +29,34 @@ class MultiCropViews:
     S] where there are Gram crops; and of a micro-batch, where its masked patches are.
 
     `augments`, `sides` (patches along a side of a global crop) and `weights` have one entry for each kind of step.
+    `mask_ratios`: None for no masks.
     """
 
     augments: list[dict[str, list[Augment]]]
     sides: list[int]
     weights: tuple[float, ...]
     mask_share: float
-    mask_ratios: tuple[float, float]
+    mask_ratios: tuple[float, float] | None
     alike: dict[str, str]  # {entry: the entry whose crops it repeats}
     patch_size: int
     cells: tuple[int, ...]
 
     def __call__(self, sample: dict[str, Any], rng: Rng) -> dict[str, np.ndarray]:
         row = pick(sample["seed"], sample["step"], self.weights)
+        made = crops(sample, self.augments[row], rng, self.alike)
+        if self.mask_ratios is None:
+            return made
         side, masks = self.sides[row], []
         for i in range(GLOBAL):
             ratio = stratified_ratio(sample, i, GLOBAL, self.mask_share, self.mask_ratios)
             masks.append(block_mask((side, side), int(ratio * side * side), rng(MASKS + i)).reshape(-1))
-        return crops(sample, self.augments[row], rng, self.alike) | {"mask": np.stack(masks)}
+        return made | {"mask": np.stack(masks)}
 
     def collate(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"mask_indices", "mask_weight"} of a micro-batch's masks (`masked_patches`); with `cells`, those of each size
         of cells as "mask_indices_SIZE" and "mask_weight_SIZE"."""
+        if self.mask_ratios is None:
+            return {}
         if not self.cells:
             return masked_patches(batch["mask"])
         masks = batch["mask"].reshape(-1, batch["mask"].shape[-1])
@@ -70,6 +76,7 @@ def multicrop(
     resolutions: list[list[float]] | None = None,
     local_patch: int | None = None,
     cells: tuple[int, ...] = (),
+    masked: bool = True,
 ) -> MultiCropViews:
     """The views of crops of `image_size` pixels and patches of `patch_size`; of larger Gram crops if `gram_size` is
     above 0.
@@ -77,7 +84,7 @@ def multicrop(
     `resolutions`: rows of (global, local, Gram pixels, weight) of DINOv3's high-resolution stage; each step uses one
     row, drawn from (seed, step). `local_patch`: the size that local crops have to be a multiple of, if it is not
     `patch_size`. `cells`: sizes in pixels of the cells on whose grids masked patches are compared, if they are not
-    patches of `patch_size`.
+    patches of `patch_size`. `masked`: whether the objective masks patches; the options of masks are not read otherwise.
     """
     rows = resolutions or [[image_size, cfg.local_size, gram_size, 1.0]]
     _check(rows, patch_size, gram_size > 0, (local_patch or patch_size) if cfg.local_crops else None)
@@ -86,8 +93,8 @@ def multicrop(
         augments=[_augments(cfg, size) for size in sizes],
         sides=[size[0] // patch_size for size in sizes],
         weights=tuple(row[3] for row in rows),
-        mask_share=cfg.mask_share,
-        mask_ratios=(cfg.mask_ratio_min, cfg.mask_ratio_max),
+        mask_share=cfg.mask_share if masked else 0.0,
+        mask_ratios=(cfg.mask_ratio_min, cfg.mask_ratio_max) if masked else None,
         alike={"gram": "global"} if gram_size else {},
         patch_size=patch_size,
         cells=cells,
