@@ -126,7 +126,7 @@ class Distillation(Objective):
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:
-        # patches are sampled on the teacher's grid; local crops go to students alone, see `check_sizes`
+        # Patches are sampled on the teacher's grid; only students get local crops (see `check_sizes`).
         masked = cfg.loss == "prototypes"
         cells = sorted({about.patch_size, *teachers.patch_sizes_of(cfg.students)}) if masked else []
         patch = teachers.patch_size_of(cfg.teacher)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from common import config
-from common.errors import ConfigError, command
+from common.errors import ConfigError, run_main
 from launch.local import environments, wait
 from pretrain import run_startup
 from pretrain import train as training
@@ -108,7 +108,7 @@ def fail_on_rank_1(path: str, where: str) -> int:
 
     if processes.rank() == 1:
         setattr(run_startup if where == "build_objective" else training, where, missing)
-    return command(lambda: training._train_only(recipe.load(path)) and 0)
+    return run_main(lambda: training._train_only(recipe.load(path)) and 0)
 
 
 @pytest.mark.parametrize("where", ["pick_device", "open_samples", "build_objective", "check_engine"])
