@@ -39,7 +39,7 @@ class MultiCropViews:
     mask_ratios: tuple[float, float] | None
     alike: dict[str, str]  # {entry: the entry whose crops it repeats}
     patch_size: int
-    cells: tuple[int, ...]
+    cells: tuple[int, ...] | None
 
     def __call__(self, sample: dict[str, Any], rng: Rng) -> dict[str, np.ndarray]:
         row = pick(sample["seed"], sample["step"], self.weights)
@@ -57,7 +57,7 @@ class MultiCropViews:
         of cells as "mask_indices_SIZE" and "mask_weight_SIZE"."""
         if self.mask_ratios is None:
             return {}
-        if not self.cells:
+        if self.cells is None:
             return masked_patches(batch["mask"])
         masks = batch["mask"].reshape(-1, batch["mask"].shape[-1])
         side, out = math.isqrt(masks.shape[1]), dict[str, np.ndarray]()
@@ -75,8 +75,7 @@ def multicrop(
     gram_size: int = 0,
     resolutions: list[list[float]] | None = None,
     local_patch: int | None = None,
-    cells: tuple[int, ...] = (),
-    masked: bool = True,
+    cells: tuple[int, ...] | None = None,
 ) -> MultiCropViews:
     """The views of crops of `image_size` pixels and patches of `patch_size`; of larger Gram crops if `gram_size` is
     above 0.
@@ -84,7 +83,8 @@ def multicrop(
     `resolutions`: rows of (global, local, Gram pixels, weight) of DINOv3's high-resolution stage; each step uses one
     row, drawn from (seed, step). `local_patch`: the size that local crops have to be a multiple of, if it is not
     `patch_size`. `cells`: sizes in pixels of the cells on whose grids masked patches are compared, if they are not
-    patches of `patch_size`. `masked`: whether the objective masks patches; the options of masks are not read otherwise.
+    patches of `patch_size`; empty:
+    no masks, and their options are not read.
     """
     rows = resolutions or [[image_size, cfg.local_size, gram_size, 1.0]]
     _check(rows, patch_size, gram_size > 0, (local_patch or patch_size) if cfg.local_crops else None)
@@ -93,8 +93,8 @@ def multicrop(
         augments=[_augments(cfg, size) for size in sizes],
         sides=[size[0] // patch_size for size in sizes],
         weights=tuple(row[3] for row in rows),
-        mask_share=cfg.mask_share if masked else 0.0,
-        mask_ratios=(cfg.mask_ratio_min, cfg.mask_ratio_max) if masked else None,
+        mask_share=0.0 if cells == () else cfg.mask_share,
+        mask_ratios=None if cells == () else (cfg.mask_ratio_min, cfg.mask_ratio_max),
         alike={"gram": "global"} if gram_size else {},
         patch_size=patch_size,
         cells=cells,

@@ -127,10 +127,8 @@ class Distillation(Objective):
     @staticmethod
     def views(cfg: Config, about: About) -> View:
         # Patches are sampled on the teacher's grid; only students get local crops (see `check_sizes`).
-        masked = cfg.loss == "prototypes"
-        cells = sorted({about.patch_size, *teachers.patch_sizes_of(cfg.students)}) if masked else []
-        patch = teachers.patch_size_of(cfg.teacher)
-        return multicrop(cfg, about.image_size, patch, local_patch=1, cells=tuple(cells), masked=masked)
+        cells = sorted({about.patch_size, *teachers.patch_sizes_of(cfg.students)}) if cfg.loss == "prototypes" else []
+        return multicrop(cfg, about.image_size, teachers.patch_size_of(cfg.teacher), local_patch=1, cells=tuple(cells))
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch["global"].flatten(0, 1)  # [B·G, ...]

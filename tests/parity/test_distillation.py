@@ -269,7 +269,7 @@ def test_a_teacher_of_any_kind(shards: Path, tmp_path: Path):
         cfg = tiny_recipe("distillation", shards, tmp_path / "run", *sizes)
         objective = build_objective(cfg, start=True)
         batch = next(build_stream(cfg, objective, open_samples(cfg)))
-        assert set(batch) == {"global", "local"}  # no masks: features are compared on all patches
+        assert set(batch) == {"id", "global", "local"}  # no masks: features are compared on all patches
         there = placed(objective, batch, torch.device("cpu"))
         assert objective.teacher["backbone"](there["global"].flatten(0, 1)).grid == grid
         loss, _ = objective(there, 0)
