@@ -1,11 +1,11 @@
-"""How fast a run trains again after a fault, on a real Slurm cluster of two nodes on this machine (needs root, Debian):
-four processes with gloo, two on each node, and a tiny model, so that what counts is noticing, checking nodes, importing
-torch, joining and loading.
+"""How soon a run trains again after a fault, on a real Slurm cluster of two nodes on this machine (needs root, Debian):
+four processes with gloo, two on each node. The model is tiny, so that the time is spent on detecting the fault,
+checking nodes, importing torch, joining the process group and loading the checkpoint.
 
     launch.fault_to_step.kill.seconds   from kill -9 of a rank to the next step that is completed
     launch.fault_to_step.hang.seconds   from SIGSTOP of a rank, with parallel.timeout=10
     launch.fault_to_step.node.seconds   from the loss of a node, with nodes: 1-2
-    launch.requeue_to_step.seconds      from `scontrol requeue` to the next step; Slurm waits 5 s of it
+    launch.requeue_to_step.seconds      from `scontrol requeue` to the next step; 5 s of it are a delay of Slurm
     launch.lost_steps.kill              steps that are trained twice after kill -9, with checkpoint.every=10
     launch.lost_steps.signal            the same after `scontrol requeue`
 
@@ -47,7 +47,7 @@ OPTIONS = [
 OPTIONS += ["parallel.mode=ddp", "parallel.timeout=10", "eval.pixels=false", "eval.image_size=null", "precision=fp32"]
 
 
-def show(name: str, value: float, unit: str) -> None:
+def emit(name: str, value: float, unit: str) -> None:
     print(json.dumps({"name": f"launch.{name}", "value": round(value, 1), "unit": unit, "versus": None}), flush=True)
 
 
@@ -60,7 +60,7 @@ def make_shards(folder: Path) -> Path:
 
 
 def measure(
-    cluster: SlurmCluster, folder: Path, shards: Path, name: str, harm: Callable[[str, Path], None]
+    cluster: SlurmCluster, folder: Path, shards: Path, name: str, inject_fault: Callable[[str, Path], None]
 ) -> tuple[float, int]:
     """(seconds from a fault to the next completed step, steps that were trained twice)."""
     run = folder / name
@@ -70,11 +70,11 @@ def measure(
     log = run / "log.txt"
     cluster.wait(lambda: last_step(run) >= 25, "25 steps", 600)
     began = time.monotonic()
-    harm(job["id"], Path(job["folder"]) / "0" / "attempt-1")
+    inject_fault(job["id"], Path(job["folder"]) / "0" / "attempt-1")
     cluster.wait(lambda: "resumes from step" in log.read_text(), "it resumes", 600)
     text = log.read_text()
     start = int(re.findall(r"resumes from step (\d+)", text)[-1])
-    # at the fault, by the supervisor; at a signal, by the trainer
+    # the last completed step, which the supervisor logs after a fault, and the trainer after a signal
     done = max(map(int, re.findall(r"(?:after|in the steps from \d+ to) (\d+)", text)))
     cluster.wait(lambda: last_step(run) > start, "a further step", 600)
     seconds = time.monotonic() - began
@@ -96,19 +96,19 @@ def main() -> None:
         with SlurmCluster(folder / "slurm") as cluster:
             os.environ |= {**cluster.environment, "OMP_NUM_THREADS": "1"}
 
-            def end(number: signal.Signals) -> Callable[[str, Path], None]:
+            def send(number: signal.Signals) -> Callable[[str, Path], None]:
                 return lambda job, attempt: os.kill(ranks_of(attempt)[1]["pid"], number)
 
-            seconds, twice = measure(cluster, folder, shards, "kill", end(signal.SIGKILL))
-            show("fault_to_step.kill.seconds", seconds, "s")
-            show("lost_steps.kill", twice, "steps")
-            show("fault_to_step.hang.seconds", measure(cluster, folder, shards, "hang", end(signal.SIGSTOP))[0], "s")
-            lose = lambda job, attempt: cluster.kill_node("n2")  # noqa: E731
-            show("fault_to_step.node.seconds", measure(cluster, folder, shards, "node", lose)[0], "s")
+            seconds, twice = measure(cluster, folder, shards, "kill", send(signal.SIGKILL))
+            emit("fault_to_step.kill.seconds", seconds, "s")
+            emit("lost_steps.kill", twice, "steps")
+            emit("fault_to_step.hang.seconds", measure(cluster, folder, shards, "hang", send(signal.SIGSTOP))[0], "s")
+            lose_node = lambda job, attempt: cluster.kill_node("n2")  # noqa: E731
+            emit("fault_to_step.node.seconds", measure(cluster, folder, shards, "node", lose_node)[0], "s")
             requeue = lambda job, attempt: cluster.run("scontrol", "requeue", job) and None  # noqa: E731
             seconds, twice = measure(cluster, folder, shards, "requeue", requeue)
-            show("requeue_to_step.seconds", seconds, "s")
-            show("lost_steps.signal", twice, "steps")
+            emit("requeue_to_step.seconds", seconds, "s")
+            emit("lost_steps.signal", twice, "steps")
 
 
 if __name__ == "__main__":

@@ -53,22 +53,23 @@ def step(loss: Callable, precision: str, hidden: Tensor, weight: Tensor, targets
     value.backward()
 
 
-def grown(name: str, precision: str) -> int:
-    """Bytes that the resident set of this process grows by, at most, beyond the two gradients."""
-    given = inputs()
-    small = (given[0][:64].detach().requires_grad_(), given[1][:64].detach().requires_grad_(), given[2][:64] % 64)
+def memory_growth(name: str, precision: str) -> int:
+    """The largest growth of the resident set of this process in bytes, without the two gradients."""
+    hidden, weight, targets = inputs()
+    small = (hidden[:64].detach().requires_grad_(), weight[:64].detach().requires_grad_(), targets[:64] % 64)
     step(LOSSES[name], precision, *small)
-    for x in given[:2]:
-        x.grad = torch.ones_like(x)  # counted before
+    for x in (hidden, weight):
+        x.grad = torch.ones_like(x)  # allocated before memory is measured
     gc.collect()
     before = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the highest resident set begins anew
-    step(LOSSES[name], precision, *given)
+        file.write("5")  # resets VmHWM
+    step(LOSSES[name], precision, hidden, weight, targets)
     return resident("VmHWM") - before
 
 
 def measured(name: str, precision: str) -> int:
+    """`memory_growth` in a new process."""
     command = [sys.executable, "-W", "ignore", __file__, "--measure", name, precision]
     done = subprocess.run(command, env=os.environ | MAPPED, stdout=subprocess.PIPE, check=True)
     return int(done.stdout.split()[-1])
@@ -77,17 +78,22 @@ def measured(name: str, precision: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--measure", nargs=2, metavar=("LOSS", "PRECISION"), help="in this process, and print bytes")
+    parser.add_argument(
+        "--measure",
+        nargs=2,
+        metavar=("LOSS", "PRECISION"),
+        help="print the bytes of this process only (used internally)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.measure:
-        print(grown(*options.measure))
+        print(memory_growth(*options.measure))
         return
-    given = inputs()
+    tensors = inputs()
     for precision in ("fp32", "bf16"):
         ratios = []
         for _ in range(options.rounds):
-            seconds = {name: cpu_seconds(partial(step, loss, precision, *given)) for name, loss in LOSSES.items()}
+            seconds = {name: cpu_seconds(partial(step, loss, precision, *tensors)) for name, loss in LOSSES.items()}
             ratios.append(seconds["ours"] / seconds["plain"])
         what = f"{ROWS} x {WIDTH} -> {CLASSES}, {precision}, one thread, F.linear and F.cross_entropy"
         emit(f"cross_entropy.{precision}.cpu_versus_plain", median(ratios), "×", what)

@@ -7,8 +7,8 @@ One thread. All parts are timed alternately, and each figure is the median of th
 
     share_of_gemm           FLOPs of the step's linear layers and convolutions / its CPU seconds / the rate of a 2048³
                             product of that precision in the same process (torch.mm)
-    share_of_own_products   the same, relative to the rate of the products that the blocks make, each timed alone, forward
-                            and backward, with the kernel that the step uses
+    share_of_own_products   the same, relative to the rate of the matrix products in the blocks, forward and backward, which
+                            are timed alone, with the kernel that the step uses
     versus_timm             CPU seconds of the same step (crops, masks, losses, AdamW, moving average) made of timm's
                             DINOv3 ViT with one forward for each size and straightforward losses / ours
 """
@@ -39,7 +39,7 @@ PROTOTYPES = 4096
 
 
 def ours(precision: str, batch: int, compiled: bool = False) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """(a batch, the step on it)."""
+    """(a batch, a function that trains our DINOv3 on it for a step)."""
     sizes = [f"objective.prototypes={PROTOTYPES}", "model.image_size=224", "model.drop_path=0.0", f"data.batch={batch}"]
     cfg = load(
         "dinov3_vits16_demo",
@@ -65,6 +65,8 @@ def ours(precision: str, batch: int, compiled: bool = False) -> tuple[dict[str, 
 
 
 class Head(nn.Module):
+    """The projection head of DINO and iBOT."""
+
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(
@@ -99,7 +101,8 @@ class Network(nn.Module):
         return x[:, 0], x[:, 5:]
 
 
-def centred(logits: Tensor, temperature: float) -> Tensor:
+def sinkhorn(logits: Tensor, temperature: float) -> Tensor:
+    """The teacher's assignments of logits [B, K], by three Sinkhorn-Knopp iterations."""
     q = (logits.float() / temperature).exp()
     for _ in range(3):
         q = q / q.sum(0, keepdim=True) / q.shape[1]
@@ -107,12 +110,13 @@ def centred(logits: Tensor, temperature: float) -> Tensor:
     return q * len(q)
 
 
-def entropy(p: Tensor, logits: Tensor) -> Tensor:
+def cross_entropy(p: Tensor, logits: Tensor) -> Tensor:
+    """The cross-entropy of targets p [..., K] and the student's logits."""
     return -(p * F.log_softmax(logits.float() / 0.1, dim=-1)).sum(-1)
 
 
-def composition(precision: str, batch: dict[str, Tensor]) -> Callable[[], None]:
-    """The same step from timm's parts."""
+def timm_step(precision: str, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """A function that trains timm's modules on the same batch for a step."""
     student = Network()
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.04, fused=True)
@@ -122,20 +126,22 @@ def composition(precision: str, batch: dict[str, Tensor]) -> Callable[[], None]:
         with torch.no_grad():
             cls, patches = teacher(images)
             p_cls, p_patch = (
-                centred(teacher.dino(cls), 0.07).unflatten(0, (-1, 2)),
-                centred(teacher.ibot(patches[mask]), 0.07),
+                sinkhorn(teacher.dino(cls), 0.07).unflatten(0, (-1, 2)),
+                sinkhorn(teacher.ibot(patches[mask]), 0.07),
             )
         cls, patches = student(images, mask)
         small, _ = student(local)
         s, s_local = student.dino(cls).unflatten(0, (-1, 2)), student.dino(small).unflatten(0, (-1, 8))
-        pairs = [entropy(p_cls[:, t], s[:, 1 - t]) for t in range(2)]
-        pairs += [entropy(p_cls[:, t], s_local[:, i]) for t in range(2) for i in range(8)]
+        pairs = [cross_entropy(p_cls[:, t], s[:, 1 - t]) for t in range(2)]
+        pairs += [cross_entropy(p_cls[:, t], s_local[:, i]) for t in range(2) for i in range(8)]
         weight = (1 / mask.sum(1).clamp(min=1)).unsqueeze(1).expand_as(mask)[mask]
-        total = torch.stack(pairs).mean() + (entropy(p_patch, student.ibot(patches[mask])) * weight).sum() / len(mask)
+        total = torch.stack(pairs).mean() + (cross_entropy(p_patch, student.ibot(patches[mask])) * weight).sum() / len(
+            mask
+        )
         for g in range(2):
             z = F.normalize(cls.unflatten(0, (-1, 2))[:, g].float(), dim=-1)
-            near = (z @ z.T).fill_diagonal_(-1).argmax(1)
-            total = total - 0.1 * ((z - z[near]).norm(dim=-1) + 1e-8).log().mean()
+            nearest = (z @ z.T).fill_diagonal_(-1).argmax(1)
+            total = total - 0.1 * ((z - z[nearest]).norm(dim=-1) + 1e-8).log().mean()
         return total
 
     def step() -> None:
@@ -146,14 +152,14 @@ def composition(precision: str, batch: dict[str, Tensor]) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            for own, other in zip(teacher.parameters(), student.parameters(), strict=True):
-                own.mul_(0.994).add_(other, alpha=0.006)
+            for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
+                average.mul_(0.994).add_(parameter, alpha=0.006)
 
     return step
 
 
 def own_products(size: int, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """(every product that a block of the student makes for all its tokens, forward and backward; their FLOPs)."""
+    """(a function that computes the matrix products of a block of the student, forward and backward; their FLOPs)."""
     tokens = size * (2 * 201 + 8 * 41)
     cases = []
     for inputs, outputs in ((384, 1152), (384, 384), (384, 1536), (1536, 384)):
@@ -169,24 +175,30 @@ def own_products(size: int, dtype: torch.dtype) -> tuple[Callable[[], None], int
 
 def measure(precision: str, size: int, rounds: int, compiled: bool) -> None:
     batch, step = ours(precision, size, compiled)
-    other = composition(precision, batch)
+    other = timm_step(precision, batch)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b, out = (torch.randn(2048, 2048, dtype=dtype) for _ in range(3))
-    square = lambda: torch.mm(a, b, out=out)  # noqa: E731
-    own, own_flops = own_products(size, dtype)
+    square_product = lambda: torch.mm(a, b, out=out)  # noqa: E731
+    block_products, block_flops = own_products(size, dtype)
     flops = linear_flops(ours(precision, size)[1])
-    warm = cpu_seconds(step)
-    square(), own(), step(), other(), other()
+    first = cpu_seconds(step)  # with compilation
+    square_product(), block_products(), step(), other(), other()  # warm-up
     shares, own_shares, ratios = [], [], []
     for _ in range(rounds):
-        before, ours_took, theirs = cpu_seconds(square, 3), cpu_seconds(step), cpu_seconds(other)
-        gemm = 2 * 2048**3 / ((before + cpu_seconds(square, 3)) / 2)
-        blocks = own_flops / cpu_seconds(own)
-        shares.append(flops / ours_took / gemm)
-        own_shares.append(flops / ours_took / blocks)
-        ratios.append(theirs / ours_took)
-        line = f"b{size} {precision}: {ours_took:.2f} CPU s a step (the first {warm:.1f}), timm {theirs:.2f}, {flops / 1e9:.0f} GFLOP"
-        line += f", product {gemm / 1e12:.3f} TFLOP/s, the blocks' own {blocks / 1e12:.3f}"
+        product_before, ours_seconds, timm_seconds = (
+            cpu_seconds(square_product, 3),
+            cpu_seconds(step),
+            cpu_seconds(other),
+        )
+        gemm = 2 * 2048**3 / ((product_before + cpu_seconds(square_product, 3)) / 2)  # FLOP/s
+        blocks = block_flops / cpu_seconds(block_products)  # FLOP/s
+        shares.append(flops / ours_seconds / gemm)
+        own_shares.append(flops / ours_seconds / blocks)
+        ratios.append(timm_seconds / ours_seconds)
+        line = (
+            f"b{size} {precision}: {ours_seconds:.2f} CPU s per step (the first {first:.1f}), timm {timm_seconds:.2f}"
+        )
+        line += f", {flops / 1e9:.0f} GFLOP, product {gemm / 1e12:.3f} TFLOP/s, those of the blocks {blocks / 1e12:.3f}"
         print(line, file=sys.stderr, flush=True)
     prefix = f"dinov3_step.b{size}.{precision}{'.compiled' if compiled else ''}"
     emit(f"{prefix}.share_of_gemm", median(shares), "ratio", "2048^3 GEMM, same process")
@@ -199,7 +211,9 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="compile our blocks; the warm-up is printed")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile our blocks; the time of the first step is printed"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

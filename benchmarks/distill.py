@@ -31,7 +31,9 @@ from pretrain.train import train
 
 ENGINE = ["data.workers=1", "threads=1", "precision=fp32", "device=cpu", "log=50"]
 RATES = ["optim.lr={kind: cosine, value: 1.5e-3, warmup: 0.1}"]
-DISTILLED = [  # crops as SimCLR's here; an average over the last steps, as one that comes to a rest in so short a run is that of its middle
+# The crops equal those of SimCLR here. The moving average of the students is short (0.9): with a longer one, an export
+# of such a short run would be an average of its middle.
+DISTILLED = [
     "objective.loss=features",
     "objective.global_scale=0.4",
     "objective.local_crops=0",
@@ -41,7 +43,7 @@ DISTILLED = [  # crops as SimCLR's here; an average over the last steps, as one 
     "objective.students=[convnext_micro image_size=32]",
 ]
 STUDENT = "vit dim=48 depth=2 heads=2 image_size=32 patch_size=4"
-SIZE = 64  # pixels that evaluation shows, as in the demo
+SIZE = 64  # pixels of the images in the evaluation, as in the demo
 
 
 def main() -> None:
@@ -57,12 +59,12 @@ def main() -> None:
     for split in ("train", "test"):
         if not (folder / "shards" / split).is_dir():
             build(folder / "images" / split, folder / "shards" / split)
-    known, asked = [str(folder / "shards" / "train")], [str(folder / "shards" / "test")]
+    gallery, query = [str(folder / "shards" / "train")], [str(folder / "shards" / "test")]
 
     def run(name: str, steps: int, batch: int, *overrides: str) -> Path:
         common = [
             f"data.batch={batch}",
-            f"data.train={known[0]}",
+            f"data.train={gallery[0]}",
             f"run={folder / name}",
             f"steps={steps}",
             f"checkpoint={steps}",
@@ -71,7 +73,7 @@ def main() -> None:
         return train(load("demo", [*overrides, *common, *ENGINE, *RATES])) / "export"
 
     def knn(export: Path) -> float:
-        rows = evaluate(export, ["knn"], known, asked, image_size=SIZE)
+        rows = evaluate(export, ["knn"], gallery, query, image_size=SIZE)
         return next(row["value"] for row in rows if row["metric"] == "accuracy")
 
     teacher = run("teacher", options.teacher_steps, 128) / str(options.teacher_steps)
@@ -80,14 +82,14 @@ def main() -> None:
     vit = [f"model.{option}" if "=" in option else f"model={option}" for option in STUDENT.split()]
     scores: dict[str, list[float]] = {}
     for seed in range(options.seeds):
-        rest = (options.steps, 64, f"seed={seed + 1}")
+        budget = (options.steps, 64, f"seed={seed + 1}")
         objective = ["objective=distillation", f"objective.teacher={teacher}", *DISTILLED]
-        both = run(f"distilled-{seed}", *rest, *vit, *objective)
-        alone = run(f"vit-{seed}", *rest, *vit)
-        other = run(f"convnext-{seed}", *rest, "model=convnext_micro", "model.image_size=32")
-        found = {"vit.distilled": both / end, "convnext.distilled": both / "convnext_micro" / end}
-        found |= {"vit.scratch": alone / end, "convnext.scratch": other / end}
-        for name, export in found.items():
+        distilled = run(f"distilled-{seed}", *budget, *vit, *objective)
+        vit_scratch = run(f"vit-{seed}", *budget, *vit)
+        convnext_scratch = run(f"convnext-{seed}", *budget, "model=convnext_micro", "model.image_size=32")
+        students = {"vit.distilled": distilled / end, "convnext.distilled": distilled / "convnext_micro" / end}
+        students |= {"vit.scratch": vit_scratch / end, "convnext.scratch": convnext_scratch / end}
+        for name, export in students.items():
             scores.setdefault(name, []).append(knn(export))
         print(seed, {name: round(values[-1], 4) for name, values in scores.items()}, file=sys.stderr, flush=True)
     for name, values in scores.items():

@@ -63,13 +63,13 @@ def photos(folder: Path, count: int = 64) -> Path:
 def overhead(cfg: Recipe) -> float:
     """Train, and return the share of the wall time of steps 3 and later outside of the engine's forward, backward and
     step."""
-    inside, marks = 0.0, []
+    inside, marks = 0.0, []  # seconds inside the engine's methods; (time, inside) after each step
 
     def timed(method: Callable) -> Callable:
         def wrapper(self: Engine, *args: Any) -> Any:
             nonlocal inside
             began = time.perf_counter()
-            if method.__name__ == "step":  # the guard is called from inside: it is the loop's
+            if method.__name__ == "step":  # it calls the check for non-finite steps, which is a part of the loop
                 lr, decay, judge = args
 
                 def judged(norm: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,8 @@ def overhead(cfg: Recipe) -> float:
 
 
 def saves(shards: Path, folder: Path, rounds: int) -> tuple[float, float, float]:
-    """Seconds that the training stands still for: a sync save, an async one, and an async one right behind another."""
+    """The seconds for which a save stops the training: a synchronous one, an asynchronous one, and an asynchronous one
+    that begins immediately after another."""
     parts = {}
     for mode in ("sync", "async"):
         cfg = recipe("mae", shards, folder / mode, f"checkpoint.mode={mode}", "checkpoint.keep=1")
@@ -136,7 +137,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
 
-    def tell(name: str, value: float, unit: str, versus: str) -> None:
+    def emit(name: str, value: float, unit: str, versus: str) -> None:
         print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "versus": versus}), flush=True)
 
     with tempfile.TemporaryDirectory() as name:
@@ -144,12 +145,12 @@ def main() -> None:
         shards = photos(folder)
         shares = {key: overhead(recipe(key, shards, folder / key)) for key in OBJECTIVES}
         for key, share in shares.items():
-            tell(f"engine.loop_overhead.{key}", share, "share", "a ViT-S/16 step of 8 images")
-        tell("engine.loop_overhead", max(shares.values()), "share", "a ViT-S/16 step of 8 images")
+            emit(f"engine.loop_overhead.{key}", share, "share", "a ViT-S/16 step of 8 images")
+        emit("engine.loop_overhead", max(shares.values()), "share", "a ViT-S/16 step of 8 images")
         sync, stall, behind = saves(shards, folder, args.rounds)
-        tell("engine.sync_save_seconds", sync, "s", "MAE of a ViT-S/16, with its optimizer")
-        tell("engine.async_save_stall", stall / sync, "share", "the sync save")
-        tell("engine.async_save_wait", behind / sync, "share", "the sync save")
+        emit("engine.sync_save_seconds", sync, "s", "MAE of a ViT-S/16, with its optimizer")
+        emit("engine.async_save_stall", stall / sync, "share", "the sync save")
+        emit("engine.async_save_wait", behind / sync, "share", "the sync save")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Training steps on one GPU: the share of its peak that they reach, samples per second, and peak memory against the plan.
+"""Training steps on one GPU: the share of its peak FLOP/s, samples per second, and peak memory compared with the plan.
 
     python benchmarks/gpu.py [--rungs dinov3_vitl gpt_1b] [--steps 20] [--compile false]
 
 Rungs, in bf16, one process; X is one of them:
 
     dinov3_vitl        ViT-L/16, 2 × 224 + 8 × 96 pixels, a batch that stays on the device
-    dinov3_vits_views  ViT-S/16, the same crops, from shards of JPEGs by data workers, as a run has it
+    dinov3_vits_views  ViT-S/16, the same crops, which data workers make from shards of JPEGs, as in a run
     mae_vitl           ViT-L/16, 75 % masked, 224 pixels, a batch that stays on the device
     gpt_1b             llama_1b, rows of 4,096 tokens, a batch that stays on the device
 
     gpu.X.mfu                 FLOPs of the step as `unlabeled plan` counts them (without recomputation) / seconds /
                               the peak of the device's data sheet
     gpu.X.samples_per_second
-    gpu.X.memory_versus_plan  the plan's peak / what `torch.cuda.max_memory_allocated` says after the steps
+    gpu.X.memory_versus_plan  the planned peak / `torch.cuda.max_memory_allocated` after the steps
 
-Steps are timed together, between two waits for the device, after `--warmup` steps. `--tiny --device cpu` runs the same
-code in seconds on a machine without a GPU, for its test; the figures mean nothing then.
+All steps after `--warmup` steps are timed together, between two synchronisations with the device. `--tiny --device cpu`
+runs the same code in seconds on a machine without a GPU, for its test; the figures are meaningless then.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ def recipe_of(rung: str, options: argparse.Namespace) -> Recipe:
     return load(name, [*sizes, *common, *(TINY[rung] if options.tiny else []), *options.overrides])
 
 
-def held_batch(cfg: Recipe, engine: Engine) -> Iterator[dict[str, Tensor]]:
-    """The same batch of noise again and again, on the device."""
+def constant_batches(cfg: Recipe, engine: Engine) -> Iterator[dict[str, Tensor]]:
+    """The same batch of noise, on the device, for every step."""
     batch = placed(engine.objective, noise_batch(cfg, engine.objective, cfg.data.batch), engine.device)
     while True:
         yield batch
 
 
-def streamed(cfg: Recipe, engine: Engine, shards: Path) -> Iterator[dict[str, Tensor]]:
-    """Batches of the run's own stream."""
+def stream_batches(cfg: Recipe, engine: Engine, shards: Path) -> Iterator[dict[str, Tensor]]:
+    """Batches of a stream that reads shards, as in a run."""
     cfg = cfg.replace(data=cfg.data.replace(train=[str(shards)]))
     stream = build_stream(cfg, engine.objective, open_samples(cfg), device=engine.device)
     try:
@@ -101,9 +101,9 @@ def measure(rung: str, options: argparse.Namespace, emit: Callable[[str, float, 
     guard = Guard(objective, cfg.skip, device)
     with tempfile.TemporaryDirectory() as folder:
         if rung in FROM_SHARDS:
-            batches = streamed(cfg, engine, photos(Path(folder), 2 * cfg.data.batch))
+            batches = stream_batches(cfg, engine, photos(Path(folder), 2 * cfg.data.batch))
         else:
-            batches = held_batch(cfg, engine)
+            batches = constant_batches(cfg, engine)
 
         def train(step: int) -> None:
             one_step(engine, guard, [next(batches)], step, cfg.optim.lr(step), cfg.optim.weight_decay(step))
@@ -141,10 +141,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="sizes for a test on a CPU")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipes, behind --")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipes, after --")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("error: no GPU is here that torch can use; --tiny --device cpu tries the code", file=sys.stderr)
+        print("error: torch finds no GPU; --tiny --device cpu tries the code without one", file=sys.stderr)
         return 2
     for rung in options.rungs:
         measure(rung, options, emit)

@@ -1,9 +1,11 @@
-"""What Muon's step costs each rank, for the matrices of a ViT.
+"""The cost of a step of Muon for each rank, with the matrices of a ViT.
 
-    muon.flops_of_the_busiest_rank.M.N  its products' FLOPs with parallel.mode M on N ranks, over those of one rank; 1/N is even
-    muon.step_seconds.stacked           CPU seconds of one rank's step, over those of a loop that orthogonalises one matrix after another
+    muon.flops_of_the_busiest_rank.M.N  FLOPs of its matrix products with parallel.mode M on N ranks / those of a single
+                                        rank that does everything; 1 / N is an even distribution
+    muon.step_seconds.stacked           CPU seconds of a step on one rank / those of a loop that orthogonalises one
+                                        matrix after another
 
-Ranks are processes on this machine, over gloo; FLOPs are counted, so other load does not change them.
+Ranks are processes on this machine, with gloo. FLOPs are counted, so they do not depend on the load of the machine.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ def matrices(width: int, depth: int) -> list[tuple[int, int, tuple[int, ...]]]:
 
 
 def optimizer_of(shapes: list[tuple[int, int, tuple[int, ...]]], sharded: bool) -> MuonAdamW:
+    """Muon with random parameters of the given shapes, which have gradients."""
     groups, mesh = [], dist.init_device_mesh("cpu", (processes.world(),)) if sharded else None
     for rows, columns, parts in shapes:
         value, gradient = torch.randn(rows, columns), torch.randn(rows, columns)
@@ -61,7 +64,7 @@ def optimizer_of(shapes: list[tuple[int, int, tuple[int, ...]]], sharded: bool) 
 
 
 def flops(mode: str, width: int, depth: int) -> int:
-    """Of this rank's products in a step."""
+    """The FLOPs of this rank's matrix products in a step."""
     torch.set_num_threads(1)
     processes.start("ddp", CPU)
     optimizer = optimizer_of(matrices(width, depth), mode == "fsdp2")
@@ -71,7 +74,7 @@ def flops(mode: str, width: int, depth: int) -> int:
     return counter.get_total_flops()
 
 
-def of_each_rank(mode: str, ranks: int, options: argparse.Namespace) -> list[int]:
+def flops_of_each_rank(mode: str, ranks: int, options: argparse.Namespace) -> list[int]:
     command = [sys.executable, __file__, "--measure", mode, "--width", str(options.width)]
     command += ["--depth", str(options.depth)]
     started = [
@@ -84,8 +87,8 @@ def of_each_rank(mode: str, ranks: int, options: argparse.Namespace) -> list[int
     return [int(answer.split()[-1]) for answer in answers]
 
 
-def stacked(shapes: list[tuple[int, int, tuple[int, ...]]], rounds: int) -> float:
-    """CPU seconds of a step over those of a loop over the same matrices."""
+def step_versus_loop(shapes: list[tuple[int, int, tuple[int, ...]]], rounds: int) -> float:
+    """CPU seconds of a step / those of a loop over the same matrices."""
     optimizer = optimizer_of(shapes, False)
 
     def loop() -> None:
@@ -109,7 +112,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", choices=["ddp", "fsdp2"], help="in this process, and print nothing but FLOPs")
+    parser.add_argument(
+        "--measure", choices=["ddp", "fsdp2"], help="print the FLOPs of this process only (used internally)"
+    )
     options = parser.parse_args()
     if options.measure:
         print(flops(options.measure, options.width, options.depth))
@@ -119,13 +124,13 @@ def main() -> None:
         print(json.dumps({"name": name, "value": round(value, 3), "unit": unit, "versus": versus}), flush=True)
 
     what = f"one rank, {options.depth} blocks of width {options.width}"
-    (alone,) = of_each_rank("ddp", 1, options)
+    (alone,) = flops_of_each_rank("ddp", 1, options)
     for mode in ("ddp", "fsdp2"):
         for ranks in (2, 4):
-            found = of_each_rank(mode, ranks, options)
+            found = flops_of_each_rank(mode, ranks, options)
             emit(f"muon.flops_of_the_busiest_rank.{mode}.{ranks}", max(found) / alone, "share", what)
     torch.set_num_threads(1)
-    ratio = stacked(matrices(options.width, options.depth), options.rounds)
+    ratio = step_versus_loop(matrices(options.width, options.depth), options.rounds)
     emit("muon.step_seconds.stacked", ratio, "×", "the orthogonalisation alone, one matrix after another")
 
 

@@ -1,4 +1,4 @@
-"""Compares the memory that `unlabeled plan` predicts for a step with the memory that real steps take.
+"""Compare the memory that `unlabeled plan` predicts for a step with the memory that real steps need.
 
 Figures, for every objective in a separate process on the CPU:
 
@@ -9,10 +9,10 @@ Figures, for every objective in a separate process on the CPU:
                                    mapping for each tensor
 
 With a memory mapping for each tensor (glibc's MALLOC_MMAP_THRESHOLD_), freed tensors are returned to the system, so
-that the resident set is the memory in use; the first figures are measured so. A training keeps freed memory for later
-tensors, which is faster, but leaves gaps that no tensor fits: the last figure. Before the first reading, a small model
-of the same objective is trained, so that libraries and their buffers are loaded. The largest resident set since then is
-Linux's VmHWM.
+that the resident set is the memory in use. The first figures are measured in this way. A training keeps freed memory
+for later tensors, which is faster, but leaves gaps that no tensor fits; the last figure shows the difference. Before
+memory is measured, a small model of the same objective is trained, so that libraries and their buffers are loaded. The
+largest resident set since then is Linux's VmHWM.
 """
 
 from __future__ import annotations
@@ -47,20 +47,24 @@ from pretrain.parallel.device import keep_freed_memory
 from pretrain.recipes.recipe import Recipe, load
 
 CPU = torch.device("cpu")
+# settings of glibc with which each tensor has a memory mapping
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 MODEL = ["model.dim=512", "model.depth=6", "model.heads=8", "parallel.micro_batch=null"]
 SMALL = ["model.dim=64", "model.depth=1", "model.heads=2", "parallel.micro_batch=null", "data.batch=2"]
-BODY = {"gpt": "gpt_micro", "bert": "bert_micro", "t5": "t5_micro"}  # for others vit
-BATCH = {"mae": 16, "dinov2": 4}  # images; for others 8
-COUNT = {"single": 1, "ddp": 2, "fsdp2": 2}  # processes
+BACKBONES = {"gpt": "gpt_micro", "bert": "bert_micro", "t5": "t5_micro"}  # vit for other objectives
+BATCH = {"mae": 16, "dinov2": 4}  # images; 8 for other objectives
+PROCESSES = {"single": 1, "ddp": 2, "fsdp2": 2}
 OPTIONS = {"dinov2": ["objective.prototypes=4096"]}
-FEW = {"mae": ["objective.decoder_depth=1"], "dinov2": ["objective.prototypes=64", "objective.head_hidden=64"]}
+SMALL_OPTIONS = {
+    "mae": ["objective.decoder_depth=1"],
+    "dinov2": ["objective.prototypes=64", "objective.head_hidden=64"],
+}
 
 
 def recipe(name: str, mode: str, precision: str, *more: str) -> Recipe:
     common = [
         f"objective={name}",
-        f"model={BODY.get(name, 'vit')}",
+        f"model={BACKBONES.get(name, 'vit')}",
         "device=cpu",
         f"parallel.mode={mode}",
         f"precision={precision}",
@@ -74,7 +78,7 @@ def recipe(name: str, mode: str, precision: str, *more: str) -> Recipe:
 
 @functools.cache
 def teacher() -> Path:
-    """An untrained network to distil."""
+    """Export an untrained network, the teacher of a distillation."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     export.write(
@@ -104,42 +108,44 @@ def train(cfg: Recipe, steps: int) -> None:
 
 
 def resident(key: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (at most)."""
+    """The size in bytes of the resident set of this process: VmRSS, the present one, or VmHWM, the largest."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 
 
 def measure(name: str, mode: str, precision: str, heap: bool) -> int:
-    """Bytes that the resident set of this process grows by, at most."""
+    """The largest growth of the resident set of this process in bytes. `heap`: keep freed memory, as a training
+    does."""
     torch.set_num_threads(1)
     processes.start(mode, CPU)
-    train(recipe(name, mode, precision, *SMALL, *FEW.get(name, [])), steps=2)
+    train(recipe(name, mode, precision, *SMALL, *SMALL_OPTIONS.get(name, [])), steps=2)
     gc.collect()
     if heap:
         keep_freed_memory()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    train(whole(name, mode, precision), steps=3)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    train(full_recipe(name, mode, precision), steps=3)
     return resident("VmHWM") - before
 
 
-def whole(name: str, mode: str, precision: str) -> Recipe:
+def full_recipe(name: str, mode: str, precision: str) -> Recipe:
     return recipe(name, mode, precision, *MODEL, *OPTIONS.get(name, []), f"data.batch={BATCH.get(name, 8)}")
 
 
 def measured(name: str, mode: str, precision: str, heap: bool = False) -> int:
-    """The same in a process of its own, or in the first of two."""
+    """`measure` in a new process, or in the first of two."""
     command = [sys.executable, "-W", "ignore", __file__, "--measure", name, "--modes", mode, "--precision", precision]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    started = []
-    for rank in range(COUNT[mode]):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(COUNT[mode]), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        env = os.environ | place | ({} if heap else MAPPED)
-        started.append(subprocess.Popen([*command, *(["--heap"] * heap)], env=env, stdout=subprocess.PIPE))
-    answers = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
+    ranks = []
+    for rank in range(PROCESSES[mode]):
+        group = {"RANK": str(rank), "WORLD_SIZE": str(PROCESSES[mode])}
+        group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        env = os.environ | group | ({} if heap else MAPPED)
+        ranks.append(subprocess.Popen([*command, *(["--heap"] * heap)], env=env, stdout=subprocess.PIPE))
+    answers = [process.communicate()[0] for process in ranks]
+    if any(process.returncode for process in ranks):
         raise SystemExit(f"{name} with {mode} did not train; its error is above")
     return int(answers[0].split()[-1])
 
@@ -154,10 +160,10 @@ def emit(name: str, value: float, unit: str, versus: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objectives", nargs="+", default=finder.names(), choices=finder.names())
-    parser.add_argument("--modes", nargs="+", default=list(COUNT), choices=list(COUNT))
+    parser.add_argument("--modes", nargs="+", default=list(PROCESSES), choices=list(PROCESSES))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--heap", action="store_true", help="measure in a training's heap, too")
-    parser.add_argument("--measure", metavar="OBJECTIVE", help="in this process, and print nothing but bytes")
+    parser.add_argument("--heap", action="store_true", help="also measure with the allocator of a training")
+    parser.add_argument("--measure", metavar="OBJECTIVE", help="print the bytes of this process only (used internally)")
     options = parser.parse_args()
     if options.measure:
         print(measure(options.measure, options.modes[0], options.precision, options.heap))
@@ -168,15 +174,15 @@ def main() -> None:
 
 
 def compare(name: str, mode: str, precision: str, heap: bool) -> None:
-    planned = plan.trace(whole(name, mode, precision), COUNT[mode]).peak
-    needed = measured(name, mode, precision)
-    line = f"{name} {mode} {precision}: {planned / 2**20:.0f} MiB planned, {needed / 2**20:.0f} MiB measured"
+    planned = plan.trace(full_recipe(name, mode, precision), PROCESSES[mode]).peak
+    used = measured(name, mode, precision)
+    line = f"{name} {mode} {precision}: {planned / 2**20:.0f} MiB planned, {used / 2**20:.0f} MiB measured"
     print(line, file=sys.stderr, flush=True)
-    what = f"resident set, {name}, {precision}, batch {BATCH.get(name, 8)}, {mode} on {COUNT[mode]} CPU processes"
-    emit("plan.memory." + ("" if mode == "single" else f"{mode}.") + "versus_measured", planned / needed, "×", what)
+    what = f"resident set, {name}, {precision}, batch {BATCH.get(name, 8)}, {mode} on {PROCESSES[mode]} CPU processes"
+    emit("plan.memory." + ("" if mode == "single" else f"{mode}.") + "versus_measured", planned / used, "×", what)
     if heap and mode == "single":
-        taken = measured(name, mode, precision, heap=True)
-        emit(f"plan.memory.{name}.heap", taken / needed, "×", "the same with every tensor in a mapping of its own")
+        heap_used = measured(name, mode, precision, heap=True)
+        emit(f"plan.memory.{name}.heap", heap_used / used, "×", "the same with a memory mapping for each tensor")
 
 
 if __name__ == "__main__":

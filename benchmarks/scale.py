@@ -1,8 +1,8 @@
 """The cost of 1.7 billion samples in 170,000 shards for one of 2,048 ranks: time to start and to resume, memory, and
 CPU time per sample.
 
-The manifest is complete and is read over HTTP, but the shards do not exist. Each figure is measured in a new process, as
-a rank runs it. A second part computes the load of the store and the memory of a node from the plan.
+The manifest is complete and is read over HTTP, but the shards do not exist. Each figure is measured in a new process
+that does what a rank does. A second part computes the load of the store and the memory of a node from the plan.
 """
 
 from __future__ import annotations
@@ -29,28 +29,25 @@ from data_pipeline.shards.dataset import make_plan
 from data_pipeline.shards.manifest import Manifest, dataset_id, render_manifest
 from data_pipeline.shards.samples import Samples
 
-SHARDS, PER_SHARD, RANKS, BATCH, NODE = 170_000, 10_000, 2048, 65_536, 8
-SAMPLE_BYTES = 75_000
+SHARDS, SAMPLES_PER_SHARD, SAMPLE_BYTES = 170_000, 10_000, 75_000
+RANKS, RANKS_PER_NODE, BATCH = 2048, 8, 65_536
 
 
 def write_manifest(folder: Path) -> None:
     """Write the manifest.json of shards that do not exist."""
     rng = np.random.default_rng(0)
     names = [f"part-{n // 1000:03d}/{n:06d}.tar" for n in range(SHARDS)]
-    counts = PER_SHARD + rng.integers(-500, 501, SHARDS)
+    counts = SAMPLES_PER_SHARD + rng.integers(-500, 501, SHARDS)
     hashes = [f"{value:032x}" for value in rng.integers(0, 2**63, SHARDS).tolist()]
-    identity = dataset_id(names, counts * SAMPLE_BYTES, counts, hashes)
-    manifest = Manifest(
-        str(folder),
-        names,
-        counts * SAMPLE_BYTES,
-        counts,
-        hashes,
+    columns = (names, (counts * SAMPLE_BYTES).tolist(), counts.tolist(), hashes)
+    manifest = Manifest.of_shards(
+        list(zip(*columns, strict=True)),
         ["jpg"],
         {"source": "paper"},
-        "index.bin",
-        "0" * 32,
-        identity,
+        folder=str(folder),
+        index="index.bin",
+        index_hash="0" * 32,
+        id=dataset_id(*columns),
     )
     (folder / "manifest.json").write_text(render_manifest(manifest))
 
@@ -61,15 +58,15 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 def rank(url: str, step: int) -> dict[str, float]:
-    """Figures of one rank that starts at a step and draws the samples of many steps; to be run in its own process."""
+    """Figures of one rank that starts at a step and computes the samples of many steps. Call it in a new process."""
     samples = Samples([url])
     plan = make_plan([samples], [Phase(0, BATCH)], 0, True)
-    plan.ahead(step, 1, 1234, RANKS)
+    plan.slots_of_steps(step, 1, 1234, RANKS)
     started = time.time() - psutil.Process().create_time()  # includes the start of Python and all imports
     cpu = time.process_time()
     drawn = 0
     for k in range(8):
-        _, slots = plan.ahead(step + 128 * k, 128, 1234, RANKS)
+        _, slots = plan.slots_of_steps(step + 128 * k, 128, 1234, RANKS)
         drawn += len(slots.global_index)
     state = {"step": step, "data": samples.id[:8], "order": plan.constants()}
     return {
@@ -88,24 +85,29 @@ def cluster(url: str, steps: int = 64) -> dict[str, float]:
     order = plan.orders[0]
     ranks = range(0, RANKS, 32)
     chunks, prefixes = 0, Counter()
-    for r in ranks:
-        _, slots = plan.ahead(1_000_000, steps, r, RANKS)
-        numbers = np.unique(slots.global_index // order.chunk)
-        new = np.setdiff1d(
-            numbers, np.unique(plan.ahead(1_000_000 - steps, steps, r, RANKS)[1].global_index // order.chunk)
-        )
+
+    def chunks_of(step: int, rank: int) -> np.ndarray:
+        _, slots = plan.slots_of_steps(step, steps, rank, RANKS)
+        return np.unique(slots.global_index // order.chunk)
+
+    for rank in ranks:
+        new = np.setdiff1d(chunks_of(1_000_000, rank), chunks_of(1_000_000 - steps, rank))  # chunks that are requested
         chunks += len(new)
         for number in new.tolist():
             prefixes[samples.locate(number * order.chunk % len(samples))[0] // 1000] += 1
     share = len(ranks) / RANKS
     requests = chunks / share / steps * 2  # per second
-    lanes_per_node = NODE * max(1.0, plan.lanes / RANKS)
+    lanes_per_node = RANKS_PER_NODE * max(1.0, plan.lanes / RANKS)
     return {
         "requests_per_second": requests,
         "busiest_prefix_requests_per_second": max(prefixes.values()) / share / steps * 2,
         "read_amplification": chunks / share * order.chunk / (steps * BATCH),
         "node_ram_gb": lanes_per_node * order.block * order.chunk * SAMPLE_BYTES / 1e9,
     }
+
+
+def emit(key: str, value: float, unit: str, versus: str) -> None:
+    print(json.dumps({"name": f"scale.{key}", "value": round(value, 3), "unit": unit, "versus": versus}))
 
 
 def main() -> None:
@@ -132,28 +134,11 @@ def main() -> None:
         for key, unit in units.items():
             values = [run[key] for run in runs]
             value = float(np.median(values[:2] + values[4:])) if key == "startup_seconds" else max(values)
-            print(
-                json.dumps(
-                    {"name": f"scale.{key}", "value": round(value, 3), "unit": unit, "versus": "one of 2,048 ranks"}
-                )
-            )
+            emit(key, value, unit, "one of 2,048 ranks")
         resume = float(np.median([run["startup_seconds"] for run in runs[2:4]]))
-        print(
-            json.dumps(
-                {"name": "scale.resume_seconds", "value": round(resume, 3), "unit": "s", "versus": "step 3,000,000"}
-            )
-        )
+        emit("resume_seconds", resume, "s", "step 3,000,000")
         for key, value in cluster(url).items():
-            print(
-                json.dumps(
-                    {
-                        "name": f"scale.{key}",
-                        "value": round(value, 3),
-                        "unit": "simulated",
-                        "versus": "2 steps/s of 65,536",
-                    }
-                )
-            )
+            emit(key, value, "simulated", "2 steps/s of 65,536")
 
 
 if __name__ == "__main__":

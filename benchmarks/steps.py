@@ -55,7 +55,7 @@ def recipe(name: str, precision: str) -> Recipe:
 
 
 def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """(a batch, the step on it) of one of our objectives."""
+    """(a batch, a function that trains one of our objectives on it for a step)."""
     engine = Engine(build_objective(cfg), cfg, CPU)
     objective, size = engine.objective, BATCH[cfg.objective.name]
     batch = placed(objective, noise_batch(cfg, objective, size), CPU)
@@ -71,7 +71,7 @@ def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
 
 
 class LightlyMAE(nn.Module):
-    """As in lightly's documentation, with the paper's decoder and normalised targets."""
+    """MAE as in lightly's documentation, with the decoder of the paper and normalised targets."""
 
     def __init__(self, vit: nn.Module):
         super().__init__()
@@ -94,7 +94,7 @@ class LightlyMAE(nn.Module):
 
 
 class LightlySimCLR(nn.Module):
-    """As in lightly's documentation: one forward per view."""
+    """SimCLR as in lightly's documentation: one forward per view."""
 
     def __init__(self, vit: nn.Module):
         super().__init__()
@@ -113,7 +113,7 @@ LIGHTLY: dict[str, type[nn.Module]] = {"mae": LightlyMAE, "simclr": LightlySimCL
 
 
 def lightly(name: str, precision: str, images: Tensor) -> Callable[[], None]:
-    """The step of lightly's modules on the same images."""
+    """A function that trains lightly's modules on the same images for a step."""
     warnings.simplefilter("ignore")  # lightly 1.6 deprecates the decoder that its documentation uses
     from timm.models.vision_transformer import vit_small_patch16_224
 
@@ -157,16 +157,17 @@ def measure(name: str, precision: str, rounds: int) -> None:
     )
     product = lambda: torch.mm(a, b, out=out)  # noqa: E731
     flops = linear_flops(step)
-    product(), step(), other and other()  # two steps until all memory is there
+    product(), step(), other and other()  # warm-up; `linear_flops` has run one step before
     shares, speeds, ratios = [], [], []
     for _ in range(rounds):
-        before, own = cpu_seconds(product, 3), cpu_seconds(step)
-        theirs = cpu_seconds(other) if other else 0.0
-        gemm = 2 * 2048**3 / ((before + cpu_seconds(product, 3)) / 2)
-        shares.append(flops / own / gemm)
-        speeds.append(BATCH[name] / own)
-        ratios.append(theirs / own)
-        line = f"{name} {precision}: {own:.2f} CPU s a step, lightly {theirs:.2f}, {flops / 1e9:.0f} GFLOP, product {gemm / 1e12:.3f} TFLOP/s"
+        product_before, ours_seconds = cpu_seconds(product, 3), cpu_seconds(step)
+        lightly_seconds = cpu_seconds(other) if other else 0.0
+        gemm = 2 * 2048**3 / ((product_before + cpu_seconds(product, 3)) / 2)  # FLOP/s
+        shares.append(flops / ours_seconds / gemm)
+        speeds.append(BATCH[name] / ours_seconds)
+        ratios.append(lightly_seconds / ours_seconds)
+        line = f"{name} {precision}: {ours_seconds:.2f} CPU s per step, lightly {lightly_seconds:.2f}"
+        line += f", {flops / 1e9:.0f} GFLOP, product {gemm / 1e12:.3f} TFLOP/s"
         print(line, file=sys.stderr, flush=True)
     prefix = f"step.{name}.{precision}"
     emit(f"{prefix}.share_of_gemm", median(shares), "ratio", "2048^3 GEMM, same process")

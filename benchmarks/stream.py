@@ -1,20 +1,20 @@
-"""The cost of bringing samples from shards to the trainer, compared with webdataset, streaming (MosaicML) and litdata
+"""The cost of reading samples from shards for the trainer, compared with webdataset, streaming (MosaicML) and litdata
 on the same JPEGs.
 
-    stream.raw.cpu_versus_X    CPU seconds per sample, ours / theirs, of all processes with one data worker: the encoded
-                               bytes reach the trainer. Ours are fully shuffled with every hash checked; theirs are in
-                               file order without any check
+    stream.raw.cpu_versus_X    CPU seconds per sample of all processes, with one data worker, until the trainer has the
+                               encoded bytes: ours / X. Our samples are fully shuffled, and every hash is verified;
+                               those of X are in file order and not verified
     stream.raw.wall_versus_X   the same for wall time
     stream.s3_30ms.rate_versus_webdataset   samples per second from a real S3 server that waits 30 ms before each answer,
                                             ours / webdataset's single stream
-    stream.s3_30ms_23MBps...                the same with at most 23 MB/s for each connection
+    stream.s3_30ms_23MBps...                the same with at most 23 MB/s per connection
     stream.shuffle.chi2_per_dof             randomness of the order for 1.28 million samples that are sorted by class,
                                             with batches of 4,096 and 33 thousand samples in memory; 1 is ideal
 
-CPU time per sample is the difference between long and short runs, so that the start does not count. Runs alternate, and
-figures are medians over rounds. streaming and litdata need an older numpy than ours: name a Python that has them with
---peers (python -m venv; pip install mosaicml-streaming litdata webdataset torch). Without it, only webdataset is
-compared.
+CPU time per sample is computed from the difference between long and short runs, so that the start does not count. Runs
+alternate, and figures are medians over rounds. streaming and litdata need an older numpy than ours: name a Python with
+these packages in --peers (python -m venv; pip install mosaicml-streaming litdata webdataset torch). Without it, only
+webdataset is compared.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from typing import Any
 
 import numpy as np
 
-COUNT, SHARDS, BATCH = 8192, 16, 64
+COUNT, SHARDS, BATCH = 8192, 16, 64  # COUNT: number of samples
 
 
-# ---------------------------------------------------------------- one run, in a process of its own
+# ---------------------------------------------------------------- one run, in a separate process; returns bytes read
 def ours(source: str, workers: int, samples: int) -> int:
     from data_pipeline.shards.samples import Samples
     from data_pipeline.stream.stream import Reading, Stream
 
-    held = Samples([source])
-    largest = max(int(piece.records["size"].max()) for piece in held.pieces(0, len(held)))
-    row = np.zeros(largest, np.uint8)  # a batch has rows of one length
+    dataset = Samples([source])
+    largest = max(int(piece.records["size"].max()) for piece in dataset.pieces(0, len(dataset)))
+    row = np.zeros(largest, np.uint8)  # all rows of a batch have the same length
 
     def raw(sample: dict, rng: Any) -> dict:
         data = np.frombuffer(sample["image"].data, np.uint8)
         row[: data.size] = data
         return {"bytes": row, "size": data.size}
 
-    stream = Stream(held, raw, BATCH, reading=Reading(workers=workers, ahead_mb=64))
+    stream = Stream(dataset, raw, BATCH, reading=Reading(workers=workers, ahead_mb=64))
     got = sum(int(next(stream)["size"].sum()) for _ in range(samples // BATCH))
     stream.close()
     return got
@@ -64,7 +64,7 @@ def webdataset(source: str, workers: int, samples: int) -> int:
 
     fs, path = fsspec.core.url_to_fs(source)
     urls = [fs.unstrip_protocol(p) if "://" in source else p for p in sorted(fs.glob(f"{path}/*.tar"))]
-    if "://" in source:  # webdataset knows no s3://: one signed GET per shard, read as one stream
+    if "://" in source:  # webdataset cannot read s3://: one signed GET per shard, read as one stream
         urls = [f"pipe:curl -s '{fs.sign(url)}'" for url in urls]
     data = wds.WebDataset(urls, shardshuffle=False, resampled=False).to_tuple("jpg").repeat()
     got = seen = 0
@@ -93,6 +93,7 @@ def litdata(source: str, workers: int, samples: int) -> int:
 
 
 def _epochs(loader: Any, key: str, samples: int) -> int:
+    """Read epochs of a loader until `samples` samples were read."""
     got = seen = 0
     while True:
         for batch in loader():
@@ -103,7 +104,7 @@ def _epochs(loader: Any, key: str, samples: int) -> int:
 
 
 def convert(source: str) -> None:
-    """The same JPEGs as MDS and litdata shards."""
+    """Write the same JPEGs as MDS and litdata shards."""
     import litdata as lit
     import webdataset as wds
     from streaming import MDSWriter
@@ -124,12 +125,12 @@ LOADERS = {f.__name__: f for f in (ours, webdataset, streaming, litdata)}
 
 
 def child(name: str, source: str, workers: int, samples: int) -> None:
-    began = time.perf_counter()
+    """The main function of a process that measures one loader: print its seconds and bytes."""
+    start = time.perf_counter()
     got = LOADERS[name](source, workers, samples)
-    wall = time.perf_counter() - began
-    cpu = sum(
-        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    )
+    wall = time.perf_counter() - start
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     print(json.dumps({"cpu": cpu, "wall": wall, "bytes": got}), flush=True)
 
 
@@ -152,7 +153,7 @@ def per_sample(python: str, name: str, source: str) -> tuple[float, float]:
 
 
 def make_shards(folder: Path) -> None:
-    """Windows of real photographs, 500×375, about 75 kB each."""
+    """Write shards with windows of real photographs, 500×375, about 75 kB each."""
     from PIL import Image
     from sklearn.datasets import load_sample_image
     from webdataset import TarWriter
@@ -192,7 +193,7 @@ def local(source: str, peers: str | None, rounds: int) -> None:
 def remote(source: str, rounds: int) -> None:
     """Samples per second from an S3 server, with and without a limit of the rate of each connection.
 
-    Without a limit the machine is the bottleneck; with a limit, as stores have it, the number of connections is.
+    Without a limit the machine is the bottleneck. With a limit, as real stores have, the number of connections is.
     """
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.services import FaultProxy, ObjectStore, environment
@@ -213,7 +214,9 @@ def remote(source: str, rounds: int) -> None:
 
 
 def _rate(loader: str, url: str, env: dict[str, str]) -> float:
-    few, many = (2 * COUNT, 5 * COUNT) if loader == "ours" else (COUNT // 2, 3 * COUNT // 2)  # ours: with a full window
+    few, many = (
+        (2 * COUNT, 5 * COUNT) if loader == "ours" else (COUNT // 2, 3 * COUNT // 2)
+    )  # ours: long enough to fill the shuffle window
     short, long = (run(sys.executable, loader, url, 1, n, env) for n in (few, many))
     return round((many - few) / (long["wall"] - short["wall"]), 1)
 
@@ -233,8 +236,8 @@ def shuffle() -> None:
     emit(
         "stream.shuffle.chi2_per_dof",
         float(np.mean(ratios)),
-        f"{plan.lanes * order.chunk * order.block} samples held",
-        "a fair draw: 1",
+        f"{plan.lanes * order.chunk * order.block} samples in memory",
+        "a random order: 1",
     )
 
 

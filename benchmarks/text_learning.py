@@ -1,4 +1,4 @@
-"""What our language models learn from real text, compared with a plain GPT-2 loop, with AdamW, and with token
+"""How well our language models learn from real text, compared with a plain GPT-2 loop, with AdamW, and with token
 frequencies.
 
     python benchmarks/text_learning.py FOLDER [--parts gpt muon bert t5]
@@ -81,7 +81,7 @@ def say(line: str) -> None:
 # ---------------------------------------------------------------- bits per byte
 @functools.cache
 def ours(folder: Path, run: str, steps: int, lr: float, *more: str) -> Callable[[str], float]:
-    """Train our decoder; what gives its bits per byte on a split."""
+    """Train our decoder. Returns a function that computes its bits per byte on a split."""
     start = time.process_time()
     with contextlib.redirect_stdout(sys.stderr):
         out = train(recipe("gpt", folder, run, steps, lr, *more)) / "export" / str(steps)
@@ -97,7 +97,8 @@ def ours(folder: Path, run: str, steps: int, lr: float, *more: str) -> Callable[
 
 
 def gpt2(folder: Path, steps: int, lr: float) -> tuple[Callable[[str], float], int]:
-    """The same for GPT2LMHeadModel in a plain loop; and its number of parameters."""
+    """Train GPT2LMHeadModel in a plain loop: (a function that computes its bits per byte on a split, its number of
+    parameters)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     start = time.process_time()
@@ -137,7 +138,7 @@ def gpt2(folder: Path, steps: int, lr: float) -> tuple[Callable[[str], float], i
 
 
 def batches(cfg: Recipe, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    """What a run of the recipe reads, batch by batch."""
+    """The batches of a run of the recipe."""
     cfg.seed = seed
     stream = build_stream(cfg, build_objective(cfg), open_samples(cfg))
     while True:
@@ -145,17 +146,23 @@ def batches(cfg: Recipe, seed: int = 0) -> Iterator[dict[str, Tensor]]:
 
 
 def versus_gpt2(folder: Path, steps: int, lrs: Sequence[float]) -> None:
-    mine = {lr: ours(folder, f"adamw-{lr:g}", steps, lr) for lr in lrs}
-    theirs = {lr: gpt2(folder, steps, lr) for lr in lrs}
-    best, other = min(lrs, key=lambda lr: mine[lr]("val")), min(lrs, key=lambda lr: theirs[lr][0]("val"))
-    count, size = parameters(recipe("gpt", folder, "unused", steps, best)), theirs[other][1]
-    a, b = mine[best]("test"), theirs[other][0]("test")
+    our_scores = {lr: ours(folder, f"adamw-{lr:g}", steps, lr) for lr in lrs}
+    gpt2_scores = {lr: gpt2(folder, steps, lr) for lr in lrs}
+    our_lr = min(lrs, key=lambda lr: our_scores[lr]("val"))
+    gpt2_lr = min(lrs, key=lambda lr: gpt2_scores[lr][0]("val"))
+    our_size, gpt2_size = parameters(recipe("gpt", folder, "unused", steps, our_lr)), gpt2_scores[gpt2_lr][1]
+    our_bits, gpt2_bits = our_scores[our_lr]("test"), gpt2_scores[gpt2_lr][0]("test")
     say(
-        f"test: ours {a:.4f} bits per byte at lr {best:g}, {count:,} parameters; GPT-2 {b:.4f} at {other:g}, {size:,};"
-        f" {steps * BATCH * CONTEXT:,} tokens each"
+        f"test: ours {our_bits:.4f} bits per byte at lr {our_lr:g}, {our_size:,} parameters; GPT-2 {gpt2_bits:.4f} at lr"
+        f" {gpt2_lr:g}, {gpt2_size:,} parameters; {steps * BATCH * CONTEXT:,} tokens each"
     )
-    assert abs(count / size - 1) < 0.05
-    emit("text_learning.gpt.bpb_versus_gpt2", a / b, "ratio", "GPT2LMHeadModel, same size, tokens and AdamW")
+    assert abs(our_size / gpt2_size - 1) < 0.05
+    emit(
+        "text_learning.gpt.bpb_versus_gpt2",
+        our_bits / gpt2_bits,
+        "ratio",
+        "GPT2LMHeadModel, same size, tokens and AdamW",
+    )
 
 
 def parameters(cfg: Recipe) -> int:
@@ -175,7 +182,7 @@ def muon_versus_adamw(folder: Path, steps: int, lrs: Sequence[float]) -> None:
         f"AdamW ends at {adamw:.4f}; Muon at lr {lr:g}: "
         + ", ".join(f"{v:.4f} ({s:g})" for s, v in zip(SHARES, values, strict=True))
     )
-    # np.interp wants rising places; where even the least share is enough, that share
+    # np.interp needs increasing positions. If the smallest share is already enough, it returns that share.
     emit(
         "text_learning.muon.tokens_versus_adamw",
         float(np.interp(-adamw, [-v for v in values], SHARES)),
@@ -183,7 +190,7 @@ def muon_versus_adamw(folder: Path, steps: int, lrs: Sequence[float]) -> None:
         "AdamW's final bits per byte on val",
     )
     if values[-1] > adamw:
-        say(f"Muon does not reach it in {SHARES[-1]:g} of the tokens")
+        say(f"Muon does not reach AdamW's value with {SHARES[-1]:g} of the tokens")
 
 
 # ---------------------------------------------------------------- losses
@@ -192,8 +199,8 @@ def versus_unigram(name: str, folder: Path, steps: int, lr: float) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         run = train(recipe(name, folder, name, steps, lr))
     seconds = time.process_time() - start
-    held = folder / ("sentinels" if name == "t5" else "text") / "val"
-    cfg = recipe(name, folder, name, steps, lr, f"data.train={held}", f"init={run / 'export' / str(steps)}")
+    held_out = folder / ("sentinels" if name == "t5" else "text") / "val"
+    cfg = recipe(name, folder, name, steps, lr, f"data.train={held_out}", f"init={run / 'export' / str(steps)}")
     objective = build_objective(cfg, start=True).eval()
     total, counts = 0.0, np.zeros(VOCABULARY, np.int64)
     with torch.inference_mode():
@@ -214,11 +221,13 @@ def versus_unigram(name: str, folder: Path, steps: int, lr: float) -> None:
 
 
 def corpus(folder: Path) -> None:
+    """Make the token sets, for T5 with sentinels."""
     demo_text.make(folder / "text", source="speeches", vocab=VOCABULARY, workers=1, say=say)
     texts = folder / "text" / "shards"
-    held = folder / "sentinels"
-    tokenize(texts / "train", held / "train", vocab=VOCABULARY, specials=("sentinels",), workers=1, say=say)
-    tokenize(texts / "val", held / "val", held / "train" / "tokenizer.json", workers=1, say=say)
+    with_sentinels = folder / "sentinels"
+    tokenize(texts / "train", with_sentinels / "train", vocab=VOCABULARY, specials=("sentinels",), workers=1, say=say)
+    tokenizer = with_sentinels / "train" / "tokenizer.json"
+    tokenize(texts / "val", with_sentinels / "val", tokenizer, workers=1, say=say)
 
 
 def main() -> None:
@@ -227,7 +236,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", default=["gpt", "muon", "bert", "t5"], choices=["gpt", "muon", "bert", "t5"]
     )
-    parser.add_argument("--steps", type=int, default=500, help="of a decoder with AdamW")
+    parser.add_argument("--steps", type=int, default=500, help="number of steps of a decoder with AdamW")
     parser.add_argument("--lrs", type=float, nargs="+", default=list(LRS))
     options = parser.parse_args()
     torch.set_num_threads(1)

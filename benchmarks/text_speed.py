@@ -11,11 +11,11 @@ tokens. Figures for vocabulary V (50304, 4096), precision P (fp32, bf16) and mod
 A step is forward, backward and fused AdamW, as a user of each library would write them: LlamaForCausalLM is called with
 `labels=`, our model computes the loss of its head in chunks. bf16 is autocast with fp32 weights for both. Compiled
 means `torch.compile(model)` for LlamaForCausalLM, and every block compiled for our model, as `parallel.compile` does.
-Each model is measured in a process of its own, with the allocator settings of its users: `pretrain.train` lets the
-allocator keep freed memory, and `--same-allocator` does so for LlamaForCausalLM, too. The two processes alternate, and
-each ratio of times is the median over the rounds. The script also prints to stderr how close each model comes to the
-speed of matrix products: FLOPs of the linear layers of a step / its CPU seconds / FLOP/s of a 2048³ product in the same
-precision in our process.
+Each model is measured in a separate process, with the allocator settings that its users have: `pretrain.train` makes
+the allocator keep freed memory, and `--same-allocator` does so for LlamaForCausalLM, too. The two processes alternate,
+and each ratio of times is the median over the rounds. The script also prints, to stderr, how close each model comes to
+the speed of matrix products: FLOPs of the linear layers of a step / its CPU seconds / FLOP/s of a 2048³ product in the
+same precision in our process.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 from pretrain.models.build import build_model
 
@@ -38,13 +39,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 DIM, DEPTH, HEADS, WIDTH, LENGTH, BATCH = 384, 6, 6, 1024, 256, 8
-SIDES = ("ours", "llama")
+NAMES = ("ours", "llama")
 
 
-def ours(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
-    """Build our model. Returns a function that computes the mean loss of a batch as `objective: gpt` does; the
-    function's attribute `parameters` lists the parameters of the model.
-    """
+class Model(NamedTuple):
+    """A model with a batch: `loss` computes the mean loss of the batch."""
+
+    loss: Callable[[], torch.Tensor]
+    parameters: list[torch.nn.Parameter]
+
+
+def ours(vocabulary: int, compiled: bool) -> Model:
+    """Our model, with the loss that `objective: gpt` computes."""
     from pretrain.interchange.weight_sources import model_config
 
     sizes = {"dim": DIM, "depth": DEPTH, "heads": HEADS, "mlp_width": WIDTH, "context": LENGTH}
@@ -59,12 +65,11 @@ def ours(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
         hidden = model(tokens[:, :-1]).tokens
         return model.head(hidden, tokens[:, 1:]) / (BATCH * LENGTH)
 
-    loss.parameters = list(model.parameters())  # type: ignore[attr-defined]
-    return loss
+    return Model(loss, list(model.parameters()))
 
 
-def llama(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
-    """The same as `ours` for transformers' LlamaForCausalLM."""
+def llama(vocabulary: int, compiled: bool) -> Model:
+    """transformers' LlamaForCausalLM of the same size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -82,13 +87,13 @@ def llama(vocabulary: int, compiled: bool) -> Callable[[], torch.Tensor]:
     def loss() -> torch.Tensor:
         return forward(input_ids=tokens, labels=tokens).loss
 
-    loss.parameters = list(model.parameters())  # type: ignore[attr-defined]
-    return loss
+    return Model(loss, list(model.parameters()))
 
 
-def serve(side: str, vocabulary: int, precision: str, compiled: bool, keep: bool) -> None:
-    """The main function of the process of one model: for each line of standard input ("step", "product" or "peak"), run
-    that task, and print one line of JSON with its CPU seconds and the increase of the peak memory in bytes.
+def serve(name: str, vocabulary: int, precision: str, compiled: bool, keep: bool) -> None:
+    """The main function of the process of one model. Each line of standard input names a task: "step", "product" or
+    "peak". It is run, and one line of JSON is printed with its CPU seconds and the increase of the peak memory in
+    bytes.
     """
     from pretrain.parallel.device import keep_freed_memory
 
@@ -96,14 +101,14 @@ def serve(side: str, vocabulary: int, precision: str, compiled: bool, keep: bool
     if keep:
         keep_freed_memory()
     torch.manual_seed(0)
-    make = {"ours": ours, "llama": llama}[side]
+    build = {"ours": ours, "llama": llama}[name]
 
-    def stepper(loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(loss_of.parameters, lr=1e-4, fused=True)  # type: ignore[attr-defined]
+    def step_of(model: Model) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(model.parameters, lr=1e-4, fused=True)
 
         def step() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss = loss_of()
+                loss = model.loss()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -119,9 +124,9 @@ def serve(side: str, vocabulary: int, precision: str, compiled: bool, keep: bool
         torch.mm(a, b, out=out)
         return time.process_time() - start
 
-    stepper(make(64, False))()  # a step of a tiny model, so that all libraries are loaded before memory is measured
+    step_of(build(64, False))()  # a step of a tiny model, so that all libraries are loaded before memory is measured
     before = resident()
-    tasks = {"step": stepper(make(vocabulary, compiled)), "product": product, "peak": lambda: None}
+    tasks = {"step": step_of(build(vocabulary, compiled)), "product": product, "peak": lambda: None}
     for line in sys.stdin:
         task = line.strip()
         start = time.process_time()
@@ -131,27 +136,26 @@ def serve(side: str, vocabulary: int, precision: str, compiled: bool, keep: bool
 
 
 def resident() -> int:
-    """Bytes of main memory that this process holds."""
+    """The size in bytes of the resident set of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-class Side:
+class ModelProcess:
     """The process of one model, which runs `serve`."""
 
     def __init__(self, name: str, vocabulary: int, precision: str, mode: str, keep: bool):
         words = ["--serve", name, str(vocabulary), precision, mode, "keep" if keep else "plain"]
-        quiet = subprocess.DEVNULL
         self.process = subprocess.Popen(
             [sys.executable, __file__, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("VERBOSE") else quiet,
+            stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL,
             text=True,
         )
 
-    def ask(self, task: str) -> dict[str, float]:
-        """Run a task of `serve` in the process and return its answer."""
+    def run(self, task: str) -> dict[str, float]:
+        """Run a task of `serve` in the process, and return its result: {"seconds", "peak"}."""
         self.process.stdin.write(task + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -171,26 +175,28 @@ def emit(name: str, value: float, unit: str, versus: str) -> None:
     print(json.dumps({"name": name, "value": float(f"{value:.3g}"), "unit": unit, "versus": versus}), flush=True)
 
 
-def measure(vocabulary: int, precision: str, mode: str, rounds: int, same: bool) -> None:
-    sides = {name: Side(name, vocabulary, precision, mode, same or name == "ours") for name in SIDES}
+def measure(vocabulary: int, precision: str, mode: str, rounds: int, same_allocator: bool) -> None:
+    processes = {
+        name: ModelProcess(name, vocabulary, precision, mode, same_allocator or name == "ours") for name in NAMES
+    }
     for _ in range(4):  # warm-up: compile, allocate the optimizer state, and reach the peak of memory
-        for side in sides.values():
-            side.ask("step")
-    peaks = {name: side.ask("peak")["peak"] for name, side in sides.items()}
+        for process in processes.values():
+            process.run("step")
+    peaks = {name: process.run("peak")["peak"] for name, process in processes.items()}
     ratios = []
     for _ in range(rounds):
-        seconds = {name: side.ask("step")["seconds"] for name, side in sides.items()}
+        seconds = {name: process.run("step")["seconds"] for name, process in processes.items()}
         ratios.append(seconds["llama"] / seconds["ours"])
-        rate = 2 * 2048**3 / median(sides["ours"].ask("product")["seconds"] for _ in range(3))
+        rate = 2 * 2048**3 / median(processes["ours"].run("product")["seconds"] for _ in range(3))
         shares = {name: linear_flops(vocabulary) / s / rate for name, s in seconds.items()}
-        said = ", ".join(f"{n} {seconds[n]:.2f} CPU s ({shares[n]:.0%} of the speed of a product)" for n in SIDES)
+        listed = ", ".join(f"{n} {seconds[n]:.2f} CPU s ({shares[n]:.0%} of the speed of a product)" for n in NAMES)
         print(
-            f"v{vocabulary} {precision} {mode}: {said}, matrix product {rate / 1e9:.0f} GFLOP/s",
+            f"v{vocabulary} {precision} {mode}: {listed}, matrix product {rate / 1e9:.0f} GFLOP/s",
             file=sys.stderr,
             flush=True,
         )
-    for side in sides.values():
-        side.close()
+    for process in processes.values():
+        process.close()
     emit(
         f"text.v{vocabulary}.{precision}.{mode}.versus_llama", median(ratios), "ratio", "LlamaForCausalLM, interleaved"
     )
@@ -209,17 +215,17 @@ def main() -> None:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[50304, 4096])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--rounds", type=int, default=5, help="how many steps of each model are timed")
+    parser.add_argument("--rounds", type=int, default=5, help="number of steps of each model that are timed")
     parser.add_argument(
         "--same-allocator",
         action="store_true",
-        help="let the allocator keep freed memory for LlamaForCausalLM, too, as pretrain.train does",
+        help="make the allocator keep freed memory for LlamaForCausalLM, too, as pretrain.train does",
     )
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        side, vocabulary, precision, mode, keep = options.serve
-        serve(side, int(vocabulary), precision, mode == "compiled", keep == "keep")
+        name, vocabulary, precision, mode, keep = options.serve
+        serve(name, int(vocabulary), precision, mode == "compiled", keep == "keep")
         return
     for vocabulary in options.vocabularies:
         for precision in options.precisions:

@@ -1,11 +1,11 @@
-"""The cost of bringing rows of tokens to the trainer, compared with a memory-mapped flat file of all tokens that is
-read at random places, as in nanoGPT.
+"""The cost of reading rows of tokens for the trainer, compared with a memory-mapped flat file of all tokens that is
+read at random positions, as in nanoGPT.
 
     text_stream.{split,best_fit}.T{256,1024,4096}.cpu_versus_memmap   CPU seconds per token in one process, ours / theirs
 
-Ours read every row once in an epoch, from shards, with the documents, and check the hash of every page; a memory map
-does none of these. The text is Python's standard library with a byte-level BPE of 4,096 tokens. CPU seconds are those
-of one process; the two alternate, and figures are medians over rounds.
+Our stream reads every row once in an epoch, from shards, with its documents, and verifies the hash of every page; the
+memory map does none of this. The text is Python's standard library with a byte-level BPE of 4,096 tokens. CPU seconds
+are those of one process; the two alternate, and figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ BATCH = 16
 
 
 def ours(tokens: Path, length: int, packing: Packing) -> Callable[[], None]:
+    """A function that reads a batch from our stream."""
+
     def view(sample: dict, rng: object) -> dict:
         return {"tokens": sample["tokens"], "documents": sample["documents"]}
 
@@ -41,13 +43,13 @@ def ours(tokens: Path, length: int, packing: Packing) -> Callable[[], None]:
 
 
 def memmap(file: Path, length: int) -> Callable[[], None]:
-    """A batch from random places of the flat file: inputs and targets as two tensors of int64."""
+    """A function that reads a batch from random positions of the flat file: inputs and targets, two int64 tensors."""
 
     def batch() -> None:
-        data = np.memmap(file, np.uint16, "r")  # anew for each batch, or its pages stay in memory
-        places = torch.randint(len(data) - length, (BATCH,)).tolist()
-        torch.stack([torch.from_numpy(data[i : i + length].astype(np.int64)) for i in places])
-        torch.stack([torch.from_numpy(data[i + 1 : i + 1 + length].astype(np.int64)) for i in places])
+        data = np.memmap(file, np.uint16, "r")  # opened for each batch, because otherwise its pages stay in memory
+        positions = torch.randint(len(data) - length, (BATCH,)).tolist()
+        torch.stack([torch.from_numpy(data[i : i + length].astype(np.int64)) for i in positions])
+        torch.stack([torch.from_numpy(data[i + 1 : i + 1 + length].astype(np.int64)) for i in positions])
 
     return batch
 
@@ -63,7 +65,7 @@ def cpu_per_token(batch: Callable[[], None], length: int, tokens: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="of a round")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="number of tokens in a round")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,21 +74,21 @@ def main() -> None:
         flat = Path(folder, "flat.bin")
         flat.write_bytes(b"".join(tokens.tobytes() for tokens, _ in Blocks([str(train)]).documents()))
         for length in (256, 1024, 4096):
-            parts = {
+            loaders = {
                 "memmap": memmap(flat, length),
                 "split": ours(train, length, "split"),
                 "best_fit": ours(train, length, "best_fit"),
             }
-            took: dict[str, list[float]] = {name: [] for name in parts}
-            for part in parts.values():
-                part()
+            seconds: dict[str, list[float]] = {name: [] for name in loaders}
+            for read_batch in loaders.values():  # warm-up
+                read_batch()
             for _ in range(args.rounds):
-                for name, part in parts.items():
-                    took[name].append(cpu_per_token(part, length, args.tokens))
+                for name, read_batch in loaders.items():
+                    seconds[name].append(cpu_per_token(read_batch, length, args.tokens))
             for name in ("split", "best_fit"):
-                ratio = median(a / b for a, b in zip(took[name], took["memmap"], strict=True))
+                ratio = median(a / b for a, b in zip(seconds[name], seconds["memmap"], strict=True))
                 figure = f"text_stream.{name}.T{length}.cpu_versus_memmap"
-                millions = 1e-6 / median(took[name])
+                millions = 1e-6 / median(seconds[name])
                 print(
                     json.dumps(
                         {

@@ -13,11 +13,11 @@ Figures, for 2 × 224 and 8 × 96 pixels with the whole recipe (flip, jitter, gr
     views.1024x768.scaled_decode  share of the images that fused views decode below their full size, and the share of
                               their views' gradient energy that remains
     views.S.ks.V.X.p          smallest p over six statistics of views from X against views from the reference (two-sample
-                              Kolmogorov-Smirnov), for the second global and a local view; a line with all six is printed
-                              to stderr. X = reference is a second sample of the reference: the smallest of six uniform
-                              numbers is below 0.05 in one of four cases. X = aliased, resizing without antialiasing,
-                              shows the power of the test, and must be small. X = fused at 1024x768 may be small, too,
-                              because it decodes at a smaller scale
+                              Kolmogorov-Smirnov), for the second global and a local view; a line with all six is
+                              printed to stderr. X = reference is a second sample of the reference: the smallest of six
+                              uniform numbers is below 0.05 in one of four cases. X = aliased, resizing without
+                              antialiasing, shows the power of the test, and must be small. X = fused at 1024x768 may be
+                              small, too, because it decodes at a smaller scale
 
 The reference is the published pipeline of DINOv2 and v3: Pillow decodes, torchvision's v2 transforms follow, all on one
 thread. Blur has probability 1, 0.1 and 0.5 on both sides. The photographs are windows of the textures that the demo
@@ -81,7 +81,7 @@ def photographs() -> list[np.ndarray]:
     try:
         path = textures_file(lambda line: print(line, file=sys.stderr))
     except DataError as error:
-        print(f"{error}; taking scikit-learn's two pictures, mirrored to 1024 pixels", file=sys.stderr)
+        print(f"{error}; using scikit-learn's two pictures, mirrored to 1024 pixels", file=sys.stderr)
         from sklearn.datasets import load_sample_images
 
         return [np.pad(picture, ((0, 427), (0, 640), (0, 0)), "symmetric") for picture in load_sample_images().images]
@@ -110,10 +110,10 @@ def jpegs(pictures: list[np.ndarray], size: str, count: int) -> list[bytes]:
     def encode(quality: int, some: list[np.ndarray]) -> list[bytes]:
         return [simplejpeg.encode_jpeg(np.ascontiguousarray(x), quality, "RGB", "420") for x in some]
 
-    def misses(quality: int) -> float:
+    def size_error(quality: int) -> float:
         return abs(float(np.mean([len(data) for data in encode(quality, windows[:32])])) - goal)
 
-    quality = min(range(60, 99, 2), key=misses)
+    quality = min(range(60, 99, 2), key=size_error)
     files = encode(quality, windows)
     sizes = np.percentile([len(data) for data in files], [10, 90]) / 1000
     mean = np.mean([len(data) for data in files]) / 1000
@@ -162,7 +162,7 @@ def exact_f32(data: bytes, number: int) -> dict[str, Tensor]:
 
 
 def floor(data: bytes, number: int) -> list[np.ndarray]:
-    """The decoding and ten antialiased resizes, of boxes like the recipe's."""
+    """Only the decoding and ten antialiased resizes, with boxes that are distributed as the recipe's."""
     pixels = Encoded(data, "jpg").pixels()
     boxes = BOXES[number % len(BOXES)]
     return [resize(pixels[t : t + h, x : x + w], (size, size)) for size, (t, x, h, w) in boxes]
@@ -206,7 +206,7 @@ def speed(size: str, files: list[bytes], rounds: int) -> None:
     one_round(pipelines, files[:8], 0)
     times = [one_round(pipelines, files, 1000 * r) for r in range(rounds)]
     for name in pipelines:
-        print(f"{size} {name}: {1000 * median(t[name] for t in times):.2f} CPU ms an image", file=sys.stderr)
+        print(f"{size} {name}: {1000 * median(t[name] for t in times):.2f} CPU ms per image", file=sys.stderr)
     versus = "torchvision v2 on PIL, CPU seconds, interleaved"
     for name in PIPELINES:
         emit(f"views.{size}.{name}.images_per_second", median(1 / t[name] for t in times), "1/s", "one core")
@@ -217,7 +217,7 @@ def speed(size: str, files: list[bytes], rounds: int) -> None:
         emit(f"views.{size}.fused_u8.share_of_floor", share, "ratio", "decode and ten antialiased resizes alone")
 
 
-# ---------------------------------------------------------------- the same views?
+# ---------------------------------------------------------------- test whether the views are equally distributed
 STATISTICS = ("luma", "luma spread", "gradient energy", "fine to coarse gradient", "saturation", "red less blue")
 
 
@@ -231,8 +231,9 @@ def statistics(view: np.ndarray) -> list[float]:
     return [luma.mean(), luma.std(), np.log(fine + 1), np.log((fine + 1) / (coarse + 1)), spread, (x[0] - x[2]).mean()]
 
 
-def own_statistics(files: list[bytes], size: int) -> np.ndarray:
-    """Of every photograph as a whole. Taken off those of its views, so that a view's numbers vary less with the picture, and the test sees more."""
+def whole_statistics(files: list[bytes], size: int) -> np.ndarray:
+    """The statistics [files, 6] of every whole photograph. They are subtracted from those of its views, so that these
+    vary less between photographs, and the test is more powerful."""
     return np.array([statistics(center(Encoded(data, "jpg").pixels(), size)) for data in files])
 
 
@@ -247,7 +248,7 @@ def aliased(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def sample_ours(files: list[bytes], color: str, seed: int) -> dict[str, np.ndarray]:
-    """Of the second global and the first local view of all ten: {name: [files, 6]}."""
+    """The statistics {name: [files, 6]} of our second global and first local view of each file."""
     out: dict[str, list[list[float]]] = {"global": [], "local": []}
     for number, data in enumerate(files):
         made = crops({"image": Encoded(data, "jpg"), "color": color}, VIEWS, generators((seed, number)))
@@ -257,33 +258,37 @@ def sample_ours(files: list[bytes], color: str, seed: int) -> dict[str, np.ndarr
 
 
 def sample_reference(files: list[bytes]) -> dict[str, np.ndarray]:
+    """The same statistics of the reference's views."""
     images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
     views = {"global": REFERENCE[1], "local": REFERENCE[2]}
     return {name: np.array([statistics(to_levels(view(image))) for image in images]) for name, view in views.items()}
 
 
 def equivalence(size: str, files: list[bytes], repeats: int) -> None:
-    own = {name: np.tile(own_statistics(files, side), (repeats, 1)) for name, side in (("global", 224), ("local", 96))}
+    whole = {
+        name: np.tile(whole_statistics(files, side), (repeats, 1)) for name, side in (("global", 224), ("local", 96))
+    }
     files = files * repeats
     torch.manual_seed(0)
     first = sample_reference(files)
     samples = {"reference": sample_reference(files)}
     samples["exact"] = sample_ours(files, "exact", 10_000)
     samples["fused"] = sample_ours(files, "fused", 20_000)
-    real, engine.resize = engine.resize, aliased
+    original, engine.resize = engine.resize, aliased
     samples["aliased"] = sample_ours(files, "exact", 30_000)
-    engine.resize = real
+    engine.resize = original
     for key, values in samples.items():
-        for name in own:
-            pairs = zip((first[name] - own[name]).T, (values[name] - own[name]).T, strict=True)
+        for name in whole:
+            pairs = zip((first[name] - whole[name]).T, (values[name] - whole[name]).T, strict=True)
             p = [ks_2samp(a, b).pvalue for a, b in pairs]
             listed = ", ".join(f"{label} {value:.2g}" for label, value in zip(STATISTICS, p, strict=True))
             print(f"KS {size} {name} {key}: {listed}", file=sys.stderr, flush=True)
-            emit(f"views.{size}.ks.{name}.{key}.p", min(p), "p", f"least of 6, reference, n = {len(files)}")
+            emit(f"views.{size}.ks.{name}.{key}.p", min(p), "p", f"smallest of 6, reference, n = {len(files)}")
 
 
 def scaled_decoding(files: list[bytes]) -> None:
-    """How many of the larger photographs are decoded at less than their size, and what that does to the detail of their views."""
+    """The share of the larger photographs that are decoded at a smaller scale, and the share of detail that their views
+    keep."""
     energy: dict[str, list[float]] = {"global": [], "local": []}
     scaled = 0
     for number, data in enumerate(files):

@@ -1,5 +1,5 @@
-"""Bits per byte: the number of bits that a decoder needs for a byte of held-out text. It does not depend on the
-tokenizer.
+"""Bits per byte: the number of bits that a decoder needs for a byte of held-out text. Models with different tokenizers
+can be compared by it.
 
     −Σ log₂ p(token | the tokens before it in its document and row) / Σ bytes of these tokens
 
@@ -7,8 +7,8 @@ Every token of every document is predicted once, including the token that ends a
 first token of a document (BOS, if the tokenizer has one) is given. Consecutive rows of `length` tokens are scored, so
 the first tokens of a row have little context. The bytes are those of the original text: for a tokenizer that changes
 text (NFC, lower case) they are taken from the documents, which needs a BOS token. Text that a tokenizer does not know
-costs almost no bits, so a set with more than MAX_UNKNOWN_SHARE of it is refused; below that, `unknown_share` is
-reported beside the score.
+costs almost no bits. Therefore a set with more than MAX_UNKNOWN_SHARE of it is refused; a smaller share is reported as
+`unknown_share`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from eval.texts import TextEncoder
 from pretrain.models.presets import Decoder
 
 VERSION = 1
-MAX_UNKNOWN_SHARE = 0.001  # share of the tokens that may stand for text that the tokenizer does not know
+MAX_UNKNOWN_SHARE = 0.001  # of the tokens, for those that stand for text that the tokenizer does not know
 
 
 @dataclass
@@ -47,7 +47,7 @@ def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg:
     """
     if encoder.folder is None or not encoder.backbone.cfg.causal:
         raise UserError(
-            f"{encoder.folder or encoder.name}: bits per byte are those of a decoder, and this is none; use linear"
+            f"{encoder.folder or encoder.name}: bits per byte are defined for a decoder, which this is not; use linear"
         )
     _check(cfg, encoder.backbone.cfg)
     rows, vocabulary = encoder.rows(query, cfg.length, cfg.document_mask), encoder.vocabulary
@@ -71,12 +71,12 @@ def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg:
     unknown = (rows.blocks.lost + (0 if vocabulary.unk is None else int(counts[vocabulary.unk]))) / int(counts.sum())
     if unknown > MAX_UNKNOWN_SHARE:
         raise UserError(
-            f"{rows.names}: {unknown:.1%} of its tokens stand for text that the tokenizer does not know, so its bits per"
-            f" byte would say nothing (at most {MAX_UNKNOWN_SHARE:.1%} may); tokenize with a byte-level tokenizer,"
-            " `unlabeled shards tokenize TEXT TARGET --vocab N`"
+            f"{rows.names}: {unknown:.1%} of its tokens stand for text that the tokenizer does not know, so its bits"
+            f" per byte would be meaningless (at most {MAX_UNKNOWN_SHARE:.1%} may); tokenize with a byte-level"
+            " tokenizer, `unlabeled shards tokenize TEXT TARGET --vocab N`"
         )
-    shares = counts[counts > 0] / counts.sum()
-    unigram = float(-(counts.sum() * shares * np.log2(shares)).sum())
+    frequencies = counts[counts > 0] / counts.sum()
+    unigram = float(-(counts.sum() * frequencies * np.log2(frequencies)).sum())  # bits of the whole text
     return {
         "bits_per_byte": bits / size,
         "bits_per_token": bits / int(counts.sum()),
@@ -105,7 +105,9 @@ def batch(rows: Rows, numbers: range) -> tuple[torch.Tensor, torch.Tensor, torch
         try:
             samples.append(rows.sample(number, rows.read_columns(number, [0, 1]), None))
         except Damaged as reason:
-            raise UserError(f"{' '.join(rows.name(number))}: {reason}; `unlabeled shards verify` names all") from None
+            raise UserError(
+                f"{' '.join(rows.name(number))}: {reason}; `unlabeled shards verify` lists all damage"
+            ) from None
     tokens, documents = (np.stack([s[key] for s in samples]) for key in ("tokens", "documents"))
     targets = np.stack([targets_of(s) for s in samples])
     return torch.from_numpy(tokens), torch.from_numpy(documents), torch.from_numpy(targets)

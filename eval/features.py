@@ -1,6 +1,6 @@
-"""Features of labelled images from a frozen encoder, which are computed once for each set.
+"""Features of labelled images from a frozen encoder. They are computed once for each set.
 
-Protocols get an `Encoder`: an exported folder, or raw pixels as a baseline. N images, D features.
+Protocols get an `Encoder` for an exported folder, or for raw pixels as a baseline. Shapes: N images, D features.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pretrain.parallel.device import pick_device
 
 
 class Encoder:
-    """A frozen backbone with its normalisation of pixels (`mean`, `std`) and its pooling; `name` is for result rows.
+    """A frozen backbone with its normalisation of pixels (`mean`, `std`) and its pooling.
 
-    `backbone` is a `Backbone`, or any function from normalised images [B, C, S, S] to `Features`.
+    `backbone` is a `Backbone`, or any function from normalised images [B, C, S, S] to `Features`. `name`: the model's
+    name in result rows.
     """
 
     unit = "images"  # the word for samples in messages and results
@@ -54,7 +55,7 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Features:
-        """Features of uint8 images [B, 3, H, W], on the device."""
+        """Features of uint8 images [B, C, H, W], on the device."""
         return self.backbone(self.part.place(torch.from_numpy(images), self.device))
 
     def pooled(self, images: np.ndarray) -> Tensor:
@@ -63,15 +64,14 @@ class Encoder:
         return (features.cls if self.pool == "cls" else features.tokens.mean(1)).float().cpu()
 
     def labelled(self, specs: Sequence[str], batch: int = 64) -> Labelled:
-        """Features and labels of all images in the shards, in order, without damaged images and samples without an
-        image."""
+        """Features and labels of all images in the shards, in order. Damaged images and samples without an image are
+        left out."""
         key = tuple(specs)
         if key not in self._labelled:
             images, labels, left_out, absent = load_images(specs, self.image_size, self.channels)
-            parts = [self.pooled(images[i : i + batch]) for i in range(0, len(images), batch)]
-            self._labelled[key] = Labelled(
-                torch.cat(parts), labels, left_out, absent, Samples(specs).hashes(IMAGE_MEMBERS)
-            )
+            features = torch.cat([self.pooled(images[i : i + batch]) for i in range(0, len(images), batch)])  # [N, D]
+            hashes = Samples(specs).hashes(IMAGE_MEMBERS)
+            self._labelled[key] = Labelled(features, labels, left_out, absent, hashes)
         return self._labelled[key]
 
 
@@ -94,15 +94,16 @@ def load_images(specs: Sequence[str], size: int, channels: int = 3) -> tuple[np.
 
     with ThreadPool() as pool:
         pairs = pool.map(read, range(len(samples)))
-    good = [pair for pair in pairs if not isinstance(pair, Damaged)]
-    absent = sum(isinstance(pair, Absent) for pair in pairs)
-    if not good:
+    readable = [pair for pair in pairs if not isinstance(pair, Damaged)]
+    absent = sum(isinstance(pair, Absent) for pair in pairs)  # a kind of Damaged
+    damaged = len(pairs) - len(readable) - absent
+    if not readable:
         raise DataError(f"{samples.names}: none of the {len(samples)} images can be read")
-    return np.stack([image for image, _ in good]), [label for _, label in good], len(pairs) - len(good) - absent, absent
+    return np.stack([image for image, _ in readable]), [label for _, label in readable], damaged, absent
 
 
 def _pixels(images: Tensor) -> Features:
-    """Normalised pixels [B, C, S, S] as the features of an image."""
+    """Normalised pixels [B, C, S, S] as the features of images: [B, C·S·S]."""
     flat = images.flatten(1)
     return Features(flat, flat.unsqueeze(1), flat.unsqueeze(1)[:, :0], (1, 1))
 
@@ -125,7 +126,7 @@ def open_encoder(model: str, image_size: int | None = None, device: str = "auto"
     if backbone.cfg.reads == "tokens":
         return TextEncoder(backbone, name, Path(model), facts.get("pool", "mean"), device), facts
     if backbone.cfg.reads != "image":
-        raise UserError(f"{model}: reads {backbone.cfg.reads}, but the protocols score models of images and of text")
+        raise UserError(f"{model}: reads {backbone.cfg.reads}, but the protocols score models that read images or text")
     mean, std, channels = facts["mean"], facts["std"], backbone.cfg.in_channels
     if not all(values and len(values) == channels for values in (mean, std)):
         raise DataError(

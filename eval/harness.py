@@ -1,9 +1,9 @@
-"""lm-evaluation-harness on an exported decoder: `unlabeled harness RUN/export/STEP arc_easy hellaswag`, or tasks of
-your own from YAML files (`--include`).
+"""Score an exported decoder with lm-evaluation-harness: `unlabeled harness RUN/export/STEP arc_easy hellaswag`, or on
+the user's tasks in YAML files (`--include`).
 
-Importing this module also registers the model for the harness's own command line: `--model unlabeled --model_args
-path=FOLDER`. A context begins with BOS, as documents do in training; `bos=False` omits it, as the harness does for most
-models of transformers.
+When this module is imported, the model is also registered for the command line of the harness: `--model unlabeled
+--model_args path=FOLDER`. A context begins with BOS, as documents do in training; `bos=False` omits it, as the harness
+does for most models of transformers.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ except ImportError:
     raise UserError("lm_eval is not installed; pip install 'unlabeled[harness]'") from None
 
 VERSION = 1
+NOT_METRICS = ("name", "sample_len", "sample_count")  # other entries in the results of a task
 Pair = tuple[list[int], list[int]]  # (tokens of the context, tokens that are scored)
 Score = tuple[float, bool]  # (log-likelihood of the scored tokens, whether greedy decoding would produce them)
 
 
 @register_model("unlabeled")
 class Model(TemplateLM):
-    """The interface of the harness to an exported decoder. Raises UserError for another folder.
+    """An exported decoder with the interface that the harness expects. Raises UserError for any other folder.
 
     `batch_size`: number of texts in a batch. `bos`: whether a context begins with BOS.
     """
@@ -45,7 +46,7 @@ class Model(TemplateLM):
         super().__init__()
         encoder, self.facts = open_encoder(path)
         if encoder.unit != "texts" or not encoder.backbone.cfg.causal:
-            kind = encoder.backbone.cfg.name if encoder.unit == "texts" else "model of images"
+            kind = encoder.backbone.cfg.name if encoder.unit == "texts" else "model that reads images"
             raise UserError(f"{path}: holds a {kind}, but the harness scores decoders; name an export of gpt")
         if not is_number(str(batch_size)) or int(batch_size) < 1:
             raise UserError(f"--batch {batch_size}: write 1 or more")
@@ -79,7 +80,7 @@ class Model(TemplateLM):
         return scored
 
     def _scores(self, pairs: Sequence[Pair]) -> Iterator[Score]:
-        """The scores in the order of the pairs. Pairs of similar length are computed in one batch."""
+        """The scores in the order of the pairs. Pairs of similar length are in the same batch."""
         order = sorted(range(len(pairs)), key=lambda n: -sum(map(len, pairs[n])))
         scores: dict[int, Score] = {}
         for first in range(0, len(order), self.batch):
@@ -89,21 +90,21 @@ class Model(TemplateLM):
 
     @torch.inference_mode()
     def _score_batch(self, pairs: Sequence[Pair]) -> list[Score]:
-        """The scores of one batch. A text that is longer than the model's context loses its beginning.
+        """The scores of one batch. The beginning of a text that is longer than the model's context is left out.
 
-        Padding comes after a text, where a causal model does not attend to it.
+        Padding comes after a text; a causal model does not attend to it.
         """
         context = self.model.context
         for _, target in pairs:
             if not 1 <= len(target) <= context:
                 raise UserError(
-                    f"a task asks for {len(target)} tokens at once, and the model has a context of {context}"
+                    f"a task scores {len(target)} tokens at once, but the context of the model has {context}"
                 )
         rows = [(given + target)[-context - 1 :] for given, target in pairs]
-        tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.long)
+        tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.long)  # [B, T]
         for n, row in enumerate(rows):
             tokens[n, : len(row) - 1] = torch.tensor(row[:-1])
-        hidden = self.model(tokens.to(self.device)).tokens
+        hidden = self.model(tokens.to(self.device)).tokens  # [B, T, D]
         out = []
         for n, (row, (_, target)) in enumerate(zip(rows, pairs, strict=True)):
             logits = self.model.head(hidden[n, len(row) - 1 - len(target) : len(row) - 1])
@@ -113,7 +114,7 @@ class Model(TemplateLM):
         return out
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihoods of whole texts: each token is scored once, in consecutive rows."""
+        """The log-likelihoods of whole texts. Each token is scored once, in consecutive rows of the model's context."""
         out = []
         for (text,) in (request.args for request in requests):
             tokens = self.tok_encode(text, add_special_tokens=False)
@@ -123,15 +124,15 @@ class Model(TemplateLM):
         return out
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The texts that continue each context, up to the first of the task's texts `until`. One context at a time,
-        with a key-value cache."""
+        """The text that continues each context, up to the first of the strings `until` of the task. One text is
+        generated at a time, with a key-value cache."""
         out = []
         for context, options in (request.args for request in requests):
             until = options.get("until") or []
             until = [end for end in ([until] if isinstance(until, str) else until) if end]
             limit = min(int(options.get("max_gen_toks", 256)), self.model.context - 1)
-            random = options.get("do_sample", float(options.get("temperature") or 0) > 0)
-            sampling = generate.Sampling(limit, float(options.get("temperature") or 1) if random else 0.0)
+            samples = options.get("do_sample", float(options.get("temperature") or 0) > 0)
+            sampling = generate.Sampling(limit, float(options.get("temperature") or 1) if samples else 0.0)
             given = self.tok_encode(context)[-(self.model.context - limit) :] or [self.prefix_token_id]
             text, ids = "", []
             for token in generate.tokens(self.model, given, sampling, [self.eot_token_id], self.vocabulary.size):
@@ -162,9 +163,9 @@ def evaluate(
     """
     if include is not None and not Path(include).is_dir():
         raise UserError(f"--include {include}: no such folder; it holds the YAML files of tasks")
-    for flag, value, least in (("--shots", shots, 0), ("--limit", limit, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{flag} {value}: write {least} or more")
+    for flag, value, minimum in (("--shots", shots, 0), ("--limit", limit, 1)):
+        if value is not None and value < minimum:
+            raise UserError(f"{flag} {value}: write {minimum} or more")
     adapter = Model(model, batch, bos)
     manager = TaskManager(include_path=include)
     for task in tasks:
@@ -183,33 +184,26 @@ def evaluate(
     except ConnectionError as error:
         raise UserError(
             f"{', '.join(tasks)}: the texts of a task cannot be downloaded ({error}); "
-            "download them where there is a network (HF_HOME), or write a task for your own (--include FOLDER)"
+            "download them on a machine with network access and copy HF_HOME, or write a task (--include FOLDER)"
         ) from None
-    rows = []
-    for task, scores in found["results"].items():
+    common = {"model": adapter.name, "step": adapter.facts["step"], "protocol": "harness", "version": VERSION}
+    common["split"] = "test" if limit is None else "custom"
+    counts = {task: numbers["effective"] for task, numbers in found["n-samples"].items()}
+    return [
+        common
+        | {"metric": metric, "value": round(value, 6), "gallery_count": 0, "count": counts.get(task, 0)}
+        | {"left_out": 0, "passed_over": 0, "unit": "documents"}
+        for task, metric, value in _scores_of_tasks(found["results"])
+    ]
+
+
+def _scores_of_tasks(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
+    """(task, name of the metric in a result row, value) of every score in the results of the harness."""
+    for task, scores in results.items():
         for key, value in scores.items():
-            metric, _, filtered = key.partition(",")
-            if (
-                isinstance(value, bool | str)
-                or value is None
-                or metric.endswith("_stderr")
-                or metric in ("name", "sample_len", "sample_count")
-            ):
+            metric, _, filter_name = key.partition(",")
+            is_text = value is None or isinstance(value, bool | str)
+            if is_text or metric.endswith("_stderr") or metric in NOT_METRICS:
                 continue
-            rows.append(
-                {
-                    "model": adapter.name,
-                    "step": adapter.facts["step"],
-                    "protocol": "harness",
-                    "version": VERSION,
-                    "split": "test" if limit is None else "custom",
-                    "metric": f"{task}/{metric}" if filtered in ("", "none") else f"{task}/{metric}/{filtered}",
-                    "value": round(float(value), 6),
-                    "gallery_count": 0,
-                    "count": found["n-samples"][task]["effective"] if task in found["n-samples"] else 0,
-                    "left_out": 0,
-                    "passed_over": 0,
-                    "unit": "documents",
-                }
-            )
-    return rows
+            suffix = "" if filter_name in ("", "none") else f"/{filter_name}"
+            yield task, f"{task}/{metric}{suffix}", float(value)

@@ -1,7 +1,7 @@
 """Pictures for the report: images, patches and curves.
 
-Patch features are shown as colours: the three directions in which they vary most (PCA) become red, green and blue, as
-DINOv2 shows them (arXiv 2304.07193). Shapes: N images, M mosaics, S pixels per image side, h × w patches, D features.
+Patch features become colours: their first three principal components are red, green and blue, as in DINOv2 (arXiv
+2304.07193). Shapes: N images, M mosaics, S pixels per image side, h × w patches, D features.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +25,15 @@ from data_pipeline.views.augmentations import center
 from eval.features import Encoder
 
 Series = dict[str, tuple[list[float], list[float]]]  # {name: (steps, values)}
-SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-PREFIXED = ("FLOP/s", "B")  # units that take such a prefix
+SI_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXED_UNITS = ("FLOP/s", "B")  # the prefix is written before these units, and after the number for other units
+MAX_CHART_POINTS = 400
 Labels = Sequence[str | None]  # None for an image without a label
 
 
 def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labels]:
-    """(center crops uint8 [N, 3, S, S], labels) of up to `limit` images that are evenly spaced, without damaged
-    ones."""
+    """(center crops uint8 [N, 3, S, S], labels) of up to `limit` images that are evenly spaced over the set. Damaged
+    images are left out."""
     images, labels = [], []
     for number in np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int):
         try:
@@ -49,29 +51,33 @@ def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labe
 
 
 def spread(labels: Labels, groups: int, each: int) -> list[list[int]]:
-    """The numbers of the images in `groups` groups of `each`. A group has images of one class, evenly spaced; as long
-    as there are further classes, each group has another one.
+    """Choose `groups` groups of `each` images: the numbers of their images. The images of a group are of one class, and
+    evenly spaced. The groups are of different classes, as long as there are enough classes.
 
-    Classes with fewer than `each` images are ignored. If there is no other class, or if there are no labels, all images
+    Classes with fewer than `each` images are not used. If no class has so many, or if there are no labels, all images
     count as one class.
     """
     classes: dict[str, list[int]] = {}
     for number, label in enumerate(labels):
         classes.setdefault(label or "", []).append(number)
-    found = [classes[name] for name in sorted(classes) if len(classes[name]) >= each] or [list(range(len(labels)))]
-    if len(found) > groups:
-        found = [found[i * len(found) // groups] for i in range(groups)]
+    usable = [classes[name] for name in sorted(classes) if len(classes[name]) >= each] or [list(range(len(labels)))]
+    if len(usable) > groups:
+        usable = [usable[i * len(usable) // groups] for i in range(groups)]
+    groups_per_class = -(-groups // len(usable))
+    # A class is divided into so many parts, one for each image of each of its groups. A group takes the middle images
+    # of every `groups_per_class`-th part.
+    parts = each * groups_per_class
     out = []
-    parts = each * -(-groups // len(found))  # each class is divided into so many parts, whose middle images are taken
     for group in range(groups):
-        turn, members = group // len(found), found[group % len(found)]
-        out.append([members[(2 * (turn + j * (parts // each)) + 1) * len(members) // (2 * parts)] for j in range(each)])
+        nth_of_class, images = group // len(usable), usable[group % len(usable)]
+        chosen_parts = [nth_of_class + j * groups_per_class for j in range(each)]
+        out.append([images[(2 * part + 1) * len(images) // (2 * parts)] for part in chosen_parts])
     return out
 
 
 def mosaic(images: np.ndarray, edge: int = 4) -> np.ndarray:
     """[edge·edge, 3, S, S] → [3, edge·S, edge·S], row by row."""
-    rows = images.reshape(edge, edge, *images.shape[1:]).transpose(2, 0, 3, 1, 4)
+    rows = images.reshape(edge, edge, *images.shape[1:]).transpose(2, 0, 3, 1, 4)  # [3, edge, S, edge, S]
     return rows.reshape(images.shape[1], edge * images.shape[2], edge * images.shape[3])
 
 
@@ -90,7 +96,7 @@ def pca_colors(features: np.ndarray) -> np.ndarray:
     """
     flat = np.nan_to_num(features.reshape(-1, features.shape[-1]).astype(np.float64))
     flat -= flat.mean(0)
-    vectors = np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, :3]  # eigenvalues ascend
+    vectors = np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, :3]  # [D, 3]; eigh sorts eigenvalues in ascending order
     vectors = vectors * np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0))
     values = flat @ vectors
     low, high = np.percentile(values, [2, 98], axis=0)
@@ -108,8 +114,8 @@ def similarity(encoder: Encoder, queries: np.ndarray, gallery: np.ndarray, batch
 
 
 def data_url(image: np.ndarray, max_side: int | None = None) -> str:
-    """An image uint8 [3, H, W] or [H, W, 3] as a data: URL, a PNG or, if it is large, a JPEG. It is reduced if a side
-    is longer than `max_side` pixels."""
+    """An image uint8 [3, H, W] or [H, W, 3] as a data: URL. A large image becomes a JPEG, a small one a PNG. If a side
+    is longer than `max_side` pixels, the image is reduced to that size."""
     picture = Image.fromarray(image if image.shape[2] == 3 else image.transpose(1, 2, 0))
     picture.thumbnail((max_side or picture.width, max_side or picture.height))
     kind, file = "png" if picture.width * picture.height < 500_000 else "jpeg", io.BytesIO()
@@ -118,26 +124,48 @@ def data_url(image: np.ndarray, max_side: int | None = None) -> str:
 
 
 # ---------------------------------------------------------------- curves
-def _ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 × 10ⁿ apart) within [low, high]."""
-    unit = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f * most >= (high - low) * 0.999)
+def _ticks(low: float, high: float, max_intervals: int = 5) -> list[float]:
+    """The round numbers in [low, high] at which an axis has marks. They are 1, 2, 2.5 or 5 × 10ⁿ apart."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / max_intervals))
+    step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f * max_intervals >= (high - low) * 0.999)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _number(value: float, percent: bool = False, unit: str = "") -> str:
-    """A value as text with an SI prefix: 1250 becomes "1.25k", "1.25 kB" or "1.25k samples/s", depending on the
-    unit."""
+    """A value as text with an SI prefix: 1250 becomes "1.25k", and with a unit "1.25 kB" or "1.25k samples/s"."""
     if percent:
         return f"{100 * value:.3g}%"
-    size, prefix = next(((s, p) for s, p in SI if s <= abs(value) < 1e18), (1.0, ""))
-    if unit in PREFIXED:
+    size, prefix = next(((s, p) for s, p in SI_PREFIXES if s <= abs(value) < 1e18), (1.0, ""))
+    if unit in PREFIXED_UNITS:
         return f"{value / size:.3g} {prefix}{unit}"
     end = f" {unit}" if unit else ""
     if prefix:
         return f"{value / size:.4g}{prefix}{end}"
     small = 0 < abs(value) < 1e-3
     return (f"{value:.1e}".replace(".0", "").replace("e-0", "e-") if small else f"{value:.3g}") + end
+
+
+class _Line(NamedTuple):
+    """A curve, reduced to k ≤ MAX_CHART_POINTS intervals of steps."""
+
+    steps: np.ndarray  # [k], the mean step of each interval
+    means: np.ndarray  # [k], the mean value of each interval
+    smooth: np.ndarray  # [k], the moving mean of `means`
+    extremes: list[tuple[float, float]]  # (step, value) of the lowest and the highest value of each interval
+
+
+def _line(steps: list[float], values: list[float], smooth: bool) -> _Line:
+    count = min(MAX_CHART_POINTS, len(steps))
+    step_parts, value_parts = np.array_split(steps, count), np.array_split(values, count)
+    x, y = (np.array([part.mean() for part in parts]) for parts in (step_parts, value_parts))
+    extremes = [
+        (step, value)
+        for step, part in zip(x, value_parts, strict=True)
+        for value in dict.fromkeys((part.min(), part.max()))
+    ]
+    window = np.ones(2 * (count // 30) + 1 if smooth else 1)
+    moving_mean = np.convolve(y, window, "same") / np.convolve(np.ones(count), window, "same")
+    return _Line(x, y, moving_mean, extremes)
 
 
 def chart(
@@ -151,50 +179,47 @@ def chart(
 ) -> str:
     """A chart as SVG, or "" if there are no values. `unit` is printed after the last value.
 
-    The vertical axis shows the 1st to 99th percentile of the values, and the whole moving mean.
+    `percent`: values are shares. `zero`: the vertical axis begins at 0. `points`: each value is a point. `smooth`: the
+    thick line is the moving mean. The vertical axis contains the 1st to 99th percentile of the values, and the whole
+    moving mean.
     """
-    # For each name, the values are averaged over at most 400 intervals of steps: (steps, means, moving means), and the
-    # lowest and the highest value of each interval as [(step, value), …], so that no spike is lost.
-    lines = {}
-    for name, (steps, values) in series.items():
-        if steps:
-            parts = [np.array_split(a, min(400, len(a))) for a in (steps, values)]
-            x, y = (np.array([part.mean() for part in side]) for side in parts)
-            raw = [(a, b) for a, part in zip(x, parts[1], strict=True) for b in dict.fromkeys((part.min(), part.max()))]
-            window = np.ones(2 * (len(y) // 30) + 1 if smooth and not points else 1)
-            lines[name] = (x, y, np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same"), raw)
+    lines = {name: _line(*values, smooth and not points) for name, values in series.items() if values[0]}
     if not lines:
         return ""
-    shown = np.concatenate(
-        [np.append(np.percentile([b for _, b in raw], [1, 99]), mean) for _, _, mean, raw in lines.values()]
+    visible = np.concatenate(
+        [np.append(np.percentile([y for _, y in line.extremes], [1, 99]), line.smooth) for line in lines.values()]
     )
-    low, high = 0.0 if zero else shown.min(), shown.max()
-    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-    low, high = low if zero or low >= 0 > low - room else low - room, high + room
-    first, last = min(x[0] for x, *_ in lines.values()), max(x[-1] for x, *_ in lines.values())
-    last = max(last, first + 1)
-    across, down = (
-        lambda x: 48 + 360 * (x - first) / (last - first),
-        lambda y: 198 - 188 * (min(max(y, low), high) - low) / (high - low),
-    )
+    low, high = 0.0 if zero else visible.min(), visible.max()
+    margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    if not zero and not low >= 0 > low - margin:  # no negative values on the axis if the curve has none
+        low -= margin
+    high += margin
+    first = min(line.steps[0] for line in lines.values())
+    last = max(first + 1, *(line.steps[-1] for line in lines.values()))
+
+    def x(step: float) -> float:
+        return 48 + 360 * (step - first) / (last - first)
+
+    def y(value: float) -> float:
+        return 198 - 188 * (min(max(value, low), high) - low) / (high - low)
+
     drawn, last_values = "", []
     for t in _ticks(low, high):
-        drawn += f'<line x1="48" x2="408" y1="{down(t):.1f}" y2="{down(t):.1f}"/>'
-        drawn += f'<text x="42" y="{down(t) + 4:.1f}" text-anchor="end">{_number(t, percent)}</text>'
+        drawn += f'<line x1="48" x2="408" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+        drawn += f'<text x="42" y="{y(t) + 4:.1f}" text-anchor="end">{_number(t, percent)}</text>'
     drawn += "".join(
-        f'<text x="{across(t):.1f}" y="216" text-anchor="middle">{_number(t)}</text>'
+        f'<text x="{x(t):.1f}" y="216" text-anchor="middle">{_number(t)}</text>'
         for t in _ticks(first, last)
         if t == round(t)
     )
-    for i, (name, (x, y, mean, raw)) in enumerate(lines.items()):
-        for kind, line in (("raw", raw), ("", zip(x, mean, strict=True))):
-            path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in line)
-            drawn += f'<polyline class="s{i} {kind}" points="{path}"/>'
-        for a, b in zip(x, y, strict=True) if points else ():
-            label = f"step {a:g}: {_number(b, percent)}"
+    for i, (name, line) in enumerate(lines.items()):
+        for kind, path in (("raw", line.extremes), ("", zip(line.steps, line.smooth, strict=True))):
+            drawn += f'<polyline class="s{i} {kind}" points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in path)}"/>'
+        for step, value in zip(line.steps, line.means, strict=True) if points else ():
+            label = f"step {step:g}: {_number(value, percent)}"
             drawn += (
-                f'<circle class="s{i}" cx="{across(a):.1f}" cy="{down(b):.1f}" r="4"><title>{label}</title></circle>'
+                f'<circle class="s{i}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="4"><title>{label}</title></circle>'
             )
-        last_values.append(f'<b class="s{i}">{name}</b> {_number(mean[-1], percent, unit)}')
+        last_values.append(f'<b class="s{i}">{name}</b> {_number(line.smooth[-1], percent, unit)}')
     svg = f'<svg viewBox="0 0 420 222" role="img" aria-label="{escape(title)} by step">{drawn}</svg>'
     return f'<div class="card"><h3>{escape(title)}<span>{" · ".join(last_values)}</span></h3>{svg}</div>'

@@ -33,7 +33,7 @@ from pretrain.run_folder.export_folders import exports
 from pretrain.run_folder.jsonl_rows import read_rows
 
 MODELS = ("pixels", "bytes", "untrained", "pretrained")
-# The pictures are made from at most so many test and gallery images, evenly spaced over the sets.
+# The report uses at most so many test and gallery images, evenly spaced over the sets.
 MAX_TEST_IMAGES, MAX_GALLERY_IMAGES = 512, 1536
 EXPLANATIONS = {
     "knn": f"The {knn.Config().k} nearest gallery images by cosine similarity vote with weight exp(similarity /"
@@ -42,35 +42,44 @@ EXPLANATIONS = {
     " gallery.",
 }
 CAPTIONS = {
-    "reconstructions": "From left to right: the image, the patches that the encoder sees, and the image with the masked"
-    " patches filled in by the model."
+    "reconstructions": "From left to right: the image, the patches that the encoder gets, and the image in which the"
+    " masked patches are the model's predictions."
 }
 UNITS = {"image": "images", "tokens": "rows"}  # the word for samples, for each part that a model can read
 STYLE = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#171a21;--soft:#626b7a;--line:#e3e6ec;--s0:#4a4ee0;--s1:#d9772b;--grey:#98a1b0;--good:#14894e;--bad:#d23b3b}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1116;--card:#181b22;--ink:#e8eaf0;--soft:#99a2b2;--line:#2a2f3a;--s0:#8d92ff;--s1:#f0a060;
---grey:#6b7484;--good:#3fc57f;--bad:#ff6f6f}}
-*{box-sizing:border-box} body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:auto;padding:36px 18px 64px} h1{font-size:2.1rem;line-height:1.2;margin:0 0 .2em;overflow-wrap:anywhere}
-h2{font-size:1.3rem;margin:48px 0 4px} h3{font-size:.95rem;margin:0;display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1em}
-p{margin:.4em 0;max-width:90ch} h3 span{font-weight:400} .soft,figcaption,small,dt,th,h3 span{color:var(--soft)} .soft{font-size:.92rem}
-.chip{display:inline-block;border-radius:9px;padding:1px 10px;font-size:.85rem;font-weight:600;color:var(--card);background:var(--s1)}
-.done{background:var(--good)} .bad{background:var(--bad)} .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px;min-width:0}
-.grid{display:grid;gap:14px;margin-top:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--least)),1fr))} dd{margin:0;font-weight:600}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;margin:18px 0 0} dt,th{font-size:.82rem}
-table{border-collapse:collapse;width:100%;margin:10px 0 6px;font-variant-numeric:tabular-nums} th{font-weight:400;text-align:left}
-td,th{padding:5px 10px 5px 0} td:nth-child(2){width:62%} td:last-child,th:last-child{text-align:right;padding-right:0}
-.bar,i{display:block;height:8px;border-radius:4px;margin-top:2px;background:var(--line)} i{margin:0;background:var(--grey)}
-.pretrained i{background:var(--s0)} .pretrained th{color:var(--ink);font-weight:650} figure{margin:0;min-width:0}
-.up,.right figcaption{color:var(--good)} .down,.wrong figcaption{color:var(--bad)} .s0{color:var(--s0)} .s1{color:var(--s1)}
-svg{display:block;width:100%;margin-top:8px;font-size:12.5px} text{fill:var(--soft)} line{stroke:var(--line)} circle{fill:currentColor}
-polyline{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round} .raw{stroke-width:1;opacity:.28} .drawn{max-width:640px}
-img{display:block;width:100%;border-radius:6px} .drawn img,.mosaics img+img{image-rendering:pixelated} figcaption{font-size:.82rem;margin-top:3px}
-.mosaics{display:grid;gap:10px;margin-top:14px} .mosaics figcaption{grid-column:1/-1;margin-top:-6px} .near img{aspect-ratio:1;outline-offset:-2px}
-.near{display:grid;grid-template-columns:1.1fr repeat(6,1fr);gap:6px;padding:12px} .near figure:first-child{margin-right:8px}
-.near figcaption{font-size:.72rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis} .right img{outline:3px solid var(--good)}
-.wrong img{outline:3px solid var(--bad)} summary{cursor:pointer;font-weight:600} .lead{font-size:1.15rem}
-.next{margin-top:14px} .next p{font-size:.88rem} details{margin-top:14px} code{overflow-wrap:anywhere} pre{overflow:auto;font-size:.82rem}
+--grey:#6b7484;--good:#3fc57f;--bad:#ff6f6f}} *{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1080px;margin:auto;padding:36px 18px 64px} h1{font-size:2.1rem;line-height:1.2;margin:0 0
+.2em;overflow-wrap:anywhere} h2{font-size:1.3rem;margin:48px 0 4px}
+h3{font-size:.95rem;margin:0;display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1em} p{margin:.4em
+0;max-width:90ch} h3 span{font-weight:400} .soft,figcaption,small,dt,th,h3 span{color:var(--soft)}
+.soft{font-size:.92rem} .chip{display:inline-block;border-radius:9px;padding:1px
+10px;font-size:.85rem;font-weight:600;color:var(--card);background:var(--s1)} .done{background:var(--good)}
+.bad{background:var(--bad)} .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px
+16px;min-width:0}
+.grid{display:grid;gap:14px;margin-top:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--least)),1fr))}
+dd{margin:0;font-weight:600}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;margin:18px 0 0}
+dt,th{font-size:.82rem} table{border-collapse:collapse;width:100%;margin:10px 0 6px;font-variant-numeric:tabular-nums}
+th{font-weight:400;text-align:left} td,th{padding:5px 10px 5px 0} td:nth-child(2){width:62%}
+td:last-child,th:last-child{text-align:right;padding-right:0}
+.bar,i{display:block;height:8px;border-radius:4px;margin-top:2px;background:var(--line)}
+i{margin:0;background:var(--grey)} .pretrained i{background:var(--s0)} .pretrained th{color:var(--ink);font-weight:650}
+figure{margin:0;min-width:0} .up,.right figcaption{color:var(--good)} .down,.wrong figcaption{color:var(--bad)}
+.s0{color:var(--s0)} .s1{color:var(--s1)} svg{display:block;width:100%;margin-top:8px;font-size:12.5px}
+text{fill:var(--soft)} line{stroke:var(--line)} circle{fill:currentColor}
+polyline{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round} .raw{stroke-width:1;opacity:.28}
+.drawn{max-width:640px} img{display:block;width:100%;border-radius:6px} .drawn img,.mosaics
+img+img{image-rendering:pixelated} figcaption{font-size:.82rem;margin-top:3px}
+.mosaics{display:grid;gap:10px;margin-top:14px} .mosaics figcaption{grid-column:1/-1;margin-top:-6px} .near
+img{aspect-ratio:1;outline-offset:-2px} .near{display:grid;grid-template-columns:1.1fr
+repeat(6,1fr);gap:6px;padding:12px} .near figure:first-child{margin-right:8px} .near
+figcaption{font-size:.72rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis} .right img{outline:3px solid
+var(--good)} .wrong img{outline:3px solid var(--bad)} summary{cursor:pointer;font-weight:600} .lead{font-size:1.15rem}
+.next{margin-top:14px} .next p{font-size:.88rem} details{margin-top:14px} code{overflow-wrap:anywhere}
+pre{overflow:auto;font-size:.82rem}
 """
 
 
@@ -78,10 +87,10 @@ def write(run: str | Path) -> Path:
     """Write RUN/report.html. Raises UserError if the folder is no run folder, or has no metrics or no export yet."""
     run = Path(run)
     recipe, rows, exported = stored(run), read_rows(run / "metrics.jsonl"), exports(run)
-    for found, what in ((rows, "metrics (metrics.jsonl)"), (exported, "export (export/STEP)")):
-        if not found:
+    for entries, name in ((rows, "metrics (metrics.jsonl)"), (exported, "export (export/STEP)")):
+        if not entries:
             raise UserError(
-                f"{run}: has no {what} yet, so there is nothing to report; train it first: unlabeled train {run}"
+                f"{run}: has no {name} yet, so there is nothing to report; train it first: unlabeled train {run}"
             )
     device = scoring_device(recipe.eval.device, recipe.device)
     encoders = {
@@ -90,13 +99,13 @@ def write(run: str | Path) -> Path:
     }
     scores = read_rows(run / "results.jsonl")
     backbone = encoders[max(encoders)].backbone
-    parts = [_head(run, recipe, rows, backbone, scores), _scores(recipe, scores), report_text.scores(scores)]
+    parts = [_header(run, recipe, rows, backbone, scores), _scores(recipe, scores), report_text.scores(scores)]
     parts += [curves(rows, scores), report_text.samples(read_rows(run / "samples.jsonl"))]
     try:
-        parts.append(_learned(recipe, encoders) if recipe.model.reads == "image" else "")
+        parts.append(_image_sections(recipe, encoders) if recipe.model.reads == "image" else "")
     except DataError as error:  # the data were moved, or are on another machine
-        parts.append(f'<p class="soft">Pictures of patches and of neighbours are left out: {escape(str(error))}</p>')
-    parts += [_drawn(run), _foot(run)]
+        parts.append(f'<p class="soft">The pictures of patches and of neighbours are missing: {escape(str(error))}</p>')
+    parts += [_objective_pictures(run), _rerun_section(run)]
     partial = run / ".report.html"
     partial.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -107,16 +116,17 @@ def write(run: str | Path) -> Path:
     return partial.replace(run / "report.html")
 
 
-def _head(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: list[dict]) -> str:
+def _header(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: list[dict]) -> str:
+    """The title with the status of the run, facts about it, its scores in a sentence, and what to do next."""
     log = (run / "log.txt").read_text(errors="replace") if (run / "log.txt").is_file() else ""
-    samples, precision = (re.findall(r" trained\), (\d+) samples, batch \d+, (.+?),", log) or [("", recipe.precision)])[
-        -1
-    ]
-    # The speed in a row is the mean since the last row that has one.
-    flushed = [i for i, row in enumerate(rows) if row.get("samples_per_second")]
+    # The last line of the log that describes a start of the run.
+    starts = re.findall(r" trained\), (\d+) samples, batch \d+, (.+?),", log)
+    samples, precision = starts[-1] if starts else ("", recipe.precision)
+    # The speed in a row is the mean since the previous row with a speed.
+    with_speed = [i for i, row in enumerate(rows) if row.get("samples_per_second")]
     seconds = sum(
-        (i - before) * recipe.data.batch / rows[i]["samples_per_second"]
-        for before, i in zip([-1, *flushed], flushed, strict=False)
+        (i - previous) * recipe.data.batch / rows[i]["samples_per_second"]
+        for previous, i in zip([-1, *with_speed], with_speed, strict=False)
     )
     done = min(rows[-1]["step"] + 1, recipe.steps)
     facts = {
@@ -136,10 +146,10 @@ def _head(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: li
         status += (
             f'</span> <span class="chip bad">collapsed</span><p class="down">This run {escape(verdict)}.</p><span>'
         )
-    text = "" if is_file(recipe.objective.name) else escape(purpose(recipe.objective.name))
+    about = "" if is_file(recipe.objective.name) else escape(purpose(recipe.objective.name))
     return (
-        f'<h1>{escape(run.resolve().name)}</h1><span class="{status}</span><p>{text}</p><dl class="card">{listed}</dl>'
-        f"{_outcome(recipe, scores)}{_next_steps(run, recipe, done)}"
+        f'<h1>{escape(run.resolve().name)}</h1><span class="{status}</span><p>{about}</p><dl class="card">{listed}</dl>'
+        f"{_summary(recipe, scores)}{_next_steps(run, recipe, done)}"
     )
 
 
@@ -150,35 +160,36 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _outcome(recipe: Recipe, rows: list[dict]) -> str:
+def _summary(recipe: Recipe, rows: list[dict]) -> str:
     """One sentence with the score for each protocol, compared with the untrained network and raw pixels."""
     sentences = [
-        _sentence("k-NN" if name == "knn" else name, value, next(iter(table.values())))
-        for name, table in _tables(recipe, rows).items()
+        _score_sentence("k-NN" if name == "knn" else name, value, next(iter(table.values())))
+        for name, table in _test_scores(recipe, rows).items()
         if "pretrained" in (value := _accuracies(table))
     ]
     value = {row["model"]: row["value"] for row in rows if (row["metric"], row["split"]) == ("bits_per_byte", "test")}
     if "pretrained" in value:
         text = f"<b>{value['pretrained']:.3f} bits per byte</b> on test text"
-        below = value["untrained"] - value["pretrained"] if "untrained" in value else math.nan
-        sentences.append(f"{text}, {below:.3f} below the untrained network." if below > 0 else f"{text}.")
+        gain = value["untrained"] - value["pretrained"] if "untrained" in value else math.nan
+        sentences.append(f"{text}, {gain:.3f} below the untrained network." if gain > 0 else f"{text}.")
     return "".join(f'<p class="lead">{text}</p>' for text in sentences)
 
 
-def _sentence(protocol: str, value: dict[str, float], row: dict) -> str:
+def _score_sentence(protocol: str, value: dict[str, float], row: dict) -> str:
+    """The accuracy of the pretrained model, and its gains over the baselines. `value`: {model: accuracy}."""
     baselines = {"untrained": "the untrained network", "pixels": "raw pixels", "bytes": "raw bytes"}
     gains = {name: 100 * (value["pretrained"] - value[model]) for model, name in baselines.items() if model in value}
-    text = [
-        f'<span class="{"up" if gain > 0 else "down"}">{abs(gain):.1f} points {"above" if gain > 0 else "below"} {name}</span>'
-        for name, gain in gains.items()
-        if math.isfinite(gain)
-    ]
+    text = []
+    for name, gain in gains.items():
+        kind, word = ("up", "above") if gain > 0 else ("down", "below")
+        if math.isfinite(gain):
+            text.append(f'<span class="{kind}">{abs(gain):.1f} points {word} {name}</span>')
     counted = f"of {row.get('count', 0):,} test {row.get('unit', 'images')}"
     return f"<b>{escape(protocol)}: {value['pretrained']:.1%}</b> {counted}{', ' * bool(text)}{' and '.join(text)}."
 
 
 def _next_steps(run: Path, recipe: Recipe, done: int) -> str:
-    """Commands that use the results of the run."""
+    """A card with commands that continue the run or use its results."""
     name, folder = shlex.quote(str(run)), f"{run}/export/{max(exports(run))}"
     quoted = shlex.quote(folder)
     steps = []
@@ -186,7 +197,7 @@ def _next_steps(run: Path, recipe: Recipe, done: int) -> str:
         steps.append(("continue the run", f"unlabeled train {name}"))
     if recipe.model.reads == "image" or not recipe.model.writes:
         steps.append(
-            ("score it on labelled data of your own", f"unlabeled eval {quoted} knn linear gallery=SHARDS query=SHARDS")
+            ("score it on your labelled data", f"unlabeled eval {quoted} knn linear gallery=SHARDS query=SHARDS")
         )
     if recipe.model.writes:
         steps.append(("generate text", f'unlabeled generate {name} "PROMPT"'))
@@ -194,15 +205,17 @@ def _next_steps(run: Path, recipe: Recipe, done: int) -> str:
     steps.append(("use it in Python", opened_by(Path(folder))[1].removeprefix("open it with ")))
     if not recipe.eval.test and recipe.model.reads == "image":
         steps.append(("score the exports of the next run", "eval.gallery=SHARDS eval.val=SHARDS eval.test=SHARDS"))
-    listed = "".join(f"<p><small>{what}</small><br><code>{escape(command)}</code></p>" for what, command in steps)
+    listed = "".join(f"<p><small>{title}</small><br><code>{escape(command)}</code></p>" for title, command in steps)
     return f'<div class="card next"><h3>What to do next</h3>{listed}</div>'
 
 
 # ---------------------------------------------------------------- scores
 def _scores(recipe: Recipe, rows: list[dict]) -> str:
     """The test accuracy on the data that the recipe names: a card for each protocol."""
-    tables = _tables(recipe, rows)
-    cards = [_card(name, table) for name, table in tables.items() if any(metric == "accuracy" for _, metric in table)]
+    tables = _test_scores(recipe, rows)
+    cards = [
+        _score_card(name, table) for name, table in tables.items() if any(metric == "accuracy" for _, metric in table)
+    ]
     if not cards:
         return ""
     row = next(iter(next(iter(tables.values())).values()))
@@ -219,10 +232,10 @@ def _scores(recipe: Recipe, rows: list[dict]) -> str:
     )
 
 
-def _tables(recipe: Recipe, rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
+def _test_scores(recipe: Recipe, rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
     """{protocol: {(model, metric): row}} on the test data that the recipe names.
 
-    Of several exports of a model the last one counts, of several rows for one export the newest.
+    The last export of a model is used, and the newest of several rows for the same export.
     """
     gallery, query = recipe.eval.test_gallery or recipe.eval.gallery, recipe.eval.test
     out: dict[str, dict[tuple[str, str], dict]] = {}
@@ -237,32 +250,35 @@ def _accuracies(table: dict[tuple[str, str], dict]) -> dict[str, float]:
     return {model: table[model, "accuracy"]["value"] for model in MODELS if (model, "accuracy") in table}
 
 
-def _card(protocol: str, table: dict[tuple[str, str], dict]) -> str:
-    value = _accuracies(table)
+def _score_card(protocol: str, table: dict[tuple[str, str], dict]) -> str:
+    """A card with the accuracies of all models by one protocol. `table`: {(model, metric): row}."""
+    accuracies = _accuracies(table)
     lines, gains = "", []
-    for model, v in value.items():
+    for model, accuracy in accuracies.items():
         balanced = table.get((model, "balanced_accuracy"), {}).get("value")
-        error = 196 * math.sqrt(max(0.0, v * (1 - v)) / max(1, table[model, "accuracy"].get("count", 0)))
-        bar = f'<span class="bar"><i style="width:{v / max(*value.values(), 1e-9):.1%}"></i></span>'
-        lines += f'<tr class="{model}"><th>{model}</th><td><b>{v:.1%}</b> <small>± {error:.1f}</small>{bar}</td>'
+        count = max(1, table[model, "accuracy"].get("count", 0))
+        error = 196 * math.sqrt(max(0.0, accuracy * (1 - accuracy)) / count)  # 1.96 standard errors, in points
+        bar = f'<span class="bar"><i style="width:{accuracy / max(*accuracies.values(), 1e-9):.1%}"></i></span>'
+        lines += f'<tr class="{model}"><th>{model}</th><td><b>{accuracy:.1%}</b> <small>± {error:.1f}</small>{bar}</td>'
         lines += f"<td>{'' if balanced is None else f'{balanced:.1%}'}</td></tr>"
-        if model != "pretrained" and (gain := 100 * (value.get("pretrained", math.nan) - v)) == gain:
+        gain = 100 * (accuracies.get("pretrained", math.nan) - accuracy)
+        if model != "pretrained" and not math.isnan(gain):
             gains.append(
                 f'<b class="{"up" if gain >= 0 else "down"}">{gain:+.1f}</b> points over {model}'.replace(">-", ">−")
             )
     title = f"<h3>{'k-NN' if protocol == 'knn' else escape(protocol)}<span>{' · '.join(gains)}</span></h3>"
-    table_of = f"<table><tr><th></th><th>accuracy</th><th>balanced</th></tr>{lines}</table>"
+    rows = f"<table><tr><th></th><th>accuracy</th><th>balanced</th></tr>{lines}</table>"
     notes = "".join(f'<p class="down">{escape(note)}</p>' for note in results.notes([*table.values()]))
-    return f'<div class="card">{title}{table_of}{notes}<small>{EXPLANATIONS.get(protocol, "")}</small></div>'
+    return f'<div class="card">{title}{rows}{notes}<small>{EXPLANATIONS.get(protocol, "")}</small></div>'
 
 
 # ---------------------------------------------------------------- images
-def _learned(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
-    """The sections on patches and on nearest neighbours, for labelled test and gallery images if the recipe names them,
-    otherwise for training images."""
+def _image_sections(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
+    """The sections on patches and on nearest neighbours. They use labelled test and gallery images if the recipe names
+    them, and otherwise training images."""
     cfg, last = recipe.eval, encoders[max(encoders)]
     if last.channels != 3:
-        return ""  # a page can show images of three channels only
+        return ""  # a web page can show only images of three channels
     gallery_shards = cfg.test_gallery or cfg.gallery
     labelled = bool(cfg.test and gallery_shards)
     train = recipe.data.train or recipe.data.mix[0].shards
@@ -270,36 +286,45 @@ def _learned(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
     gallery = Samples(gallery_shards) if labelled else samples
     images, labels = pictures.load_some(samples, MAX_TEST_IMAGES, last.image_size)
     labels = labels if labelled else [None] * len(images)
-    others, names = pictures.load_some(gallery, MAX_GALLERY_IMAGES, last.image_size) if labelled else (images, labels)
+    gallery_images, gallery_labels = images, labels
+    if labelled:
+        gallery_images, gallery_labels = pictures.load_some(gallery, MAX_GALLERY_IMAGES, last.image_size)
     queries = list(dict.fromkeys(number for (number,) in pictures.spread(labels, 8, 1)))
-    similarity = pictures.similarity(last, images[queries], others)
+    similarity = pictures.similarity(last, images[queries], gallery_images)  # [Q, N]
     if not labelled:  # an image is not its own neighbour
         similarity[range(len(queries)), queries] = -2
-    out, verdicts = [], []
-    nearest = similarity.topk(min(6, len(others) - (not labelled))).indices.tolist()
-    for number, best in zip(queries, nearest, strict=True):
-        kinds = [
-            "" if None in (labels[number], names[i]) else "right" if names[i] == labels[number] else "wrong"
-            for i in best
-        ]
-        found = [_thumbnail(others[i], names[i], kind) for i, kind in zip(best, kinds, strict=True)]
-        out.append(f'<div class="card near">{_thumbnail(images[number], labels[number])}{"".join(found)}</div>')
-        verdicts += kinds
+    cards, verdicts = [], []
+    nearest = similarity.topk(min(6, len(gallery_images) - (not labelled))).indices.tolist()
+    for query, neighbours in zip(queries, nearest, strict=True):
+        thumbnails = _thumbnail(images[query], labels[query])
+        for i in neighbours:
+            verdicts.append(_verdict(labels[query], gallery_labels[i]))
+            thumbnails += _thumbnail(gallery_images[i], gallery_labels[i], verdicts[-1])
+        cards.append(f'<div class="card near">{thumbnails}</div>')
     text = (
-        "On the left is a query, then come the six images whose pooled features have the largest cosine similarity to"
+        "A query is on the left. Beside it are the six images whose pooled features have the largest cosine similarity"
     )
-    text += f" its features, among {len(others):,} of {len(gallery):,} gallery images."
+    text += f" to its features, among {len(gallery_images):,} of {len(gallery):,} gallery images."
     text += f" {verdicts.count('right')} of {len(verdicts)} are of the query's class." if any(verdicts) else ""
-    return _patches(images, labels, encoders) + section("Nearest neighbours", text, *out, columns="420px")
+    return _patch_section(images, labels, encoders) + section("Nearest neighbours", text, *cards, columns="420px")
 
 
-def _thumbnail(image: np.ndarray, label: str | None, kind: str = "") -> str:
-    name, mark = escape(label or ""), {"right": "✓ ", "wrong": "✗ "}.get(kind, "")
+def _verdict(query: str | None, neighbour: str | None) -> str:
+    """Whether a neighbour has the query's label: "right", "wrong", or "" if a label is missing."""
+    if query is None or neighbour is None:
+        return ""
+    return "right" if query == neighbour else "wrong"
+
+
+def _thumbnail(image: np.ndarray, label: str | None, verdict: str = "") -> str:
+    """A small image with its label and a mark for the verdict."""
+    name, mark = escape(label or ""), {"right": "✓ ", "wrong": "✗ "}.get(verdict, "")
     caption = f'<figcaption title="{name}">{mark}{name}</figcaption>' if name else ""
-    return f'<figure class="{kind}"><img alt="{name}" src="{pictures.data_url(image, 96)}">{caption}</figure>'
+    return f'<figure class="{verdict}"><img alt="{name}" src="{pictures.data_url(image, 96)}">{caption}</figure>'
 
 
-def _patches(images: np.ndarray, labels: pictures.Labels, encoders: dict[int, Encoder]) -> str:
+def _patch_section(images: np.ndarray, labels: pictures.Labels, encoders: dict[int, Encoder]) -> str:
+    """The section with mosaics of images, and their patch features before and after the training as colours."""
     groups = pictures.spread(labels, 12, 4)
     mosaics = [pictures.mosaic(images[np.concatenate(groups[i : i + 4])]) for i in (0, 4, 8)]
     columns = {"image": [pictures.data_url(m) for m in mosaics]}
@@ -309,31 +334,34 @@ def _patches(images: np.ndarray, labels: pictures.Labels, encoders: dict[int, En
     cells = "".join(f"<b>{name}</b>" for name in columns)
     for i in range(len(mosaics)):
         cells += "".join(f'<img alt="mosaic {i + 1}, {name}" src="{urls[i]}">' for name, urls in columns.items())
-        rows = [labels[g[0]] or "" for g in groups[4 * i : 4 * i + 4] if len({labels[n] for n in g}) == 1]
-        cells += f"<figcaption>rows: {escape(', '.join(rows))}</figcaption>" if len(rows) == 4 and all(rows) else ""
+        classes = [
+            labels[group[0]] or "" for group in groups[4 * i : 4 * i + 4] if len({labels[n] for n in group}) == 1
+        ]
+        if len(classes) == 4 and all(classes):
+            cells += f"<figcaption>rows: {escape(', '.join(classes))}</figcaption>"
     text = (
-        "Each mosaic of 4 × 4 images is one input of the encoder. The first three principal components (PCA) of the patch"
-        " features of all mosaics are shown as red, green and blue: patches of similar colour have similar features."
-        " Colours of different columns cannot be compared."
+        "Each mosaic of 4 × 4 images is one input of the encoder. The first three principal components (PCA) of the"
+        " patch features of all mosaics are shown as red, green and blue: patches of similar colour have similar"
+        " features. Colours in different columns cannot be compared."
     )
     grid = f'<div class="mosaics" style="grid-template-columns:repeat({len(columns)},1fr)">{cells}</div>'
     return section("What the patches learned", text, grid, kind="")
 
 
-def _drawn(run: Path) -> str:
-    """The first and the last of the pictures that the objective has drawn, for each kind."""
-    found: dict[str, list[Path]] = {}
+def _objective_pictures(run: Path) -> str:
+    """The first and the last picture of each kind that the objective has drawn."""
+    by_kind: dict[str, list[Path]] = {}
     for path in sorted((run / "pictures").glob("*-*.png")):
-        found.setdefault(path.stem.rpartition("-")[0], []).append(path)
+        by_kind.setdefault(path.stem.rpartition("-")[0], []).append(path)
     out = ""
-    for name, paths in found.items():
+    for name, paths in by_kind.items():
         figures = []
         for path in sorted({paths[0], paths[-1]}):
             try:
                 with Image.open(path) as picture:
                     url = pictures.data_url(np.asarray(picture.convert("RGB")))
                 caption = f"step {int(path.stem.rpartition('-')[2]):,}"
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a damaged or foreign file
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a damaged file, or not a picture
                 continue
             figures.append(f'<figure><img alt="{escape(name)}" src="{url}"><figcaption>{caption}</figcaption></figure>')
         if figures:
@@ -342,7 +370,7 @@ def _drawn(run: Path) -> str:
     return out
 
 
-def _foot(run: Path) -> str:
+def _rerun_section(run: Path) -> str:
     command = f"<code>unlabeled train {escape(shlex.quote(str(run)))}</code>"
     text = f"{command} continues this run; with <code>overwrite=true</code> it starts again."
     yaml = escape(mask_secrets((run / "recipe.yaml").read_text()))

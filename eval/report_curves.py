@@ -1,5 +1,5 @@
 """The section of a report with curves: loss, scores on val, and the terms of the objective. Curves of speed, memory and
-the data stream are in a part that the reader has to unfold.
+the data stream are in a folded part.
 """
 
 from __future__ import annotations
@@ -7,11 +7,10 @@ from __future__ import annotations
 from eval import pictures
 from eval.report_text import section
 
-MAX_DRAWN = 1e30  # larger values are not drawn
+MAX_VALUE = 1e30  # larger values are not drawn
 ACCURACIES = ("accuracy", "balanced_accuracy")
 NOT_TERMS = ("step", "loss", "grad_norm", "lr")  # logged quantities that are not terms of the objective
-# Curves of the folded part, in the order in which they are shown: {logged quantity: (title, unit, factor to that
-# unit)}.
+# Curves of the folded part, in order: {logged quantity: (title, unit, factor that converts it to the unit)}.
 SYSTEM: dict[str, tuple[str, str, float]] = {
     "samples_per_second": ("samples per second", "samples/s", 1),
     "tokens_per_second": ("tokens per second", "tokens/s", 1),
@@ -24,7 +23,7 @@ SYSTEM: dict[str, tuple[str, str, float]] = {
     "stream/wait_ms_p99": ("wait for a batch, 99th percentile", "ms", 1),
     "stream/mb": ("bytes read since the previous row", "B", 1e6),
     "stream/held_mb": ("bytes kept for shuffling", "B", 1e6),
-    "stream/queue": ("chunks being fetched", "chunks", 1),
+    "stream/queue": ("chunks that are being read", "chunks", 1),
     "stream/requests": ("requests to the store", "requests", 1),
     "stream/retries": ("retried requests", "requests", 1),
     "stream/hedges": ("hedged requests", "requests", 1),
@@ -40,7 +39,7 @@ def curves(rows: list[dict], scores: list[dict]) -> str:
 
     def series(key: str, among: list[dict] = rows) -> tuple[list[float], list[float]]:
         """(steps, values) of a quantity, in order of the steps."""
-        found = {r["step"]: r[key] for r in among if type(r.get(key)) in (int, float) and abs(r[key]) < MAX_DRAWN}
+        found = {r["step"]: r[key] for r in among if type(r.get(key)) in (int, float) and abs(r[key]) < MAX_VALUE}
         return sorted(found), [found[step] for step in sorted(found)]
 
     charts = [pictures.chart("loss", {"": series("loss")})]
@@ -52,33 +51,32 @@ def curves(rows: list[dict], scores: list[dict]) -> str:
         if r.get("split") == "val" and r["model"] not in ("pixels", "bytes") and r["metric"] in ACCURACIES
     ]
     for protocol in dict.fromkeys(r["protocol"] for r in val):
-        own = {m: [r for r in val if (r["protocol"], r["metric"]) == (protocol, m)] for m in ACCURACIES}
-        lines = {metric.partition("_")[0]: series("value", some) for metric, some in own.items()}
-        charts.append(
-            pictures.chart(f"{'k-NN' if protocol == 'knn' else protocol} on val", lines, percent=True, points=True)
-        )
-    logged = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in (*NOT_TERMS, *SHARES)]
-    system = [key for key in SYSTEM if key in logged] + [
-        key for key in logged if key not in SYSTEM and key.startswith(("stream/", "epoch/"))
-    ]
+        of_protocol = [r for r in val if r["protocol"] == protocol]
+        lines = {m.partition("_")[0]: series("value", [r for r in of_protocol if r["metric"] == m]) for m in ACCURACIES}
+        title = "k-NN" if protocol == "knn" else protocol
+        charts.append(pictures.chart(f"{title} on val", lines, percent=True, points=True))
+    keys = dict.fromkeys(key for row in rows for key in row)  # in order, without repetitions
+    logged = [key for key in keys if key not in (*NOT_TERMS, *SHARES)]
+    system = [key for key in SYSTEM if key in logged]
+    system += [key for key in logged if key not in SYSTEM and key.startswith(("stream/", "epoch/"))]
     for key in [*(key for key in logged if key not in system), "grad_norm"]:
         charts.append(pictures.chart(key.replace("_", " "), {"": series(key)}))
     charts.append(pictures.chart("learning rate", {"": series("lr")}, smooth=False))
-    machine = []
+    system_charts = []
     for key in system:
         title, unit, factor = SYSTEM.get(key, (key.replace("_", " ").replace("/", " "), "", 1))
-        steps, found = series(key)
-        scaled = {"": (steps, [value * factor for value in found])}
+        steps, values = series(key)
+        scaled = {"": (steps, [value * factor for value in values])}
         percent = unit == "%"
-        machine.append(pictures.chart(title, scaled, percent=percent, zero=True, unit="" if percent else unit))
+        system_charts.append(pictures.chart(title, scaled, percent=percent, zero=True, unit="" if percent else unit))
     lines = {name: series(key) for key, name in SHARES.items()}
-    machine.insert(1, pictures.chart("share of time", lines, percent=True, zero=True))
+    system_charts.insert(1, pictures.chart("share of time", lines, percent=True, zero=True))
     folded = (
         '<details class="card"><summary>Speed, memory and the data stream</summary>'
-        f'<div class="grid" style="--least:300px">{"".join(machine)}</div></details>'
+        f'<div class="grid" style="--least:300px">{"".join(system_charts)}</div></details>'
     )
     text = (
-        "The thin line shows the value of each step, cut off at the frame; the thick line is the moving mean, whose"
-        " last value is at the top right."
+        "The thin line shows the value of each step, clipped to the frame. The thick line is the moving mean; its last"
+        " value is at the top right."
     )
-    return section("Curves", text, *charts) + (folded if any(machine) else "")
+    return section("Curves", text, *charts) + (folded if any(system_charts) else "")

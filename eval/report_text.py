@@ -1,4 +1,4 @@
-"""The sections that the report of a language model has in place of pictures: bits per byte, and generated text."""
+"""The sections of the report of a language model: bits per byte, and generated text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from eval.results import Row
 
 
 def section(title: str, text: str, *parts: str, columns: str = "300px", kind: str = "grid") -> str:
-    """A section of the report as HTML. `columns`: smallest width of a column of `parts`; `kind`: CSS class of
-    `parts`."""
+    """A section of the report as HTML. `columns`: the smallest width of a column of `parts`; `kind`: the CSS class of
+    the element that contains `parts`."""
     body = f'<div class="{kind}" style="--least:{columns}">{"".join(parts)}</div>' if any(parts) else ""
     return f'<section><h2>{title}</h2><p class="soft">{text}</p>{body}</section>'
 
@@ -17,31 +17,31 @@ def section(title: str, text: str, *parts: str, columns: str = "300px", kind: st
 def scores(rows: list[Row]) -> str:
     """Bits per byte on test text for the untrained model, the pretrained model, and the token frequencies of the
     text."""
-    found: dict[tuple[str, str], Row] = {}
+    newest: dict[tuple[str, str], Row] = {}  # by (model, metric)
     for row in sorted(rows, key=lambda r: r["step"]):
         if (row.get("split"), row["protocol"]) == ("test", "bits_per_byte"):
-            found[row["model"], row["metric"]] = row
-    if ("pretrained", "bits_per_byte") not in found:
+            newest[row["model"], row["metric"]] = row
+    if ("pretrained", "bits_per_byte") not in newest:
         return ""
-    row = found["pretrained", "bits_per_byte"]
-    value = {model: r["value"] for (model, metric), r in found.items() if metric == "bits_per_byte"}
-    if ("pretrained", "unigram") in found:
-        value["token frequencies"] = found["pretrained", "unigram"]["value"]
-    longest, lines = max(*value.values(), 1e-9), ""
+    row = newest["pretrained", "bits_per_byte"]
+    value = {model: r["value"] for (model, metric), r in newest.items() if metric == "bits_per_byte"}
+    if ("pretrained", "unigram") in newest:
+        value["token frequencies"] = newest["pretrained", "unigram"]["value"]
+    largest, lines = max(*value.values(), 1e-9), ""
     for name in ("untrained", "token frequencies", "pretrained"):
         if name in value:
-            bar = f'<span class="bar"><i style="width:{value[name] / longest:.1%}"></i></span>'
+            bar = f'<span class="bar"><i style="width:{value[name] / largest:.1%}"></i></span>'
             lines += f'<tr class="{name.split()[0]}"><th>{name}</th><td><b>{value[name]:.3f}</b>{bar}</td></tr>'
     text = (
-        f"Bits that the model needs for each byte of {row.get('count', 0):,} bytes of test text; less is better. Every token"
-        " is predicted once from the tokens before it in its document and row. The token frequencies are those of the test"
-        " text."
+        f"Bits that the model needs for each byte of {row.get('count', 0):,} bytes of test text; less is better. Every"
+        " token is predicted once from the tokens before it in its document and row. The token frequencies are those"
+        " of the test text."
     )
     return section("Scores", text, f'<div class="card"><table>{lines}</table></div>', columns="400px")
 
 
 def samples(rows: list[Row]) -> str:
-    """The texts with which the first, the middle and the last export continue each prompt."""
+    """The texts with which the first, the middle and the last export continue each prompt. `rows`: of samples.jsonl."""
     steps = sorted({row["step"] for row in rows})
     if not steps:
         return ""

@@ -1,4 +1,4 @@
-"""Results: one JSON row per score in results.jsonl; a row is appended, never changed."""
+"""The file results.jsonl, with one JSON row per score. Rows are appended and never changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def append(path: Path, rows: list[Row]) -> None:
         raise UserError(f"{path}: scores cannot be written ({error.strerror})") from None
     try:
         if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
-            data = b"\n" + data  # after half a line, which a killed process has left
+            data = b"\n" + data  # a killed process has left an incomplete line
         os.write(handle, data)
     finally:
         os.close(handle)
@@ -36,22 +36,22 @@ def append(path: Path, rows: list[Row]) -> None:
 def table(rows: list[Row], split: str = "test") -> str:
     """A text table of the main metrics: a line for each model, a column for each protocol.
 
-    Of several exports of a model the last one counts, of several rows for one export the newest.
+    The last export of a model is used, and the newest of several rows for the same export.
     """
     rows = sorted((r for r in rows if r["metric"] in MAIN_METRICS and r["split"] == split), key=lambda r: r["step"])
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
     usual = ("pixels", "bytes", "untrained", "pretrained")
     models = [m for m in usual if any(r["model"] == m for r in rows)]
-    models += sorted({r["model"] for r in rows} - set(usual))  # students
+    models += sorted({r["model"] for r in rows} - set(usual))  # students of a distillation
     width = max([10, *(len(p) + 2 for p in protocols)])
     cells = [[split, "".join(f"{p:>{width}}" for p in protocols)]]
-    shown: list[Row] = []
+    used: list[Row] = []
     for model in models:
         last = {r["protocol"]: r for r in rows if r["model"] == model}
-        shown += last.values()
-        values = {p: MAIN_METRICS[r["metric"]].format(r["value"]) for p, r in last.items()}
-        cells.append([model, "".join(f"{values.get(p, '-'):>{width}}" for p in protocols)])
-    return "\n".join([*output.columns(cells, [16]), *notes(shown)])
+        used += last.values()
+        values = {protocol: MAIN_METRICS[r["metric"]].format(r["value"]) for protocol, r in last.items()}
+        cells.append([model, "".join(f"{values.get(protocol, '-'):>{width}}" for protocol in protocols)])
+    return "\n".join([*output.columns(cells, [16]), *notes(used)])
 
 
 def lines(rows: list[Row]) -> list[str]:
@@ -61,17 +61,22 @@ def lines(rows: list[Row]) -> list[str]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """The notes of some rows, without repetitions, and the numbers of samples that were not scored."""
+    """Lines with the notes of rows and with the numbers of samples that were not scored, without repetitions."""
     out = [row["note"] for row in rows if row.get("note")]
     for row in rows:
-        damaged, bare, unit = row.get("left_out", 0), row.get("passed_over", 0), row.get("unit", "images")
-        parts = [f"{damaged} damaged {unit} were left out"] if damaged else []
-        parts += [f"{bare} samples without {unit} were passed over"] if bare else []
-        out += [f"of gallery and query, {' and '.join(parts)}"] if parts else []
+        damaged, absent, unit = row.get("left_out", 0), row.get("passed_over", 0), row.get("unit", "images")
+        parts = []
+        if damaged:
+            parts.append(f"{damaged} damaged {unit} were left out")
+        if absent:
+            parts.append(f"{absent} samples without {unit} were skipped")
+        if parts:
+            out.append(f"of gallery and query, {' and '.join(parts)}")
     return [f"note: {note}" for note in dict.fromkeys(out)]
 
 
 def check_target(path: str) -> None:
-    """Raises UserError for a path that is no .jsonl file; "" stands for the default and is accepted."""
+    """Raises UserError for a path that does not name a .jsonl file. "" is accepted, because it stands for the
+    default."""
     if path and (not path.endswith(".jsonl") or Path(path).is_dir()):
         raise UserError(f"--out {path}: write the name of a file that ends in .jsonl; rows are added to it")

@@ -1,4 +1,4 @@
-"""Scores a frozen model: `evaluate("runs/demo/export/600", ["knn", "linear"], gallery=[…], query=[…])` returns one row
+"""Score a frozen model: `evaluate("runs/demo/export/600", ["knn", "linear"], gallery=[…], query=[…])` returns one row
 for each metric."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEXT = ("bits_per_byte",)  # protocols for language models; the others score fea
 
 
 def check(protocols: Sequence[str]) -> None:
-    """Raises UserError for a name that is no protocol."""
+    """Raises UserError for a name that is not the name of a protocol."""
     for name in protocols:
         if name not in PROTOCOLS:
             raise UserError(f"{name!r}: no such protocol; {nearest(name, PROTOCOLS)}")
@@ -38,8 +38,8 @@ def evaluate(
 
     `model`: an exported folder, "pixels" or "bytes". `options`: of protocols, as in {"knn": {"k": 20}}. `device`:
     where features are computed; auto: the best one. The `note` of a row names problems of the data that make its score
-    less meaningful. Raises DataError for data on which a score would
-    mean nothing, and UserError for a protocol that does not fit the model.
+    less meaningful. Raises DataError for data for which a score would be meaningless, and UserError for a protocol that
+    does not fit the model.
     """
     check([*protocols, *(options or {})])
     from eval import score_checks
@@ -56,7 +56,7 @@ def evaluate(
         start = time.perf_counter()
         note = "" if name in TEXT else score_checks.judge(encoder, list(gallery), list(query), encoder.unit)
         scores = protocol.run(encoder, list(gallery), list(query), cfg)
-        common = {
+        head = {
             "model": encoder.name,
             "step": facts["step"],
             "protocol": name,
@@ -67,21 +67,21 @@ def evaluate(
         data |= {"note": note} if note else {}
         seconds = round(time.perf_counter() - start, 2)
         rows += [
-            common | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds}
+            head | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds}
             for metric, value in scores.items()
         ]
     return rows
 
 
 def _counts(encoder: Any, gallery: Sequence[str], query: Sequence[str], scores: dict[str, float]) -> dict[str, Any]:
-    """The numbers of samples that were scored and that were not, and the word for them."""
+    """The numbers of samples that were scored and that were not, and the word for samples ("unit")."""
     if "bytes" in scores:
         return {"gallery_count": 0, "count": int(scores.pop("bytes")), "left_out": 0, "passed_over": 0, "unit": "bytes"}
-    known, asked = encoder.labelled(list(gallery)), encoder.labelled(list(query))
+    gallery_set, query_set = encoder.labelled(list(gallery)), encoder.labelled(list(query))
     return {
-        "gallery_count": len(known.labels),
-        "count": len(asked.labels),
-        "left_out": known.left_out + asked.left_out,
-        "passed_over": known.passed_over + asked.passed_over,
+        "gallery_count": len(gallery_set.labels),
+        "count": len(query_set.labels),
+        "left_out": gallery_set.left_out + query_set.left_out,
+        "passed_over": gallery_set.passed_over + query_set.passed_over,
         "unit": encoder.unit,
     }

@@ -1,5 +1,5 @@
-"""Checks the gallery and the query of a score: sets on which a score would mean nothing are refused, and other problems
-become a note beside the score."""
+"""Check the gallery and the query of a score. Sets for which a score would be meaningless are refused; other problems
+are noted beside the score."""
 
 from __future__ import annotations
 
@@ -10,51 +10,52 @@ import numpy as np
 from common.errors import DataError
 from eval.texts import Labelled
 
-FEW_QUERIES = 10  # with fewer, a single answer counts for more than ten percentage points
+MIN_QUERIES = 10  # with fewer, a single answer changes the accuracy by more than ten percentage points
 
 
 def judge(encoder: Any, gallery: list[str], query: list[str], unit: str) -> str:
-    """The note for scores on a gallery and a query, or "". `unit`: the word for samples, such as images.
+    """The note for scores on a gallery and a query; "" if there is no problem. `unit`: the word for samples, such as
+    "images".
 
-    Raises DataError if a score would mean nothing.
+    Raises DataError if a score would be meaningless.
     """
-    known, asked = encoder.labelled(gallery), encoder.labelled(query)
+    gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
     gallery_name, query_name = ", ".join(gallery), ", ".join(query)
-    classes, query_classes = sorted(set(known.labels)), sorted(set(asked.labels))
+    classes, query_classes = sorted(set(gallery_set.labels)), sorted(set(query_set.labels))
     if len(classes) < 2:
         raise DataError(
-            f"{gallery_name}: its {len(known.labels)} {unit} are all of one class ({classes[0]}), so there is nothing to"
-            " tell apart; name a gallery with two classes or more"
+            f"{gallery_name}: its {len(gallery_set.labels)} {unit} are all of one class ({classes[0]}), so every answer"
+            " would be the same; name a gallery with two classes or more"
         )
     if not set(classes) & set(query_classes):
         raise DataError(
-            f"{query_name}: has the classes {_some(query_classes)}, and the gallery {gallery_name} has none of them but"
-            f" {_some(classes)}, so every answer would be wrong; name sets of the same classes"
+            f"{query_name}: has the classes {_some(query_classes)}, but the gallery {gallery_name} has"
+            f" {_some(classes)}, so every answer would be wrong; name sets with the same classes"
         )
-    for labelled in (known, asked):
+    for labelled in (gallery_set, query_set):
         _check_finite(encoder, labelled, unit)
-    notes, count = [], len(asked.labels)
-    if shared := int(np.isin(asked.hashes[asked.hashes > 0], known.hashes).sum()):
-        notes.append(f"{shared} of {np.count_nonzero(asked.hashes)} query {unit} are in the gallery, too")
-    if unknown := sum(label not in set(classes) for label in asked.labels):
+    notes, count = [], len(query_set.labels)
+    if shared := int(np.isin(query_set.hashes[query_set.hashes > 0], gallery_set.hashes).sum()):
+        notes.append(f"{shared} of {np.count_nonzero(query_set.hashes)} query {unit} are in the gallery, too")
+    if unknown := sum(label not in set(classes) for label in query_set.labels):
         notes.append(f"{unknown} of {count} query {unit} are of classes that the gallery lacks, and count as wrong")
     if len(query_classes) == 1:
         notes.append(f"the query {unit} are all of one class ({query_classes[0]})")
-    if count < FEW_QUERIES:
+    if count < MIN_QUERIES:
         noun = unit if count > 1 else unit[:-1]
         notes.append(f"only {count} query {noun}, so one answer is {100 / count:.0f} points")
-    if bool((known.features == known.features[0]).all()):
+    if bool((gallery_set.features == gallery_set.features[0]).all()):
         notes.append(f"the features of all gallery {unit} are the same")
     return "; ".join(notes)
 
 
 def _check_finite(encoder: Any, labelled: Labelled, unit: str) -> None:
     """Raises DataError if some features are NaN or infinite."""
-    wrong = int((~labelled.features.isfinite().all(1)).sum())
-    if wrong:
+    not_finite = int((~labelled.features.isfinite().all(1)).sum())
+    if not_finite:
         raise DataError(
-            f"{encoder.name}: its features of {wrong} of {len(labelled.labels)} {unit} are not finite; its weights may"
-            " not be finite, either"
+            f"{encoder.name}: its features of {not_finite} of {len(labelled.labels)} {unit} are not finite; its"
+            " weights may not be finite, either"
         )
 
 

@@ -1,5 +1,5 @@
-"""Scoring beside the training: checks the data and protocols of `eval` before a run starts, and supervises the process
-that scores exports (launch/watch.py)."""
+"""Scoring of exports while a run trains: checks the data and the protocols of the recipe's `eval` section before the
+run starts, and supervises the process that scores exports (launch/watch.py)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import check_data
 from pretrain.signals import EXIT_UNSCORED
 
-RESTARTS = 3  # how often a scoring process that has died is started again
+MAX_RESTARTS = 3  # of a scoring process that has died
 
 
 # ---------------------------------------------------------------- before the run starts
 def check(recipe: Recipe) -> None:
     """Raises UserError if an evaluation would fail: for missing shards, for shards without labels or with only one
-    class, and for unknown protocols."""
+    class, or for an unknown protocol."""
     check_data(recipe)
     cfg = recipe.eval
     for query, names, key in (("val", cfg.periodic, "periodic"), ("test", cfg.final, "final")):
@@ -47,7 +47,7 @@ def check(recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def _errors_about(key: str) -> Iterator[None]:
-    """Begin the messages of errors with the key of the recipe, and end them with a way to train without scores."""
+    """Add the key of the recipe, and how to train without scores, to the message of a UserError in the context."""
     try:
         yield
     except UserError as error:
@@ -62,55 +62,57 @@ def _check_labels(recipe: Recipe, key: str, shards: Sequence[str], min_classes: 
         if not shards:
             raise DataError("is empty, but k-NN and linear probe need labelled shards; name some")
         samples = Samples(shards)
-        label = {"image": Samples.label, "tokens": label_of}[recipe.model.reads]
-        if label is label_of and "txt" not in samples.extensions:
+        read_label = {"image": Samples.label, "tokens": label_of}[recipe.model.reads]
+        if read_label is label_of and "txt" not in samples.extensions:
             raise DataError(f"{samples.names}: holds no .txt, so no labelled texts")
         found: set[str] = set()
         for number in _spread(len(samples)):
             with contextlib.suppress(Damaged):
-                found.add(label(samples, number))
+                found.add(read_label(samples, number))
             if len(found) >= min_classes:
                 return
-        seen = f"all of its labels are {found.pop()!r}" if found else "none of its labels can be read"
-        raise DataError(f"{samples.names}: {seen}, but {min_classes} classes are needed")
+        problem = f"all of its labels are {found.pop()!r}" if found else "none of its labels can be read"
+        raise DataError(f"{samples.names}: {problem}, but {min_classes} classes are needed")
 
 
 def _spread(count: int) -> Iterator[int]:
-    """The numbers from 0 to count − 1 in an order that soon reaches all parts of a set, which may be sorted by
-    class."""
+    """The numbers from 0 to count − 1, in an order in which the first ones are spread over the whole set, because a set
+    may be sorted by class."""
     stride = max(1, count // 64)
-    return (number for first in range(stride) for number in range(first, count, stride))
+    for first in range(stride):
+        yield from range(first, count, stride)
 
 
 def _check_tokens(recipe: Recipe, key: str, shards: Sequence[str]) -> None:
-    """Raises UserError if shards are no token sets, or were made with another tokenizer than the training data."""
+    """Raises UserError if shards are not token sets, or were made with another tokenizer than the training data."""
     with _errors_about(f"eval.{key}"):
         if recipe.model.reads != "tokens":
-            raise DataError(f"{', '.join(TEXT)} scores language models, and this recipe's model reads images")
+            raise DataError(f"{', '.join(TEXT)} scores language models, but the model of this recipe reads images")
         data = recipe.data
-        trained = [shard for source in data.mix for shard in source.shards[:1]] or data.train
-        scored, own = Rows(shards, 1), Rows(trained[:1], 1)
-        if scored.blocks.hash != own.blocks.hash:
+        train_shards = [shard for source in data.mix for shard in source.shards[:1]] or data.train
+        scored, trained = Rows(shards, 1), Rows(train_shards[:1], 1)
+        if scored.blocks.hash != trained.blocks.hash:
             raise DataError(
-                f"{scored.names}: was made with another tokenizer than {own.names}; tokenize its text with --tokenizer"
-                f" {trained[0]}/tokenizer.json"
+                f"{scored.names}: was made with another tokenizer than {trained.names}; tokenize its text with"
+                f" --tokenizer {train_shards[0]}/tokenizer.json"
             )
 
 
 # ---------------------------------------------------------------- during the run
 class Scoring:
-    """The process `python -m launch.watch RUN`, if the recipe names data to score on. It runs from `start` to `finish`
-    or `kill`."""
+    """Runs the process `python -m launch.watch RUN` from `start` until `finish` or `kill`, if the recipe names data for
+    scores."""
 
     def __init__(self, recipe: Recipe):
         self.wanted = bool(recipe.eval.val or recipe.eval.test)
-        self.problem = ""
+        self.problem = ""  # why some exports are not scored
         self._lock = threading.Lock()
-        self._closing = self._killed = False
+        self._finishing = self._killed = False
         self._process: subprocess.Popen | None = None
         self._thread: threading.Thread | None = None
 
     def start(self, run: Path) -> None:
+        """Start the process for a run folder."""
         if self.wanted:
             self.run = run
             self._spawn()
@@ -118,26 +120,28 @@ class Scoring:
             self._thread.start()
 
     def finish(self) -> str:
-        """Wait until all exports are scored, after the last one was written. Returns "", or a message if some are
-        not."""
+        """Wait until all exports are scored. Call it after the last export was written. Returns a message if some are
+        not scored, or ""."""
         if self._thread is None:
             return ""
         with self._lock:
-            self._closing = True
-            self._close()
+            self._finishing = True
+            self._close_stdin()
         self._thread.join()
         return self.problem
 
     def kill(self) -> None:
+        """End the process now."""
         with self._lock:
             self._killed = True
             if self._process is not None:
                 self._process.kill()
-                self._close()
+                self._close_stdin()
         if self._thread is not None:
             self._thread.join()
 
-    def _close(self) -> None:
+    def _close_stdin(self) -> None:
+        """Make the process end as soon as it has scored the existing exports."""
         assert self._process and self._process.stdin
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -153,8 +157,8 @@ class Scoring:
             )
 
     def _supervise(self) -> None:
-        """Wait for the process, and start it again if it dies, at most RESTARTS times."""
-        for left in reversed(range(RESTARTS + 1)):
+        """Wait for the process, and start it again if it dies, at most MAX_RESTARTS times."""
+        for restarts_left in reversed(range(MAX_RESTARTS + 1)):
             assert self._process is not None
             code = self._process.wait()
             with self._lock:
@@ -162,16 +166,16 @@ class Scoring:
                     return
                 if code == EXIT_UNSCORED:
                     self.problem = (
-                        f"{self.run}: trained, but evaluations failed; {self.run}/log.txt names them, and the same"
-                        " command tries again"
+                        f"{self.run}: trained, but evaluations failed; {self.run}/log.txt names them; the same command"
+                        " tries again"
                     )
                     return
                 end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-                say(f"the process that scores {end}{'; it is started again' if left else ''}", file=sys.stderr)
-                if left:
+                say(f"the scoring process {end}{'; it is started again' if restarts_left else ''}", file=sys.stderr)
+                if restarts_left:
                     self._spawn()
-                    if self._closing:
-                        self._close()
+                    if self._finishing:
+                        self._close_stdin()
         self.problem = (
-            f"{self.run}: trained, but the process that scores died {RESTARTS + 1} times; the same command tries again"
+            f"{self.run}: trained, but the scoring process died {MAX_RESTARTS + 1} times; the same command tries again"
         )

@@ -1,19 +1,19 @@
-"""Compares the exports of a run as Gram teachers, by statistics of their patch similarities. No labels are needed
+"""Compare the exports of a run as Gram teachers, by statistics of their patch similarities. No labels are needed
 (DINOv3, arXiv 2508.10104 §4).
 
-For some images of the run's own data, the patches of an image are compared with each other (cosine similarity, an N × N
-map), twice: from the image at the model's size, and from the image at twice that size, with the features resized to the
-same grid. Long training makes these maps noisy:
+For some images of the run's data, the similarity map of an image is computed: the cosine similarities of its N patches,
+N × N. It is computed twice: from the image at the model's size, and from the image at twice that size, with the
+features resized to the same grid. Long training makes these maps noisy:
 
-    agreement   correlation of the two maps without their diagonals: noise is what depends on the resolution
-    contrast    standard deviation of the similarities: 0 if all patches are alike
+    agreement   correlation of the two maps without their diagonals; noise depends on the resolution and lowers it
+    contrast    standard deviation of the similarities; 0 if the features of all patches are equal
     coherence   mean similarity of adjacent patches minus that of all pairs, divided by the contrast
-    score       agreement × contrast: the part of the contrast that both resolutions share
+    score       agreement × contrast: the part of the contrast that both resolutions have in common
 
-In a short run contrast rises all the time, so that the last export has the best score. In a run whose dense features
+In a short run contrast rises throughout, so that the last export has the best score. In a run whose dense features
 degrade, agreement falls faster than contrast rises. Agreement alone falls from the start: in `benchmarks/gram.py` it
 falls together with the area under the ROC curve of similarity maps (0.865 to 0.804 in 600 steps), while the accuracy of
-k-NN on patches rises and then stays constant. If labels exist, a dense score tells more.
+k-NN on patches rises and then stays constant. If labels exist, a score of dense features is a better criterion.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, An
     found = {step: folder for step, folder in exports(run).items() if step > 0}
     if not found:
         raise UserError(
-            f"{run}: has no export of a trained step; export.every in its recipe says when they are written"
+            f"{run}: has no export of a trained step; export.every in its recipe sets how often a run exports"
         )
     rows, pictures = [], None
     for step, folder in found.items():
@@ -62,29 +62,31 @@ def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, An
 def load(shards: list[str], encoder: Encoder, count: int) -> np.ndarray:
     """Center crops uint8 [count, C, 2S, 2S] of images that are spread evenly over the shards. S: the encoder's size."""
     samples = Samples(shards)
-    places = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)
-    return np.stack([center(samples.image(int(i), encoder.channels), 2 * encoder.image_size) for i in places])
+    numbers = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)
+    return np.stack([center(samples.image(int(n), encoder.channels), 2 * encoder.image_size) for n in numbers])
 
 
 def statistics(encoder: Encoder, image: np.ndarray) -> dict[str, float]:
     """Agreement, coherence and contrast of one image, uint8 [C, 2S, 2S]."""
     large = torch.from_numpy(image)[None].float()
     small = F.interpolate(large, scale_factor=0.5, mode="bicubic", antialias=True).round().clamp(0, 255).byte().numpy()
-    own, twice = encoder(small), encoder(image[None])
-    first = similarities(own.tokens)
-    second = similarities(resize_map(twice.tokens, twice.grid, own.grid))
-    off = ~torch.eye(len(first), dtype=torch.bool, device=first.device)
-    values, others = first[off], second[off]
-    place = torch.arange(len(first), device=first.device).view(own.grid)  # type: ignore[arg-type]
-    beside = torch.cat([first[place[:, 1:], place[:, :-1]].flatten(), first[place[1:], place[:-1]].flatten()])
-    spread = values.std().clamp(min=1e-6)
-    correlation = ((values - values.mean()) * (others - others.mean())).mean() / (spread * others.std().clamp(min=1e-6))
-    coherence = (beside.mean() - values.mean()) / spread
-    return {"agreement": float(correlation), "coherence": float(coherence), "contrast": float(values.std())}
+    features, features_large = encoder(small), encoder(image[None])
+    map_small = similarities(features.tokens)  # [N, N]
+    map_large = similarities(resize_map(features_large.tokens, features_large.grid, features.grid))  # [N, N]
+    off_diagonal = ~torch.eye(len(map_small), dtype=torch.bool, device=map_small.device)
+    x, y = map_small[off_diagonal], map_large[off_diagonal]  # [N·(N − 1)]
+    # [h, w]: the number of each patch
+    patch = torch.arange(len(map_small), device=map_small.device).view(features.grid)  # type: ignore[arg-type]
+    horizontal, vertical = map_small[patch[:, 1:], patch[:, :-1]], map_small[patch[1:], patch[:-1]]
+    adjacent = torch.cat([horizontal.flatten(), vertical.flatten()])
+    deviation = x.std().clamp(min=1e-6)
+    correlation = ((x - x.mean()) * (y - y.mean())).mean() / (deviation * y.std().clamp(min=1e-6))
+    coherence = (adjacent.mean() - x.mean()) / deviation
+    return {"agreement": float(correlation), "coherence": float(coherence), "contrast": float(x.std())}
 
 
 def similarities(tokens: Tensor) -> Tensor:
-    """Cosines [N, N] of patches [1, N, D]."""
+    """Cosine similarities [N, N] of the patches of one image, [1, N, D]."""
     x = F.normalize(tokens[0].float(), dim=-1)
     return x @ x.T
 

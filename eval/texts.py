@@ -1,4 +1,4 @@
-"""Frozen text models for protocols: an exported folder with its tokenizer, and features of labelled texts. N texts, D
+"""Features of labelled texts from a frozen text model, an exported folder with its tokenizer. Shapes: N texts, D
 features."""
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Labelled:
     labels: list[str]
     left_out: int  # number of damaged samples
     passed_over: int  # number of samples without an image or a text
-    hashes: np.ndarray  # of the images or texts of all samples of the set, 0 for those without one
+    hashes: np.ndarray  # uint64, of the image or text of every sample of the set; 0 for samples without one
 
 
 class TextEncoder:
-    """A frozen text model, with its tokenizer from `folder`. `name` is for result rows; `pool` is the feature of a
-    text: the class token (`cls`), or the `mean` of its tokens.
+    """A frozen text model, with the tokenizer in `folder`. `name`: the model's name in result rows. `pool`: which
+    feature represents a text, the class token ("cls") or the mean of its tokens ("mean").
 
-    `backbone` may also be a function from a text to features [D]; there is no `folder` then.
+    `backbone` may also be a function from a text to features [D]; `folder` is None then.
     """
 
     unit = "texts"  # the word for samples in messages and results
@@ -59,8 +59,8 @@ class TextEncoder:
             self.vocabulary = Vocabulary.read(str(folder))
 
     def labelled(self, specs: Sequence[str], batch: int = 32) -> Labelled:
-        """Features and labels of all texts in the shards, in order, without damaged texts and samples without a
-        text."""
+        """Features and labels of all texts in the shards, in order. Damaged texts and samples without a text are left
+        out."""
         key = tuple(specs)
         if key not in self._labelled:
             texts, labels, left_out, absent = load_texts(specs)
@@ -73,7 +73,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def pooled(self, texts: Sequence[str], batch: int = 32) -> Tensor:
-        """One vector for each text [N, D]. As in training, a text is put between BOS and EOS, and cut to the model's
+        """One vector for each text [N, D]. As in training, a text gets BOS and EOS, and is truncated to the model's
         context."""
         vocabulary, context = self.vocabulary, self.backbone.context
         tokenizer = vocabulary.tokenizer()
@@ -85,20 +85,20 @@ class TextEncoder:
         out = torch.zeros(len(rows), self.backbone.embed_dim)
         for first in range(0, len(order), batch):
             chosen = order[first : first + batch]
-            tokens = torch.zeros(len(chosen), max(1, *(len(rows[n]) for n in chosen)), dtype=torch.long)
+            tokens = torch.zeros(len(chosen), max(1, *(len(rows[n]) for n in chosen)), dtype=torch.long)  # [B, T]
             documents = torch.full_like(tokens, -1)
-            for place, n in enumerate(chosen):
-                tokens[place, : len(rows[n])], documents[place, : len(rows[n])] = torch.tensor(rows[n]), 0
+            for b, n in enumerate(chosen):
+                tokens[b, : len(rows[n])], documents[b, : len(rows[n])] = torch.tensor(rows[n]), 0
             features = self.backbone(tokens.to(self.device), documents=documents.to(self.device))
             is_token = (documents >= 0).unsqueeze(-1).to(self.device)  # [B, T, 1], false for padding
-            mean = (features.tokens * is_token).sum(1) / is_token.sum(1).clamp_min(1)
+            mean = (features.tokens * is_token).sum(1) / is_token.sum(1).clamp_min(1)  # [B, D]
             out[chosen] = (features.cls if self.pool == "cls" else mean).float().cpu()
         return out
 
     def rows(self, specs: Sequence[str], length: int | None, document_mask: bool) -> Rows:
-        """Token sets as rows of `length` tokens; None stands for the model's context.
+        """Token sets as rows of `length` tokens; default: the model's context.
 
-        Raises DataError for sets that were made with another tokenizer than that of the model.
+        Raises DataError for sets that were made with another tokenizer than the model's.
         """
         if not specs:
             raise DataError("no token set is named; write eval.val=… (or query=… for `unlabeled eval`)")
@@ -112,14 +112,15 @@ class TextEncoder:
 
 
 def name_of(facts: dict[str, Any]) -> str:
-    """The name of a model in result rows: that of a student, "untrained" for step 0, otherwise "pretrained"."""
+    """The name of a model in result rows: the name of a student in a distillation, "untrained" for step 0, or
+    "pretrained"."""
     return facts.get("student") or ("untrained" if facts.get("step") == 0 else "pretrained")
 
 
 def load_texts(specs: Sequence[str]) -> tuple[list[str], list[str], int, int]:
     """(texts, labels, number of damaged texts, number of samples without a text) of labelled text shards.
 
-    The label is the field "label", "class", … in the .json member, or the .cls member.
+    The label is the first of the fields "label", "class", … of the .json member, or else the .cls member.
     """
     if not specs:
         raise DataError(
@@ -150,23 +151,24 @@ def load_texts(specs: Sequence[str]) -> tuple[list[str], list[str], int, int]:
 
 
 def label_of(samples: Samples, number: int) -> str:
-    """The label of a text: a field of its .json member, or its .cls member.
+    """The label of a text: a field of the .json member, or else the .cls member.
 
     Raises DataError if it has no label, and Damaged if the label cannot be read.
     """
     try:
         row = loads(samples.read(number, ("json",)).get("json", b"{}"))
     except ValueError:
-        raise Damaged("its .json is no JSON") from None
+        raise Damaged("its .json member is not valid JSON") from None
     return _label(samples, number, row if isinstance(row, dict) else {})
 
 
 def _label(samples: Samples, number: int, row: dict[str, Any]) -> str:
+    """The label of a text. `row`: the content of its .json member."""
     field = next((name for name in LABEL_FIELDS if name in row), None)
     return samples.label(number) if field is None else str(row[field])
 
 
 def bytes_of(text: str) -> Tensor:
-    """The frequencies of the bytes in a text, [256], which add up to 1: the baseline for features of texts."""
+    """The relative frequencies of the bytes in a text, [256]: the baseline for features of texts."""
     counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
     return torch.from_numpy(counts / max(1, counts.sum())).float()

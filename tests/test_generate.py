@@ -107,7 +107,7 @@ def test_a_long_prompt_loses_its_beginning_and_text_ends_before_a_stop(tmp_path:
     said: list[str] = []
     prompt, how = "abcdefghij" * 3, Sampling(6, 0.0)  # a token a letter, for a context of 24
     long = "".join(generate.text(run, prompt, how, say=said.append))  # a run: its newest export
-    assert said == ["the prompt has 31 tokens, and the model a context of 24: the first 13 are left out"]
+    assert said == ["the prompt has 31 tokens, but the context of the model has 24: the first 13 are left out"]
     assert generate.newest(run) == run / "export" / "10" and generate.newest(tmp_path) == tmp_path
     model_ids = Tokenizer.from_file(str(tokenizer)).encode(prompt).ids[-18:]
     assert long == "".join(
@@ -185,7 +185,7 @@ def test_the_command(
     assert said(str(tmp_path / "ours"), "--max-tokens", "3")[0] == 0  # from a document's beginning
     export.write(tmp_path / "bert", build("bert_base", {**SMALL, "vocab_size": 320}), ABOUT, tokenizer=tokenizer)
     code, _, error = said(str(tmp_path / "bert"), "the cat")
-    assert code == 2 and "a BERT fills in masked tokens and cannot write text" in error
+    assert code == 2 and "a BERT predicts masked tokens and cannot generate text" in error
     export.write(tmp_path / "bare", model, ABOUT)
     assert "has no tokenizer.json" in said(str(tmp_path / "bare"), "the cat")[2]
     (tmp_path / "ours" / "tokenizer.json").write_text("nothing")

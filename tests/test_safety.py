@@ -282,7 +282,7 @@ def test_a_password_comes_from_netrc(guarded: str, tmp_path: Path, shards: Path)
     there, here = Samples([guarded]), Samples([str(shards)])
     assert there.id == here.id and there.read(3) == here.read(3)
     (tmp_path / "netrc").write_text("machine 127.0.0.1\nlogn joe\n")
-    with pytest.raises(DataError, match="the file with its password cannot be used"):
+    with pytest.raises(DataError, match="the netrc file, which holds its password, cannot be read"):
         open_store(guarded)
 
 

@@ -1,5 +1,5 @@
-"""The folder of an unfinished build: locked by one process, resumed after a kill, and visible under its name only when
-the build is complete.
+"""The folder of an unfinished build. One process at a time locks it, a killed build is resumed from it, and the target
+has its name only when the build is complete.
 
 A local target DST is built in DST.partial/shards, which is renamed to DST at the end; the state of the build is in
 DST.partial. In an object store, each shard is uploaded to its final place, the state of the build is in DST/build, and
@@ -23,13 +23,14 @@ from common.errors import DataError
 from common.process_pool import Work
 from common.progress import Progress
 from common.untrusted import is_number, loads, schema_error
-from data_pipeline.build.sources.source import as_data_error
+from data_pipeline.build.sources.tree import as_data_error
 from data_pipeline.shards.manifest import MANIFEST, Manifest, load_manifest
 from data_pipeline.storage.urls import is_local, open_store, write_atomically
 
 BAD = "bad.jsonl"
-MAX_SHOWN = 20  # left-out samples in a summary
-# The files that a build writes, complete or partial, in its state folder and in its shard folder. It deletes no others.
+MAX_LISTED = 20  # left-out samples that `left_out` lists
+# The names of the files, complete or partial, that a build writes in its state folder and in its shard folder. A build
+# deletes no other files.
 _PARTIAL = r"(\.\d+-\d+\.partial)?"
 STATE = re.compile(rf"(plan|\d{{6,}})\.json{_PARTIAL}|tokenizer/tokenizer(_config)?\.json{_PARTIAL}")
 SHARDS = re.compile(
@@ -56,7 +57,7 @@ def normalized(target: str) -> str:
 
 
 class BuildFolder:
-    """The folder of a build, as the planning process uses it. `target` is a result of `normalized`."""
+    """The operations of the planning process on the folder of a build. `target` is a result of `normalized`."""
 
     def __init__(self, target: str):
         self.target, self.local = target, is_local(target)
@@ -67,7 +68,8 @@ class BuildFolder:
         """Lock the folder. Returns the plan of a stopped build, None for a new build. Raises DataError if the folder
         holds anything else.
 
-        `inputs`: all that the plan depends on. `defaults`: values of options that older versions did not store.
+        `inputs`: everything that the plan depends on. `defaults`: the values of options that older versions did not
+        store.
         """
         if self.local:
             self._claim_folder()
@@ -79,35 +81,36 @@ class BuildFolder:
         before = {**(defaults or {}), **plan["about"]}
         for key, value in inputs.items():
             if before.get(key) != value:
-                then, now = before.get(key), value
-                what = f"{key} was {then!r}, now it is {now!r}"
+                difference = f"{key} was {before.get(key)!r}, now it is {value!r}"
                 if key == "files":
-                    what = "the files of the source have changed since"
+                    difference = "the files of the source have changed since"
                 raise DataError(
-                    f"{self.state}: holds the parts of another build ({what}); delete that folder to begin anew, "
-                    "or give the same command as before"
+                    f"{self.state}: holds the parts of another build ({difference}); delete that folder to start again,"
+                    " or repeat the earlier command"
                 )
         return plan["plan"]
 
     def _claim_folder(self) -> None:
+        """Create and lock the folder of a local target, and delete partial files of a killed process."""
         target, state = Path(self.target), Path(self.state)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise DataError(f"{target}: exists already; name another folder, or delete it to build again")
         if state.exists() and any(state.iterdir()) and not (state / "plan.json").is_file():
             foreign = [f.name for f in state.iterdir() if f.name != "shards" and not STATE.fullmatch(f.name)]
             if foreign:
-                raise DataError(f"{state}: is where {target} is made, but holds other files; delete or rename it")
+                raise DataError(f"{state}: is needed to build {target}, but holds other files; delete or rename it")
         try:
             Path(self.shards).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{self.target}: cannot be made ({error.strerror})") from None
+            raise DataError(f"{self.target}: cannot be created ({error.strerror})") from None
         self._take_lock()
-        for folder, own in ((state, STATE), (Path(self.shards), SHARDS)):
+        for folder, our_names in ((state, STATE), (Path(self.shards), SHARDS)):
             for stale in folder.glob("*.partial"):
-                if own.fullmatch(stale.name):
+                if our_names.fullmatch(stale.name):
                     stale.unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
+        """Lock the state folder. Raises DataError if another process holds the lock for CLAIM_SECONDS."""
         import fcntl
 
         self._lock = os.open(self.state, os.O_RDONLY)
@@ -130,9 +133,9 @@ class BuildFolder:
             except FileNotFoundError:
                 return None
             except ValueError as error:
-                raise DataError(f"{self.state}/plan.json: is no plan ({error}); delete {self.state}") from None
+                raise DataError(f"{self.state}/plan.json: is not a valid plan ({error}); delete {self.state}") from None
         if wrong := schema_error(plan, {"about": dict, "plan": object}):
-            raise DataError(f"{self.state}/plan.json: is no plan ({wrong}); delete {self.state}")
+            raise DataError(f"{self.state}/plan.json: is not a valid plan ({wrong}); delete {self.state}")
         return plan
 
     def _occupied(self, url: str) -> bool:
@@ -152,15 +155,16 @@ class BuildFolder:
         """
         fs, path = open_store(self.state)
         _, shards = open_store(self.shards)
-        tars = {f.rpartition("/")[2] for f in fs.glob(f"{shards}/*.tar")}
-        files = [f for f in fs.glob(f"{path}/*.json") if is_number(f.rpartition("/")[2][:-5])]
-        files = [f for f in files if f"{f.rpartition('/')[2][:-5]}.tar" in tars]
+        tars = {file.rpartition("/")[2] for file in fs.glob(f"{shards}/*.tar")}
         out: dict[int, dict[str, Any]] = {}
-        for file in files:
+        for file in fs.glob(f"{path}/*.json"):
+            name = file.rpartition("/")[2].removesuffix(".json")
+            if not is_number(name) or f"{name}.tar" not in tars:
+                continue
             with contextlib.suppress(ValueError):
-                part = loads(fs.cat_file(file))
-                if isinstance(part, dict):
-                    out[int(file.rpartition("/")[2][:-5])] = part
+                result = loads(fs.cat_file(file))
+                if isinstance(result, dict):
+                    out[int(name)] = result
         return out
 
     def publish(self) -> None:
@@ -181,12 +185,12 @@ class BuildFolder:
     def remove(self) -> None:
         """Remove the files of a build, including the unpublished shards of a local target.
 
-        Other files, and the folders that hold them, stay.
+        Other files, and folders with other files, are not removed.
         """
         if self.local:
-            for folder, own in ((Path(self.shards), SHARDS), (Path(self.state), STATE)):
+            for folder, our_names in ((Path(self.shards), SHARDS), (Path(self.state), STATE)):
                 for path in [*folder.glob("*"), *folder.glob("tokenizer/*")]:
-                    if own.fullmatch(str(path.relative_to(folder))):
+                    if our_names.fullmatch(str(path.relative_to(folder))):
                         path.unlink(missing_ok=True)
                 for empty in (folder / "tokenizer", folder):
                     with contextlib.suppress(OSError):  # it does not exist, or is not empty
@@ -199,20 +203,22 @@ class BuildFolder:
         self.release()
 
     def release(self) -> None:
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
-def part_name(number: int) -> str:
+def task_name(number: int) -> str:
+    """The name of a task's shard and of its result, without extension."""
     return f"{number:06d}"
 
 
 def write_shard(target: str, number: int, write: Callable[[IO[bytes]], dict[str, Any]]) -> dict[str, Any]:
-    """Write one shard with `write`, move it to its place when it is complete, then store the result of `write`, which
-    marks the task as finished.
+    """Write the shard of a task with `write`, which gets an open file, and give it its name when it is complete. Then
+    store the result of `write`, which marks the task as finished.
     """
-    shard = f"{shard_folder(target)}/{part_name(number)}.tar"
+    shard = f"{shard_folder(target)}/{task_name(number)}.tar"
     try:
         if is_local(target):
             temporary = Path(f"{shard}.{os.getpid()}.partial")
@@ -228,7 +234,7 @@ def write_shard(target: str, number: int, write: Callable[[IO[bytes]], dict[str,
                     fs.put_file(file.name, path)
     except OSError as error:
         raise DataError(f"{shard}: cannot be written ({error.strerror or error})") from None
-    write_atomically(f"{state_folder(target)}/{part_name(number)}.json", [json.dumps(result).encode()])
+    write_atomically(f"{state_folder(target)}/{task_name(number)}.json", [json.dumps(result).encode()])
     return result
 
 
@@ -241,41 +247,41 @@ def run_tasks(
     title: str,
     unit: str,
 ) -> list[dict[str, Any]]:
-    """Run the tasks that are not finished yet. Returns the results of all tasks, in order.
+    """Run the tasks that are not finished yet in the process pool. Returns the results of all tasks, in order.
 
-    Progress is shown in `unit`s of the tasks.
+    `unit`: the key of a task whose value measures its progress.
     """
-    parts = folder.done()
-    left = [task for task in tasks if task["number"] not in parts]
+    results = folder.done()
+    remaining = [task for task in tasks if task["number"] not in results]
     total = sum(task[unit] for task in tasks)
-    done = total - sum(task[unit] for task in left)
+    done = total - sum(task[unit] for task in remaining)
     progress = Progress(title, total, done)
 
     def report(count: int) -> None:
         nonlocal done
         done += count
         if done < total:
-            progress.update(done, f"{len(parts)} of {len(tasks)} shards")
+            progress.update(done, f"{len(results)} of {len(tasks)} shards")
 
-    for answer in process_pool.run(work, settings, left, workers, report):
-        parts[answer["number"]] = answer["part"]
+    for answer in process_pool.run(work, settings, remaining, workers, report):
+        results[answer["number"]] = answer["part"]
     progress.update(total, f"{len(tasks)} shards")
     progress.close()
-    return [parts[number] for number in sorted(parts)]
+    return [results[number] for number in sorted(results)]
 
 
 # ---------------------------------------------------------------- left-out samples, and finished builds
 def write_bad_list(folder: BuildFolder, bad: list[dict[str, str]]) -> None:
-    """Write bad.jsonl beside the shards: a line with path and reason for each sample that was left out."""
+    """Write bad.jsonl beside the shards: one line, with path and reason, for each sample that was left out."""
     write_atomically(f"{folder.shards}/{BAD}", (json.dumps(row).encode() + b"\n" for row in bad))
 
 
 def left_out(bad: list[dict[str, str]], target: str) -> list[str]:
     """Lines to print: the first samples that were left out, with the reasons."""
-    out = [f"left out: {row['path']}: {row['reason']}" for row in bad[:MAX_SHOWN]]
-    return out + (
-        [f"left out: … and {len(bad) - MAX_SHOWN} more, all in {target}/{BAD}"] if len(bad) > MAX_SHOWN else []
-    )
+    out = [f"left out: {row['path']}: {row['reason']}" for row in bad[:MAX_LISTED]]
+    if len(bad) > MAX_LISTED:
+        out.append(f"left out: … and {len(bad) - MAX_LISTED} more, all in {target}/{BAD}")
+    return out
 
 
 def find_finished(
@@ -283,17 +289,15 @@ def find_finished(
 ) -> tuple[Manifest, dict[str, Any]] | None:
     """(manifest, summary) of a target that the same command has already built; None if it has not.
 
-    An older version may have built it: the format of its plan does not matter, and options that it did not store count
-    as their `defaults`.
+    An older version may have built it: the format of its plan is ignored, and options that it did not store have the
+    values in `defaults`.
     """
     try:
         manifest = load_manifest(target)
-        made = manifest.details.get("build", {}).get("from") if manifest else None
-        if (
-            manifest is None
-            or not isinstance(made, dict)
-            or {**(defaults or {}), **made, "format": inputs["format"]} != inputs
-        ):
+        if manifest is None:
+            return None
+        stored = manifest.details.get("build", {}).get("from")
+        if not isinstance(stored, dict) or {**(defaults or {}), **stored, "format": inputs["format"]} != inputs:
             return None
         fs, path = open_store(f"{target}/{BAD}")
         bad = [loads(line) for line in fs.cat_file(path).splitlines()]

@@ -1,7 +1,7 @@
-"""Builds shards from every kind of source (`sources/`). A build is planned once, and a process pool writes the shards;
+"""Build shards from every kind of source (`sources/`). A build is planned once, and a process pool writes the shards;
 their bytes do not depend on the number of processes.
 
-The plan divides the source into tasks of consecutive rows, by size alone; task 7 writes 000007.tar. Samples that cannot
+The plan divides the source into tasks of consecutive rows by their size; task 7 writes 000007.tar. Samples that cannot
 be used are left out of the shards and listed with the reason in bad.jsonl. The same command resumes a stopped build and
 does not repeat finished tasks.
 """
@@ -31,8 +31,9 @@ from data_pipeline.build.build_folder import (
     write_shard,
 )
 from data_pipeline.build.sources import find_source, open_source
-from data_pipeline.build.sources.files import open_video
-from data_pipeline.build.sources.source import Block, Entry, Options, Source, reason_of
+from data_pipeline.build.sources.files import video_facts
+from data_pipeline.build.sources.source import Block, Entry, Options, Source
+from data_pipeline.build.sources.tree import reason_of
 from data_pipeline.build.stats import Pixels, classes_line
 from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, IMAGES
@@ -40,8 +41,8 @@ from data_pipeline.shards import index
 from data_pipeline.shards.members import CONTENT_EXTENSIONS, MAX_MEMBER_BYTES, VIDEOS
 from data_pipeline.storage.urls import is_local, stamp
 
-FORMAT = 2  # format of stored plans and task results; a stopped build of another format is not resumed
-# If dropped members have more full extensions (05.jpg) than this, they are counted by the last part (jpg).
+FORMAT = 2  # format of stored plans and task results; a stopped build with another format is not resumed
+# If dropped members have more distinct endings (05.jpg) than this, they are counted by their last part (jpg).
 MAX_ENDINGS = 50
 # Default values of keys that the summaries of older versions lack.
 MISSING_IN_OLD_SUMMARIES: dict[str, Any] = {"examples": {}, "pixels": {}, "remarks": {}, "bare": []}
@@ -86,42 +87,39 @@ def build(
     options, limit = options or Options(), int(shard_mb * 1e6)
     if is_local(source) and Path(target).is_relative_to(normalized(source)):
         raise DataError(f"{target}: lies inside the source {source}; name a folder outside of it")
-    opened = find_source(kind, source, options, limit)
+    rows = find_source(kind, source, options, limit)
     folder, workers = BuildFolder(target), workers or process_pool.cores()
-    opened.begin()
-    inputs = _inputs(opened, shard_mb)
+    rows.begin()
+    inputs = _inputs(rows, shard_mb)
     defaults = asdict(Options())
     if (finished := find_finished(target, inputs, defaults)) is not None:
         manifest, stored = finished
         notes = [*stored["notes"], f"{target}: was built before, from the same files; nothing was done"]
-        return {
-            **MISSING_IN_OLD_SUMMARIES,
-            "bits": opened.options.bits,
-            **stored,
-            "classes": manifest.classes,
-            "notes": notes,
-        }
+        defaults_of_summary = {**MISSING_IN_OLD_SUMMARIES, "bits": rows.options.bits}
+        return {**defaults_of_summary, **stored, "classes": manifest.classes, "notes": notes}
     try:
         surveys = folder.claim(inputs, defaults)
         settings = {
-            "kind": opened.kind,
+            "kind": rows.kind,
             "source": source,
-            "options": asdict(opened.options),
+            "options": asdict(rows.options),
             "limit": limit,
             "target": target,
         }
         if surveys is None:
-            surveys = _survey(opened, settings, workers)
+            surveys = _survey(rows, settings, workers)
             folder.begin(inputs, surveys)
-        tasks = list(_tasks(opened.blocks(surveys), limit))
-        settings["classes"] = opened.classes
+        tasks = list(_tasks(rows.blocks(surveys), limit))
+        settings["classes"] = rows.classes
         parts = run_tasks(folder, work, settings, tasks, workers, "shards", "rows")
-        bad = [*opened.bad, *(pair for f in opened.files for pair in surveys.get(f.path, {}).get("bad", []))]
-        summary = _summary(opened, parts, bad)
+        bad = list(rows.bad)
+        for file in rows.files:
+            bad += surveys.get(file.path, {}).get("bad", [])
+        summary = _summary(rows, parts, bad)
         if not summary["samples"]:
             folder.remove()
-            raise DataError(_no_samples_message(source, opened, summary["bad"]))
-        _publish(folder, summary, opened.options, inputs, say, workers)
+            raise DataError(_no_samples_message(source, rows, summary["bad"]))
+        _publish(folder, summary, rows.options, inputs, say, workers)
     finally:
         folder.release()
     return summary
@@ -141,9 +139,8 @@ def _inputs(source: Source, shard_mb: float) -> dict[str, Any]:
 
 
 def _survey(source: Source, settings: dict[str, Any], workers: int) -> dict[str, dict[str, Any]]:
-    """Call the source's `survey`, in the process pool, for each file that must be read before the source can be divided
-    into blocks. Returns {path: result}.
-    """
+    """Call `Source.survey` in the process pool for each file that must be read before the source can be divided into
+    blocks. Returns {path: result}."""
     paths = source.files_to_survey()
     progress, surveys = Progress("survey", len(paths)), {}
     for result in process_pool.run(work, settings, [{"survey": path} for path in paths], workers, lambda rows: None):
@@ -154,10 +151,10 @@ def _survey(source: Source, settings: dict[str, Any], workers: int) -> dict[str,
 
 
 def _tasks(blocks: Iterable[Block], limit: int) -> Iterator[dict[str, Any]]:
-    """Group consecutive blocks into tasks whose shards have about `limit` bytes at most; a larger block is a task of
-    its own.
+    """Group consecutive blocks into tasks whose shards have at most about `limit` bytes; a larger block is one task.
 
-    A task is {"number", "first": its first row in the source, "rows": how many, "pieces": [[rows, piece] per block]}.
+    A task is {"number", "first": its first row in the source, "rows": number of its rows, "pieces": [[rows, piece] of
+    each block]}.
     """
     task: dict[str, Any] = {"number": 0, "first": 0, "rows": 0, "pieces": []}
     size = TAR_END
@@ -207,10 +204,7 @@ def _write(source: Source, task: dict[str, Any], file: IO[bytes], report: Report
             reason, image_facts = check(entry.members, source.options)
         key = "" if reason else source.key(number, entry)
         if key in keys:
-            reason = (
-                f"the key {key} is taken by another sample of the same shard; `unlabeled shards build` makes keys"
-                " unique"
-            )
+            reason = f"another sample of the same shard has the key {key}; `unlabeled shards build` makes keys unique"
         if reason:
             bad.append((entry.where, reason))
             continue
@@ -224,15 +218,22 @@ def _write(source: Source, task: dict[str, Any], file: IO[bytes], report: Report
         sizes[sum(map(len, entry.members.values()))] += 1
         members.update(entry.members.keys())
     writer.close()
-    counts = {"pixels": pixels, "remarks": pixels.remarks, "examples": examples}
-    counts["bare"] = [len(without_image), *without_image[:1]]
-    return {"sizes": sorted(sizes.items()), "members": members, "dropped": dropped, "bad": bad, **counts}
+    return {
+        "sizes": sorted(sizes.items()),
+        "members": members,
+        "dropped": dropped,
+        "bad": bad,
+        "pixels": pixels,
+        "remarks": pixels.remarks,
+        "examples": examples,
+        "bare": [len(without_image), *without_image[:1]],
+    }
 
 
 def _numbered(source: Source, task: dict[str, Any]) -> Iterator[tuple[int, Entry | None]]:
     """(row number in the source, entry) of each row of a task.
 
-    Raises DataError if a file cannot be read or has not as many rows as planned.
+    Raises DataError if a file cannot be read, or if the number of its rows is not the planned one.
     """
     number = task["first"]
     for rows, piece in task["pieces"]:
@@ -248,7 +249,7 @@ def _numbered(source: Source, task: dict[str, Any]) -> Iterator[tuple[int, Entry
 
 
 def check(members: dict[str, bytes], options: Options) -> tuple[str, list[ImageFacts]]:
-    """(the reason why a sample cannot be used, or "" if it can; facts about its images)."""
+    """Decode the images and videos of a sample: (why it cannot be used, or "" if it can; facts about its images)."""
     facts: list[ImageFacts] = []
     # An array is decoded as an image only if the sample has no other content.
     decode_arrays = not any(extension in CONTENT_EXTENSIONS and extension != ARRAY for extension in members)
@@ -259,7 +260,7 @@ def check(members: dict[str, bytes], options: Options) -> tuple[str, list[ImageF
             if extension in IMAGES or (extension == ARRAY and decode_arrays):
                 facts.append(inspect(data, extension, options.bits, options.as_stored, options.max_pixels))
             elif extension in VIDEOS:
-                open_video(data)
+                video_facts(data)
         except Damaged as damage:
             return str(damage), facts
     return "", facts
@@ -267,10 +268,10 @@ def check(members: dict[str, bytes], options: Options) -> tuple[str, list[ImageF
 
 # ---------------------------------------------------------------- all tasks
 def _summary(source: Source, parts: list[dict[str, Any]], bad: list[tuple[str, str]]) -> dict[str, Any]:
-    """The summary of a build (see `build`) from the results of its tasks; `bad` lists what was left out before."""
+    """The summary of a build (see `build`) from the results of its tasks. `bad`: what the planning process left out."""
     sizes, members, dropped = Counter[int](), Counter[str](), Counter[str]()
     pixels, examples = Pixels(), dict[str, str]()
-    without_image: list[Any] = []  # [number of samples, the first example], or [] before the first task
+    without_image, first_without_image = 0, list[str]()  # number of samples, the first example
     for part in parts:
         sizes.update({size: count for size, count in part["sizes"]})
         members.update(part["members"])
@@ -278,7 +279,9 @@ def _summary(source: Source, parts: list[dict[str, Any]], bad: list[tuple[str, s
         bad += part["bad"]
         pixels.merge(part["pixels"], part["remarks"])
         examples = {**part["examples"], **examples}
-        without_image = [part["bare"][0] + sum(without_image[:1]), *(without_image[1:] or part["bare"][1:])]
+        count, *example = part["bare"]
+        without_image += count
+        first_without_image = first_without_image or example
     if len(dropped) > MAX_ENDINGS:  # endings such as 05.jpg, 06.jpg, …
         by_full_extension, dropped = dropped, Counter[str]()
         for ending, count in by_full_extension.items():
@@ -304,7 +307,7 @@ def _summary(source: Source, parts: list[dict[str, Any]], bad: list[tuple[str, s
         "examples": examples,
         "pixels": pixels,
         "remarks": pixels.remarks,
-        "bare": without_image if pixels and without_image[0] else [],
+        "bare": [without_image, *first_without_image] if pixels and without_image else [],
         "bits": source.options.bits,
         "notes": source.notes,
         "bad": [{"path": path, "reason": reason} for path, reason in bad],
@@ -312,8 +315,7 @@ def _summary(source: Source, parts: list[dict[str, Any]], bad: list[tuple[str, s
 
 
 def _size_quantiles(sizes: Counter[int]) -> dict[str, int]:
-    """Smallest, median and largest size; of an even number of samples, the lower of the two middle sizes is the
-    median."""
+    """The smallest, median and largest size; the median is the lower one if there are two middle sizes."""
     ordered, cumulative = sorted(sizes), 0
     for size in ordered:
         cumulative += sizes[size]
@@ -337,7 +339,7 @@ def _publish(
     say: Callable[[str], None],
     workers: int,
 ) -> None:
-    """Write bad.jsonl, the index and the manifest beside the finished shards, and move all of it to the target."""
+    """Write bad.jsonl, the index and the manifest beside the finished shards, and move them to the target together."""
     write_bad_list(folder, summary["bad"])
     stored = {k: v for k, v in summary.items() if k != "classes"}
     build_entry = {**stored, "bad": len(summary["bad"]), "from": inputs}
@@ -362,7 +364,7 @@ def describe(summary: dict[str, Any], target: str) -> list[str]:
         out.append(f"files that are not part of the source: {counts(summary['unread'], summary['examples'])}")
     if summary["bare"]:
         count, example = summary["bare"]
-        out.append(f"{count} samples hold no image, for example {example}; training on images passes them over")
+        out.append(f"{count} samples hold no image, for example {example}; training on images skips them")
     out += Pixels(summary["pixels"], summary["remarks"]).lines(summary["bits"])
     out.append(f"members: {counts(summary['members'], {})}; {classes_line(summary['classes'])}")
     kilobytes = {name: f"{size / 1e3:.1f} kB" for name, size in quantiles.items()}

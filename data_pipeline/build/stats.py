@@ -1,15 +1,16 @@
-"""Statistics of a shard set: counts and sizes of all samples from the index, properties of some decoded images, and a
-sheet of thumbnails.
+"""Statistics of a shard set: numbers and sizes of all samples, from the index; properties of some images, which are
+decoded; and a sheet of thumbnails.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from data_pipeline.formats.image_formats import IMAGE_MEMBERS, IMAGES
 from data_pipeline.shards.members import VIDEOS, LeftOut
 from data_pipeline.shards.samples import Samples
 
-MAX_DECODED_IMAGES = 1000  # for the statistics
-SUMMARY_IMAGES, SUMMARY_SECONDS = 32, 2.0  # images decoded for `summarize`, and the time limit for them
-SHOWN_CLASSES = 12
+MAX_DECODED_IMAGES = 1000  # of `gather`
+MAX_SUMMARY_IMAGES, MAX_SUMMARY_SECONDS = 32, 2.0  # images that `summarize` decodes, and its time for them
+MAX_LISTED_CLASSES = 12
+MAX_LISTED_DAMAGED = 20
 MAX_COUNTED_RECORDS = 1 << 26  # index records that `summarize` counts; a larger index is not read
-INDEX_SAMPLES_AT_ONCE = 1 << 16  # samples whose index is read at a time
-MAX_BINS = 12
+INDEX_SAMPLES_AT_ONCE = 1 << 16  # samples whose index records are read at a time
+MAX_BINS = 12  # of a histogram
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")  # used if they are installed
 BAR_CHARACTERS = 40  # of the longest bar
-TILE, GAP, LINES = 128, 8, 2  # pixels, pixels, lines of text below a thumbnail
-COLUMNS, ROWS = 8, 6
+TILE, GAP = 128, 8  # pixels of a thumbnail, and between thumbnails
+LINES, LINE_HEIGHT = 2, 14  # lines of text below a thumbnail, and pixels of each
+COLUMNS, ROWS = 8, 6  # of the sheet of thumbnails
 
 
 @dataclass
@@ -43,23 +46,23 @@ class Stats:
     samples: int = 0
     shards: int = 0
     bytes: int = 0  # of the tars
-    members: dict[str, int] = field(default_factory=dict)
-    member_bytes: dict[str, int] = field(default_factory=dict)
+    members: dict[str, int] = field(default_factory=dict)  # {extension: number of members}
+    member_bytes: dict[str, int] = field(default_factory=dict)  # {extension: bytes of all members}
     classes: list[str] = field(default_factory=list)
     tokens: list[dict[str, Any]] = field(default_factory=list)  # the manifest entries of token sets
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # bytes of each sample
-    images: list[tuple[int, int, str]] = field(default_factory=list)  # (width, height, mode) of the decoded ones
-    damaged: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of those that cannot be decoded
+    images: list[tuple[int, int, str]] = field(default_factory=list)  # (width, height, mode) of decoded images
+    damaged: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of images that cannot be decoded
 
 
 def spread_over(total: int, count: int) -> list[int]:
-    """At most `count` numbers of 0..total-1 at equal distances."""
+    """At most `count` of the numbers 0 to total − 1, at equal distances."""
     count = min(count, total)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 def gather(url: str | Path, max_decoded: int = MAX_DECODED_IMAGES) -> Stats:
-    """The stats of a folder or URL of shards."""
+    """The statistics of a folder or URL of shards. At most `max_decoded` images are decoded."""
     samples = Samples([str(url)])
     manifests = [part.manifest for part in samples.manifests]
     out = Stats(len(samples), sum(len(m.names) for m in manifests), samples.total_bytes)
@@ -83,6 +86,7 @@ def gather(url: str | Path, max_decoded: int = MAX_DECODED_IMAGES) -> Stats:
 
 
 def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
+    """Decode the images of a sample, and add them to `out.images` or `out.damaged`."""
     try:
         for extension, data in samples.read(number, IMAGES).items():
             image = samples.encoded(number, data, extension)
@@ -96,7 +100,7 @@ def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
 
 # ---------------------------------------------------------------- pixels
 class Pixels(dict[str, list[int]]):
-    """{format, bits and channels: [images, lowest number, highest number]}.
+    """Counts of images and ranges of their pixels: {format, bits and channels: [images, lowest value, highest value]}.
 
     `remarks`: {remark on images: [number of images, example]}.
     """
@@ -110,6 +114,7 @@ class Pixels(dict[str, list[int]]):
         self.merge({facts.kind: [1, facts.low, facts.high]}, {remark: [1, where] for remark in facts.remarks})
 
     def merge(self, kinds: dict[str, list[int]], remarks: dict[str, list[Any]]) -> None:
+        """Add the content of another `Pixels` and its remarks."""
         for kind, (count, low, high) in kinds.items():
             old = self.get(kind, [0, low, high])
             self[kind] = [old[0] + count, min(old[1], low), max(old[2], high)]
@@ -117,41 +122,43 @@ class Pixels(dict[str, list[int]]):
             self.remarks.add(remark, where, count)
 
     def lines(self, bits: int = 16) -> list[str]:
-        """Lines to print; with a hint to --bits if 16-bit images use the low levels only."""
-        out = [f"images: {n} × {kind}, numbers from {low} to {high}" for kind, (n, low, high) in sorted(self.items())]
-        out += [f"images: {n} {what}, for example {where}" for what, (n, where) in self.remarks.items()]
+        """Lines to print. If 16-bit images use only low values, one of them recommends --bits."""
+        out = [f"images: {n} × {kind}, values from {low} to {high}" for kind, (n, low, high) in sorted(self.items())]
+        out += [f"images: {n} {remark}, for example {where}" for remark, (n, where) in self.remarks.items()]
         highest = max((high for kind, (_, _, high) in self.items() if ", 16 bits, " in kind), default=0)
-        if bits == 16 and 0 < highest < 1 << 15 and not any("colours" in what for what in self.remarks):
-            levels, need = round(highest / 257), max(8, highest.bit_length())
+        if bits == 16 and 0 < highest < 1 << 15 and not any("colours" in remark for remark in self.remarks):
+            top_level, bits_used = round(highest / 257), max(8, highest.bit_length())
             out.append(
-                f"images of 16 bits end at {highest} of 65535, so that a model sees the levels 0 to {levels} of 255;"
-                f" --bits {need} (of `shards build` and `shards index`) scales {(1 << need) - 1} to 255"
+                f"images of 16 bits have values up to {highest} of 65535, so that a model sees the levels 0 to"
+                f" {top_level} of 255; --bits {bits_used} (of `shards build` and `shards index`) scales"
+                f" {(1 << bits_used) - 1} to 255"
             )
         return out
 
 
 def summarize(samples: Samples, left_out: bool = True) -> list[str]:
-    """Lines about the images of a run: members, classes, left-out members, samples without an image, and depths and
-    ranges of a few images.
+    """Lines about the images of a run: members, classes, left-out members, samples without an image, and the bits and
+    the ranges of some images.
     """
     names, total = samples.names, len(samples)
     manifests = [part.manifest for part in samples.manifests]
     out = []
     if total * len(samples.extensions) <= MAX_COUNTED_RECORDS:
-        counts, without = _members(samples)
+        counts, without_image = _count_members(samples)
         members = ", ".join(f"{count} .{extension}" for extension, count in counts.items())
         classes = classes_line([name for m in manifests for name in m.classes])
         out.append(f"{names}: {total} samples with {members}; {classes}")
-        if without:
+        if without_image:
+            number, first = without_image
             out.append(
-                f"{names}: {without[0]} samples hold no image, for example {samples.name(without[1])[1]}; others take"
-                " their places"
+                f"{names}: {number} samples hold no image, for example {samples.name(first)[1]}; other samples replace"
+                " them"
             )
     for manifest in {m.id: m for m in manifests}.values() if left_out else ():
         out += [f"{names}: {line}" for line in manifest.left_out.lines()]
-    pixels, until = Pixels(), time.monotonic() + SUMMARY_SECONDS
-    for number in spread_over(total, SUMMARY_IMAGES):
-        if pixels and time.monotonic() > until:
+    pixels, deadline = Pixels(), time.monotonic() + MAX_SUMMARY_SECONDS
+    for number in spread_over(total, MAX_SUMMARY_IMAGES):
+        if pixels and time.monotonic() > deadline:
             break
         with contextlib.suppress(Damaged):
             for extension, data in samples.read(number, IMAGE_MEMBERS).items():
@@ -162,26 +169,27 @@ def summarize(samples: Samples, left_out: bool = True) -> list[str]:
     return out + [f"{names}: {line}" for line in pixels.lines(min(bits))]
 
 
-def _members(samples: Samples) -> tuple[dict[str, int], tuple[int, int] | None]:
+def _count_members(samples: Samples) -> tuple[dict[str, int], tuple[int, int] | None]:
     """({extension: number of members}, (number of samples without an image, the first of them) or None)."""
-    counts, without, first = Counter[str](), 0, -1
+    counts, without_image, first = Counter[str](), 0, -1
     columns = samples.columns(IMAGE_MEMBERS)
     for begin in range(0, len(samples), INDEX_SAMPLES_AT_ONCE):
         for piece in samples.pieces(begin, min(INDEX_SAMPLES_AT_ONCE, len(samples) - begin)):
             present = piece.records["offset"] > 0
             missing = np.flatnonzero(~present[:, columns].any(1))
-            without += len(missing)
+            without_image += len(missing)
             if len(missing) and first < 0:
                 first = piece.first + int(missing[0])
             for column, extension in enumerate(samples.extensions):
                 counts[extension] += int(present[:, column].sum())
-    return dict(counts), (without, first) if without and columns else None
+    return dict(counts), (without_image, first) if without_image and columns else None
 
 
 def classes_line(classes: list[str]) -> str:
+    """The number of classes, and the names of the first ones."""
     if not classes:
         return "no class names"
-    some = ", ".join(classes[:SHOWN_CLASSES]) + (", …" if len(classes) > SHOWN_CLASSES else "")
+    some = ", ".join(classes[:MAX_LISTED_CLASSES]) + (", …" if len(classes) > MAX_LISTED_CLASSES else "")
     return f"{len(classes)} class{'es' * (len(classes) > 1)}: {some}"
 
 
@@ -195,7 +203,7 @@ def describe(stats: Stats) -> list[str]:
         ratio = token_set["bytes"] / max(1, token_set["tokens"])
         out.append(
             f"{token_set['documents']} documents, {token_set['tokens']} tokens of {token_set['vocabulary']},"
-            f" {token_set['bytes'] / 1e6:.1f} MB of text ({ratio:.2f} bytes a token)"
+            f" {token_set['bytes'] / 1e6:.1f} MB of text ({ratio:.2f} bytes per token)"
         )
     out += ["", "members"]
     for extension, count in stats.members.items():
@@ -204,17 +212,17 @@ def describe(stats: Stats) -> list[str]:
         out.append(f"  .{extension:<6}{count:>10}  {share}, {_bytes(mean)} each on average")
     out += ["", "bytes per sample", *histogram(stats.sizes, _bytes)]
     if stats.images or stats.damaged:
-        out += ["", *_images(stats)]
+        out += ["", *_describe_images(stats)]
     return out
 
 
-def _images(stats: Stats) -> Iterator[str]:
-    max_decoded = len(stats.images) + len(stats.damaged)
-    yield f"{max_decoded} images decoded, evenly over the set: {len(stats.damaged)} damaged"
-    for key, reason in stats.damaged[:20]:
+def _describe_images(stats: Stats) -> Iterator[str]:
+    decoded = len(stats.images) + len(stats.damaged)
+    yield f"{decoded} images decoded, evenly spread over the set: {len(stats.damaged)} damaged"
+    for key, reason in stats.damaged[:MAX_LISTED_DAMAGED]:
         yield f"  {key}: {reason}"
-    if len(stats.damaged) > 20:
-        yield f"  … and {len(stats.damaged) - 20} more"
+    if len(stats.damaged) > MAX_LISTED_DAMAGED:
+        yield f"  … and {len(stats.damaged) - MAX_LISTED_DAMAGED} more"
     if not stats.images:
         return
     widths, heights = (np.array([image[i] for image in stats.images]) for i in (0, 1))
@@ -227,19 +235,22 @@ def _images(stats: Stats) -> Iterator[str]:
     yield from ("width / height", *histogram(widths / heights, lambda v: f"{v:.2f}"))
 
 
-def histogram(values: np.ndarray, show) -> list[str]:
-    """Bars of text for at most MAX_BINS ranges, on a logarithmic scale if the values span more than a factor of ten."""
+def histogram(values: np.ndarray, show: Callable[[float], str]) -> list[str]:
+    """A histogram of `values` [n] as lines of text, with at most MAX_BINS bins. The scale is logarithmic if the values
+    span more than a factor of ten. `show` converts a value to text.
+    """
     low, high = float(values.min()), float(values.max())
     if low == high:
         return [f"  {show(low):>9}            {'█' * BAR_CHARACTERS} {len(values)}"]
-    wide = low > 0 and high / low > 10
-    edges = np.geomspace(low, high, MAX_BINS + 1) if wide else np.linspace(low, high, MAX_BINS + 1)
-    edges[0], edges[-1] = low, high  # exactly: geomspace rounds
-    counts, _ = np.histogram(values, edges)
-    return [
-        f"  {show(a):>9} {show(b):>9}  {'█' * -(-BAR_CHARACTERS * int(n) // int(counts.max())):<{BAR_CHARACTERS}} {n}"
-        for a, b, n in zip(edges, edges[1:], counts, strict=False)
-    ]
+    logarithmic = low > 0 and high / low > 10
+    edges = np.geomspace(low, high, MAX_BINS + 1) if logarithmic else np.linspace(low, high, MAX_BINS + 1)
+    edges[0], edges[-1] = low, high  # geomspace rounds them
+    counts = np.histogram(values, edges)[0].tolist()
+    lines = []
+    for begin, end, count in zip(edges, edges[1:], counts, strict=False):
+        bar = "█" * math.ceil(BAR_CHARACTERS * count / max(counts))
+        lines.append(f"  {show(begin):>9} {show(end):>9}  {bar:<{BAR_CHARACTERS}} {count}")
+    return lines
 
 
 def _bytes(count: float) -> str:
@@ -252,23 +263,22 @@ def _bytes(count: float) -> str:
 
 # ---------------------------------------------------------------- thumbnails
 def sheet(url: str | Path, target: str | Path) -> Path:
-    """Write an image with thumbnails of up to COLUMNS × ROWS samples, evenly over the set: images, first frames or
-    beginnings of texts, with key and label.
+    """Write an image with thumbnails of up to COLUMNS × ROWS samples, evenly spread over the set: images, first
+    frames of videos, or beginnings of texts, with key and label.
 
-    For a sample that cannot be decoded, the reason is drawn on red. The format follows from the extension of the
-    target.
+    If a sample cannot be decoded, its thumbnail is the reason on red. The extension of `target` determines the format.
     """
     samples, target = Samples([str(url)]), Path(target)
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise DataError(f"--sheet {target}: write a name that ends in .png, .jpg or .webp")
     font = _Font()
     numbers = spread_over(len(samples), COLUMNS * ROWS)
-    height = TILE + LINES * 14 + GAP
+    height = TILE + LINES * LINE_HEIGHT + GAP
     rows = -(-len(numbers) // COLUMNS)
     page = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * height + GAP), "white")
     draw = ImageDraw.Draw(page)
-    for place, number in enumerate(numbers):
-        left, top = GAP + place % COLUMNS * (TILE + GAP), GAP + place // COLUMNS * height
+    for position, number in enumerate(numbers):
+        left, top = GAP + position % COLUMNS * (TILE + GAP), GAP + position // COLUMNS * height
         page.paste(_tile(samples, number, font), (left, top))
         lines = textwrap.wrap(samples.name(number)[1].rpartition("/")[2], 20, max_lines=1, placeholder="…")
         lines += textwrap.wrap(_label(samples, number), 20, max_lines=1, placeholder="…")
@@ -282,13 +292,14 @@ def sheet(url: str | Path, target: str | Path) -> Path:
 
 
 def _label(samples: Samples, number: int) -> str:
+    """The label of a sample; "" if it has none."""
     try:
         return samples.label(number)
     except (DataError, Damaged, ValueError):
         return ""
 
 
-def _tile(samples: Samples, number: int, font) -> Image.Image:
+def _tile(samples: Samples, number: int, font: _Font) -> Image.Image:
     """The thumbnail of a sample, TILE × TILE pixels."""
     try:
         members = samples.read(number)
@@ -310,17 +321,16 @@ def _tile(samples: Samples, number: int, font) -> Image.Image:
         return _text_tile(str(problem), font, (244, 190, 190))
 
 
-def _text_tile(text: str, font, ground: tuple[int, int, int]) -> Image.Image:
-    out = Image.new("RGB", (TILE, TILE), ground)
+def _text_tile(text: str, font: _Font, background: tuple[int, int, int]) -> Image.Image:
+    out = Image.new("RGB", (TILE, TILE), background)
     lines = textwrap.wrap(text, 20, max_lines=8, placeholder="…")
     font.draw(ImageDraw.Draw(out), (4, 4), lines)
     return out
 
 
 class _Font:
-    """Draws text with Pillow's own font or, for lines with glyphs that it lacks, the system font that lacks the fewest.
-
-    Missing glyphs are drawn as code points.
+    """Draws text with Pillow's built-in font. For a line with glyphs that this font lacks, it uses the installed font
+    that lacks the fewest, and draws the code points of missing glyphs.
     """
 
     def __init__(self) -> None:
@@ -332,15 +342,15 @@ class _Font:
                 continue
 
     def draw(self, draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: list[str]) -> None:
-        """Write lines, one below the other."""
+        """Draw lines of text, one below the other. `place`: (left, top) in pixels."""
         for n, line in enumerate(lines):
             font = min(self.fonts, key=lambda font: len(_missing_glyphs(font, line)))
             missing = _missing_glyphs(font, line)
-            shown = "".join(f"<{ord(c):X}>" if c in missing else c for c in line)
-            draw.text((place[0], place[1] + 14 * n), shown, "black", font)
+            drawable = "".join(f"<{ord(c):X}>" if c in missing else c for c in line)
+            draw.text((place[0], place[1] + LINE_HEIGHT * n), drawable, "black", font)
 
 
 def _missing_glyphs(font: Any, line: str) -> set[str]:
-    """The characters of a line for which a font has no glyph. It draws them like a code point that does not exist."""
+    """The characters of a line for which a font has no glyph: it draws them like a code point that does not exist."""
     missing = bytes(font.getmask("\U0010ffff"))
     return {c for c in set(line) if not c.isspace() and not c.isascii() and bytes(font.getmask(c)) == missing}

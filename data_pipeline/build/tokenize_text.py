@@ -3,7 +3,7 @@ processes.
 
 The documents are divided into tasks, each of consecutive documents with about `shard_mb` MB of text. Task 7 becomes
 000007.tar (see shards/token_blocks.py for the format). Documents that cannot be used are left out and listed in
-bad.jsonl. If a call was stopped, the same command continues it, and finished tasks are not repeated.
+bad.jsonl. The same command resumes a stopped call, and does not repeat finished tasks.
 
 Each process holds in memory the text of one document (at most MAX_MEMBER_BYTES) and the tokenizer's result for
 CHARACTERS_AT_ONCE characters, which takes about 120 bytes per character. A longer document is tokenized in pieces
@@ -38,18 +38,15 @@ from data_pipeline.build.build_folder import (
     write_bad_list,
     write_shard,
 )
+from data_pipeline.build.text_pieces import CHARACTERS_AT_ONCE, pieces
 from data_pipeline.shards import index, token_blocks
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_blocks import BLOCK, PAGE
-from data_pipeline.shards.vocabulary import Vocabulary, is_byte_level, joins
+from data_pipeline.shards.vocabulary import Vocabulary, is_byte_level, would_be_joined
 from data_pipeline.storage.urls import open_store
 
 FORMAT = 1  # version of the stored plan and of the stored results of tasks
-CHARACTERS_AT_ONCE = 1 << 20  # characters of text that are tokenized in one call
-# Characters on each side of a cut that are tokenized with and without it, to check that the tokens do not change.
-CUT_CONTEXT = 1 << 12
-MAX_CUT_ATTEMPTS = 64  # positions of each kind (see `pieces`) that are tried before the piece is made longer
-# Counts of text that the tokens do not represent: tokens that stand for unknown text, and characters that were dropped.
+# Counts of text that the tokens do not represent: tokens for unknown text, and characters that were dropped.
 LOSSES = ("unknown", "lost")
 INDEX_SAMPLES_AT_ONCE = 1 << 16  # number of samples whose index records are read at a time
 
@@ -75,6 +72,51 @@ def tokenize(
     "vocabulary", "unknown", "lost" (see LOSSES), "bad": [{"path", "reason"}]}. Raises DataError.
     """
     source, target, workers = str(source), normalized(str(target)), workers or process_pool.cores()
+    _check_options(tokenizer_file, vocab, specials, shard_mb, block)
+    samples = Samples([source], say=say)
+    if "txt" not in samples.extensions:
+        present = ", ".join(f".{e}" for e in samples.extensions)
+        raise DataError(f"{source}: holds {present} and no .txt; make text shards with `unlabeled shards build`")
+    vocabulary = Vocabulary.read(str(tokenizer_file)) if tokenizer_file else None
+    if vocabulary:
+        vocabulary.tokenizer()  # raises DataError before any process is started
+        vocabulary.check_unknown()
+    inputs = {"format": FORMAT, "source": samples.id, "shard_mb": shard_mb, "block": block}
+    inputs |= {"tokenizer": vocabulary.hash} if vocabulary else {"vocab": vocab, "specials": list(specials)}
+    joined = vocabulary.joined if vocabulary else would_be_joined([*tokenizer.SPECIALS, *specials])
+    # Older versions did not store "joined".
+    for stored_inputs in (inputs | {"joined": True}, inputs) if joined else (inputs,):
+        if (finished := find_finished(target, stored_inputs)) is not None:
+            return {**finished[1], "finished": True}
+    inputs |= {"joined": True} if joined else {}
+    folder = BuildFolder(target)
+    try:
+        if folder.claim(inputs) is None:
+            folder.begin(inputs, {})
+        # Not in the folder of the shards, where files that are not shards may be removed.
+        tokenizer_folder = f"{folder.state}/tokenizer"
+        if vocabulary is None:
+            vocabulary = _train_or_read(samples, tokenizer_folder, vocab, specials, say)
+        elif not _is_complete(tokenizer_folder):
+            tokenizer.write_folder(tokenizer_folder, vocabulary)
+        settings = {"source": source, "target": target, "tokenizer": tokenizer_folder, "block": block}
+        tasks = list(plan(samples, int(shard_mb * 1e6)))
+        parts = run_tasks(folder, work, settings, tasks, workers, "tokenize", "count")
+        summary = _summary(parts, vocabulary)
+        if not summary["tokens"]:
+            folder.remove()
+            first = "; the first one: {path}: {reason}".format(**summary["bad"][0]) if summary["bad"] else ""
+            raise DataError(f"{source}: none of its documents can be used{first}")
+        _publish(folder, summary, parts, vocabulary, inputs, say, workers)
+    finally:
+        folder.release()
+    return summary
+
+
+def _check_options(
+    tokenizer_file: str | Path, vocab: int, specials: tuple[str, ...], shard_mb: float, block: int
+) -> None:
+    """Raises DataError for options of `tokenize` that are invalid or contradict each other."""
     if bool(tokenizer_file) == bool(vocab):
         raise DataError("write either --tokenizer FILE, or --vocab N for a new tokenizer of N tokens")
     if specials and tokenizer_file:
@@ -89,55 +131,19 @@ def tokenize(
             f"--block {block}: a block consists of pages of {PAGE} tokens; write a multiple of {PAGE}, for example"
             f" {max(1, round(block / PAGE)) * PAGE}"
         )
-    samples = Samples([source], say=say)
-    if "txt" not in samples.extensions:
-        present = ", ".join(f".{e}" for e in samples.extensions)
-        raise DataError(f"{source}: holds {present} and no .txt; make text shards with `unlabeled shards build`")
-    vocabulary = Vocabulary.read(str(tokenizer_file)) if tokenizer_file else None
-    if vocabulary:
-        vocabulary.tokenizer()  # raises DataError before any process is started
-        vocabulary.check_unknown()
-    inputs = {"format": FORMAT, "source": samples.id, "shard_mb": shard_mb, "block": block}
-    inputs |= {"tokenizer": vocabulary.hash} if vocabulary else {"vocab": vocab, "specials": list(specials)}
-    joined = vocabulary.joined if vocabulary else joins([*tokenizer.SPECIALS, *specials])
-    for known in (inputs | {"joined": True}, inputs) if joined else (inputs,):  # older versions did not store "joined"
-        if (made := find_finished(target, known)) is not None:
-            return {**made[1], "finished": True}
-    inputs |= {"joined": True} if joined else {}
-    folder = BuildFolder(target)
-    try:
-        if folder.claim(inputs) is None:
-            folder.begin(inputs, {})
-        # Not in the folder of the shards, from which files that are no shards may be removed.
-        tokenizer_folder = f"{folder.state}/tokenizer"
-        if vocabulary is None:
-            vocabulary = _trained(samples, tokenizer_folder, vocab, specials, say)
-        elif not _is_complete(tokenizer_folder):
-            tokenizer.write_folder(tokenizer_folder, vocabulary)
-        settings = {"source": source, "target": target, "tokenizer": tokenizer_folder, "block": block}
-        tasks = list(plan(samples, int(shard_mb * 1e6)))
-        parts = run_tasks(folder, work, settings, tasks, workers, "tokenize", "count")
-        summary = _summary(parts, vocabulary)
-        if not summary["tokens"]:
-            folder.remove()
-            first = f"; the first: {summary['bad'][0]['path']}: {summary['bad'][0]['reason']}" if summary["bad"] else ""
-            raise DataError(f"{source}: none of its documents can be used{first}")
-        _publish(folder, summary, parts, vocabulary, inputs, say, workers)
-    finally:
-        folder.release()
-    return summary
 
 
-def _trained(
+def _train_or_read(
     samples: Samples, folder: str, size: int, specials: tuple[str, ...], say: Callable[[str], None]
 ) -> Vocabulary:
-    """The tokenizer in `folder`, which a stopped call has trained; if there is none, train it."""
+    """Read the tokenizer in `folder`, which a stopped call may have trained. If there is none, train it first."""
     if not _is_complete(folder):
         tokenizer.train(samples.specs, folder, size, specials, say=say)
     return Vocabulary.read(folder)
 
 
 def _is_complete(folder: str) -> bool:
+    """Whether a folder holds all files of a tokenizer."""
     fs, path = open_store(folder)
     return bool(fs.exists(f"{path}/tokenizer_config.json"))  # written last
 
@@ -188,18 +194,18 @@ def _write(
     encode = encoder.encode_batch_fast
     unknown = lost = 0
     before, after = ([] if token is None else [token] for token in (vocabulary.bos, vocabulary.eos))
-    last: list[int] = []  # tokens at the end of the shard
-    if vocabulary.joined:  # one token both ends a document and begins the next: only the last document needs an end
-        after, last = [], after
-    writer = _BlockWriter(file, tokenizer.smallest_dtype(vocabulary.size), block, f"{task['number']:06d}", last)
+    shard_end: list[int] = []  # tokens at the end of the shard
+    if vocabulary.joined:  # the BOS of the next document ends a document; only the last document needs an EOS
+        after, shard_end = [], after
+    writer = _BlockWriter(file, tokenizer.smallest_dtype(vocabulary.size), block, f"{task['number']:06d}", shard_end)
 
     def tokens_of(texts: list[str]) -> Iterator[tuple[list[int], str]]:
-        """Yield (tokens, text) for each text, and count what is unknown or lost."""
+        """Yield (tokens, text) for each text, and count unknown tokens and dropped characters."""
         nonlocal unknown, lost
         for text, encoded in zip(texts, encode(texts, add_special_tokens=False), strict=True):
             ids = encoded.ids
             unknown += ids.count(vocabulary.unk) if vocabulary.unk is not None else 0
-            lost += vocabulary.lost(text, encoder)
+            lost += vocabulary.count_dropped(text, encoder)
             yield ids, text
 
     for texts in _batches(samples, task, bad, report):
@@ -215,71 +221,24 @@ def _write(
     return {**counts, "unknown": unknown, "lost": lost, "bad": bad}
 
 
-def pieces(text: str, encoder: Any, size: int = CHARACTERS_AT_ONCE) -> Iterator[str]:
-    """Cut a long text into pieces of about `size` characters whose tokens, concatenated, are those of the whole text.
-
-    A cut must not change the tokens. It is accepted if the text around it, CUT_CONTEXT characters on each side, has the
-    same tokens as a whole and when its two halves are tokenized separately. Three kinds of positions are tried in turn:
-    spaces between letters (also without the space, for tokenizers that add one before every text), ends of lines, and
-    any position. If no cut is accepted, the piece becomes longer; a single word of megabytes remains one piece.
-    """
-    first = 0
-    while len(text) - first > size:
-        cut, length = None, size
-        while cut is None and len(text) - first > length:
-            cut = _safe_cut(text, first + length // 2, first + length, encoder)
-            length *= 2
-        if cut is None:
-            break
-        yield text[first : cut[0]]
-        first = cut[1]
-    yield text[first:]
-
-
-def _safe_cut(text: str, low: int, high: int, encoder: Any) -> tuple[int, int] | None:
-    """The last safe cut between the characters `low` and `high`, as (end of a piece, beginning of the next one); None
-    if none of the positions that were tried is safe.
-    """
-    low = max(low, high - (1 << 16))
-    places = range(high, low, -1)
-    words = [p for p in places if text[p] == " " and text[p - 1].isalpha() and text[p + 1 : p + 2].isalpha()][
-        :MAX_CUT_ATTEMPTS
-    ]
-    ends = [p for p in places if text[p - 1] == "\n" and not text[p].isspace()][:MAX_CUT_ATTEMPTS]
-    for end, following in itertools.chain(
-        ((p, p + skipped) for p in words for skipped in (0, 1)),
-        ((p, p) for p in ends),
-        ((p, p) for p in places[:MAX_CUT_ATTEMPTS]),
-    ):
-        parts = (
-            text[end - CUT_CONTEXT : end + CUT_CONTEXT],
-            text[end - CUT_CONTEXT : end],
-            text[following : end + CUT_CONTEXT],
-        )
-        whole, left, right = (encoder.encode(part, add_special_tokens=False).ids for part in parts)
-        if whole == left + right:
-            return end, following
-    return None
-
-
 def _batches(samples: Samples, task: dict[str, int], bad: list, report: Report) -> Iterator[list[str]]:
-    """Yield the documents of a task in lists of at most CHARACTERS_AT_ONCE characters together; a longer document has a
-    list of its own. Appends (name, reason) to `bad` for each document that cannot be read.
+    """Yield the documents of a task in lists of at most CHARACTERS_AT_ONCE characters together; a longer document is a
+    list of one. Appends (name, reason) to `bad` for each document that cannot be read.
     """
     texts: list[str] = []
     size = 0
     for number in range(task["first"], task["first"] + task["count"]):
         report(1)
         try:
-            text = samples.read(number, ("txt",))["txt"].decode()
+            text, reason = samples.read(number, ("txt",))["txt"].decode(), ""
         except UnicodeDecodeError as error:
-            bad.append(("/".join(samples.name(number)), f"is not UTF-8 ({error.reason} at byte {error.start})"))
-            continue
+            reason = f"is not UTF-8 ({error.reason} at byte {error.start})"
         except KeyError:
-            bad.append(("/".join(samples.name(number)), "has no .txt member"))
-            continue
-        except Damaged as reason:
-            bad.append(("/".join(samples.name(number)), str(reason)))
+            reason = "has no .txt member"
+        except Damaged as damage:
+            reason = str(damage)
+        if reason:
+            bad.append(("/".join(samples.name(number)), reason))
             continue
         if texts and size + len(text) > CHARACTERS_AT_ONCE:
             yield texts
@@ -292,15 +251,15 @@ def _batches(samples: Samples, task: dict[str, int], bad: list, report: Report) 
 
 class _BlockWriter:
     """Writes the tokens of documents to a tar, block by block. It holds one block and one piece of a document in
-    memory.
+    memory. `shard_end`: the tokens at the end of the shard.
 
-    Each block ends with the first token of the next one, since the last input of a row needs a target.
+    Each block ends with the first token of the next one, because the last input of a row needs a target.
     """
 
-    def __init__(self, file: IO[bytes], kind: np.dtype, block: int, name: str, last: list[int]):
+    def __init__(self, file: IO[bytes], dtype: np.dtype, block: int, name: str, shard_end: list[int]):
         self.tar = tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by close)
-        self.kind, self.block, self.name, self.last = kind, block, name, last  # `last`: tokens that end the shard
-        self.waiting = np.zeros(0, kind)  # tokens that are not written yet
+        self.dtype, self.block, self.name, self.shard_end = dtype, block, name, shard_end
+        self.waiting = np.zeros(0, dtype)  # tokens that are not written yet
         # For each document that begins in `waiting`: the position of its first token there, and the bytes of its text.
         self.starts: list[int] = []
         self.sizes: list[int] = []
@@ -320,18 +279,20 @@ class _BlockWriter:
             self._append(ids)
 
     def _append(self, ids: list[int]) -> None:
-        self.waiting = np.concatenate([self.waiting, np.array(ids, self.kind)])
+        self.waiting = np.concatenate([self.waiting, np.array(ids, self.dtype)])
         self.count += len(ids)
         while len(self.waiting) > self.block + 1:  # `close` writes the rest, as the last block of the shard
-            self._put(self.block + 1)
-            rest = [(start - self.block, size) for start, size in zip(self.starts, self.sizes, strict=True)]
-            self.starts, self.sizes = ([pair[n] for pair in rest if pair[0] >= 0] for n in (0, 1))
+            self._write_block(self.block + 1)
+            written = bisect.bisect_left(self.starts, self.block)  # documents that begin in the written block
+            self.starts = [start - self.block for start in self.starts[written:]]
+            self.sizes = self.sizes[written:]
             self.waiting = self.waiting[self.block :]
 
-    def _put(self, size: int) -> None:
+    def _write_block(self, size: int) -> None:
+        """Write the first `size` waiting tokens as a block."""
         data = self.waiting[:size].tobytes()
-        here = bisect.bisect_left(self.starts, size)
-        docs = token_blocks.pack_docs(self.starts[:here], self.sizes[:here], data, self.kind.itemsize)
+        documents = bisect.bisect_left(self.starts, size)  # that begin in the block
+        docs = token_blocks.pack_docs(self.starts[:documents], self.sizes[:documents], data, self.dtype.itemsize)
         for extension, content in ((token_blocks.DOCS, docs), (token_blocks.TOKENS, data)):
             member = tarfile.TarInfo(f"{self.name}-{self.number:06d}.{extension}")
             member.size = len(content)
@@ -340,10 +301,11 @@ class _BlockWriter:
         self.number += 1
 
     def close(self) -> None:
+        """Write the last block and close the tar."""
         if self.documents:
-            self._append(self.last)
+            self._append(self.shard_end)
         if len(self.waiting) > 1:
-            self._put(len(self.waiting))
+            self._write_block(len(self.waiting))
         self.tar.close()
 
 
@@ -365,7 +327,7 @@ def _publish(
 ) -> None:
     write_bad_list(folder, summary["bad"])
     tokenizer.write_folder(folder.shards, vocabulary)
-    about_tokens = {
+    tokens_entry = {
         "format": token_blocks.JOINED if inputs.get("joined") else token_blocks.FORMAT,
         "dtype": tokenizer.smallest_dtype(vocabulary.size).str,
         "block": inputs["block"],
@@ -378,7 +340,7 @@ def _publish(
         **{key: summary[key] for key in LOSSES if summary[key]},
     }
     build = {**summary, "bad": len(summary["bad"]), "from": inputs}
-    index.write(folder.shards, say, {"source": "tokens", "tokens": about_tokens, "build": build}, workers)
+    index.write(folder.shards, say, {"source": "tokens", "tokens": tokens_entry, "build": build}, workers)
     folder.publish()
 
 
@@ -387,15 +349,12 @@ def describe(summary: dict[str, Any], target: str) -> list[str]:
     bad = summary["bad"]
     out = left_out(bad, target)
     if summary.get("finished"):
-        out.append(f"{target}: is complete already and was made from the same text; nothing was done")
-    for key, what in zip(
-        LOSSES,
-        ("tokens stand for text that the tokenizer does not know", "characters were dropped by the tokenizer"),
-        strict=True,
-    ):
+        out.append(f"{target}: was built before, from the same text; nothing was done")
+    loss_texts = ("tokens stand for text that the tokenizer does not know", "characters were dropped by the tokenizer")
+    for key, loss_text in zip(LOSSES, loss_texts, strict=True):
         if summary.get(key):
             out.append(
-                f"warning: {summary[key]} {what} ({summary[key] / max(1, summary['tokens']):.2%} of all tokens):"
+                f"warning: {summary[key]} {loss_text} ({summary[key] / max(1, summary['tokens']):.2%} of all tokens):"
                 " the model is not trained on this text, and bits per byte do not measure how well it predicts it;"
                 " a byte-level tokenizer (--vocab N) loses no text"
             )

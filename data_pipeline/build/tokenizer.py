@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909; bytes as in GPT-2) trained on text shards with the
+"""Train a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909; bytes as in GPT-2) on text shards, with the
 `tokenizers` library.
 """
 
@@ -19,10 +19,10 @@ from data_pipeline.shards.vocabulary import CONFIG, SENTINEL, TOKENIZER, Vocabul
 from data_pipeline.storage.urls import write_atomically
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>")
-SENTINELS = tuple(f"<extra_id_{n}>" for n in range(100))  # those of T5, which the name "sentinels" stands for
-MAX_TRAINING_BYTES = 256 << 20  # of text that a tokenizer is trained on
-MAX_RUNS = 4096  # runs of neighbouring documents, from which a part of a larger set is taken
-MAX_DOCUMENT_CHARACTERS = 1 << 20  # read of a document, so that a long one does not dominate
+SENTINELS = tuple(f"<extra_id_{n}>" for n in range(100))  # those of T5; `--specials sentinels` adds all of them
+MAX_TRAINING_BYTES = 256 << 20  # bytes of text that a tokenizer is trained on
+MAX_RUNS = 4096  # runs of consecutive documents that are read from a larger set
+MAX_DOCUMENT_CHARACTERS = 1 << 20  # the rest of a longer document is not used, so that it does not dominate
 
 
 def train(
@@ -34,16 +34,17 @@ def train(
     say: Callable[[str], None] = output.say,
 ) -> Vocabulary:
     """Train a byte-level BPE of `size` tokens on text shards, and write it to `target`. Of a larger set, `limit` bytes
-    from all over it are used.
+    are used, spread over the whole set.
 
-    `specials`: special tokens beside SPECIALS; "sentinels" among them stands for the hundred of T5. The same shards
-    give the same file. `target`: a name that ends in .json, or a folder, which gets tokenizer.json and
+    `specials`: special tokens in addition to SPECIALS; "sentinels" adds the hundred of T5. The same shards give the
+    same file. `target`: a name that ends in .json, or a folder, which gets tokenizer.json and
     tokenizer_config.json.
     """
-    names = list(dict.fromkeys([*SPECIALS, *(s for n in specials for s in (SENTINELS if n == "sentinels" else [n]))]))
-    least = 256 + len(names)
-    if not least <= size <= 1 << 24:
-        raise DataError(f"--vocab {size}: write {least} (256 bytes and {len(names)} special tokens) to {1 << 24}")
+    added = [token for name in specials for token in (SENTINELS if name == "sentinels" else [name])]
+    names = list(dict.fromkeys([*SPECIALS, *added]))
+    smallest = 256 + len(names)
+    if not smallest <= size <= 1 << 24:
+        raise DataError(f"--vocab {size}: write {smallest} (256 bytes and {len(names)} special tokens) to {1 << 24}")
     tokenizers = need_tokenizers()
     samples = Samples([source] if isinstance(source, str) else list(source))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -60,7 +61,9 @@ def train(
     text = tokenizer.to_str(pretty=False)
     vocabulary = Vocabulary.parse(with_template(text, Vocabulary.parse(text).bos))
     if vocabulary.size < size:
-        say(f"{samples.names}: the text is enough for {vocabulary.size} tokens only; the tokenizer has so many")
+        say(
+            f"{samples.names}: the tokenizer has only {vocabulary.size} tokens, because the text is not enough for more"
+        )
     if str(target).endswith(".json"):
         write_atomically(str(target), [vocabulary.text.encode()])
     else:
@@ -69,9 +72,9 @@ def train(
 
 
 def texts(samples: Samples, limit: int = MAX_TRAINING_BYTES) -> Iterator[str]:
-    """At most `limit` bytes of the documents: all of them, or runs of neighbours that are spread evenly.
+    """At most `limit` bytes of the documents: all documents, or runs of consecutive ones that are spread evenly.
 
-    Damaged documents are passed over.
+    Damaged documents are skipped.
     """
     if "txt" not in samples.extensions:
         present = ", ".join(f".{e}" for e in samples.extensions)
@@ -90,7 +93,7 @@ def texts(samples: Samples, limit: int = MAX_TRAINING_BYTES) -> Iterator[str]:
 
 
 def document(samples: Samples, number: int) -> str:
-    """The text of a sample; "" if it is damaged or no UTF-8."""
+    """The text of a sample; "" if it is damaged or not UTF-8."""
     try:
         return samples.read(number, ("txt",)).get("txt", b"").decode()
     except (Damaged, UnicodeDecodeError):
@@ -98,24 +101,23 @@ def document(samples: Samples, number: int) -> str:
 
 
 def write_folder(folder: str, vocabulary: Vocabulary) -> None:
-    """Write both files of a tokenizer, so that `transformers.AutoTokenizer` opens the folder.
-
-    Files with these names are replaced.
-    """
+    """Write tokenizer.json and tokenizer_config.json, so that `transformers.AutoTokenizer` opens the folder. Existing
+    files are replaced."""
     config = json.loads(vocabulary.config) if vocabulary.config else _config(vocabulary)
     write_atomically(f"{folder}/{TOKENIZER}", [vocabulary.text.encode()])
     write_atomically(f"{folder}/{CONFIG}", [(json.dumps(config, indent=1) + "\n").encode()])
 
 
 def _config(vocabulary: Vocabulary) -> dict[str, object]:
+    """The content of tokenizer_config.json for a tokenizer that has none."""
     added = {token["id"]: token["content"] for token in json.loads(vocabulary.text).get("added_tokens") or []}
     roles = {role: getattr(vocabulary, role) for role in ("bos", "eos", "pad", "mask")}
     out: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     out |= {f"{role}_token": added[number] for role, number in roles.items() if number in added}
-    more = [name for name in added.values() if SENTINEL.match(name)]
-    return out | ({"additional_special_tokens": more} if more else {})
+    sentinels = [name for name in added.values() if SENTINEL.match(name)]
+    return out | ({"additional_special_tokens": sentinels} if sentinels else {})
 
 
 def smallest_dtype(size: int) -> np.dtype:
-    """The smallest type that holds every token of a vocabulary of `size` tokens."""
+    """The smallest dtype for the tokens of a vocabulary of `size` tokens."""
     return np.dtype("<u2" if size <= 1 << 16 else "<u4")

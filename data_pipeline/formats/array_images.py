@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import Damaged
-from data_pipeline.formats.image_formats import WrongChannels, decoder
+from data_pipeline.formats.image_formats import WrongChannels, errors_as_damage
 
 
 class ArrayHeader(NamedTuple):
@@ -23,17 +23,18 @@ class ArrayHeader(NamedTuple):
 
 
 def read_array_header(data: bytes) -> ArrayHeader:
-    """The header of a .npy file. Raises `Damaged` for another version, dtype or number of dimensions than are read."""
+    """The header of a .npy file. Raises `Damaged` for a version, dtype or number of dimensions that is not
+    supported."""
     stream = io.BytesIO(data)
-    with decoder():
+    with errors_as_damage():
         version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise Damaged(f".npy of version {version[0]}.{version[1]}, but 1.0 and 2.0 are read")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    with decoder():
+    with errors_as_damage():
         shape, columns_first, dtype = read(stream)
-    plain = dtype.kind == "u" and dtype.itemsize in (1, 2) and len(shape) in (2, 3)
-    if not plain or min(shape) < 0 or shape[2:] == (0,):
+    supported = dtype.kind == "u" and dtype.itemsize in (1, 2) and len(shape) in (2, 3)
+    if not supported or min(shape) < 0 or shape[2:] == (0,):
         raise Damaged(f".npy holds {dtype} {list(shape)}, but uint8 or uint16 [H, W, C] is read")
     shape = shape if len(shape) == 3 else (*shape, 1)
     return ArrayHeader(shape, dtype, "F" if columns_first else "C", stream.tell())

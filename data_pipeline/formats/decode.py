@@ -1,15 +1,16 @@
-"""Decodes image files strictly: a damaged file raises `Damaged` with the reason and never yields part of an image.
+"""Decode image files strictly: a damaged file raises `Damaged` with the reason, and never gives a part of an image.
 
 The formats are JPEG, PNG, WebP, TIFF, GIF, BMP and numpy's .npy; of an animation the first picture is read. The decoder
-is chosen by the first bytes of a file, not by its name; only .npy goes by the name. An EXIF orientation is applied,
-unless the data set says that its pixels are meant as they are stored. Files that cannot be read faithfully are refused:
-TIFFs of several pages, of 32-bit, signed or floating-point numbers, or of more bands than are read.
+is chosen by the first bytes of a file, not by its name; only .npy files are recognised by their name. An EXIF
+orientation is applied, unless the manifest says that the pixels are to be read as they are stored. Files that cannot be
+read faithfully are refused: TIFFs of several pages, of 32-bit, signed or floating-point numbers, or of more bands than
+are read.
 
 Strict means: a JPEG is damaged if its decoder gives any warning, the checksums of all chunks of a PNG are verified, and
-a file of any format that ends too early is damaged. Other changes of bytes may go unnoticed. A JPEG has no checksum: a
-run of 64 zeros is not noticed at 2 to 70 % of the positions (more at lower quality), a single flipped bit at most
-positions. WebP, TIFF and BMP have no checksums either. The hash that the index has of every member detects all of
-these.
+a file of any format that ends too early is damaged. Other changes of bytes may remain undetected. A JPEG has no
+checksum: a run of 64 zeros is not detected at 2 to 70 % of the positions (more at lower quality), a single flipped bit
+not at most positions. WebP, TIFF and BMP have no checksums either. The hash of every member in the index detects all of
+these changes.
 """
 
 from __future__ import annotations
@@ -24,15 +25,23 @@ from PIL import Image
 
 from common.errors import Damaged
 from data_pipeline.formats.array_images import array_pixels, read_array_header
-from data_pipeline.formats.exif import EXIF, INVERSE_ORIENTATION, ORIENTATION, jpeg_exif, orientation, png_exif, turned
-from data_pipeline.formats.image_formats import ARRAY, IMAGES, JPEG_START, MAX_PIXELS, WrongChannels, decoder
-from data_pipeline.formats.pillow_images import TIFF_BITS, opened, pillow_pixels, tag, unnamed_band
+from data_pipeline.formats.exif import (
+    EXIF,
+    INVERSE_ORIENTATION,
+    ORIENTATION,
+    jpeg_exif,
+    orientation,
+    oriented,
+    png_exif,
+)
+from data_pipeline.formats.image_formats import ARRAY, IMAGES, JPEG_START, MAX_PIXELS, WrongChannels, errors_as_damage
+from data_pipeline.formats.pillow_images import TIFF_BITS, open_image, pillow_pixels, tiff_tag, unnamed_band
 
 # The number of channels of each colour space that simplejpeg can decode to RGB and to luma.
 _PLAIN_JPEG = {"RGB": 3, "YCbCr": 3, "Gray": 1}
-# libjpeg has fast code for full size and for half size and less; other scales take longer to decode than the whole
-# image. Of these, 5/8 takes 1.1 times as long, which is gained back by resizing fewer pixels; 6/8 and 7/8 (1.3 and 1.5
-# times) lose.
+# Scales, in eighths, at which decoding a JPEG saves time. libjpeg has fast code for full size and for half size and
+# less; other scales take longer to decode than the whole image. Of these, 5/8 takes 1.1 times as long, which resizing
+# fewer pixels makes up for; 6/8 and 7/8 (1.3 and 1.5 times as long) do not pay.
 _FAST_EIGHTHS = (1, 2, 3, 4, 5)
 
 
@@ -40,31 +49,31 @@ class ImageFacts(NamedTuple):
     """The result of `inspect`."""
 
     kind: str  # format, bits and channels, as stored
-    low: int  # lowest number
-    high: int  # highest number
+    low: int  # lowest value of a pixel
+    high: int  # highest value of a pixel
     remarks: tuple[str, ...] = ()  # how the pixels differ from the file, for example "turned by EXIF"
 
 
 class _Header(NamedTuple):
-    """`height` and `width` are those of the decoded pixels; `turn` is the EXIF orientation (1: none)."""
+    """What is known of an image before its pixels are decoded."""
 
-    height: int
+    height: int  # of the decoded pixels, with `orientation` applied
     width: int
     reader: str  # "jpeg", "array" or "pillow"
     details: Any = None  # the colour space of a JPEG, or an `ArrayHeader`
-    turn: int = 1
+    orientation: int = 1  # the EXIF orientation to apply; 1: none
 
 
 class Encoded:
-    """An image that is decoded lazily: its size is read from the header, its pixels are decoded when they are asked
-    for.
+    """An image that is decoded lazily: its size is read from the header, its pixels are decoded when `pixels` is
+    called.
 
     `channels`: of the decoded pixels. 3 gives RGB with transparent pixels blended onto white, 1 gives luma. Any other
     number must be that of the file: 2 or 4 in a PNG, WebP or TIFF (grey or RGB with alpha; CMYK), any number in a .npy
     file, which holds a uint8 or uint16 array [H, W, C] or [H, W]. 16-bit grey and 16-bit arrays are scaled from
     0..2^bits - 1 to 0..255 and rounded; larger numbers are refused. `as_stored`: do not apply an EXIF orientation.
-    Every failure raises `Damaged`. `reserve`, if it is set, is called before decoding with the number of bytes that it
-    will use (`Budget`).
+    Every failure raises `Damaged`. `reserve`, if it is set, is called before decoding with the number of bytes that
+    decoding will use (see `Budget`).
     """
 
     def __init__(
@@ -77,7 +86,7 @@ class Encoded:
         max_pixels: int = MAX_PIXELS,
         color: str = "exact",
     ):
-        self.color = color  # how `crops` applies colour operations to it: see `data_pipeline/views/colors.py`
+        self.color = color  # how `crops` applies colour operations to the image: see `data_pipeline/views/colors.py`
         self.data, self.extension, self.channels = data, extension.lower(), channels
         self.bits, self.as_stored, self.max_pixels = bits, as_stored, max_pixels
         self.reserve: Callable[[int], None] | None = None
@@ -92,52 +101,57 @@ class Encoded:
     def pixels(self, shrink: float = 1.0) -> np.ndarray:
         """The whole image, uint8 [h, w, channels].
 
-        With `shrink` of 1.6 or more, a JPEG is decoded at the smallest of the scales 1/8 to 5/8 that keeps both sides
-        at or above side / shrink; other formats are decoded at full size. libjpeg averages blocks there, so an image
-        decoded at half size has the same detail as a resized one.
+        With `shrink` of 1.6 or more, a JPEG is decoded at the smallest of the scales 1/8 to 5/8 that is at least
+        1 / shrink; other formats are decoded at full size. libjpeg averages blocks of pixels, so an image decoded at
+        half size has the same detail as a resized one.
         """
         header = self._read_header()
         if self.reserve:
             self.reserve(self.decode_bytes(shrink))
         if header.reader == "jpeg":
-            return turned(self._jpeg(header, shrink), header.turn)
+            return oriented(self._jpeg(header, shrink), header.orientation)
         if header.reader == "array":
             return array_pixels(self.data, header.details, self.channels, self.bits)
-        return turned(pillow_pixels(self.data, self.channels, self.bits), header.turn)
+        return oriented(pillow_pixels(self.data, self.channels, self.bits), header.orientation)
 
     def _read_header(self) -> _Header:
         if self._header is None:
             header = _header(self.data, self.extension, self.as_stored)
-            if not (0 < (count := header.height * header.width) <= self.max_pixels):
+            count = header.height * header.width
+            if not 0 < count <= self.max_pixels:
                 more = "; data.max_pixels, and --max-pixels of `shards build`, allow more" if count else ""
                 raise Damaged(f"{header.width}×{header.height} pixels, but 1 to {self.max_pixels} are allowed{more}")
             self._header = header
         return self._header
 
     def decode_bytes(self, shrink: float = 1.0) -> int:
-        """Roughly the peak memory of `pixels(shrink)` in bytes, or the size of the pixels and a copy, which a view
-        makes of a large box, if that is more.
+        """An estimate of the peak memory of `pixels(shrink)` in bytes, or, if that is more, the size of the pixels and
+        of one copy, which a view makes of a large box.
         """
         header = self._read_header()
-        out = self.channels * (_scale(shrink) ** 2 if header.reader == "jpeg" else 1)  # bytes per pixel of the file
+        # bytes per pixel of the file: of the result, and of the decoder's own memory
+        result = self.channels * (_scale(shrink) ** 2 if header.reader == "jpeg" else 1)
         if header.reader == "array":
             shape, dtype = header.details.shape, header.details.dtype
             scratch = shape[2] * (5 if dtype.itemsize > 1 else 1)
-        else:  # Pillow's own copy; its WebP decoder makes four
-            scratch = 0 if header.reader == "jpeg" else 16 if self.data.startswith(b"RIFF") else 4
-            if self.data.startswith(JPEG_START) and _needs_all_coefficients(self.data):
-                scratch += 2 * max(3, scratch)  # two bytes for each coefficient
-        return round(header.height * header.width * max(2 * out, out + scratch))
+        elif header.reader == "jpeg":
+            scratch = 0
+        else:
+            is_webp = self.data.startswith(b"RIFF")
+            scratch = 16 if is_webp else 4  # one RGBA copy; the decoder of WebP makes four
+        if self.data.startswith(JPEG_START) and _needs_all_coefficients(self.data):
+            scratch += 2 * max(3, scratch)  # two bytes for each coefficient
+        return round(header.height * header.width * max(2 * result, result + scratch))
 
     def _jpeg(self, header: _Header, shrink: float) -> np.ndarray:
         if self.channels not in (1, 3):
             raise WrongChannels(_PLAIN_JPEG[header.details], self.channels)
         scale = _scale(shrink)
         height, width = math.ceil(header.height * scale), math.ceil(header.width * scale)  # as libjpeg rounds
-        if header.turn >= 5:
+        if header.orientation >= 5:  # rotated by 90°; simplejpeg expects the stored sides
             height, width = width, height
         colors = "RGB" if self.channels == 3 else "GRAY"
-        with decoder():
+        with errors_as_damage():
             return simplejpeg.decode_jpeg(self.data, colors, min_height=height, min_width=width, strict=True)
 
 
@@ -149,7 +163,7 @@ def decode_image(data: bytes, extension: str, channels: int = 3, bits: int = 16,
 def inspect(
     data: bytes, extension: str, bits: int = 16, as_stored: bool = False, max_pixels: int = MAX_PIXELS
 ) -> ImageFacts:
-    """Decode a whole file with the channels that it has, and describe it.
+    """Decode a whole file with the channels that it has, and return facts about it.
 
     Raises `Damaged` if no number of channels can read it.
     """
@@ -163,20 +177,20 @@ def inspect(
         return ImageFacts(
             f"NPY, {8 * dtype.itemsize} bits, {_channels(shape[2])}", int(values.min()), int(values.max())
         )
-    orientation_remark = ("turned by EXIF",) * (header.turn > 1 and not as_stored)
+    orientation_remark = ("turned by EXIF",) * (header.orientation > 1 and not as_stored)
     if header.reader == "jpeg":
         pixels = encoded.pixels()
         kind = f"JPEG, 8 bits, {_channels(_PLAIN_JPEG[header.details])}"
         return ImageFacts(kind, int(pixels.min()), int(pixels.max()), orientation_remark)
-    with opened(data) as image:
-        kind, depth_remark, turn = _stored(image, data)
-        orientation_remark = orientation_remark or ("turned by EXIF",) * (not as_stored and turn > 1)
-        with decoder():
+    with open_image(data) as image:
+        kind, depth_remark, tiff_orientation = _describe_stored(image, data)
+        orientation_remark = orientation_remark or ("turned by EXIF",) * (not as_stored and tiff_orientation > 1)
+        with errors_as_damage():
             animated = image.format != "TIFF" and getattr(image, "is_animated", False)
         encoded.channels = 4 if image.format == "TIFF" and unnamed_band(image) else 3
         pixels = encoded.pixels()
         if image.mode.startswith("I"):
-            with decoder():
+            with errors_as_damage():
                 image.load()
                 pixels = np.asarray(image)
     animation_remark = ("animation, first picture",) * animated
@@ -185,24 +199,24 @@ def inspect(
 
 
 def _scale(shrink: float) -> float:
-    """The scale at which a JPEG is decoded: the smallest fast one of at least 1 / shrink, or 1."""
-    return next((m / 8 for m in _FAST_EIGHTHS if m * shrink >= 8), 1.0)
+    """The scale at which a JPEG is decoded: the smallest fast one of at least 1 / shrink, or 1 if there is none."""
+    return next((eighths / 8 for eighths in _FAST_EIGHTHS if eighths * shrink >= 8), 1.0)
 
 
 def _channels(count: int) -> str:
     return f"{count} channel{'s' * (count > 1)}"
 
 
-def _stored(image: Image.Image, data: bytes) -> tuple[str, tuple[str, ...], int]:
+def _describe_stored(image: Image.Image, data: bytes) -> tuple[str, tuple[str, ...], int]:
     """(format, bits and channels as text; remarks if fewer bits are read than stored; the orientation of a TIFF)."""
-    bits, turn, bands = 8, 1, len(image.getbands())
+    bits, tiff_orientation, bands = 8, 1, len(image.getbands())
     if image.format == "PNG":
         bits = data[24]  # of the IHDR chunk
     elif image.format == "TIFF":
-        bits, turn = max(tag(image, TIFF_BITS, 1)), tag(image, ORIENTATION, 1)[0]
+        bits, tiff_orientation = max(tiff_tag(image, TIFF_BITS, 1)), tiff_tag(image, ORIENTATION, 1)[0]
     palette = ", palette" if image.mode in ("P", "PA") else ""
     sixteen_bit = ("16-bit colours, read at 8 bits",) * (bits > 8 and not image.mode.startswith("I"))
-    return f"{image.format}, {bits} bits, {_channels(bands)}{palette}", sixteen_bit, turn
+    return f"{image.format}, {bits} bits, {_channels(bands)}{palette}", sixteen_bit, tiff_orientation
 
 
 def _header(data: bytes, extension: str, as_stored: bool) -> _Header:
@@ -212,38 +226,41 @@ def _header(data: bytes, extension: str, as_stored: bool) -> _Header:
         array = read_array_header(data)
         return _Header(array.shape[0], array.shape[1], "array", array)
     if extension not in IMAGES:
-        raise Damaged(f".{extension} is no image; the extensions read are {', '.join((*IMAGES, ARRAY))}")
+        raise Damaged(
+            f".{extension} is not the extension of an image format that is read; these are"
+            f" {', '.join((*IMAGES, ARRAY))}"
+        )
     if data.startswith(JPEG_START):
-        with decoder():
+        with errors_as_damage():
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        turn = 1 if as_stored else orientation(jpeg_exif(data))
-        if turn >= 5:
+        to_apply = 1 if as_stored else orientation(jpeg_exif(data))
+        if to_apply >= 5:
             height, width = width, height
-        return _Header(height, width, "jpeg" if space in _PLAIN_JPEG else "pillow", space, turn)
-    with opened(data) as image:
+        return _Header(height, width, "jpeg" if space in _PLAIN_JPEG else "pillow", space, to_apply)
+    with open_image(data) as image:
         height, width = image.height, image.width
         if image.format == "TIFF":  # Pillow applies the orientation when it loads the file
-            turn = INVERSE_ORIENTATION.get(tag(image, ORIENTATION, 1)[0], 1) if as_stored else 1
+            to_apply = INVERSE_ORIENTATION.get(tiff_tag(image, ORIENTATION, 1)[0], 1) if as_stored else 1
         else:
             exif = png_exif(data) if image.format == "PNG" else image.info.get("exif", b"")
-            turn = 1 if as_stored else orientation(exif.removeprefix(EXIF))
-        if turn >= 5:
+            to_apply = 1 if as_stored else orientation(exif.removeprefix(EXIF))
+        if to_apply >= 5:
             height, width = width, height
-        return _Header(height, width, "pillow", None, turn)
+        return _Header(height, width, "pillow", None, to_apply)
 
 
 def _needs_all_coefficients(data: bytes) -> bool:
-    """Whether a JPEG stores channels or frequencies one after the other, so that its decoder holds the coefficients of
-    the whole image in memory.
+    """Whether a JPEG stores its channels in separate scans, or is progressive, so that its decoder holds the
+    coefficients of the whole image in memory. True if the markers of the file cannot be read.
     """
-    place, channels = 2, 0
-    while data[place : place + 1] == b"\xff" and place + 10 <= len(data):
-        kind = data[place + 1]
-        if kind == 0xDA:  # the first scan
-            return data[place + 4] < channels
-        if kind in (0xC0, 0xC1, 0xC2):  # the frame
-            if kind == 0xC2:
-                return True
-            channels = data[place + 9]
-        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    offset, channels = 2, 0  # of the current segment; of the frame
+    while data[offset : offset + 1] == b"\xff" and offset + 10 <= len(data):
+        marker = data[offset + 1]
+        if marker == 0xC2:  # a progressive frame
+            return True
+        if marker in (0xC0, 0xC1):  # a sequential frame
+            channels = data[offset + 9]
+        elif marker == 0xDA:  # the first scan, with the number of its channels
+            return data[offset + 4] < channels
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4])
     return True

@@ -12,9 +12,10 @@ DECODE_MB = 1024.0  # default limit (`data.decode_mb`)
 
 
 class Budget:
-    """`total` bytes for all threads; only a single lease that is larger alone may exceed it.
+    """A budget of `total` bytes for all threads. It is exceeded only by a lease of more than `total` bytes, which waits
+    until it is the only one.
 
-    `used`: bytes in use now; `peak`: the most so far.
+    `used`: bytes in use now; `peak`: the largest `used` so far.
     """
 
     def __init__(self, total: float = DECODE_MB * 2**20):
@@ -26,13 +27,13 @@ class Budget:
 
     @contextmanager
     def lease(self) -> Iterator[Callable[[int], None]]:
-        """Yields `take(bytes)`, which waits until so many bytes are free, or no other lease uses any. They are freed
-        when the context ends.
+        """Yields `take(amount)`, which reserves bytes: it waits until they are free, or until no other lease uses any.
+        They are freed when the context ends.
 
-        A lease uses the maximum of its demands, not their sum: an image that is decoded twice is in memory once. Only
-        the first demand waits, because two leases that both use some bytes could wait for each other for ever.
+        A lease uses the maximum of the amounts, not their sum: an image that is decoded twice is in memory once. Only
+        the first call waits, because two leases that both use some bytes could wait for each other for ever.
         """
-        own = 0
+        own = 0  # bytes that this lease uses
 
         def take(amount: int) -> None:
             nonlocal own

@@ -20,7 +20,7 @@ def jpeg_exif(data: bytes) -> bytes:
     """The content of the EXIF segment of a JPEG; b"" if there is none. Only segments before the first frame header are
     searched.
     """
-    offset = 2  # of the segment's marker; the first two bytes of the file mark its start
+    offset = 2  # the first marker of a segment comes after the two bytes that mark a JPEG
     while data[offset : offset + 1] == b"\xff" and data[offset + 1 : offset + 2] >= b"\xe0":
         size = int.from_bytes(data[offset + 2 : offset + 4])
         if data[offset + 1] == 0xE1 and data.startswith(EXIF, offset + 4):  # segment APP1
@@ -31,7 +31,8 @@ def jpeg_exif(data: bytes) -> bytes:
 
 def png_exif(data: bytes) -> bytes:
     """The content of the eXIf chunk of a PNG, which may come after the pixels; b"" if there is none."""
-    offset, last = len(PNG_START), data.rfind(b"eXIf") - 4  # of the current chunk; of the last one that may be eXIf
+    offset = len(PNG_START)  # of the current chunk
+    last = data.rfind(b"eXIf") - 4  # offset of the last chunk that may be eXIf
     while offset <= last:
         size, kind = struct.unpack_from(">I4s", data, offset)
         if kind == b"eXIf":
@@ -61,12 +62,13 @@ def orientation(exif: bytes) -> int:
     return 1
 
 
-def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """Pixels [H, W, C], mirrored or rotated as the EXIF orientation `turn` (1 to 8) demands."""
-    if turn in (5, 6, 7, 8):
+def oriented(pixels: np.ndarray, number: int) -> np.ndarray:
+    """Pixels [H, W, C], mirrored or rotated as the EXIF orientation `number` (1 to 8) says: [H, W, C], or [W, H, C] for
+    5 to 8."""
+    if number in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
-    if turn in (3, 4, 7, 8):
+    if number in (3, 4, 7, 8):
         pixels = pixels[::-1]
-    if turn in (2, 3, 6, 7):
+    if number in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)

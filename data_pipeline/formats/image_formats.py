@@ -1,4 +1,4 @@
-"""The image formats that are read: the extensions of their members, and limits. Light: it imports no decoder."""
+"""The image formats that are read: the extensions of their members, and limits. This module imports no decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ JPEG = ("jpg", "jpeg")
 IMAGES = (*JPEG, "png", "webp", "bmp", "tif", "tiff", "gif", "jfif", "jpe")
 ARRAY = "npy"
 IMAGE_MEMBERS = (*IMAGES, ARRAY)  # extensions of members that can be a sample's image
-MAX_PIXELS = 100_000_000  # default limit; a larger image is taken for damage or an attack
+MAX_PIXELS = 100_000_000  # default limit; a larger image counts as damaged, or as an attack
 MAX_PIXELS_LIMIT = 1 << 30  # the largest limit that a caller may set
 
 JPEG_START, PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
@@ -19,11 +19,11 @@ WRITE_ARRAY = "write it as a .npy array of uint8 or uint16 [H, W, C]"  # the adv
 
 
 @contextmanager
-def decoder() -> Iterator[None]:
-    """Convert any exception to `Damaged`: on damaged files, decoders raise everything from OSError to KeyError.
+def errors_as_damage() -> Iterator[None]:
+    """Convert any exception of the context to `Damaged`: for damaged files, decoders raise OSError, KeyError and more.
 
-    Only for calls of simplejpeg, Pillow and numpy's header reader: around code of ours it would make a bug look like a
-    damaged file.
+    Use it only for calls of simplejpeg, Pillow and numpy's header reader. With code of our own in the context, a bug
+    would look like a damaged file.
     """
     try:
         yield
@@ -34,11 +34,11 @@ def decoder() -> Iterator[None]:
 
 
 class WrongChannels(Damaged):
-    """An image with another number of channels than asked for.
+    """An image with another number of channels than requested.
 
-    If its neighbours have the same number, an option is wrong, not the data.
+    If its neighbours have the same number, the recipe is wrong, not the data.
     """
 
     def __init__(self, stored: int, wanted: int):
-        super().__init__(f"holds {stored} channels, but {wanted} are asked for")
+        super().__init__(f"holds {stored} channels, but {wanted} are requested")
         self.stored, self.wanted = stored, wanted

@@ -1,7 +1,7 @@
 """Decode the image formats that are read with Pillow: PNG, WebP, TIFF, GIF, BMP, and JPEGs in CMYK.
 
-Pillow accepts some damaged files without an error and drops bands or pages of some TIFFs. Such files raise `Damaged`
-here.
+Pillow accepts some damaged files without an error, and drops bands or pages of some TIFFs. This module raises `Damaged`
+for such files.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from data_pipeline.formats.image_formats import (
     PNG_START,
     WRITE_ARRAY,
     WrongChannels,
-    decoder,
+    errors_as_damage,
 )
 
 # Pillow can open more formats, but its decoders of some of them start other programs, which is not safe.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_TIFF_PAGES = 64  # pages after the image that a TIFF may have: smaller copies of the image, and masks
 STRIP_PIXELS = 1 << 22  # pixels that are converted at a time
-# Numbers of TIFF tags: BitsPerSample, NewSubfileType, PhotometricInterpretation (0: white is zero), SamplesPerPixel,
-# ExtraSamples.
-TIFF_BITS = 258
-_TIFF_PAGE, _TIFF_INVERTED, _TIFF_BANDS, _TIFF_EXTRA = 254, 262, 277, 338
+# Numbers of TIFF tags.
+TIFF_BITS = 258  # BitsPerSample
+_TIFF_PAGE = 254  # NewSubfileType
+_TIFF_INVERTED = 262  # PhotometricInterpretation; 0: white is zero
+_TIFF_BANDS = 277  # SamplesPerPixel
+_TIFF_EXTRA = 338  # ExtraSamples
 
 # Pillow warns of large images, whose size MAX_PIXELS limits already, and of damaged metadata, which is not used. The
 # warnings are ignored for the whole process, because `warnings.catch_warnings` is not thread-safe.
@@ -45,21 +47,21 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS_LIMIT  # Pillow's own limit is lower than th
 
 
 @contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
-    """Open the image in the bytes of a file, without decoding its pixels. Raises `Damaged`."""
-    with decoder():
+def open_image(data: bytes) -> Iterator[Image.Image]:
+    """Open an image from the bytes of its file, without decoding its pixels. Raises `Damaged`."""
+    with errors_as_damage():
         try:
             image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-        except UnidentifiedImageError:  # Pillow's message shows a Python object, not the file
+        except UnidentifiedImageError:  # Pillow's message names a Python object, not the reason
             formats = ", ".join(PILLOW_FORMATS)
             raise Damaged(f"is not in one of the image formats that are read: {formats}") from None
     with image:
         yield image
 
 
-def tag(image: Any, number: int, default: int) -> tuple[int, ...]:
-    """The whole numbers that the TIFF tag `number` holds, or `default`. Raises `Damaged` if it holds anything else."""
-    with decoder():
+def tiff_tag(image: Any, number: int, default: int) -> tuple[int, ...]:
+    """The integers in TIFF tag `number`, or (default,) if the file lacks the tag. Raises `Damaged` for other values."""
+    with errors_as_damage():
         found = image.tag_v2.get(number, default)
     numbers = found if isinstance(found, tuple) and found else (found,)
     if not all(isinstance(each, int) for each in numbers):
@@ -70,31 +72,31 @@ def tag(image: Any, number: int, default: int) -> tuple[int, ...]:
 def pillow_pixels(data: bytes, channels: int, bits: int) -> np.ndarray:
     """Decode the bytes of a file with Pillow to uint8 [H, W, channels]; see `Encoded` for `channels` and `bits`.
 
-    Pillow has applied the EXIF orientation of a TIFF, but of no other format. Raises `Damaged`, or the exceptions of
+    Pillow applies the EXIF orientation of a TIFF, but not of any other format. Raises `Damaged`, or the exceptions of
     Pillow.
     """
     if data.startswith(JPEG_START):
-        # A JPEG in CMYK, which Pillow converts to RGB. As Pillow accepts damaged JPEGs, simplejpeg checks the file
-        # first. It decodes at the smallest scale, 1/8, which still reads all bytes.
-        with decoder():
+        # A JPEG in CMYK, which Pillow converts to RGB. Because Pillow accepts damaged JPEGs, simplejpeg checks the file
+        # first: it decodes at the smallest scale, 1/8, for which it reads all bytes.
+        with errors_as_damage():
             simplejpeg.decode_jpeg(data, "CMYK", min_height=1, min_width=1, strict=True)
     elif data.startswith(PNG_START):
         _check_png(data)
-    with opened(data) as image:
+    with open_image(data) as image:
         sixteen_bit = image.mode.startswith("I") and (image.format == "PNG" or image.mode.startswith("I;16"))
         if image.mode.startswith("I") and not sixteen_bit:
             raise Damaged(f"holds 32-bit or signed numbers, whose range of values is not known; {WRITE_ARRAY}")
         inverted = False
         if image.format == "TIFF":
             _check_tiff(image, channels)
-            inverted = sixteen_bit and tag(image, _TIFF_INVERTED, 1)[0] == 0
-            bits = min(bits, max(tag(image, TIFF_BITS, 16))) if sixteen_bit else bits
+            inverted = sixteen_bit and tiff_tag(image, _TIFF_INVERTED, 1)[0] == 0
+            bits = min(bits, max(tiff_tag(image, TIFF_BITS, 16))) if sixteen_bit else bits
         elif bits < 16 and image.format == "PNG" and data[24] == 16 and not sixteen_bit:
             raise Damaged(
                 f"is a PNG of 16-bit colours: Pillow keeps only their highest 8 bits, so `bits` = {bits} cannot be"
                 f" applied; {WRITE_ARRAY}"
             )
-        with decoder():
+        with errors_as_damage():
             image.load()
         if not sixteen_bit:
             return _in_strips(image, lambda part: _convert(part, channels))
@@ -123,23 +125,23 @@ def _in_strips(image: Image.Image, convert: Callable[[Image.Image], np.ndarray])
 
 
 def _check_tiff(image: Any, channels: int) -> None:
-    """Raise `Damaged` for a TIFF of which Pillow would drop bands or pages, and WrongChannels for one whose fourth band
-    Pillow would take for transparency.
+    """Raise `Damaged` for a TIFF whose bands or pages Pillow does not read completely, and WrongChannels for one whose
+    fourth band Pillow would read as transparency.
 
-    Leaves `image` at its first page.
+    Afterwards the first page of `image` is selected.
     """
-    stored, read = tag(image, _TIFF_BANDS, 1)[0], len(image.getbands())
+    stored, read = tiff_tag(image, _TIFF_BANDS, 1)[0], len(image.getbands())
     if stored > read:
         raise Damaged(f"holds {stored} bands, but Pillow reads only {read} of them; {WRITE_ARRAY}")
     if channels != 4 and unnamed_band(image):
         raise WrongChannels(4, channels)  # the file does not say that the fourth band is transparency
     for page in range(1, MAX_TIFF_PAGES + 1):
-        with decoder():
+        with errors_as_damage():
             try:
                 image.seek(page)
             except EOFError:
                 return image.seek(0)
-        if not tag(image, _TIFF_PAGE, 0)[0] & 5:  # the page is neither a smaller copy (1) nor a mask (4)
+        if not tiff_tag(image, _TIFF_PAGE, 0)[0] & 5:  # the page is neither a smaller copy (1) nor a mask (4)
             break
     raise Damaged(
         "is a TIFF of several pages; write each page to a file of its own, or all of them to a .npy array of uint8 or"
@@ -149,7 +151,7 @@ def _check_tiff(image: Any, channels: int) -> None:
 
 def unnamed_band(image: Any) -> bool:
     """Whether Pillow reads the fourth band of a TIFF as transparency although the file does not say so."""
-    with decoder():
+    with errors_as_damage():
         return image.mode == "RGBA" and not image.tag_v2.get(_TIFF_EXTRA)
 
 
@@ -177,7 +179,7 @@ def _convert(image: Image.Image, channels: int) -> np.ndarray:
         if len(image.getbands()) != channels:
             raise WrongChannels(len(image.getbands()), channels)
         return np.array(image)
-    with decoder():
+    with errors_as_damage():
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

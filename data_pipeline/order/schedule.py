@@ -22,9 +22,8 @@ import numpy as np
 from common.errors import DataError
 from data_pipeline.order.permutation import VERSION, Order
 
-PERIOD = (
-    10007  # length of the mixing sequence; prime, so that every lane, which steps through it by L, visits all of it
-)
+# The length of the mixing sequence. It is prime, so that a lane, which takes every L-th entry, visits all entries.
+PERIOD = 10007
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,12 @@ class Phase:
 
 
 class Slots(NamedTuple):
-    """n slots as arrays [n]: the dataset, the lane, how many samples of the dataset came before in this lane, and the
-    global index of the sample, epoch · (samples of the dataset) + sample.
-    """
+    """n slots, as arrays [n]."""
 
     dataset: np.ndarray
     lane: np.ndarray
-    place: np.ndarray
-    global_index: np.ndarray
+    place: np.ndarray  # how many samples of the dataset came before in this lane
+    global_index: np.ndarray  # epoch · (number of samples of the dataset) + sample
 
 
 def even_sequence(shares: np.ndarray, period: int = PERIOD) -> np.ndarray:
@@ -65,10 +62,11 @@ def even_sequence(shares: np.ndarray, period: int = PERIOD) -> np.ndarray:
     slack = period / max(1, 2 * len(active) - 2)
     times_chosen, out = [0] * len(counts), np.empty(period, np.int32)
     for t in range(1, period + 1):
-        # (how far the option is behind its share, in units of 1 / period; its count; the option)
+        # (lag of the option behind its share, in units of 1 / period; its count; the option)
         lags = [(n * t - times_chosen[d] * period, n, d) for d, n in active]
-        # Among the options that are far enough behind, choose the one that has to be chosen soonest to stay within 1.
-        _, d = min(((period - slack - lag) / n, d) for lag, n, d in lags if lag >= slack - 0.5 or len(active) == 1)
+        # Among the options that lag enough, choose the one that has the least time left before it deviates by 1.
+        candidates = [(lag, n, d) for lag, n, d in lags if lag >= slack - 0.5 or len(active) == 1]
+        _, d = min(((period - slack - lag) / n, d) for lag, n, d in candidates)
         times_chosen[d] += 1
         out[t - 1] = d
     return out
@@ -77,7 +75,7 @@ def even_sequence(shares: np.ndarray, period: int = PERIOD) -> np.ndarray:
 class _PhaseOrder:
     """The order of one phase: which dataset is at which place of which lane.
 
-    `base` [D, lanes]: how many samples of each dataset each lane has read before the phase.
+    `base` [D, lanes]: how many samples of each dataset each lane has read before the phase. D: number of datasets.
     """
 
     def __init__(self, phase: Phase, lanes: int, base: np.ndarray):
@@ -85,34 +83,33 @@ class _PhaseOrder:
         self.per_lane = phase.batch // lanes
         weights = np.array(phase.weights, float)
         sequence = even_sequence(weights / weights.sum() if weights.any() else np.ones(1))
-        # Lane l takes the choices l, l + lanes, l + 2 · lanes, … of the periodic sequence. `along` has those of lane 0;
-        # those of lane l are the same, but begin at `shift[l]`. `before` [D, 2·PERIOD + 1]: how often each dataset
-        # occurs in the first n entries of two periods of `along`.
-        self.along = along = sequence[np.arange(PERIOD) * lanes % PERIOD]
+        # Lane l takes the entries l, l + lanes, l + 2 · lanes, … of the periodic sequence. `lane_sequence` has those of
+        # lane 0; those of lane l are the same, but begin at entry `shift[l]` of it.
+        self.lane_sequence = sequence[np.arange(PERIOD) * lanes % PERIOD]
         self.shift = np.arange(lanes) * pow(lanes, -1, PERIOD) % PERIOD
-        chosen = np.concatenate([along, along])[None] == np.arange(len(weights))[:, None]
-        self.before = np.pad(chosen.cumsum(1), ((0, 0), (1, 0)))
-        # `kinds` [PERIOD]: the kind of each step, −1 for mixed, or the dataset that fills it.
-        # `kinds_before` [1 + D, PERIOD + 1]: how often each kind occurs in the first n entries of `kinds`.
+        # [D, 2·PERIOD + 1]: how often each dataset occurs in the first n entries of two periods of `lane_sequence`.
+        self.dataset_counts = _counts_before(np.tile(self.lane_sequence, 2), range(len(weights)))
+        # [PERIOD]: the kind of each step, −1 for mixed, or the dataset that fills it.
         shares = np.array(phase.homogeneous, float)
-        self.kinds = kinds = even_sequence(np.concatenate([[1 - shares.sum()], shares])) - 1
-        self.kinds_before = np.pad((kinds[None] == np.arange(-1, len(shares))[:, None]).cumsum(1), ((0, 0), (1, 0)))
+        self.kinds = even_sequence(np.concatenate([[1 - shares.sum()], shares])) - 1
+        # [1 + D, PERIOD + 1]: how often each kind occurs in the first n entries of `kinds`.
+        self.kind_counts = _counts_before(self.kinds, range(-1, len(shares)))
 
     def _kind_count(self, kind: np.ndarray | int, steps: np.ndarray) -> np.ndarray:
         """How many of the first `steps` steps of the phase are of a kind: −1 for mixed, or the dataset that fills a
         homogeneous step.
         """
         row = np.asarray(kind) + 1
-        return steps // PERIOD * self.kinds_before[row, -1] + self.kinds_before[row, steps % PERIOD]
+        return steps // PERIOD * self.kind_counts[row, -1] + self.kind_counts[row, steps % PERIOD]
 
     def _count(self, dataset: np.ndarray, lane: np.ndarray, places: np.ndarray) -> np.ndarray:
         """How many of the first `places` places of a lane in mixed steps belong to a dataset."""
         shift = self.shift[lane]
-        inside = self.before[dataset, shift + places % PERIOD] - self.before[dataset, shift]
-        return places // PERIOD * self.before[dataset, PERIOD] + inside
+        partial = self.dataset_counts[dataset, shift + places % PERIOD] - self.dataset_counts[dataset, shift]
+        return places // PERIOD * self.dataset_counts[dataset, PERIOD] + partial
 
     def slots(self, steps: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For slots [n] of the global batches at steps [n] of the run: the first three arrays of `Slots`."""
+        """(dataset, lane, place), each [n], as in `Slots`, of the slots [n] of the global batches at steps [n]."""
         lane, inside = slot // self.per_lane, slot % self.per_lane
         if len(self.phase.weights) == 1:
             dataset = np.zeros_like(lane)
@@ -122,7 +119,7 @@ class _PhaseOrder:
         mixed_before = self._kind_count(-1, steps) * self.per_lane  # places of the lane in earlier mixed steps
         homogeneous = kind >= 0
         place = np.where(homogeneous, mixed_before, mixed_before + inside)
-        dataset = np.where(homogeneous, kind, self.along[(place + self.shift[lane]) % PERIOD])
+        dataset = np.where(homogeneous, kind, self.lane_sequence[(place + self.shift[lane]) % PERIOD])
         # Samples of the dataset before: in earlier phases, in mixed steps, in homogeneous steps, and in this step.
         read = self.base[dataset, lane] + self._count(dataset, lane, place)
         read += self._kind_count(dataset, steps) * self.per_lane + np.where(homogeneous, inside, 0)
@@ -180,21 +177,22 @@ class Plan:
         slot = np.arange(first, last, dtype=np.int64)
         return self._slots(self._order_at(step), np.full(slot.shape, step), slot)
 
-    def ahead(self, step: int, steps: int, rank: int, world: int) -> tuple[np.ndarray, Slots]:
+    def slots_of_steps(self, step: int, steps: int, rank: int, world: int) -> tuple[np.ndarray, Slots]:
         """(step of each slot, slots) of process `rank` of `world` in the `steps` steps from `step` on, or only up to
         the end of the phase if it ends earlier.
         """
         phase_order = self._order_at(step)
-        ends = [p.step for p in self.phases if p.step > step]
         size = phase_order.phase.batch // world
-        count = min([steps, *(end - step for end in ends)])
-        at = np.repeat(np.arange(step, step + count), size)
-        return at, self._slots(phase_order, at, np.tile(np.arange(rank * size, (rank + 1) * size), count))
+        count = min([steps, *(p.step - step for p in self.phases if p.step > step)])
+        slot_steps = np.repeat(np.arange(step, step + count), size)
+        own_slots = np.arange(rank * size, (rank + 1) * size)
+        return slot_steps, self._slots(phase_order, slot_steps, np.tile(own_slots, count))
 
     def micro_batches(
         self, indices: np.ndarray, accumulate: int, rank: int, world: int
     ) -> dict[int, list[tuple[int, int]]]:
-        """{micro-batch: its (dataset, global index) pairs} for several micro-batches of process `rank` of `world`.
+        """{micro-batch: its (dataset, global index) pairs} for micro-batches `indices` [n] of process `rank` of
+        `world`.
 
         Micro-batch i is number i % accumulate of step i // accumulate. Micro-batches after the end of the phase to
         which the first one belongs are left out.
@@ -216,8 +214,8 @@ class Plan:
             return Slots(dataset, lane, place, self.orders[0].global_index(lane, place))
         global_index = np.empty_like(place)
         for d, order in enumerate(self.orders):
-            own = np.flatnonzero(dataset == d)
-            global_index[own] = order.global_index(lane[own], place[own])
+            of_dataset = np.flatnonzero(dataset == d)
+            global_index[of_dataset] = order.global_index(lane[of_dataset], place[of_dataset])
         return Slots(dataset, lane, place, global_index)
 
     def epochs(self, step: int) -> list[float]:
@@ -227,19 +225,24 @@ class Plan:
         return [float(n) / order.count for n, order in zip(used, self.orders, strict=True)]
 
     def constants(self) -> str:
-        """The version and the constants of the order as a short text. Two runs for which it differs have other
-        batches.
-        """
+        """The version and the constants of the order as a short text. Runs with different texts have different
+        batches."""
         sizes = ",".join(f"{order.chunk}x{order.block}" for order in self.orders[:4])
         return (
             f"v{VERSION} seed {self.seed} lanes {self.lanes} {sizes}" if self.shuffle else f"v{VERSION} in file order"
         )
 
 
+def _counts_before(sequence: np.ndarray, values: range) -> np.ndarray:
+    """[values, n + 1]: how often each value occurs before each position of a sequence [n], and in all of it."""
+    occurs = sequence[None] == np.array(values)[:, None]  # [values, n]
+    return np.pad(occurs.cumsum(1), ((0, 0), (1, 0)))
+
+
 def _lanes(batch: int) -> int:
     """The number of lanes: the largest divisor of the batch size that is at most max(64, batch / 64).
 
-    It bounds the number of processes that can share the data without reading any byte twice.
+    It is the largest number of processes that can share the data without reading any byte twice.
     """
     return max(n for n in range(1, min(max(64, batch // 64), batch) + 1) if batch % n == 0)
 
@@ -263,14 +266,14 @@ def _check(phase: Phase, phases: list[Phase], datasets: int, lanes: int) -> None
             f"{where}: {len(phase.weights)} weights and {len(phase.homogeneous)} homogeneous shares for a mix of"
             f" {datasets} datasets; write one of each per dataset"
         )
-    for name, values in (("weight", phase.weights), ("homogeneous", phase.homogeneous)):
+    smallest_share = 0.5 / PERIOD  # a smaller one would be rounded to 0
+    for name, values, total, of_total in (
+        ("weight", phase.weights, max(1e-300, sum(phase.weights)), " of the sum of the weights"),
+        ("homogeneous", phase.homogeneous, 1, ""),
+    ):
         for value in values:
-            if (
-                not 0 <= value < float("inf")
-                or 0 < value / max(1e-300, sum(phase.weights) if name == "weight" else 1) < 0.5 / PERIOD
-            ):
-                of_sum = " of the sum of the weights" if name == "weight" else ""
-                raise DataError(f"{where}: {name} = {value:g}; write 0, or a number from 1/{PERIOD}{of_sum} up")
+            if not 0 <= value < float("inf") or 0 < value / total < smallest_share:
+                raise DataError(f"{where}: {name} = {value:g}; write 0, or a number from 1/{PERIOD}{of_total} up")
     if sum(phase.homogeneous) > 1:
         raise DataError(f"{where}: the homogeneous shares {list(phase.homogeneous)} sum to more than 1; write less")
     if sum(phase.weights) <= 0 and sum(phase.homogeneous) < 1:

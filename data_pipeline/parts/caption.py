@@ -18,10 +18,10 @@ from data_pipeline.shards.vocabulary import Vocabulary
 
 @dataclass
 class Caption(Part):
-    """`decode` gives the text, a str; `token_row` makes its tokens."""
+    """A caption is decoded to a str. Views turn it into tokens with `token_row`."""
 
-    tokenizer: str = ""  # a tokenizer.json, or a folder that holds one; local or any URL
-    length: int = 64  # tokens of a row
+    tokenizer: str = ""  # a tokenizer.json, or a folder with one; a path or a URL
+    length: int = 64  # tokens of a caption, with padding
     extensions = ("txt",)
 
     def configured(self, data: Any, model: Any) -> Self:
@@ -45,9 +45,9 @@ class Caption(Part):
 
 
 def token_row(text: str, about: About, tokenizer: Any) -> np.ndarray:
-    """A text as int64 [length]: BOS, its tokens cut to fit, EOS, then padding of −1.
+    """A text as int64 [length]: BOS, its tokens, truncated if necessary, EOS, and padding of −1.
 
-    `tokenizer`: `about.vocabulary.tokenizer()`, opened once.
+    `tokenizer`: `about.vocabulary.tokenizer()`, which the caller opens once.
     """
     vocabulary = about.vocabulary
     assert vocabulary is not None

@@ -24,23 +24,21 @@ from data_pipeline.views.device_color import Constants
 
 @dataclass
 class Image(Part):
-    """`decode` gives an `Encoded`, from which `crops` makes uint8 views.
-
-    On the device they become float (x / 255 − mean) / std.
-    """
+    """An image is decoded to an `Encoded`, from which `crops` makes uint8 views. On the device they become float32,
+    (x / 255 − mean) / std."""
 
     channels: int = 3
     color: str = "exact"  # or "fused", "device": see `data_pipeline/views/colors.py`
     mean: Sequence[float] = (0.5, 0.5, 0.5)  # of each channel, for pixels from 0 to 1
     std: Sequence[float] = (0.25, 0.25, 0.25)
     max_pixels: int = MAX_PIXELS
-    decode_mb: float = DECODE_MB  # type: ignore[misc]  # the recipe's
-    # constants by device, made when the first tensor is placed on it
+    decode_mb: float = DECODE_MB  # type: ignore[misc]  # `data.decode_mb` of the recipe
+    # {device: constants}, made when the first tensor is placed on the device
     _constants: dict[torch.device, Constants] = field(default_factory=dict, init=False, repr=False, compare=False)
     extensions = IMAGE_MEMBERS
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_constants": {}}  # data workers, which get a copy, have no device
+        return vars(self) | {"_constants": {}}  # a data worker, which gets a copy, has no device
 
     def configured(self, data: Any, model: Any) -> Self:
         channels = model.in_channels
@@ -79,9 +77,9 @@ class Image(Part):
         return {name: rng.integers(0, 256, (side, side, self.channels), dtype=np.uint8)}
 
     def place(self, tensor: Tensor, device: torch.device, **extras: Tensor) -> Tensor:
-        """uint8 [..., C, H, W] → float32.
+        """uint8 [..., C, H, W] → float32 of the same shape.
 
-        The extra `color` holds the parameters of colour operations that run on the device, see `color_row`.
+        extras["color"] [..., 6]: the parameters of colour operations that run on the device, see `color_row`.
         """
         if device not in self._constants:
             self._constants[device] = device_color.constants(self.mean, self.std, device)

@@ -16,16 +16,14 @@ from data_pipeline.shards.dataset import Dataset
 
 @dataclass
 class Label(Part):
-    """`decode` gives an int.
-
-    The names of the classes are `About.classes`, which is empty where the shards' manifest has none.
-    """
+    """A label is decoded to an int, the number of its class. `About.classes` has the names of the classes, if the
+    manifests of all shards have the same names."""
 
     extensions = ("cls",)
 
     def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
-        names = [part.manifest.classes for dataset in datasets or () for part in dataset.manifests]
-        return {"classes": tuple(names[0]) if names and all(own == names[0] for own in names) else ()}
+        classes = [indexed.manifest.classes for dataset in datasets or () for indexed in dataset.manifests]
+        return {"classes": tuple(classes[0]) if classes and all(names == classes[0] for names in classes) else ()}
 
     def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> int:
         text = members["cls"].decode(errors="replace").strip()

@@ -1,9 +1,9 @@
-"""A part: one thing that a sample holds (an image, a caption, a label, a row of tokens), from its members in a shard to
-its tensor on the device.
+"""A part: one thing that a sample holds (an image, a caption, a label, a row of tokens). A part knows how it is decoded
+from the members of a sample, and how its tensors are moved to the device.
 
-An objective names its parts: `parts = {"image": Image(), "text": Caption()}`. Its views get a sample with an entry for
-each part, the value that `decode` returns. A new kind of part is a class that derives from `Part`; it can be in the
-file of the objective.
+An objective names its parts: `parts = {"image": Image(), "text": Caption()}`. The objective's views get a sample with
+an entry for each part: the value that `decode` returns. A new kind of part is a class that derives from `Part`; it can
+be in the file of the objective.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class About:
     channels: int = 0
     length: int = 0  # tokens of a row, or of a caption
     vocabulary: Vocabulary | None = None
-    document_mask: bool = False  # whether tokens see and predict their own document only
+    document_mask: bool = False  # whether tokens attend to and predict tokens of their own document only
     classes: tuple[str, ...] = ()  # the names of the labels, by number
 
 
@@ -48,25 +48,25 @@ class Part:
     """
 
     decode_mb: ClassVar[float] = DECODE_MB  # MB of decoded values that a data worker may hold at a time
-    extensions: ClassVar[tuple[str, ...]] = ()  # extensions of its members, of which a sample has to have at least one
+    extensions: ClassVar[tuple[str, ...]] = ()  # extensions of its members; a sample must have at least one of them
 
     def configured(self, data: Any, model: Any) -> Self:
-        """This part with its options from the `data` and `model` sections of a recipe.
+        """A copy of this part with options from the `data` and `model` sections of a recipe.
 
         Raises ConfigError for options that do not fit each other.
         """
         return self
 
     def open(self, specs: Sequence[str], held_out: bool = False, extensions: Sequence[str] = ()) -> Dataset:
-        """The dataset of samples whose first part this is.
+        """Open a dataset for an objective whose first part this is.
 
-        `held_out`: it serves for the validation loss, on each sample once. `extensions`: those that all parts of the
-        objective read; shards that have no index yet are indexed with them.
+        `held_out`: whether the data is for the validation loss, which uses each sample once. `extensions`: those that
+        the parts of the objective read; shards that have no index yet are indexed with them.
         """
         return Samples(specs, further=extensions)
 
     def check(self, datasets: Sequence[Dataset], model: Any) -> None:
-        """Raises ConfigError for datasets without this part, or that do not fit the recipe's model."""
+        """Raises ConfigError if a dataset does not have this part, or does not fit the model of the recipe."""
         for dataset in datasets:
             if not set(dataset.extensions) & set(self.extensions):
                 present = ", ".join(f".{extension}" for extension in dataset.extensions)
@@ -83,23 +83,23 @@ class Part:
         return type(self).__name__.lower()
 
     def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
-        """The fields of `About` that this part knows. `datasets` is None for a plan, which has no data."""
+        """The fields of `About` that this part can set. `datasets` is None for `unlabeled plan`, which has no data."""
         return {}
 
     def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> Any:
-        """The value of this part in one sample, or an object that decodes it lazily, from its members by extension.
-        Raises Damaged.
+        """Decode this part of one sample from {extension: bytes} of its members. Returns its value, or an object that
+        decodes it lazily. Raises Damaged.
 
-        `known`: what the manifest of the shards says of all samples: "classes", and "pixels" (bits, orientation).
+        `known`: what the manifest of the shards states about all samples: "classes", and "pixels" (bits, orientation).
         """
         raise NotImplementedError
 
     def absent(self) -> Absent:
-        """The exception for a sample without any member of this part; such a sample is passed over."""
+        """The exception for a sample without any member of this part. Such samples are skipped."""
         return Absent(f"holds no {self.noun} member ({', '.join(self.extensions)})")
 
     def stand_in(self, name: str, rng: np.random.Generator, about: About) -> dict[str, Any]:
-        """The entries {name: value, …} of a random sample that stands in for real data, for plans and tests."""
+        """The entries {name: value, …} of a random sample, which replaces real data in plans and tests."""
         raise NotImplementedError
 
     def place(self, tensor: Tensor, device: torch.device, **extras: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.rows import Packing, Rows
 from data_pipeline.shards.vocabulary import Vocabulary
 
-VOCABULARY_MULTIPLE = 64  # error messages suggest multiples of it as vocab_size, since they speed up matrix products
+VOCABULARY_MULTIPLE = 64  # error messages suggest a multiple of this as vocab_size, for fast matrix products
 
 
 @dataclass
 class Tokens(Part):
-    """A sample has "tokens" int64 [T + 1], and in "documents" int32 [T + 1] the document of each token: documents are
+    """A sample has "tokens" int64 [T + 1] and "documents" int32 [T + 1], the document of each token. Documents are
     numbered from 0 in each row, and padding has −1. See `Rows.sample` for "next".
     """
 

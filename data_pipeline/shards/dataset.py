@@ -39,9 +39,9 @@ class Piece(NamedTuple):
 class Dataset(Protocol):
     """Samples with the numbers 0 to len − 1. A sample consists of members, each a byte range of a shard.
 
-    A member is addressed by its column, the position of its extension in `extensions`. The members of a sample are
-    passed as {column: the bytes, or the value that the dataset makes of them}; a `Damaged` exception as the value
-    stands for a member that could not be read.
+    A member is identified by its column, the position of its extension in `extensions`. The members of a sample are
+    passed as {column: bytes, or a value that the dataset makes from them}. The value is a `Damaged` exception if the
+    member could not be read.
     """
 
     specs: list[str]  # the folders, tars and globs that the user named
@@ -50,12 +50,12 @@ class Dataset(Protocol):
     extensions: list[str]
     reader: RangeReader
     length: int  # number of tokens of a sample that are targets in training; 0 for a dataset without tokens
-    unit: str  # what messages call a sample: "samples" or "rows"
+    unit: str  # the word for samples in messages: "samples" or "rows"
 
     def __len__(self) -> int: ...
     @property
     def id(self) -> str:
-        """A hash of every byte of the shards and of all options that change the order or the content of the samples."""
+        """A hash of every byte of the shards and of all options that affect the order or the content of the samples."""
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -78,21 +78,21 @@ class Dataset(Protocol):
         """(shard, number within the shard, from 0) of a sample. This reads nothing from the shard."""
 
     def columns(self, extensions: Iterable[str]) -> list[int]:
-        """The columns of these extensions. Extensions that the dataset does not have are ignored."""
+        """The columns of the given extensions. Extensions that the dataset does not have are ignored."""
 
     def pieces(self, number: int, count: int) -> list[Piece]:
-        """The samples number to number + count − 1 as pieces, one for each shard."""
+        """The samples [number, number + count) as pieces. The samples of a piece are in one shard."""
 
     def ranges(self, piece: Piece, columns: list[int]) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """For the members of a piece in the given columns: (the offset in the records of the first byte that is read,
-        the byte ranges of the shard to read).
+        """How to read the members of a piece in the given columns: (the offset that the records give to the first byte,
+        the byte ranges of the shard).
         """
 
     def read_columns(self, number: int, columns: list[int]) -> dict[int, Any]:
         """Read the members of a sample in this process. Raises Damaged."""
 
     def checked(self, number: int, members: dict[int, Any]) -> dict[int, Any]:
-        """The members of a sample that came from the prefetch server, after the checks that its client does not make."""
+        """The members of a sample from the prefetch server, after the checks that the server's client does not make."""
 
     def sample(self, number: int, members: dict[int, Any], parts: Mapping[str, Part]) -> dict[str, Any]:
         """Decode a sample for the objective's views: {name of a part: its decoded value}. Raises Damaged."""
@@ -103,12 +103,12 @@ def store_manifests(datasets: Sequence[Dataset], folder: Path) -> None:
     and raise DataError if the data has changed.
     """
     for n, dataset in enumerate(datasets):
-        path, now = folder / f"{n}.json", dataset.merged()
+        path, current = folder / f"{n}.json", dataset.merged()
         if not path.is_file():
-            write_atomically(str(path), [render_manifest(now).encode()])
+            write_atomically(str(path), [render_manifest(current).encode()])
             continue
-        then = parse_manifest(path.read_bytes(), str(folder), str(path))
-        if then.id != now.id and (difference := then.first_difference(now)):
+        stored = parse_manifest(path.read_bytes(), str(folder), str(path))
+        if stored.id != current.id and (difference := stored.first_difference(current)):
             raise DataError(
                 f"{dataset.names}: is not the data that this run was started on: {difference}. The run cannot be"
                 " resumed exactly; restore the shards, or start a new run"

@@ -1,10 +1,10 @@
-"""The index of a shard set: the position and hash of every member, found in one pass, so that any sample can be read by
-byte range and checked.
+"""The index of a shard set: the position and the hash of every member, so that any sample can be read by byte range and
+verified. It is made in one pass over the shards.
 
 It consists of two files beside the shards. `manifest.json` is small: it lists the shards with their sizes, numbers of
 samples and hashes, the extensions, and the class names. `index-ID.bin` has 20 bytes per sample and extension: offset
-u64, size u32, xxh3-64 u64; an absent member has offset 0. It is read by range. Shards without a manifest (made
-elsewhere, or in a folder that we do not write to) are indexed into the cache folder when they are first read.
+u64, size u32, xxh3-64 u64; an absent member has offset 0. It is read by range. Shards without a manifest (made by other
+tools, or in a folder that is not writable) are indexed into the cache folder when they are first read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from data_pipeline.shards.tar_scan import RECORD, read_scan, scan, scan_to_file
 from data_pipeline.storage.ranges import with_retries
 from data_pipeline.storage.urls import cache_folder, exclusive, open_store, stamp, write_atomically
 
-MAX_PROBLEMS = 20  # of one shard that are printed
+MAX_PRINTED_PROBLEMS = 20  # of one shard
 
 
 def write(
@@ -58,10 +58,10 @@ def write(
 ) -> Manifest:
     """Index all shards of a folder (local or any fsspec URL) in parallel, and write index and manifest beside them.
 
-    `extra`: entries to add to the manifest. `further`: extensions to index in addition to those that always are; those
-    of an older index of the folder are kept. Shards that a stopped call has scanned are not scanned again. `say` gets a
-    line for each reason to leave members out. Raises DataError, also if the folder holds a manifest.json that
-    something else has written.
+    `extra`: entries to add to the manifest. `further`: extensions to index in addition to INDEXED_EXTENSIONS; those of
+    an earlier index of the folder are kept. Shards that an interrupted call has scanned are not scanned again. `say` is
+    called with one line for each reason why members are left out. Raises DataError, also if the folder holds a
+    manifest.json of another program.
     """
     folder = str(folder).rstrip("/")
     fs, path = open_store(folder)
@@ -83,10 +83,10 @@ def write(
 
 
 def index_in_cache(urls: list[str], say: Callable[[str], None] = output.say, further: Iterable[str] = ()) -> Manifest:
-    """The index of shards without a manifest, with the extensions `further` in addition to those that always are.
+    """The index of shards without a manifest, with the extensions `further` in addition to INDEXED_EXTENSIONS.
 
-    It is made in the cache folder, and used again as long as the shards do not change. If several processes call this at
-    once, such as the ranks of a run, one reads the shards and the others wait for it.
+    It is stored in the cache folder, and reused as long as the shards do not change. If several processes call this at
+    the same time, such as the ranks of a run, one reads the shards and the others wait for it.
     """
     extensions = check_extensions(further)
     lines = [f"{url} {stamp(url)}" for url in urls]
@@ -118,10 +118,11 @@ def _build(
     say: Callable[[str], None],
     workers: int | None,
 ) -> Manifest:
-    """Scan shards and write their index and manifest into `target`. `folder`: of the shards, if all are in one."""
-    scans = cache_folder("scans")
-    stamps = [" ".join([url, stamp(url), *further]) for url in urls]
-    scan_files = [scans / (hashlib.sha256(text.encode()).hexdigest()[:32] + ".npz") for text in stamps]
+    """Scan shards and write their index and manifest into `target`. `folder`: the folder that holds all shards,
+    or ""."""
+    scan_folder = cache_folder("scans")
+    versions = [" ".join([url, stamp(url), *further]) for url in urls]
+    scan_files = [scan_folder / (hashlib.sha256(text.encode()).hexdigest()[:32] + ".npz") for text in versions]
     _scan_all(urls, scan_files, further, workers)
     heads = [read_scan(*pair, further)[0] for pair in zip(urls, scan_files, strict=True)]
     names = [url.rpartition("/")[2] if folder else url for url in urls]
@@ -133,25 +134,22 @@ def _build(
     extensions = in_order(extension for head in heads for extension in head["extensions"])
     identity = dataset_id(names, sizes, counts, hashes)
     file_key = identity
-    if further:  # the same shards have an index with other columns
+    if further:  # the index of the same shards has other columns then
         file_key = xxhash.xxh3_128_hexdigest(" ".join([identity, *further]).encode())
     index = f"index-{file_key[:12]}.bin"
     index_hash = xxhash.xxh3_128()
     write_atomically(f"{target}/{index}", _records(urls, scan_files, further, extensions, index_hash))
-    manifest = Manifest(
-        folder,
-        names,
-        np.array(sizes, np.int64),
-        np.array(counts, np.int64),
-        hashes,
+    manifest = Manifest.of_shards(
+        list(zip(names, sizes, counts, hashes, strict=True)),
         extensions,
         {**details, **({"left_out": left_out} if left_out else {})},
-        f"{target}/{index}",
-        index_hash.hexdigest(),
-        identity,
+        folder=folder,
+        index=f"{target}/{index}",
+        index_hash=index_hash.hexdigest(),
+        id=identity,
     )
     write_atomically(f"{target}/{MANIFEST}", [render_manifest(manifest).encode()])
-    _remove_others(target, index)
+    _remove_other_indexes(target, index)
     for file in scan_files:
         file.unlink(missing_ok=True)
     return manifest
@@ -162,10 +160,10 @@ def _report(
 ) -> LeftOut:
     """Print the problems of all shards. Returns the members that were left out."""
     for url, head in zip(urls, heads, strict=True):
-        for problem in head["problems"][:MAX_PROBLEMS]:
+        for problem in head["problems"][:MAX_PRINTED_PROBLEMS]:
             say(f"{url}: {problem}")
-        if len(head["problems"]) > MAX_PROBLEMS:
-            say(f"{url}: … and {len(head['problems']) - MAX_PROBLEMS} more")
+        if (hidden := len(head["problems"]) - MAX_PRINTED_PROBLEMS) > 0:
+            say(f"{url}: … and {hidden} more")
     left_out = LeftOut()
     for name, head in zip(names, heads, strict=True):
         for reason, (count, example) in head.get("left", {}).items():
@@ -190,8 +188,8 @@ def _records(
         yield columns.tobytes()
 
 
-def _remove_others(target: str, index: str) -> None:
-    """Delete all index files in a folder but `index`."""
+def _remove_other_indexes(target: str, index: str) -> None:
+    """Delete all index files of a folder except `index`."""
     fs, path = open_store(target)
     for other in fs.glob(path + "/index-*.bin"):
         name = other.rpartition("/")[2]
@@ -200,7 +198,8 @@ def _remove_others(target: str, index: str) -> None:
 
 
 def _scan_all(urls: list[str], scan_files: list[Path], further: tuple[str, ...], workers: int | None) -> None:
-    """Scan shards in several processes (plain commands: no fork, no pickle), which write one file per shard."""
+    """Scan shards in several processes, which write one file per shard. The processes are started as commands, so that
+    nothing is forked or pickled."""
     todo = [(url, file) for url, file in zip(urls, scan_files, strict=True) if not file.is_file()]
     count = min(workers or process_pool.cores(), len(todo))
     if count <= 1:
@@ -209,29 +208,31 @@ def _scan_all(urls: list[str], scan_files: list[Path], further: tuple[str, ...],
         return
 
     pipe, command = subprocess.PIPE, [sys.executable, "-P", "-m", "data_pipeline.shards.tar_scan"]
-    scans = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(count)]
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(count)]
 
-    def run(scan: subprocess.Popen, lines: str) -> tuple[int, str]:
-        error = scan.communicate(lines)[1]
-        return scan.returncode, error
+    def run(process: subprocess.Popen, lines: str) -> tuple[int, str]:
+        """Give a process its lines of input, and wait for its end: (exit code, stderr)."""
+        error = process.communicate(lines)[1]
+        return process.returncode, error
+
+    def scanned() -> int:
+        return sum(file.is_file() for file in scan_files)
 
     progress = Progress("index", len(urls), len(urls) - len(todo))
-    shares = [
+    inputs = [
         "".join(json.dumps([url, str(file), further]) + "\n" for url, file in todo[n::count]) for n in range(count)
     ]
     with ThreadPoolExecutor(count) as pool:
-        runs = [pool.submit(run, *pair) for pair in zip(scans, shares, strict=True)]
+        runs = [pool.submit(run, *pair) for pair in zip(processes, inputs, strict=True)]
         try:
-            while (done := sum(file.is_file() for file in scan_files)) < len(scan_files) and not all(
-                run.done() for run in runs
-            ):
-                progress.update(done, "shards")
+            while scanned() < len(scan_files) and not all(run.done() for run in runs):
+                progress.update(scanned(), "shards")
                 time.sleep(0.05)
-        except BaseException:  # a request to stop, too
-            for scan in scans:
-                scan.kill()
+        except BaseException:  # also KeyboardInterrupt and other requests to stop
+            for process in processes:
+                process.kill()
             raise
-    progress.update(sum(file.is_file() for file in scan_files), "shards")
+    progress.update(scanned(), "shards")
     progress.close()
     for code, error in (run.result() for run in runs):
         if code:
@@ -240,20 +241,18 @@ def _scan_all(urls: list[str], scan_files: list[Path], further: tuple[str, ...],
 
 # ---------------------------------------------------------------- checking an index
 def verify(folder: str | Path, say: Callable[[str], None] = output.say) -> list[str]:
-    """Read every shard again and compare it with the index.
-
-    Returns the differences in words, an empty list if there are none.
-    """
+    """Read every shard again and compare it with the index. Returns one line of text for each difference."""
     folder = str(folder).rstrip("/")
     manifest = load_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder}: has no {MANIFEST}; make it with `unlabeled shards index {folder}`")
     fs, path = open_store(manifest.index)
-    data, count = with_retries(manifest.index, lambda: fs.cat_file(path)), manifest.samples * len(manifest.extensions)
-    if len(data) != count * RECORD.itemsize:
-        return [f"{manifest.index}: holds {len(data)} bytes instead of {count * RECORD.itemsize}"]
-    records = np.frombuffer(data, RECORD)
-    records, first, problems = records.reshape(manifest.samples, -1), 0, []
+    data = with_retries(manifest.index, lambda: fs.cat_file(path))
+    expected_bytes = manifest.samples * len(manifest.extensions) * RECORD.itemsize
+    if len(data) != expected_bytes:
+        return [f"{manifest.index}: holds {len(data)} bytes instead of {expected_bytes}"]
+    records = np.frombuffer(data, RECORD).reshape(manifest.samples, -1)  # [samples, extensions]
+    first, problems = 0, []
     progress = Progress("verify", len(manifest.names))
     for number in range(len(manifest.names)):
         last = first + int(manifest.counts[number])
@@ -268,6 +267,7 @@ def verify(folder: str | Path, say: Callable[[str], None] = output.say) -> list[
 
 
 def _verify_shard(manifest: Manifest, number: int, expected: np.ndarray) -> list[str]:
+    """The differences between a shard and its records `expected` [samples, extensions] in the index."""
     try:
         shard = scan(manifest.url(number), check_extensions(manifest.extensions))
     except DataError as error:
@@ -284,4 +284,7 @@ def _verify_shard(manifest: Manifest, number: int, expected: np.ndarray) -> list
             found = np.zeros(len(expected), RECORD)
         wrong = np.flatnonzero(found != expected[:, column])
         out += [f"{shard.keys[i]}.{extension} differs from what was indexed" for i in wrong]
-    return out or [f"{shard.bytes} bytes, {manifest.sizes[number]} when indexed: differs outside of the samples"]
+    return out or [
+        f"differs from what was indexed, but not in its samples: {shard.bytes} bytes, {manifest.sizes[number]} when"
+        " indexed"
+    ]

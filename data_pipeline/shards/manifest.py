@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ MANIFEST_KEYS = ("columns", "samples", "bytes", "dataset", "index", "index_hash"
 
 @dataclass
 class Manifest:
-    """A shard set: the names of S shards in `folder`, or their full URLs if `folder` is empty."""
+    """A set of S shards. `names` are their names in `folder`, or their full URLs if `folder` is empty."""
 
     folder: str
     names: list[str]
@@ -37,8 +37,30 @@ class Manifest:
     extensions: list[str]  # of the members, in the order of the columns of the index
     details: dict[str, Any]  # the other keys of the file: classes, source, …
     index: str  # URL of the index file
-    index_hash: str  # xxh3-128 of it
+    index_hash: str  # xxh3-128 of the index file
     id: str  # see `dataset_id`
+
+    @classmethod
+    def of_shards(
+        cls,
+        shards: Sequence[Sequence[Any]],
+        extensions: list[str],
+        details: dict[str, Any],
+        *,
+        folder: str = "",
+        index: str = "",
+        index_hash: str = "",
+        id: str,
+    ) -> Manifest:
+        """The manifest of shards that are given as rows (name, bytes, samples, hash)."""
+        names, sizes, counts, hashes = (list(column) for column in zip(*shards, strict=True)) if shards else ([],) * 4
+        arrays = np.array(sizes, np.int64), np.array(counts, np.int64)
+        return cls(folder, names, *arrays, hashes, extensions, details, index, index_hash, id)
+
+    @property
+    def shards(self) -> list[tuple[str, int, int, str]]:
+        """(name, bytes, samples, hash) of each shard."""
+        return list(zip(self.names, self.sizes.tolist(), self.counts.tolist(), self.hashes, strict=True))
 
     @property
     def samples(self) -> int:
@@ -54,7 +76,7 @@ class Manifest:
 
     @property
     def left_out(self) -> LeftOut:
-        """The members that are not part of any sample, and why."""
+        """The members that are not part of any sample, counted by reason."""
         return LeftOut(self.details.get("left_out", {}))
 
     @property
@@ -67,19 +89,17 @@ class Manifest:
 
     def first_difference(self, other: Manifest) -> str:
         """The first difference between this manifest and a later one, as text; "" if they list the same shards."""
-        mine, theirs = (
-            {n: (int(b), int(c), h) for n, b, c, h in zip(m.names, m.sizes, m.counts, m.hashes, strict=True)}
-            for m in (self, other)
-        )
-        for name, entry in mine.items():
-            if name not in theirs:
-                return f"{name} does not exist any more ({len(mine)} shards then, {len(theirs)} now)"
-            if theirs[name] != entry:
-                then, now = (f"{samples} samples in {size} bytes" for size, samples, _ in (entry, theirs[name]))
-                return f"{name} had {then}, now {now}" if then != now else f"the bytes of {name} have changed"
-        for name in theirs:
-            if name not in mine:
-                return f"{name} is new ({len(mine)} shards then, {len(theirs)} now)"
+        before, now = ({name: entry for name, *entry in manifest.shards} for manifest in (self, other))
+        counts = f"({len(before)} shards before, {len(now)} now)"
+        for name, entry in before.items():
+            if name not in now:
+                return f"{name} does not exist any more {counts}"
+            if now[name] != entry:
+                old, new = (f"{samples} samples in {size} bytes" for size, samples, _ in (entry, now[name]))
+                return f"{name} had {old}, now {new}" if old != new else f"the bytes of {name} have changed"
+        for name in now:
+            if name not in before:
+                return f"{name} is new {counts}"
         return "" if self.names == other.names else "the shards are in another order"
 
 
@@ -91,38 +111,55 @@ def dataset_id(names: Iterable[str], sizes: Iterable[int], counts: Iterable[int]
     return out.hexdigest()
 
 
-_TOKENS_SHAPE = {
-    **{"format": int, "dtype": str, "block": int, "vocabulary": int, "tokenizer": str, "pad": int},
-    **{"shards": {...: int}, "documents": int, "tokens": int, "bytes": int},
+_TOKENS_SCHEMA = {
+    "format": int,
+    "dtype": str,
+    "block": int,
+    "vocabulary": int,
+    "tokenizer": str,
+    "pad": int,
+    "shards": {...: int},
+    "documents": int,
+    "tokens": int,
+    "bytes": int,
 }
-_SHAPE = {  # of the JSON file, see `schema_error`
-    **{"dataset": str, "index": str, "index_hash": str, "extensions": [str], "shards": [list]},
-    **{"?classes": [str], "?build": dict, "?source": str, "?tokens": _TOKENS_SHAPE},
+_SCHEMA = {  # of the JSON file, see `schema_error`
+    "dataset": str,
+    "index": str,
+    "index_hash": str,
+    "extensions": [str],
+    "shards": [list],
+    "?classes": [str],
+    "?build": dict,
+    "?source": str,
+    "?tokens": _TOKENS_SCHEMA,
 }
 
 
-def _is_row(name: Any = "", size: Any = "", count: Any = "", digest: Any = "", *more: Any) -> bool:
-    """Whether the values are a manifest's row of a shard whose file is below the folder of the manifest."""
-    well_formed = (
-        isinstance(name, str) and isinstance(digest, str) and not schema_error([size, count], [int]) and not more
-    )
-    return well_formed and 0 <= count <= size < 1 << 60 and ".." not in name.split("/")
+def _is_shard(row: list[Any]) -> bool:
+    """Whether a row of the JSON file is (name, bytes, samples, hash) of a shard in the folder of the manifest."""
+    if len(row) != 4 or schema_error(row, [(str, int)]):
+        return False
+    name, size, count, digest = row
+    if not isinstance(name, str) or not isinstance(digest, str) or schema_error([size, count], [int]):
+        return False
+    return 0 <= count <= size < 1 << 60 and ".." not in name.split("/")
 
 
 class ForeignManifest(DataError):
-    """A manifest.json that this program has not written, so that it may not replace it."""
+    """A manifest.json of another program, which must not be replaced."""
 
 
 def _is_ours(text: str | bytes) -> bool:
     """Whether the content of a manifest.json, which may be damaged, was written by `render_manifest`. An empty file
-    counts as ours: nothing is lost if it is replaced."""
+    counts as ours, because nothing is lost if it is replaced."""
     start = text[:64].encode() if isinstance(text, str) else text[:64]
     return not start.strip() or re.match(rb'\{\s*"format":\s*\d+\s*,\s*"dataset":', start) is not None
 
 
 def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
-    """A manifest from the content of its file. Raises DataError that begins with `source`: ForeignManifest if something
-    else has written it."""
+    """Parse the content of a manifest file. Raises DataError, or ForeignManifest if another program wrote the file;
+    `source` is the name of the file in its message."""
     try:
         content = loads(text)
         version = content.pop("format")
@@ -133,33 +170,26 @@ def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
                 f"{source}: has format {version}, but this version reads {FORMAT}; run `unlabeled shards index` again"
             )
         json.dumps(content, ensure_ascii=False).encode()  # raises ValueError for an unpaired surrogate
-        if wrong := schema_error(content, _SHAPE):
+        if wrong := schema_error(content, _SCHEMA):
             raise ValueError(wrong)
-        rows = content.pop("shards")
-        if any(schema_error(row, [(str, int)]) or not _is_row(*row) for row in rows) or "/" in content["index"]:
+        shards = content.pop("shards")
+        if not all(map(_is_shard, shards)) or "/" in content["index"]:
             raise ValueError("a row of shards is not name, bytes, samples and hash")
         extensions = content.pop("extensions")
         if not all(map(VALID_EXTENSION.fullmatch, extensions)) or len({*extensions}) < len(extensions):
             raise ValueError(f"extensions is {short_repr(extensions)}")
         tokens = content.get("tokens", {"dtype": "<u2", "block": 1, "shards": {}})
-        if (
-            tokens["dtype"] not in ("<u2", "<u4")
-            or tokens["block"] < 1
-            or min(tokens["shards"].values(), default=2) < 2
-        ):
+        shortest = min(tokens["shards"].values(), default=2)
+        if tokens["dtype"] not in ("<u2", "<u4") or tokens["block"] < 1 or shortest < 2:
             raise ValueError("tokens has another type than <u2 and <u4, or a shard of less than 2 tokens")
-        names, sizes, counts, hashes = (list(column) for column in zip(*rows, strict=True)) if rows else ([],) * 4
-        return Manifest(
-            folder,
-            names,
-            np.array(sizes, np.int64),
-            np.array(counts, np.int64),
-            hashes,
+        return Manifest.of_shards(
+            shards,
             extensions,
-            {k: v for k, v in content.items() if k not in MANIFEST_KEYS},
-            f"{folder}/{content.pop('index')}",
-            content.pop("index_hash"),
-            content["dataset"],
+            {key: value for key, value in content.items() if key not in MANIFEST_KEYS},
+            folder=folder,
+            index=f"{folder}/{content['index']}",
+            index_hash=content["index_hash"],
+            id=content["dataset"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if not _is_ours(text):
@@ -171,7 +201,7 @@ def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
 
 
 def render_manifest(manifest: Manifest) -> str:
-    """The content of manifest.json, a line per shard."""
+    """The content of manifest.json, with one line per shard."""
     head = {
         "format": FORMAT,
         "dataset": manifest.id,
@@ -184,8 +214,7 @@ def render_manifest(manifest: Manifest) -> str:
         "columns": ["name", "bytes", "samples", "xxh3-128"],
     }
     lines = [json.dumps(head, indent=1, ensure_ascii=False)[:-2] + ',\n "shards": [']
-    rows = zip(manifest.names, manifest.sizes.tolist(), manifest.counts.tolist(), manifest.hashes, strict=True)
-    lines.append(",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows))
+    lines.append(",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in manifest.shards))
     return "\n".join(lines) + "\n ]\n}\n"
 
 

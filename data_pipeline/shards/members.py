@@ -1,9 +1,9 @@
-"""Which members of a tar belong to a sample, and under which extension each one is indexed.
+"""Which members of a tar belong to a sample, and under which extension each member is indexed.
 
-As in webdataset, a member's name consists of the key of its sample, up to the first dot, and the ending of the member:
+As in webdataset, the name of a member consists of the key of its sample, up to the first dot, and an ending after it:
 `0000007-oak.jpg` and `0000007-oak.cls` are members of the sample `0000007-oak`. Members whose endings are in
-`INDEXED_EXTENSIONS` are always indexed. The argument `further` of the functions has additional endings, which come from
-a part that reads them or from `unlabeled shards index --members`.
+`INDEXED_EXTENSIONS` are always indexed. The argument `further` of the functions lists endings that are indexed too:
+those of a part that reads them, or of `unlabeled shards index --members`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_MEMBER_BYTES = 256 << 20
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # key and ending, as webdataset splits them: at the first dot
 VALID_EXTENSION = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
 
-MAX_REASONS = 50  # reasons for leaving members out that are counted separately; further ones are counted together
+MAX_REASONS = 50  # reasons that are counted separately; all further ones are counted together
 SEVERAL_DOTS = "several dots in the name, and other members beside it"
 DOTS_ADVICE = (
     "as in webdataset, the name of a sample ends at the first dot, so these files belong to one sample; to make each of"
@@ -31,7 +31,7 @@ DOTS_ADVICE = (
 
 
 def check_extensions(further: Iterable[str]) -> tuple[str, ...]:
-    """The extensions in `further` that are not always indexed anyway, sorted. Raises DataError for an invalid one."""
+    """The extensions of `further` that are not in INDEXED_EXTENSIONS, sorted. Raises DataError for an invalid one."""
     for extension in further:
         if not VALID_EXTENSION.fullmatch(extension):
             raise DataError(
@@ -55,17 +55,21 @@ def member_extensions(endings: Iterable[str], further: Sequence[str] = ()) -> li
     are unambiguous, `input.jpg` and `target.jpg` are not.
     """
     endings, indexed = list(endings), {*INDEXED_EXTENSIONS, *further}
-    dotted = {e.rpartition(".")[0] for e in endings if e not in further and is_dotted(e, further)}
-    unambiguous = len(dotted) == 1 and not any(e in CONTENT_EXTENSIONS or e in further for e in endings)
-    last = [e.rpartition(".")[2] for e in endings]
-    return [
-        e if e in indexed else end if unambiguous and is_dotted(e, further) and end not in endings else ""
-        for e, end in zip(endings, last, strict=True)
-    ]
+    beginnings = {e.rpartition(".")[0] for e in endings if e not in further and is_dotted(e, further)}
+    unambiguous = len(beginnings) == 1 and not any(e in CONTENT_EXTENSIONS or e in further for e in endings)
+
+    def extension(ending: str) -> str:
+        if ending in indexed:
+            return ending
+        last = ending.rpartition(".")[2]
+        return last if unambiguous and is_dotted(ending, further) and last not in endings else ""
+
+    return [extension(ending) for ending in endings]
 
 
 def is_indexed(ending: str, further: Sequence[str] = ()) -> bool:
-    """Whether members with this ending are indexed. One with dots also has to be unambiguous (`member_extensions`)."""
+    """Whether members with this ending are indexed. An ending with dots also has to be unambiguous, see
+    `member_extensions`."""
     return ending in INDEXED_EXTENSIONS or ending in further or is_dotted(ending, further)
 
 
@@ -86,13 +90,13 @@ class LeftOut(dict[str, list[Any]]):
         return [f"left out: {count} members, for example {name}: {reason}" for reason, (count, name) in self.items()]
 
 
-def why_unknown(ending: str) -> str:
-    """Why a member with an unknown ending is left out."""
-    return f".{ending[-20:]} is not an ending that is read" if ending else "the name has no key or no ending"
+def reason_not_indexed(ending: str) -> str:
+    """The reason why a member whose ending is not indexed is left out."""
+    return f".{ending[-20:]} is not an ending that is read" if ending else "its name has no key or no ending"
 
 
 def no_samples_message(left_out: Iterable[dict[str, list[Any]]]) -> str:
     """The error message for shards without samples: which members are read, and which ones the shards hold."""
     others = [f"{count} members like {name} ({reason})" for part in left_out for reason, (count, name) in part.items()]
-    what = f"; left out: {', '.join(others[:3])}" if others else ""
-    return f"no samples; members are read whose names end in {', '.join(INDEXED_EXTENSIONS)}{what}"
+    left_out_text = f"; left out: {', '.join(others[:3])}" if others else ""
+    return f"no samples; members are read whose names end in {', '.join(INDEXED_EXTENSIONS)}{left_out_text}"

@@ -14,7 +14,7 @@ import itertools
 
 import numpy as np
 
-# Rows of a window. The whole window is read to make one row; a larger window would cut fewer documents.
+# Rows of a window. The whole window is read for each of its rows. A larger window would cut fewer documents.
 WINDOW_ROWS = 64
 
 Part = tuple[int, int]  # a part of a document: (its first token, counted within the block; its number of tokens)
@@ -28,41 +28,42 @@ def best_fit(first: int, last: int, starts: np.ndarray, length: int, joined: boo
     which no row has room is cut and spread over the emptiest rows. A row holds up to T + 1 tokens, and its parts are in
     the order of the text; the rows are ordered by their first parts.
 
-    `joined`: whether one token both ends a document and begins the next. If so, every token of a part has the token
-    after it in the block as its target; therefore rows hold T tokens, and a cut repeats no token.
+    `joined`: whether a single token both ends a document and begins the next. If so, the target of every token of a
+    part is the token after it in the block. Therefore rows hold T tokens, and a cut repeats no token.
 
     Example: two documents of 5 and 4 tokens: best_fit(0, 8, np.array([0, 5]), 4) == [[(0, 5)], [(5, 4)]].
     """
     count = -(-(last - first) // length)
-    most, repeated = (length, 0) if joined else (length + 1, 1)  # most tokens of a row; tokens that a cut repeats
+    capacity = length if joined else length + 1  # tokens of a row
+    repeated = 0 if joined else 1  # tokens that a cut repeats
     bounds = [first, *starts[np.searchsorted(starts, first, "right") : np.searchsorted(starts, last, "right")].tolist()]
     if bounds[-1] != last:  # otherwise the last token begins a document of the next window
         bounds.append(last + repeated)
-    pieces = []
-    for a, b in itertools.pairwise(bounds):
-        while b - a > most:  # the document is longer than a row: cut off parts that fill a row
-            pieces.append((a, most))
-            a += most - repeated
-        if b - a > repeated:  # a single token without a target is dropped
-            pieces.append((a, b - a))
-    pieces.sort(key=lambda piece: -piece[1])
+    parts = []
+    for begin, end in itertools.pairwise(bounds):
+        while end - begin > capacity:  # the document is longer than a row: cut off parts that fill a row
+            parts.append((begin, capacity))
+            begin += capacity - repeated
+        if end - begin > repeated:  # a single token without a target is dropped
+            parts.append((begin, end - begin))
+    parts.sort(key=lambda part: -part[1])
     rows: list[list[Part]] = [[] for _ in range(count)]
-    room = [(most, n) for n in range(count)]  # (free tokens, row), sorted
+    free_rows = [(capacity, n) for n in range(count)]  # (free tokens, row), sorted
     unplaced = []
-    for start, size in pieces:
-        at = bisect.bisect_left(room, (size, -1))
-        if at == len(room):
+    for start, size in parts:
+        fullest = bisect.bisect_left(free_rows, (size, -1))  # the fullest row that has room for the part
+        if fullest == len(free_rows):
             unplaced.append((start, size))
             continue
-        free, n = room.pop(at)
+        free, n = free_rows.pop(fullest)
         rows[n].append((start, size))
-        bisect.insort(room, (free - size, n))
+        bisect.insort(free_rows, (free - size, n))
     for start, size in unplaced:
         while size > repeated:
-            at = bisect.bisect_left(room, (size, -1))
-            free, n = room.pop(min(at, len(room) - 1))
+            fullest = bisect.bisect_left(free_rows, (size, -1))
+            free, n = free_rows.pop(min(fullest, len(free_rows) - 1))  # or the emptiest row
             taken = min(size, free)
             rows[n].append((start, taken))
-            bisect.insort(room, (free - taken, n))
+            bisect.insort(free_rows, (free - taken, n))
             start, size = start + taken - repeated, size - taken + repeated
     return sorted(sorted(row) for row in rows)

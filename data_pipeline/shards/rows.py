@@ -1,10 +1,10 @@
-"""Rows of tokens as a dataset: T is chosen when the rows are read, row i is found by arithmetic, and its bytes are
-checked without the whole block.
+"""Rows of T + 1 tokens as a dataset. T is chosen when the rows are read; the position of row i is computed, and its
+bytes are verified without reading the whole block.
 
 With packing `split`, row r of a block of P targets is the tokens rT .. rT + T of the block, both included; each token
-but the first of a shard is a target exactly once. With `best_fit`, the documents in the tokens of WINDOW_ROWS rows are
-packed into as many rows (packing.py); the whole window is read to make one row, and only the layouts of the last
-windows are kept in memory. Either way a block has ceil(P / T) rows, of which the last may be padded.
+except the first of a shard is a target exactly once. With `best_fit`, the documents in the tokens of WINDOW_ROWS rows
+are packed into as many rows (packing.py); the whole window is read to make one row, and only the layouts of the last
+windows are kept in memory. With both packings a block has ceil(P / T) rows, of which the last may be padded.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from data_pipeline.shards.vocabulary import Vocabulary
 from data_pipeline.storage.ranges import RangeReader
 
 Packing = Literal["split", "best_fit"]
-IGNORED = -100  # a target that does not count in the loss
-MAX_CACHED_DOCS = 1024  # .docs members, and layouts of windows, that are kept in memory: some kilobytes each
+IGNORED = -100  # a target that the loss ignores
+MAX_CACHED_DOCS = 1024  # .docs members, and as many layouts of windows, in memory: some kilobytes each
 
 
 def next_tokens(tokens: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """The token after each of the first T of a row's T + 1 tokens, [T]; IGNORED where it belongs to another document or
-    is padding.
+    """The token after each of the first T tokens of a row, [T]; IGNORED where that token belongs to another document or
+    is padding. `tokens`, `documents`: [T + 1].
     """
     known = (documents[1:] == documents[:-1]) & (documents[1:] >= 0)
     return np.where(known, tokens[1:], IGNORED)
@@ -76,40 +76,36 @@ class Rows:
         reader: RangeReader | None = None,
     ):
         token_set = self.blocks = Blocks(specs, reader)
-        self.specs, self.names, self.manifests, self.reader = (
-            token_set.specs,
-            token_set.names,
-            token_set.manifests,
-            token_set.reader,
-        )
+        self.specs, self.names, self.manifests = token_set.specs, token_set.names, token_set.manifests
+        self.reader, self.pad = token_set.reader, token_set.pad
         self.length = length
         self.packing, self.document_mask = packing, document_mask
         if length < 1 or length > token_set.block.min():
             raise DataError(
                 f"data.length = {length}: must be 1 or more, and at most the {token_set.block.min()} tokens of a block"
-                f" of {self.names};"
-                " `unlabeled shards tokenize --block` makes longer ones"
+                f" of {self.names}; `unlabeled shards tokenize --block` makes longer blocks"
             )
-        per_block = -(-token_set.block // length)
-        rest = (
-            token_set.tokens - 1 - (np.diff(token_set.first) - 1) * token_set.block
-        )  # targets of each shard's last block
-        self.first = np.concatenate([[0], np.cumsum((np.diff(token_set.first) - 1) * per_block - (-rest // length))])
-        self.pad, self._begins = token_set.pad, self.first.tolist()  # plain numbers are quicker than numpy's
-        sizes = (token_set.first[:-1], token_set.block, token_set.tokens, per_block)
-        self._sizes = list(zip(*(column.tolist() for column in sizes), strict=True))
-        self._begin_caches()
+        rows_per_block = -(-token_set.block // length)  # [shards], as the arrays below
+        full_blocks = np.diff(token_set.first) - 1
+        last_targets = token_set.tokens - 1 - full_blocks * token_set.block  # targets of the last block
+        last_rows = -(-last_targets // length)
+        self.first = np.concatenate([[0], np.cumsum(full_blocks * rows_per_block + last_rows)])
+        # Lists of plain integers are faster to read than arrays.
+        self._first_rows = self.first.tolist()
+        columns = (token_set.first[:-1], token_set.block, token_set.tokens, rows_per_block)
+        self._shards = list(zip(*(column.tolist() for column in columns), strict=True))
+        self._create_caches()
 
-    def _begin_caches(self) -> None:
+    def _create_caches(self) -> None:
         self._docs = functools.lru_cache(MAX_CACHED_DOCS)(self._read_docs)
-        self._layout = functools.lru_cache(MAX_CACHED_DOCS)(self._lay_out)
+        self._layout = functools.lru_cache(MAX_CACHED_DOCS)(self._pack_window)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_docs", "_layout")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin_caches()
+        self._create_caches()
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -120,7 +116,7 @@ class Rows:
 
     @functools.cached_property
     def id(self) -> str:
-        """A hash of every byte, and of the options by which rows are cut from them."""
+        """A hash of every byte of the shards and of the options that determine the rows."""
         return xxhash.xxh3_128_hexdigest(f"{self.blocks.id} {self.length} {self.packing}".encode())
 
     @property
@@ -133,6 +129,7 @@ class Rows:
         return {"specs": self.specs, "length": self.length, "packing": self.packing}
 
     def merged(self) -> Manifest:
+        """One manifest of all specs, with the numbers of tokens, documents and bytes of text."""
         out = self.blocks.merged()
         out.id = self.id
         entries = [part.manifest.details["tokens"] for part in self.manifests]
@@ -146,24 +143,21 @@ class Rows:
         return self.blocks.url(shard)
 
     def columns(self, extensions: Iterable[str]) -> list[int]:
-        """The columns of both members, whatever is asked for."""
+        """The columns of .docs and .tokens: a row always needs both."""
         return [0, 1]
 
     # -- positions of rows
     def window(self, number: int) -> Window:
         """The tokens that are read to make a row."""
-        shard = bisect.bisect_right(self._begins, number) - 1
-        first_block, block, tokens, per_block = self._sizes[shard]
-        inside, row = divmod(number - self._begins[shard], per_block)
-        targets, span = min(block, tokens - 1 - inside * block), self.length
-        if self.packing == "best_fit":
-            span *= WINDOW_ROWS
-            first = row // WINDOW_ROWS * span
-        else:
-            first = row * span
-        last = min(first + span, targets)
+        shard = bisect.bisect_right(self._first_rows, number) - 1
+        first_block, block_targets, shard_tokens, rows_per_block = self._shards[shard]
+        block, row = divmod(number - self._first_rows[shard], rows_per_block)  # of the shard, of the block
+        targets = min(block_targets, shard_tokens - 1 - block * block_targets)  # of this block
+        window_rows = WINDOW_ROWS if self.packing == "best_fit" else 1
+        first = row // window_rows * window_rows * self.length
+        last = min(first + window_rows * self.length, targets)
         begin, end = first // PAGE * PAGE, min((last // PAGE + 1) * PAGE, targets + 1)
-        return Window(first_block + inside, shard, first, last, row, begin, end)
+        return Window(first_block + block, shard, first, last, row, begin, end)
 
     def pieces(self, number: int, count: int) -> list[Piece]:
         """The rows [number, number + count) as pieces, one for each block.
@@ -174,8 +168,11 @@ class Rows:
         out = []
         while count > 0:
             windows = [self.window(number)]
-            while len(windows) < count and (w := self.window(number + len(windows))).block == windows[0].block:
-                windows.append(w)
+            for following in range(number + 1, number + count):
+                window = self.window(following)
+                if window.block != windows[0].block:
+                    break
+                windows.append(window)
             width = int(self.blocks.width[windows[0].shard])
             url, docs, tokens = self.blocks.members(windows[0].block)
             low, high = min(w.begin for w in windows) * width, max(w.end for w in windows) * width
@@ -189,7 +186,7 @@ class Rows:
         return out
 
     def ranges(self, piece: Piece, columns: list[int]) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """(1, the offset that the records give to the first byte; the byte ranges) of a piece."""
+        """(offset that the records give to the first byte, byte ranges) of a piece. The offset is always 1."""
         return 1, piece.ranges
 
     def name(self, number: int) -> tuple[str, str]:
@@ -198,24 +195,24 @@ class Rows:
         return shard, f"{key} row {self.window(number).row}"
 
     def place(self, number: int) -> tuple[str, int]:
-        """(shard, number in the shard, from 0) of a row, without reading anything."""
+        """(URL of the shard, number in the shard, from 0) of a row. This reads nothing."""
         shard = self.window(number).shard
-        return self.url(shard), number - self._begins[shard]
+        return self.url(shard), number - self._first_rows[shard]
 
     # -- reading
     def read_columns(self, number: int, columns: list[int]) -> dict[int, Any]:
-        """{0: .docs, 1: the pages of the row}, read and checked. Raises `Damaged`."""
+        """{0: the documents of the block, 1: the pages of the row}, read and verified. Raises `Damaged`."""
         w = self.window(number)
         url, docs_record, (offset, _, _) = self.blocks.members(w.block)
         width = int(self.blocks.width[w.shard])
-        for second_time in (False, True):  # a second read tells an error on the way from a damaged file
+        for second_read in (False, True):  # an error in transit disappears in the second read, a damaged file does not
             try:
                 docs = self._docs(url, docs_record)
                 data = self.reader.range(url, offset + w.begin * width, offset + w.end * width)
                 self._check(w, data, docs)
                 return {0: docs, 1: data}
             except Damaged:
-                if second_time:
+                if second_read:
                     raise
         raise AssertionError
 
@@ -223,20 +220,23 @@ class Rows:
         return blocks.parse_docs(blocks.read_docs(self.reader, url, record))
 
     def _check(self, w: Window, data: bytes, docs: Docs) -> None:
+        """Verify the pages `data` of a window, or, for `best_fit`, those that the row needs. Raises `Damaged`."""
         width = int(self.blocks.width[w.shard])
         if len(data) != (w.end - w.begin) * width:
             raise Damaged(f"{len(data)} of {(w.end - w.begin) * width} bytes could be read")
         first = w.begin // PAGE
         pages: Iterable[int] = range(first, -(-w.end // PAGE))
         if self.packing == "best_fit":
-            more = self.blocks.joined[w.shard]  # then the token after a part is its last target
-            pages = sorted(
-                {n for at, size in self._parts(w, docs) for n in range(at // PAGE, (at + size - 1 + more) // PAGE + 1)}
-            )
+            # If documents share a token, the last target of a part is the token after it.
+            extra = int(self.blocks.joined[w.shard])
+            needed = set[int]()
+            for start, size in self._parts(w, docs):
+                needed.update(range(start // PAGE, (start + size - 1 + extra) // PAGE + 1))
+            pages = sorted(needed)
         blocks.check_pages(data, first, pages, docs, width)
 
     def checked(self, number: int, members: dict[int, Any]) -> dict[int, Any]:
-        """Members that came from the prefetch server, after the check of the pages; the client has checked .docs."""
+        """Members from the prefetch server, after verifying the pages; its client has verified .docs."""
         if all(isinstance(member, bytes) for member in members.values()):
             try:
                 docs = blocks.parse_docs(members[0])
@@ -250,18 +250,18 @@ class Rows:
         """{"tokens": int64 [T + 1], "documents": int32 [T + 1]}. Documents are counted from 0 in each row; padding has
         −1.
 
-        If documents share the token between them (`joined`), also {"next": int64 [T]}, the token after each token in
-        its document.
+        If documents share the token between them (`joined`), also "next", int64 [T]: the next token of the same
+        document for each token.
         """
         w, docs = self.window(number), members[0]
         data = np.frombuffer(members[1], blocks.dtype(self.blocks.width[w.shard]))
         if self.packing == "best_fit":
-            return self._packed(self._parts(w, docs), data, w.begin, self.blocks.joined[w.shard])
+            return self._packed_row(self._parts(w, docs), data, w.begin, self.blocks.joined[w.shard])
         size = w.last - w.first + 1
         out = np.empty(self.length + 1, np.int64)
         out[:size] = data[w.first - w.begin : w.last + 1 - w.begin]
         documents = np.zeros(self.length + 1, np.int32)
-        if self.document_mask:
+        if self.document_mask:  # 1 at each token that begins a document; the sum numbers the documents
             documents[_starts(w, docs) - w.first] = 1
             np.cumsum(documents, out=documents)
         out[size:], documents[size:] = self.pad, -1
@@ -271,31 +271,32 @@ class Rows:
         return sample
 
     def _parts(self, w: Window, docs: Docs) -> list[Part]:
-        """The parts of documents in a row of packing `best_fit`."""
+        """The parts of documents in a row, for packing `best_fit`."""
         joined = self.blocks.joined[w.shard]
         return self._layout(w.first, w.last, _starts(w, docs).tobytes(), joined)[w.row % WINDOW_ROWS]
 
-    def _lay_out(self, first: int, last: int, starts: bytes, joined: bool) -> list[list[Part]]:
+    def _pack_window(self, first: int, last: int, starts: bytes, joined: bool) -> list[list[Part]]:
+        """The parts in each row of a window. `starts` is bytes, because arguments of a cached function are hashed."""
         return best_fit(first, last, np.frombuffer(starts, "<u4"), self.length, joined)
 
-    def _packed(self, parts: list[Part], data: np.ndarray, begin: int, joined: bool) -> dict[str, Any]:
-        """A row made of parts of documents.
+    def _packed_row(self, parts: list[Part], data: np.ndarray, begin: int, joined: bool) -> dict[str, Any]:
+        """A row that consists of parts of documents. `data`: the tokens of the block from `begin` on.
 
         If documents share tokens, a part of n tokens has n targets, the last of which is the token after the part.
         """
         out = np.full(self.length + 1, self.pad, np.int64)
         documents = np.full(self.length + 1, -1, np.int32)
         following = np.full(self.length + 1, IGNORED, np.int64)
-        at = 0
+        filled = 0  # tokens of the row that are set
         for n, (start, size) in enumerate(parts):
-            place = slice(start - begin, start - begin + size)
-            out[at : at + size] = data[place]
-            documents[at : at + size] = n if self.document_mask else 0
+            target, source = slice(filled, filled + size), start - begin
+            out[target] = data[source : source + size]
+            documents[target] = n if self.document_mask else 0
             if joined:
-                following[at : at + size] = data[place.start + 1 : place.stop + 1]
-            at += size
-        if joined and at == self.length:
-            out[at], documents[at] = following[at - 1], documents[at - 1]
+                following[target] = data[source + 1 : source + 1 + size]
+            filled += size
+        if joined and filled == self.length:
+            out[filled], documents[filled] = following[filled - 1], documents[filled - 1]
         sample = {"tokens": out, "documents": documents}
         return sample | ({"next": following[:-1]} if joined else {})
 

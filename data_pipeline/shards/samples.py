@@ -1,4 +1,4 @@
-"""Samples of a list of shards, by number: found in the index, read by byte range, checked against their hash.
+"""Samples of a list of shards, by number: located by the index, read by byte range, and verified by their hash.
 
 A shard is a plain tar. The members of one sample follow each other and share their name up to the first dot:
 `0000007-oak.jpg`, `0000007-oak.cls` (the number of the label), `0000007-oak.json`. `tar` and `webdataset` can read
@@ -8,12 +8,9 @@ these shards.
 from __future__ import annotations
 
 import io
-import os
 import tarfile
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,31 +22,20 @@ from common.untrusted import is_number, open_tar, tar_members
 from data_pipeline.formats.decode import Encoded
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS, MAX_PIXELS
 from data_pipeline.shards.dataset import Part, Piece
-from data_pipeline.shards.index import index_in_cache
-from data_pipeline.shards.manifest import Manifest, dataset_id, load_manifest
+from data_pipeline.shards.indexed_manifest import IndexedManifest, open_manifests
+from data_pipeline.shards.manifest import Manifest, dataset_id
 from data_pipeline.shards.members import MEMBER_NAME, check_extensions, in_order, no_samples_message
 from data_pipeline.shards.tar_scan import RECORD
 from data_pipeline.shards.vocabulary import Vocabulary
-from data_pipeline.storage.ranges import READ_ATTEMPTS, MissingFile, OpenFile, RangeReader
-from data_pipeline.storage.urls import (
-    cache_folder,
-    compressed_tar_hint,
-    exclusive,
-    find_shards,
-    is_local,
-    write_atomically,
-)
-
-INDEX_PART_BYTES = 8 << 20  # of an index that one request asks for
-MAX_COPIED_INDEX_BYTES = 1 << 30  # a larger index of a remote set is read by range instead of being copied
+from data_pipeline.storage.ranges import RangeReader
 
 
 class Samples:
     """All samples of the shards that `specs` name (folders, tars, globs; local or any fsspec URL), in order.
 
     `read` returns the bytes of the members, `image` a decoded image. `extensions` are those of all members in the set.
-    An image of more than `max_pixels` counts as damaged. `further`: extensions to index in addition to those that
-    always are, if the shards have no index yet.
+    An image of more than `max_pixels` counts as damaged. `further`: extensions that are indexed in addition to
+    INDEXED_EXTENSIONS, if the shards have no index yet.
     """
 
     length = 0
@@ -66,9 +52,7 @@ class Samples:
         specs, self.further = list(specs), check_extensions(further)
         self.specs, self.names, self.max_pixels = specs, ", ".join(specs), max_pixels
         self.reader = reader or RangeReader()
-        self.manifests = [
-            _IndexedManifest(m, rows, self.reader) for m, rows in open_manifests(specs, say, self.further)
-        ]
+        self.manifests = [IndexedManifest(m, rows, self.reader) for m, rows in open_manifests(specs, say, self.further)]
         self.extensions = in_order(e for indexed in self.manifests for e in indexed.manifest.extensions)
         counts = np.concatenate(
             [indexed.manifest.counts[indexed.rows] for indexed in self.manifests] or [np.zeros(0, int)]
@@ -90,10 +74,11 @@ class Samples:
         """A hash of every byte and of the order of the shards."""
         out = xxhash.xxh3_128()
         for indexed in self.manifests:
-            m, rows = indexed.manifest, indexed.rows
-            complete = len(rows) == len(m.names)
-            picked = ([column[i] for i in rows] for column in (m.names, m.sizes, m.counts, m.hashes))
-            out.update((m.id if complete else dataset_id(*picked)).encode())
+            manifest, rows = indexed.manifest, indexed.rows
+            columns = (manifest.names, manifest.sizes, manifest.counts, manifest.hashes)
+            all_shards = len(rows) == len(manifest.names)
+            part_id = manifest.id if all_shards else dataset_id(*([column[row] for row in rows] for column in columns))
+            out.update(part_id.encode())
         return out.hexdigest()
 
     @property
@@ -110,12 +95,13 @@ class Samples:
         return sum(int(indexed.manifest.sizes[indexed.rows].sum()) for indexed in self.manifests)
 
     def merged(self) -> Manifest:
-        """One manifest of all specs. A shard is named N/NAME, with N the number of its spec, wherever it is stored."""
-        rows = [(indexed, n, int(row)) for n, indexed in enumerate(self.manifests) for row in indexed.rows]
-        names = [f"{n}/{indexed.manifest.names[row].rpartition('/')[2]}" for indexed, n, row in rows]
-        sizes, counts = (np.array([getattr(p.manifest, k)[r] for p, _, r in rows]) for k in ("sizes", "counts"))
-        hashes = [p.manifest.hashes[row] for p, _, row in rows]
-        return Manifest("", names, sizes, counts, hashes, self.extensions, {"specs": self.specs}, "", "", self.id)
+        """One manifest of all specs. A shard is named N/NAME, where N is the number of its spec, so that the name does
+        not depend on the place where the shard is stored."""
+        shards = []
+        for n, indexed in enumerate(self.manifests):
+            rows = indexed.manifest.shards
+            shards += [(f"{n}/{rows[i][0].rpartition('/')[2]}", *rows[i][1:]) for i in indexed.rows]
+        return Manifest.of_shards(shards, self.extensions, {"specs": self.specs}, id=self.id)
 
     def locate(self, number: int) -> tuple[int, int]:
         """(shard, row in the shard) of a sample."""
@@ -123,7 +109,7 @@ class Samples:
         return shard, number - int(self.first[shard])
 
     def place(self, number: int) -> tuple[str, int]:
-        """(shard, number in the shard, from 0) of a sample, without reading anything."""
+        """(URL of the shard, number in the shard, from 0) of a sample. This reads nothing."""
         shard, row = self.locate(number)
         return self.url(shard), row
 
@@ -141,28 +127,31 @@ class Samples:
             take = min(count, int(self.first[shard + 1]) - number)
             spec = int(self._spec_of[shard])
             indexed = self.manifests[spec]
-            found = indexed.records(int(indexed.rows[shard - self._spec_first[spec]]), row, take)
-            if indexed.manifest.extensions != self.extensions:
-                own, found = found, np.zeros((take, len(self.extensions)), RECORD)
+            stored = indexed.records(int(indexed.rows[shard - self._spec_first[spec]]), row, take)
+            if indexed.manifest.extensions == self.extensions:
+                records = stored
+            else:  # columns of the manifest -> columns of the dataset
+                records = np.zeros((take, len(self.extensions)), RECORD)
                 for column, extension in enumerate(indexed.manifest.extensions):
-                    found[:, self.extensions.index(extension)] = own[:, column]
-            out.append(Piece(number, self.url(shard), found))
+                    records[:, self.extensions.index(extension)] = stored[:, column]
+            out.append(Piece(number, self.url(shard), records))
             number, count = number + take, count - take
         return out
 
     def name(self, number: int) -> tuple[str, str]:
-        """(shard, key) of a sample, read from the headers of the tar."""
+        """(shard, key) of a sample, read from the headers of the tar between the previous sample and this one."""
         _, row = self.locate(number)
-        first = max(row - 1, 0)
-        (piece,) = self.pieces(number - row + first, row - first + 1)
+        previous = min(row, 1)  # samples before this one in the piece: 1, or 0 for the first sample of a shard
+        (piece,) = self.pieces(number - previous, 1 + previous)
         begin = 0
-        if row:
-            before = piece.records[0]
-            begin = int((before["offset"] + before["size"])[before["offset"] > 0].max() + 511) // 512 * 512
+        if previous:
+            records = piece.records[0]
+            ends = (records["offset"] + records["size"])[records["offset"] > 0]
+            begin = int(ends.max() + 511) // 512 * 512  # a tar consists of blocks of 512 bytes
         offsets = piece.records[-1]["offset"]
         try:
-            header = self.reader.range(piece.url, begin, int(offsets[offsets > 0].min()))
-            return piece.url, _last_key(header) or f"sample {row}"
+            headers = self.reader.range(piece.url, begin, int(offsets[offsets > 0].min()))
+            return piece.url, _last_key(headers) or f"sample {row}"
         except DataError:
             return piece.url, f"sample {row}"
 
@@ -173,10 +162,10 @@ class Samples:
         """
         out = np.zeros(len(self), np.uint64)
         for piece in self.pieces(0, len(self)):
-            own = out[piece.first : piece.first + len(piece.records)]
+            of_piece = out[piece.first : piece.first + len(piece.records)]  # a view of `out`
             for column in reversed(self.columns(extensions)):
                 present = piece.records[:, column]["offset"] > 0
-                own[present] = piece.records[present, column]["hash"]
+                of_piece[present] = piece.records[present, column]["hash"]
         return out
 
     def read(self, number: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
@@ -194,15 +183,15 @@ class Samples:
         present = {c: rows[c] for c in columns if rows[c][0]}
         begin = min((offset for offset, _, _ in present.values()), default=0)
         end = max((offset + size for offset, size, _ in present.values()), default=0)
-        for second_time in (False, True):  # a second read tells an error on the way from a damaged file
+        for second_read in (False, True):  # an error in transit disappears in the second read, a damaged file does not
             data = self.reader.range(piece.url, begin, end)
             try:
                 return {
-                    c: check(data[offset - begin : offset - begin + size], size, digest)
+                    c: verified(data[offset - begin : offset - begin + size], size, digest)
                     for c, (offset, size, digest) in present.items()
                 }
             except Damaged:
-                if second_time:
+                if second_read:
                     raise
         raise AssertionError
 
@@ -212,12 +201,12 @@ class Samples:
         return [c for c, e in enumerate(self.extensions) if e in wanted]
 
     def ranges(self, piece: Piece, columns: list[int]) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """(the offset of the first byte, the byte range) of the wanted members of a piece."""
+        """(offset of the first byte, (byte range,)) of the members of a piece in the given columns."""
         begin, end = span(piece.records, columns)
         return begin, ((begin, end),)
 
     def checked(self, number: int, members: dict[int, Any]) -> dict[int, Any]:
-        """The members as they are: the client of the prefetch server has checked every hash of the index."""
+        """The same members, because the client of the prefetch server has verified every hash of the index."""
         return members
 
     def sample(self, number: int, members: dict[int, Any], parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -225,16 +214,15 @@ class Samples:
         by_extension: dict[str, bytes] = {self.extensions[c]: data for c, data in members.items()}
         known, out = self.known(number), {}
         for name, part in parts.items():
-            own = {e: by_extension[e] for e in part.extensions if e in by_extension}
-            if not own:
+            part_members = {e: by_extension[e] for e in part.extensions if e in by_extension}
+            if not part_members:
                 raise part.absent()
-            out[name] = part.decode(own, known)
+            out[name] = part.decode(part_members, known)
         return out
 
     def known(self, number: int) -> dict[str, Any]:
-        """What the manifest of a sample says of all its samples: options for decoding ("pixels"), and names of classes
-        ("classes").
-        """
+        """What the manifest states about all of its samples: {"pixels": options for decoding, "classes": the names of
+        the classes}."""
         manifest = self._manifest(number)
         return {"pixels": manifest.pixels, "classes": manifest.classes}
 
@@ -246,7 +234,7 @@ class Samples:
         return self.manifests[int(self._spec_of[self.locate(number)[0]])].manifest
 
     def image(self, number: int, channels: int = 3, take: Callable[[int], None] | None = None) -> np.ndarray:
-        """The image of a sample, uint8 [H, W, channels]. Raises `Damaged`. `take`: the `reserve` of `Encoded`."""
+        """The image of a sample, uint8 [H, W, channels]. Raises `Damaged`. `take`: `reserve` of `Encoded`."""
         for extension, data in self.read(number, IMAGE_MEMBERS).items():
             encoded = self.encoded(number, data, extension, channels)
             encoded.reserve = take
@@ -268,8 +256,9 @@ class Samples:
 
 # ---------------------------------------------------------------- bytes
 def span(records: np.ndarray, columns: list[int]) -> tuple[int, int]:
-    """The byte range [begin, end) of the wanted members of samples in one shard."""
-    wanted = records[:, columns]
+    """The byte range [begin, end) from the first to the last member in the given columns of `records` [n, extensions]
+    of one shard; (0, 0) if there is none."""
+    wanted = records[:, columns]  # [n, len(columns)]
     offsets, sizes = wanted["offset"].astype(np.int64), wanted["size"].astype(np.int64)
     present = offsets > 0
     if not present.any():
@@ -277,8 +266,8 @@ def span(records: np.ndarray, columns: list[int]) -> tuple[int, int]:
     return int(offsets[present].min()), int((offsets + sizes)[present].max())
 
 
-def check(data: bytes, size: int, digest: int) -> bytes:
-    """The same bytes. Raises `Damaged` if length or hash differ from the index."""
+def verified(data: bytes, size: int, digest: int) -> bytes:
+    """`data` itself. Raises `Damaged` if its length or its hash differs from the index."""
     if len(data) != size:
         raise Damaged(f"{len(data)} of {size} bytes could be read")
     found = xxhash.xxh3_64_intdigest(data)
@@ -288,7 +277,7 @@ def check(data: bytes, size: int, digest: int) -> bytes:
 
 
 def _last_key(header: bytes) -> str | None:
-    """The key of the member whose header is the last one in these bytes."""
+    """The key of the member to which the last header in these bytes belongs; None if there is no header."""
     key = None
     try:
         with open_tar(io.BytesIO(header)) as tar:
@@ -298,144 +287,3 @@ def _last_key(header: bytes) -> str | None:
     except tarfile.TarError:
         pass  # the bytes end before the data of the last member
     return key
-
-
-# ---------------------------------------------------------------- manifests
-def open_manifests(
-    specs: Iterable[str], say: Callable[[str], None] = output.say, further: Iterable[str] = ()
-) -> list[tuple[Manifest, np.ndarray]]:
-    """[(manifest, rows of its shards)] for folders, tars and globs, in order.
-
-    Shards without a manifest are indexed into the cache folder, see `index_in_cache` for `further`.
-    """
-    out: list[tuple[Manifest, np.ndarray]] = []
-    for spec in specs:
-        whole = (
-            None
-            if spec.endswith(".tar") or compressed_tar_hint(spec) or any(c in spec for c in "*?[")
-            else load_manifest(spec)
-        )
-        if whole is not None:
-            _compare(whole, spec)
-            out.append((whole, np.flatnonzero(whole.counts)))
-            continue
-        urls = find_shards([spec])
-        folders = dict.fromkeys(url.rpartition("/")[0] for url in urls)
-        for folder in folders:
-            in_folder = [url for url in urls if url.rpartition("/")[0] == folder]
-            manifest = load_manifest(folder) if folder else None
-            if manifest is None:
-                manifest = index_in_cache(in_folder, say, further)
-                rows = np.arange(len(in_folder))
-            else:
-                _compare(manifest, folder)
-                places = {name: i for i, name in enumerate(manifest.names)}
-                rows = np.array([places[url.rpartition("/")[2]] for url in in_folder])
-            out.append((manifest, rows[manifest.counts[rows] > 0]))
-    return out
-
-
-def _compare(manifest: Manifest, folder: str) -> None:
-    """Raises DataError if a manifest does not list the shards that its folder holds.
-
-    Remote folders are not compared, because a listing may have a million objects.
-    """
-    if not is_local(folder):
-        return
-    path = folder.removeprefix("file://")
-    present = {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.name.endswith(".tar")}
-    listed = dict(zip(manifest.names, manifest.sizes.tolist(), strict=True))
-    for name in sorted(present.keys() | listed.keys()):
-        if present.get(name) != listed.get(name):
-            what = "is gone" if name not in present else "is new" if name not in listed else "has another size"
-            raise DataError(
-                f"{folder}: {name} {what} since the manifest was written; run `unlabeled shards index {folder}` again"
-            )
-
-
-class _IndexedManifest:
-    """A manifest with its index, which is a local file, a local copy of a remote one, or, if that is large, read by
-    range.
-
-    The file is not memory-mapped: if a mapped file is truncated, SIGBUS ends the process.
-    """
-
-    def __init__(self, manifest: Manifest, rows: np.ndarray, reader: RangeReader):
-        self.manifest, self.rows, self.reader = manifest, rows, reader
-        self._first = np.concatenate([[0], np.cumsum(manifest.counts)])
-        self._file: _IndexFile | None = None
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[type[_IndexedManifest], tuple[Manifest, np.ndarray, RangeReader]]:
-        return _IndexedManifest, (self.manifest, self.rows, self.reader)  # another process opens the file itself
-
-    def records(self, shard: int, row: int, count: int) -> np.ndarray:
-        """[count, extensions] of consecutive samples of a shard."""
-        width = len(self.manifest.extensions)
-        begin = int(self._first[shard]) + row
-        total = int(self._first[-1]) * width * RECORD.itemsize
-        with self._lock:
-            if self._file is None and (is_local(self.manifest.index) or total <= MAX_COPIED_INDEX_BYTES):
-                self._file = _IndexFile(self.manifest, total, self.reader)
-        size = width * RECORD.itemsize
-        if self._file is not None:
-            data = self._file.read(begin * size, count * size)
-        else:
-            data = self.reader.range(self.manifest.index, begin * size, (begin + count) * size)
-        if len(data) != count * size:
-            raise DataError(
-                f"{self.manifest.index}: is cut short; run `unlabeled shards index {self.manifest.folder}` again"
-            )
-        return np.frombuffer(data, RECORD).reshape(count, width)
-
-
-class _IndexFile:
-    """The whole index as an open local file. A remote one is first copied into the cache folder and checked."""
-
-    def __init__(self, manifest: Manifest, size: int, reader: RangeReader):
-        url, self.size = manifest.index, size
-        if is_local(url):
-            self.path = Path(url.removeprefix("file://").removeprefix("local://"))
-            own = f"run `unlabeled shards index {manifest.folder}` again"
-            made = f"delete {self.path.parent}, which is made anew at the next start"
-            self.todo = own if manifest.folder else made
-        else:
-            self.path = cache_folder("index") / f"{manifest.index_hash}.bin"
-            self.todo = f"delete {self.path}, which is copied anew from {url} at the next start"
-            if not self._is_copied():
-                with exclusive(self.path.with_suffix(".lock")):  # one process of a machine downloads it
-                    if not self._is_copied():
-                        write_atomically(str(self.path), _download_index(manifest, size, reader))
-        try:
-            self.file = OpenFile(str(self.path))
-        except MissingFile:
-            raise DataError(f"{self.path}: no such file; {self.todo}") from None
-        self._check()
-
-    def _is_copied(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size == self.size
-
-    def _check(self) -> None:
-        found = os.fstat(self.file.number).st_size
-        if found != self.size:
-            raise DataError(f"{self.path}: holds {found} bytes instead of {self.size}; {self.todo}")
-
-    def read(self, begin: int, size: int) -> bytes:
-        data = os.pread(self.file.number, size, begin)
-        if len(data) != size:
-            self._check()
-        return data
-
-
-def _download_index(manifest: Manifest, size: int, reader: RangeReader) -> list[bytes]:
-    """Read a remote index in parts, again if its hash is wrong, which may be an error on the way. Raises DataError."""
-    for _ in range(READ_ATTEMPTS):
-        parts = [
-            reader.range(manifest.index, at, min(size, at + INDEX_PART_BYTES))
-            for at in range(0, size, INDEX_PART_BYTES)
-        ]
-        if xxhash.xxh3_128_hexdigest(b"".join(parts)) == manifest.index_hash:
-            return parts
-    raise DataError(
-        f"{manifest.index}: is not the index that the manifest was written with; run `unlabeled shards index` again"
-    )

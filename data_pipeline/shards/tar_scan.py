@@ -1,7 +1,7 @@
-"""Scans one tar: the position and the hash of every member, in one pass over the file.
+"""Scan a tar: find the position and the hash of every member, in one pass over the file.
 
-`scan` returns the result. As a command (`python -m data_pipeline.shards.tar_scan`) it scans the tars that it is told on
-standard input and writes each result to a file; `index.py` starts one such process per core.
+`scan` returns the result. The command `python -m data_pipeline.shards.tar_scan` scans the tars that are listed on
+standard input, and writes each result to a file; `index.py` starts one such process per core.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data_pipeline.shards.members import (
     in_order,
     is_indexed,
     member_extensions,
-    why_unknown,
+    reason_not_indexed,
 )
 from data_pipeline.storage.urls import is_local, open_store
 
@@ -50,11 +50,9 @@ class Shard:
     left: LeftOut = field(default_factory=LeftOut)
 
 
-class _Hashed(io.RawIOBase):
-    """A file that is read once from front to back.
-
-    It hashes the bytes and remembers whether the last ones are zeros.
-    """
+class _HashedFile(io.RawIOBase):
+    """A file that is read once from the beginning to the end. Computes the hash of its bytes, and whether the last 512
+    bytes that were read are zeros."""
 
     def __init__(self, file: Any):
         self.file, self.hash, self.count, self.ends_in_zeros = file, xxhash.xxh3_128(), 0, False
@@ -79,7 +77,7 @@ def scan(url: str, further: Sequence[str] = ()) -> Shard:
     samples = _SampleCollector(shard, further)
     try:
         with open_binary(path) if is_local(url) else fs.open(path, "rb", cache_type="readahead") as raw:
-            file = _Hashed(raw)
+            file = _HashedFile(raw)
             with open_tar(file, "r|", bufsize=1 << 16) as tar:  # type: ignore[arg-type]
                 for member in tar_members(tar):
                     samples.add(tar, member)
@@ -116,18 +114,18 @@ class _SampleCollector:
         """Add one member to the current sample, or begin the next sample if its key differs."""
         if member.isdir():
             return
-        match = MEMBER_NAME.match(member.name)
+        match = MEMBER_NAME.match(member.name)  # (key, ending)
         ending = match[2].lower() if match else ""
         if not member.isreg():
             return self.shard.left.add("a link or a special file", member.name)
         if match is None or not is_indexed(ending, self.further):
-            return self.shard.left.add(why_unknown(ending), member.name)
+            return self.shard.left.add(reason_not_indexed(ending), member.name)
         if member.issparse():
             self.shard.problems.append(f"{member.name}: is a sparse file, which is not read; left out")
             return None
         if member.size > MAX_MEMBER_BYTES:
-            too_many = f"{member.size} bytes, but {MAX_MEMBER_BYTES} are allowed"
-            self.shard.problems.append(f"{member.name}: {too_many}; left out")
+            size = f"holds {member.size} bytes, but at most {MAX_MEMBER_BYTES} are allowed"
+            self.shard.problems.append(f"{member.name}: {size}; left out")
             return None
         if match[1] != self.key:
             self.finish()
@@ -139,17 +137,17 @@ class _SampleCollector:
         return None
 
     def finish(self) -> None:
-        """Append the current sample to `done`."""
+        """Append the current sample to `done`, unless it has no members or its key is not new."""
         members: dict[str, tuple[int, int, int]] = {}
-        twice = self.key in self.keys
+        key_occurs_again = self.key in self.keys
         extensions = member_extensions((ending for _, ending, _ in self.waiting), self.further)
         for (name, _, record), extension in zip(self.waiting, extensions, strict=True):
             if not extension:
                 self.shard.left.add(SEVERAL_DOTS, name)
-            elif twice:
+            elif key_occurs_again:
                 self.shard.problems.append(f"{name}: the key {self.key} occurs twice in the shard; left out")
             elif extension in members:
-                self.shard.problems.append(f"{name}: occurs twice in the sample; the first is taken")
+                self.shard.problems.append(f"{name}: occurs twice in the sample; the first one is used")
             else:
                 members[extension] = record
         if members:
@@ -159,9 +157,9 @@ class _SampleCollector:
         self.waiting = []
 
 
-# ---------------------------------------------------------------- scans in files, made by other processes
+# ---------------------------------------------------------------- scan files, which other processes write
 def scan_to_file(url: str, file: Path, further: Sequence[str] = ()) -> None:
-    """Scan a tar, and write the result to `file`, atomically."""
+    """Scan a tar, and write the result to `file` atomically."""
     shard = scan(url, further)
     head = {"bytes": shard.bytes, "samples": len(shard.keys), "hash": shard.hash}
     head |= {"extensions": shard.extensions, "problems": shard.problems, "left": shard.left}
@@ -179,10 +177,10 @@ def _scan_tars_from_stdin() -> None:
 
 
 def read_scan(url: str, file: Path, further: Sequence[str] = ()) -> tuple[dict[str, Any], np.ndarray]:
-    """(the facts about a shard, its records [samples, extensions]) in a file of `scan_to_file`.
+    """(the facts about a shard, its records [samples, extensions]), from a file that `scan_to_file` wrote.
 
-    If the file is gone, the shard is scanned again: a process that indexes the same shard as part of another set deletes
-    the files of its set when it is done.
+    If the file does not exist any more, the shard is scanned again: a process that indexes the same shard as part of
+    another set deletes the scan files of its set at the end.
     """
     while True:
         try:

@@ -1,10 +1,10 @@
 """Token sets, which `unlabeled shards tokenize` writes: their format, and how blocks and documents are read from them.
 
 A shard is a WebDataset tar. Its documents are concatenated into one sequence of N tokens; each document begins with the
-tokenizer's BOS and ends with its EOS, where the tokenizer has these tokens. If BOS and EOS are the same token, format 1
-has it twice between two documents, and format 2 (`joined`) once: it is the EOS of one document and the BOS of the next.
+tokenizer's BOS and ends with its EOS, if the tokenizer has these tokens. If BOS and EOS are the same token, format 1
+has it twice between two documents. Format 2 (`joined`) has it once: as the EOS of one document and the BOS of the next.
 The sequence is split into blocks of P targets: block b holds the P + 1 tokens bP to bP + P inclusive, so that two
-consecutive blocks share one token, and each token of a block but the first can be predicted from the block alone. A
+consecutive blocks share one token, and each token of a block except the first can be predicted from the block alone. A
 sample of the tar is a block, with two members:
 
     NAME.docs    little-endian: u32 1 (format of this member), u32 n documents, u32 m pages, u32 0;
@@ -15,7 +15,7 @@ sample of the tar is a block, with two members:
 
 The hashes of the pages allow a reader to verify the pages of one training row without reading the whole block. The
 manifest has an entry "tokens" with the dtype, P, the number of tokens of each shard, and the hash of the tokenizer;
-tokenizer.json lies beside the manifest.
+the folder of the manifest also holds tokenizer.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import xxhash
 
 from common.errors import Damaged, DataError
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.samples import Samples, check
+from data_pipeline.shards.samples import Samples, verified
 from data_pipeline.shards.vocabulary import Vocabulary
 from data_pipeline.storage.ranges import RangeReader
 
@@ -53,8 +53,10 @@ def pack_docs(starts: Iterable[int], sizes: Iterable[int], tokens: bytes, width:
 
     `starts` and `sizes` become `Docs.starts` and `Docs.bytes`.
     """
-    step = PAGE * width
-    pages = [xxhash.xxh3_64_intdigest(tokens[at : at + step]) for at in range(0, len(tokens), step)]
+    page_bytes = PAGE * width
+    pages = [
+        xxhash.xxh3_64_intdigest(tokens[offset : offset + page_bytes]) for offset in range(0, len(tokens), page_bytes)
+    ]
     starts, sizes = np.array([*starts], "<u4"), np.array([*sizes], "<u4")
     head = np.array([FORMAT, len(starts), len(pages), 0], "<u4")
     return b"".join(part.tobytes() for part in (head, starts, sizes, np.array(pages, "<u8")))
@@ -66,8 +68,8 @@ def parse_docs(data: bytes) -> Docs:
     if len(head) < 4 or head[0] != FORMAT or len(data) != 16 + 8 * int(head[1]) + 8 * int(head[2]):
         raise Damaged(".docs has no format that this version reads")
     n = int(head[1])
-    both = np.frombuffer(data, "<u4", 2 * n, 16)
-    return Docs(both[:n], both[n:], np.frombuffer(data, "<u8", int(head[2]), 16 + 8 * n))
+    starts_and_sizes = np.frombuffer(data, "<u4", 2 * n, 16)
+    return Docs(starts_and_sizes[:n], starts_and_sizes[n:], np.frombuffer(data, "<u8", int(head[2]), 16 + 8 * n))
 
 
 def check_pages(data: bytes, first: int, pages: Iterable[int], docs: Docs, width: int) -> None:
@@ -75,14 +77,12 @@ def check_pages(data: bytes, first: int, pages: Iterable[int], docs: Docs, width
 
     `data` holds tokens of `width` bytes each, from the first token of page `first` on.
     """
-    step = PAGE * width
+    page_bytes = PAGE * width
     view = memoryview(data)
     for n in pages:
-        at = (n - first) * step
-        found, expected = (
-            xxhash.xxh3_64_intdigest(view[at : at + step]),
-            int(docs.pages[n]) if n < len(docs.pages) else 0,
-        )
+        offset = (n - first) * page_bytes
+        found = xxhash.xxh3_64_intdigest(view[offset : offset + page_bytes])
+        expected = int(docs.pages[n]) if n < len(docs.pages) else 0
         if found != expected:
             raise Damaged(
                 f"the tokens from {n * PAGE} on are not those that were written: their hash is {found:016x}, not"
@@ -101,15 +101,18 @@ class Blocks(Samples):
         self.hash, self.pad = entries[0]["tokenizer"], entries[0]["pad"]
         self.lost = sum(entry.get("lost", 0) for entry in entries)  # number of characters that the tokenizer dropped
         rows = [(entry, part, row) for entry, part in zip(entries, self.manifests, strict=True) for row in part.rows]
-        # [shards], whether a single token is between two documents
+        # [shards]: whether a single token separates two documents
         self.joined = [entry["format"] == JOINED for entry, _, _ in rows]
         counts = [int(part.manifest.counts[row]) for _, part, row in rows]
         self.width = np.array([np.dtype(entry["dtype"]).itemsize for entry, _, _ in rows])  # [shards], bytes per token
-        # [shards], the targets of a block (P), and the tokens of the shard (N)
+        # [shards]: the number of targets of a block (P), and the number of tokens of the shard (N)
         self.block = np.array([entry["block"] for entry, _, _ in rows], np.int64)
         self.tokens = np.array([_tokens(entry, part.manifest, row) for entry, part, row in rows], np.int64)
         if ((self.tokens - 2) // self.block + 1 != counts).any():
-            raise DataError(f"{self.names}: the manifest's tokens and blocks do not fit; tokenize the text again")
+            raise DataError(
+                f"{self.names}: the numbers of tokens and blocks in the manifest contradict each other; tokenize the"
+                " text again"
+            )
         self._columns = self.extensions.index(DOCS), self.extensions.index(TOKENS)
 
     @cached_property
@@ -121,7 +124,8 @@ class Blocks(Samples):
         vocabulary = Vocabulary.read(self.url(0).rpartition("/")[0] or ".")
         if vocabulary.hash != self.hash:
             raise DataError(
-                f"{vocabulary.source}: is not the tokenizer that the tokens beside it were made with; put that one back"
+                f"{vocabulary.source}: is not the tokenizer that the tokens in its folder were made with; restore that"
+                " one"
             )
         return vocabulary
 
@@ -145,15 +149,15 @@ class Blocks(Samples):
             url, record, _ = self.members(number)
             docs = parse_docs(read_docs(self.reader, url, record))
             shard, last = self.locate(number)[0], number + 1 in self.first
-            # the last token of a block is also the first of the next block, which counts a document that begins there
-            own = slice(None) if last else docs.starts < self.block[shard]
-            total += int(docs.bytes[own].sum())
+            # The last token of a block is also the first of the next block, which counts a document that begins there.
+            counted = slice(None) if last else docs.starts < self.block[shard]
+            total += int(docs.bytes[counted].sum())
         return total
 
     def documents(self, first: int = 0, last: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
         """(tokens with BOS and EOS, bytes of the text) of every document in the shards first .. last - 1, in order.
 
-        `last` = None stands for all shards from `first` on. Raises `Damaged`.
+        If `last` is None, all shards from `first` on are read. Raises `Damaged`.
         """
         for shard in range(first, len(self.first) - 1 if last is None else last):
             documents = self._documents(shard)
@@ -161,27 +165,27 @@ class Blocks(Samples):
                 yield from documents
                 continue
             tokens, size = next(documents)
-            for following in documents:  # its first token is also the last token of the document before it
-                yield np.concatenate([tokens, following[0][:1]]), size
-                tokens, size = following
+            for next_tokens, next_size in documents:
+                yield np.concatenate([tokens, next_tokens[:1]]), size  # the token that both documents share
+                tokens, size = next_tokens, next_size
             yield tokens, size
 
     def _documents(self, shard: int) -> Iterator[tuple[np.ndarray, int]]:
-        """As `documents` for one shard, except that a token which two documents share is given to the second one
-        only."""
+        """As `documents`, for one shard, except that only the second of two documents has the token that they
+        share."""
         count = int(self.first[shard + 1] - self.first[shard])
-        parts: list[np.ndarray] = []  # the pieces of the current document, which may span several blocks
-        size = 0
+        parts: list[np.ndarray] = []  # the tokens of the current document, which may span several blocks
+        size = 0  # bytes of the text of the current document
         for block in range(count):
             tokens, docs = self.load(int(self.first[shard]) + block)
-            # the last token of a block is also the first of the next block
+            # The last token of a block is also the first of the next block.
             tokens = tokens if block == count - 1 else tokens[:-1]
             bounds = [*docs.starts[docs.starts < len(tokens)].tolist(), len(tokens)]
             parts.append(tokens[: bounds[0]])
-            for begin, end, following in zip(bounds, bounds[1:], docs.bytes.tolist(), strict=False):
+            for begin, end, next_size in zip(bounds, bounds[1:], docs.bytes.tolist(), strict=False):
                 if any(map(len, parts)):
                     yield np.concatenate(parts), size
-                parts, size = [tokens[begin:end]], following
+                parts, size = [tokens[begin:end]], next_size
         yield np.concatenate(parts), size
 
 
@@ -193,7 +197,7 @@ def dtype(width: int) -> np.dtype:
 def read_docs(reader: RangeReader, url: str, record: tuple[int, int, int]) -> bytes:
     """The .docs member of a block, read at `record` = (offset, bytes, hash) and verified. Raises `Damaged`."""
     offset, size, digest = record
-    return check(reader.range(url, offset, offset + size), size, digest)
+    return verified(reader.range(url, offset, offset + size), size, digest)
 
 
 def _entry(manifest: Manifest, names: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A cache of byte ranges on a local disk, so that a second epoch or a restart does not read them from the store again.
 
-It consists of plain files `<folder>/<dataset id>/<first sample>-<samples>`, each with the bytes of consecutive samples
-of one shard. A file is written under a temporary name and renamed. The hash of each sample is checked when it is used,
-so a damaged file costs one request and nothing else. The cache deletes only files that it wrote, in its own folder.
-When the folder is full, the file that the plan needs last is deleted first.
+It consists of plain files `<folder>/<dataset>/<first sample>-<number of samples>`, each with the bytes of consecutive
+samples of one shard. A file is written under a temporary name and renamed. The hash of each sample is checked when it
+is used, so the only cost of a damaged file is one more request. The cache deletes only files that it wrote, in its own
+folder. When the folder is full, the file that the plan needs last is deleted first.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from common.output import say
 
 _NAME = re.compile(r"^(\d+)-(\d+)$")
 _UNFINISHED = re.compile(r"^\d+-\d+\.\d+\.partial$")
-SUBFOLDER = "unlabeled-cache"  # of the user's folder; the cache deletes nothing outside of it
+SUBFOLDER = "unlabeled-cache"  # in the user's folder; the cache deletes nothing outside of it
 
 
 class Cache:
-    """At most `limit` bytes below `folder`/unlabeled-cache.
+    """A cache of at most `limit` bytes in a sub-folder of `folder`/unlabeled-cache.
 
-    Each process locks a sub-folder; after its end another process takes that over.
+    Each process locks a sub-folder for itself. After the process ends, another one can lock and use it.
     """
 
     def __init__(self, folder: str | Path, limit: int):
         self.limit, self.used, self._warned = limit, 0, False
         self._lock = threading.Lock()
-        self._sets: dict[str, tuple[list[int], dict[int, int]]] = {}  # dataset -> (firsts in order, {first: samples})
-        self._by_next_use: list[tuple[int, str, int]] = []  # heap of (− next use, dataset, first)
+        # A file is identified by (dataset, number of its first sample). For each dataset: the first samples of its
+        # files in order, and {first sample: number of samples}.
+        self._files: dict[str, tuple[list[int], dict[int, int]]] = {}
         self._next_use: dict[tuple[str, int], int] = {}
-        self._sizes: dict[tuple[str, int], int] = {}
+        self._by_next_use: list[tuple[int, str, int]] = []  # heap of (−next use, dataset, first sample)
+        self._sizes: dict[tuple[str, int], int] = {}  # bytes
         try:
             self.folder, self._lock_fd = _lock_folder(Path(folder) / SUBFOLDER)
             self._load_files()
@@ -51,25 +53,27 @@ class Cache:
     def _load_files(self) -> None:
         """Register the files that an earlier process wrote."""
         for path in sorted(self.folder.glob("*/*")):
-            if _UNFINISHED.match(path.name):  # of a process that was killed
+            if _UNFINISHED.match(path.name):  # left by a process that was killed
                 path.unlink()
             elif match := _NAME.match(path.name):
                 self._add(path.parent.name, int(match[1]), int(match[2]), path.stat().st_size, 0)
-        self._shrink(0)
+        self._make_room(0)
 
     def covers(self, dataset: str, first: int, count: int) -> list[tuple[int, int]]:
         """[(first sample of a file, number of its samples)] of the files that together hold [first, first + count);
         empty if some samples are missing.
         """
         with self._lock:
-            firsts, counts = self._sets.get(dataset, ([], {}))
-            out, at = [], first
-            while at < first + count:
-                place = bisect.bisect_right(firsts, at) - 1
-                if place < 0 or firsts[place] + counts[firsts[place]] <= at:
+            firsts, counts = self._files.get(dataset, ([], {}))
+            out, sample = [], first  # the first sample that is not covered yet
+            while sample < first + count:
+                position = bisect.bisect_right(firsts, sample) - 1
+                file_first = firsts[position] if position >= 0 else 0
+                file_end = file_first + counts.get(file_first, 0)
+                if file_end <= sample:
                     return []
-                out.append((firsts[place], counts[firsts[place]]))
-                at = firsts[place] + counts[firsts[place]]
+                out.append((file_first, counts[file_first]))
+                sample = file_end
             return out
 
     def read(self, dataset: str, first: int, count: int) -> bytes | None:
@@ -80,16 +84,17 @@ class Cache:
             return None
 
     def write(self, dataset: str, first: int, count: int, data: bytes, next_use: int) -> None:
-        """Store a range that is needed next at place `next_use`, if there is room or a file that is needed later.
+        """Store a range that is needed next at place `next_use`, if there is room, or if files that are needed later
+        can be deleted for it.
 
         A disk that is full or read-only is reported once, without an error.
         """
         if len(data) > self.limit:
             return
         with self._lock:
-            if first in self._sets.get(dataset, ([], {}))[1]:
+            if (dataset, first) in self._sizes:
                 return
-            if not self._shrink(len(data), next_use):
+            if not self._make_room(len(data), next_use):
                 return
             self._add(dataset, first, count, len(data), next_use)
         path = self.folder / dataset / f"{first}-{count}"
@@ -100,7 +105,7 @@ class Cache:
             with self._lock:
                 if (dataset, first) in self._sizes:
                     temporary.replace(path)
-                else:  # deleted meanwhile, for another range
+                else:  # deleted in the meantime, to make room for another range
                     temporary.unlink()
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -109,19 +114,19 @@ class Cache:
             self._warn(error)
 
     def set_next_use(self, dataset: str, first: int, next_use: int) -> None:
-        """Note that a file, which has just been read, is needed next at place `next_use`."""
+        """Set the place at which a file, which has just been read, is needed next."""
         with self._lock:
             if (dataset, first) in self._sizes:
                 self._next_use[dataset, first] = next_use
                 heapq.heappush(self._by_next_use, (-next_use, dataset, first))
 
     def drop(self, dataset: str, first: int) -> None:
-        """Forget and delete one file."""
+        """Delete one file."""
         with self._lock:
             self._remove(dataset, first)
 
     def _add(self, dataset: str, first: int, count: int, size: int, next_use: int) -> None:
-        firsts, counts = self._sets.setdefault(dataset, ([], {}))
+        firsts, counts = self._files.setdefault(dataset, ([], {}))
         bisect.insort(firsts, first)
         counts[first] = count
         self._sizes[dataset, first], self._next_use[dataset, first] = size, next_use
@@ -132,9 +137,9 @@ class Cache:
         size = self._sizes.pop((dataset, first), None)
         if size is None:
             return
-        firsts, counts = self._sets[dataset]
+        firsts, counts = self._files[dataset]
         del firsts[bisect.bisect_left(firsts, first)], self._next_use[dataset, first]
-        with contextlib.suppress(OSError):  # a disk that turned read-only
+        with contextlib.suppress(OSError):  # the disk may have become read-only
             (self.folder / dataset / f"{first}-{counts.pop(first)}").unlink(missing_ok=True)
         self.used -= size
 
@@ -147,22 +152,25 @@ class Cache:
                 file=sys.stderr,
             )
 
-    def _shrink(self, room: int, next_use: int | None = None) -> bool:
-        """Free `room` bytes. False if all files are needed before `next_use`."""
-        while self.used + room > self.limit and self._by_next_use:
-            when, dataset, first = self._by_next_use[0]
-            if self._next_use.get((dataset, first)) != -when:  # an outdated entry: read again since, or deleted
+    def _make_room(self, size: int, next_use: int | None = None) -> bool:
+        """Delete files until `size` bytes fit, those first that are needed last. Returns False if only files that are
+        needed before `next_use` are left."""
+        while self.used + size > self.limit and self._by_next_use:
+            negative_use, dataset, first = self._by_next_use[0]
+            last_needed = -negative_use
+            # An outdated entry: the file has been read since, or deleted.
+            if self._next_use.get((dataset, first)) != last_needed:
                 heapq.heappop(self._by_next_use)
                 continue
-            if next_use is not None and -when <= next_use:
+            if next_use is not None and last_needed <= next_use:
                 return False
             heapq.heappop(self._by_next_use)
             self._remove(dataset, first)
-        return self.used + room <= self.limit
+        return self.used + size <= self.limit
 
 
 def _lock_folder(root: Path) -> tuple[Path, int]:
-    """(the first of root/0, root/1, … that no other process has locked, the descriptor of our lock on it).
+    """(the first of root/0, root/1, … that no other process has locked, the descriptor that holds our lock on it).
 
     The kernel releases the lock when the process ends.
     """

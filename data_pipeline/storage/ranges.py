@@ -1,11 +1,11 @@
-"""Reads byte ranges from any store: with retries, time limits, hedged requests (a second one when the first is slow),
-and counts of all of these.
+"""Read byte ranges from any store, with retries, time limits and hedged requests (a second request when the first is
+slow), all of which are counted.
 
 There are two back ends: `obstore` for s3, gs and az if it is installed (`pip install 'unlabeled[obstore]'`), and fsspec
-for every other store. Requests of both are retried here, with exponential back-off and full jitter, until
-`retry_seconds` are over. Errors that waiting cannot mend, such as a missing file or refused credentials, are raised at
-once. A range that comes back too short is requested again, and after MAX_SHORT_READS attempts returned as it is: the
-hash of the sample then shows that it is damaged.
+for every other store. Requests of both are retried here, with exponential back-off and full jitter, for
+`retry_seconds`. Permanent errors, such as a missing file or refused credentials, are raised at once. If fewer bytes
+come than requested, the request is repeated; after MAX_SHORT_READS attempts these bytes are returned, and the hash of
+the sample then shows that it is damaged.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from common.errors import DataError, is_bug
 from common.untrusted import open_regular
 from data_pipeline.storage.urls import is_local, open_store
 
-READ_ATTEMPTS = 10  # to read bytes whose hash is wrong
-MAX_SHORT_READS = 3  # answers that are too short, before the last one is returned as it is
+READ_ATTEMPTS = 10  # attempts to read bytes whose hash is wrong
+MAX_SHORT_READS = 3  # attempts after which a range that is too short is returned
 OPEN_FILES = 128  # local files that are kept open at a time
-# errors from which a network file system recovers
+# errors of network file systems that go away after a while
 TRANSIENT_ERRNOS = (
     errno.EIO,
     errno.ESTALE,
@@ -35,7 +35,8 @@ TRANSIENT_ERRNOS = (
     errno.ETIMEDOUT,
     errno.EINTR,
 )
-_DENIED = (
+# exceptions and error codes of stores that refuse the credentials
+_CREDENTIAL_ERRORS = (
     "PermissionDenied",
     "Unauthenticated",
     "NoCredentials",
@@ -52,7 +53,7 @@ CREDENTIAL_HINTS = {
 
 
 class MissingFile(DataError):
-    """The file does not exist."""
+    """Raised for a file that does not exist."""
 
 
 class RangeReader:
@@ -81,20 +82,20 @@ class RangeReader:
             return b""
         if is_local(url):
             return self._local(url, start, end)
-        shorts = 0
+        short_reads = 0
 
         def attempt() -> bytes:
-            nonlocal shorts
+            nonlocal short_reads
             data = self._attempt(url, start, end)
             if len(data) > end - start:
                 raise DataError(
-                    f"{url}: the server sends {len(data)} bytes where {end - start} are asked for: it does not support"
+                    f"{url}: the server sends {len(data)} bytes where {end - start} are requested: it does not support"
                     " byte ranges; copy the shards to a server that does"
                 )
             if len(data) < end - start:
                 self._count(short=1)
-                shorts += 1
-                if shorts < MAX_SHORT_READS:
+                short_reads += 1
+                if short_reads < MAX_SHORT_READS:
                     raise OSError(f"the store returned only {len(data)} of {end - start} bytes")
             return data
 
@@ -109,18 +110,18 @@ class RangeReader:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(2 * self._inflight, "fetch")
         read = backend(url)
-        began = time.monotonic()
+        start_time = time.monotonic()
         requests: list[Future] = [self._pool.submit(self._timed, read, start, end)]
         limit = self.attempt_seconds + (end - start) / 1e6  # a slow connection is assumed to give 1 MB/s
         hedge_after = self._hedge_after()
         waiting = set(requests)
         while waiting:
-            left = limit - (time.monotonic() - began)
+            left = limit - (time.monotonic() - start_time)
             done, waiting = wait(waiting, min(hedge_after, max(left, 0)), FIRST_COMPLETED)
             for request in done:
-                if request.exception() is None or not waiting:
+                if request.exception() is None or not waiting:  # an answer, or the failure of the last request
                     return request.result()
-            if time.monotonic() - began >= limit:
+            if time.monotonic() - start_time >= limit:
                 for request in waiting:
                     request.cancel()
                 raise TimeoutError(f"no answer in {limit:.0f} seconds")
@@ -133,16 +134,15 @@ class RangeReader:
 
     def _timed(self, read: Callable[[int, int], bytes], start: int, end: int) -> bytes:
         self._count(requests=1)
-        began = time.monotonic()
+        start_time = time.monotonic()
         data = read(start, end)
         with self._lock:
-            self._durations.append(time.monotonic() - began)
+            self._durations.append(time.monotonic() - start_time)
         return data
 
     def _hedge_after(self) -> float:
-        """Seconds after which a request is hedged: 1.5 times the 99th percentile of the last requests, once there are
-        20 of them.
-        """
+        """Seconds after which a request is hedged: 1.5 times the 99th percentile of the durations of the last requests.
+        Before 20 requests have been answered, it is the time limit of a request."""
         with self._lock:
             durations = sorted(self._durations)
         if len(durations) < 20:
@@ -150,7 +150,7 @@ class RangeReader:
         return max(0.05, 1.5 * durations[int(len(durations) * 0.99)])
 
     def _may_hedge(self) -> bool:
-        """Whether another request may be hedged: at most one in twenty, so that a slow store does not get slower."""
+        """Whether one more request may be hedged: at most one in twenty, so that a slow store does not get slower."""
         with self._lock:
             return self.counts["hedges"] < 2 + self.counts["requests"] // 20
 
@@ -167,7 +167,7 @@ class RangeReader:
     def _local(self, url: str, start: int, end: int) -> bytes:
         path = url.removeprefix("file://").removeprefix("local://")
         with self._lock:
-            if self._pid != os.getpid():  # after a fork, this process opens files of its own
+            if self._pid != os.getpid():  # after a fork, this process must open the files again
                 self._files, self._pid = OrderedDict(), os.getpid()
             file = self._files.pop(path, None) or OpenFile(path)
             self._files[path] = file
@@ -201,7 +201,7 @@ class OpenFile:
 
 
 class Heartbeat:
-    """The time at which a call last made progress: a long transfer calls `now` after each piece."""
+    """The time of the last progress of a call: a long transfer calls `now` after each piece."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
@@ -218,11 +218,11 @@ def with_retries(
     beat: Heartbeat | None = None,
     bounded: bool = False,
 ) -> Any:
-    """Return the result of `call`, which is repeated while it fails, for at most `seconds`. Raises DataError then, and
+    """Return the result of `call`, which is repeated while it fails. Raises DataError after `seconds` of failures, and
     at once for a permanent error.
 
-    A call to a store that does not answer is abandoned after `seconds` without a `beat`, unless `bounded` says that it
-    has its own time limit. `retrying` is called before each repetition.
+    A call to a store that does not answer is abandoned after `seconds` without a `beat`. `bounded`: whether `call` has
+    a time limit already, so that this one is not needed. `retrying` is called before each repetition.
     """
     deadline, tries = time.monotonic() + seconds, 0
     while True:
@@ -238,7 +238,7 @@ def with_retries(
             if time.monotonic() >= deadline:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise DataError(
-                    f"{url}: no answer in {seconds:.0f} seconds and {tries} tries; the last: {reason}"
+                    f"{url}: no answer in {seconds:.0f} seconds and {tries} tries; the last error: {reason}"
                 ) from None
         retrying()
         # full jitter, so that many clients do not repeat their requests at the same time
@@ -264,14 +264,14 @@ def _call_with_timeout(seconds: float, call: Callable[[], Any], beat: Heartbeat)
     threading.Thread(target=run, daemon=True).start()
     while not done.wait(max(0.0, beat.last + seconds - time.monotonic())):
         if time.monotonic() >= beat.last + seconds:
-            raise TimeoutError("it does not answer")
+            raise TimeoutError("the store does not answer")
     if found[1] is not None:
         raise found[1]
     return found[0]
 
 
 def _raise_if_permanent(url: str, error: Exception) -> None:
-    """Raises DataError for an error that no retry will mend."""
+    """Raises DataError for an error that a retry cannot correct."""
     text = " ".join(str(error).split())
     scheme = url.partition("://")[0]
     kind = type(error).__name__
@@ -280,8 +280,8 @@ def _raise_if_permanent(url: str, error: Exception) -> None:
     if is_local(url) and isinstance(error, OSError) and error.errno not in TRANSIENT_ERRNOS:
         raise DataError(f"{url}: cannot be read ({error.strerror or error})") from None
     denied = getattr(error, "status", None) in (401, 403)  # of an aiohttp error
-    if isinstance(error, PermissionError) or denied or any(word in kind + text for word in _DENIED):
-        where = CREDENTIAL_HINTS.get(scheme, "the store's own variables")
+    if isinstance(error, PermissionError) or denied or any(word in kind + text for word in _CREDENTIAL_ERRORS):
+        where = CREDENTIAL_HINTS.get(scheme, "the environment variables of this store")
         raise DataError(f"{url}: the store refuses these credentials ({kind}); set {where}") from None
 
 
@@ -299,8 +299,8 @@ def backend(url: str) -> Callable[[int, int], bytes]:
             import obstore
 
             return lambda start, end: bytes(obstore.get_range(store, path, start=start, end=end))
-    fs, inside = open_store(url)
-    return lambda start, end: fs.cat_file(inside, start=start, end=end)
+    fs, fs_path = open_store(url)
+    return lambda start, end: fs.cat_file(fs_path, start=start, end=end)
 
 
 def _obstore(scheme: str, bucket: str) -> Any:

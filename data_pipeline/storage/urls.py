@@ -1,6 +1,6 @@
 """Files by URL: a local path, or any store that fsspec knows (s3://, gs://, az://, https://, …).
 
-Credentials come from where the tools of each store look for them (AWS_*, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS,
+Credentials are read from the places that the tools of each store use (AWS_*, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS,
 AZURE_STORAGE_*, ~/.netrc for http), never from a URL, because URLs are stored in recipes, manifests and results.
 """
 
@@ -24,7 +24,10 @@ from common import output
 from common.errors import DataError
 from data_pipeline.formats.image_formats import IMAGES
 
-FOLDER_SHARDS = "folder-shards"  # sub-folder of the cache with shards of folders of images (build/folder_cache.py)
+FOLDER_SHARDS = (
+    "folder-shards"  # sub-folder of the cache for shards made from folders of images (build/folder_cache.py)
+)
+# scheme of a URL -> the extra of this package that installs what reads it
 PACKAGE_EXTRAS = {
     "s3": "s3",
     "s3a": "s3",
@@ -45,14 +48,13 @@ def open_store(url: str) -> tuple[Any, str]:
     if reason := output.secrets_error(url):
         raise DataError(f"{url}: {reason}")
     scheme = url.partition("://")[0]
+    options = _login(url) if scheme in ("http", "https") else STORE_OPTIONS.get(scheme, {})
     try:
-        return fsspec.core.url_to_fs(
-            url, **STORE_OPTIONS.get(scheme, {}), **(_login(url) if scheme in ("http", "https") else {})
-        )
+        return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        extra = PACKAGE_EXTRAS.get(url.partition("://")[0])
-        todo = f"pip install 'unlabeled[{extra}]'" if extra else str(error)
-        raise DataError(f"{url}: the package that reads it is not installed; {todo}") from None
+        extra = PACKAGE_EXTRAS.get(scheme)
+        advice = f"pip install 'unlabeled[{extra}]'" if extra else str(error)
+        raise DataError(f"{url}: the package that reads it is not installed; {advice}") from None
     except ValueError as error:
         raise DataError(f"{url}: cannot be opened ({error})") from None
 
@@ -64,13 +66,13 @@ STORE_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _login(url: str) -> dict[str, Any]:
-    """The name and password that ~/.netrc (or $NETRC) gives for the URL's host, as an option of fsspec."""
+    """The login that ~/.netrc (or $NETRC) has for the host of the URL, as an option of fsspec; {} if it has none."""
     try:
         entry = netrc.netrc(os.environ.get("NETRC") or None).authenticators(urlsplit(url).hostname or "")
     except FileNotFoundError:
         return {}
     except (netrc.NetrcParseError, OSError, RuntimeError) as error:  # RuntimeError: no home folder
-        raise DataError(f"{url}: the file with its password cannot be used: {error}") from None
+        raise DataError(f"{url}: the netrc file, which holds its password, cannot be read: {error}") from None
     if entry is None or entry[0] == "anonymous":
         return {}
     login = base64.b64encode(f"{entry[0]}:{entry[2] or ''}".encode()).decode()
@@ -82,7 +84,7 @@ def is_local(url: str) -> bool:
 
 
 def stamp(url: str) -> str:
-    """Size and version (etag or modification time) of a file as one text, which changes when the content changes."""
+    """The size and version (etag or modification time) of a file as text, which changes when the content changes."""
     fs, path = open_store(url)
     try:
         info = fs.info(path)
@@ -95,13 +97,16 @@ def stamp(url: str) -> str:
 
 
 def cache_folder(name: str) -> Path:
-    """A folder for files that can be made again: $UNLABELED_CACHE/NAME, or ~/.cache/unlabeled/NAME."""
+    """The folder $UNLABELED_CACHE/NAME, or ~/.cache/unlabeled/NAME, for files that can be made again if they are lost.
+    Creates it if it does not exist."""
     root = os.environ.get("UNLABELED_CACHE")
     try:
         folder = Path(root or Path.home() / ".cache" / "unlabeled", name)
         folder.mkdir(parents=True, exist_ok=True)
     except RuntimeError:
-        raise DataError("no home folder is known; set UNLABELED_CACHE=FOLDER, the folder for cached files") from None
+        raise DataError(
+            "the home folder is not known; set UNLABELED_CACHE=FOLDER, the folder for cached files"
+        ) from None
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be made ({error.strerror}); set UNLABELED_CACHE=FOLDER") from None
     return folder
@@ -109,8 +114,8 @@ def cache_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Let one process at a time into the context, by a lock on a file; the others wait. Has no effect on a file system
-    without locks."""
+    """Only one process at a time can be in this context: it locks the file `path`, and the others wait. Has no effect
+    on a file system without locks."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with contextlib.suppress(OSError):
@@ -121,7 +126,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def write_atomically(url: str, parts: Iterable[bytes]) -> None:
-    """Write a file that appears under its name only when it is complete."""
+    """Write a file whose name exists only once the file is complete."""
     fs, path = open_store(url)
     try:
         if not is_local(url):  # an object of a store appears when its upload is complete
@@ -139,26 +144,27 @@ def write_atomically(url: str, parts: Iterable[bytes]) -> None:
         raise DataError(f"{url}: cannot be written ({error.strerror or error})") from None
 
 
+UNPACK_TOOLS = {
+    ".tgz": "gunzip",
+    ".tar.gz": "gunzip",
+    ".tar.zst": "zstd -d",
+    ".tar.bz2": "bunzip2",
+    ".tar.xz": "unxz",
+}
+
+
 def compressed_tar_hint(path: str) -> str:
     """How to unpack a compressed tar, as the end of an error message; "" for other files."""
-    if not path.lower().endswith((".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")):
-        return ""
-    tool = (
-        "zstd -d"
-        if path.endswith(".zst")
-        else "bunzip2"
-        if path.endswith("2")
-        else "unxz"
-        if path.endswith("xz")
-        else "gunzip"
-    )
-    return f"; samples of a compressed tar cannot be read by range: unpack it first, `{tool} {path}`"
+    for ending, tool in UNPACK_TOOLS.items():
+        if path.lower().endswith(ending):
+            return f"; samples of a compressed tar cannot be read by range: unpack it first, `{tool} {path}`"
+    return ""
 
 
 def find_shards(specs: Iterable[str]) -> list[str]:
-    """The tar files that folders, globs and file names stand for, in order and each once.
+    """The tar files in the given folders, globs and file names, in this order and without repetition.
 
-    Raises DataError for a spec without any.
+    Raises DataError for a spec that gives none.
     """
     out: dict[str, None] = {}
     for spec in specs:
@@ -174,7 +180,7 @@ def find_shards(specs: Iterable[str]) -> list[str]:
         elif fs.isfile(path):
             found = [path]
             if hint := compressed_tar_hint(spec):
-                raise DataError(f"{spec}: is no tar that can be read{hint}")
+                raise DataError(f"{spec}: is a compressed tar{hint}")
         else:
             raise DataError(f"{spec}: no such file or folder{_missing_cache_hint(path)}")
         out |= dict.fromkeys(fs.unstrip_protocol(f) if "://" in spec else f for f in found)
@@ -182,18 +188,18 @@ def find_shards(specs: Iterable[str]) -> list[str]:
 
 
 def _describe_contents(fs: Any, path: str) -> str:
-    """What a folder without shards holds and what to do about it, for an error message."""
+    """What a folder without shards holds and what to do, as the end of an error message."""
     files = [f for f in fs.find(path) if not f.rsplit("/", 1)[-1].startswith(".")]
     if not files:
         return "is an empty folder"
     for f in files:
         if f.endswith(".tar"):
             return f"holds shards only in sub-folders; name those, for example {f.rsplit('/', 1)[0]}"
-        kind = "images" if f.lower().endswith(tuple("." + ending for ending in IMAGES)) else "text"
-        if kind == "images" or f.lower().endswith((".txt", ".jsonl", ".parquet")):
+        has_images = f.lower().endswith(tuple(f".{ending}" for ending in IMAGES))
+        if has_images or f.lower().endswith((".txt", ".jsonl", ".parquet")):
             return (
-                f"holds {kind} but no shards; make them with `unlabeled shards build {path} {path.rstrip('/')}-shards`"
-                " and name that folder"
+                f"holds {'images' if has_images else 'text'} but no shards; make them with `unlabeled shards build"
+                f" {path} {path.rstrip('/')}-shards` and name that folder"
             )
     endings = Counter(f".{f.rpartition('.')[2]}" if "." in f.rpartition("/")[2] else "no extension" for f in files)
     listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
@@ -201,13 +207,12 @@ def _describe_contents(fs: Any, path: str) -> str:
 
 
 def _missing_cache_hint(path: str) -> str:
-    """What to do when the cache lacks the shards of a folder of images, as the end of an error message; "" for other
-    paths.
-    """
+    """What to do when the shards of a folder of images are not in the cache, as the end of an error message; "" for
+    other paths."""
     if Path(path).parent.name != FOLDER_SHARDS:
         return ""
     return (
-        "; it held shards of a folder of images, in the cache of the machine that built them: give data.train=FOLDER"
-        " again, the same"
-        " files give the same shards, or build them with `unlabeled shards build` where every machine sees them"
+        "; shards that were made from a folder of images are in the cache of the machine that built them: write"
+        " data.train=FOLDER again, which builds the same shards from the same files, or build them with `unlabeled"
+        " shards build` in a folder that every machine can read"
     )

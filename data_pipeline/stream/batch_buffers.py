@@ -1,9 +1,9 @@
-"""Shared-memory buffers that data workers write batches into; a buffer is used again as soon as the trainer has dropped
-its batch.
+"""Shared-memory buffers that data workers write batches into. A buffer is reused as soon as the trainer has freed its
+batch.
 
 A new allocation for every batch would cost more than reading the samples: the kernel zeroes every page of it (0.04 ms
-of 0.14 ms for a sample of 60 kB). The trainer may keep a batch as long as it likes: its buffer is not used again before
-the batch is freed.
+of 0.14 ms for a sample of 60 kB). The trainer may keep a batch as long as it likes: its buffer is not reused before the
+batch is freed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from common.errors import DataError
 
 SHARED_MEMORY = "/dev/shm"  # the file system that shared memory comes from, on Linux
-BUFFERS_PER_WORKER = 16  # buffers of a worker that are used again; a further one serves one batch only
+BUFFERS_PER_WORKER = 16  # buffers of a worker that are reused; a further buffer serves one batch only
 
 
 class BatchBuffers:
@@ -34,19 +34,18 @@ class BatchBuffers:
     def take(self, size: int, parts: dict[str, Any]) -> tuple[dict[str, Tensor], tuple[int, int]]:
         """(tensors with room for `size` samples shaped like `parts`, (worker, number) of the buffer).
 
-        Number −1 means that the buffer is not used again.
+        Number −1 means that the buffer is not reused.
         """
-        like = {key: np.asarray(part) for key, part in parts.items()}
+        samples = {key: np.asarray(part) for key, part in parts.items()}  # of one sample
         info = get_worker_info()
         if info is None:
-            return {key: torch.empty((size, *part.shape), dtype=_dtype(part)) for key, part in like.items()}, (0, -1)
+            return {key: torch.empty((size, *part.shape), dtype=_dtype(part)) for key, part in samples.items()}, (0, -1)
         free = (self._busy[info.id] == 0).nonzero()
         number = int(free[0]) if len(free) else -1
-        buffer = self._buffers.get(number)
-        if buffer is None or {k: (t.shape, t.dtype) for k, t in buffer.items()} != {
-            k: ((size, *p.shape), _dtype(p)) for k, p in like.items()
-        }:
-            buffer = {key: _shared(size, part) for key, part in like.items()}
+        buffer = self._buffers.get(number, {})
+        layout = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in buffer.items()}
+        if layout != {key: ((size, *part.shape), _dtype(part)) for key, part in samples.items()}:
+            buffer = {key: _shared(size, part) for key, part in samples.items()}
         if number >= 0:
             self._buffers[number] = buffer
             self._busy[info.id, number] = 1
@@ -61,13 +60,13 @@ class BatchBuffers:
 
     def collect(self) -> None:
         """Mark the buffers of batches that have been freed as free."""
-        still = []
+        still_in_use = []
         for worker, number, refs in self._in_use:
             if all(storage.expired() for storage in refs):
                 self._busy[worker, number] = 0
             else:
-                still.append((worker, number, refs))
-        self._in_use = still
+                still_in_use.append((worker, number, refs))
+        self._in_use = still_in_use
 
 
 def _dtype(part: np.ndarray) -> torch.dtype:
@@ -87,4 +86,4 @@ def _shared(size: int, part: np.ndarray) -> Tensor:
         )
     storage = torch.UntypedStorage._new_shared(wanted, device="cpu")
     out = torch.empty(0, dtype=_dtype(part)).set_(storage, 0, (size, *part.shape))  # type: ignore[call-overload]
-    return out.zero_()  # commits the memory now: a later write to a page that cannot be had ends the process (SIGBUS)
+    return out.zero_()  # commits the memory now; a later write to a page that the kernel cannot provide is a SIGBUS

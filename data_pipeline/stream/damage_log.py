@@ -1,4 +1,4 @@
-"""The log of damaged samples, one line for each, and a quota: a run whose data holds more damaged samples is ended.
+"""The log of damaged samples, one line for each, and a quota: a run ends when its data holds more damaged samples.
 
 A line is written to disk before training continues. Every process appends to a file of its own and then reads the files
 of all processes, so the process whose sample exceeds the quota detects it without a collective operation.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from data_pipeline.shards.rows import Rows
     from data_pipeline.shards.samples import Samples
 
-MIN_ALLOWED_DAMAGED = 10  # as many damaged samples are allowed even if the data is small
+MIN_ALLOWED_DAMAGED = 10  # so many damaged samples are allowed even in a small dataset
 
 
 class DamageLog:
@@ -40,7 +40,7 @@ class DamageLog:
         self._read_all()
 
     def set_datasets(self, samples: Sequence[Samples | Rows]) -> None:
-        """Set the datasets of the run, to whose sizes `share` and `shard_share` refer. Must be called before `add`."""
+        """Set the datasets of the run, whose sizes the quota is computed from. Must be called before `add`."""
         self._total = sum(len(s) for s in samples)
         self._samples = samples
 

@@ -20,19 +20,21 @@ import numpy as np
 
 from common import child_signals
 from common.errors import Damaged, DataError
-from data_pipeline.shards.samples import check
+from data_pipeline.shards.samples import verified
 from data_pipeline.shards.tar_scan import RECORD
 
 HEAD = struct.Struct("<BIq")  # request: kind, number of (dataset, global index) pairs that follow, step
 REPLY = struct.Struct("<BQQ")  # answer: 0 or 1 (an error), size of the JSON text, size of the data
-# Kinds of requests: for bytes; for bytes from the store, without any cache; for (shard, key) of samples.
+# Kinds of requests: the bytes of samples; the same, but read from the store and not from any cache; (shard, key) of
+# samples.
 READ, REREAD, NAME = 0, 1, 2
 
 
 class PrefetchClient:
-    """A data worker's side of the prefetch server.
+    """The data workers' side of the connection to the prefetch server.
 
-    `widths` are the index columns of each dataset, `columns` those that are read.
+    `sockets`: one for each worker. For each dataset, `columns` are the index columns that are read, and `widths` is the
+    number of all its columns.
     """
 
     def __init__(self, sockets: list[socket.socket], columns: list[list[int]], widths: list[int]):
@@ -43,15 +45,15 @@ class PrefetchClient:
 
         Raises DataError. `kind`: READ, or REREAD for a sample whose hash was wrong.
         """
-        head, data = self._ask(worker, step, pairs, kind)
+        head, data = self._request(worker, step, pairs, kind)
         return self._unpack(pairs, head["sizes"], data), head["counts"]
 
     def name(self, worker: int, dataset: int, global_index: int) -> tuple[str, str]:
         """(shard, key) of a sample."""
-        head, _ = self._ask(worker, 0, np.array([[dataset, global_index]]), NAME)
+        head, _ = self._request(worker, 0, np.array([[dataset, global_index]]), NAME)
         return tuple(head["names"][0])  # type: ignore[return-value]
 
-    def _ask(self, worker: int, step: int, pairs: np.ndarray, kind: int) -> tuple[dict[str, Any], memoryview]:
+    def _request(self, worker: int, step: int, pairs: np.ndarray, kind: int) -> tuple[dict[str, Any], memoryview]:
         connection = self.sockets[worker]
         try:
             connection.sendall(HEAD.pack(kind, len(pairs), step) + pairs.astype("<i8").tobytes())
@@ -59,7 +61,9 @@ class PrefetchClient:
             head = json.loads(bytes(receive(connection, head_size)))
             data = receive(connection, size)
         except OSError:
-            raise DataError("the process that fetches the shards has ended; its error message is above") from None
+            raise DataError(
+                "the prefetch server, which reads the shards, has ended; its error message is above"
+            ) from None
         if error:
             raise DataError(head["error"])
         return head, data
@@ -77,8 +81,8 @@ class PrefetchClient:
                     continue
                 try:
                     member = bytes(data[at : at + length])
-                    # tokens have hash 0 in the index: `Rows.checked` checks their pages
-                    members[column] = check(member, size, digest) if digest else member
+                    # Token blocks have hash 0 in the index, because `Rows.checked` verifies each of their pages.
+                    members[column] = verified(member, size, digest) if digest else member
                 except Damaged as reason:
                     members[column] = reason
                 at += length

@@ -1,11 +1,14 @@
 """The prefetch server: a process that reads remote shards ahead of time for the data workers of one trainer process.
 
 It knows the plan of the run, so it requests whole chunks before they are needed: many requests in flight, as far ahead
-as `ahead` bytes allow. A chunk stays in memory from its first to its last use (at most lanes · block · chunk samples in
+as `ahead_bytes` allow. A chunk stays in memory from its first to its last use (at most lanes · block · chunk samples in
 all) and is sent over one socket pair per worker. So there is no shared memory, no lock file, and nothing to clean up
 when a process is killed. Workers check the hash of every sample; when it is wrong they send a REREAD request, and the
-range is read from the store again, past the cache. Runs as `python -m data_pipeline.stream.prefetch_server`, configured
-by one JSON line on standard input.
+range is read from the store again, without the cache. Runs as `python -m data_pipeline.stream.prefetch_server`,
+configured by one JSON line on standard input.
+
+In this file `d` is the number of a dataset, and a place is the number of a sample in its lane (see
+data_pipeline/order/schedule.py).
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from data_pipeline.storage.cache import Cache
 from data_pipeline.storage.ranges import RangeReader
 from data_pipeline.stream.prefetch_client import HEAD, NAME, READ, REPLY, receive
 
-SLOTS_PER_PLANNING = 4096  # slots that are planned at a time
+SLOTS_PER_PLANNING = 4096  # slots that are planned in one call
 
 
 @dataclass
@@ -47,10 +50,10 @@ class Chunk:
 
     future: Future
     lane: tuple[int, int]  # (dataset, lane)
-    end: int  # the place in the lane from which on the chunk is not needed; −1: not known yet
+    end: int  # the first place of the lane at which the chunk is not needed any more; −1: not known yet
     first_use: int  # step
     last_use: int  # step
-    bytes: int  # the expected size, then the real one
+    bytes: int  # the expected size until the chunk is read, then the real one
 
 
 @dataclass
@@ -58,15 +61,14 @@ class _Range:
     """Samples [first, first + n) of one shard: their index records, and the bytes of the shard from `begin` on."""
 
     first: int
-    url: str
     begin: int
-    records: np.ndarray
-    data: bytes = b""
+    records: np.ndarray  # [n, columns]
+    data: bytes
 
 
 @dataclass
 class _Progress:
-    """How far the workers are: the last step that each has requested."""
+    """The progress of the workers: the last step that each has requested."""
 
     steps: list[int]
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -87,48 +89,54 @@ class Server:
         phases = [Phase(p[0], p[1], tuple(p[2]), tuple(p[3])) for p in config["phases"]]
         self.plan = make_plan(self.samples, phases, config["seed"], config["shuffle"])
         self.cache = Cache(config["cache"], int(config["cache_gb"] * 2**30)) if config["cache"] else None
-        self.rank, self.world, self.ahead = config["rank"], config["world"], int(config["ahead_mb"] * 2**20)
+        self.rank, self.world = config["rank"], config["world"]
+        self.ahead_bytes = int(config["ahead_mb"] * 2**20)
         self.pool = ThreadPoolExecutor(config["inflight"], "chunk")
         self.chunks: dict[tuple[int, int], Chunk] = {}
         self.lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         self.progress = _Progress([config["step"]] * len(config["sockets"]))
-        self.cursor = config["step"]  # the first step that is not planned
+        self.next_step = config["step"]  # the first step that is not planned
         self.planned: dict[tuple[int, int], int] = {}  # (dataset, lane) -> the last place that is planned
 
     # -- planning
     def plan_ahead(self) -> None:
-        """Request chunks in the order of their first use, as far ahead as `ahead` bytes allow, and free those that are
+        """Request chunks in the order of their first use, as far ahead as `ahead_bytes` allow, and free those that are
         not needed any more.
         """
         for step, slots in self._steps():
             with self.progress.changed:
                 while not self._may_plan():
                     self.progress.changed.wait(1.0)
-            self._drop_done()
+            self._free_used_chunks()
             for d, lane, place, global_index in slots:
-                self._want(step, d, lane, place, global_index)
-            self.cursor = step + 1
+                self._plan_slot(step, d, lane, place, global_index)
+            self.next_step = step + 1
 
     def _steps(self) -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
-        """(step, its slots) of all steps from the cursor on; computed for many steps at a time, which is cheaper."""
-        step = self.cursor
+        """(step, its slots as (dataset, lane, place, global index)) of all steps from `next_step` on.
+
+        Many steps are computed at a time, which is cheaper.
+        """
+        step = self.next_step
         while True:
-            many = max(1, SLOTS_PER_PLANNING * self.world // self.plan.batch(step))
-            at, slots = self.plan.ahead(step, many, self.rank, self.world)
-            rows = zip(at.tolist(), *(column.tolist() for column in slots), strict=True)
+            count = max(1, SLOTS_PER_PLANNING * self.world // self.plan.batch(step))
+            slot_steps, slots = self.plan.slots_of_steps(step, count, self.rank, self.world)
+            rows = np.column_stack([slot_steps, *slots]).tolist()  # [slots, (step, dataset, lane, place, index)]
             for step, group in itertools.groupby(rows, operator.itemgetter(0)):
-                yield step, [row[1:] for row in group]
+                yield step, [tuple(row[1:]) for row in group]
             step += 1
 
     def _may_plan(self) -> bool:
+        """Whether the workers need the next step soon, or the chunks that they do not use yet leave room."""
         newest = max(self.progress.steps)
-        if self.cursor <= newest + 1:
+        if self.next_step <= newest + 1:
             return True
         with self.lock:
-            return sum(c.bytes for c in self.chunks.values() if c.first_use > newest) < self.ahead
+            return sum(c.bytes for c in self.chunks.values() if c.first_use > newest) < self.ahead_bytes
 
-    def _want(self, step: int, d: int, lane: int, place: int, global_index: int) -> None:
+    def _plan_slot(self, step: int, d: int, lane: int, place: int, global_index: int) -> None:
+        """Request the chunk that holds the sample of a slot, and note until when the chunk is needed."""
         order = self.plan.orders[d]
         key = (d, global_index // order.chunk)
         self.planned[d, lane] = max(place, self.planned.get((d, lane), -1))
@@ -139,40 +147,38 @@ class Server:
                 return
             end = int(order.block_ends(np.array([lane]), np.array([place]))[0])
             if chunk is None:
-                self.chunks[key] = self._ask(key, (d, lane), end, step)
+                self.chunks[key] = self._request_chunk(key, (d, lane), end, step)
             else:  # a worker requested it before it was planned
                 chunk.lane, chunk.end, chunk.last_use = (d, lane), end, max(chunk.last_use, step)
 
-    def _ask(self, key: tuple[int, int], lane: tuple[int, int], end: int, step: int) -> Chunk:
+    def _request_chunk(self, key: tuple[int, int], lane: tuple[int, int], end: int, step: int) -> Chunk:
         samples = self.samples[key[0]]
         expected = samples.total_bytes * self.plan.orders[key[0]].chunk // len(samples)
         chunk = Chunk(Future(), lane, end, step, step, expected)
         chunk.future = self.pool.submit(self._read_chunk, chunk, key)
         return chunk
 
-    def _drop_done(self) -> None:
+    def _free_used_chunks(self) -> None:
+        """Free each chunk that no later slot needs and whose last use lies before the step of every worker."""
         oldest = min(self.progress.steps)
         with self.lock:
-            done = [
-                key
-                for key, c in self.chunks.items()
-                if c.last_use < oldest and (c.end <= self.planned.get(c.lane, -1) or c.end < 0)
-            ]
-            for key in done:
-                del self.chunks[key]
+            for key, chunk in list(self.chunks.items()):
+                all_uses_planned = chunk.end < 0 or chunk.end <= self.planned.get(chunk.lane, -1)
+                if all_uses_planned and chunk.last_use < oldest:
+                    del self.chunks[key]
 
     # -- reading
     def _read_chunk(self, chunk: Chunk, key: tuple[int, int]) -> list[_Range]:
         d, number = key
-        samples, size = self.samples[d], self.plan.orders[d].chunk
-        first, out = number * size % len(samples), []
-        parts = [(first, min(size, len(samples) - first))]
-        parts += [(0, size - parts[0][1])] if parts[0][1] < size else []  # the chunk runs on into the next epoch
-        for start, count in parts:
-            out += self._ranges(d, start, count, number * size // len(samples))
+        size, dataset_size = self.plan.orders[d].chunk, len(self.samples[d])
+        epoch, first = divmod(number * size, dataset_size)
+        until_end = min(size, dataset_size - first)
+        ranges = self._ranges(d, first, until_end, epoch)
+        if until_end < size:  # the chunk continues with the first samples of the next epoch
+            ranges += self._ranges(d, 0, size - until_end, epoch)
         with self.lock:
-            chunk.bytes = sum(len(r.data) for r in out)
-        return out
+            chunk.bytes = sum(len(r.data) for r in ranges)
+        return ranges
 
     def _ranges(self, d: int, start: int, count: int, epoch: int) -> list[_Range]:
         samples, out = self.samples[d], []
@@ -182,23 +188,24 @@ class Server:
                 out += cached
                 continue
             begin, data = self._bytes(d, piece)
-            out.append(_Range(piece.first, piece.url, begin, piece.records, data))
+            out.append(_Range(piece.first, begin, piece.records, data))
             if self.cache is not None:
                 after = self.plan.orders[d].next_use(piece.first, epoch + 1)
                 self.cache.write(self._folder(d), piece.first, len(piece.records), data, after)
         return out
 
     def _bytes(self, d: int, piece: Piece) -> tuple[int, bytes]:
-        """(the offset that the first byte has in the records, the bytes of the wanted members) of a piece."""
+        """(offset of the first byte in the shard, as the records count it; the bytes of the columns that are read)."""
         begin, ranges = self.samples[d].ranges(piece, self.columns[d])
         return begin, b"".join(self.reader.range(piece.url, *ends) for ends in ranges)
 
     def _folder(self, d: int) -> str:
-        """The cache's name for a dataset: it depends on the shards, and on which members are read."""
+        """The name of a dataset's folder in the cache, which depends on the shards and on the members that are read."""
         members = "-".join(self.samples[d].extensions[c] for c in self.columns[d])
         return f"{self.samples[d].id}-{members}"
 
     def _from_cache(self, d: int, first: int, count: int, epoch: int) -> list[_Range] | None:
+        """Samples [first, first + count) from the cache; None if it does not hold all of them."""
         assert self.cache is not None
         out = []
         for start, n in self.cache.covers(self._folder(d), first, count):
@@ -208,7 +215,7 @@ class Server:
                 self.cache.drop(self._folder(d), start)
                 return None
             begin, _ = self.samples[d].ranges(piece, self.columns[d])
-            out.append(_Range(start, piece.url, begin, piece.records, data))
+            out.append(_Range(start, begin, piece.records, data))
             self.cache.set_next_use(self._folder(d), start, self.plan.orders[d].next_use(start, epoch + 1))
         if out:
             with self.lock:
@@ -219,7 +226,7 @@ class Server:
     def serve(self, worker: int, connection: socket.socket) -> None:
         """Answer one worker until it ends.
 
-        An OSError of anything but its socket ends this process, because the worker would wait for ever.
+        An OSError that does not come from the socket ends this process: otherwise the worker would wait for ever.
         """
         while True:
             try:
@@ -243,6 +250,7 @@ class Server:
                 return
 
     def _answer(self, kind: int, step: int, pairs: list[list[int]]) -> tuple[list[list[int]], bytes]:
+        """(sizes of the members of each sample, the samples' records and members as one string of bytes)."""
         sizes, parts = [], []
         if kind == READ:
             # All chunks are requested before the first one is waited for.
@@ -265,25 +273,25 @@ class Server:
         key = (d, global_index // self.plan.orders[d].chunk)
         with self.lock:
             if key not in self.chunks:  # not planned yet, or a neighbour whose chunk has been freed
-                self.chunks[key] = self._ask(key, (d, -1), -1, step)
+                self.chunks[key] = self._request_chunk(key, (d, -1), -1, step)
             chunk = self.chunks[key]
             chunk.last_use = max(chunk.last_use, step)
             return chunk
 
     def _reread(self, d: int, number: int) -> _Range:
-        """Read one sample from the store, past the chunks in memory and past the cache, which forgets it."""
+        """Read one sample from the store, although it may be in memory, and delete it from the cache."""
         if self.cache is not None:
             for start, _ in self.cache.covers(self._folder(d), number, 1):
                 self.cache.drop(self._folder(d), start)
         (piece,) = self.samples[d].pieces(number, 1)
         begin, data = self._bytes(d, piece)
-        return _Range(number, piece.url, begin, piece.records, data)
+        return _Range(number, begin, piece.records, data)
 
     def _take_counts(self) -> dict[str, int]:
         """The counts since the last answer, and the bytes and unfinished chunks in memory now."""
-        read = self.reader.new_counts()
+        read_counts = self.reader.new_counts()
         with self.lock:
-            out = self.counts + read
+            out = self.counts + read_counts
             self.counts.clear()
             out["held"] = sum(c.bytes for c in self.chunks.values())
             out["queue"] = sum(not c.future.done() for c in self.chunks.values())

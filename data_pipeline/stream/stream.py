@@ -99,7 +99,7 @@ class Stream:
         self.samples = list(samples) if isinstance(samples, Sequence) else [samples]
         phases = phases or [Phase(0, batch)]
         for phase in phases:
-            self._check(phase, world, accumulate)
+            self._check_batch_size(phase, world, accumulate)
         self.plan = make_plan(self.samples, phases, seed, shuffle)
         self.accumulate, self.rank, self.world, self.micro = accumulate, rank, world, 0
         self.reading = reading or Reading(workers=workers)
@@ -120,7 +120,7 @@ class Stream:
     def workers(self) -> int:
         return self.reading.workers
 
-    def _check(self, phase: Phase, world: int, accumulate: int) -> None:
+    def _check_batch_size(self, phase: Phase, world: int, accumulate: int) -> None:
         """Raises DataError if a phase's batch is larger than the data, or does not divide into micro-batches."""
         where = f" from step {phase.step} on" if phase.step else ""
         names = ", ".join(s.names for s in self.samples)
@@ -171,16 +171,16 @@ class Stream:
         return batch
 
     def stand_in(self) -> dict[str, Tensor]:
-        """A substitute for the next micro-batch, if waiting for it was given up: the samples of the last one, truncated
-        or repeated to the size of the next one. Reads no data."""
+        """A substitute for the next micro-batch, for a trainer that no longer waits for it: the samples of the last
+        one, truncated or repeated to the size of the next one. Reads no data."""
         size = self.plan.batch(self.micro // self.accumulate) // (self.world * self.accumulate)
         made = self.batches.collated(self._last)
         rows = {key: value[torch.arange(size) % len(value)] for key, value in self._last.items() if key not in made}
         return rows | self.batches.collated(rows)
 
     def _wait(self) -> dict[str, Any]:
-        """The next item of the DataLoader. While there is none, checks that the workers are alive and calls
-        `while_waiting`, both at intervals of LIVENESS_CHECK_SECONDS."""
+        """Wait for the next item of the DataLoader. Every LIVENESS_CHECK_SECONDS, check that the workers are alive and
+        call `while_waiting`."""
         assert self._iterator is not None
         while True:
             try:
@@ -236,48 +236,58 @@ class Stream:
                 " data.fetch.ahead_mb or data.decode_mb"
             ),
             signal.SIGBUS: (
-                "most often because /dev/shm is full (see `df -h /dev/shm`); make it larger, or write fewer data.workers"
+                "most often because /dev/shm is full (see `df -h /dev/shm`); make it larger, or write fewer"
+                " data.workers"
             ),
         }
         cause = causes.get(number, "by a fault of a library that it uses")
         raise DataError(
-            f"a data worker (process {dead.pid}) was killed by {number.name}, {cause}; the same command goes on"
+            f"a data worker (process {dead.pid}) was killed by {number.name}, {cause}; run the same command again to"
+            " resume"
         )
 
     def _start_server(self, step: int, workers: int) -> ServerProcess | None:
-        """Start a prefetch server that reads from a step on, for `workers` data workers. Returns None, without a
-        server, if all shards are on a local disk and no cache is configured."""
+        """Start a prefetch server that reads from `step` on, for `workers` data workers. If all shards are on a local
+        disk and no cache is configured, no server is needed, and None is returned."""
         local = all(
             is_local(part.manifest.url(int(row))) for s in self.samples for part in s.manifests for row in part.rows[:1]
         )
         if local and self.reading.cache is None:
             return None
-        r = self.reading
         config = {
             "datasets": [s.arguments for s in self.samples],
             "phases": [[p.step, p.batch, p.weights, p.homogeneous] for p in self.plan.phases],
             "extensions": self.batches.extensions,
-            **{"seed": self.plan.seed, "shuffle": self.plan.shuffle, "step": step},
-            **{"rank": self.rank, "world": self.world, "cache": r.cache, "cache_gb": r.cache_gb},
-            **{"inflight": r.requests, "ahead_mb": r.ahead_mb},
-            **{"attempt_seconds": r.attempt_seconds, "retry_seconds": r.retry_seconds},
+            "seed": self.plan.seed,
+            "shuffle": self.plan.shuffle,
+            "step": step,
+            "rank": self.rank,
+            "world": self.world,
+            "cache": self.reading.cache,
+            "cache_gb": self.reading.cache_gb,
+            "inflight": self.reading.requests,
+            "ahead_mb": self.reading.ahead_mb,
+            "attempt_seconds": self.reading.attempt_seconds,
+            "retry_seconds": self.reading.retry_seconds,
         }
         server = ServerProcess(config, workers)
         self._connect(server)
         return server
 
     def _connect(self, server: ServerProcess | None) -> None:
-        """Make the data workers read from a prefetch server; None: from the shards themselves."""
+        """Make the data workers read from a prefetch server, or, for None, directly from the shards."""
         widths = [len(s.extensions) for s in self.samples]
         self.batches.prefetch = PrefetchClient(server.sockets, self.batches.columns, widths) if server else None
 
     def close(self) -> None:
         """End the data workers and the prefetch server. A later `next` starts them again."""
-        if self._server is not None:  # before the workers: a worker that waits for the server ends when the server does
+        # The server first: a worker that waits for an answer of the server ends when the server does.
+        if self._server is not None:
             self._server.close()
             self._server = None
         iterator, self._iterator, self._processes = self._iterator, None, []
-        if hasattr(iterator, "_shutdown_workers"):  # explicitly: a traceback may keep the iterator alive
+        # Shut down explicitly: a traceback may keep the iterator alive.
+        if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
         self.watchdog.close()
 
@@ -304,23 +314,23 @@ class Stream:
         own = self.state_dict()
         if not own["data"].startswith(state["data"]):  # datasets may be appended, for phases that are still to come
             raise DataError(
-                f"the checkpoint was written on other data ({state['data']}, now {own['data']}): it cannot go on"
-                " exactly; start another run"
+                f"the checkpoint was written on other data ({state['data']}, now {own['data']}): it cannot be resumed"
+                " exactly; start a new run"
             )
         if state["order"] != own["order"]:
             raise DataError(
                 f'the checkpoint was written with the order "{state["order"]}", but this run has "{own["order"]}":'
-                " it cannot go on exactly"
+                " it cannot be resumed exactly; start a new run"
             )
         self.seek(state["step"])
 
 
 @contextlib.contextmanager
 def _without_child_handler() -> Iterator[None]:
-    """Undo the DataLoader's change of the SIGCHLD handler: at the end, restore the handler that was set before.
+    """Restore the SIGCHLD handler when the context ends, because the start of a DataLoader replaces it.
 
     The DataLoader's handler raises an error as soon as a worker dies, at whatever line the trainer executes, for
-    example in the middle of saving a checkpoint. Without it, `Stream._wait` reports the dead worker.
+    example in the middle of saving a checkpoint. Without that handler, `Stream._wait` reports the dead worker.
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD)
@@ -335,8 +345,7 @@ def to_device(
     parts: Mapping[str, Part],
     made_of: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """Move a batch to the device: `Part.place` of the part that a tensor was made from moves it; a tensor without a
-    part is copied.
+    """Move a batch to the device. A tensor that was made from a part is moved by `Part.place`; any other is copied.
 
     The part of the tensor "KEY" is parts["KEY"], or parts[made_of["KEY"]] if `made_of` has the key. If the batch has
     "KEY", its entries "KEY.name" are not moved on their own, but passed to the part's `place` as the argument `name`.

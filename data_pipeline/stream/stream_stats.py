@@ -1,5 +1,5 @@
-"""Statistics of the stream: how long the trainer waits for data and why, and a watchdog that prints all stacks when no
-batch comes.
+"""Statistics of the stream: how long the trainer waits for data and why. And a watchdog, which prints the stack traces
+of all processes of the stream when no batch comes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.output import say
 if TYPE_CHECKING:
     from data_pipeline.stream.prefetch_client import ServerProcess
 
-GAUGES = ("held", "queue")  # counts of which the last value is reported; of all others, the sum
+GAUGES = ("held", "queue")  # counts whose last value is reported; all others are summed
 
 
 class StreamStats:
@@ -66,15 +66,15 @@ class StreamStats:
             f"workers spend {read / max(1, read + views):.0%} of their time on reading, the rest on decoding and views"
         )
         if share < 0.05:
-            return f"the model binds: {share:.0%} of the time is waiting for data"
+            return f"the model is the bottleneck: {share:.0%} of the time is waiting for data"
         if read > views:
             return (
-                f"the store binds: {share:.0%} of the time is waiting for data, {of_workers}; more data.fetch.requests"
-                " or ahead_mb may help"
+                f"the store is the bottleneck: {share:.0%} of the time is waiting for data, {of_workers}; more"
+                " data.fetch.requests or ahead_mb may help"
             )
         return (
-            f"decoding and views bind: {share:.0%} of the time is waiting for data, {of_workers}; more than {workers}"
-            " data.workers may help"
+            f"decoding and views are the bottleneck: {share:.0%} of the time is waiting for data, {of_workers}; more"
+            f" than {workers} data.workers may help"
         )
 
 
@@ -91,7 +91,8 @@ class Watchdog:
 
     @staticmethod
     def start_worker(_: int) -> None:
-        """Set up a data worker: one thread per library, stacks on SIGUSR2, and an end together with the trainer."""
+        """Set up a data worker: one thread per library, stack traces on SIGUSR2, and the worker ends with the
+        trainer."""
         import cv2
         import torch
 
@@ -101,6 +102,7 @@ class Watchdog:
         child_signals.end_with_parent()
 
     def watch(self, workers: list[int], server: ServerProcess | None) -> None:
+        """Watch data workers, by process id, and a prefetch server."""
         self._pids = workers + ([server.process.pid] if server else [])
         if self._thread is None:
             self._closed.clear()
@@ -113,6 +115,7 @@ class Watchdog:
 
     @contextmanager
     def waiting(self, step: int) -> Iterator[None]:
+        """The context in which the trainer waits for a batch of `step`."""
         self._since, self._step = time.monotonic(), step
         try:
             yield
@@ -124,7 +127,10 @@ class Watchdog:
             since = self._since
             if since is None or time.monotonic() - since < self.seconds:
                 continue
-            say(f"no batch for {self.seconds:.0f} seconds before step {self._step}; all stacks:", file=sys.stderr)
+            say(
+                f"no batch for {self.seconds:.0f} seconds before step {self._step}; the stack traces of all processes:",
+                file=sys.stderr,
+            )
             faulthandler.dump_traceback(all_threads=True)
             for pid in self._pids:
                 try:

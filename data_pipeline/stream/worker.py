@@ -1,10 +1,14 @@
-"""The work of a data worker: it makes the micro-batches of one trainer process, by number, and replaces damaged
-samples.
+"""What a data worker does: it makes micro-batches of one trainer process, each from its number alone, and replaces
+damaged samples.
+
+In this file `d` is the number of a dataset, and `members` are the members of one sample: {index column: bytes, or a
+Damaged exception if they could not be read}.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,17 +33,18 @@ from data_pipeline.stream.prefetch_client import READ, REREAD, PrefetchClient
 from data_pipeline.views.augmentations import Rng, generators
 
 Views = Callable[[dict[str, Any], Rng], dict[str, Any]]
-# A remote sample that was corrupt in the same way so many times is stored that way; errors of the network differ.
+# Reads with the same wrong content after which a remote sample counts as damaged in the store. Errors of the network
+# differ from read to read.
 SAME_DAMAGE_LIMIT = 3
-MAX_DAMAGED_IN_A_ROW = 64  # damaged samples in a row before the run ends
-# If so many samples in a row have the same wrong number of channels, an option is wrong, and not the data.
+MAX_DAMAGED_IN_A_ROW = 64  # consecutive damaged samples after which the run ends
+# If so many consecutive samples have the same number of channels, and not the expected one, the recipe is wrong.
 MIN_AGREEING_SAMPLES = 3
-SLOTS_PER_PLANNING = 4096  # slots that are planned at a time
+SLOTS_PER_PLANNING = 4096  # slots whose samples are computed in one call
 
 
 def collated(views: Views, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Further arrays of a micro-batch, which the views' method `collate` makes from its stacked arrays; {} if they have
-    no such method."""
+    """The further arrays of a micro-batch that `views.collate` makes from its stacked arrays; {} if the views have no
+    method `collate`."""
     collate = getattr(views, "collate", None)
     return collate(arrays) if collate is not None else {}
 
@@ -47,7 +52,7 @@ def collated(views: Views, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarra
 class Batches(Dataset):
     """Item i is this process's part of micro-batch i of the run: i = step · accumulate + micro.
 
-    `topology`: (rank, number of processes, micro-batches of a step).
+    `topology`: (rank, number of processes, micro-batches per step).
     """
 
     def __init__(
@@ -69,8 +74,9 @@ class Batches(Dataset):
         self.columns = [s.columns(self.extensions) for s in samples]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a data worker that is not forked from this process: all but threads and what they have planned."""
-        views = {"views": self.views}  # first: it executes the file that a part of the user's own is defined in
+        """The state for a data worker that is not forked from this process: everything but threads and plans."""
+        # The views are unpickled first, because that executes the user's objective file, which may define the parts.
+        views = {"views": self.views}
         return {**views, **self.__dict__, "_pool": None, "_planned": {}}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -84,47 +90,47 @@ class Batches(Dataset):
         batch = self.plan.batch(step)
         size = batch // (self.world * self.accumulate)
         first = (self.rank * self.accumulate + micro) * size
-        began = time.perf_counter()
+        start = time.perf_counter()
         pairs = self._samples_of(index)
         members, counts = self._read(step, pairs)
-        read = time.perf_counter()
-        bad: list[tuple[str, str, str]] = []
-        absent: list[int] = []  # samples that lack a part, once for each time that one was passed over
-        tensors: dict[str, Tensor] = {}
-        arrays: dict[str, np.ndarray] = {}
-        buffer = (0, -1)
+        read_end = time.perf_counter()
+        bad: list[tuple[str, str, str]] = []  # (shard, key, reason) of damaged samples
+        absent: list[int] = []  # samples that were skipped because they lack a part; repeated if skipped repeatedly
 
-        def fill(n: int) -> None:
+        def views_of(n: int) -> dict[str, Any]:
             slot = {"slot": first + n, "batch": batch, "step": step, "seed": self.plan.seed}
             views = self._sample(*pairs[n], members[n], slot, bad, absent)
-            nonlocal tensors, arrays, buffer
-            if n == 0:  # the first sample sets the shapes
-                tensors, buffer = self.buffers.take(size, views)
-                arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+            members[n] = None  # frees the encoded bytes
+            return views
+
+        def store(n: int, views: dict[str, Any]) -> None:
             for key, value in views.items():
                 arrays[key][n] = value
-            members[n] = None  # frees the encoded bytes
 
-        fill(0)
+        first_views = views_of(0)  # determines the shapes of the micro-batch
+        tensors, buffer = self.buffers.take(size, first_views)
+        arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+        store(0, first_views)
         if self.threads > 1:
             self._pool = self._pool or ThreadPoolExecutor(self.threads)
-            list(self._pool.map(fill, range(1, size)))
+            list(self._pool.map(lambda n: store(n, views_of(n)), range(1, size)))
         else:
             for n in range(1, size):
-                fill(n)
-        counts["read_us"], counts["views_us"] = int(1e6 * (read - began)), int(1e6 * (time.perf_counter() - read))
+                store(n, views_of(n))
+        counts["read_us"] = int(1e6 * (read_end - start))
+        counts["views_us"] = int(1e6 * (time.perf_counter() - read_end))
         counts["absent"] = len(absent)
         return {**tensors, **self.collated(tensors), "bad": sorted(bad), "counts": dict(counts), "buffer": buffer}
 
     def collated(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`collated` of this process's views, for a micro-batch of tensors on the host."""
+        """The further tensors that the views make from a micro-batch of tensors on the host; see `collated`."""
         made = collated(self.views, {key: tensor.numpy() for key, tensor in tensors.items()})
         return {key: torch.from_numpy(array) for key, array in made.items()}
 
     def _samples_of(self, index: int) -> list[tuple[int, int]]:
         """(dataset, global index) of the slots of micro-batch `index`.
 
-        Plans this worker's next micro-batches in the same call, which is cheaper than one at a time.
+        The next micro-batches of this worker are planned in the same call, which is cheaper than one at a time.
         """
         if index not in self._planned:
             info = get_worker_info()
@@ -135,7 +141,7 @@ class Batches(Dataset):
         return self._planned.pop(index)
 
     def _read(self, step: int, pairs: list[tuple[int, int]]) -> tuple[list[Any], Counter[str]]:
-        """({column: bytes or Damaged} of each slot, counts of the reads)."""
+        """(members of each slot's sample, counts of the reads)."""
         if self.prefetch is not None:
             members, counts = self.prefetch.read(_worker(), step, np.array(pairs))
             return [self._checked(*pair, read) for pair, read in zip(pairs, members, strict=True)], Counter(counts)
@@ -149,9 +155,8 @@ class Batches(Dataset):
             return {-1: reason}
 
     def _single(self, d: int, global_index: int, again: bool = False) -> dict[int, bytes | Damaged]:
-        """The members of one sample outside of a batch: of a neighbour, or, with `again`, read once more from the
-        store.
-        """
+        """The members of one sample that was not read with its batch. With `again`, they are read from the store and
+        not from any cache."""
         if self.prefetch is None:
             return self._local(d, global_index)
         members = self.prefetch.read(_worker(), 0, np.array([[d, global_index]]), REREAD if again else READ)[0][0]
@@ -161,39 +166,45 @@ class Batches(Dataset):
         return self.samples[d].checked(global_index % len(self.samples[d]), members)
 
     def _sample(self, d: int, global_index: int, members: dict, slot: dict, bad: list, absent: list) -> dict[str, Any]:
-        """The views of a slot's sample or, when that is damaged, of the next usable sample of its chunk."""
-        members = self._read_until_agreed(d, global_index, members)
-        channels: list[int] = []  # of the samples tried so far that were refused for their number of channels alone
-        for tried, other in zip(
-            range(MAX_DAMAGED_IN_A_ROW), _neighbours(global_index, self.plan.orders[d].chunk), strict=False
-        ):
-            if tried:
-                members = self._read_until_agreed(d, other, self._single(d, other))
+        """The views of a slot's sample or, if it is damaged or lacks a part, of the next usable sample of its chunk.
+
+        Appends (shard, key, reason) of each damaged sample to `bad`, and each sample that lacks a part to `absent`.
+        """
+        wrong_channels: list[int] = []  # numbers of channels of the samples that were refused for that reason
+        candidates = itertools.islice(_neighbours(global_index, self.plan.orders[d].chunk), MAX_DAMAGED_IN_A_ROW)
+        for tried, candidate in enumerate(candidates):
+            if candidate != global_index:
+                members = self._single(d, candidate)
+            members = self._read_until_agreed(d, candidate, members)
+            number = candidate % len(self.samples[d])
             try:
-                return self._views(d, other, members, slot)
+                return self._views(d, candidate, members, slot)
             except Absent as reason:
-                last = ("", f"sample {other % len(self.samples[d])}", str(reason))
-                absent.append(other % len(self.samples[d]))
+                absent.append(number)
+                shard, key, last_reason = "", f"sample {number}", str(reason)
             except Damaged as reason:
-                number = other % len(self.samples[d])
-                name = self.prefetch.name(_worker(), d, other) if self.prefetch else self.samples[d].name(number)
-                bad.append(last := (*name, str(reason)))
-                channels += [reason.stored] if isinstance(reason, WrongChannels) else []
-                if tried + 1 == len(channels) == MIN_AGREEING_SAMPLES and len(set(channels)) == 1:
+                shard, key = (
+                    self.prefetch.name(_worker(), d, candidate) if self.prefetch else self.samples[d].name(number)
+                )
+                last_reason = str(reason)
+                bad.append((shard, key, last_reason))
+                if isinstance(reason, WrongChannels):
+                    wrong_channels.append(reason.stored)
+                all_agree = tried + 1 == len(wrong_channels) and len(set(wrong_channels)) == 1
+                if all_agree and len(wrong_channels) == MIN_AGREEING_SAMPLES:
+                    count = wrong_channels[0]
                     raise DataError(
-                        f"{name[1]} in {name[0]}, like its neighbours, {reason}; write model.in_channels={channels[0]},"
-                        f" and {channels[0]} values each for data.mean and data.std"
+                        f"{key} in {shard}, like its neighbours, {reason}; write model.in_channels={count},"
+                        f" and {count} values each for data.mean and data.std"
                     ) from None
-        shard = f" of {last[0]}" if last[0] else ""
         raise DataError(
-            f"{self.samples[d].names}: {MAX_DAMAGED_IN_A_ROW} damaged samples in a row, the last {last[1]}{shard}:"
-            f" {last[2]}"
+            f"{self.samples[d].names}: {MAX_DAMAGED_IN_A_ROW} damaged samples in a row, the last"
+            f" {key}{f' of {shard}' if shard else ''}: {last_reason}"
         )
 
     def _read_until_agreed(self, d: int, global_index: int, members: dict) -> dict[int, bytes | Damaged]:
-        """The members of a sample, read again while a hash is wrong, until they were wrong in the same way
-        `SAME_DAMAGE_LIMIT` times.
-        """
+        """The members of a sample. While one is damaged, a remote sample is read again, until `SAME_DAMAGE_LIMIT` reads
+        gave the same damage."""
         seen: Counter[str] = Counter()
         for _ in range(READ_ATTEMPTS if self.prefetch else 0):
             if (wrong := _first_damage(members)) is None:
@@ -222,11 +233,13 @@ def _first_damage(members: dict[int, bytes | Damaged]) -> Damaged | None:
 
 
 def _neighbours(global_index: int, chunk: int) -> Iterator[int]:
-    """The global index itself, then the others of its chunk in turn, then those after the chunk."""
+    """The global index, then the others of its chunk, from there to the end and from the begin on, then those after the
+    chunk."""
     begin = global_index // chunk * chunk
-    for k in range(chunk):
-        yield begin + (global_index - begin + k) % chunk
-    yield from range(begin + chunk, begin + chunk + MAX_DAMAGED_IN_A_ROW)
+    end = begin + chunk
+    yield from range(global_index, end)
+    yield from range(begin, global_index)
+    yield from range(end, end + MAX_DAMAGED_IN_A_ROW)
 
 
 def _worker() -> int:
@@ -235,4 +248,4 @@ def _worker() -> int:
     return info.id if info else 0
 
 
-_key = functools.lru_cache(64)(hash_to_key)  # one key serves all samples of an epoch
+_key = functools.lru_cache(64)(hash_to_key)  # cached, because all samples of an epoch have the same key

@@ -29,14 +29,15 @@ from common.errors import Damaged
 from data_pipeline.formats.decode import Encoded
 from data_pipeline.views import colors
 
-Rng = Callable[[int], np.random.Generator]  # from the number of a view to its generator
-MASKS = 1000  # number of the first mask's generator; views are numbered from 0, so that neither shifts the other
+Rng = Callable[[int], np.random.Generator]  # number of a view -> its generator
+# The number of the generator of the first mask. Views are numbered from 0, so that more views do not change the masks.
+MASKS = 1000
 
 
-class _Key(ISeedSequence):
-    """Passes a key to Philox directly.
+class _KeySequence(ISeedSequence):
+    """A seed sequence that consists of the key of Philox.
 
-    With `key=`, numpy also gathers entropy for a seed that is not used, which takes two thirds of the time.
+    With `Philox(key=…)`, numpy also gathers entropy for a seed that is not used, which takes two thirds of the time.
     """
 
     def __init__(self, key: tuple[int, int]):
@@ -47,9 +48,9 @@ class _Key(ISeedSequence):
 
 
 def generators(key: tuple[int, int]) -> Rng:
-    """The generators of a sample: number k is Philox with this key of two 64-bit words and the counter k · 2¹⁹²."""
-    words = _Key(key)
-    return lambda number: np.random.Generator(np.random.Philox(words, counter=[0, 0, 0, number]))
+    """The generators of a sample, as a function of k: Philox with `key`, two 64-bit words, and the counter k · 2¹⁹²."""
+    sequence = _KeySequence(key)
+    return lambda number: np.random.Generator(np.random.Philox(sequence, counter=[0, 0, 0, number]))
 
 
 class Params(NamedTuple):
@@ -73,7 +74,7 @@ class Augment:
 
     size: int  # side of the view in pixels
     scale: tuple[float, float]  # range of the crop's share of the image's area
-    flip: float = 0.5  # probability, as are jitter_p, gray, blur and solarize
+    flip: float = 0.5  # a probability, like jitter_p, gray, blur and solarize
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # strengths: brightness, contrast, saturation, hue
     jitter_p: float = 0.8
     gray: float = 0.0
@@ -88,7 +89,7 @@ class Augment:
     def draw(self, shape: tuple[int, int], rng: np.random.Generator) -> Params:
         """Draw the parameters of one view of an image of (height, width).
 
-        Each decision uses its own random number, whatever the probabilities.
+        Each decision uses its own random number, also if its probability is 0.
         """
         u = rng.random(_BOX_NUMBERS + 14).tolist()
         box = _box(shape, self.scale, u)
@@ -104,16 +105,17 @@ class Augment:
         )
 
     def _draw_jitter(self, u: list[float]) -> tuple[tuple[str, float], ...]:
-        """The jitter from 8 uniform numbers: the first four set the order of the operations, the others their
+        """The jitter from 8 uniform numbers: the first four determine the order of the operations, the others their
         factors.
         """
         operations = []
-        for place in sorted(range(4), key=u.__getitem__):
-            strength, where = self.jitter[place], u[4 + place]
+        for n in sorted(range(4), key=u.__getitem__):
+            strength = self.jitter[n]
             if strength:
-                low = -strength if place == 3 else max(0.0, 1 - strength)
-                high = strength if place == 3 else 1 + strength
-                operations.append((colors.JITTER[place], low + (high - low) * where))
+                is_hue = n == 3
+                low = -strength if is_hue else max(0.0, 1 - strength)
+                high = strength if is_hue else 1 + strength
+                operations.append((colors.JITTER[n], low + (high - low) * u[4 + n]))
         return tuple(operations)
 
     def apply(
@@ -136,7 +138,7 @@ class Augment:
         if image.ndim == 2:  # one channel, or grey
             out[:] = image
         else:
-            cv2.split(image, list(out))  # writes to the planes of `out`; takes a third of the time of a transposed copy
+            cv2.split(image, list(out))  # takes a third of the time of a transposed copy
         return out
 
 
@@ -144,7 +146,7 @@ def crops(
     sample: Mapping[str, Any],
     views: Mapping[str, Augment | Sequence[Augment]],
     rng: Rng,
-    alike: Mapping[str, str] | None = None,
+    same_crops: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     """All views of a sample, by name: uint8 [C, size, size] for a single augment, [n, C, size, size] for a list of n,
     [0, C, 1, 1] for an empty list.
@@ -153,8 +155,8 @@ def crops(
     get the same crops and colours, and views have a dimension T before C. `sample["color"]`, or else the image's
     `color`, is "exact" (the default), "fused" or "device". With "device", every entry "name" with colour operations is
     accompanied by their parameters "name.color": float32 [..., 6] with the leading dimensions of the entry, see
-    `colors.color_row`. For `rng`, views are numbered in the order of the entries. `alike={"b": "a"}` gives the views of
-    b the numbers of those of a, hence the same boxes and flips.
+    `colors.color_row`. For `rng`, views are numbered in the order of the entries. `same_crops={"b": "a"}` gives the
+    views of b the same numbers as the views of a, and therefore the same boxes and flips.
 
     All boxes are drawn before the image is decoded. So, if colours are not exact, a JPEG can be decoded at the smallest
     scale at which every box is at least as large as its view. Raises `Damaged`.
@@ -166,9 +168,9 @@ def crops(
     if color not in colors.MODES:
         raise ValueError(f'color is "{color}"; it can be {", ".join(colors.MODES)}')
     shape, channels = _common_shape(frames)
-    drawn = _draw(views, shape, rng, alike or {})
+    drawn = _draw(views, shape, rng, same_crops or {})
     out = {
-        name: np.empty((len(entry), len(frames), *_size(name, entry, channels)), np.uint8)
+        name: np.empty((len(entry), len(frames), *_size(name, entry, channels)), np.uint8)  # [n, T, C, size, size]
         for name, entry in drawn.items()
     }
     shrink = 1.0
@@ -181,10 +183,11 @@ def crops(
                 augment.apply(pixels, params, color, out[name][n, t])
     result = {}
     for name, entry in drawn.items():
-        leading = (len(entry),) * isinstance(views[name], Sequence) + (len(frames),) * clip
+        is_list = isinstance(views[name], Sequence)
+        leading = (*([len(entry)] if is_list else []), *([len(frames)] if clip else []))
         result[name] = out[name].reshape(*leading, *out[name].shape[2:])
         if color == "device" and any(augment.colors for augment, _ in entry):
-            rows = np.stack([colors.color_row(params, channels) for _, params in entry])
+            rows = np.stack([colors.color_row(params, channels) for _, params in entry])  # [n, 6]
             result[f"{name}.color"] = rows.repeat(len(frames), axis=0).reshape(*leading, -1)
     return result
 
@@ -194,10 +197,10 @@ Drawn = dict[str, list[tuple[Augment, Params]]]
 
 def _common_shape(frames: Sequence[Any]) -> tuple[tuple[int, int], int]:
     """((height, width), channels) of the frames. Raises `Damaged` if they differ."""
-    found = {_frame_shape(frame) for frame in frames}
-    if len(found) != 1:
-        raise Damaged(f"holds frames of different sizes: {sorted(found)}" if found else "holds no frames")
-    return found.pop()
+    shapes = {_frame_shape(frame) for frame in frames}
+    if len(shapes) != 1:
+        raise Damaged(f"holds frames of different sizes: {sorted(shapes)}" if shapes else "holds no frames")
+    return shapes.pop()
 
 
 def _frame_shape(frame: Any) -> tuple[tuple[int, int], int]:
@@ -209,16 +212,19 @@ def _frame_shape(frame: Any) -> tuple[tuple[int, int], int]:
 
 
 def _draw(
-    views: Mapping[str, Augment | Sequence[Augment]], shape: tuple[int, int], rng: Rng, alike: Mapping[str, str]
+    views: Mapping[str, Augment | Sequence[Augment]], shape: tuple[int, int], rng: Rng, same_crops: Mapping[str, str]
 ) -> Drawn:
-    """The augments of every entry with the parameters of their views, which are numbered through all entries."""
+    """The augments of every entry, with the parameters of their views. See `crops` for the numbers of the views."""
     drawn: Drawn = {}
-    first: dict[str, int] = {}
-    number = 0
+    first: dict[str, int] = {}  # the number of the first view of each entry
+    next_number = 0
     for name, entry in views.items():
         augments = entry if isinstance(entry, Sequence) else [entry]
-        first[name] = first[alike[name]] if name in alike else number
-        number += 0 if name in alike else len(augments)
+        if name in same_crops:
+            first[name] = first[same_crops[name]]
+        else:
+            first[name] = next_number
+            next_number += len(augments)
         drawn[name] = [(a, a.draw(shape, rng(first[name] + k))) for k, a in enumerate(augments)]
     return drawn
 
@@ -236,9 +242,10 @@ def _scaled(params: Params, shape: tuple[int, ...]) -> tuple[int, int, int, int]
     """The box of `params` on the same image decoded at another size."""
     if shape == params.shape:
         return params.box
-    (top, left, height, width), down, across = params.box, shape[0] / params.shape[0], shape[1] / params.shape[1]
-    height, width = max(1, round(height * down)), max(1, round(width * across))
-    return min(round(top * down), shape[0] - height), min(round(left * across), shape[1] - width), height, width
+    top, left, height, width = params.box
+    vertical, horizontal = shape[0] / params.shape[0], shape[1] / params.shape[1]
+    height, width = max(1, round(height * vertical)), max(1, round(width * horizontal))
+    return min(round(top * vertical), shape[0] - height), min(round(left * horizontal), shape[1] - width), height, width
 
 
 # ---------------------------------------------------------------- boxes and sizes
@@ -251,13 +258,17 @@ def random_box(
     return _box(shape, scale, rng.random(_BOX_NUMBERS).tolist())
 
 
-_BOX_NUMBERS = 22  # random numbers of ten attempts; drawing all at once costs as much as drawing two singly
+# Random numbers for a box: two for its position, and two for each of ten attempts at its size. Drawing all of them at
+# once takes as long as drawing two one by one.
+_BOX_NUMBERS = 22
 
 
 def _box(shape: tuple[int, int], scale: tuple[float, float], u: list[float]) -> tuple[int, int, int, int]:
+    """`random_box` from uniform random numbers `u`. If no attempt fits, the largest central box of a valid aspect."""
     (height, width), (low, high) = shape, scale
     for i in range(2, _BOX_NUMBERS, 2):
-        area, aspect = height * width * (low + (high - low) * u[i]), math.exp((2 * u[i + 1] - 1) * math.log(4 / 3))
+        area = height * width * (low + (high - low) * u[i])
+        aspect = math.exp((2 * u[i + 1] - 1) * math.log(4 / 3))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(u[0] * (height - h + 1)), int(u[1] * (width - w + 1)), h, w
@@ -271,15 +282,14 @@ def _box(shape: tuple[int, int], scale: tuple[float, float], u: list[float]) -> 
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic with antialiasing, [H, W, C] → [size, C]; equals Pillow's.
-
-    A contiguous crop lets torch use its fast interleaved kernel.
-    """
+    """Resize [H, W, C] to [*size, C], bicubic with antialiasing. Equals Pillow's result."""
     if image.shape[:2] == tuple(size):
         return image
+    # torch has a fast kernel for interleaved channels, which it uses only for a contiguous array. Therefore reshape,
+    # and not [None], whose stride is 0.
     dense = np.ascontiguousarray(image)
-    dense = dense.reshape(1, *dense.shape)  # [None] would give a stride of 0, for which torch does not use that kernel
-    tensor = torch.from_numpy(dense).permute(0, 3, 1, 2)
+    dense = dense.reshape(1, *dense.shape)  # [1, H, W, C]
+    tensor = torch.from_numpy(dense).permute(0, 3, 1, 2)  # [1, C, H, W]
     resized = F.interpolate(tensor, size=size, mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy()[0])
 

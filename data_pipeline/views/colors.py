@@ -1,18 +1,18 @@
 """Colour operations on uint8 images with OpenCV: jitter, grey, blur and solarize, with torchvision's parameters.
 
-They come in three ways, which draw the same random numbers (`sample["color"]`):
+There are three modes (`sample["color"]`), which use the same random numbers:
 
     exact    torchvision's operations one by one, each rounded and clipped to uint8, on the whole image as it is stored
     fused    brightness, contrast, saturation, hue and grey as one matrix. With luma L(x), all but hue map
              x → a·x + b·L(x) + c, which compose as three numbers and commute with a hue rotation that keeps L. The
-             result differs from exact views, because nothing is clipped in between and because hue is rotated in the
-             chroma plane of YIQ, whereas torchvision rotates it in HSV. A JPEG is also decoded no larger than the most
-             demanding view needs; for a view for which it is just large enough, this keeps 0.92 of the detail
-             (gradient energy), whereas exact views keep all of it
+             result differs from exact views, because no step is clipped and because hue is rotated in the
+             chroma plane of YIQ, whereas torchvision rotates it in HSV. A JPEG is also decoded no larger than its views
+             need; a view for which it is just large enough has 0.92 of the detail (gradient energy), whereas exact
+             views have all of it
     device   as fused, but the matrix, blur and solarize run on the device (`data_pipeline/views/device_color.py`), for
              a whole batch, with parameters that the data workers return beside the views
 
-Images of other than three channels have no hue, saturation or grey: those operations leave them as they are.
+Images that do not have three channels have no hue, saturation or grey: these operations do not change them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import numpy as np
 MODES = ("exact", "fused", "device")
 LUMA = (0.299, 0.587, 0.114)
 
-# x → own · rotation(x) + luma · L(x) + constant as a sum of [3, 4] matrices, whose coefficients are own, own · cos, own
-# · sin (the rotation), luma, constant
+# The map x → own · rotation(x) + luma · L(x) + constant as a sum of five [3, 4] matrices. Their coefficients are own,
+# own · cos and own · sin of the angle of rotation, luma, and constant.
 _YIQ = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 _IN_YIQ = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, 1], [0, -1, 0]]])
 BASIS = np.zeros((5, 3, 4))
 BASIS[:3, :, :3] = np.linalg.inv(_YIQ) @ _IN_YIQ @ _YIQ
 BASIS[3, :, :3], BASIS[4, :, 3] = LUMA, 1
-BASIS = BASIS.reshape(5, 12)
+BASIS = BASIS.reshape(5, 12)  # [5, 3, 4] -> [5, 12]
 
 
 class ColorParams(Protocol):
@@ -50,21 +50,21 @@ class ColorParams(Protocol):
     def solarize(self) -> bool: ...
 
 
-# ---------------------------------------------------------------- colours one by one: [H, W, C], or grey as [H, W]
-# torchvision and Pillow round these three operations down, OpenCV rounds to the nearest level: without this offset,
-# views are up to 1.5 levels brighter than the published ones. It is slightly less than half a level, so that whole
-# numbers do not change.
-_DOWN = -0.498
+# ---------------------------------------------------------------- mode exact; images are [H, W, C], or [H, W] if grey
+# This offset makes OpenCV, which rounds to the nearest level, round down in the next three operations, as torchvision
+# and Pillow do. Without it, views are up to 1.5 levels brighter than the published ones. It is slightly less than half
+# a level, so that whole numbers do not change.
+_ROUND_DOWN = -0.498
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """factor · x."""
-    return cv2.convertScaleAbs(image, alpha=factor, beta=_DOWN)  # -0.498 becomes 0, too
+    return cv2.convertScaleAbs(image, alpha=factor, beta=_ROUND_DOWN)  # the result -0.498 becomes 0
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Contrast around the mean luma of the image, or around the mean of all channels if they are not RGB."""
-    constant = (1 - factor) * _mean_luma(image) + _DOWN
+    constant = (1 - factor) * _mean_luma(image) + _ROUND_DOWN
     if _channels(image) != 3:
         return cv2.addWeighted(image, factor, image, 0, constant)
     return cv2.transform(image, _matrix(factor, 0, constant, 0))  # two thirds of addWeighted's time
@@ -72,7 +72,7 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
     """Saturation: the contrast of the channels around the luma of each pixel."""
-    return image if _channels(image) != 3 else cv2.transform(image, _matrix(factor, 1 - factor, _DOWN, 0))
+    return image if _channels(image) != 3 else cv2.transform(image, _matrix(factor, 1 - factor, _ROUND_DOWN, 0))
 
 
 def hue(image: np.ndarray, shift: float) -> np.ndarray:
@@ -90,8 +90,8 @@ def grayscale(image: np.ndarray) -> np.ndarray:
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of at most 9 taps, mirrored at the edges. Taps below 3e-5, which have no effect in 8 bits, are left
-    out.
+    """Gaussian blur of at most 9 taps, mirrored at the edges. Taps below 3e-5 are omitted, because they have no effect
+    in 8 bits.
 
     `sepFilter2D` takes half the time of `GaussianBlur` and is more accurate: its weights are not rounded to 8 bits.
     """
@@ -112,6 +112,7 @@ JITTER = tuple(_OPERATIONS)  # in the order of `Augment.jitter`
 
 
 def exact(image: np.ndarray, params: ColorParams) -> np.ndarray:
+    """Apply all operations of a view to uint8 [H, W, C], one after the other. Returns [H, W] for a grey view."""
     for operation, factor in params.jitter:
         image = _OPERATIONS[operation](image, factor)
     return _blur_and_solarize(grayscale(image) if params.gray else image, params)
@@ -148,7 +149,7 @@ def _hue_channel(shape: tuple[int, int, int]) -> np.ndarray:
     return array
 
 
-# ---------------------------------------------------------------- colours fused
+# ---------------------------------------------------------------- modes fused and device
 def color_row(params: ColorParams, channels: int) -> np.ndarray:
     """The parameters of the fused operations of one view, float32 [6]: own, luma, mean, angle, sigma, solarize.
 
@@ -160,7 +161,7 @@ def color_row(params: ColorParams, channels: int) -> np.ndarray:
 
 
 def _combined(params: ColorParams, channels: int) -> tuple[float, float, float, float]:
-    """The own, luma, mean and angle of `color_row`."""
+    """(own, luma, mean, angle) of `color_row`."""
     own, luma, mean, angle = 1.0, 0.0, 0.0, 0.0
     for operation, f in params.jitter:
         if operation == "brightness":
@@ -179,6 +180,7 @@ def _combined(params: ColorParams, channels: int) -> tuple[float, float, float, 
 
 
 def fused(image: np.ndarray, params: ColorParams) -> np.ndarray:
+    """Apply all operations of a view to uint8 [H, W, C], as one matrix. Returns [H, W] for a grey view."""
     channels = _channels(image)
     if params.jitter or params.gray:
         own, luma, mean, angle = _combined(params, channels)

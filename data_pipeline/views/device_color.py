@@ -36,9 +36,8 @@ class Constants(NamedTuple):
 
 
 def constants(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Constants:
-    """The constants on a device; `mean` and `std` of each channel are for pixels from 0 to 1. Copies from the host, so
-    keep the result.
-    """
+    """The constants on a device; `mean` and `std` of each channel are for pixels from 0 to 1. Call it once and keep the
+    result, because it copies from the host."""
     offset, scale = (torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (mean, std))
     basis = torch.from_numpy(BASIS).float().to(device).unflatten(1, (3, 4))[:4, :, :3]
     return Constants(offset, scale, basis, torch.tensor(LUMA, device=device))
@@ -59,26 +58,25 @@ def apply(images: Tensor, rows: Tensor, constants: Constants) -> Tensor:
 
 
 def normalize(images: Tensor, constants: Constants) -> Tensor:
-    """uint8 [..., C, H, W] → float32 (x / 255 − mean) / std, in place after the first copy: on a CPU, that is the
-    memory of three.
-    """
+    """uint8 [..., C, H, W] → float32 (x / 255 − mean) / std. Operates in place on one float32 copy, which saves the
+    memory of two."""
     return images.float().sub_(constants.mean).div_(constants.std)
 
 
 def _mix(x: Tensor, own: Tensor, luma: Tensor, mean: Tensor, angle: Tensor, constants: Constants) -> Tensor:
-    """One colour matrix per view, and its share of the view's mean luma; x is [N, C, H, W], the others [N]."""
+    """x → own · R(x) + luma · L(x) + mean · m, with one colour matrix per view. x: [N, C, H, W], the others: [N]."""
     if x.shape[1] != 3:
         return own[:, None, None, None] * x + (mean * x.mean((1, 2, 3)))[:, None, None, None]
-    parts = torch.stack([own, own * angle.cos(), own * angle.sin(), luma], dim=1)
-    matrix = torch.einsum("nk,kij->nij", parts, constants.basis)
+    coefficients = torch.stack([own, own * angle.cos(), own * angle.sin(), luma], dim=1)  # [N, 4]
+    matrix = torch.einsum("nk,kij->nij", coefficients, constants.basis)  # [N, 3, 3]
     constant = mean * (x.mean((2, 3)) @ constants.luma)  # [N]
     return torch.baddbmm(constant[:, None, None], matrix, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """[N, C, H, W] with each view's own sigma [N]; 0 leaves a view as it is."""
+    """Blur [N, C, H, W] with one sigma per view [N]. A sigma of 0 does not change a view."""
     taps = torch.arange(-RADIUS, RADIUS + 1, device=x.device)
-    # With a sigma of 0.01, all taps but the middle one are 0.
+    # A sigma of 0 becomes 0.01, for which all taps except the middle one are 0.
     weights = torch.exp(-(taps**2) / (2 * sigma.clamp_min(0.01)[:, None] ** 2))
     weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)  # [N·C, 9]
     planes = F.pad(x, [RADIUS] * 4, mode="reflect").flatten(0, 1)[None]  # [1, N·C, H + 8, W + 8]

@@ -36,34 +36,35 @@ def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, smal
 
 
 def stratified_ratio(sample: dict[str, Any], view: int, views: int, share: float, ratios: tuple[float, float]) -> float:
-    """The mask ratio of one view of a sample. Over the global batch, a `share` of the views get ratios spread evenly
-    over `ratios`, the others 0.
+    """The mask ratio of one view of a sample. In the global batch, a `share` of all views is masked, with ratios that
+    are spread evenly over `ratios`; the ratio of the others is 0.
 
-    Which view gets which ratio follows from a permutation keyed by the step, so it does not depend on the number of
+    A permutation that is keyed by the step assigns the ratios to the views. So they do not depend on the number of
     processes.
     """
     total = sample["batch"] * views
     key = hash_to_key(sample["seed"], 3, sample["step"])
-    place = int(permute(np.array([sample["slot"] * views + view]), total, key)[0])
+    rank = int(permute(np.array([sample["slot"] * views + view]), total, key)[0])
     masked = int(share * total)
     low, high = ratios
-    return low + (high - low) * (place + 1) / masked if place < masked else 0.0
+    return low + (high - low) * (rank + 1) / masked if rank < masked else 0.0
 
 
 def masked_patches(mask: np.ndarray) -> dict[str, np.ndarray]:
-    """What a loss on masked patches has to know of masks bool [..., N], so that the device is not asked how many there
-    are:
+    """The positions and weights of the masked patches of masks bool [..., N]. A loss gets them with the batch, because
+    computing them on the device would be a host sync:
 
     mask_indices  int64 [M]    the masked patches among all patches of the batch, in order
     mask_weight   float32 [M]  1 / (number of masked patches in the same crop)
     """
     rows = mask.reshape(-1, mask.shape[-1])
-    counts = rows.sum(1)
-    each = np.float32(1) / counts.clip(1).astype(np.float32)
-    return {"mask_indices": np.flatnonzero(rows), "mask_weight": np.repeat(each, counts)}
+    counts = rows.sum(1)  # [crops]
+    weights = np.float32(1) / counts.clip(1).astype(np.float32)
+    return {"mask_indices": np.flatnonzero(rows), "mask_weight": np.repeat(weights, counts)}
 
 
 def resize_mask(mask: np.ndarray, grid: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
-    """Masks bool [B, h·w] of a grid for another one, [B, h'·w']: a cell has the value of the cell under its centre."""
+    """Resize masks bool [B, h·w] of `grid` to [B, h'·w'] of `target`. A new cell has the value of the cell that
+    contains its centre."""
     rows, columns = ((2 * np.arange(t) + 1) * g // (2 * t) for g, t in zip(grid, target, strict=True))
     return mask.reshape(-1, *grid)[:, rows[:, None], columns].reshape(len(mask), -1)

@@ -36,25 +36,25 @@ class MultiCropViews:
     sides: list[int]
     weights: tuple[float, ...]
     mask_share: float
-    mask_ratios: tuple[float, float] | None
-    alike: dict[str, str]  # {entry: the entry whose crops it repeats}
+    mask_ratios: tuple[float, float] | None  # None: no masks
+    same_crops: dict[str, str]  # {entry: the entry whose crops it repeats}
     patch_size: int
     cells: tuple[int, ...] | None
 
     def __call__(self, sample: dict[str, Any], rng: Rng) -> dict[str, np.ndarray]:
-        row = pick(sample["seed"], sample["step"], self.weights)
-        made = crops(sample, self.augments[row], rng, self.alike)
+        kind = draw_kind(sample["seed"], sample["step"], self.weights)  # of this step
+        views = crops(sample, self.augments[kind], rng, self.same_crops)
         if self.mask_ratios is None:
-            return made
-        side, masks = self.sides[row], []
+            return views
+        side, masks = self.sides[kind], []
         for i in range(GLOBAL):
             ratio = stratified_ratio(sample, i, GLOBAL, self.mask_share, self.mask_ratios)
             masks.append(block_mask((side, side), int(ratio * side * side), rng(MASKS + i)).reshape(-1))
-        return made | {"mask": np.stack(masks)}
+        return views | {"mask": np.stack(masks)}
 
     def collate(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """{"mask_indices", "mask_weight"} of a micro-batch's masks (`masked_patches`); with `cells`, those of each size
-        of cells as "mask_indices_SIZE" and "mask_weight_SIZE"."""
+        """{"mask_indices", "mask_weight"} of the masks of a micro-batch, see `masked_patches`; {} without masks. With
+        `cells`, there is one pair of entries for each size of cells, "mask_indices_SIZE" and "mask_weight_SIZE"."""
         if self.mask_ratios is None:
             return {}
         if self.cells is None:
@@ -77,14 +77,13 @@ def multicrop(
     local_patch: int | None = None,
     cells: tuple[int, ...] | None = None,
 ) -> MultiCropViews:
-    """The views of crops of `image_size` pixels and patches of `patch_size`; of larger Gram crops if `gram_size` is
+    """The views for global crops of `image_size` pixels and patches of `patch_size`, with Gram crops if `gram_size` is
     above 0.
 
     `resolutions`: rows of (global, local, Gram pixels, weight) of DINOv3's high-resolution stage; each step uses one
-    row, drawn from (seed, step). `local_patch`: the size that local crops have to be a multiple of, if it is not
-    `patch_size`. `cells`: sizes in pixels of the cells on whose grids masked patches are compared, if they are not
-    patches of `patch_size`; empty:
-    no masks, and their options are not read.
+    row, drawn from (seed, step). `local_patch`: local crops must be a multiple of this size; default: `patch_size`.
+    `cells`: the sizes in pixels of the cells in which a loss compares masked patches; None: patches of `patch_size`;
+    (): no masks, and their options are not read.
     """
     rows = resolutions or [[image_size, cfg.local_size, gram_size, 1.0]]
     _check(rows, patch_size, gram_size > 0, (local_patch or patch_size) if cfg.local_crops else None)
@@ -95,26 +94,26 @@ def multicrop(
         weights=tuple(row[3] for row in rows),
         mask_share=0.0 if cells == () else cfg.mask_share,
         mask_ratios=None if cells == () else (cfg.mask_ratio_min, cfg.mask_ratio_max),
-        alike={"gram": "global"} if gram_size else {},
+        same_crops={"gram": "global"} if gram_size else {},
         patch_size=patch_size,
         cells=cells,
     )
 
 
 @functools.lru_cache(64)
-def pick(seed: int, step: int, weights: tuple[float, ...]) -> int:
-    """Draw one of several kinds for a step, in proportion to their weights.
+def draw_kind(seed: int, step: int, weights: tuple[float, ...]) -> int:
+    """Draw the kind of a step, with probabilities in proportion to `weights`.
 
-    A function of (seed, step): the same in all processes and after a restart.
+    It depends on (seed, step) only, and is therefore the same in all processes and after a restart.
     """
-    place = hash_to_key(seed, 11, step) / 2**64 * sum(weights)
-    return min(int(np.searchsorted(np.cumsum(weights), place, side="right")), len(weights) - 1)
+    point = hash_to_key(seed, 11, step) / 2**64 * sum(weights)
+    return min(int(np.searchsorted(np.cumsum(weights), point, side="right")), len(weights) - 1)
 
 
 def _check(rows: list[list[float]], patch_size: int, gram: bool, local_patch: int | None) -> None:
-    """Raises ValueError for sizes that are no multiples of the patch, or for Gram crops without a Gram teacher.
+    """Raises ValueError for sizes that are not multiples of the patch, or for Gram crops without a Gram teacher.
 
-    `local_patch`: None for no local crops.
+    `local_patch`: None if there are no local crops.
     """
     for row in rows:
         if len(row) != 4 or row[3] <= 0:
@@ -128,7 +127,7 @@ def _check(rows: list[list[float]], patch_size: int, gram: bool, local_patch: in
                 )
         if gram != (row[2] > 0):
             raise ValueError(
-                f"objective.resolutions: {row} must have Gram pixels where, and only where, there is a gram_teacher"
+                f"objective.resolutions: {row} must have Gram pixels if there is a gram_teacher, and 0 if there is none"
             )
 
 

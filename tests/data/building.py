@@ -1,4 +1,4 @@
-"""What the tests of building share: a build in this process, its samples as webdataset and tarfile read them."""
+"""Helpers for the tests of builds: a build in this process, and its samples as webdataset and tarfile read them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make(
 
 
 def samples_of(folder: Path) -> list[dict[str, Any]]:
-    """The samples as webdataset reads them, checked to be those that tarfile sees."""
+    """The samples as webdataset reads them. Asserts that tarfile reads the same members."""
     tars = sorted(map(str, folder.glob("*.tar")))
     read = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
     members = {}

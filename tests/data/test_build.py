@@ -1,4 +1,5 @@
-"""Shards from folders of images, read back by webdataset and tarfile; kills, restarts, equal bytes for any number of processes, object stores."""
+"""Shards from folders of images, read back by webdataset and tarfile; killed builds, the same bytes for any number of
+processes, and object stores."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from common.errors import DataError
 from data_pipeline.build import build_folder, stats
-from data_pipeline.build.build_folder import BAD, BuildFolder, part_name
+from data_pipeline.build.build_folder import BAD, BuildFolder, task_name
 from data_pipeline.build.build_shards import describe
 from data_pipeline.build.sources import Options, find_source
 from data_pipeline.build.split import split
@@ -31,7 +32,7 @@ from tests.tars import jpeg
 
 
 # ---------------------------------------------------------------- images
-def test_build_reads_back_the_same_as_webdataset_and_tar(photos: Path, shards: Path):
+def test_built_shards_are_read_by_webdataset_and_tarfile(photos: Path, shards: Path):
     manifest = load_manifest(str(shards))
     assert (manifest.samples, manifest.classes, len(manifest.names)) == (48, ["china", "flower"], 1)
     assert manifest.details["build"]["samples"] == 48 and manifest.details["source"] == "images"
@@ -44,7 +45,7 @@ def test_build_reads_back_the_same_as_webdataset_and_tar(photos: Path, shards: P
         assert path.read_bytes() == sample["jpg"] and ours.label(i) == path.parent.name
 
 
-def test_build_leaves_out_and_names_bad_files(tmp_path: Path):
+def test_build_leaves_out_and_lists_unusable_files(tmp_path: Path):
     source = tmp_path / "images"
     source.mkdir()
     (source / "good.jpg").write_bytes(jpeg())
@@ -53,7 +54,7 @@ def test_build_leaves_out_and_names_bad_files(tmp_path: Path):
     (source / "empty.webp").write_bytes(b"")
     (source / "gone.jpg").symlink_to(source / "nowhere.jpg")
     damaged = bytearray(jpeg(1))
-    damaged[2000:2064] = bytes(64)  # in the middle: most decoders make garbage of it without a word
+    damaged[2000:2064] = bytes(64)  # in the middle: most decoders return garbage without an error
     (source / "holes.jpg").write_bytes(damaged)
     (source / "notes.txt").write_text("not an image by its name")
     summary = make(source, tmp_path / "out")
@@ -66,7 +67,7 @@ def test_build_leaves_out_and_names_bad_files(tmp_path: Path):
     assert "out: 1 samples" in text and summary["sample_bytes"]["median"] == summary["bytes"]
 
 
-def test_build_refuses_what_it_cannot_do(tmp_path: Path):
+def test_invalid_sources_targets_and_options_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="no such file or folder"):
         make(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "file").write_text("x")
@@ -86,7 +87,9 @@ def test_build_refuses_what_it_cannot_do(tmp_path: Path):
         make(empty, tmp_path / "full")
     with pytest.raises(DataError, match="--kind pictures: no such kind of source; known: frames, image-text, images"):
         make(empty, tmp_path / "out", kind="pictures")
-    with pytest.raises(DataError, match="--lines is not for a folder of images, but for the kinds text"):
+    with pytest.raises(
+        DataError, match="--lines has no effect on a folder of images, only on sources of the kinds text"
+    ):
         make(empty, tmp_path / "out", lines=True)
     with pytest.raises(DataError, match=r"holds nothing for a folder of videos; it holds 1 .jpg"):
         make(empty, tmp_path / "out", kind="videos")
@@ -106,7 +109,7 @@ def picture(array: np.ndarray, kind: str = "PNG", turn: int = 0) -> bytes:
     return out.getvalue()
 
 
-def test_a_build_says_what_it_took(tmp_path: Path):
+def test_the_summary_of_a_build(tmp_path: Path):
     source = tmp_path / "in"
     deep = (np.arange(64 * 64, dtype=np.uint16) % 4096).reshape(64, 64)
     wide = np.zeros((8, 24, 3), np.uint8)
@@ -117,8 +120,8 @@ def test_a_build_says_what_it_took(tmp_path: Path):
     summary = make(source, tmp_path / "out", workers=2)
     text = "\n".join(describe(summary, "out"))
     assert summary["pixels"]["PNG, 16 bits, 1 channel"] == [1, 0, 4095] and summary["members"]["jpg"] == 2
-    assert "images: 1 × PNG, 16 bits, 1 channel, numbers from 0 to 4095" in text
-    assert "end at 4095 of 65535, so that a model sees the levels 0 to 16 of 255; --bits 12" in text
+    assert "images: 1 × PNG, 16 bits, 1 channel, values from 0 to 4095" in text
+    assert "have values up to 4095 of 65535, so that a model sees the levels 0 to 16 of 255; --bits 12" in text
     assert "images: 1 turned by EXIF, for example b/z.jfif" in text and "2 classes: a, b" in text
     assert "not part of the source: 1 .md (b/notes.md)" in text
     samples = Samples([str(tmp_path / "out")])
@@ -134,7 +137,7 @@ def test_a_build_says_what_it_took(tmp_path: Path):
     assert look["image"].pixels().max() == 255
     lines = stats.summarize(samples)
     assert "3 samples with 2 .jpg, 1 .png, 3 .cls, 3 .json; 2 classes: a, b" in lines[0]
-    assert any("PNG, 16 bits, 1 channel, numbers from 0 to 4095" in line for line in lines) and "--bits" not in str(
+    assert any("PNG, 16 bits, 1 channel, values from 0 to 4095" in line for line in lines) and "--bits" not in str(
         lines
     )
     split(tmp_path / "scaled", tmp_path / "sides", 0.4, workers=1, say=quiet)  # and so do copies of it
@@ -149,7 +152,7 @@ def test_a_build_says_what_it_took(tmp_path: Path):
 
 
 @pytest.mark.parametrize("names", [["train", "val"], ["Train2017", "val2017", "test-set"], ["train"]])
-def test_parts_of_a_data_set_are_no_labels(tmp_path: Path, names: list[str]):
+def test_splits_are_not_labels(tmp_path: Path, names: list[str]):
     source = tmp_path / "in"
     for name in names:
         (source / name / "cat").mkdir(parents=True)
@@ -185,7 +188,7 @@ def test_the_same_bytes_for_any_number_of_processes(photos: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_goes_on(photos: Path, tmp_path: Path, workers: int):
+def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, workers: int):
     source = tmp_path / "in"
     source.mkdir()
     for path in photos.rglob("*.jpg"):
@@ -229,16 +232,16 @@ def test_a_killed_build_goes_on(photos: Path, tmp_path: Path, workers: int):
     assert index.verify(target, quiet) == [] and len(samples_of(target)) == 1920
 
 
-def test_what_a_stopped_build_left_damaged_is_made_again_or_named(tmp_path: Path):
+def test_damaged_state_of_a_stopped_build_is_replaced_or_an_error(tmp_path: Path):
     place = BuildFolder(str(tmp_path / "out"))
     assert place.claim({"source": "a"}) is None
     for number, text in enumerate(('{"samples": 1}', "{", "[1]", "[" * 100_000, "\udcff")):
-        (tmp_path / "out.partial" / f"{part_name(number)}.json").write_bytes(text.encode(errors="surrogateescape"))
-        (tmp_path / "out.partial" / "shards" / f"{part_name(number)}.tar").write_bytes(b"")
+        (tmp_path / "out.partial" / f"{task_name(number)}.json").write_bytes(text.encode(errors="surrogateescape"))
+        (tmp_path / "out.partial" / "shards" / f"{task_name(number)}.tar").write_bytes(b"")
     assert place.done() == {0: {"samples": 1}}
     for plan in ("{", "[]", "{}", "[" * 100_000, '{"about": 1, "plan": 1}'):
         (tmp_path / "out.partial" / "plan.json").write_text(plan)
-        with pytest.raises(DataError, match=r"out.partial/plan.json: is no plan \(.*; delete"):
+        with pytest.raises(DataError, match=r"out.partial/plan.json: is not a valid plan \(.*; delete"):
             place._read_plan()
 
 
@@ -270,7 +273,7 @@ def test_a_changed_source_is_not_mixed_with_old_parts(photos: Path, tmp_path: Pa
         make(tmp_path / "in", tmp_path / "out", 1)
 
 
-def test_a_build_that_an_older_version_finished_is_done(tmp_path: Path):
+def test_a_build_that_an_older_version_finished_is_recognised(tmp_path: Path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(jpeg())
     (tmp_path / "in" / "b.jpg").write_bytes(b"nothing")
@@ -304,8 +307,9 @@ def test_two_builds_at_once(tmp_path: Path, monkeypatch):
     assert make(tmp_path / "in", tmp_path / "out")["samples"] == 1
 
 
-def test_files_of_others_in_the_folders_of_a_build_stay(photos: Path, tmp_path: Path, monkeypatch):
-    """DST.partial is known by its plan; what others put there, and what merely ends in .partial, is theirs."""
+def test_other_files_in_the_folders_of_a_build_are_not_deleted(photos: Path, tmp_path: Path, monkeypatch):
+    """DST.partial is recognised by its plan. Files that the build did not write are not deleted, even if they end in
+    .partial."""
     target, state = tmp_path / "out", tmp_path / "out.partial"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
@@ -335,7 +339,7 @@ def test_files_of_others_in_the_folders_of_a_build_stay(photos: Path, tmp_path: 
     assert (other / "film.mkv.partial").read_text() == "mine"
 
 
-def test_indexing_deletes_its_own_older_index_only(photos: Path, tmp_path: Path):
+def test_indexing_deletes_only_its_older_index(photos: Path, tmp_path: Path):
     make(photos, tmp_path / "out", 0.05)
     (tmp_path / "out" / "index-faiss.bin").write_text("mine")
     (own,) = (path for path in (tmp_path / "out").glob("index-*.bin") if path.name != "index-faiss.bin")

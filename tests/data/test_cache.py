@@ -1,4 +1,5 @@
-"""The cache on disk: bounded, evicts what is needed last, survives what it finds, and touches nothing but its own files."""
+"""The cache on disk: it is bounded, deletes first what is needed last, tolerates damaged files, and deletes only files
+that it wrote."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def files(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_folder_with_the_only_copy_of_the_data_is_safe(tmp_path: Path):
-    """Another loader's eviction deleted a local source that lay in the cache folder."""
+def test_other_files_in_the_folder_are_not_deleted(tmp_path: Path):
+    """Another loader's cache deleted a local source in the cache folder."""
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
     (tmp_path / "0-16").write_bytes(b"named like one of ours")
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
@@ -35,7 +36,7 @@ def test_a_folder_with_the_only_copy_of_the_data_is_safe(tmp_path: Path):
     assert all(name.startswith(SUBFOLDER) for name in files(tmp_path) - before.keys())
 
 
-def test_what_is_needed_last_goes_first_and_the_limit_holds(tmp_path: Path):
+def test_files_that_are_needed_last_are_deleted_first(tmp_path: Path):
     cache, rng = Cache(tmp_path, 1000), np.random.default_rng(0)
     uses = rng.permutation(40)
     for n, use in enumerate(uses):
@@ -47,11 +48,11 @@ def test_what_is_needed_last_goes_first_and_the_limit_holds(tmp_path: Path):
     cache.set_next_use("set", 10 * soon, 10_000)
     cache.write("set", 9990, 10, bytes(100), 5)
     assert cache.covers("set", 10 * soon, 1) == [] and cache.covers("set", 9990, 1) == [(9990, 10)]
-    cache.write("set", 99990, 10, bytes(2000), 0)  # larger than all
+    cache.write("set", 99990, 10, bytes(2000), 0)  # larger than the limit
     assert cache.used == 1000
 
 
-def test_ranges_are_put_together_and_gaps_are_seen(tmp_path: Path):
+def test_a_range_may_span_several_files_but_no_gap(tmp_path: Path):
     cache = Cache(tmp_path, 10_000)
     cache.write("set", 0, 16, b"a", 0)
     cache.write("set", 16, 4, b"b", 0)
@@ -62,7 +63,7 @@ def test_ranges_are_put_together_and_gaps_are_seen(tmp_path: Path):
     assert cache.read("set", 16, 4) == b"b" and cache.read("set", 99, 1) is None
 
 
-def test_the_next_process_finds_it_and_a_living_one_keeps_it_to_itself(tmp_path: Path):
+def test_a_folder_is_locked_by_one_process_and_reused_by_the_next(tmp_path: Path):
     code = f"""
 from data_pipeline.storage.cache import Cache
 cache = Cache({str(tmp_path)!r}, 10_000)
@@ -79,11 +80,11 @@ input()
     taken = Cache(tmp_path, 10_000)
     assert taken.folder.name == "0" and taken.read("set", 0, 16) == b"x" * 50 and taken.used == 50
     assert not list(tmp_path.rglob("*.partial"))
-    small = Cache(tmp_path, 40)  # the folder of the other cache of this process is free again or not: both are right
+    small = Cache(tmp_path, 40)  # the folder of this process's other cache may be free again or not
     assert small.used <= 40
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path: Path):
+def test_a_full_disk_does_not_stop_the_run(tmp_path: Path):
     mount = tmp_path / "small"
     mount.mkdir()
     if os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", mount]).returncode == 0:
@@ -103,8 +104,8 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path: Path):
         Cache("/proc/x", 1000)
 
 
-def test_a_disk_that_turns_read_only(shards: Path, tmp_path: Path):
-    """The bytes come from where they were; a stream that waits for ever would end by the test's time-out."""
+def test_a_disk_that_becomes_read_only(shards: Path, tmp_path: Path):
+    """The bytes are read from the store. (If the stream waited for ever, the test would time out.)"""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30k", "tmpfs", str(disk)], check=True)

@@ -1,4 +1,5 @@
-"""The quick start's images: both sets, the .deb reader, and what happens without a Debian mirror."""
+"""The images and the text of the quick start: both sets of images, the .deb reader, and errors without a Debian
+mirror."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def tar(files: dict[str, bytes]) -> bytes:
 
 
 def deb(path: Path, name: str, data: bytes) -> Path:
-    """An ar archive as dpkg writes it, with an odd-sized member before the data and one after."""
+    """An ar archive as dpkg writes it, with a member of odd size before the data, and another one after it."""
     members = {"debian-binary": b"2.0\n", "control.tar.gz": b"odd", name: data, "_gpgorigin": b"signature"}
     with open(path, "wb") as file:
         file.write(b"!<arch>\n")
@@ -58,7 +59,8 @@ def deb(path: Path, name: str, data: bytes) -> Path:
 
 @pytest.fixture
 def apt(tmp_path, monkeypatch):
-    """Put a script in apt-get's place, alone on PATH but for `cp`; the cache is empty and nothing is installed."""
+    """Replace apt-get by a script. PATH has only this script and `cp`; the cache is empty, and the package is not
+    installed."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "cp").symlink_to(shutil.which("cp"))
@@ -105,31 +107,31 @@ def test_digits_splits_share_no_digit(digits):
 
 @pytest.mark.slow
 def test_digits_are_the_same_every_time(digits, tmp_path):
-    (tmp_path / "again").mkdir()  # an empty folder may be there
+    (tmp_path / "again").mkdir()  # an empty folder may exist
     demo_images.fetch(tmp_path / "again", "digits", quiet)
     assert digest(tmp_path / "again") == digest(digits)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
 @pytest.mark.slow
-def test_a_set_that_is_there_is_kept(digits, monkeypatch):
+def test_an_existing_set_is_not_written_again(digits, monkeypatch):
     monkeypatch.setattr(demo_images, "_write", lambda *_: pytest.fail("written again"))
     assert demo_images.fetch(digits, "digits", quiet) == demo_images.fetch(digits, "auto", quiet) == "digits"
     with pytest.raises(DataError, match=r'holds "digits", not "materials".*delete'):
         demo_images.fetch(digits, "materials", quiet)
 
 
-def test_anothers_folder_is_left_alone(tmp_path):
+def test_other_folders_are_not_changed(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match="no complete demo set"):
+    with pytest.raises(DataError, match="not a complete demo set"):
         demo_images.fetch(tmp_path, "digits", quiet)
     with pytest.raises(DataError, match="auto, materials or digits"):
         demo_images.fetch(tmp_path / "new", "cifar", quiet)
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
-def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_images, "_place", lambda *_: 1 / 0)
+def test_a_failed_call_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_images, "_draw_digit", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demo_images.fetch(tmp_path / "set", "digits", quiet)
     assert not list(tmp_path.iterdir())
@@ -145,7 +147,7 @@ def test_member_of_a_deb(tmp_path, name, pack):
     path = deb(tmp_path / "x.deb", name, pack(tar({"./etc/other": b"other", f"./{MEMBER}": content})))
     demo_images.unpack_member(path, MEMBER, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == content
-    with pytest.raises(DataError, match="holds no usr/absent"):
+    with pytest.raises(DataError, match="does not hold usr/absent"):
         demo_images.unpack_member(path, "usr/absent", tmp_path / "none")
 
 
@@ -155,7 +157,7 @@ def test_member_of_a_zstandard_deb(tmp_path):
     control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: nobody <a@b>\nDescription: x\n"
     (tmp_path / "root/DEBIAN/control").write_text(control)
     (tmp_path / "root/a").write_bytes(b"first")
-    (tmp_path / "root/b").write_bytes(np.random.default_rng(0).bytes(3_000_000))  # left in the pipe
+    (tmp_path / "root/b").write_bytes(np.random.default_rng(0).bytes(3_000_000))  # not read from the pipe
     command = ["dpkg-deb", "-Zzstd", "-b", str(tmp_path / "root"), str(tmp_path / "x.deb")]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("this dpkg-deb writes no zstandard")
@@ -164,9 +166,9 @@ def test_member_of_a_zstandard_deb(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"<html>not found</html>", b"!<arch>\n", b"!<arch>\ndebian-binary"])
-def test_what_is_no_deb(tmp_path, data):
+def test_a_file_that_is_not_a_deb(tmp_path, data):
     (tmp_path / "x.deb").write_bytes(data)
-    with pytest.raises(DataError, match=r"x\.deb: is no complete Debian package"):
+    with pytest.raises(DataError, match=r"x\.deb: is not a complete Debian package"):
         demo_images.unpack_member(tmp_path / "x.deb", MEMBER, tmp_path / "copy")
 
 
@@ -191,10 +193,12 @@ def test_package_after_one_update(tmp_path, apt):
     assert demo_images.fetch(tmp_path / "set", "auto", quiet) == "materials"
     calls = [line.split()[4:] for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls == [["download", "ufoai-textures"], ["update"], ["download", "ufoai-textures"]]
-    assert list(digest(tmp_path / "cache")) == ["ufoai-textures/0textures.pk3"]  # the .deb is gone
+    assert list(digest(tmp_path / "cache")) == ["ufoai-textures/0textures.pk3"]  # the .deb is deleted
     meta = json.loads((tmp_path / "set/set.json").read_text())
     assert meta["classes"] == ["rock", "wood"] and sum(meta["counts"].values()) == 14 * 16
-    assert len({path.parent.parent for path in (tmp_path / "set").glob("*/wood/*.png")}) == 1  # variants stay together
+    assert (
+        len({path.parent.parent for path in (tmp_path / "set").glob("*/wood/*.png")}) == 1
+    )  # variants are in the same split
     demo_images.fetch(tmp_path / "again", "materials", quiet)
     assert len((tmp_path / "calls").read_text().splitlines()) == 3  # from the cache
     assert digest(tmp_path / "again") == digest(tmp_path / "set")
@@ -202,7 +206,7 @@ def test_package_after_one_update(tmp_path, apt):
 
 # ---------------------------------------------------------------- without a mirror
 @pytest.mark.slow
-def test_auto_says_why_and_takes_digits(tmp_path, apt, digits):
+def test_auto_uses_digits_and_prints_why(tmp_path, apt, digits):
     apt("echo 'E: Unable to locate package ufoai-textures' >&2; exit 100")
     said: list[str] = []
     assert demo_images.fetch(tmp_path / "set", "auto", said.append) == "digits"
@@ -211,7 +215,7 @@ def test_auto_says_why_and_takes_digits(tmp_path, apt, digits):
     assert digest(tmp_path / "set") == digest(digits)
 
 
-def test_materials_alone_is_an_error(tmp_path, apt):
+def test_unavailable_materials_are_an_error(tmp_path, apt):
     apt("exit 7")
     with pytest.raises(DataError, match=r"ufoai-textures cannot be downloaded: .*ended with 7; run .apt-get update"):
         demo_images.fetch(tmp_path / "set", "materials", quiet)
@@ -226,7 +230,7 @@ def test_materials_alone_is_an_error(tmp_path, apt):
         (None, "apt-get is not installed"),
     ],
 )
-def test_apt_that_hangs_or_is_absent(tmp_path, apt, monkeypatch, script, reason):
+def test_apt_get_that_hangs_or_is_missing(tmp_path, apt, monkeypatch, script, reason):
     monkeypatch.setattr(demo_images, "APT_SECONDS", 0.2)
     if script:
         apt(script)
@@ -252,7 +256,8 @@ def test_real_materials(tmp_path):
 
 
 def test_the_demo_deletes_no_file_that_it_has_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A folder where shards would go, or that is named like one of a killed process with the same number, may be anybody's."""
+    """A folder with the name of the shards, or of the temporary folder of a killed process with the same id, may have
+    other content."""
     monkeypatch.chdir(tmp_path)
     mine = [
         tmp_path / "runs" / "demo-data" / "shards-digits" / "train" / "notes.txt",

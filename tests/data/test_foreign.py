@@ -1,4 +1,5 @@
-"""Files that others made: FIFOs, devices, endless lines, hostile tars, JSON and indexes end in one line or in the list of what was left out."""
+"""Files of other origin: FIFOs, devices, endless lines, malicious tars, JSON and indexes are an error of one line, or
+are listed as left out."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import pytest
 from common import untrusted
 from common.errors import Damaged, DataError, is_bug, nearest
 from data_pipeline.build.sources import tables, text_files
-from data_pipeline.build.sources.source import as_data_error
+from data_pipeline.build.sources.tree import as_data_error
 from data_pipeline.shards import index
 from data_pipeline.shards.manifest import parse_manifest
 from data_pipeline.shards.samples import Samples
@@ -31,8 +32,8 @@ def test_fifos_devices_and_sockets_are_left_out(tmp_path: Path):
     source = tmp_path / "in"
     source.mkdir()
     (source / "good.jpg").write_bytes(jpeg())
-    os.mkfifo(source / "fifo.jpg")  # an open of it waits for somebody who writes
-    (source / "endless.jpg").symlink_to("/dev/zero")  # says that it has 0 bytes
+    os.mkfifo(source / "fifo.jpg")  # opening it waits for a process that writes to it
+    (source / "endless.jpg").symlink_to("/dev/zero")  # its stated size is 0 bytes
     left = reasons(make(source, tmp_path / "out"))
     assert left == {"fifo.jpg": "is a FIFO, not a regular file", "endless.jpg": "is a device, not a regular file"}
 
@@ -43,18 +44,18 @@ def test_a_fifo_among_shards_is_an_error(tmp_path: Path):
         index.write(tmp_path, quiet)
 
 
-def test_what_is_read_is_bounded_not_what_the_file_system_says(tmp_path: Path):
-    assert untrusted.read_binary("/proc/self/status", 1 << 20)  # of size 0
+def test_the_limit_applies_to_the_bytes_that_are_read(tmp_path: Path):
+    assert untrusted.read_binary("/proc/self/status", 1 << 20)  # its stated size is 0
     with pytest.raises(OSError, match=r"more than the 10 bytes"):
         untrusted.read_binary("/proc/self/status", 10)
 
 
-def test_links_that_lead_round_end(tmp_path: Path):
+def test_cyclic_links_are_not_followed_for_ever(tmp_path: Path):
     for here, there in (("a", "b"), ("b", "a")):
         (tmp_path / "in" / here).mkdir(parents=True)
         (tmp_path / "in" / here / "x.jpg").write_bytes(jpeg(ord(here)))
         (tmp_path / "in" / here / "link").symlink_to(tmp_path / "in" / there)
-    (tmp_path / "in" / "root").symlink_to("/")  # a folder that this one lies in
+    (tmp_path / "in" / "root").symlink_to("/")  # a folder that contains this one
     assert make(tmp_path / "in", tmp_path / "out")["samples"] == 4  # a/x a/link/x b/x b/link/x
 
 
@@ -88,16 +89,16 @@ END = bytes(1024)
     ],
     ids=["chain", "pax-size", "size", "sparse-header", "sparse-map", "long-name", "length"],
 )
-def test_bad_headers_are_one_line(data: bytes, tmp_path: Path):
+def test_invalid_tar_headers_are_an_error_of_one_line(data: bytes, tmp_path: Path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "0.tar").write_bytes(data + END)
     with pytest.raises(DataError, match=r"is no complete tar file .*header|is no complete tar file .*member of"):
         index.write(tmp_path / "in", quiet)
     (tmp_path / "in" / "1.tar").write_bytes(header("1.txt", 3) + GOOD[512:] + END)
-    assert make(tmp_path / "in", tmp_path / "out")["samples"] == 1  # and a build goes on with the others
+    assert make(tmp_path / "in", tmp_path / "out")["samples"] == 1  # a build continues with the other tars
 
 
-def test_a_damaged_header_does_not_end_a_tar_in_silence(tmp_path: Path):
+def test_a_damaged_header_inside_a_tar_is_an_error(tmp_path: Path):
     write_tar(tmp_path / "0.tar", [(f"{n}.jpg", jpeg(n)) for n in range(3)])
     data = bytearray((tmp_path / "0.tar").read_bytes())
     with tarfile.open(tmp_path / "0.tar") as tar:
@@ -108,7 +109,7 @@ def test_a_damaged_header_does_not_end_a_tar_in_silence(tmp_path: Path):
         index.write(tmp_path, quiet)
 
 
-def test_members_with_holes_are_said(tmp_path: Path):
+def test_sparse_members_are_reported(tmp_path: Path):
     sparse = header("1.jpg", 512, b"S")
     (tmp_path / "0.tar").write_bytes(GOOD + sparse + bytes(512) + END)
     said: list[str] = []
@@ -119,7 +120,7 @@ def test_members_with_holes_are_said(tmp_path: Path):
 @pytest.mark.parametrize(
     ("label", "name"), [("²", "²"), ("9" * 5000, "9" * 5000), ("1", "dog"), ("٣", "٣"), ("2", "2")]
 )
-def test_labels_that_are_no_numbers(label: str, name: str, tmp_path: Path):
+def test_labels_that_are_not_numbers(label: str, name: str, tmp_path: Path):
     write_tar(tmp_path / "0.tar", [("0.jpg", jpeg()), ("0.cls", label.encode())])
     index.write(tmp_path, quiet, {"classes": ["cat", "dog"]})
     assert Samples([str(tmp_path)]).label(0) == name
@@ -147,7 +148,7 @@ def test_a_list_without_lines_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # ---------------------------------------------------------------- JSON
-def test_json_of_any_depth():
+def test_deeply_nested_json():
     assert untrusted.loads("[" * 99 + "]" * 99)
     for text_ in ("[" * 500 + "]" * 500, '{"a":' * 100_000, "[" * 100_000, "9" * 5000):
         with pytest.raises(ValueError):
@@ -169,7 +170,7 @@ def test_json_of_any_depth():
         (3, {"a": int}, "it is int, not an object"),
     ],
 )
-def test_misfits_are_named(value: object, shape: object, said: str):
+def test_schema_errors_name_the_value(value: object, shape: object, said: str):
     assert untrusted.schema_error(value, shape) == said
 
 
@@ -189,13 +190,13 @@ def test_misfits_are_named(value: object, shape: object, said: str):
         ("dataset", None),
     ],
 )
-def test_manifests_that_say_anything(key: str, value: object, shards: Path):
+def test_manifests_with_invalid_values(key: str, value: object, shards: Path):
     content = json.loads((shards / "manifest.json").read_text()) | {key: value}
     with pytest.raises(DataError, match=r"m: is no shard manifest .*run `unlabeled shards index` again"):
         parse_manifest(json.dumps(content), "f", "m")
 
 
-def test_an_index_that_points_anywhere(tmp_path: Path):
+def test_an_index_with_invalid_offsets(tmp_path: Path):
     write_tar(tmp_path / "0.tar", [("0.jpg", jpeg()), ("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
     held = index.write(tmp_path, quiet)
     records = np.fromfile(held.index, RECORD)
@@ -224,7 +225,7 @@ TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, 
         ({"x": json.loads("[" * 200 + "]" * 200)}, "nested more than 100 deep"),
     ],
 )
-def test_tokenizers_that_say_anything(change: dict, says: str):
+def test_tokenizers_with_invalid_values(change: dict, says: str):
     with pytest.raises(DataError, match=rf"t: is no tokenizer.json .*({says})"):
         Vocabulary.parse(json.dumps(TOKENIZER | change), source="t")
     with pytest.raises(DataError, match=r"is no tokenizer.json \(tokenizer_config.json.bos_token is \[\]"):
@@ -232,8 +233,8 @@ def test_tokenizers_that_say_anything(change: dict, says: str):
 
 
 # ---------------------------------------------------------------- local files and homes
-def test_a_local_file_is_not_asked_again(tmp_path: Path):
-    """A file named where a folder belongs, and others that no patience mends, are said at once."""
+def test_permanent_errors_of_local_files_are_not_retried(tmp_path: Path):
+    """For example a file instead of a folder: the error is raised at once."""
     (tmp_path / "file").write_text("x")
     calls = []
 
@@ -250,10 +251,10 @@ def test_a_local_file_is_not_asked_again(tmp_path: Path):
         Samples([str(tmp_path / "file")])
 
 
-def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("UNLABELED_CACHE", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    with pytest.raises(DataError, match=r"no home folder is known; set UNLABELED_CACHE=FOLDER"):
+    with pytest.raises(DataError, match=r"the home folder is not known; set UNLABELED_CACHE=FOLDER"):
         cache_folder("index")
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "file"))
@@ -263,7 +264,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 @pytest.mark.parametrize("mode", ["r:", "r|", "r|*"])
 def test_a_member_larger_than_its_tar_is_an_error_at_once(mode: str):
-    """Of a stream, too, whose end is only known when it is read."""
+    """Also for a stream, whose end is not known before it is read."""
     info = tarfile.TarInfo("0.jpg")
     info.size = 1 << 62
     data = io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(20_000))
@@ -274,8 +275,9 @@ def test_a_member_larger_than_its_tar_is_an_error_at_once(mode: str):
     assert time.monotonic() - began < 5
 
 
-def test_a_bug_of_ours_is_neither_repeated_nor_taken_for_a_store_that_fails():
-    """Exceptions of libraries have no common base, so all of them count as failures of the store, but not ours."""
+def test_a_bug_in_our_code_is_not_retried_as_an_error_of_the_store():
+    """Exceptions of libraries have no common base class, so all of them count as errors of the store, but those of our
+    code do not."""
     tries = []
 
     def bug() -> None:

@@ -1,4 +1,5 @@
-"""The order of samples: every sample once an epoch, the same global batches for every split, a pure function of the step, frozen by golden vectors."""
+"""The order of samples: each sample once per epoch, the same global batches for any number of processes, a pure
+function of the step, fixed by golden vectors."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ def ids(plan: Plan, step: int, first: int = 0, last: int | None = None) -> list[
 def test_permute_is_a_permutation(count: int, key: int):
     image = permute(np.arange(count), count, key)
     assert np.array_equal(np.sort(image), np.arange(count))
-    assert np.array_equal(permute(np.arange(count)[::-1], count, key), image[::-1])  # any element alone
+    assert np.array_equal(permute(np.arange(count)[::-1], count, key), image[::-1])  # each element is computed alone
     assert np.array_equal(permute(image, count, key, inverse=True), np.arange(count))
 
 
 @given(st.lists(st.tuples(st.integers(1, 900), st.integers(0, 2**64 - 1)), min_size=1, max_size=8))
 @settings(max_examples=40, deadline=None)
-def test_many_permutations_at_once(cases: list[tuple[int, int]]):
+def test_permutations_with_different_keys_in_one_call(cases: list[tuple[int, int]]):
     index = np.concatenate([np.arange(count) for count, _ in cases])
     counts, keys = (np.concatenate([np.full(c, [c, k][n], np.uint64) for c, k in cases]) for n in range(2))
     expected = np.concatenate([permute(np.arange(count), count, key) for count, key in cases])
@@ -56,8 +57,9 @@ def test_permute_mixes():
     shuffle=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_every_sample_once_an_epoch(count: int, lanes: int, per_lane: int, seed: int, shuffle: bool):
-    """No (sample, epoch) pair comes twice, none is left out, and at no step have two samples come more than 2 times apart."""
+def test_each_sample_occurs_once_per_epoch(count: int, lanes: int, per_lane: int, seed: int, shuffle: bool):
+    """No (sample, epoch) pair occurs twice or is missing, and at no step do the counts of two samples differ by more
+    than 2."""
     batch = min(count, lanes * per_lane)
     plan = Plan([count], [Phase(0, batch)], seed, shuffle)
     order, seen, drawn = plan.orders[0], np.zeros(count, int), set()
@@ -74,7 +76,7 @@ def test_every_sample_once_an_epoch(count: int, lanes: int, per_lane: int, seed:
 
 @given(count=st.integers(1, 10**7), lanes=st.integers(1, 64), size=st.floats(0, 1e9))
 @settings(max_examples=60, deadline=None)
-def test_what_is_held_for_shuffling_is_bounded(count: int, lanes: int, size: float):
+def test_samples_in_memory_for_shuffling_are_bounded(count: int, lanes: int, size: float):
     order = Order.of(count, lanes, sample_bytes=size)
     held = lanes * order.block * order.chunk
     assert held <= max(lanes, count / 2)
@@ -91,7 +93,7 @@ def test_large_batches_have_enough_lanes_and_a_large_enough_window():
 
 @given(count=st.integers(600, 3000), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_chunks_are_read_once_and_dropped_at_the_end_of_their_block(count: int, seed: int):
+def test_a_chunk_is_used_by_one_lane_until_the_end_of_its_block(count: int, seed: int):
     order = Order.of(count, 4, seed)
     lane, place = (x.ravel() for x in np.indices((4, 400)))
     chunk = order.global_index(lane, place) // order.chunk
@@ -101,24 +103,24 @@ def test_chunks_are_read_once_and_dropped_at_the_end_of_their_block(count: int, 
         assert len(set(lane[here])) == 1 and len(set(ends[here])) == 1 and place[here].max() < ends[here][0]
     assert (
         len(set(order.block_ends(np.arange(4), np.zeros(4, int)).tolist())) > 1
-    )  # the lanes do not all ask at the same time
+    )  # blocks of different lanes end at different places
 
 
 @pytest.mark.parametrize(("world", "most"), [(1, 1.0), (8, 1.0), (64, 1.0), (96, 2.0), (128, 2.0), (256, 4.0)])
-def test_each_byte_is_read_by_one_process_while_they_are_no_more_than_the_lanes(world: int, most: float):
+def test_each_byte_is_read_by_one_process_if_there_are_enough_lanes(world: int, most: float):
     plan = Plan([10**7], [Phase(0, 768 if world == 96 else 4096)], seed=2)
     chunk, read = plan.orders[0].chunk, 0
     steps = plan.orders[0].block * chunk // (plan.batch(0) // plan.lanes)
     for rank in range(world):
-        _, slots = plan.ahead(1000 * steps, 2 * steps, rank, world)
+        _, slots = plan.slots_of_steps(1000 * steps, 2 * steps, rank, world)
         read += len(np.unique(slots.global_index // chunk))
-    _, whole = plan.ahead(1000 * steps, 2 * steps, 0, 1)
+    _, whole = plan.slots_of_steps(1000 * steps, 2 * steps, 0, 1)
     assert read / len(np.unique(whole.global_index // chunk)) <= most + 0.01
     held = plan.lanes * plan.orders[0].block * chunk
     assert len(np.unique(whole.global_index // chunk)) * chunk <= 2 * steps * plan.batch(0) + held  # requests and bytes
 
 
-def test_chunks_find_their_way_back():
+def test_shuffled_is_inverted():
     order = Order.of(1003, 4, seed=3)
     numbers = np.arange(3 * 1003 // order.chunk)
     assert np.array_equal(order.shuffled(order.shuffled(numbers), inverse=True), numbers)
@@ -126,7 +128,7 @@ def test_chunks_find_their_way_back():
 
 @given(st.integers(0, 500), st.sampled_from([1, 2, 3, 4, 6, 12]))
 @settings(max_examples=40, deadline=None)
-def test_any_split_of_the_slots_sees_the_same_batch(step: int, parts: int):
+def test_slots_do_not_depend_on_how_the_batch_is_divided(step: int, parts: int):
     plan = Plan([1000, 77], [Phase(0, 24, (3.0, 1.0), (0.0, 0.1)), Phase(9, 48, (1.0, 1.0), (0.0, 0.0))], seed=5)
     size = plan.batch(step) // parts
     split = [pair for i in range(parts) for pair in ids(plan, step, i * size, (i + 1) * size)]
@@ -135,10 +137,10 @@ def test_any_split_of_the_slots_sees_the_same_batch(step: int, parts: int):
 
 @given(st.integers(0, 60), st.integers(1, 40), st.sampled_from([1, 2, 4]), st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
-def test_planning_ahead_gives_the_same_slots(step: int, steps: int, world: int, rank: int):
+def test_slots_of_steps_and_micro_batches_equal_slots(step: int, steps: int, world: int, rank: int):
     rank %= world
     plan = Plan([1000, 77], [Phase(0, 24, (3.0, 1.0), (0.0, 0.1)), Phase(31, 48, (1.0, 1.0), (0.0, 0.0))], seed=5)
-    at, slots = plan.ahead(step, steps, rank, world)
+    at, slots = plan.slots_of_steps(step, steps, rank, world)
     ahead = list(zip(at.tolist(), slots.dataset.tolist(), slots.global_index.tolist(), strict=True))
     one_by_one = []
     for s in range(step, int(at[-1]) + 1):
@@ -147,8 +149,9 @@ def test_planning_ahead_gives_the_same_slots(step: int, steps: int, world: int, 
     assert ahead == one_by_one and at[-1] < step + steps
 
 
-def test_sorted_classes_come_out_mixed():
-    """1.28 million samples in 1,000 classes, sorted; batches of 4,096; 33 thousand held: class counts are near those of a fair draw."""
+def test_batches_of_class_sorted_data_are_mixed():
+    """1.28 million samples sorted by 1,000 classes, batches of 4,096, 33 thousand samples in memory: the counts of
+    classes in a batch are distributed almost as in a random draw."""
     plan = Plan([1_280_000], [Phase(0, 4096)], seed=1)
     assert plan.lanes * plan.orders[0].chunk * plan.orders[0].block == 32_768
     ratios = []
@@ -158,7 +161,7 @@ def test_sorted_classes_come_out_mixed():
     assert np.mean(ratios) <= 3
 
 
-def test_without_shuffling_the_order_is_the_shards_own():
+def test_without_shuffling_samples_are_in_the_order_of_the_shards():
     plan = Plan([10], [Phase(0, 4)], shuffle=False)
     assert [v % 10 for _, v in ids(plan, 2)] == [8, 9, 0, 1]
 
@@ -168,7 +171,7 @@ def test_lanes_divide_the_batch(batch: int):
     assert batch % Plan([10_000], [Phase(0, batch)]).lanes == 0
 
 
-GOLDEN = {  # of version 1: a change here is another order, so VERSION has to be raised and old runs are refused
+GOLDEN = {  # of version 1. If these change, increase VERSION: runs with the old order are refused then
     (100003, 64, 7, 0): [3566, 84878, 42990, 96176, 25889, 64389, 46844, 19363],
     (100003, 64, 7, 12345): [775926, 776298, 801452, 749634, 809797, 881922, 849321, 757327],
     (1700000000, 4096, 0, 1000000): [
@@ -211,7 +214,7 @@ def test_mixing_is_even_in_every_window(weights: list[int]):
     shares = np.array(weights) / sum(weights)
     chosen = even_sequence(shares)[:, None] == np.arange(len(shares))
     deviation = np.pad(chosen.cumsum(0), ((1, 0), (0, 0))) - np.arange(PERIOD + 1)[:, None] * chosen.mean(0)
-    assert (deviation.max(0) - deviation.min(0)).max() <= max(1, len(shares))  # the worst window of each
+    assert (deviation.max(0) - deviation.min(0)).max() <= max(1, len(shares))  # the worst window of each dataset
     assert np.abs(chosen.mean(0) - shares).max() <= 1 / PERIOD
 
 
@@ -223,7 +226,7 @@ def test_mixing_is_even_in_every_window(weights: list[int]):
 )
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-def test_mixtures_and_phases_keep_each_dataset_whole(counts: list[int], lanes: int, sizes: list[int], data):
+def test_mixtures_and_phases_skip_and_repeat_no_sample(counts: list[int], lanes: int, sizes: list[int], data):
     weight = st.integers(0, 5)
     phases, step = [], 0
     for size in sizes:
@@ -239,13 +242,13 @@ def test_mixtures_and_phases_keep_each_dataset_whole(counts: list[int], lanes: i
         for d, lane, place in zip(*(column.tolist() for column in slots[:3]), strict=True):
             places.setdefault((d, lane), []).append(place)
     assert max(drawn.values()) == 1  # no (dataset, sample, epoch) twice
-    for taken in places.values():  # positions without a gap, whatever the phases
+    for taken in places.values():  # places without a gap, for any phases
         assert sorted(taken) == list(range(len(taken)))
     totals = Counter(d for d, _ in drawn)
     assert [totals[d] / n for d, n in enumerate(counts)] == pytest.approx(plan.epochs(step + 30))
 
 
-def test_weights_are_kept_and_homogeneous_steps_are_of_one_dataset():
+def test_shares_follow_the_weights_and_homogeneous_steps_have_one_dataset():
     plan = Plan([5000, 700], [Phase(0, 20, (0.75, 0.25), (0.0, 0.1))], seed=1)
     mixed, alone = Counter(), 0
     for step in range(1000):
@@ -259,7 +262,7 @@ def test_weights_are_kept_and_homogeneous_steps_are_of_one_dataset():
     assert mixed[1] / mixed.total() == pytest.approx(0.25, abs=2e-3)
 
 
-def test_bad_phases_are_refused():
+def test_invalid_phases_are_refused():
     for phases, message in [
         ([Phase(0, 64), Phase(10, 100)], r"data.phases, step 10: batch = 100 is not a multiple of 64, .*; write 128"),
         ([Phase(0, 64), Phase(10, 64), Phase(5, 64)], "begin at steps .10, 5.; write steps in increasing order"),

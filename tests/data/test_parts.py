@@ -1,4 +1,4 @@
-"""Parts: what a sample holds, from its members in a shard to its tensor on the device."""
+"""Parts of samples, from their members in a shard to their tensors on the device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_sample_has_an_entry_for_each_part(pairs: Samples):
     assert sample["image"].shape == (64, 64) and sample["text"] == "picture 1" and sample["label"] == 1
 
 
-def test_what_cannot_be_decoded_is_damaged(pairs: Samples):
+def test_parts_that_cannot_be_decoded_are_damaged(pairs: Samples):
     with pytest.raises(Damaged, match=r"its text is not UTF-8 \(invalid start byte at byte 0\)"):
         read(pairs, 4, {"text": Caption()})
     with pytest.raises(Damaged, match="its label is '²'; a label is the number of a class"):
@@ -71,7 +71,7 @@ def test_a_sample_without_a_part_is_absent_and_a_set_without_one_an_error(tmp_pa
 def test_the_names_of_classes_reach_the_views(shards: Path, pairs: Samples):
     assert Label().about([Samples([str(shards)])], None) == {"classes": ("china", "flower")}
     assert Label().about([pairs], None) == Label().about(None, None) == {"classes": ()}
-    assert Label().about([pairs, Samples([str(shards)])], None) == {"classes": ()}  # they do not agree
+    assert Label().about([pairs, Samples([str(shards)])], None) == {"classes": ()}  # their class names differ
 
 
 def test_a_caption_becomes_a_row_of_tokens(shards: Path):
@@ -91,7 +91,7 @@ def test_a_caption_becomes_a_row_of_tokens(shards: Path):
     assert len(long) == 12 and (long >= 0).all() and long[-1] == vocabulary.eos
 
 
-def test_rows_of_tokens_are_opened_with_the_recipes_length(shards: Path):
+def test_rows_of_tokens_have_the_length_of_the_recipe(shards: Path):
     rows = Tokens(length=16, packing="best_fit").open([str(tokens(shards.parent))])
     assert isinstance(rows, Rows) and (rows.length, rows.packing, rows.unit) == (16, "best_fit", "rows")
     held_out = Tokens(length=16, packing="best_fit").open([str(tokens(shards.parent))], held_out=True)
@@ -102,19 +102,21 @@ def test_rows_of_tokens_are_opened_with_the_recipes_length(shards: Path):
     assert entries["tokens"].max() < known["vocabulary"].size
 
 
-def test_tensors_are_placed_by_the_part_that_they_are_made_of():
+def test_tensors_are_placed_by_the_part_that_they_are_made_from():
     pixels = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     batch = {"global": pixels, "image": pixels, "label": torch.tensor([3]), "mask": torch.tensor([True])}
     parts = {"image": Image(mean=[0.5] * 3, std=[0.5] * 3), "label": Label()}
     out = to_device(batch, CPU, parts, {"global": "image"})
     assert torch.equal(out["global"], torch.ones(1, 3, 2, 2)) and torch.equal(out["image"], out["global"])
     assert out["label"].dtype == torch.int64 and out["mask"].dtype == torch.bool
-    assert to_device(batch, CPU, parts)["global"].dtype == torch.uint8  # nothing says that it is an image
+    assert (
+        to_device(batch, CPU, parts)["global"].dtype == torch.uint8
+    )  # without `made_of`, it is not known to be an image
 
 
 @dataclass
 class Sound(Part):
-    """A part of a user: 16-bit sound, which is placed as floats."""
+    """A user's part: 16-bit sound, which becomes float on the device."""
 
     extensions = ("npy",)
 
@@ -126,8 +128,8 @@ class Sound(Part):
         return tensor.to(device).float() / 32768 * extras["gain"].unsqueeze(1)
 
 
-def test_a_part_of_ones_own(tmp_path: Path):
-    """Its values keep their type until they are placed, and what it needs there travels beside it."""
+def test_a_users_part(tmp_path: Path):
+    """Values keep their dtype until they are placed; the extra tensors for `place` are in the batch, too."""
     members = []
     for n in range(4):
         out = BytesIO()
@@ -148,7 +150,7 @@ def test_a_part_of_ones_own(tmp_path: Path):
 
 
 CHIRPS = '''
-"""Chirps: an objective whose second part has members with an ending that the project does not know."""
+"""Chirps: an objective whose second part has members with an extension that is not in INDEXED_EXTENSIONS."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,8 +182,8 @@ class Chirps(Objective):
 '''
 
 
-def test_a_part_in_a_users_file_reads_members_with_an_ending_of_its_own(tmp_path: Path):
-    """Without an index, by an index that was asked for, and in shards that were built from these."""
+def test_a_users_part_reads_members_with_another_extension(tmp_path: Path):
+    """Without an index, with an index of these members, and from shards that were built from these shards."""
     (tmp_path / "chirps.py").write_text(CHIRPS)
     (tmp_path / "tars").mkdir()
     members = [("5.other", b"z"), ("4.chirp", b"xy")]
@@ -193,7 +195,7 @@ def test_a_part_in_a_users_file_reads_members_with_an_ending_of_its_own(tmp_path
 
     def heard() -> list[list[int]]:
         (samples,) = open_samples(cfg)
-        assert samples.extensions == ["jpg", "chirp"] and len(samples) == 5  # the fifth has no image and is passed over
+        assert samples.extensions == ["jpg", "chirp"] and len(samples) == 5  # the fifth has no image and is skipped
         stream = Stream([samples], lambda sample, rng: {"chirp": sample["chirp"]}, 4, workers=1, parts=parts)
         batch = next(stream)["chirp"]
         stream.close()
@@ -208,7 +210,7 @@ def test_a_part_in_a_users_file_reads_members_with_an_ending_of_its_own(tmp_path
         open_samples(cfg)
     done = unlabeled("shards", "index", tmp_path / "tars", "--members", "chirp")
     assert done.returncode == 0 and "4 jpg" in done.stdout.replace(".", "") and heard() == found, done.stdout
-    index.write(tmp_path / "tars", quiet)  # an extension that an index has once is kept
+    index.write(tmp_path / "tars", quiet)  # a new index keeps the extensions of the old one
     assert heard() == found and not index.verify(tmp_path / "tars", quiet)
     build(tmp_path / "tars", tmp_path / "built", say=quiet)
     cfg.data.train = [str(tmp_path / "built")]
@@ -219,8 +221,8 @@ def test_a_part_in_a_users_file_reads_members_with_an_ending_of_its_own(tmp_path
         index.write(tmp_path / "tars", quiet, further=[".FLAC"])
 
 
-def test_a_bug_in_views_or_in_a_part_ends_the_run_and_is_no_damage(pairs: Samples):
-    """One sample in four: few enough to pass for damage."""
+def test_a_bug_in_views_or_in_a_part_ends_the_run(pairs: Samples):
+    """It affects one sample in four; as damage, that would be tolerated."""
 
     def views(sample, rng):
         return {"x": np.float32(1 / (sample["id"] - 2))}

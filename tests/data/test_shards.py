@@ -1,4 +1,4 @@
-"""What is read from shards is what tar and webdataset read, byte for byte, or it is named as damaged."""
+"""Samples that are read from shards equal those that tar and webdataset read, or they are reported as damaged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def contents(samples: Samples) -> dict[str, dict[str, bytes]]:
     return {samples.name(i)[1]: samples.read(i) for i in range(len(samples))}
 
 
-def test_find_shards_says_what_to_do(tmp_path: Path, photos: Path, shards: Path):
+def test_errors_of_find_shards(tmp_path: Path, photos: Path, shards: Path):
     with pytest.raises(DataError, match="no such file or folder"):
         find_shards([str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
@@ -57,7 +57,8 @@ def test_find_shards_says_what_to_do(tmp_path: Path, photos: Path, shards: Path)
 
 
 def read_with_others(folder: str, target: str, count: int) -> None:
-    """Open the tars of a folder at the same moment as `count` - 1 other processes; write down what was found and said."""
+    """Open the tars of a folder at the same time as `count` - 1 other processes, and write the result and the messages
+    to a file."""
     Path(target).with_suffix(".ready").touch()
     while len(list(Path(target).parent.glob("*.ready"))) < count:
         time.sleep(0.001)
@@ -67,7 +68,8 @@ def read_with_others(folder: str, target: str, count: int) -> None:
 
 
 def test_four_ranks_index_shards_once(tmp_path: Path):
-    """Ranks of a run open shards without a manifest at once, with one cache folder: one of them reads the shards."""
+    """The ranks of a run open shards without a manifest at the same time, with one cache folder. Only one reads the
+    shards."""
     folder, found = tmp_path / "tars", tmp_path / "found"
     folder.mkdir()
     found.mkdir()
@@ -82,7 +84,7 @@ def test_four_ranks_index_shards_once(tmp_path: Path):
 
 
 def test_scans_may_be_deleted_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A process that indexes some of the same shards, in a set of its own, deletes its scan files when it is done."""
+    """A process that indexes some of the same shards, as part of another set, deletes its scan files at the end."""
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
     for shard in range(3):
         write_tar(tmp_path / f"{shard}.tar", [(f"{shard}.txt", b"text")])
@@ -98,7 +100,7 @@ def test_scans_may_be_deleted_by_another_process(tmp_path: Path, monkeypatch: py
     assert len(samples) == 3 and samples.read(2) == {"txt": b"text"}
 
 
-def test_a_file_that_is_no_tar(tmp_path: Path, shards: Path):
+def test_a_file_that_is_not_a_tar(tmp_path: Path, shards: Path):
     bad = tmp_path / "bad.tar"
     bad.write_bytes(b"this is not a tar file" * 100)
     with pytest.raises(DataError, match=r"bad.tar: is no complete tar file"):
@@ -121,7 +123,7 @@ def test_samples_without_label_or_image(tmp_path: Path):
         samples.image(1)
 
 
-# ---------------------------------------------------------------- the same as tar and webdataset
+# ---------------------------------------------------------------- comparison with tar and webdataset
 KEYS = st.text(string.ascii_letters + string.digits + "_- äß/", min_size=1, max_size=12).map(
     lambda k: "k" + k.strip("/ ")
 )
@@ -143,7 +145,7 @@ def test_reads_what_webdataset_and_tarfile_read(samples, format, padding, tmp_pa
     folder = tmp_path_factory.mktemp("same")
     members = []
     for key, parts in samples.items():
-        lowered = {e.lower(): (e, data) for e, data in parts.items()}  # "jpg" and "JPG" are one
+        lowered = {e.lower(): (e, data) for e, data in parts.items()}  # "jpg" and "JPG" are the same extension
         members += [(f"{key}.{e}", data) for e, data in lowered.values()]
     write_tar(folder / "a.tar", members, format)
     with (folder / "a.tar").open("ab") as file:
@@ -167,8 +169,8 @@ def test_reads_what_webdataset_and_tarfile_read(samples, format, padding, tmp_pa
     assert all(data in by_tar.values() for parts in expected.values() for data in parts.values())
 
 
-def test_names_with_several_dots_are_taken_or_named(tmp_path: Path):
-    """Of names that webdataset would split otherwise than their maker meant, nothing goes without a word."""
+def test_names_with_several_dots_are_indexed_or_reported(tmp_path: Path):
+    """Members whose names webdataset splits in another way than intended are reported."""
     write_tar(
         tmp_path / "a.tar",
         [("00.05.jpg", b"a"), ("00.05.cls", b"1"), ("01.05.jpg", b"b"), ("x.input.jpg", b"c"), ("x.json", b"{}")],
@@ -190,7 +192,7 @@ def test_names_with_several_dots_are_taken_or_named(tmp_path: Path):
     assert held.left_out == load_manifest(str(folder)).left_out == {
         dots: [3, "b.tar/y.input.jpg"],
         ".pkl is not an ending that is read": [1, "b.tar/z.pkl"],
-        "the name has no key or no ending": [2, "b.tar/LICENSE"],
+        "its name has no key or no ending": [2, "b.tar/LICENSE"],
     }  # fmt: skip
     assert f"{folder}: left out: 3 members, for example b.tar/y.input.jpg: {dots}" in said
     assert any("unpack the tars and run `unlabeled shards build`" in line for line in said)
@@ -203,11 +205,11 @@ def test_names_with_several_dots_are_taken_or_named(tmp_path: Path):
         Samples([str(folder)])
     write_tar(folder / "b.tar", mixed[2:3])
     index.write(folder, quiet)
-    assert "left_out" not in (folder / "manifest.json").read_text()  # as it always was, where nothing is left out
+    assert "left_out" not in (folder / "manifest.json").read_text()  # the key is written only if members are left out
 
 
 def test_tars_of_other_tools(tmp_path: Path):
-    """GNU tar's own output, with folders, links and a file that is no member."""
+    """The output of GNU tar, with folders, links and a file that is not a member of a sample."""
     (tmp_path / "in" / "sub").mkdir(parents=True)
     for name in ("a.jpg", "a.txt", "sub/b.jpg", "notes"):
         (tmp_path / "in" / name).write_bytes(name.encode() * 200)
@@ -224,7 +226,7 @@ def test_tars_of_other_tools(tmp_path: Path):
 # ---------------------------------------------------------------- damage
 @given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @anywhere
-def test_any_flipped_bit_is_seen_or_lies_outside_of_the_samples(at: float, bit: int, tmp_path_factory):
+def test_any_flipped_bit_of_a_sample_is_detected(at: float, bit: int, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flip")
     write_tar(folder / "a.tar", [(f"{i}.{e}", jpeg(i, 16) + e.encode()) for i in range(4) for e in ("jpg", "txt")])
     manifest = index.write(folder)
@@ -240,24 +242,24 @@ def test_any_flipped_bit_is_seen_or_lies_outside_of_the_samples(at: float, bit: 
             damaged += 1
             assert "not those that were indexed" in str(reason)
     assert damaged <= 1
-    assert len(index.verify(folder)) == 1  # even where it lies in a header or in the padding
+    assert len(index.verify(folder)) == 1  # also in a header or in the padding
     assert manifest.samples == 4
 
 
 @given(keep=st.floats(0, 1, exclude_max=True))
 @anywhere
-def test_a_shard_cut_anywhere_is_refused_by_the_index_and_counted_by_the_reader(keep: float, tmp_path_factory):
+def test_a_truncated_shard_is_refused_by_the_index_and_damaged_for_the_reader(keep: float, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut")
     write_tar(folder / "a.tar", [(f"{i}.jpg", jpeg(i, 16)) for i in range(6)])
     index.write(folder)
     before = contents(Samples([str(folder)]))
     open_before = Samples([str(folder)])
     whole = (folder / "a.tar").read_bytes()
-    size = int(keep * len(whole.rstrip(b"\0")))  # what follows is padding
+    size = int(keep * len(whole.rstrip(b"\0")))  # the rest is padding
     (folder / "a.tar").write_bytes(whole[:size])
     with pytest.raises(DataError, match="has another size since the manifest was written; run `unlabeled shards index"):
         Samples([str(folder)])
-    for i in range(6):  # a run that is under way
+    for i in range(6):  # as in a run that has already opened the shards
         try:
             assert open_before.read(i) == before[str(i)]
         except Damaged as reason:
@@ -266,21 +268,22 @@ def test_a_shard_cut_anywhere_is_refused_by_the_index_and_counted_by_the_reader(
         scan(str(folder / "a.tar"))
 
 
-def test_half_samples_and_labels_of_others(tmp_path: Path):
-    """webdataset gives a half sample for a cut shard, and, where the next shard begins with the same key, A's label with B's image."""
+def test_no_incomplete_or_mixed_samples(tmp_path: Path):
+    """For a truncated shard, webdataset gives an incomplete sample, and if the next shard begins with the same key, the
+    label of one sample with the image of the other."""
     write_tar(tmp_path / "a.tar", [("x.cls", b"1"), ("x.jpg", b"A" * 3000)])
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:2500])
     write_tar(tmp_path / "b.tar", [("x.jpg", b"B" * 3000)])
     urls = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
     theirs = list(webdataset.WebDataset(urls, shardshuffle=False, handler=webdataset.ignore_and_continue))
-    assert {"cls": b"1", "jpg": b"B" * 3000}.items() <= theirs[0].items()  # the fault that must not be ours
+    assert {"cls": b"1", "jpg": b"B" * 3000}.items() <= theirs[0].items()  # the error of webdataset
     with pytest.raises(DataError, match=r"a.tar: is no complete tar file"):
         Samples(urls)
 
 
-def test_bad_bytes_stay_refused_at_the_next_start(tmp_path: Path):
-    """streaming raises once for a wrong checksum, and serves the same file unchecked at the next start."""
+def test_damaged_bytes_are_refused_at_every_start(tmp_path: Path):
+    """streaming raises once for a wrong checksum, and reads the same file without a check at the next start."""
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0)), ("1.jpg", jpeg(1))])
     index.write(tmp_path)
     data = bytearray((tmp_path / "a.tar").read_bytes())
@@ -293,12 +296,12 @@ def test_bad_bytes_stay_refused_at_the_next_start(tmp_path: Path):
         assert samples.read(1)["jpg"] == jpeg(1)
 
 
-def test_twice_the_same_key(tmp_path: Path):
+def test_repeated_keys_and_members(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("0.jpg", b"a"), ("0.jpg", b"b"), ("1.jpg", b"c"), ("0.txt", b"d")])
     shard = scan(str(tmp_path / "a.tar"))
     assert shard.keys == ["0", "1"]
     assert shard.problems == [
-        "0.jpg: occurs twice in the sample; the first is taken",
+        "0.jpg: occurs twice in the sample; the first one is used",
         "0.txt: the key 0 occurs twice in the shard; left out",
     ]
     said: list[str] = []
@@ -307,7 +310,7 @@ def test_twice_the_same_key(tmp_path: Path):
 
 
 # ---------------------------------------------------------------- manifest
-def test_manifest_says_what_there_is(tmp_path: Path):
+def test_the_content_of_a_manifest(tmp_path: Path):
     for name in ("b", "a"):
         write_tar(
             tmp_path / f"{name}.tar", [(f"{name}{i}.jpg", jpeg(i, 16)) for i in range(3)] + [(f"{name}2.cls", b"1")]
@@ -328,10 +331,10 @@ def test_manifest_says_what_there_is(tmp_path: Path):
     copy.mkdir()
     for path in tmp_path.glob("*.*"):
         (copy / path.name).write_bytes(path.read_bytes())
-    assert Samples([str(copy)]).id == samples.id  # wherever it lies
+    assert Samples([str(copy)]).id == samples.id  # for any location of the shards
 
 
-def test_shards_that_come_go_or_change_are_noticed(tmp_path: Path):
+def test_new_missing_and_changed_shards_are_errors(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
     index.write(tmp_path)
     write_tar(tmp_path / "b.tar", [("1.jpg", jpeg(1))])
@@ -345,7 +348,7 @@ def test_shards_that_come_go_or_change_are_noticed(tmp_path: Path):
         Samples([str(tmp_path)])
 
 
-def test_a_manifest_that_is_none(tmp_path: Path):
+def test_an_invalid_manifest(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
     for content in ("not json", "{}", '{"format": 99}', "[]", '{"format": 2, "photos": ["a"]}'):  # of somebody else
         (tmp_path / "manifest.json").write_text(content)
@@ -369,8 +372,8 @@ def test_a_manifest_that_is_none(tmp_path: Path):
         Samples([str(tmp_path)]).read(0)
 
 
-def test_an_index_that_is_cut_short_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In a mapped file that is a SIGBUS. What mends it depends on whose index it is."""
+def test_an_index_that_is_truncated_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """For a memory-mapped file, this would be a SIGBUS. The advice depends on where the index is."""
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
     write_tar(tmp_path / "a.tar", [(f"{n}.jpg", jpeg(n)) for n in range(3)])
     cached = Samples([str(tmp_path / "a.tar")])
@@ -378,7 +381,10 @@ def test_an_index_that_is_cut_short_while_it_is_read(tmp_path: Path, monkeypatch
     own = Samples([str(tmp_path)])
     (copy,) = (tmp_path / "cache" / "index").glob("*/index-*.bin")
     (file,) = tmp_path.glob("index-*.bin")
-    todo = {copy: f"delete {copy.parent}, which is made anew", file: f"run `unlabeled shards index {tmp_path}` again"}
+    todo = {
+        copy: f"delete {copy.parent}, which the next start creates again",
+        file: f"run `unlabeled shards index {tmp_path}` again",
+    }
     for samples, path in ((cached, copy), (own, file)):
         assert samples.read(2)
         os.truncate(path, 30)
@@ -386,7 +392,7 @@ def test_an_index_that_is_cut_short_while_it_is_read(tmp_path: Path, monkeypatch
             samples.read(2)
 
 
-def test_a_stopped_index_goes_on_with_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopped_index_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
     for n in range(4):
         write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", jpeg(n))])
@@ -412,9 +418,9 @@ def test_a_run_refuses_other_data_and_names_the_difference(tmp_path: Path):
 
     run = tmp_path / "run"
     store_manifests(samples(("a.tar", 3), ("b.tar", 2)), run)
-    store_manifests(samples(("a.tar", 3), ("b.tar", 2)), run)  # the same, elsewhere
+    store_manifests(samples(("a.tar", 3), ("b.tar", 2)), run)  # the same shards in another folder
     for other, difference in [
-        ([("a.tar", 3)], r"0/b.tar does not exist any more \(2 shards then, 1 now\)"),
+        ([("a.tar", 3)], r"0/b.tar does not exist any more \(2 shards before, 1 now\)"),
         ([("a.tar", 3), ("b.tar", 1)], r"0/b.tar had 2 samples in \d+ bytes, now 1 samples in"),
         ([("a.tar", 3), ("b.tar", 2), ("c.tar", 1)], r"0/c.tar is new"),
     ]:
@@ -423,7 +429,7 @@ def test_a_run_refuses_other_data_and_names_the_difference(tmp_path: Path):
 
 
 def test_nothing_is_unpickled(tmp_path: Path):
-    """A member that would run code when it is unpickled is not even read."""
+    """A member that would execute code when it is unpickled is not read."""
     evil = b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
@@ -447,7 +453,7 @@ def test_nothing_is_unpickled(tmp_path: Path):
     assert listed.stdout == ""
 
 
-def test_names_are_keys_and_never_paths(tmp_path: Path):
+def test_keys_are_not_used_as_paths(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("../../etc/evil.jpg", jpeg(0)), ("/abs/olute.jpg", jpeg(1))])
     samples = Samples([str(tmp_path / "a.tar")])
     assert {samples.name(i)[1] for i in range(len(samples))} <= {"../../etc/evil", "/abs/olute"}

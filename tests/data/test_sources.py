@@ -1,4 +1,4 @@
-"""Every kind of source end to end: what is read back, and what is named because it cannot be used."""
+"""Every kind of source, from files to samples; rows that cannot be used are listed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from common.errors import Damaged, DataError
 from data_pipeline.build import stats
 from data_pipeline.build.build_shards import describe
 from data_pipeline.build.sources import frames, text_files
-from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, Tree, safe_name, to_json
+from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, safe_name, to_json
 from data_pipeline.build.sources.text_files import Text
+from data_pipeline.build.sources.tree import Tree
 from data_pipeline.shards.members import MEMBER_NAME
 from data_pipeline.shards.samples import Samples
 from tests.data.building import make, reasons, samples_of
@@ -101,14 +102,14 @@ def test_labels_from_a_list(tmp_path: Path, kind: str):
         ("l.csv", b"path,label\na.jpg,\n", "line 2 has no label"),
         ("l.csv", b"path,label\na.jpg,1\na.jpg,2\n", "line 3 gives a.jpg the label 2, but it has 1"),
         ("l.csv", b"path,species\na.jpg,1\n", "has no field for the label .*; its fields: path, species. Name one with --label-field"),
-        ("l.csv", b'path,label\n"a.jpg,1\n', "line 2 is no CSV"),
+        ("l.csv", b'path,label\n"a.jpg,1\n', "line 2 is not valid CSV"),
         ("l.csv", b"path,label\n\xff\xfe,1\n", "is not UTF-8"),
         ("l.csv", b"path,path\na,b\n", "names a column twice"),
-        ("l.csv", b"path,label\nz.jpg,1\n", "names none of the 1 files, which are like a.jpg; it says z.jpg"),
-        ("l.csv", b"", "lists nothing"),
+        ("l.csv", b"path,label\nz.jpg,1\n", "names none of the 1 files, for example a.jpg; its own names are like z.jpg"),
+        ("l.csv", b"", "is an empty list"),
         ("l.jsonl", b"{}\n[1]\n", "has no field for the path"),
-        ("l.jsonl", b'{"path": \n', "line 1 is no JSON"),
-        ("l.xml", b"", "is no list"),
+        ("l.jsonl", b'{"path": \n', "line 1 is not valid JSON"),
+        ("l.xml", b"", "is not a list"),
     ],
 )  # fmt: skip
 def test_unreadable_lists(tmp_path: Path, name: str, content: bytes, says: str):
@@ -133,7 +134,7 @@ def test_text_from_jsonl(tmp_path: Path):
     assert json.loads(read[0]["json"]) == {"id": 7, "score": None} and "json" not in read[1]
     bad = reasons(summary)
     assert set(bad) == {f"rows.jsonl:{n}" for n in (4, 5, 6, 7, 8, 9, 10)}
-    assert "is no JSON" in bad["rows.jsonl:4"] and "is not UTF-8" in bad["rows.jsonl:10"]
+    assert "is not valid JSON" in bad["rows.jsonl:4"] and "is not UTF-8" in bad["rows.jsonl:10"]
     assert bad["rows.jsonl:6"] == "its text is empty" and bad["rows.jsonl:8"] == "its text is int"
     with pytest.raises(
         DataError, match=r"has no field 'body'; its fields: text, id, score. Name one with --text-field"
@@ -141,7 +142,7 @@ def test_text_from_jsonl(tmp_path: Path):
         make(tmp_path / "rows.jsonl", tmp_path / "out2", text_field="body")
 
 
-def test_the_field_of_the_text_is_the_files_and_said(tmp_path: Path):
+def test_the_field_of_the_text_is_chosen_per_file_and_reported(tmp_path: Path):
     lines = [
         '{"id": 1}',
         '{"title": "T", "content": "one"}',
@@ -152,7 +153,7 @@ def test_the_field_of_the_text_is_the_files_and_said(tmp_path: Path):
     summary = make(tmp_path / "a.jsonl", tmp_path / "out")
     read = samples_of(tmp_path / "out")
     assert [(s["txt"], json.loads(s["json"])) for s in read] == [(b"one", {"title": "T"}), (b"two", {"title": "U"})]
-    assert summary["notes"] == ["the text is the field content (of 1 files); --text-field NAME takes another"]
+    assert summary["notes"] == ["the text is the field content (of 1 files); --text-field NAME chooses another"]
     assert reasons(summary) == {"a.jsonl:1": "its text is missing", "a.jsonl:3": "its text is missing"}
     (tmp_path / "b.jsonl").write_text('{"n": 0}\n{"data": {"text": "in", "n": 1}}\n')
     make(tmp_path / "b.jsonl", tmp_path / "nested", text_field="data.text")
@@ -181,10 +182,10 @@ def test_packed_text_and_json(tmp_path: Path, ending: str):
         lines = pyarrow.Codec("zstd").compress(lines, asbytes=True)
     (tmp_path / f"in.{ending}").write_bytes(lines)
     options = {"lines": True} if ending.startswith("txt") else {}
-    summary = make(tmp_path / f"in.{ending}", tmp_path / "out", 0.04, **options)  # in several pieces
+    summary = make(tmp_path / f"in.{ending}", tmp_path / "out", 0.04, **options)  # with several pieces
     assert summary["shards"] > 1 and [s["txt"].decode() for s in samples_of(tmp_path / "out")] == texts
     if ending == "json":
-        assert reasons(summary) == {"in.json:41": "holds no JSON object but int"}
+        assert reasons(summary) == {"in.json:41": "holds int, not a JSON object"}
         (tmp_path / "in.json").write_text('{\n "a": [1]\n}')
         with pytest.raises(DataError, match="holds neither an array nor an object per line; `jq -c"):
             make(tmp_path / "in.json", tmp_path / "x")
@@ -194,7 +195,7 @@ def test_packed_text_and_json(tmp_path: Path, ending: str):
             make(tmp_path / f"in.{ending}", tmp_path / "x")
 
 
-def test_any_text_where_the_kind_is_named(tmp_path: Path):
+def test_any_text_file_with_kind_text(tmp_path: Path):
     for name, data in (
         ("a.md", b"# one"),
         ("b.py", b"two = 2"),
@@ -212,7 +213,7 @@ def test_any_text_where_the_kind_is_named(tmp_path: Path):
         make(tmp_path / "in", tmp_path / "x")
 
 
-def test_inputs_that_are_answered_with_what_works(tmp_path: Path):
+def test_errors_name_a_command_that_works(tmp_path: Path):
     source = tmp_path / "in"
     for name in ("x/a.jpg", "y/a.jpg"):
         (source / name).parent.mkdir(parents=True)
@@ -268,11 +269,11 @@ def test_text_between_separators_and_other_encodings(tmp_path: Path, monkeypatch
         "is UTF-16; write it as UTF-8: iconv -f UTF-16"
         in reasons(make(source, tmp_path / "lines", lines=True))["b.txt:1"]
     )
-    with pytest.raises(DataError, match="--lines and --separator: write one"):
+    with pytest.raises(DataError, match="--lines and --separator: write only one"):
         make(source, tmp_path / "never", lines=True, separator="x")
 
 
-def test_text_in_other_forms_is_answered_with_the_line_that_converts_it(tmp_path: Path):
+def test_errors_for_other_formats_name_a_command_that_converts_them(tmp_path: Path):
     import pyarrow as pa
 
     def command(source: Path) -> str:
@@ -302,7 +303,7 @@ def test_text_in_other_forms_is_answered_with_the_line_that_converts_it(tmp_path
         assert make(made, tmp_path / f"{name}-shards")["samples"] == 1
         assert samples_of(tmp_path / f"{name}-shards")[0]["txt"].decode() == expected
     wet = command(tmp_path / "wet")
-    assert f"holds .wet files, which become text by: zcat {tmp_path}/wet/a.wet.gz | python -c" in wet
+    assert f"holds .wet files, which this command converts to text: zcat {tmp_path}/wet/a.wet.gz | python -c" in wet
     compile(wet.split('"')[1], "wet", "exec")
 
 
@@ -323,7 +324,7 @@ def test_text_from_parquet(tmp_path: Path):
     read = samples_of(tmp_path / "out")
     assert [(s["txt"].decode(), json.loads(s["json"])["n"]) for s in read] == list(zip(texts, range(100), strict=True))
     assert reasons(summary)["a.parquet:60"] == "its text is missing" and summary["shards"] > 2
-    assert "is no complete parquet file" in reasons(summary)["c.parquet"]
+    assert "is not a complete parquet file" in reasons(summary)["c.parquet"]
     with pytest.raises(DataError, match="has no field 'text'; its fields: content, n"):
         make(tmp_path / "in", tmp_path / "out2", text_field="text")
 
@@ -351,7 +352,7 @@ def test_images_from_parquet(tmp_path: Path):
     assert json.loads(read[3]["json"]) == {"path": "dir/3.x.jpeg", "url": "http://x/3"}
     bad = reasons(summary)
     assert set(bad) == {"a.parquet:21", "a.parquet:22", "a.parquet:23"}
-    assert bad["a.parquet:21"] == "holds no image bytes" and "no image format" in bad["a.parquet:22"]
+    assert bad["a.parquet:21"] == "holds no image bytes" and "not of an image format" in bad["a.parquet:22"]
     assert Samples([str(tmp_path / "out")]).label(1) == "dog"
 
 
@@ -378,7 +379,7 @@ def test_parquet_with_label_names_and_captions(tmp_path: Path):
     assert "its text is not UTF-8" in reasons(summary)["t.parquet:2"]
     with pytest.raises(DataError, match="has no field 'img'; its fields: jpg"):
         make(tmp_path / "a.parquet", tmp_path / "out2", image_field="img")
-    with pytest.raises(DataError, match="has no column of image bytes; its columns: n"):
+    with pytest.raises(DataError, match="has no column of image bytes; its columns are n"):
         parquet(tmp_path / "b.parquet", {"n": [1]})
         make(tmp_path / "b.parquet", tmp_path / "out2", kind="parquet")
     with pytest.raises(DataError, match="no field for the text"):
@@ -403,24 +404,24 @@ def test_image_text_lists(tmp_path: Path):
         assert summary["kind"] == "image-text" and [s["jpg"] for s in read] == [jpeg(i) for i in range(3)]
         assert [s["txt"].decode() for s in read] == captions[:3] and int(json.loads(read[2]["json"])["n"]) == 2
         bad = list(reasons(summary).values())
-        assert bad[:2] == ["No such file or directory", "its text is empty"] and "no image by its name" in bad[2]
+        assert bad[:2] == ["No such file or directory", "its text is empty"] and "not an image by its name" in bad[2]
     with pytest.raises(DataError, match=r"no field 'words'; its fields: image, caption, n. Name one with --text-field"):
         make(tmp_path / "in" / "list.csv", tmp_path / "out", text_field="words")
 
 
 # ---------------------------------------------------------------- videos
-def test_a_list_of_labels_is_not_one_of_captions(tmp_path: Path):
+def test_a_list_of_labels_is_not_a_list_of_captions(tmp_path: Path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(jpeg(0))
     (tmp_path / "in" / "labels.csv").write_text("path,label\na.jpg,cat\n")
-    with pytest.raises(DataError, match=r"gives images labels \(label\) and no texts; .* --labels .*labels.csv"):
+    with pytest.raises(DataError, match=r"has labels of images \(label\) and no texts; .* --labels .*labels.csv"):
         make(tmp_path / "in" / "labels.csv", tmp_path / "out")
     make(tmp_path / "in", tmp_path / "out", labels=str(tmp_path / "in" / "labels.csv"))
     assert Samples([str(tmp_path / "out")]).label(0) == "cat"
 
 
 def film(path: Path, frames: int = 5, codec: str = "mpeg4", **options: str) -> None:
-    """Ten frames a second of 64 × 48 pixels, whose upper half becomes darker."""
+    """A video of 64 × 48 pixels with ten frames per second, whose upper half becomes darker."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -438,7 +439,7 @@ def test_videos(tmp_path: Path):
     for name in ("run/a.mp4", "jump/b.mkv", "jump/c.avi", "jump/d.mov"):
         film(tmp_path / "in" / name)
     (tmp_path / "in" / "e.mp4").write_bytes((tmp_path / "in" / "run" / "a.mp4").read_bytes()[:200])
-    (tmp_path / "in" / "f.avi").write_text("#EXTM3U\n#EXTINF:1,\nrun/a.mp4\n")  # a playlist is no video
+    (tmp_path / "in" / "f.avi").write_text("#EXTM3U\n#EXTINF:1,\nrun/a.mp4\n")  # a playlist is not a video
     summary = make(tmp_path / "in", tmp_path / "out")
     assert summary["kind"] == "videos" and set(reasons(summary)) == {"e.mp4", "f.avi"}
     read = samples_of(tmp_path / "out")
@@ -450,7 +451,7 @@ def test_videos(tmp_path: Path):
 
 
 def reds(data: bytes) -> list[int]:
-    """The red of a frame's left upper, right upper, left lower and right lower quarters."""
+    """The red values of the upper left, upper right, lower left and lower right quarters of a frame."""
     pixels = np.asarray(Image.open(io.BytesIO(data)))[..., 0]
     return [round(float(np.median(part))) for half in np.array_split(pixels, 2) for part in np.array_split(half, 2, 1)]
 
@@ -473,20 +474,22 @@ def test_frames_of_videos_are_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert keys == [f"{name}/{1000 * k:09d}" for name in lengths for k in range(lengths[name])]
     assert [sample["cls"] for sample in read] == [b"0"] * 5 + [b"1"] * 9
     assert json.loads(read[3]["json"]) == {"path": "jump/a.mkv", "seconds": 3.0}
-    for k in range(5):  # the frame of that time and no other: five levels of red from one to the next
+    for k in range(5):  # the frame at that time: consecutive frames differ by five levels of red
         red, _, low, _ = reds(read[k]["jpg"])
         assert abs(red - (250 - 50 * k)) <= 2 and low < 20, k
-    every = make(source, tmp_path / "some", 0.02, frames_every=0.3, workers=1)  # pieces that begin within a video
+    every = make(
+        source, tmp_path / "some", 0.02, frames_every=0.3, workers=1
+    )  # pieces that begin in the middle of a video
     assert every["shards"] > 5 and every["samples"] == 16 + 16 + 4 + 4
     some = {sample["__key__"]: sample["jpg"] for sample in samples_of(tmp_path / "some")}
-    assert some[read[3]["__key__"]] == read[3]["jpg"] and some[read[8]["__key__"]] == read[8]["jpg"]  # a key is a time
-    with (
-        monkeypatch.context() as patch
-    ):  # a video that cannot be sought in: decoded from its beginning, to the same end
-        patch.setattr(frames, "_from", lambda *_: (_ for _ in ()).throw(Damaged("no")))
+    assert (
+        some[read[3]["__key__"]] == read[3]["jpg"] and some[read[8]["__key__"]] == read[8]["jpg"]
+    )  # a key contains the time
+    with monkeypatch.context() as patch:  # a video without seeking: decoded from its beginning, with the same result
+        patch.setattr(frames, "_frames_from", lambda *_: (_ for _ in ()).throw(Damaged("no")))
         make(source, tmp_path / "slow", 0.02, frames_every=0.3)
     assert {sample["__key__"]: sample["jpg"] for sample in samples_of(tmp_path / "slow")} == some
-    plain = tmp_path / "plain"  # without labels: what we built gets none from the folders in its keys
+    plain = tmp_path / "plain"  # without labels: shards that we built do not get labels from the folders in their keys
     for name in ("a.mp4", "b.mp4"):
         film(plain / name, 2)
     make(plain, tmp_path / "bare", frames_every=0.1)
@@ -505,7 +508,7 @@ def test_frames_are_the_same_for_any_number_of_processes_and_after_a_stop(
             "data_pipeline.build.build_shards.index.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
         )
         make(tmp_path / "in", tmp_path / "two", 0.02, workers=2, frames_every=0.3)
-    for number in ("000001", "000003"):  # as if it had been stopped earlier
+    for number in ("000001", "000003"):  # as if the build had been stopped earlier
         (tmp_path / "two.partial" / f"{number}.json").unlink()
     make(tmp_path / "in", tmp_path / "two", 0.02, frames_every=0.3)
     shards = sorted((tmp_path / "one").glob("*.tar"))
@@ -526,7 +529,7 @@ def test_damaged_and_turned_videos_as_frames(tmp_path: Path):
     film(tmp_path / "good.mkv", 48, codec="libx264", g="12")
     whole = (tmp_path / "good.mkv").read_bytes()
     (source / "e-short.mkv").write_bytes(whole[: len(whole) * 6 // 10])
-    matrix = data.index(b"tkhd") + 44  # of a telephone held upright: a quarter turn to the right
+    matrix = data.index(b"tkhd") + 44  # as of a telephone held upright: rotated by 90° to the right
     turned = [0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30]
     data[matrix : matrix + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in turned)
     (source / "f-turned.mp4").write_bytes(data)
@@ -558,7 +561,7 @@ def test_damaged_and_turned_videos_as_frames(tmp_path: Path):
     assert len([key for key in read if key[0] == "f"]) == 5 and "g00" in read and "e00" in read
     assert Image.open(io.BytesIO(read["f00"])).size == (48, 64)
     left, right, low, _ = reds(read["f00"])
-    assert right > 200 > 60 > left and low < 60  # what was above is on the right
+    assert right > 200 > 60 > left and low < 60  # the upper part is on the right
     kept = make(source / "f-turned.mp4", tmp_path / "kept", frames_every=9.0, as_stored=True)
     assert kept["samples"] == 1 and reds(samples_of(tmp_path / "kept")[0]["jpg"])[0] > 200
     with pytest.raises(DataError, match=r"none of its 1 samples can be used .*a-cut.mp4: Invalid data"):
@@ -587,7 +590,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch, module: str, ex
 
 
 # ---------------------------------------------------------------- tars
-def test_another_webdataset(tmp_path: Path):
+def test_tars_of_another_tool(tmp_path: Path):
     source = tmp_path / "in"
     (source / "sub").mkdir(parents=True)
     write_tar(
@@ -613,8 +616,8 @@ def test_another_webdataset(tmp_path: Path):
     assert all(s["cls"] == b"1" for s in read[:14]) and read[2]["__key__"] == "0000002-d_2"
     bad = reasons(summary)
     assert "breaks off" in bad["cut.tar/d/3"] and "may be incomplete" in bad["no-end.tar/d/5"] and bad["none.tar"]
-    assert bad["sub/b.tar/1"] == "holds no member that shards keep" and "sub/b.tar/2" in bad
-    assert bad["sub/b.tar/0"] == "the key 0 occurs twice in this tar; the first is taken"
+    assert bad["sub/b.tar/1"] == "holds no member that shards can hold" and "sub/b.tar/2" in bad
+    assert bad["sub/b.tar/0"] == "the key 0 occurs twice in this tar; the first one is used"
     assert len(bad) == 6
 
 
@@ -626,17 +629,17 @@ def test_tars_of_class_folders_keep_their_labels(tmp_path: Path):
     summary = make(source, tmp_path / "out")
     read = samples_of(tmp_path / "out")
     assert summary["classes"] == ["cat", "dog"] and [s.get("cls") for s in read] == [b"0", b"0", None, b"1", b"1"]
-    assert summary["notes"] == ["no sample has a .cls member: the labels are the folders that samples lie in"]
+    assert summary["notes"] == ["no sample has a .cls member: the labels are the folders of the samples"]
     assert Samples([str(tmp_path / "out")]).label(4) == "dog" and [s["jpg"] for s in read[:2]] == [jpeg(0), jpeg(1)]
-    write_tar(source / "b.tar", [("set/dog/0.jpg", jpeg(1)), ("set/dog/0.cls", b"5")])  # there are labels: those count
+    write_tar(source / "b.tar", [("set/dog/0.jpg", jpeg(1)), ("set/dog/0.cls", b"5")])  # these labels are used
     assert [s.get("cls") for s in (make(source, tmp_path / "own"), samples_of(tmp_path / "own"))[1]][3:] == [b"5"]
     write_tar(source / "b.tar", [(f"{side}/dog/0.jpg", jpeg(1)) for side in ("train", "val")])
     (source / "a.tar").unlink()
     summary = make(source, tmp_path / "sides")
-    assert summary["classes"] == [] and "train, val: parts of a data set, and so no labels" in summary["notes"][0]
+    assert summary["classes"] == [] and "train, val: parts of a data set, and not labels" in summary["notes"][0]
 
 
-def test_samples_of_a_tar_that_cannot_be_images_are_named(tmp_path: Path):
+def test_samples_of_a_tar_without_an_image_are_reported(tmp_path: Path):
     write_tar(
         tmp_path / "a.tar",
         [
@@ -650,14 +653,12 @@ def test_samples_of_a_tar_that_cannot_be_images_are_named(tmp_path: Path):
     )
     summary = make(tmp_path / "a.tar", tmp_path / "out")
     assert summary["members"] == {"jpg": 2, "txt": 1} and summary["bare"] == [1, "a.tar/1"]
-    assert "1 samples hold no image, for example a.tar/1; training on images passes them over" in describe(
-        summary, "out"
-    )
+    assert "1 samples hold no image, for example a.tar/1; training on images skips them" in describe(summary, "out")
     bad = reasons(summary)
     assert "several dots in the name" in bad["a.tar/2"] and "unpack the tars" in bad["a.tar/2"] and "a.tar/3" in bad
 
 
-def test_long_names_pass(tmp_path: Path):
+def test_long_names(tmp_path: Path):
     long = "long" * 60
     for name, form in (("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT)):
         write_tar(tmp_path / f"{name}.tar", [(f"{long}{i}/猫.jpg", jpeg(i)) for i in range(4)], form)
@@ -667,7 +668,7 @@ def test_long_names_pass(tmp_path: Path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_tar_cut_anywhere_gives_whole_samples_or_says_so(data: st.DataObject):
+def test_a_truncated_tar_gives_complete_samples_or_reports_the_last_one(data: st.DataObject):
     with tempfile.TemporaryDirectory() as folder:
         (tmp_path := Path(folder, "in")).mkdir()
         original = {f"{i}": {"txt": bytes([65 + i]) * (300 * i + 1), "cls": b"%d" % i} for i in range(5)}

@@ -1,4 +1,4 @@
-"""What `shards stats` counts and draws, and splits that stay where they are."""
+"""The statistics and thumbnails of `shards stats`, and splits that do not change when samples are added."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_stats_and_sheet(tmp_path: Path):
     assert found.sizes.tolist() == [*(len(d) for _, d in images), 10, len(wide.getvalue()), 999]
     assert len(found.images) == 31 and (300, 100, "L") in found.images and [k for k, _ in found.damaged] == ["c"]
     said = "\n".join(stats.describe(found))
-    assert "33 samples" in said and "32 images decoded, evenly over the set: 1 damaged" in said
+    assert "33 samples" in said and "32 images decoded, evenly spread over the set: 1 damaged" in said
     assert "modes: RGB 30, L 1" in said and "width: 32 to 300 pixels" in said and "█" in said
     assert len(stats.gather(tmp_path / "x", 5).images) == 5
     picture = Image.open(stats.sheet(tmp_path / "x", tmp_path / "new" / "sheet.png"))
     assert picture.size == (8 * 136 + 8, 5 * 164 + 8) and picture.getpixel((8 * 0 + 8 + 3, 8 + 3)) != (255, 255, 255)
-    assert picture.getpixel((8 + 2, 8 + 4 * 164 + 126)) == (244, 190, 190)  # the damaged one, last of all
+    assert picture.getpixel((8 + 2, 8 + 4 * 164 + 126)) == (244, 190, 190)  # the damaged image is the last one
     with pytest.raises(DataError, match=r"write a name that ends in .png"):
         stats.sheet(tmp_path / "x", tmp_path / "sheet.tar")
 
@@ -55,7 +55,7 @@ def test_glyphs_that_no_font_has_are_drawn_as_code_points(monkeypatch: pytest.Mo
         assert drawn("Жж") != drawn("<416><436>")
 
 
-def test_shards_of_text_are_introduced_without_images(tmp_path: Path):
+def test_the_summary_of_text_shards_mentions_no_images(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [(f"{i}.txt", b"words") for i in range(3)])
     samples = Samples([str(tmp_path / "a.tar")])
     assert stats.summarize(samples) == [f"{tmp_path / 'a.tar'}: 3 samples with 3 .txt; no class names"]
@@ -90,11 +90,11 @@ def test_split_by_key_is_stable(photos: Path, shards: Path, tmp_path: Path):
     for val, test in ((0, 0.1), (0.6, 0.4), (-1, 0)):
         with pytest.raises(DataError, match="write shares of the samples"):
             split(shards, tmp_path / "x", val, test, **quietly)
-    with pytest.raises(DataError, match="none of its keys falls into this share"):
+    with pytest.raises(DataError, match="none of its keys is in this share of the hashes"):
         split(shards, tmp_path / "tiny", 0.0001, **quietly)
 
 
-def test_a_split_never_drops_in_silence(tmp_path: Path):
+def test_samples_that_a_split_leaves_out_are_listed(tmp_path: Path):
     (tmp_path / "in").mkdir()
     for name in ("a.tar", "b.tar"):  # both number their samples from 0
         write_tar(
@@ -103,4 +103,4 @@ def test_a_split_never_drops_in_silence(tmp_path: Path):
     out = split(tmp_path / "in", tmp_path / "out", 0.5, workers=1, say=quiet)
     reasons = [row["reason"] for summary in out.values() for row in summary["bad"]]
     assert sum(summary["samples"] for summary in out.values()) == 9 and len(reasons) == 11
-    assert sum("is taken by another sample" in reason for reason in reasons) == 9
+    assert sum("another sample of the same shard has the key" in reason for reason in reasons) == 9

@@ -1,4 +1,5 @@
-"""Streams from a real S3 server behind a proxy that injects faults: never a wrong byte, no sample lost or doubled, the order unchanged."""
+"""Streams from a real S3 server behind a proxy that injects faults: no wrong byte, no lost or repeated sample, and the
+same order."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ COUNT, BATCH, STEPS = 240, 8, 60  # two epochs
 
 
 def raw(sample, rng):
-    """The bytes themselves, so that one wrong bit is seen."""
+    """The encoded bytes, so that a single wrong bit is detected."""
     out = np.zeros(16384, np.uint8)
     data = sample["image"].data
     out[: len(data)] = np.frombuffer(data, np.uint8)
@@ -71,7 +72,7 @@ def reading(**changes) -> Reading:
 def test_the_same_batches_as_from_disk(
     remote: str, proxy: FaultProxy, expected: list[dict], backend: str, workers: int, monkeypatch, tmp_path: Path
 ):
-    if backend == "fsspec":  # as where obstore is not installed
+    if backend == "fsspec":  # as if obstore were not installed
         (tmp_path / "obstore").mkdir()
         (tmp_path / "obstore" / "__init__.py").write_text("raise ImportError('not here')")
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path.cwd()}")
@@ -81,12 +82,12 @@ def test_the_same_batches_as_from_disk(
     figures, _ = stream.stats.take(workers)
     gets = [r for r in proxy.requests if r.startswith("GET") and ".tar" in r]
     chunk = stream.plan.orders[0].chunk
-    used = STEPS * BATCH * 1.5  # what is asked for ahead of the last step counts too
+    used = STEPS * BATCH * 1.5  # chunks that were read ahead count, too
     order, size = stream.plan.orders[0], samples.total_bytes / COUNT / 1e6
     window = stream.plan.lanes * (order.block + 1) * order.chunk
     assert (
         figures["held_mb"] <= size * (window + 4 * workers * BATCH) + 1.0 + 0.5
-    )  # the window, what is on its way, ahead_mb
+    )  # the shuffle window, requests in flight, ahead_mb
     assert figures["retries"] == 0 and figures["mb"] > 1 and len(gets) <= used / chunk * 2 + 50
     stream.close()
 
@@ -98,16 +99,16 @@ def test_the_same_batches_as_from_disk(
         {"error_rate": 0.2},
         {"reset_rate": 0.15},
         {"cut_rate": 0.3},
-        {"short_rate": 0.3},  # after one of these, another loader returned the last bytes for the first
+        {"short_rate": 0.3},  # for a short answer, another loader returned the last bytes of a range as the first
         {"flip_rate": 0.2},
         {"slow_rate": 0.05, "slow": 1.5},
         {"error_rate": 0.1, "reset_rate": 0.1, "cut_rate": 0.1, "flip_rate": 0.1, "slow_rate": 0.02},
     ],
     ids=lambda faults: "+".join(faults),
 )
-def test_faults_on_the_way_change_nothing(remote: str, proxy: FaultProxy, expected: list[dict], faults: dict):
+def test_faults_in_transit_do_not_change_batches(remote: str, proxy: FaultProxy, expected: list[dict], faults: dict):
     samples = Samples([remote])
-    samples.pieces(0, 1)  # the index is here before the faults begin
+    samples.pieces(0, 1)  # copies the index before the faults begin
     proxy.set(**faults)
     stream = Stream(samples, raw, BATCH, reading=reading())
     same(stream, expected)
@@ -120,7 +121,7 @@ def test_faults_on_the_way_change_nothing(remote: str, proxy: FaultProxy, expect
     stream.close()
 
 
-def test_an_index_changed_on_the_way_is_asked_for_again(remote: str, proxy: FaultProxy, tmp_path: Path, monkeypatch):
+def test_an_index_damaged_in_transit_is_read_again(remote: str, proxy: FaultProxy, tmp_path: Path, monkeypatch):
     *samples, last = [Samples([remote]) for _ in range(7)]
     proxy.set(flip_rate=0.4)
     counts = []
@@ -131,11 +132,11 @@ def test_an_index_changed_on_the_way_is_asked_for_again(remote: str, proxy: Faul
     assert set(counts) > {1}
     proxy.set(flip_rate=1.0)
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"index-.*bin: is not the index that the manifest was written with"):
+    with pytest.raises(DataError, match=r"index-.*bin: is not the index that belongs to the manifest"):
         last.pieces(0, 1)
 
 
-def test_server_killed_and_started_again_while_we_read(store: ObjectStore, remote: str, proxy: FaultProxy, expected):
+def test_a_store_that_restarts_during_a_run(store: ObjectStore, remote: str, proxy: FaultProxy, expected):
     stream = Stream(Samples([remote]), raw, BATCH, reading=reading(ahead_mb=0.1))
     same(stream, expected[:5])
     store.kill()
@@ -147,7 +148,7 @@ def test_server_killed_and_started_again_while_we_read(store: ObjectStore, remot
     stream.close()
 
 
-def test_a_server_that_stays_away_ends_the_run_with_its_name(remote: str, proxy: FaultProxy):
+def test_a_store_that_stays_away_ends_the_run_with_an_error(remote: str, proxy: FaultProxy):
     samples = Samples([remote])
     stream = Stream(samples, raw, BATCH, reading=reading(retry_seconds=2.0))
     next(stream)
@@ -158,7 +159,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_name(remote: str, proxy:
     stream.close()
 
 
-def test_a_wrong_key_is_said_at_once(remote: str, proxy: FaultProxy, monkeypatch):
+def test_wrong_credentials_are_an_error_at_once(remote: str, proxy: FaultProxy, monkeypatch):
     samples = Samples([remote])
     samples.pieces(0, 1)
     for name, value in environment(proxy.port, secret="wrong").items():
@@ -175,7 +176,7 @@ def test_a_wrong_key_is_said_at_once(remote: str, proxy: FaultProxy, monkeypatch
     assert "wrong" not in str(error.value) and "testsecret" not in str(later.value)
 
 
-def test_bits_that_flip_at_rest_are_counted_and_replaced(
+def test_samples_damaged_in_the_store_are_logged_and_replaced(
     store: ObjectStore, local: Path, proxy: FaultProxy, expected, tmp_path: Path
 ):
     store.put_folder(local, "rotten")
@@ -204,14 +205,16 @@ def test_bits_that_flip_at_rest_are_counted_and_replaced(
                 v % COUNT not in damaged
                 for v in range(global_index // chunk * chunk, global_index // chunk * chunk + chunk)
             ):
-                assert abs(int(here["id"][slot]) - number) % COUNT < chunk or chunk == 1  # a neighbour of its own chunk
+                assert (
+                    abs(int(here["id"][slot]) - number) % COUNT < chunk or chunk == 1
+                )  # a neighbour in the same chunk
     assert sorted(key for _, key in stream.damage_log.bad) == sorted(samples.name(n)[1] for n in damaged)
     assert all("not those that were indexed" in reason for reason in stream.damage_log.bad.values())
     assert len((tmp_path / "bad" / "damaged-0.jsonl").read_text().splitlines()) == 3
     stream.close()
 
 
-def test_a_server_that_knows_no_ranges_is_said_at_once(local: Path, tmp_path: Path, monkeypatch):
+def test_a_server_without_range_requests_is_an_error_at_once(local: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
     command = [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(local)]
     server = subprocess.Popen(
@@ -248,7 +251,7 @@ def test_a_damaged_index_is_refused(store: ObjectStore, local: Path, proxy: Faul
     body = bytearray(name.read_bytes())
     body[50] ^= 1
     store.put(f"badindex/{name.name}", bytes(body))
-    with pytest.raises(DataError, match="is not the index that the manifest was written with"):
+    with pytest.raises(DataError, match="is not the index that belongs to the manifest"):
         Samples([f"s3://{BUCKET}/badindex"]).read(0)
 
 
@@ -281,19 +284,19 @@ def test_the_cache_serves_the_second_epoch_and_the_next_start(remote: str, proxy
     first = run(1.0)
     files = [p for p in (tmp_path / "ssd").rglob("*") if p.is_file()]
     assert first["hits"] > 0 and files and all("unlabeled-cache" in str(p) for p in files)
-    for path in files[:6]:  # damage some of what lies there, delete some
+    for path in files[:6]:  # damage some files of the cache, delete others
         path.write_bytes(path.read_bytes()[:-100] + bytes(100))
     for path in files[6:12]:
         path.unlink()
     second = run(1.0)
     assert 0 < second["gets"] < first["gets"] and second["hits"] > 0
-    assert run(1.0)["gets"] <= 6  # all is there again but for samples that were read alone
+    assert run(1.0)["gets"] <= 6  # everything is cached, except samples that were read one by one
     small = 300_000
     run(small / 2**30)
     assert sum(p.stat().st_size for p in (tmp_path / "ssd").rglob("*") if p.is_file()) <= small
 
 
-def test_a_killed_prefetch_server_is_reported_and_the_next_start_goes_on_exactly(
+def test_a_killed_prefetch_server_is_reported_and_the_next_start_resumes_exactly(
     remote: str, proxy: FaultProxy, expected
 ):
     samples, done = Samples([remote]), 0
@@ -305,13 +308,13 @@ def test_a_killed_prefetch_server_is_reported_and_the_next_start_goes_on_exactly
         if kill_at < STEPS:
             assert stream._server is not None
             stream._server.process.kill()
-            with pytest.raises(DataError, match="the process that fetches the shards has ended"):
+            with pytest.raises(DataError, match="the prefetch server, which reads the shards, has ended"):
                 for _ in range(STEPS):
                     next(stream)
         stream.close()
 
 
-def test_a_killed_trainer_leaves_no_process_behind(remote: str, proxy: FaultProxy):
+def test_a_killed_trainer_leaves_no_processes(remote: str, proxy: FaultProxy):
     code = f"""
 from tests.data.test_store import *
 stream = Stream(Samples([{remote!r}]), raw, BATCH, reading=reading(workers=2))
@@ -330,7 +333,7 @@ time.sleep(60)
         time.sleep(0.1)
 
 
-def test_no_batch_for_long_writes_all_stacks(remote: str, proxy: FaultProxy, capfd):
+def test_the_watchdog_writes_the_stacks_of_all_processes(remote: str, proxy: FaultProxy, capfd):
     stream = Stream(
         Samples([remote]), raw, BATCH, reading=reading(stall_seconds=1.0, attempt_seconds=4.0, ahead_mb=0.1)
     )
@@ -345,4 +348,4 @@ def test_no_batch_for_long_writes_all_stacks(remote: str, proxy: FaultProxy, cap
     err = capfd.readouterr().err
     assert "no batch for 1 seconds before step" in err
     assert err.count("Current thread") + err.count("most recent call first") >= 3  # trainer, worker, prefetch server
-    assert "_ask" in err and "plan_ahead" in err
+    assert "_request" in err and "plan_ahead" in err

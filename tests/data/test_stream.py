@@ -1,4 +1,4 @@
-"""Batches are a function of the step; damage is named, replaced in place, and ends the run when there is too much of it."""
+"""Batches are a function of the step. Damaged samples are logged and replaced; too many of them end the run."""
 
 from __future__ import annotations
 
@@ -53,17 +53,19 @@ def damaged(tmp_path: Path) -> Path:
     return tmp_path / "d.tar"
 
 
-# ---------------------------------------------------------------- workers that die
+# ---------------------------------------------------------------- data workers that end
 @pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "lack of memory"), (signal.SIGBUS, "/dev/shm is full")])
-def test_a_killed_data_worker_is_one_line(number: signal.Signals, cause: str, shards: Path):
+def test_a_killed_data_worker_is_reported_in_one_line(number: signal.Signals, cause: str, shards: Path):
     before = signal.getsignal(signal.SIGCHLD)
     stream = Stream(Samples([str(shards)]), views, 12, workers=1)
     next(stream)
     (worker,) = stream._processes
-    os.kill(worker.pid, signal.SIGTERM)  # of a scheduler, to all: the trainer hears it, and ends the workers
+    os.kill(
+        worker.pid, signal.SIGTERM
+    )  # as a scheduler sends to all processes: workers ignore it, the trainer ends them
     for _ in range(10):
         next(stream)
-    assert signal.getsignal(signal.SIGCHLD) == before  # of the DataLoader, it would raise anywhere
+    assert signal.getsignal(signal.SIGCHLD) == before  # the DataLoader's handler would raise at any line
     os.kill(worker.pid, number)
     with pytest.raises(DataError, match=rf"\(process {worker.pid}\) was killed by {number.name}, .*{cause}"):
         for _ in range(100):
@@ -71,7 +73,7 @@ def test_a_killed_data_worker_is_one_line(number: signal.Signals, cause: str, sh
 
 
 def hold_workers(shards: str, file: str) -> None:
-    """A trainer with two data workers, whose process ids it writes down."""
+    """A trainer with two data workers, whose process ids it writes to a file."""
     stream = Stream(Samples([shards]), views, 12, workers=2)
     next(stream)
     Path(file).write_text(" ".join(str(worker.pid) for worker in stream._processes))
@@ -79,7 +81,8 @@ def hold_workers(shards: str, file: str) -> None:
 
 
 def test_data_workers_end_with_a_killed_trainer(shards: Path, tmp_path: Path):
-    """At once: they hold copies of its sockets, so until then the other ranks wait for it. torch's own check takes up to 5 seconds."""
+    """They have copies of the trainer's sockets, so that other ranks wait until they have ended. torch's check takes up
+    to 5 seconds."""
     process = Forked(hold_workers, str(shards), str(tmp_path / "workers"))
     while not (tmp_path / "workers").exists() or not (tmp_path / "workers").read_text():
         assert process.poll() is None
@@ -90,13 +93,13 @@ def test_data_workers_end_with_a_killed_trainer(shards: Path, tmp_path: Path):
     assert [w for w in left if w.is_running() and w.status() != psutil.STATUS_ZOMBIE] == []  # a zombie has ended
 
 
-def test_samples_without_an_image_are_passed_over_and_no_damage(tmp_path: Path):
+def test_samples_without_an_image_are_skipped_and_not_damaged(tmp_path: Path):
     members = [(f"{i:02d}.{'txt' if i % 3 == 1 else 'jpg'}", b"words" if i % 3 == 1 else jpeg(i)) for i in range(12)]
     write_tar(tmp_path / "a.tar", members)
     samples = Samples([str(tmp_path / "a.tar")])
     lines = summarize(samples)
     assert "12 samples with 8 .jpg, 4 .txt; no class names" in lines[0]
-    assert "4 samples hold no image, for example 01; others take their places" in lines[1]
+    assert "4 samples hold no image, for example 01; other samples replace them" in lines[1]
     damage_log = DamageLog(None)
     stream = Stream(samples, views, 12, workers=0, damage_log=damage_log)
     seen = torch.cat([next(stream)["id"] for _ in range(2)])
@@ -127,7 +130,7 @@ def test_batches_are_the_same_for_any_number_of_processes_workers_threads_and_mi
 
 
 def test_views_do_not_depend_on_each_other(shards: Path):
-    """View k of a sample has random numbers of its own, for (seed, dataset, epoch, sample, k)."""
+    """The random numbers of view k depend on (seed, dataset, epoch, sample, k) only."""
     samples, drawn = Samples([str(shards)]), {}
 
     def draws(sample, rng):
@@ -148,7 +151,7 @@ def test_views_do_not_depend_on_each_other(shards: Path):
     assert not {v for d in batch["draw"].tolist() for v in d} & set(values)
 
 
-def test_resume_is_one_number(shards: Path):
+def test_a_stream_resumes_at_its_step(shards: Path):
     samples = Samples([str(shards)])
     stream = Stream(samples, views, 8, workers=1, accumulate=2)
     for _ in range(6):
@@ -166,7 +169,7 @@ def test_resume_is_one_number(shards: Path):
         Stream(samples, views, 8).load_state_dict({**state, "data": "00000000"})
 
 
-def test_phases_and_mixtures_go_on_where_they_were(shards: Path, photos: Path, tmp_path: Path):
+def test_phases_and_mixtures_resume_exactly(shards: Path, photos: Path, tmp_path: Path):
     write_tar(tmp_path / "more.tar", [(f"{i:03d}.jpg", jpeg(i)) for i in range(30)])
     sets = [Samples([str(shards)]), Samples([str(tmp_path / "more.tar")])]
 
@@ -187,18 +190,18 @@ def test_phases_and_mixtures_go_on_where_they_were(shards: Path, photos: Path, t
         half = len(expected["id"]) // 2
         got = next(resumed)["id"]
         assert got.tolist() == expected["id"][half:].tolist()
-        assert resumed.stand_in()["id"].tolist() == (got.tolist() * 2)[:8]  # of the size that is due
+        assert resumed.stand_in()["id"].tolist() == (got.tolist() * 2)[:8]  # of the size of the next micro-batch
     resumed.close()
 
 
 # ---------------------------------------------------------------- damage
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_samples_are_named_and_replaced_in_place(damaged: Path, workers: int):
+def test_damaged_samples_are_logged_and_replaced(damaged: Path, workers: int):
     stream = Stream(Samples([str(damaged)]), views, batch=4, workers=workers)
     assert stream.plan.orders[0].chunk == 1
     for step in range(6):
         planned = (stream.plan.slots(step, 0, 4).global_index % 12).tolist()
-        assert next(stream)["id"].tolist() == [{3: 4, 7: 8}.get(i, i) for i in planned]  # the neighbour takes the slot
+        assert next(stream)["id"].tolist() == [{3: 4, 7: 8}.get(i, i) for i in planned]  # the neighbour fills the slot
     assert {key for _, key in stream.damage_log.bad} == {"003", "007"}
     assert sorted(key for _, key, _ in stream.damage_log.new()) == ["003", "007"] and stream.damage_log.new() == []
     stream.close()
@@ -219,21 +222,21 @@ def test_a_neighbour_comes_from_the_same_chunk(tmp_path: Path):
         assert number == expected % 80
 
 
-def test_lines_of_a_damage_log_that_are_no_rows_are_passed_over(tmp_path: Path):
+def test_invalid_lines_of_a_damage_log_are_ignored(tmp_path: Path):
     good = {"step": 1, "shard": "a.tar", "key": "1", "reason": "is damaged"}
     odd = [json.dumps(row) for row in (None, [], 1, {}, good | {"key": []}, good | {"shard": None}, good)]
     (tmp_path / "damaged-0.jsonl").write_text("\n".join([*odd, "[" * 100_000, '{"step"']))
     assert DamageLog(tmp_path).bad == {("a.tar", "1"): "is damaged"}
 
 
-def test_nothing_but_damage_is_an_error(tmp_path: Path):
+def test_a_set_of_damaged_samples_is_an_error(tmp_path: Path):
     write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"\xff\xd8junk") for i in range(4)])
     with pytest.raises(DataError, match="64 damaged samples in a row"):
         next(Stream(Samples([str(tmp_path / "x.tar")]), views, batch=2, workers=0))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_quota_ends_the_run_at_the_same_count_for_any_number_of_processes(world: int, tmp_path: Path):
+def test_the_quota_does_not_depend_on_the_number_of_processes(world: int, tmp_path: Path):
     images = [jpeg(i, 16) if i % 3 else b"\xff\xd8junk" for i in range(120)]
     write_tar(tmp_path / "a.tar", [(f"{i:03d}.jpg", image) for i, image in enumerate(images)])
     streams = [
@@ -257,13 +260,13 @@ def test_the_quota_ends_the_run_at_the_same_count_for_any_number_of_processes(wo
                 next(stream)
     lines = [line for path in (tmp_path / "bad").glob("*.jsonl") for line in path.read_text().splitlines()]
     assert len({json.loads(line)["key"] for line in lines}) == MIN_ALLOWED_DAMAGED + 1
-    with pytest.raises(DataError, match="damaged samples"):  # the next start knows
+    with pytest.raises(DataError, match="damaged samples"):  # the next start reads the log
         stream = Stream(Samples([str(tmp_path / "a.tar")]), views, 6, workers=0, damage_log=DamageLog(tmp_path / "bad"))
         for _ in range(40):
             next(stream)
 
 
-def test_one_bad_shard_ends_the_run_before_the_data_as_a_whole_does(tmp_path: Path):
+def test_the_quota_of_a_shard_is_reached_before_that_of_the_data(tmp_path: Path):
     for name in "ab":
         bad = name == "b"
         write_tar(
@@ -285,8 +288,8 @@ def test_batch_larger_than_the_data(shards: Path):
 
 
 # ---------------------------------------------------------------- large images
-def test_threads_hold_no_more_decoded_bytes_than_they_may(tmp_path: Path):
-    """Images of 3 megapixels, of which each takes 18 MB: budgets for none of them, for two, and for all."""
+def test_threads_do_not_exceed_the_decode_budget(tmp_path: Path):
+    """Images of 3 megapixels, which need 18 MB each; budgets for none of them, for two, and for all."""
     flat = np.zeros((1500, 2000, 3), np.uint8)
     images = [simplejpeg.encode_jpeg(flat + np.uint8(20 * n), 90) for n in range(8)]
     write_tar(tmp_path / "a.tar", [(f"{n}.jpg", image) for n, image in enumerate(images)])
@@ -302,7 +305,7 @@ def test_threads_hold_no_more_decoded_bytes_than_they_may(tmp_path: Path):
         assert all(torch.equal(value, other[key]) for key, value in batches[0].items())
 
 
-def test_a_lease_waits_for_bytes_only_where_it_holds_none():
+def test_only_the_first_demand_of_a_lease_waits():
     budget, order = Budget(100), list[str]()
     waiting = threading.Event()
 
@@ -311,7 +314,7 @@ def test_a_lease_waits_for_bytes_only_where_it_holds_none():
             waiting.set()
             take(50)
             order.append("second")
-            take(40)  # decoded again: the same bytes
+            take(40)  # the image is decoded again, into the same bytes
             assert budget.used == 50
 
     with budget.lease() as take:
@@ -319,18 +322,18 @@ def test_a_lease_waits_for_bytes_only_where_it_holds_none():
         thread = threading.Thread(target=second)
         thread.start()
         waiting.wait()
-        take(500)  # a wait could be for ever
+        take(500)  # waiting here could be a deadlock
         order.append("first")
         assert budget.used == 500
     thread.join()
     assert order == ["first", "second"] and (budget.used, budget.peak) == (0, 500)
     with pytest.raises(ValueError, match="of the views"), budget.lease() as take:
-        take(101)  # more than there is, for one alone
+        take(101)  # more than the budget, for the only lease
         raise ValueError("of the views")
     assert budget.used == 0
 
 
-def test_the_recipe_says_how_large_images_may_be(shards: Path, tmp_path: Path):
+def test_the_recipe_limits_the_size_of_images(shards: Path, tmp_path: Path):
     limits = ["data.max_pixels=1000", "data.decode_mb=7", "data.threads=2"]
     cfg = tiny_recipe("simclr", shards, tmp_path / "run", *limits)
     samples = open_samples(cfg)
@@ -343,8 +346,8 @@ def test_the_recipe_says_how_large_images_may_be(shards: Path, tmp_path: Path):
     assert not any("images:" in line for line in summarize(samples[0]))  # none of them can be read
 
 
-# ---------------------------------------------------------------- what comes out
-def test_other_members_than_images(tmp_path: Path):
+# ---------------------------------------------------------------- batches
+def test_members_that_are_not_images(tmp_path: Path):
     write_tar(
         tmp_path / "a.tar", [m for i in range(8) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.txt", b"word " * (i + 1)))]
     )
@@ -369,13 +372,13 @@ def test_images_of_any_number_of_channels(tmp_path: Path):
     stream = Stream(Samples([str(tmp_path / "a.tar")]), augmented, 4, workers=0, parts={"image": Image(channels=5)})
     assert next(stream)["image"].shape == (4, 2, 5, 32, 32)
     stream = Stream(Samples([str(tmp_path / "a.tar")]), augmented, 4, workers=0)
-    says = r"\d in .*a.tar, like its neighbours, holds 5 channels, but 3 are asked for; write model.in_channels=5, and 5 values"
+    says = r"\d in .*a.tar, like its neighbours, holds 5 channels, but 3 are requested; write model.in_channels=5, and 5 values"
     with pytest.raises(DataError, match=says):
         next(stream)
-    assert not stream.damage_log.bad  # an option is wrong, and no sample is
+    assert not stream.damage_log.bad  # the recipe is wrong, and not the samples
 
 
-def test_one_image_with_other_channels_is_damage(tmp_path: Path):
+def test_a_single_image_with_other_channels_is_damaged(tmp_path: Path):
     import io
 
     members = []
@@ -389,7 +392,7 @@ def test_one_image_with_other_channels_is_damage(tmp_path: Path):
     assert [key for _, key in stream.damage_log.bad] == ["3"]
 
 
-def test_colours_on_the_device_are_those_of_the_fused_way(shards: Path):
+def test_colours_on_the_device_equal_fused_colours(shards: Path):
     out = {}
     for color in ("fused", "device"):
         stream = Stream(Samples([str(shards)]), augmented, 8, workers=0, parts={"image": Image(color=color)})
@@ -410,8 +413,9 @@ def test_uint8_is_normalised_on_the_device():
     assert batch["image"].flatten().tolist() == pytest.approx([-1.0, 2.0, 0.2]) and batch["keep"].dtype == torch.int64
 
 
-def test_memory_is_used_again_only_when_nobody_holds_the_batch(shards: Path):
-    """Some batches are kept, of some only a view, the others dropped: what is kept never changes."""
+def test_buffers_are_reused_only_after_their_batch_is_freed(shards: Path):
+    """Of some batches all tensors are kept, of some only a view, and the others are freed: what is kept never
+    changes."""
     samples = Samples([str(shards)])
     expected = Stream(samples, augmented, 8, workers=0)
     stream, kept = Stream(samples, augmented, 8, workers=2), []
@@ -428,11 +432,15 @@ def test_memory_is_used_again_only_when_nobody_holds_the_batch(shards: Path):
     stream.close()
 
 
-def test_the_meter_names_what_binds():
+def test_statistics_name_the_bottleneck():
     for counts, wait, expected in [
-        ({"read_us": 10, "views_us": 10}, 0.0, "the model binds: 0% of the time"),
-        ({"read_us": 900, "views_us": 100}, 10.0, "the store binds: .*on reading"),
-        ({"read_us": 100, "views_us": 900}, 10.0, "decoding and views bind: .*more than 3 data.workers may help"),
+        ({"read_us": 10, "views_us": 10}, 0.0, "the model is the bottleneck: 0% of the time"),
+        ({"read_us": 900, "views_us": 100}, 10.0, "the store is the bottleneck: .*on reading"),
+        (
+            {"read_us": 100, "views_us": 900},
+            10.0,
+            "decoding and views are the bottleneck: .*more than 3 data.workers may help",
+        ),
     ]:
         stats = StreamStats()
         stats.add(wait, counts | {"bytes": 2_000_000, "held": 5_000_000, "queue": 3})

@@ -1,4 +1,5 @@
-"""Token sets: every document is there byte for byte, every token is a target exactly once, rows are the same for any processes and stores."""
+"""Token sets: they contain every document byte for byte, every token is a target exactly once, and rows do not depend
+on processes and stores."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ from tests.data.texts import prose, read, shards_of, texts_in, tokens_of, word_p
 from tests.services import FaultProxy, ObjectStore
 from tests.tars import jpeg, write_tar
 
-# of the shards that earlier versions wrote of the same texts, with a tokenizer that has <|bos|>
+# hashes of the shards that earlier versions wrote from the same texts, with a tokenizer that has <|bos|>
 DIGESTS = ("3f2408347faa448a", "bb59166770d2739a")
 
 
@@ -64,12 +65,12 @@ def held(texts: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def apart(texts: Path) -> Path:
-    """A set whose tokenizer has one token that begins documents and another that ends them."""
+    """A set whose tokenizer has different tokens for BOS and EOS."""
     return tokens_of(texts, texts.parent / "apart", specials=("<|bos|>",))
 
 
-# ---------------------------------------------------------------- what a set holds
-def test_every_document_comes_back_with_its_bytes(texts: Path, held: Path):
+# ---------------------------------------------------------------- the content of a set
+def test_every_document_is_read_back(texts: Path, held: Path):
     blocks, originals = Blocks([str(held)]), texts_in(texts)
     vocabulary = blocks.vocabulary
     own = vocabulary.tokenizer()
@@ -78,10 +79,10 @@ def test_every_document_comes_back_with_its_bytes(texts: Path, held: Path):
     for (ids, size), text in zip(documents, originals, strict=True):
         assert size == len(text.encode()) == vocabulary.token_bytes[ids].sum()
         assert ids[0] == vocabulary.bos == vocabulary.eos == ids[-1] and not vocabulary.special[ids[1:-1]].any()
-        assert own.decode(ids[1:-1].tolist()) == text  # what spells a special token is text
+        assert own.decode(ids[1:-1].tolist()) == text  # the name of a special token in a text is text
     about = load_manifest(str(held)).details
     assert about["tokens"]["bytes"] == sum(len(t.encode()) for t in originals)
-    shared = len(documents) - len(about["tokens"]["shards"])  # one token stands between two documents
+    shared = len(documents) - len(about["tokens"]["shards"])  # one token separates two documents
     assert about["tokens"]["tokens"] == sum(len(ids) for ids, _ in documents) - shared
     assert about["tokens"]["tokens"] == sum(about["tokens"]["shards"].values())
     assert (
@@ -96,7 +97,10 @@ def test_every_document_comes_back_with_its_bytes(texts: Path, held: Path):
 
 def test_a_document_that_begins_with_a_block_counts_once(tmp_path: Path):
     (tmp_path / "text").mkdir()
-    for size, specials in ((1022, ("<|bos|>",)), (1023, ())):  # a byte a token; BOS and EOS, or one for both
+    for size, specials in (
+        (1022, ("<|bos|>",)),
+        (1023, ()),
+    ):  # one byte per token; separate BOS and EOS, or one token for both
         own = tmp_path / str(size)
         own.mkdir()
         write_tar(own / "0.tar", [(f"{n}.txt", bytes([65 + n]) * size) for n in range(3)])
@@ -112,7 +116,7 @@ def test_a_document_that_begins_with_a_block_counts_once(tmp_path: Path):
 
 
 def test_tokens_between_documents(texts: Path, held: Path, apart: Path):
-    """One where BOS is EOS; two where they differ, byte for byte as they always were."""
+    """There is one if BOS equals EOS, and two if they differ, as in the shards of earlier versions."""
     joined, two = Blocks([str(held)]), Blocks([str(apart)])
     assert set(joined.joined) == {True} and set(two.joined) == {False}
     first, second = texts_in(texts)[:2]
@@ -128,8 +132,9 @@ def test_tokens_between_documents(texts: Path, held: Path, apart: Path):
     assert tuple(made) == DIGESTS
 
 
-def test_the_tokenizer_puts_the_token_that_begins_a_document(held: Path, tmp_path: Path):
-    """Every library that opens tokenizer.json begins a text as training does; the tokenizer's hash stays what it was."""
+def test_the_tokenizer_adds_bos(held: Path, tmp_path: Path):
+    """Any library that opens tokenizer.json adds BOS to a text, as training does. The hash of the tokenizer does not
+    change."""
     made = Vocabulary.read(str(held))
     own = made.tokenizer()
     assert own.encode("sea").ids == [made.bos, *own.encode("sea", add_special_tokens=False).ids]
@@ -151,7 +156,7 @@ def test_the_tokenizer_puts_the_token_that_begins_a_document(held: Path, tmp_pat
     assert with_template(theirs, 0, 1) == theirs and with_template(theirs, None) == theirs
 
 
-def test_transformers_opens_the_tokenizer_beside_the_tokens(held: Path):
+def test_transformers_opens_the_tokenizer_of_a_set(held: Path):
     import transformers
 
     theirs, mine = transformers.AutoTokenizer.from_pretrained(held), Vocabulary.read(str(held))
@@ -160,7 +165,7 @@ def test_transformers_opens_the_tokenizer_beside_the_tokens(held: Path):
     assert len(theirs) == mine.size == 400
 
 
-def test_a_tokenizer_is_the_same_again_and_has_the_specials_asked_for(texts: Path, tmp_path: Path):
+def test_training_a_tokenizer_is_deterministic_and_adds_the_requested_special_tokens(texts: Path, tmp_path: Path):
     said: list[str] = []
     made = [
         tokenizer.train(str(texts), tmp_path / f"{n}.json", 450, ["sentinels", "<|user|>"], 50_000, said.append)
@@ -198,7 +203,7 @@ def test_roles_of_other_tokenizers_and_their_bytes(tmp_path: Path):
             Vocabulary.read(str(tmp_path / name))
 
 
-def test_damaged_documents_are_named_and_left_out(tmp_path: Path):
+def test_damaged_documents_are_listed_and_left_out(tmp_path: Path):
     folder = tmp_path / "text"
     folder.mkdir()
     write_tar(folder / "0.tar", [("a.txt", b"fine sea " * 40), ("b.txt", b"\xff\xfe bad"), ("c.json", b"{}")])
@@ -213,7 +218,7 @@ def test_damaged_documents_are_named_and_left_out(tmp_path: Path):
     assert bad.keys() == {"b", "c", "d"} and "is not UTF-8" in bad["b"] and "no .txt" in bad["c"] and "hash" in bad["d"]
 
 
-def test_what_a_tokenizer_loses_is_counted_and_said(tmp_path: Path):
+def test_text_that_a_tokenizer_loses_is_counted_and_reported(tmp_path: Path):
     folder = tmp_path / "text"
     folder.mkdir()
     write_tar(folder / "0.tar", [("a.txt", "the sea the 語 sea".encode()), ("b.txt", "海 the".encode())])
@@ -229,22 +234,27 @@ def test_what_a_tokenizer_loses_is_counted_and_said(tmp_path: Path):
     content["model"] = {"type": "BPE", "vocab": letters, "merges": [], "unk_token": None}
     (tmp_path / "bpe.json").write_text(json.dumps(content | {"added_tokens": []}))
     summary = tokenize(folder, tmp_path / "bpe", tmp_path / "bpe.json", workers=1, say=quiet)
-    assert (summary["unknown"], summary["lost"], summary["tokens"]) == (0, 2, 15)  # dropped without a trace
+    assert (summary["unknown"], summary["lost"], summary["tokens"]) == (
+        0,
+        2,
+        15,
+    )  # the tokenizer drops them without an unknown token
     assert "warning: 2 characters were dropped by the tokenizer" in "\n".join(tokenize_text.describe(summary, "bpe"))
-    with pytest.raises(DataError, match="is a WordPiece without a token for what it does not know"):
+    with pytest.raises(DataError, match="is a WordPiece model without a token for unknown text"):
         tokenize(folder, tmp_path / "never", word_pieces(tmp_path / "none.json", "the sea", None), workers=1, say=quiet)
     whole = tokenizer.train(str(folder), tmp_path / "whole.json", 259, say=quiet)
-    assert whole.letters is None and whole.lost("語", whole.tokenizer()) == 0 and whole.unk is None
+    assert whole.known_characters is None and whole.count_dropped("語", whole.tokenizer()) == 0 and whole.unk is None
     content = json.loads(whole.text)  # byte-level, but trained without all bytes
     content["model"] |= {"vocab": {k: v for k, v in content["model"]["vocab"].items() if k < "\u0100"}}
     some = Vocabulary.parse(json.dumps(content))
-    assert some.lost("sea", some.tokenizer()) == 0 and some.lost("sea\x01", some.tokenizer()) == 1
+    assert some.count_dropped("sea", some.tokenizer()) == 0 and some.count_dropped("sea\x01", some.tokenizer()) == 1
 
 
 def test_a_huge_document_is_tokenized_in_pieces_to_the_same_tokens(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With tokenizers of all kinds, and a document far longer than what is tokenized at once; a word without an end stays whole."""
+    """With tokenizers of all kinds, and a document that is much longer than CHARACTERS_AT_ONCE. A very long word is not
+    cut."""
     long = "\n\n".join(prose(n, 2000) for n in range(6)) + "語" * 10_000 + "x" * 9000 + " end. " + prose(7, 4000)
     content = json.loads(tokenizer.train(str(texts), tmp_path / "own.json", 400, say=quiet).text)
     llama2 = {"type": "Sequence", "normalizers": [
@@ -288,7 +298,7 @@ def test_a_huge_document_is_tokenized_in_pieces_to_the_same_tokens(
 
 
 def _watched(asked: list[int], pieces):
-    """`pieces`, of the size that the module has now, with the length of each."""
+    """`pieces` with the present CHARACTERS_AT_ONCE of the module; appends the length of each piece to `asked`."""
 
     def watched(text: str, own) -> Iterator[str]:
         for piece in pieces(text, own, tokenize_text.CHARACTERS_AT_ONCE):
@@ -300,7 +310,7 @@ def _watched(asked: list[int], pieces):
 
 @pytest.mark.slow
 def test_the_memory_of_a_huge_document(tmp_path: Path):
-    """5 MB in one document: the whole of its encodings would be 600 MB."""
+    """One document of 5 MB, whose encodings would take 600 MB."""
     folder = tmp_path / "text"
     folder.mkdir()
     write_tar(folder / "0.tar", [("a.txt", (prose(1, 20_000).encode() + b"\n") * 40)])
@@ -318,9 +328,9 @@ def test_the_memory_of_a_huge_document(tmp_path: Path):
     assert size >= 3 and int(done.stdout.split()[-1]) < 300  # MB
 
 
-def test_large_vocabularies_take_four_bytes_a_token(texts: Path, tmp_path: Path):
+def test_large_vocabularies_use_four_bytes_per_token(texts: Path, tmp_path: Path):
     content = json.loads(tokenizer.train(str(texts), tmp_path / "a.json", 300).text)
-    words = {f"Ġw{n}": 300 + n for n in range(70000)}  # never reached by a merge, but part of the vocabulary
+    words = {f"Ġw{n}": 300 + n for n in range(70000)}  # no merge gives them, but they are in the vocabulary
     content["model"]["vocab"] |= words
     (tmp_path / "large.json").write_text(json.dumps(content))
     large = tokens_of(texts, tmp_path / "large", vocab=0, tokenizer_file=tmp_path / "large.json")
@@ -380,11 +390,12 @@ def test_best_fit_rows_make_every_token_inside_a_document_a_target_exactly_once(
     for document in itertools.chain.from_iterable(shards_of(held)):
         whole.update(itertools.pairwise(document.tolist()))
     assert pairs == whole and len(rows) == len(plain)
-    assert wasted < 0.06 * len(rows) * length  # short shards and blocks: their last windows have room
+    assert wasted < 0.06 * len(rows) * length  # shards and blocks are short, so that their last windows are not full
 
 
 def naive_best_fit(first: int, last: int, starts: list[int], length: int, joined: bool) -> list[list[tuple[int, int]]]:
-    """The same by looking at everything every time. Joined: pieces are made of targets, and a target's place is the token before it."""
+    """`best_fit` by exhaustive search. With `joined`, pieces consist of targets, and the position of a target is the
+    token before it."""
     most = length if joined else length + 1
     again = most - length  # tokens that a cut repeats
     here = sorted({first, *(s for s in starts if first < s <= last)})
@@ -424,7 +435,7 @@ def naive_best_fit(first: int, last: int, starts: list[int], length: int, joined
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_best_fit_equals_a_naive_one_and_loses_nothing(data: st.DataObject):
+def test_best_fit_equals_an_exhaustive_search_and_loses_no_token(data: st.DataObject):
     length = data.draw(st.integers(1, 12))
     first = data.draw(st.integers(0, 5))
     last = first + data.draw(st.integers(1, 32 * length))
@@ -467,14 +478,14 @@ def test_batches_are_the_same_for_any_number_of_processes_and_workers_and_after_
         other.load_state_dict(whole.state_dict())
 
 
-def test_an_epoch_has_every_row_once(held: Path):
+def test_an_epoch_has_each_row_once(held: Path):
     rows = Rows([str(held)], 100)
     stream = Stream(rows, keep, 9, workers=0)
     seen = Counter(n for _ in range(2 * len(rows) // 9) for n in next(stream)["id"].tolist())
     assert set(seen) == set(range(len(rows))) and set(seen.values()) <= {1, 2, 3} and stream.epochs[0] > 1.9
 
 
-def test_damaged_pages_are_replaced_and_named(held: Path, tmp_path: Path):
+def test_damaged_pages_are_logged_and_replaced(held: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in held.iterdir():
@@ -506,7 +517,7 @@ def test_errors_say_what_to_write(texts: Path, held: Path, tmp_path: Path):
     with pytest.raises(DataError, match="different tokenizers"):
         Rows([str(held), str(other)], 64)
     (other / "tokenizer.json").write_text((held / "tokenizer.json").read_text())
-    with pytest.raises(DataError, match="is not the tokenizer that the tokens beside it were made with"):
+    with pytest.raises(DataError, match="is not the tokenizer that the tokens in its folder were made with"):
         _ = Rows([str(other)], 64).vocabulary
     with pytest.raises(DataError, match="split the text shards"):
         split(held, tmp_path / "split", 0.1, workers=1)
@@ -531,7 +542,7 @@ def test_errors_say_what_to_write(texts: Path, held: Path, tmp_path: Path):
         begun = time.monotonic()
         with pytest.raises(DataError, match=match):
             tokens_of(texts, tmp_path / "never", vocab=0, tokenizer_file=tmp_path / name)
-        assert time.monotonic() - begun < 30  # at once: a file that is wrong stays wrong
+        assert time.monotonic() - begun < 30  # at once, because retries do not help
     unreadable = tmp_path / "tokenizer.json"
     unreadable.write_text('{"model": {"vocab": {"a": 0}}}')
     with pytest.raises(DataError, match=rf"{unreadable}: tokenizers .* cannot read it"):
@@ -546,12 +557,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_tokenizing_is_the_same_for_any_number_of_processes(texts: Path, held: Path, tmp_path: Path):
     assert content(tokens_of(texts, tmp_path / "tokens", workers=3)) == content(held)
-    again = tokens_of(texts, tmp_path / "tokens", workers=1)  # nothing is done
+    again = tokens_of(texts, tmp_path / "tokens", workers=1)  # nothing to do
     assert content(again) == content(held)
 
 
 @pytest.mark.slow
-def test_tokenizing_that_is_killed_goes_on_and_ends_the_same(tmp_path: Path):
+def test_killed_tokenizing_is_resumed_with_the_same_result(tmp_path: Path):
     texts = write_texts(tmp_path / "text", 600, 2, 4000)
     expected = content(tokens_of(texts, tmp_path / "whole"))
     target = tmp_path / "killed"
@@ -572,7 +583,7 @@ def test_tokenizing_that_is_killed_goes_on_and_ends_the_same(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
-def test_rows_of_a_store_are_those_of_a_disk(
+def test_rows_from_a_store_equal_rows_from_a_disk(
     store: ObjectStore, proxy: FaultProxy, held: Path, tmp_path: Path, packing: str
 ):
     url = store.put_folder(held, f"tokens-{packing}")

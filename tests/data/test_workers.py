@@ -1,4 +1,5 @@
-"""Data workers by every start method: they get all that they need, make the same batches, and end when they are told to."""
+"""Data workers with every start method: they get the objects that they need, make the same batches, and end with the
+trainer."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 @pytest.fixture
 def own_part(tmp_path: Path) -> str:
-    """An objective in a file of the user's own, which defines a part, too."""
+    """An objective in a user's file, which also defines a part."""
     path = tmp_path / "mine.py"
     text = OWN["labels"].replace('"label": Label()', '"label": Class()')
     path.write_text(text.replace("class Labels(", "class Class(Label):\n    pass\n\n\nclass Labels("))
@@ -48,8 +49,8 @@ def own_part(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", finder.names())
-def test_what_a_worker_gets_can_be_pickled(name: str, shards: Path):
-    """Datasets with open files, views that are functions inside of functions, and parts."""
+def test_the_arguments_of_a_worker_can_be_pickled(name: str, shards: Path):
+    """Datasets with open files, views that are nested functions, and parts."""
     batches = stream_of(name, shards).batches
     assert_same(batches[1], pickle.loads(ForkingPickler.dumps(batches))[1])
 
@@ -60,11 +61,11 @@ def masks(pid: int) -> dict[str, int]:
     return {line[:6]: int(line[7:], 16) for line in lines if line[:6] in ("SigBlk", "SigIgn", "SigCgt")}
 
 
-def test_workers_of_a_server(own_part: str, shards: Path):
-    """They are no children of the trainer, have no handlers of its own, and end even when they are stuck."""
+def test_workers_of_the_fork_server(own_part: str, shards: Path):
+    """They are not children of the trainer, do not have its signal handlers, and end even while their code is stuck."""
     options = ["data.workers=2", "data.start_method=forkserver", "data.threads=2"]
     stream, plain = stream_of(own_part, shards, *options), stream_of(own_part, shards)
-    stream.first()  # starts threads here
+    stream.first()  # starts threads in this process
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         for _ in range(3):
@@ -90,7 +91,8 @@ def test_the_start_method_follows_the_device():
 
 @pytest.mark.slow
 def test_a_script_trains_with_every_start_method(own_part: str, shards: Path, tmp_path: Path):
-    """A script without `if __name__ == "__main__"` is not run again by its workers; losses are those without workers."""
+    """The workers do not run a script again that has no `if __name__ == "__main__"`, and the losses equal those without
+    workers."""
     cfg = tiny_recipe(own_part, shards, tmp_path / "plain", "steps=3", "eval.pixels=false")
     (tmp_path / "recipe.yaml").write_text(config.dump(cfg))
     script = tmp_path / "script.py"

@@ -1,4 +1,5 @@
-"""What the tests of tokens share: documents of made-up prose as text shards, token sets of them, and what a set's rows should be."""
+"""Helpers for the tests of token sets: text shards with documents of random prose, their token sets, and the expected
+rows."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def shards_of(folder: Path) -> list[list[np.ndarray]]:
 
 
 def word_pieces(path: Path, words: str, unknown: str | None = "[UNK]") -> Path:
-    """A WordPiece that knows some words and nothing else."""
+    """A WordPiece tokenizer that knows only the given words."""
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocab = {name: n for n, name in enumerate([*names, *words.split()])}
     added = [

@@ -1,4 +1,5 @@
-"""The harness on tasks from local JSON files: our adapter gives the numbers that the harness's own model of transformers gives for the same weights."""
+"""The harness on tasks from local JSON files: our adapter gives the same numbers as the harness's model class for
+transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -52,13 +53,14 @@ TASKS = {
 
 
 def plain(seed: int, words: int) -> str:
-    """Prose without the names of special tokens: to us they are text like any other, transformers makes them tokens."""
+    """Prose without the names of special tokens, because we encode such names as text, and transformers as special
+    tokens."""
     return prose(seed, words).replace("<|endoftext|>", "we").replace("<mask>", "sea")
 
 
 @pytest.fixture(scope="module")
 def exports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A decoder whose class transformers has, an encoder and a model of images."""
+    """A decoder that transformers can open, an encoder, and a model that reads images."""
     out = tmp_path_factory.mktemp("runs")
     options = {"gpt": ["model.mlp=swiglu", "model.qk_norm=false"], "bert": [], "mae": []}
     runs = {name: train(tiny_recipe(name, shards, out / name, "steps=4", *more)) for name, more in options.items()}
@@ -73,7 +75,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "question": plain(n, 3 + n),
             "choices": [plain(100 + n, 2), plain(200 + n, 4), plain(300 + n, 1)],
             "answer": n % 3,
-            "text": plain(400 + n, 5 + 6 * n),  # the longest take several rows of 32 tokens
+            "text": plain(400 + n, 5 + 6 * n),  # the longest have several rows of 32 tokens
             "written": "",
         }
         for n in range(12)
@@ -102,7 +104,7 @@ def numbers(model: Any, tasks: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_numbers_are_those_of_the_harness_own_model(exports: dict[str, str], tasks: Path):
+def test_numbers_equal_those_of_the_harness_model_for_transformers(exports: dict[str, str], tasks: Path):
     from lm_eval.models.huggingface import HFLM
 
     from eval.harness import Model
@@ -129,8 +131,8 @@ def _flat(value: Any) -> list[Any]:
     return [leaf for part in value for leaf in _flat(part)] if isinstance(value, list | tuple) else [value]
 
 
-def test_contexts_begin_as_documents_do(exports: dict[str, str]):
-    """By a naive sum over one token at a time, behind BOS; the last tokens of a context are the ones that are kept."""
+def test_contexts_begin_with_bos(exports: dict[str, str]):
+    """Comparison with a sum over single tokens after BOS. Of a long context, the last tokens are used."""
     from lm_eval.api.instance import Instance
 
     from eval.harness import Model
@@ -155,7 +157,7 @@ def test_contexts_begin_as_documents_do(exports: dict[str, str]):
 
 @pytest.mark.slow
 def test_the_command(exports: dict[str, str], tasks: Path):
-    """Scores are printed and kept beside the run's others, and the report is written all the same."""
+    """Scores are printed and added to the results of the run, and the report can still be written."""
     done = unlabeled("harness", exports["gpt"], "local_choose", "local_rolling", "--include", tasks, "--limit", 5)
     assert done.returncode == 0, done.stderr
     assert "local_choose/acc " in done.stdout and "local_rolling/bits_per_byte" in done.stdout
@@ -166,11 +168,11 @@ def test_the_command(exports: dict[str, str], tasks: Path):
 
 
 @pytest.mark.slow
-def test_errors_say_what_to_do(exports: dict[str, str], tasks: Path, monkeypatch: pytest.MonkeyPatch):
+def test_errors(exports: dict[str, str], tasks: Path, monkeypatch: pytest.MonkeyPatch):
     from eval import harness
 
     for name, message in (
-        ("mae", "holds a model of images"),
+        ("mae", "holds a model that reads images"),
         ("bert", "holds a bert_micro, but the harness scores decoders"),
     ):
         with pytest.raises(UserError, match=message):

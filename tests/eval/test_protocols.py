@@ -1,4 +1,5 @@
-"""k-NN and linear probe against naive formulas and scikit-learn, their edges, and the rows they write."""
+"""k-NN and linear probe compared with naive formulas and scikit-learn, their edge cases, and the rows that they
+write."""
 
 from __future__ import annotations
 
@@ -43,11 +44,11 @@ def test_knn_is_the_weighted_vote_of_the_paper():
         assert int(got[i]) == max(votes, key=votes.__getitem__)
 
 
-def test_knn_edges():
+def test_knn_edge_cases():
     x, y = clusters(spread=0.1)
     q, truth = clusters(1, spread=0.1)
     assert torch.equal(knn.classify(x, y, q, 10, 0.07), truth)
-    assert torch.equal(knn.classify(x[:5], y[:5], q, 200, 0.07), truth)  # k beyond the gallery
+    assert torch.equal(knn.classify(x[:5], y[:5], q, 200, 0.07), truth)  # k larger than the gallery
     shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
     assert (knn.classify(x, shuffled, q, 10, 0.07) == truth).float().mean() < 0.4
     assert torch.equal(knn.classify(x, y, q, 10, 0.07, chunk=7), knn.classify(x, y, q, 10, 0.07, chunk=1000))
@@ -61,7 +62,9 @@ def test_accuracies():
 def test_linear_reaches_logistic_regression():
     x, y = clusters(spread=3.0)
     q, truth = clusters(1, spread=3.0)
-    predicted, rate = linear.classify(x * 100 + 7, y, q * 100 + 7, 5, linear.Config())  # scale and offset do not matter
+    predicted, rate = linear.classify(
+        x * 100 + 7, y, q * 100 + 7, 5, linear.Config()
+    )  # scale and offset have no effect
     theirs = LogisticRegression(max_iter=1000).fit(x, y).score(q, truth)
     assert (predicted == truth).float().mean() > theirs - 0.03 and rate in linear.Config().rates
 
@@ -76,7 +79,7 @@ def test_linear_heads_do_not_depend_on_each_other():
         torch.testing.assert_close(together[:, 5 * i : 5 * i + 5], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_linear_gradient_is_autograds():
+def test_linear_gradient_equals_autograd():
     x, y = clusters()
     cfg = linear.Config(steps=1, batch=300, rates=[0.5])
     weight, bias = linear.train(x, y, 5, cfg, torch.Generator().manual_seed(3))
@@ -103,24 +106,28 @@ def test_pixels_and_rows(shards: Path, tmp_path: Path):
     results.append(tmp_path / "results.jsonl", rows[:1])
     assert read_rows(tmp_path / "results.jsonl") == [*rows, rows[0]]
     assert "pixels" in results.table(rows) and "100.0%" in results.table(rows)
-    assert {row["note"] for row in rows} == {"48 of 48 query images are in the gallery, too"}  # and so it is its own
+    assert {row["note"] for row in rows} == {
+        "48 of 48 query images are in the gallery, too"
+    }  # so each image is its own neighbour
     assert results.table(rows).endswith("\nnote: 48 of 48 query images are in the gallery, too")
 
 
-def test_samples_without_an_image_are_passed_over_and_no_damage(tmp_path: Path):
+def test_samples_without_an_image_are_skipped_and_not_damaged(tmp_path: Path):
     members = [
         (f"{n:02d}.{kind}", data) for n in range(9) for kind, data in (("jpg", jpeg(n)), ("cls", b"ab"[n % 2 :][:1]))
     ]
     damaged, bare = ("10.jpg", jpeg()[:500]), [("11.txt", b"words"), ("11.cls", b"a"), ("12.cls", b"b")]
     write_tar(tmp_path / "a.tar", [*members, damaged, ("10.cls", b"a"), *bare])
     rows = evaluate("pixels", ["knn"], [str(tmp_path / "a.tar")], [str(tmp_path / "a.tar")], options={"knn": {"k": 1}})
-    assert {(row["count"], row["left_out"], row["passed_over"]) for row in rows} == {(9, 2, 4)}  # of both sets
+    assert {(row["count"], row["left_out"], row["passed_over"]) for row in rows} == {
+        (9, 2, 4)
+    }  # the sums over both sets
     assert rows[0]["note"].startswith("10 of 10 query images are in the gallery, too")
-    said = "note: of gallery and query, 2 damaged images were left out and 4 samples without images were passed over"
+    said = "note: of gallery and query, 2 damaged images were left out and 4 samples without images were skipped"
     assert results.lines(rows)[-1] == said and results.table(rows).endswith(said)
 
 
-def test_features_are_extracted_once_and_pooled_as_asked(shards: Path):
+def test_features_are_extracted_once_and_pooled(shards: Path):
     encoder, _ = open_encoder("pixels")
     assert encoder.labelled([str(shards)]) is encoder.labelled([str(shards)])
     images = np.zeros((2, 3, 32, 32), np.uint8)
@@ -140,9 +147,9 @@ def test_errors(tmp_path: Path, shards: Path):
         evaluate("pixels", ["knn"], [str(shards)], [str(shards)], options={"knn": {"kk": 3}})
 
 
-# ---------------------------------------------------------------- scores that mean nothing
+# ---------------------------------------------------------------- meaningless scores
 def labelled_tar(folder: Path, classes: str, first: int = 0) -> str:
-    """Shards with an image of noise for each class of a word: its letters."""
+    """Shards with one image of noise for each letter of `classes`, which is its class."""
     folder.mkdir()
     members = [
         (f"{n:02d}.{ending}", data)
@@ -164,7 +171,9 @@ def labelled_tar(folder: Path, classes: str, first: int = 0) -> str:
         ("aabbccaabbcc", "abcab", 20, "only 5 query images, so one answer is 20 points"),
     ],
 )
-def test_what_a_score_means_is_said_beside_it(gallery: str, query: str, first: int, says: str | None, tmp_path: Path):
+def test_problems_of_the_data_are_noted_beside_a_score(
+    gallery: str, query: str, first: int, says: str | None, tmp_path: Path
+):
     sets = [labelled_tar(tmp_path / "gallery", gallery)], [labelled_tar(tmp_path / "query", query, first)]
     for row in evaluate("pixels", ["knn", "linear"], *sets, options={"linear": {"steps": 2}}):
         assert says in row["note"] if says else "note" not in row
@@ -174,19 +183,19 @@ def test_what_a_score_means_is_said_beside_it(gallery: str, query: str, first: i
 @pytest.mark.parametrize(
     ("gallery", "query", "says"),
     [
-        ("aaaa", "aabb", "gallery: its 4 images are all of one class (a), so there is nothing to tell apart"),
+        ("aaaa", "aabb", "gallery: its 4 images are all of one class (a), so every answer would be the same"),
         ("a", "a", "gallery: its 1 images are all of one class (a)"),
-        ("aabb", "ccde", "query: has the classes c, d, e, and the gallery"),
+        ("aabb", "ccde", "query: has the classes c, d, e, but the gallery"),
     ],
 )
-def test_scores_that_would_mean_nothing_are_refused(gallery: str, query: str, says: str, tmp_path: Path):
+def test_meaningless_scores_are_refused(gallery: str, query: str, says: str, tmp_path: Path):
     sets = [labelled_tar(tmp_path / "gallery", gallery)], [labelled_tar(tmp_path / "query", query, 20)]
     for protocol in ("knn", "linear"):
         with pytest.raises(DataError, match=re.escape(says)):
             evaluate("pixels", [protocol], *sets)
 
 
-def test_features_that_say_nothing(tmp_path: Path):
+def test_equal_and_infinite_features(tmp_path: Path):
     sets = [labelled_tar(tmp_path / "gallery", "aabb")], [labelled_tar(tmp_path / "query", "abababababab", 20)]
     encoder, _ = open_encoder("pixels")
     encoder.pooled = lambda images: torch.ones(len(images), 3)
@@ -210,12 +219,12 @@ def test_features_that_say_nothing(tmp_path: Path):
         ("gallery=7", "gallery = 7: write shards"),
     ],
 )
-def test_options_out_of_their_bounds(option: str, says: str, shards: Path):
+def test_options_out_of_range(option: str, says: str, shards: Path):
     with pytest.raises(UserError, match=re.escape(says)):
         call("eval", "pixels", "knn", "linear", f"gallery={shards}", f"query={shards}", option)
 
 
-def test_rows_are_kept_where_one_says(shards: Path, tmp_path: Path, capsys):
+def test_rows_are_written_to_the_given_file(shards: Path, tmp_path: Path, capsys):
     data = [f"gallery={shards}", f"query={shards}"]
     for _ in range(2):
         call("eval", "pixels", "knn", *data, "--out", tmp_path / "new" / "scores.jsonl")

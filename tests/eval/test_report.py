@@ -1,4 +1,5 @@
-"""The report on a small run folder: every section, one file, whole HTML, nothing that breaks it, and planted features that must show."""
+"""The report of a small run folder: every section, one file of valid HTML, unusual input, and artificial features that
+must be visible."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ VOID = {"meta", "img", "link", "br"}
 
 
 class Page(HTMLParser):
-    """Headings, images, captions, links and all text of a page; an assertion where a tag is closed that is not open."""
+    """The headings, images, captions, links and text of a page. Asserts that only open tags are closed."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -181,15 +182,15 @@ def test_every_section_in_one_file(run: Path):
     )
     assert f"unlabeled eval '{run}/export/40' knn linear gallery=SHARDS query=SHARDS" in opening
     assert f"unlabeled export '{run}' FOLDER" in opening and "AutoModel.from_pretrained" in opening
-    assert "unlabeled train" not in opening and "loss" in rest  # it is finished
+    assert "unlabeled train" not in opening and "loss" in rest  # the run is finished
     # 3 mosaics: image, untrained, pretrained; 8 queries with 6 neighbours each; the first and the last of 3 pictures
     assert len(page.images()) == 9 + 8 * 7 + 2
     assert [i.shape for i in page.images()[:3]] == [(128, 128, 3), (16, 16, 3), (16, 16, 3)]
     assert [int(i[0, 0, 0]) for i in page.images()[-2:]] == [0, 40]
-    assert report.write(run).read_text() == page.source  # the choice of images is always the same
+    assert report.write(run).read_text() == page.source  # the choice of images is deterministic
 
 
-def test_curves_of_the_machine_fold_away_and_have_units(run: Path, tmp_path: Path):
+def test_system_curves_are_folded_and_have_units(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
     measured = {
         **{"flops_per_second": 5.498e10, "mfu": 0.41, "memory_gb": 1.31, "epoch": 2.0, "stream/mb": 12.5},
@@ -198,7 +199,7 @@ def test_curves_of_the_machine_fold_away_and_have_units(run: Path, tmp_path: Pat
             "stream/hedges": 3,
             "stream/hits": 7,
             "stream/wait_ms_p50": 0.25,
-            "stage": "the model binds",
+            "stage": "the model is the bottleneck",
         },
         **{"stream/unheard_of": 1250, "tokens_per_second": 12500.0},
     }
@@ -216,7 +217,7 @@ def test_curves_of_the_machine_fold_away_and_have_units(run: Path, tmp_path: Pat
     assert "e+" not in folded
 
 
-def test_the_opening_says_what_the_scores_do_not(run: Path, tmp_path: Path, shards: Path):
+def test_the_opening_without_scores(run: Path, tmp_path: Path, shards: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
     rows = [row | {"value": 0.1} if row["model"] == "pretrained" else row for row in read_rows(copy / "results.jsonl")]
     (copy / "results.jsonl").unlink()
@@ -232,10 +233,10 @@ def test_an_image_of_the_gallery_is_its_own_nearest_neighbour(run: Path):
     assert set(classes) == {"", "right", "wrong"}
     assert all(
         classes[7 * i] == "" and classes[7 * i + 1] == "right" for i in range(8)
-    )  # here the gallery holds the queries
+    )  # here the gallery contains the queries
 
 
-def test_only_the_recipes_own_scores_and_the_last_export_count(run: Path, tmp_path: Path):
+def test_scores_on_the_recipes_data_of_the_last_export_are_used(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
     last = read_rows(copy / "results.jsonl")[8]
     assert (last["model"], last["step"], last["metric"]) == ("pretrained", 40, "accuracy")
@@ -247,7 +248,7 @@ def test_only_the_recipes_own_scores_and_the_last_export_count(run: Path, tmp_pa
     assert "61.5%" in source and "99.0%" not in source and "98.0%" not in source
 
 
-def test_rows_that_somebody_has_changed_leave_the_report_as_it_is(run: Path, tmp_path: Path):
+def test_invalid_rows_do_not_change_the_report(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
     before = report.write(copy).read_text()
     score, step = read_rows(copy / "results.jsonl")[8], read_rows(copy / "metrics.jsonl")[0]
@@ -258,7 +259,7 @@ def test_rows_that_somebody_has_changed_leave_the_report_as_it_is(run: Path, tmp
     assert report.write(copy).read_text() == before
 
 
-def test_extreme_values_do_not_stop_the_report(run: Path, tmp_path: Path):
+def test_extreme_values(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
     score = read_rows(copy / "results.jsonl")[8]
     bare = {key: score[key] for key in ("model", "protocol", "split", "gallery", "query", "metric")}
@@ -272,7 +273,7 @@ def test_extreme_values_do_not_stop_the_report(run: Path, tmp_path: Path):
     assert "step 40 of 40" not in (source := report.write(copy).read_text()) and "finished: 40 steps" in source
 
 
-def test_notes_and_a_collapse_are_said(run: Path, tmp_path: Path):
+def test_notes_and_a_collapse_are_reported(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
     assert "collapsed" not in report.write(copy).read_text()
     rows = read_rows(copy / "results.jsonl")
@@ -285,7 +286,7 @@ def test_notes_and_a_collapse_are_said(run: Path, tmp_path: Path):
     assert "Note: 48 of 48 <images>." in model_card.write(copy / "export" / "40").read_text()
 
 
-def test_nothing_to_show_no_heading(run: Path, tmp_path: Path, shards: Path):
+def test_sections_without_content_have_no_heading(run: Path, tmp_path: Path, shards: Path):
     bare = make_run(tmp_path / "bare", shards, "eval.gallery=[]", "eval.val=[]", "eval.test=[]", steps=100)
     for name in ("results.jsonl", "log.txt"):
         (bare / name).unlink()
@@ -296,11 +297,11 @@ def test_nothing_to_show_no_heading(run: Path, tmp_path: Path, shards: Path):
     assert "step 40 of 100" in page.source and not page.all("figcaption")
     assert page.all("b")[-3:] == ["image", "pretrained, step 20", "pretrained, step 40"]
     images = page.images()[9:]
-    assert len(images) == 8 * 7  # of the training images, and none is its own neighbour
+    assert len(images) == 8 * 7  # training images; no image is its own neighbour
     assert not any(np.array_equal(images[7 * i], images[7 * i + j]) for i in range(8) for j in range(1, 7))
 
 
-def test_damage_does_not_stop_it(run: Path, tmp_path: Path, shards: Path):
+def test_damaged_images_and_files(run: Path, tmp_path: Path, shards: Path):
     copy = shutil.copytree(shards, tmp_path / "shards")
     samples = Samples([str(copy)])
     (piece,) = samples.pieces(0, 30)
@@ -319,13 +320,13 @@ def test_damage_does_not_stop_it(run: Path, tmp_path: Path, shards: Path):
     assert "among 33 of 48 gallery images" in page.source
 
 
-def test_data_that_is_elsewhere_leaves_the_rest(tmp_path: Path, shards: Path):
+def test_missing_data_leaves_the_other_sections(tmp_path: Path, shards: Path):
     copy = shutil.copytree(shards, tmp_path / "shards")
     moved = make_run(tmp_path / "moved", copy)
     shutil.rmtree(copy)
     page = Page(report.write(moved))
     assert page.all("h2") == ["Scores", "Curves", "Reconstructions", "How to run it again"]
-    assert f"are left out: {copy}: no such file or folder" in page.source
+    assert f"are missing: {copy}: no such file or folder" in page.source
 
 
 def test_names_are_escaped(tmp_path: Path, photos: Path):
@@ -356,7 +357,7 @@ def test_errors(run: Path, tmp_path: Path):
 
 # ---------------------------------------------------------------- parts
 def texture(images: torch.Tensor) -> Features:
-    """A planted encoder: each patch of 8 pixels is described by its contrast and its brightness alone."""
+    """An artificial encoder: the features of a patch of 8 pixels are its contrast and its brightness."""
     patches = images.mean(1).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3)  # [B, h, w, 64]
     tokens = torch.stack([patches.std(-1), 0.1 * patches.mean(-1), torch.zeros(patches.shape[:3])], dim=-1)
     return Features(
@@ -367,7 +368,7 @@ def texture(images: torch.Tensor) -> Features:
 def test_two_textures_get_two_colours():
     rng = np.random.default_rng(0)
     image = np.full((3, 64, 96), 128, np.uint8)
-    image[:, :, 48:] = np.where(np.indices((64, 48)).sum(0) % 2, 40, 216)  # of the same mean
+    image[:, :, 48:] = np.where(np.indices((64, 48)).sum(0) % 2, 40, 216)  # with the same mean
     image = (image + rng.integers(0, 8, image.shape)).astype(np.uint8)
     encoder = Encoder(texture, "planted", 64, [0.5] * 3, [0.25] * 3)
     features = pictures.patch_features(encoder, image)
@@ -379,7 +380,7 @@ def test_two_textures_get_two_colours():
     assert colors.shape == pictures.pca_colors(features[None, ..., :1])[0].shape  # fewer features than colours
 
 
-def test_pca_is_that_of_numpys_svd():
+def test_pca_equals_numpys_svd():
     x = np.random.default_rng(1).normal(size=(2, 5, 6, 8)) * np.arange(1, 9)
     colors = pictures.pca_colors(x).reshape(-1, 3)
     flat = x.reshape(-1, 8) - x.reshape(-1, 8).mean(0)
@@ -390,20 +391,20 @@ def test_pca_is_that_of_numpys_svd():
     assert not pictures.pca_colors(np.full((1, 2, 2, 4), np.nan)).any()
 
 
-def test_spread_takes_every_class_and_no_image_twice():
+def test_spread_uses_every_class_and_no_image_twice():
     labels = ["a"] * 40 + ["b"] * 8 + ["c"] * 3 + ["d"] * 100
     groups = pictures.spread(labels, 6, 4)
-    assert [{labels[i] for i in group} for group in groups] == [{"a"}, {"b"}, {"d"}] * 2  # c has too few
+    assert [{labels[i] for i in group} for group in groups] == [{"a"}, {"b"}, {"d"}] * 2  # c has too few images
     assert len({i for group in groups for i in group}) == 24
     assert [labels[i] for (i,) in pictures.spread(labels, 4, 1)] == ["a", "b", "c", "d"]
     assert len({i for group in pictures.spread([None] * 48, 12, 4) for i in group}) == 48
     assert pictures.spread([f"{i:03d}" for i in range(100)], 8, 1) == [[i * 100 // 8] for i in range(8)]
     assert all(
         i in (0, 1) for group in pictures.spread(["a", "b"], 12, 4) for i in group
-    )  # too few of all: some come twice
+    )  # not enough images: some are used twice
 
 
-def test_mosaic_lays_images_out_row_by_row():
+def test_a_mosaic_is_filled_row_by_row():
     images = np.arange(16, dtype=np.uint8).reshape(16, 1, 1, 1) * np.ones((1, 3, 2, 2), np.uint8)
     out = pictures.mosaic(images)
     assert out.shape == (3, 8, 8) and out[0, ::2, ::2].tolist() == np.arange(16).reshape(4, 4).tolist()
@@ -430,7 +431,7 @@ def test_charts_stay_inside_their_frame(values: list[float]):
     spike = pictures.chart("loss", {"": (list(range(4000)), [1.0] * 1777 + [9.0] * 3 + [1.0] * 2220)}, smooth=False)
     assert (
         min(float(y) for y in re.findall(r",([\d.]+)", spike.partition('raw" points="')[2].partition('"')[0])) < 20
-    )  # seen in a long run too
+    )  # also in a long run
     assert pictures.chart("empty", {"one": ([], [])}) == ""
 
 

@@ -1,4 +1,4 @@
-"""Statistics of patch similarities: known maps, and a run whose exports are compared."""
+"""Statistics of patch similarities, for known maps and for the exports of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.conftest import tiny_recipe
 
 
 def encoder(noise: float) -> Encoder:
-    """Patches are the mean colours of cells of 8 pixels, centred, with noise that knows nothing of the picture."""
+    """An encoder whose patch features are the centred mean colours of cells of 8 pixels, plus noise that does not
+    depend on the image."""
 
     def backbone(x: Tensor) -> Features:
         maps = torch.nn.functional.avg_pool2d(x, 8)
@@ -32,7 +33,7 @@ def encoder(noise: float) -> Encoder:
 
 
 def smooth() -> np.ndarray:
-    """uint8 [3, 128, 128]: colours that change slowly."""
+    """An image of smooth colours, uint8 [3, 128, 128]."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 4, 4)).astype(np.float32))
     return torch.nn.functional.interpolate(coarse, (128, 128), mode="bilinear")[0].byte().numpy()
@@ -47,7 +48,7 @@ def test_clean_maps_score_above_noisy_ones():
     assert abs(nothing["agreement"]) < 0.1 and abs(nothing["coherence"]) < 0.2
 
 
-def test_coherence_by_loops():
+def test_coherence_equals_a_loop():
     own, image = encoder(0.5), smooth()
     small = torch.nn.functional.interpolate(
         torch.from_numpy(image)[None].float(), scale_factor=0.5, mode="bicubic", antialias=True
@@ -59,7 +60,7 @@ def test_coherence_by_loops():
     assert statistics(own, image)["coherence"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_run_is_compared(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_exports_of_a_run_are_compared(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     run = train(tiny_recipe("dinov2", shards, tmp_path / "run", "steps=2", "export=1"))
     rows = compare(run, [str(shards)], 8)
     assert [r["step"] for r in rows] == [1, 2] and all(r["score"] == r["agreement"] * r["contrast"] for r in rows)

@@ -1,4 +1,5 @@
-"""Frozen features of labelled texts: what stands for a text, and scores of encoders beside the untrained one and bytes."""
+"""Features of labelled texts from frozen encoders: their pooling, and scores compared with an untrained encoder and
+bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tests.tars import write_tar
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Real text in two classes: pieces of the standard library's code, and of its licences and documentation strings in prose."""
+    """Real text in two classes: code of the standard library, and prose from its licences and docstrings."""
     import asyncio
     import pydoc_data.topics
 
@@ -52,10 +53,10 @@ def exports(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("name", ["gpt", "mae"])
-def test_scores_beside_a_trainer_leave_its_gpu_alone(
+def test_scoring_during_training_does_not_use_the_gpu(
     name: str, exports: dict[str, str], labelled: dict[str, Path], shards: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """On a machine with GPUs, which the trainer takes: features are computed on the CPU, or where `eval.device` says."""
+    """On a machine whose GPUs the trainer uses, features are computed on the CPU, or on `eval.device`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     export = Path(exports[name])
     run = export.parents[1]
@@ -76,8 +77,8 @@ def test_scores_beside_a_trainer_leave_its_gpu_alone(
 
 
 @pytest.mark.parametrize("name", ["gpt", "bert", "t5"])
-def test_a_text_is_the_mean_of_its_tokens(name: str, exports: dict[str, str], labelled: dict[str, Path]):
-    """Each by itself, between BOS and EOS, cut to 32 tokens; in the shards' order."""
+def test_the_feature_of_a_text_is_the_mean_of_its_tokens(name: str, exports: dict[str, str], labelled: dict[str, Path]):
+    """Each text alone, between BOS and EOS, truncated to 32 tokens, in the order of the shards."""
     encoder, _ = open_encoder(exports[name])
     found = encoder.labelled([str(labelled["test"])])
     texts, labels, *missed = load_texts([str(labelled["test"])])
@@ -97,7 +98,7 @@ def test_a_text_is_the_mean_of_its_tokens(name: str, exports: dict[str, str], la
 
 @pytest.mark.slow
 def test_scores_of_text(exports: dict[str, str], labelled: dict[str, Path]):
-    """Code and prose are told apart by bytes, and by features of encoders that have hardly been trained."""
+    """Byte frequencies, and features of encoders that were trained for a few steps, distinguish code and prose."""
     assert bytes_of("aab").sum() == 1 and bytes_of("aab")[97] == pytest.approx(2 / 3) and not bytes_of("").any()
     for model in ("bytes", exports["bert"], exports["t5"]):
         rows = evaluate(model, ["linear", "knn"], [str(labelled["train"])], [str(labelled["test"])])
@@ -109,7 +110,8 @@ def test_scores_of_text(exports: dict[str, str], labelled: dict[str, Path]):
 
 @pytest.mark.slow
 def test_a_run_scores_its_encoder(shards: Path, labelled: dict[str, Path], tmp_path: Path):
-    """While it goes on, with bytes and the untrained encoder beside it, in the report and on the card."""
+    """During training, with bytes and the untrained encoder as baselines; the scores are in the report and on the model
+    card."""
     data = [f"eval.gallery={labelled['train']}", f"eval.val={labelled['test']}", f"eval.test={labelled['test']}"]
     recipe = tiny_recipe(
         "bert", shards, tmp_path / "run", "steps=4", "eval.periodic=[knn]", "eval.final=[linear]", *data
@@ -130,13 +132,13 @@ def test_a_run_scores_its_encoder(shards: Path, labelled: dict[str, Path], tmp_p
     assert "| linear |" in (tmp_path / "run" / "export" / "4" / "README.md").read_text()
 
 
-def test_errors_say_what_to_do(exports: dict[str, str], labelled: dict[str, Path], shards: Path, tmp_path: Path):
+def test_errors(exports: dict[str, str], labelled: dict[str, Path], shards: Path, tmp_path: Path):
     text = [str(labelled["train"])], [str(labelled["test"])]
     with pytest.raises(DataError, match="no labelled text shards are named"):
         evaluate(exports["bert"], ["linear"], [], [])
     with pytest.raises(DataError, match=r"no \.txt; make text shards"):
         evaluate(exports["bert"], ["linear"], [str(shards)], [str(shards)])
-    with pytest.raises(UserError, match="bits per byte are those of a decoder"):
+    with pytest.raises(UserError, match="bits per byte are defined for a decoder"):
         evaluate("bytes", ["bits_per_byte"], *text)
     with pytest.raises(UserError, match="reads images, which bits_per_byte does not score; choose knn or linear"):
         evaluate(exports["mae"], ["bits_per_byte"], *text)

@@ -1,4 +1,5 @@
-"""Bits per byte against a naive sum, its exact accounting and its errors; what a text run writes while it goes on, and its report."""
+"""Bits per byte compared with a naive sum, its exact counts and its errors; the samples and the report of a run on
+text."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_bits_per_byte_is_the_naive_sum_over_documents(masked: bool, runs: dict[str, Path], shards: Path):
+def test_bits_per_byte_equals_a_naive_sum_over_documents(masked: bool, runs: dict[str, Path], shards: Path):
     """Row by row of 32 tokens, one token at a time, in float64."""
     held = tokens(shards.parent)
     rows = evaluate(
@@ -45,13 +46,15 @@ def test_bits_per_byte_is_the_naive_sum_over_documents(masked: bool, runs: dict[
     model, blocks = encoder.backbone.double(), Blocks([str(held)])
     documents = [list(blocks.documents(n, n + 1)) for n in range(len(blocks.first) - 1)]
     text = sum(size for shard in documents for _, size in shard)
-    assert value["bits_per_byte"]["count"] == text and value["bits_per_byte"]["unit"] == "bytes"  # every byte once
+    assert (
+        value["bits_per_byte"]["count"] == text and value["bits_per_byte"]["unit"] == "bytes"
+    )  # each byte is counted once
     if not masked:
         return
     nats, count = 0.0, 0
     with torch.inference_mode():
         for shard in documents:
-            at = 0  # in the shard: rows begin at multiples of 32
+            at = 0  # position in the shard; rows begin at multiples of 32
             for ids, _ in shard:
                 for begin in range(0, len(ids)):
                     place = at + begin
@@ -63,11 +66,11 @@ def test_bits_per_byte_is_the_naive_sum_over_documents(masked: bool, runs: dict[
                     count += 1
                     if count >= 400:
                         break
-                at += len(ids) - 1  # its last token is the next one's first
+                at += len(ids) - 1  # its last token is the first one of the next document
                 if count >= 400:
                     break
             break
-    # the same model on the first 400 targets, by the protocol's own batches
+    # the same model on the first 400 targets, with the batches of the protocol
     from eval.bits_per_byte import batch
 
     encoder.backbone.float()
@@ -85,7 +88,7 @@ def test_bits_per_byte_is_the_naive_sum_over_documents(masked: bool, runs: dict[
     assert total == pytest.approx(nats, rel=1e-5)
 
 
-def test_an_untrained_model_needs_about_the_logarithm_of_its_vocabulary(shards: Path, tmp_path: Path):
+def test_an_untrained_model_needs_log2_of_its_vocabulary_per_token(shards: Path, tmp_path: Path):
     run = train(tiny_recipe("gpt", shards, tmp_path / "run", "steps=1"))
     rows = evaluate(run / "export" / "0", ["bits_per_byte"], [], [str(tokens(shards.parent))])
     value = {row["metric"]: row["value"] for row in rows}
@@ -94,8 +97,8 @@ def test_an_untrained_model_needs_about_the_logarithm_of_its_vocabulary(shards: 
     assert f"{value['bits_per_byte']:.3f}" in results.table(rows)
 
 
-def test_a_tokenizer_that_changes_text_has_the_bytes_of_its_documents(shards: Path, tmp_path: Path):
-    """NFC makes one token, of two bytes, of "e" and an accent, which are three."""
+def test_bytes_of_a_tokenizer_that_changes_text_are_those_of_the_documents(shards: Path, tmp_path: Path):
+    """NFC makes a token of two bytes from "e" and an accent, which have three bytes."""
     (tmp_path / "text").mkdir()
     texts = ["cafe\u0301 " * 40, "nai\u0308ve sea " * 60]
     write_tar(tmp_path / "text" / "0.tar", [(f"{n}.txt", text.encode()) for n, text in enumerate(texts)])
@@ -120,7 +123,7 @@ def test_a_tokenizer_that_changes_text_has_the_bytes_of_its_documents(shards: Pa
         evaluate(run / "export" / "1", ["bits_per_byte"], [], [str(held)])
 
 
-def test_text_that_the_tokenizer_does_not_know_is_flagged_or_refused(shards: Path, tmp_path: Path):
+def test_text_that_the_tokenizer_does_not_know_is_reported_or_refused(shards: Path, tmp_path: Path):
     file = word_pieces(tmp_path / "tokenizer.json", "the sea")
     sets = {}
     for name, words in (("some", "the sea " * 3000 + "語 "), ("many", "the sea " * 300 + "語 " * 300)):
@@ -136,9 +139,9 @@ def test_text_that_the_tokenizer_does_not_know_is_flagged_or_refused(shards: Pat
         evaluate(run / "export" / "1", ["bits_per_byte"], [], [str(sets["many"])])
 
 
-def test_what_is_refused(runs: dict[str, Path], shards: Path, tmp_path: Path):
+def test_models_and_data_that_are_refused(runs: dict[str, Path], shards: Path, tmp_path: Path):
     held = [str(tokens(shards.parent))]
-    with pytest.raises(UserError, match="bits per byte are those of a decoder"):
+    with pytest.raises(UserError, match="bits per byte are defined for a decoder"):
         evaluate(runs["bert"], ["bits_per_byte"], [], held)
     with pytest.raises(UserError, match=r"holds \.docs, \.tokens and no \.txt"):
         evaluate(runs["gpt"], ["knn"], held, held)
@@ -178,7 +181,7 @@ def test_texts_whose_rows_cannot_be_read_are_left_out(tmp_path: Path):
     assert load_texts([str(tmp_path)]) == (["sea"], ["x"], 2, 0)
 
 
-def test_a_text_run_is_scored_and_sampled_while_it_goes_on(shards: Path, tmp_path: Path):
+def test_a_text_run_is_scored_and_sampled_during_training(shards: Path, tmp_path: Path):
     held, run = tokens(shards.parent), tmp_path / "run"
     scored = [f"eval.val={held}", f"eval.test={held}", "eval.periodic=[bits_per_byte]", "eval.final=[bits_per_byte]"]
     options = [

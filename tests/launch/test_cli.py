@@ -113,7 +113,9 @@ def test_shards_commands(photos: Path, tmp_path: Path):
     verified = unlabeled("shards", "verify", whole)
     assert verified.returncode == 0 and "every byte is as it was indexed" in verified.stdout, verified.stderr
     seen = unlabeled("shards", "stats", whole, "--sheet", tmp_path / "sheet.png")
-    assert seen.returncode == 0 and "48 images decoded, evenly over the set: 0 damaged" in seen.stdout, seen.stderr
+    assert seen.returncode == 0 and "48 images decoded, evenly spread over the set: 0 damaged" in seen.stdout, (
+        seen.stderr
+    )
     assert (tmp_path / "sheet.png").stat().st_size > 50_000
     parts = unlabeled("shards", "split", whole, tmp_path / "parts", "--val", "0.3", "--test", "0.2", "--workers", "1")
     assert parts.returncode == 0 and f"{tmp_path}/parts/test: " in parts.stdout, parts.stderr

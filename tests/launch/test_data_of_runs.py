@@ -108,7 +108,7 @@ def test_a_run_goes_on_only_with_the_data_it_was_started_on(noise: Path, tmp_pat
     write_tar(noise / "b.tar", [("new.jpg", jpeg(99))])
     index.write(noise)
     with pytest.raises(
-        DataError, match=r"is not the data that this run was started on: 0/b.tar is new \(1 shards then, 2 now\)"
+        DataError, match=r"is not the data that this run was started on: 0/b.tar is new \(1 shards before, 2 now\)"
     ):
         train(tiny_recipe("simclr", noise, run))
 

@@ -51,7 +51,7 @@ def test_train_on_a_folder_of_images(mine: Path, tmp_path: Path):
     done = unlabeled("train", recipe, f"data.train={mine}", *scored)
     assert done.returncode == 0, done.stderr
     assert "48 images; 2 labels from its sub-folders; 1 damaged or too large, left out" in done.stdout
-    assert "no images, passed over: 1 .txt" in done.stdout and "built once" in done.stdout
+    assert "not images, ignored: 1 .txt" in done.stdout and "built once" in done.stdout
     assert everything(mine) == before
     stored = load(tmp_path / "run")
     (shards,) = stored.data.train
@@ -139,14 +139,14 @@ def test_a_change_of_a_file_makes_other_shards(mine: Path, tmp_path: Path):
     ]
     shutil.rmtree(first)
     with pytest.raises(
-        DataError, match=r"no such file or folder; it held shards of a folder of images.*data.train=FOLDER"
+        DataError, match=r"no such file or folder; shards that were made from a folder of images.*data.train=FOLDER"
     ):
         find_shards([str(first)])
 
 
 def test_no_room_in_the_cache(mine: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"has room for 0\.0 GB; set UNLABELED_CACHE=FOLDER"):
+    with pytest.raises(DataError, match=r"has 0\.0 GB free; set UNLABELED_CACHE=FOLDER"):
         folder_cache.shards_of(str(mine))
 
 
@@ -163,7 +163,7 @@ def test_from_python(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run = train(tiny_recipe("mae", photos, tmp_path / "run", "steps=2"))
     assert load(run).data.train[0].startswith(str(tmp_path / "cache"))
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(DataError, match=r"give data\.train=FOLDER again"):
+    with pytest.raises(DataError, match=r"write data\.train=FOLDER again"):
         train(load(run, ["steps=3"]))
     train(load(run, ["steps=3", f"data.train={photos}"]))  # the same shards at the same place
     assert len(losses(run)) == 3

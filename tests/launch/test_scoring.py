@@ -16,7 +16,7 @@ import pytest
 from common import config
 from common.errors import UserError
 from data_pipeline.build.build_shards import build
-from eval.scoring import RESTARTS, check
+from eval.scoring import MAX_RESTARTS, check
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.signals import EXIT_UNSCORED
 from pretrain.train import train
@@ -102,12 +102,12 @@ def test_a_scoring_process_that_dies(always: bool, shards: Path, tmp_path: Path)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     killed = kill_scoring(process, lambda count: count == 1 and not always)
     _, error = process.communicate(timeout=300)
-    assert killed == (RESTARTS + 1 if always else 1) and "Traceback" not in error
-    assert "the process that scores was killed by SIGKILL; it is started again" in error
+    assert killed == (MAX_RESTARTS + 1 if always else 1) and "Traceback" not in error
+    assert "the scoring process was killed by SIGKILL; it is started again" in error
     assert (run / "export" / "2" / "config.json").is_file()
     if always:
         assert process.returncode == EXIT_UNSCORED not in (0, 1, 2, 75)
-        assert f"error: {run}: trained, but the process that scores died 4 times; the same command tries again" in error
+        assert f"error: {run}: trained, but the scoring process died 4 times; the same command tries again" in error
     else:
         assert process.returncode == 0 and len(read_rows(run / "results.jsonl")) > 1
 

@@ -250,7 +250,7 @@ def test_the_demo_text_without_a_registry_is_the_standard_library(tmp_path: Path
     said: list[str] = []
     target = tmp_path / "demo"
     assert demo_text.make(target, "auto", 300, 1, said.append) == "stdlib"
-    assert "taking the standard library instead" in "\n".join(said)
+    assert "using the standard library instead" in "\n".join(said)
     counts = [load_manifest(str(target / split)).details["tokens"]["documents"] for split in demo_text.SPLITS]
     assert (
         sum(counts) == json.loads((target / "text" / "set.json").read_text())["counts"]["train"] + counts[1] + counts[2]

@@ -192,7 +192,7 @@ def test_a_tiff_is_read_faithfully_or_refused(photo: np.ndarray):
         (tiff(gray16.astype(np.uint32)), "32-bit or signed numbers"),
         (tiff(gray16.astype(np.int16)), "32-bit or signed numbers"),
         (tiff(gray16.astype(np.float32)), "floating-point"),
-        (tiff(four, 2), "holds 4 channels, but 3 are asked for"),
+        (tiff(four, 2), "holds 4 channels, but 3 are requested"),
         (tiff(four, 2, extra=0), "4 bands, but Pillow reads only 3 of them"),
         (tiff(photo, 2, pages=(0, 0)), "several pages; write each page to a file of its own"),
         (tiff(photo, 2, pages=(0, 1, 0)), "several pages; write each page to a file of its own"),
@@ -245,7 +245,7 @@ def test_channels_must_be_those_of_the_file(photo: np.ndarray):
         data = saved(image, kind)
         if held in (2, 4):
             assert np.array_equal(decode_image(data, extension, held), np.array(image))
-        with pytest.raises(Damaged, match=f"holds {held} channels, but 5 are asked for"):
+        with pytest.raises(Damaged, match=f"holds {held} channels, but 5 are requested"):
             decode_image(data, extension, 5)
         assert decode_image(data, extension, 3).shape == (200, 301, 3)
         assert decode_image(data, extension, 1).shape == (200, 301, 1)
@@ -260,7 +260,7 @@ def test_arrays(channels: int, order: str):
     assert Encoded(npy(array), "npy", channels).shape == (7, 9)
     if channels not in (1, 3):
         for wrong in (1, 3, channels + 1):
-            with pytest.raises(Damaged, match=f"holds {channels} channels, but {wrong} are asked for"):
+            with pytest.raises(Damaged, match=f"holds {channels} channels, but {wrong} are requested"):
                 decode_image(npy(array), "npy", wrong)
     elif channels == 3:
         assert np.array_equal(decode_image(npy(array), "npy", 1)[..., 0], np.array(Image.fromarray(array).convert("L")))
@@ -483,7 +483,7 @@ def test_what_is_no_image(photo: np.ndarray):
         for data in (b"", b"\xff\xd8", b"not an image at all" * 9, b"\x89PNG\r\n\x1a\n", bytes(100)):
             with pytest.raises(Damaged, match=r"\w"):
                 decode_image(data, extension)
-    with pytest.raises(Damaged, match=r"\.exe is no image"):
+    with pytest.raises(Damaged, match=r"\.exe is not the extension of an image"):
         decode_image(saved(photo, "PNG"), "exe")
     for kind in ("EPS", "PPM", "PDF"):  # what Pillow would open, in part with other programs
         with pytest.raises(Damaged):
@@ -497,7 +497,7 @@ def test_what_is_no_image(photo: np.ndarray):
 
 
 @pytest.mark.parametrize(
-    "place", ["decode.turned", "decode.orientation", "pillow_images._convert", "pillow_images._check_png"]
+    "place", ["decode.oriented", "decode.orientation", "pillow_images._convert", "pillow_images._check_png"]
 )
 def test_a_bug_of_ours_does_not_look_like_damage(place: str, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch):
     def wrong(*_: object) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import ConfigError, UserError
 from common.schedules import Schedule
 from data_pipeline.views.augmentations import Augment
-from data_pipeline.views.multicrop import _augments, multicrop, pick
+from data_pipeline.views.multicrop import _augments, draw_kind, multicrop
 from pretrain.build import build_objective
 from pretrain.interchange.export import load as load_export
 from pretrain.models import presets
@@ -335,10 +335,10 @@ def test_resolutions_are_drawn_by_step():
         assert len(shapes) == 1  # the same for all samples of a step
         seen[shapes.pop()] += 1
     assert set(seen) == {(64, 16, 128), (96, 32, 128)}
-    assert view(sample(1), rng_of)["mask"].shape == (2, (12 if pick(3, 1, (0.3, 0.7)) else 8) ** 2)
-    drawn = [[pick(seed, step, (0.3, 0.7)) for step in range(40)] for seed in (0, 0, 1)]
+    assert view(sample(1), rng_of)["mask"].shape == (2, (12 if draw_kind(3, 1, (0.3, 0.7)) else 8) ** 2)
+    drawn = [[draw_kind(seed, step, (0.3, 0.7)) for step in range(40)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    shares = np.mean([pick(0, step, (0.3, 0.7)) for step in range(20000)])
+    shares = np.mean([draw_kind(0, step, (0.3, 0.7)) for step in range(20000)])
     assert shares == pytest.approx(0.7, abs=0.01)
     for row, message in [
         ([64, 16, 128], "must be"),

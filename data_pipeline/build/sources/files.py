@@ -1,5 +1,5 @@
-"""Sources that are folders of images or of videos: a sample per file, with labels from the first level of sub-folders
-or from a list.
+"""Sources that are folders of images or of videos. Each file becomes a sample; its label is its sub-folder of the first
+level, or comes from a list.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from data_pipeline.build.sources.source import (
     IMAGE_OPTIONS,
     Block,
     Entry,
-    File,
     Source,
     class_order,
-    extension,
     member_of,
-    reason_of,
     refuse_splits,
     stem,
     to_json,
 )
 from data_pipeline.build.sources.tables import Labels
+from data_pipeline.build.sources.tree import File, extension, reason_of
 from data_pipeline.formats.image_formats import IMAGES, MAX_PIXELS
 from data_pipeline.shards.members import VIDEOS
 
-MAX_SIDE = 65500  # pixels of a frame: the limit of JPEG
+MAX_FRAME_SIDE = 65500  # pixels; the limit of JPEG
 
 
 class Images(Source):
+    """A folder of images. Pieces: [path, class number or None]."""
+
     kind = "images"
     title = "folder of images"
     reads: tuple[str, ...] = ("labels", "label_field", *IMAGE_OPTIONS)
@@ -45,40 +45,40 @@ class Images(Source):
         if self.options.label_field and not self.options.labels:
             raise DataError("--label-field names a column of --labels FILE, which is not given")
         if self.options.labels:
-            self._from_list(Labels(self.options.labels, self.options.label_field))
+            self._label_from_list(Labels(self.options.labels, self.options.label_field))
         else:
             self._labels = {f.path: f.path.partition("/")[0] for f in self.files if "/" in f.path}
             refuse_splits(self._labels.values(), self.tree)
         self.classes = class_order(set(self._labels.values()))
 
-    def _from_list(self, labels: Labels) -> None:
-        listed = set(labels.by_path)
-        without = []
-        folders = dict[str, str]()  # {name in the list without a folder: folder of the file}
-        tree_top = "the source itself"
+    def _label_from_list(self, labels: Labels) -> None:
+        """Set the labels of the files that a list names. Raises DataError if it names none, or one ambiguously."""
+        not_found = set(labels.by_path)
+        unlabelled = []
+        folders = dict[str, str]()  # {name in the list that has no folder: folder of its file}
         for file in self.files:
             found = labels.of(file.path)
             folder = file.path.rpartition("/")[0]
             if found and "/" not in found[0] and folders.setdefault(found[0], folder) != folder:
                 raise DataError(
-                    f"{labels.name}: names {found[0]}, but {file.path} and one in {folders[found[0]] or tree_top} are"
-                    " both"
-                    " files with this name; write paths below the source"
+                    f"{labels.name}: names {found[0]}, but {file.path} and one in"
+                    f" {folders[found[0]] or 'the source itself'} are both files with this name; write paths below the"
+                    " source"
                 )
             if found is None:
-                without.append(file.path)
+                unlabelled.append(file.path)
             else:
-                listed.discard(found[0])
+                not_found.discard(found[0])
                 self._labels[file.path] = found[1]
-        self.bad += [(path, f"is listed in {labels.name}, but does not exist") for path in sorted(listed)]
-        if without:
-            some = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
-            self.notes.append(f"{len(without)} files have no row in {labels.name} and get no label: {some}")
+        self.bad += [(path, f"is listed in {labels.name}, but does not exist") for path in sorted(not_found)]
+        if unlabelled:
+            some = ", ".join(unlabelled[:5]) + (", …" if len(unlabelled) > 5 else "")
+            self.notes.append(f"{len(unlabelled)} files have no row in {labels.name} and get no label: {some}")
         if not self._labels:
             example = next(iter(labels.by_path))
             raise DataError(
-                f"{labels.name}: names none of the {len(self.files)} files, which are like {self.files[0].path}; "
-                f"it says {example}. Write paths below the source"
+                f"{labels.name}: names none of the {len(self.files)} files, for example {self.files[0].path};"
+                f" its own names are like {example}. Write paths below the source"
             )
 
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
@@ -94,17 +94,19 @@ class Images(Source):
         except OSError as error:
             yield Entry(path, reason=reason_of(error))
             return
-        members = {member_of(extension(path)): data, "json": to_json({"path": path, **self.about(data)})}
+        members = {member_of(extension(path)): data, "json": to_json({"path": path, **self.annotation(data)})}
         if label is not None:
             members["cls"] = str(label).encode()
         yield Entry(path, stem(path), members)
 
-    def about(self, data: bytes) -> dict[str, Any]:
-        """Further entries of a file's json member."""
+    def annotation(self, data: bytes) -> dict[str, Any]:
+        """Further entries for the json member of a file."""
         return {}
 
 
 class Videos(Images):
+    """A folder of videos. Pieces: [path, class number or None]."""
+
     kind = "videos"
     title = "folder of videos"
     reads = ("labels", "label_field")
@@ -117,11 +119,11 @@ class Videos(Images):
         need_av()
         super().begin()
 
-    def about(self, data: bytes) -> dict[str, Any]:
+    def annotation(self, data: bytes) -> dict[str, Any]:
         try:
-            return open_video(data)
+            return video_facts(data)
         except Damaged:
-            return {}  # the check of the sample reports it
+            return {}  # the check of the sample reports the damage
 
 
 def need_av() -> Any:
@@ -130,12 +132,12 @@ def need_av() -> Any:
         import av
     except ImportError:
         raise DataError(
-            "videos: the package that reads them is not installed; pip install 'unlabeled[video]'"
+            "the package av, which reads videos, is not installed; pip install 'unlabeled[video]'"
         ) from None
     return av
 
 
-def open_video(data: bytes) -> dict[str, Any]:
+def video_facts(data: bytes) -> dict[str, Any]:
     """{"width", "height", "seconds"} of a video, whose first frame is decoded. Raises `Damaged`."""
     return first_frame(data)[1]
 
@@ -146,7 +148,7 @@ def first_frame(data: bytes) -> tuple[Any, dict[str, Any]]:
     if not data:
         raise Damaged("is empty: 0 bytes")
     try:
-        # no protocols are allowed, so that a playlist in the file cannot open other files
+        # FFmpeg may use no protocol, so that a file that is a playlist cannot make it open other files or URLs.
         with av.open(io.BytesIO(data), options={"protocol_whitelist": ""}, metadata_errors="replace") as video:
             frame = next(video.decode(stream_of(video)), None)
             if frame is None:
@@ -175,9 +177,12 @@ def stream_of(video: Any) -> Any:
 
 
 def checked(picture: Any) -> Any:
-    """The same frame. Raises `Damaged` if it is too large."""
-    if not 0 < picture.width * picture.height <= MAX_PIXELS or max(picture.width, picture.height) > MAX_SIDE:
-        raise Damaged(f"{picture.width}×{picture.height} pixels, but {MAX_PIXELS} and sides of {MAX_SIDE} are allowed")
+    """`picture` itself, a frame or a codec context. Raises `Damaged` if its size is not allowed."""
+    if not 0 < picture.width * picture.height <= MAX_PIXELS or max(picture.width, picture.height) > MAX_FRAME_SIDE:
+        raise Damaged(
+            f"{picture.width}×{picture.height} pixels, but at most {MAX_PIXELS} and sides of {MAX_FRAME_SIDE} are"
+            " allowed"
+        )
     return picture
 
 

@@ -1,9 +1,9 @@
 """A source of images that are frames of videos: time is divided into intervals of some seconds, and the first frame in
 each interval becomes a JPEG.
 
-The survey reads the packets of a whole video without decoding them, to learn the times of its frames. It divides the
-video into pieces, and a worker decodes each from the key frame before its first frame. After a decoding error no more
-frames of the piece are taken, because most decoders continue with frames that they have made up.
+The survey reads the packets of a whole video without decoding them, to find the times of its frames. It divides the
+video into pieces. A worker decodes a piece from the key frame before its first frame on. After a decoding error the
+rest of the piece is left out, because most decoders continue with invented frames.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from PIL import Image
 
 from common.errors import Damaged, DataError
 from data_pipeline.build.sources.files import Images, Videos, av_failure, checked, need_av, stream_of
-from data_pipeline.build.sources.source import READ_ERRORS, Block, Entry, Options, Tree, reason_of, safe_name, to_json
+from data_pipeline.build.sources.source import Block, Entry, Options, safe_name, to_json
+from data_pipeline.build.sources.tree import READ_ERRORS, Tree, reason_of
 
 DEFAULT_INTERVAL = 1.0  # seconds
 MIN_INTERVAL = 0.001  # seconds; keys state the time of a frame in milliseconds
@@ -43,6 +44,8 @@ def check_every(options: Options) -> None:
 
 
 class Frames(Images):
+    """Frames of videos as images. Pieces: those of `survey`, with the class number or None at the end."""
+
     kind = "frames"
     title = "folder of videos, whose frames become images"
     reads = ("labels", "label_field", "as_stored", "frames_every")
@@ -70,15 +73,15 @@ class Frames(Images):
             times, problem, pixels, intervals = self._scan_video(path)
         except (Damaged, *READ_ERRORS) as reason:
             return {"blocks": [], "bad": [[path, reason_of(reason)]]}
-        starts: dict[int, int] = {}  # interval → time of its first frame
+        starts: dict[int, int] = {}  # {interval: time of its first frame}
         for time in sorted(times):
             starts.setdefault(intervals.number(time), time)
-        each = int(pixels * BYTES_PER_PIXEL) + self.overhead
-        count, numbers, blocks = max(1, self.limit // each), list(starts), []
-        for first in range(0, len(numbers), count):
-            part = numbers[first : first + count]
+        frame_bytes = int(pixels * BYTES_PER_PIXEL) + self.overhead
+        numbers, frames_per_block, blocks = list(starts), max(1, self.limit // frame_bytes), []
+        for first in range(0, len(numbers), frames_per_block):
+            part = numbers[first : first + frames_per_block]
             piece = [path, intervals.first, part[0], part[-1], starts[part[0]], len(part)]
-            blocks.append([len(part) * each, len(part), piece])
+            blocks.append([len(part) * frame_bytes, len(part), piece])
         return {"blocks": blocks, "bad": [[path, problem]] if problem else []}
 
     def _scan_video(self, path: str) -> tuple[list[int], str, int, Intervals]:
@@ -86,13 +89,14 @@ class Frames(Images):
 
         Raises `Damaged` if the video has no frames, or none whose time is known.
         """
-        times, problem, packets, end = [], "", 0, Fraction(0)
-        with opened(self.tree, path) as (video, stream):
+        times: list[int] = []
+        problem, packets, end = "", 0, Fraction(0)  # `end`: of the last packet, in seconds
+        with open_video(self.tree, path) as (video, stream):
             picture = next(decoded(video, stream), None)
             if picture is None:
                 raise Damaged("holds no frames")
             pixels = checked(picture).width * picture.height
-        with opened(self.tree, path) as (video, stream):
+        with open_video(self.tree, path) as (video, stream):
             try:
                 for packet in _guarded(video.demux()):
                     time = packet.dts if packet.pts is None else packet.pts
@@ -103,12 +107,13 @@ class Frames(Images):
                     end = max(end, (time + (packet.duration or 0)) * packet.time_base)
                     if packet.stream.index == stream.index:
                         packets += 1
-                        times += [] if packet.is_discard else [time]
+                        if not packet.is_discard:
+                            times.append(time)
                 if packets < stream.frames:
                     raise Damaged(f"it holds only {packets} of the {stream.frames} frames that its header states")
-                whole = Fraction(video.duration or 0, 1_000_000) + Fraction(video.start_time or 0, 1_000_000)
-                if whole - end > LENGTH_TOLERANCE * whole + 1:
-                    raise Damaged(f"it ends after {float(end):.1f} s, but its header states {float(whole):.1f} s")
+                stated = Fraction(video.duration or 0, 1_000_000) + Fraction(video.start_time or 0, 1_000_000)
+                if stated - end > LENGTH_TOLERANCE * stated + 1:
+                    raise Damaged(f"it ends after {float(end):.1f} s, but its header states {float(stated):.1f} s")
             except Damaged as reason:
                 problem = f"is damaged; frames up to the damage are used: {reason}"
             if not times:
@@ -128,20 +133,20 @@ class Frames(Images):
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
         path, begin, first, last, start, count, label = piece
-        yielded, done, reason = 0, first - 1, ""
+        yielded, last_yielded, reason = 0, first - 1, ""  # frames, the interval of the last one
         # Try to seek to the first frame of the piece. If that yields no frame, decode the video from its beginning.
         for seek in (True, False) if start > begin else (False,):
             try:
-                with opened(self.tree, path) as (video, stream):
+                with open_video(self.tree, path) as (video, stream):
                     intervals = Intervals(begin, stream.time_base, self._every)
-                    for picture in _from(video, stream, start) if seek else decoded(video, stream):
+                    for picture in _frames_from(video, stream, start) if seek else decoded(video, stream):
                         time = picture.dts if picture.pts is None else picture.pts
-                        interval = done if time is None else intervals.number(time)
+                        interval = last_yielded if time is None else intervals.number(time)
                         if interval > last:
                             break
-                        if interval > done:
+                        if interval > last_yielded:
                             yield self._frame(path, picture, intervals.seconds(time), label)
-                            yielded, done = yielded + 1, interval
+                            yielded, last_yielded = yielded + 1, interval
                         if yielded == count:
                             break
                 reason = f"{count - yielded} of {count} frames are left out: the decoder did not return them"
@@ -167,7 +172,7 @@ class Frames(Images):
         members = {"jpg": out.getvalue(), "json": to_json({"path": path, "seconds": round(float(seconds), 3)})}
         if label is not None:
             members["cls"] = str(label).encode()
-        return Entry(f"{path} at {float(seconds):.3f} s", f"{_name(path)}/{int(seconds * 1000):09d}", members)
+        return Entry(f"{path} at {float(seconds):.3f} s", f"{_video_name(path)}/{int(seconds * 1000):09d}", members)
 
     def key(self, number: int, entry: Entry) -> str:
         """The key VIDEO/MILLISECONDS, which does not depend on the other videos."""
@@ -175,10 +180,9 @@ class Frames(Images):
 
 
 class Intervals:
-    """The time of a video, divided into intervals of `every` seconds that are counted from its first frame.
+    """The duration of a video, divided into intervals of `every` seconds from its first frame on.
 
-    Times are whole numbers in units of `base` seconds, the time base of the video. `first` is the time of the first
-    frame.
+    Times are integers in units of `base` seconds, the time base of the video. `first` is the time of the first frame.
     """
 
     def __init__(self, first: int, base: Fraction, every: Fraction):
@@ -195,7 +199,7 @@ class Intervals:
         return (time - self.first) * self.base
 
 
-def _name(path: str) -> str:
+def _video_name(path: str) -> str:
     """A readable name for a video. It ends with a hash of the path, so that a.mp4, a.mkv and x/a.mp4 differ."""
     digest = xxhash.xxh3_64_hexdigest(path.encode(errors="surrogateescape"))[:8]
     return f"{safe_name(path.rpartition('.')[0])}-{digest}"
@@ -203,8 +207,8 @@ def _name(path: str) -> str:
 
 # ---------------------------------------------------------------- PyAV
 @contextmanager
-def opened(tree: Tree, path: str) -> Iterator[tuple[Any, Any]]:
-    """(the open video, its video stream), decoded by one thread. Raises `Damaged`."""
+def open_video(tree: Tree, path: str) -> Iterator[tuple[Any, Any]]:
+    """(the open video, its video stream); one thread decodes it. Raises `Damaged`."""
     av = need_av()
     with tree.open(path) as file:
         if not tree.stat(path).size:
@@ -242,7 +246,7 @@ def _guarded(parts: Iterable[Any]) -> Iterator[Any]:
         yield part
 
 
-def _from(video: Any, stream: Any, start: int) -> Iterator[Any]:
+def _frames_from(video: Any, stream: Any, start: int) -> Iterator[Any]:
     """Yield the frames from the time `start` on, decoded from a key frame at least a second before it, if there is one.
 
     Raises `Damaged` if seeking fails.
@@ -252,10 +256,10 @@ def _from(video: Any, stream: Any, start: int) -> Iterator[Any]:
         video.seek(start - math.ceil(1 / stream.time_base), stream=stream)
     except av.error.FFmpegError as error:
         raise Damaged(av_failure(error)) from None
-    before = True
+    is_first = True
     for picture in decoded(video, stream):
-        if before and (picture.pts is None or picture.pts > start):
+        if is_first and (picture.pts is None or picture.pts > start):
             raise Damaged("no key frame was found before the first frame of the piece")
-        before = False
+        is_first = False
         if picture.pts is None or picture.pts >= start:
             yield picture

@@ -1,5 +1,5 @@
-"""Parquet files as sources: cut by row groups and read a few rows at a time, with images in a column of bytes, as
-Hugging Face's datasets store them.
+"""Parquet files as sources. They are divided by row groups and read a few rows at a time. Images are in a column of
+bytes, as Hugging Face's datasets store them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from data_pipeline.build.sources.source import (
     IMAGE_OPTIONS,
     Block,
     Entry,
-    File,
     Source,
-    Tree,
     class_order,
-    reason_of,
     stem,
     text_member,
     to_json,
 )
 from data_pipeline.build.sources.tables import IMAGE_FIELDS, LABEL_FIELDS, choose_field
+from data_pipeline.build.sources.tree import File, Tree, reason_of
 
-ROWS_AT_ONCE = 32  # in memory
+ROWS_AT_ONCE = 32  # rows in memory
 _MAGIC_BYTES = {
     b"\xff\xd8": "jpg",
     b"\x89PNG": "png",
@@ -41,7 +39,7 @@ def need_pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError:
         raise DataError(
-            "parquet: the package that reads it is not installed; pip install 'unlabeled[parquet]'"
+            "the package pyarrow, which reads parquet files, is not installed; pip install 'unlabeled[parquet]'"
         ) from None
     return pyarrow.parquet
 
@@ -62,7 +60,7 @@ class Table:
         except DataError:  # of the store that holds the file
             raise
         except Exception as error:  # pyarrow raises a dozen kinds on damage
-            raise Unreadable(f"{self.name}: is no complete parquet file ({reason_of(error)})") from None
+            raise Unreadable(f"{self.name}: is not a complete parquet file ({reason_of(error)})") from None
         self.schema = self.file.schema_arrow
 
     def __enter__(self) -> Table:
@@ -89,12 +87,12 @@ class Table:
 
     def rows(self, group: int, first: int, last: int) -> Iterator[dict[str, Any]]:
         """Rows [first, last) of a row group. Raises `Damaged` where the file is."""
-        place = 0
+        position = 0  # of the next batch in the row group
         batches = self.file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group])
-        while place < last:
-            try:  # around calls of pyarrow only, so that no error of our own code looks like damage
+        while position < last:
+            try:  # only calls of pyarrow, so that an error of our own code does not look like damage
                 batch = next(batches, None)
-                low, high = max(first - place, 0), min(last - place, len(batch or ()))
+                low, high = max(first - position, 0), min(last - position, len(batch or ()))
                 rows = batch.slice(low, high - low).to_pylist() if high > low else []
             except DataError:  # of the store that holds the file
                 raise
@@ -103,10 +101,10 @@ class Table:
             if batch is None:
                 return
             yield from rows
-            place += len(batch)
+            position += len(batch)
 
     def image_columns(self) -> list[str]:
-        """The columns of bytes, or of Hugging Face's {bytes, path}; those with a usual name first."""
+        """The columns that hold bytes, or Hugging Face's {bytes, path}; columns with a usual name come first."""
         import pyarrow.types as types
 
         def holds_bytes(kind: Any) -> bool:
@@ -118,15 +116,13 @@ class Table:
         return sorted(found, key=lambda name: name not in (*IMAGE_FIELDS, "jpg", "png", "bytes"))
 
     def holds_images(self) -> bool:
-        """Whether the first rows with values in the image columns hold an image (bytes may also be text); True if all
-        values are null.
-        """
+        """Whether the image columns hold images, judged by the first values that are not null (bytes may also be text).
+        True if all values are null."""
         columns = self.image_columns()
         for batch in self.file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns) if columns else ():
-            held = [value for row in batch.to_pylist() for value in row.values() if value is not None]
-            if not held:
-                continue
-            return any(isinstance(value, dict) or image_extension(value) for value in held)
+            values = [value for row in batch.to_pylist() for value in row.values() if value is not None]
+            if values:
+                return any(isinstance(value, dict) or image_extension(value) for value in values)
         return bool(columns)
 
     def class_names(self, column: str) -> list[str]:
@@ -138,7 +134,7 @@ class Table:
             return []
 
     def label_names(self, column: str) -> list[str]:
-        """The different values of a column of strings; none for a column of numbers."""
+        """The distinct values of a column of strings; [] for a column of numbers."""
         import pyarrow.types as types
 
         if column not in self.schema.names:
@@ -155,11 +151,14 @@ class Table:
 
 
 def survey(table: Table, limit: int, overhead: int, label: str = "") -> dict[str, Any]:
+    """The result of `Source.survey` for a table, whose column `label` has the labels."""
     labels = table.label_names(label) if label else []
     return {"blocks": [list(b) for b in table.blocks(limit, overhead)], "bad": [], "labels": labels}
 
 
 class ParquetImages(Source):
+    """Parquet files with images. Pieces: see `Table.blocks`."""
+
     kind = "parquet"
     title = "images in parquet"
     reads = ("image_field", "text_field", "label_field", *IMAGE_OPTIONS)
@@ -198,9 +197,11 @@ class ParquetImages(Source):
         )
         if not image and not found:
             names = ", ".join(table.schema.names)
-            raise DataError(f"{table.name}: has no column of image bytes; its columns: {names}")
+            raise DataError(f"{table.name}: has no column of image bytes; its columns are {names}")
         if not image and len(found) > 1 and found[0] not in (*IMAGE_FIELDS, "jpg", "png", "bytes"):
-            raise DataError(f"{table.name}: has several columns of bytes: {', '.join(found)}; name one: --image-field")
+            raise DataError(
+                f"{table.name}: has several columns of bytes: {', '.join(found)}; name one with --image-field"
+            )
         label = text = ""
         if options.label_field:
             label = choose_field(table.schema.names, options.label_field, (), "", table.name, "--label-field")
@@ -223,25 +224,25 @@ class ParquetImages(Source):
             yield from (Entry(f"{path}:{before + row}", reason=reason_of(error)) for row in range(done, last))
 
     def _entry(self, where: str, path: str, row: dict[str, Any], image: str, label: str, text: str) -> Entry:
-        held, value = row.pop(image), row.pop(label, None) if label else None
-        data = held.get("bytes") if isinstance(held, dict) else held
+        cell, value = row.pop(image), row.pop(label, None) if label else None
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not data:
             return Entry(where, reason="holds no image bytes")
-        own = (held.get("path") if isinstance(held, dict) else None) or ""
+        image_path = (cell.get("path") if isinstance(cell, dict) else None) or ""
         extension = image_extension(data)
         if not extension:
-            return Entry(where, reason="the bytes are of no image format that is read")
+            return Entry(where, reason="its bytes are not of an image format that is read")
         members = {extension: data}
         if text:
             members["txt"], reason = text_member(row.pop(text))
             if reason:
                 return Entry(where, reason=reason)
-        if value is not None and value == value:  # false for NaN, which represents a missing number
+        if value is not None and value == value:  # NaN, which stands for a missing number, is not equal to itself
             if isinstance(value, float) and not value.is_integer():
                 return Entry(where, reason=f"its label is {value}, but labels are whole numbers or strings")
             members["cls"] = str(self._number(value)).encode()
-        members["json"] = to_json({"path": own or where, **row})
-        return Entry(where, stem(own or path), members)
+        members["json"] = to_json({"path": image_path or where, **row})
+        return Entry(where, stem(image_path or path), members)
 
     def _number(self, value: Any) -> int:
         return self._numbers[value] if isinstance(value, str) else int(value)

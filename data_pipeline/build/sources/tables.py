@@ -12,45 +12,39 @@ from common.errors import DataError
 from common.untrusted import loads
 from data_pipeline.build.sources.source import (
     IMAGE_OPTIONS,
-    READ_ERRORS,
     Block,
     Entry,
-    File,
     Source,
-    Tree,
-    extension,
     member_of,
-    reason_of,
     stem,
     text_member,
     to_json,
 )
+from data_pipeline.build.sources.tree import READ_ERRORS, File, Tree, extension, reason_of
 from data_pipeline.formats.image_formats import IMAGES
 
 LISTS = ("csv", "tsv", "jsonl", "json")
 IMAGE_FIELDS = ("image_path", "image", "file_name", "filename", "path", "file", "img")
 TEXT_FIELDS = ("caption", "text", "txt", "title")
 LABEL_FIELDS = ("label", "class", "category", "cls")
-FIELD_BYTES = 1 << 24  # the longest line of a list that is read
+FIELD_BYTES = 1 << 24  # the limit of a line of a list
 
 Row = dict[str, Any]
 
 
 def read_rows(tree: Tree, path: str) -> Iterator[tuple[int, Row]]:
-    """(line, {field: value}) of the rows of a list. Raises DataError that names the line which is wrong."""
+    """(line, {field: value}) of the rows of a list. Raises DataError, which names the line with the error."""
     name = tree.place(path)
     if extension(path) not in LISTS:
-        raise DataError(f"{name}: is no list; lists end in {', '.join(LISTS)}")
+        raise DataError(f"{name}: is not a list by its name; lists end in {', '.join(LISTS)}")
     try:
         with tree.open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
             if extension(path) == "json" and (rows := json_array(tree, path)) is not None:
                 yield from ((number, row) for number, row in enumerate(rows, 1) if isinstance(row, dict))
+            elif extension(path) in ("csv", "tsv"):
+                yield from _csv_rows(name, _bounded_lines(name, file))
             else:
-                yield from (
-                    _csv_rows(name, _bounded(name, file))
-                    if extension(path) in ("csv", "tsv")
-                    else _json_rows(name, _bounded(name, file))
-                )
+                yield from _json_rows(name, _bounded_lines(name, file))
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: is not UTF-8 ({error.reason}); save it as UTF-8") from None
     except READ_ERRORS as error:
@@ -58,29 +52,31 @@ def read_rows(tree: Tree, path: str) -> Iterator[tuple[int, Row]]:
 
 
 def json_array(tree: Tree, path: str) -> list[Any] | None:
-    """The content of a .json file that is one array; None if it seems to hold an object per line.
+    """The content of a .json file that is one array; None if its first line is an object, so that each line is one.
 
-    Raises DataError if it holds neither.
+    Raises DataError if neither is true.
     """
     name = tree.place(path)
     data = tree.read(path).removeprefix(b"\xef\xbb\xbf").lstrip()
-    todo = f"{name}: holds neither an array nor an object per line; `jq -c '.[]' {name} > rows.jsonl` may write lines"
+    problem = f"{name}: holds neither an array nor an object per line"
+    problem += f"; `jq -c '.[]' {name} > rows.jsonl` may convert it to lines"
     if not data.startswith(b"["):
         if json_row(data.partition(b"\n")[0])[1]:
-            raise DataError(todo)
+            raise DataError(problem)
         return None
     try:
         return loads(data)
     except ValueError as error:
-        raise DataError(f"{todo} ({error})") from None
+        raise DataError(f"{problem} ({error})") from None
 
 
-def _bounded(name: str, file: IO[str]) -> Iterator[str]:
+def _bounded_lines(name: str, file: IO[str]) -> Iterator[str]:
+    """The lines of a file. Raises DataError for a line of FIELD_BYTES or more."""
     number = 0
     while line := file.readline(FIELD_BYTES):
         number += 1
         if len(line) == FIELD_BYTES:
-            raise DataError(f"{name}: line {number} is longer than {FIELD_BYTES} characters, so this is no list")
+            raise DataError(f"{name}: line {number} is longer than {FIELD_BYTES} characters, so the file is not a list")
         yield line
 
 
@@ -98,13 +94,13 @@ def _csv_rows(name: str, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
                     raise DataError(f"{name}: names a column twice in its first line: {', '.join(header)}")
                 continue
             if len(values) != len(header):
-                many = f"{len(values)} fields, but the first line names {len(header)}"
                 raise DataError(
-                    f"{name}: line {reader.line_num} has {many}; put fields that hold a separator in quotes"
+                    f"{name}: line {reader.line_num} has {len(values)} fields, but the first line names {len(header)};"
+                    " put fields that hold a separator in quotes"
                 )
             yield reader.line_num, dict(zip(header, values, strict=True))
     except csv.Error as error:
-        raise DataError(f"{name}: line {reader.line_num} is no CSV ({error})") from None
+        raise DataError(f"{name}: line {reader.line_num} is not valid CSV ({error})") from None
 
 
 def _json_rows(name: str, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
@@ -118,12 +114,12 @@ def _json_rows(name: str, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
 
 
 def json_row(line: str | bytes) -> tuple[Row, str]:
-    """(the object in a line, the reason why it cannot be used or "")."""
+    """(the JSON object in a line, ""), or ({}, the reason why the line cannot be used)."""
     try:
         row = loads(line)
     except ValueError as error:
-        return {}, f"is no JSON ({error})"
-    return (row, "") if isinstance(row, dict) else ({}, f"holds no JSON object but {type(row).__name__}")
+        return {}, f"is not valid JSON ({error})"
+    return (row, "") if isinstance(row, dict) else ({}, f"holds {type(row).__name__}, not a JSON object")
 
 
 def has_field(row: Row, field: str) -> bool:
@@ -146,20 +142,20 @@ def pop_field(row: Row, field: str) -> Any:
 def choose_field(fields: Iterable[str], wanted: str, usual: tuple[str, ...], what: str, name: str, option: str) -> str:
     """The field for `what`: the wanted one, or the first of the usual ones that exists.
 
-    Raises DataError that lists the fields.
+    Raises DataError, which lists the fields of the file `name`, and the option that names a field.
     """
     fields = list(fields)
     for candidate in [wanted] if wanted else usual:
         if candidate in fields:
             return candidate
     missing = f"has no field {wanted!r}" if wanted else f"has no field for {what} ({', '.join(usual)})"
-    there = ", ".join(map(str, fields)) or "none"
-    raise DataError(f"{name}: {missing}; its fields: {there}. Name one with {option}")
+    existing = ", ".join(map(str, fields)) or "none"
+    raise DataError(f"{name}: {missing}; its fields: {existing}. Name one with {option}")
 
 
 # ---------------------------------------------------------------- labels of images
 class Labels:
-    """The labels of a list with the fields path (or key) and label, by path."""
+    """The labels in a list whose rows have a path (or key) and a label: {path: label} in `by_path`."""
 
     def __init__(self, url: str, label_field: str = ""):
         tree = Tree(url)
@@ -183,12 +179,11 @@ class Labels:
                     " write paths below the source if several folders have files of one name"
                 )
         if not self.by_path:
-            raise DataError(f"{url}: lists nothing")
+            raise DataError(f"{url}: is an empty list")
 
     def of(self, path: str) -> tuple[str, str] | None:
-        """(name in the list, label) of a file, which may be listed by its path, its name, or either without
-        extension.
-        """
+        """(name in the list, label) of a file; None if it is not listed. The list may have its path or its name, with
+        or without extension."""
         name = path.rpartition("/")[2]
         for candidate in (path, path.rpartition(".")[0], name, name.rpartition(".")[0]):
             if candidate in self.by_path:
@@ -198,6 +193,8 @@ class Labels:
 
 # ---------------------------------------------------------------- image and text
 class ImageText(Source):
+    """Lists of images with texts. Pieces: [line of the list, path of the image, text, other fields]."""
+
     kind = "image-text"
     title = "list of images and texts"
     reads = ("image_field", "text_field", *IMAGE_OPTIONS)
@@ -235,8 +232,9 @@ class ImageText(Source):
         label = next((field for field in LABEL_FIELDS if field in row), None)
         if label and not self.options.text_field and not any(field in row for field in TEXT_FIELDS):
             raise DataError(
-                f"{name}: gives images labels ({label}) and no texts; build the folder of the images with it:"
-                f" unlabeled shards build IMAGES TARGET --labels {name}; or name the text with --text-field"
+                f"{name}: has labels of images ({label}) and no texts; use it as labels of the folder of images:"
+                f" unlabeled shards build IMAGES TARGET --labels {name}; or name the field of the text with"
+                " --text-field"
             )
 
         if self.options.text_field and has_field(row, self.options.text_field):
@@ -258,7 +256,7 @@ class ImageText(Source):
             yield Entry(where, reason="names no image")
             return
         if extension(path) not in IMAGES:
-            yield Entry(f"{where} {path}", reason=f"is no image by its name; those end in {', '.join(IMAGES)}")
+            yield Entry(f"{where} {path}", reason=f"is not an image by its name; images end in {', '.join(IMAGES)}")
             return
         caption, reason = text_member(text)
         data = b""

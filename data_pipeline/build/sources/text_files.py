@@ -1,9 +1,10 @@
-"""Text as a source: rows of .jsonl, .json and .parquet files, or .txt files (any text files, if the kind is named),
-each of which is a document or holds one per line or between separators.
+"""Text as a source: the rows of .jsonl, .json and .parquet files, or .txt files (any text files, with `--kind text`). A
+.txt file is a document, or has a document in each line, or documents between separators.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 from collections import Counter
@@ -14,19 +15,9 @@ from typing import IO, Any
 from common.errors import Damaged, DataError
 from common.untrusted import lines
 from data_pipeline.build.sources.parquet import Table, Unreadable, survey
-from data_pipeline.build.sources.source import (
-    READ_ERRORS,
-    Block,
-    Entry,
-    File,
-    Source,
-    extension,
-    reason_of,
-    stem,
-    text_member,
-    to_json,
-)
+from data_pipeline.build.sources.source import Block, Entry, Source, stem, text_member, to_json
 from data_pipeline.build.sources.tables import choose_field, has_field, json_array, json_row, pop_field
+from data_pipeline.build.sources.tree import READ_ERRORS, File, extension, reason_of
 from data_pipeline.formats.image_formats import IMAGES
 from data_pipeline.shards.members import MAX_MEMBER_BYTES, VIDEOS
 
@@ -60,14 +51,17 @@ CONVERT = {
         " json.loads(line)['conversations'])}})) for line in sys.stdin]"
     ),
 }
-TEXT_NAMES = ("text", "content", "txt", "caption", "title")  # usual names of the text's field; the first that exists
-DECIDING_ROWS = 100  # rows whose fields decide which one is the text
-MAX_SEARCHED_ROWS = 10_000  # rows that are searched for any text field
-# Extensions that are not read as text even if the user has named the kind.
+TEXT_NAMES = ("text", "content", "txt", "caption", "title")  # usual names of the field with the text, in this order
+DECIDING_ROWS = 100  # the text is the first of TEXT_NAMES that one of these rows has
+MAX_SEARCHED_ROWS = 10_000  # rows that are searched if none of those has such a field
+# Extensions that are not read as text even with `--kind text`.
 NOT_TEXT = (*IMAGES, *VIDEOS, "npy", "tar", "tgz", "gz", "zst", "zip", "pdf")
 
 
 class Text(Source):
+    """Text files and tables. Pieces: [path] for a file that is one document; for others, see `_cut`, `_cut_array` and
+    `Table.blocks`."""
+
     kind = "text"
     title = "text"
     reads = ("text_field", "lines", "separator")
@@ -79,58 +73,61 @@ class Text(Source):
     @cached_property
     def files(self) -> list[File]:
         """Tables if there are any (a .txt file beside them is an annotation); otherwise .txt files, or any text files
-        if the kind is named; otherwise .json.
+        with `--kind text`; otherwise .json files.
         """
         found = self.tree.files
         tables = [file for file in found if file.extension in TABLES]
-        texts = [f for f in found if f.extension == "txt" or (self.named and f.extension not in (*NOT_TEXT, "json"))]
+        other_endings = (*NOT_TEXT, "json")
+        texts = [f for f in found if f.extension == "txt" or (self.kind_given and f.extension not in other_endings)]
         return tables or texts or [file for file in found if file.extension == "json"]
 
     def begin(self) -> None:
         rows = [file for file in self.files if file.extension in (*TABLES, "json")]
         for flag in ("lines", "separator"):
             if rows and getattr(self.options, flag):
-                raise DataError(f"--{flag} is for .txt files, but {rows[0].path} has a text per row already")
+                raise DataError(f"--{flag} is for .txt files, but {rows[0].path} has one text per row")
         if self.options.lines and self.options.separator:
-            raise DataError("--lines and --separator: write one of them")
+            raise DataError("--lines and --separator: write only one of them")
         if not rows and self.options.text_field:
             raise DataError("--text-field is for .jsonl and .parquet files, but the source holds only .txt")
 
     def _field(self, fields: Any, name: str) -> str:
+        """The field of the text among the fields of the file `name`. Raises DataError."""
         wanted = self.options.text_field
         if wanted and wanted not in fields and wanted.partition(".")[0] in fields:
             return wanted  # a field of a nested object
         return choose_field(fields, wanted, TEXT_NAMES, "the text", name, "--text-field")
 
     def _field_of_rows(self, rows: Iterable[Any], name: str) -> str:
-        """The field of the text in the first rows, some of which may lack it.
+        """The field of the text, from the first rows of the file `name`, some of which may lack the field.
 
         Raises DataError if no row has such a field.
         """
-        wanted, first, names = self.options.text_field, None, set[str]()
+        wanted, first_row, seen = self.options.text_field, None, set[str]()
         for number, row in enumerate(itertools.islice(rows, MAX_SEARCHED_ROWS), 1):
             if not isinstance(row, dict) or not row:
                 continue
-            first = row if first is None else first
+            first_row = row if first_row is None else first_row
             if wanted and has_field(row, wanted):
                 return wanted
-            names.update(row)
-            if not wanted and number >= DECIDING_ROWS and names & set(TEXT_NAMES):
+            seen.update(row)
+            if not wanted and number >= DECIDING_ROWS and not seen.isdisjoint(TEXT_NAMES):
                 break
-        if first is None:
+        if first_row is None:
             return wanted or TEXT_NAMES[0]
-        fields = first if wanted or not names & set(TEXT_NAMES) else names
+        # For the error message, if no field fits, the fields of one row are enough.
+        fields = first_row if wanted or seen.isdisjoint(TEXT_NAMES) else seen
         try:
             return choose_field(fields, wanted, TEXT_NAMES, "the text", name, "--text-field")
         except DataError as error:
             chat = next((field for field in ("messages", "conversations") if field in fields), None)
             if chat is None or wanted:
                 raise
-            raise DataError(f"{error}; or make text of {chat}: {CONVERT[chat].format(path=name)}") from None
+            raise DataError(f"{error}; or convert {chat} to text: {CONVERT[chat].format(path=name)}") from None
 
     def files_to_survey(self) -> list[str]:
-        cuts = self.options.lines or self.options.separator
-        return [file.path for file in self.files if cuts or file.extension in (*TABLES, "json")]
+        several_documents = self.options.lines or self.options.separator
+        return [file.path for file in self.files if several_documents or file.extension in (*TABLES, "json")]
 
     def survey(self, path: str) -> dict[str, Any]:
         kind, name = extension(path), self.tree.place(path)
@@ -154,10 +151,11 @@ class Text(Source):
 
     def _cut_array(self, path: str, rows: list[Any], field: str) -> Iterator[Block]:
         """The blocks of a JSON array, with pieces [path, first row, end row, -1, field of the text]."""
-        each = max(1, self.limit * len(rows) // max(1, len(json.dumps(rows)) + self.overhead * len(rows)))
-        for first in range(0, len(rows), each):
-            last = min(len(rows), first + each)
-            yield Block((last - first) * self.limit // each, last - first, [path, first, last, -1, field])
+        total = len(json.dumps(rows)) + self.overhead * len(rows)
+        rows_per_block = max(1, self.limit * len(rows) // max(1, total))
+        for first in range(0, len(rows), rows_per_block):
+            end = min(len(rows), first + rows_per_block)
+            yield Block((end - first) * self.limit // rows_per_block, end - first, [path, first, end, -1, field])
 
     def _cut(self, path: str, field: str) -> Iterator[Block]:
         """The blocks of a file of lines or of separated documents, with pieces [path, first byte, end byte, first line,
@@ -176,16 +174,18 @@ class Text(Source):
             yield Block(end - begin + rows * self.overhead, rows, [path, begin, end, line, field])
 
     def _parts(self, path: str, file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-        """(line, its length) of a file from its current position on; or documents, each with the separator after it."""
-        if (extension(path) != "txt" and not self.named) or not self.options.separator:
+        """(line, its bytes in the file) of the lines from the current position on; with --separator, the same of the
+        documents, each with the separator after it."""
+        if (extension(path) != "txt" and not self.kind_given) or not self.options.separator:
             yield from lines(file, MAX_MEMBER_BYTES)
             return
         separator, buffered, searched = self.options.separator.encode(), b"", 0
         while chunk := file.read(READ_BYTES):
             buffered += chunk
-            while (at := buffered.find(separator, searched)) >= 0:
-                yield buffered[: at + len(separator)], at + len(separator)
-                buffered, searched = buffered[at + len(separator) :], 0
+            while (found := buffered.find(separator, searched)) >= 0:
+                end = found + len(separator)
+                yield buffered[:end], end
+                buffered, searched = buffered[end:], 0
             searched = max(0, len(buffered) - len(separator) + 1)
             if len(buffered) > MAX_MEMBER_BYTES:
                 raise OSError(
@@ -197,8 +197,8 @@ class Text(Source):
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
         fields = Counter(answer["field"] for answer in surveys.values() if answer["field"])
         if fields and not self.options.text_field and set(fields) != {"text"}:
-            which = ", ".join(f"{field} (of {count} files)" for field, count in fields.most_common())
-            self.notes.append(f"the text is the field {which}; --text-field NAME takes another")
+            used = ", ".join(f"{field} (of {count} files)" for field, count in fields.most_common())
+            self.notes.append(f"the text is the field {used}; --text-field NAME chooses another")
         for file in self.files:
             if file.path in surveys:
                 yield from (Block(*block) for block in surveys[file.path]["blocks"])
@@ -222,23 +222,23 @@ class Text(Source):
             encoding = _bom_encoding(data).upper() or "UTF-8"
             return Entry(path, reason=f"is not {encoding} ({error.reason} at byte {error.start})")
         except READ_ERRORS as error:
-            long = " in a document; write --lines or --separator TEXT" if "are allowed" in str(error) else ""
-            return Entry(path, reason=reason_of(error) + long)
+            too_large = isinstance(error, OSError) and error.errno == errno.EFBIG
+            advice = " in a document; write --lines or --separator TEXT" if too_large else ""
+            return Entry(path, reason=reason_of(error) + advice)
         data, reason = text_member(text)
-        return (
-            Entry(path, reason=reason)
-            if reason
-            else Entry(path, stem(path), {"txt": data, "json": to_json({"path": path})})
-        )
+        if reason:
+            return Entry(path, reason=reason)
+        return Entry(path, stem(path), {"txt": data, "json": to_json({"path": path})})
 
     def _line_rows(self, path: str, begin: int, end: int, line: int, field: str) -> Iterator[Entry | None]:
+        """The rows of a piece of `_cut`, or of `_cut_array`, for which `line` is −1."""
         if line < 0:
             for number, row in enumerate((json_array(self.tree, path) or [])[begin:end], begin + 1):
                 where = f"{path}:{number}"
                 if isinstance(row, dict):
                     yield _entry(where, path, pop_field(row, field), row)
                 else:
-                    yield Entry(where, reason=f"holds no JSON object but {type(row).__name__}")
+                    yield Entry(where, reason=f"holds {type(row).__name__}, not a JSON object")
             return
         with self.tree.open(path) as file:
             file.seek(begin)
@@ -257,6 +257,7 @@ class Text(Source):
                     return
 
     def _line(self, where: str, path: str, data: bytes, field: str) -> Entry:
+        """The entry for a line, or for a document between separators. `field`: of the text in a JSON object, or ""."""
         rest: dict[str, Any] = {}
         try:
             text: Any = data.decode().rstrip("\r\n")
@@ -295,6 +296,7 @@ def _to_utf8(encoding: str, path: str) -> str:
 
 
 def _entry(where: str, path: str, text: Any, rest: dict[str, Any]) -> Entry:
+    """The entry for a text and the other fields of its row."""
     data, reason = text_member(text)
     if reason:
         return Entry(where, reason=reason)
