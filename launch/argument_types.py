@@ -1,4 +1,4 @@
-"""Arguments that several commands share: their types and their help."""
+"""Types and help texts of arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from launch.command_parser import HomePath
 
-NO_FILE = HomePath("")  # the default of an option that names a file
+NO_FILE = HomePath("")  # default of an option that names a file
 RecipeName = Annotated[str, "the name of a recipe, a .yaml file, or a run folder"]
 Overrides = Annotated[
     Sequence[str], "key=value", "values that replace those of the recipe, for example steps=100 optim.lr.value=1e-3"

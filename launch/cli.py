@@ -36,16 +36,16 @@ def _refuse_dashes(words: list[str], unknown: list[str]) -> None:
 def _parse(words: list[str]) -> argparse.Namespace:
     """The arguments of a command line. Ends the process with a message if they are wrong."""
     full = parser(words)
-    args, rest = full.parse_known_args()
+    args, unparsed = full.parse_known_args()
     if hasattr(args, "overrides"):
-        _refuse_dashes(words, rest)
-    # argparse takes no further positional arguments after an option, although `overrides` and `protocols` take any
-    # number: add them here.
+        _refuse_dashes(words, unparsed)
+    # argparse accepts no positional arguments after an option, although `overrides` and `protocols` may be repeated.
+    # Therefore the words that it has not parsed are added to them here.
     repeated = next((name for name in ("overrides", "protocols") if hasattr(args, name)), "")
-    fits = all(not word.startswith("-") and ("=" in word or repeated != "overrides") for word in rest)
-    if not repeated or not fits:
-        return full.parse_args()  # prints which arguments it does not know
-    getattr(args, repeated).extend(rest)
+    can_be_added = all(not word.startswith("-") and ("=" in word or repeated != "overrides") for word in unparsed)
+    if not repeated or not can_be_added:
+        return full.parse_args()  # ends the process, and prints the unknown arguments
+    getattr(args, repeated).extend(unparsed)
     return args
 
 

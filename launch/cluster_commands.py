@@ -16,28 +16,36 @@ def launch(
     overrides: Overrides = (),
     *,
     on: Annotated[str, "CLUSTER", "a cluster of ~/.config/unlabeled/clusters.yaml (default: the only one there)"] = "",
-    nodes: Annotated[str | None, "N", "nodes, or a range such as 2-4: the job then takes what there is"] = None,
-    gpus: Annotated[int | None, "N", "GPUs of each node; 0: train on CPUs"] = None,
-    processes: Annotated[int | None, "N", "processes on each node (default: one per GPU, else one)"] = None,
-    cpus: Annotated[int | None, "N", "cores of each process"] = None,
+    nodes: Annotated[
+        str | None, "N", "number of nodes, or a range such as 2-4, of which the job gets as many as are free"
+    ] = None,
+    gpus: Annotated[int | None, "N", "number of GPUs on each node; 0: train on CPUs"] = None,
+    processes: Annotated[int | None, "N", "number of processes on each node (default: one per GPU, else one)"] = None,
+    cpus: Annotated[int | None, "N", "number of cores for each process"] = None,
     memory_gb: Annotated[float | None, "GB", "memory of each node"] = None,
-    hours: Annotated[float | None, "N", "time limit; a job that reaches it requeues itself and goes on"] = None,
-    signal_delay: Annotated[int | None, "SECONDS", "time before the limit at which the run saves and requeues"] = None,
-    max_restarts: Annotated[int | None, "N", "attempts in a row without a further step"] = None,
+    hours: Annotated[float | None, "N", "time limit; a job that reaches it is requeued and continues the run"] = None,
+    signal_delay: Annotated[
+        int | None, "SECONDS", "time before the limit at which the run saves a checkpoint and requeues its job"
+    ] = None,
+    max_restarts: Annotated[
+        int | None, "N", "number of restarts in a row, without a trained step between them, after which the job ends"
+    ] = None,
     partition: Annotated[str | None, "NAME", "partition"] = None,
     qos: Annotated[str | None, "NAME", "quality of service"] = None,
-    account: Annotated[str | None, "NAME", "account that the time is charged to"] = None,
+    account: Annotated[str | None, "NAME", "account to which the time is charged"] = None,
     constraint: Annotated[str | None, "FEATURES", "features that nodes must have"] = None,
     reservation: Annotated[str | None, "NAME", "reservation"] = None,
-    exclude: Annotated[str | None, "NODES", "nodes not to use, as in n[1-3],n7"] = None,
+    exclude: Annotated[str | None, "NODES", "nodes not to use, such as n[1-3],n7"] = None,
     array: Annotated[
-        Sequence[str], "KEY=VALUE,VALUE", "a run for each value, for example seed=0,1,2; all combinations of several"
+        Sequence[str],
+        "KEY=VALUE,VALUE",
+        "start a run for each value, for example seed=0,1,2; with several keys, for each combination of values",
     ] = (),
-    at_a_time: Annotated[int, "N", "of an array, jobs that may run at the same time (default: all)"] = 0,
+    at_a_time: Annotated[int, "N", "number of jobs of an array that may run at the same time (default: all)"] = 0,
     dry_run: Annotated[bool, "print the batch script and submit nothing"] = False,
-    init: Annotated[bool, "write a profile of this machine's cluster, by what sinfo says"] = False,
+    init: Annotated[bool, "write a profile of this machine's cluster from the output of sinfo"] = False,
 ) -> int:
-    """Train a recipe as a job of a Slurm cluster. Options replace those of the cluster's profile."""
+    """Train a recipe as a job on a Slurm cluster. Options replace those of the cluster's profile."""
     from common.errors import UserError
     from launch import clusters
 
@@ -64,9 +72,9 @@ def status(
     folders: Annotated[Sequence[str], "FOLDER", "run folders, or folders of runs (default: runs)"] = ("runs",),
     *,
     watch: Annotated[bool, "show it again every few seconds"] = False,
-    seconds: Annotated[float, "SECONDS", "between two looks, with --watch"] = 5.0,
+    seconds: Annotated[float, "SECONDS", "with --watch, the time between two updates"] = 5.0,
 ) -> None:
-    """Show what runs do: queue, steps, time that is left, speed, last checkpoint, last score, restarts."""
+    """Show the state of runs: queue, steps, remaining time, speed, last checkpoint, last score, restarts."""
     from common.output import clear_screen
     from launch.status import runs_in, table
 
@@ -82,8 +90,8 @@ def logs(
     run: RunFolder,
     *,
     rank: Annotated[int | None, "N", "the log of this rank of a job (default: the log of the run)"] = None,
-    lines: Annotated[int, "N", "lines from the end"] = 50,
-    follow: Annotated[bool, "show further lines until the run has ended"] = False,
+    lines: Annotated[int, "N", "number of lines from the end"] = 50,
+    follow: Annotated[bool, "also print new lines until the run has ended"] = False,
 ) -> None:
     """Show the end of a run's log."""
     from launch import status
@@ -98,9 +106,9 @@ def logs(
 def stop(
     run: RunFolder,
     *,
-    now: Annotated[bool, "at once, without a checkpoint"] = False,
+    now: Annotated[bool, "stop it at once, without a checkpoint"] = False,
 ) -> None:
-    """Stop a run after a checkpoint, in a cluster's queue or on this machine. The command that started it goes on."""
+    """Stop a run after a checkpoint, on a cluster or on this machine. The command that started the run resumes it."""
     from launch.status import stop
 
     say(stop(Path(run), now))

@@ -1,5 +1,5 @@
-"""Clusters by name: what Slurm is asked for, from ~/.config/unlabeled/clusters.yaml and from options of the command
-line. Nothing here imports torch.
+"""Profiles of clusters: the resources that a job requests from Slurm, from ~/.config/unlabeled/clusters.yaml and from
+options of the command line. This module does not import torch.
 
     mycluster:
       partition: gpu
@@ -29,32 +29,35 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 
 @dataclass
 class Cluster(Section):
-    """What a job asks for, and what its batch script does before the training. Empty text, null and []: nothing."""
+    """The resources that a job requests, and what its batch script does before the training. Empty text, null and [] stand
+    for nothing."""
 
-    nodes: int | str = 1  # of the job; a range such as 2-4 takes what there is, and goes on with what is left
-    gpus: int = option(0, low=0)  # of each node; 0: the training runs on CPUs
-    processes: int | None = option(None, low=1)  # of the training on each node; null: one per GPU, without GPUs one
-    cpus: int | None = option(None, low=1)  # cores of each process
-    memory_gb: float | None = option(None, above=0)  # of each node
-    hours: float = option(24.0, above=0)  # time limit; a job that reaches it requeues itself and goes on
-    signal_delay: int = option(120, low=1)  # seconds before the time limit at which the run saves and requeues
-    max_restarts: int = option(3, low=0)  # in a row, without a further step between two of them
+    # number of nodes; of a range such as 2-4, the job gets as many as are free, and continues with those that are left
+    nodes: int | str = 1
+    gpus: int = option(0, low=0)  # number of GPUs on each node; 0: the training runs on CPUs
+    processes: int | None = option(None, low=1)  # number of processes on each node; null: one per GPU, else one
+    cpus: int | None = option(None, low=1)  # number of cores for each process
+    memory_gb: float | None = option(None, above=0)  # memory of each node
+    hours: float = option(24.0, above=0)  # time limit; a job that reaches it is requeued and continues the run
+    # seconds before the time limit at which the run saves a checkpoint and requeues its job
+    signal_delay: int = option(120, low=1)
+    max_restarts: int = option(3, low=0)  # largest number of restarts in a row without a trained step between them
     partition: str = ""
     qos: str = ""  # quality of service
-    account: str = ""  # that the time is charged to
+    account: str = ""  # account to which the time is charged
     constraint: str = ""  # features that nodes must have
     reservation: str = ""
-    exclude: str = ""  # nodes not to use, as in n[1-3],n7
-    sbatch: list[str] = field(default_factory=list)  # further options of sbatch, as in "--mail-type=FAIL"
-    setup: list[str] = field(default_factory=list)  # lines of the batch script, as in "module load cuda"
-    environment: list[str] = field(default_factory=list)  # variables of the job, as in NCCL_DEBUG=WARN
+    exclude: str = ""  # nodes not to use, such as n[1-3],n7
+    sbatch: list[str] = field(default_factory=list)  # further options of sbatch, such as "--mail-type=FAIL"
+    setup: list[str] = field(default_factory=list)  # lines of the batch script, such as "module load cuda"
+    environment: list[str] = field(default_factory=list)  # variables of the job, such as NCCL_DEBUG=WARN
     container: str = ""  # image in which the processes run (pyxis: srun --container-image)
-    mounts: list[str] = field(default_factory=list)  # folders in the container, as in /data or /data:/mnt/data
-    python: str = ""  # of the processes; empty: the one that submits. In a container: its own
+    mounts: list[str] = field(default_factory=list)  # folders in the container, such as /data or /data:/mnt/data
+    # Python for the processes; empty: the Python that submits the job, or in a container that of the container
+    python: str = ""
 
     def check(self) -> None:
-        most, least = self.most_nodes, self.least_nodes
-        if not 1 <= least <= most:
+        if not 1 <= self.min_nodes <= self.max_nodes:
             raise ValueError(f"nodes = {self.nodes!r}: write a number or a range of numbers, such as nodes: 2-4")
         for entry in self.environment:
             if not NAME.fullmatch(entry.partition("=")[0]) or "=" not in entry:
@@ -63,16 +66,14 @@ class Cluster(Section):
             if not re.match(r"--[a-z]", entry):
                 raise ValueError(f"sbatch = {entry!r}: write --OPTION=VALUE or --OPTION")
         if self.mounts and not self.container:
-            raise ValueError(
-                f"mounts = {self.mounts}: there is no container; write container: IMAGE, or take mounts out"
-            )
+            raise ValueError(f"mounts = {self.mounts}: there is no container; write container: IMAGE, or remove mounts")
 
     @property
-    def least_nodes(self) -> int:
+    def min_nodes(self) -> int:
         return _range(self.nodes)[0]
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         return _range(self.nodes)[1]
 
     @property
@@ -81,7 +82,7 @@ class Cluster(Section):
 
 
 def _range(nodes: int | str) -> tuple[int, int]:
-    """(least, most) of a number of nodes; (0, 0) for what is no such number."""
+    """(smallest, largest) number of nodes, from a number or a range; (0, 0) for any other text."""
     found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(nodes))
     return (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
 
@@ -93,7 +94,7 @@ def file() -> Path:
 
 
 def profiles() -> dict[str, dict[str, Any]]:
-    """{name: options} of the user's file; {} without one."""
+    """{name: options} from the user's file; {} if there is no file."""
     path = file()
     found = (parse_yaml(path.read_text(), str(path)) if path.is_file() else None) or {}
     if not isinstance(found, dict):
@@ -107,9 +108,9 @@ def profiles() -> dict[str, dict[str, Any]]:
 
 
 def find(name: str, **options: Any) -> Cluster:
-    """The profile of that name with `options` laid over it, checked; None stands for an option that is not given.
+    """The profile `name`, in which `options` replace its values; an option that is None is not given. Raises ConfigError.
 
-    Without a name, the only profile there is, or, where there is none, what the options say.
+    Without a name, the only profile in the file is used; if the file has none, the options alone.
     """
     known, path = profiles(), file()
     if not name and len(known) > 1:
@@ -126,28 +127,29 @@ def find(name: str, **options: Any) -> Cluster:
 
 # ---------------------------------------------------------------- unlabeled launch --init
 def write_profile() -> str:
-    """Ask `sinfo` for the partitions of this machine's cluster, and add a commented profile to the file. Returns what
-    was written where. Raises UserError if there is no cluster, or the file has one of that name."""
-    shown = slurm_client.ask("scontrol", "show", "config")
-    named = re.search(r"^ClusterName\s*=\s*(\S+)", shown, re.M)
-    name = named[1] if named else "cluster"
+    """Add a commented profile of this machine's cluster to the file, with the partitions that `sinfo` lists. Returns a line
+    about it. Raises UserError if there is no cluster, or the file already has one of that name."""
+    slurm_config = slurm_client.ask("scontrol", "show", "config")
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", slurm_config, re.M)
+    name = found[1] if found else "cluster"
     path = file()
     if name in profiles():
-        raise ConfigError(f"{path}: has the cluster {name} already; edit it there, or take it out and ask again")
+        raise ConfigError(f"{path}: has the cluster {name} already; edit it there, or remove it and repeat the command")
     text = _profile(name, slurm_client.partitions())
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         out.write(("\n" if out.tell() else "") + text)
-    return f"{path}: has the cluster {name} now; look it over, then `unlabeled launch RECIPE key=value … --on {name}`"
+    return f"{path}: the cluster {name} was added; check it, then `unlabeled launch RECIPE key=value … --on {name}`"
 
 
 def _profile(name: str, partitions: list[slurm_client.Partition]) -> str:
-    """A profile for the default partition, or the first: what sinfo says, and the other options as comments."""
+    """The text of a profile for the default partition, or else the first one. The options that sinfo does not determine are
+    comments."""
     chosen = next((one for one in partitions if one.default), partitions[0])
-    lines = ["# partitions, by sinfo (nodes, cores and memory of each, GPUs, time limit, features):"]
+    lines = ["# partitions that sinfo lists (nodes; cores, memory and GPUs of a node; time limit; features):"]
     lines += [f"#   {one}" for one in partitions]
-    share = chosen.cpus // max(1, chosen.gpus)
-    set_here = {"partition": chosen.name, "nodes": 1, "gpus": chosen.gpus, "cpus": max(1, share)}
+    cpus_per_process = max(1, chosen.cpus // max(1, chosen.gpus))
+    set_here = {"partition": chosen.name, "nodes": 1, "gpus": chosen.gpus, "cpus": cpus_per_process}
     set_here["hours"] = chosen.hours or 24.0
     lines.append(f"{name}:")
     meanings = explanations(Cluster)
@@ -156,6 +158,6 @@ def _profile(name: str, partitions: list[slurm_client.Partition]) -> str:
     for key, item in config.fields(Cluster).items():
         if key not in set_here:
             value = item.default if item.default is not dataclasses.MISSING else []
-            shown = {None: "null", "": '""'}.get(value, value) if not isinstance(value, list) else "[]"
-            lines.append(f"  # {key}: {shown}  # {meanings[key]}".rstrip(" #"))
+            text = {None: "null", "": '""'}.get(value, value) if not isinstance(value, list) else "[]"
+            lines.append(f"  # {key}: {text}  # {meanings[key]}".rstrip(" #"))
     return "\n".join(lines) + "\n"

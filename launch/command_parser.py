@@ -18,7 +18,7 @@ from typing import Annotated, Any, NewType, get_args, get_origin
 
 from common.yaml_values import expand_home
 
-HomePath = NewType("HomePath", str)  # a local path, in which a leading "~" is expanded where the shell has not done it
+HomePath = NewType("HomePath", str)  # a local path; "~" at its beginning is expanded if the shell has not done it
 Command = Callable[..., int | None]
 Commands = Mapping[str, "Command | tuple[str, Commands]"]  # a command, or (help, the commands of a group)
 
@@ -28,8 +28,8 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """A parser whose result has the function of the command as `main`, and the arguments of the function by name.
 
-    `words`: the command line that it will parse. To start fast, commands whose names do not occur in it get no
-    arguments. None: all commands get their arguments.
+    `words`: the command line that it will parse. To start fast, commands whose names do not occur in it are built without
+    arguments. None: all commands are built with arguments.
     """
     parser = argparse.ArgumentParser(name, description=description)
     _add_commands(parser.add_subparsers(required=True, metavar="COMMAND"), commands, words)
@@ -37,7 +37,7 @@ def build_parser(
 
 
 def call(parsed: argparse.Namespace) -> int | None:
-    """Run the command that a parser of `build_parser` has recognised. Returns the exit status."""
+    """Run the command that a parser from `build_parser` has parsed. Returns the exit status."""
     values = dict(vars(parsed))
     return values.pop("main")(**values)
 
@@ -98,7 +98,7 @@ def _add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter)
 
 
 def _read_annotation(annotation: Any) -> tuple[Any, str, str]:
-    """(type, metavar or "", help) of a parameter. Of `T | None` the type is T."""
+    """(type, metavar or "", help) of a parameter. For `T | None` the type is T."""
     if get_origin(annotation) is not Annotated:
         return annotation, "", ""
     kind, *notes = get_args(annotation)

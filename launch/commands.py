@@ -1,7 +1,7 @@
-"""The table of all commands of `unlabeled`, and the functions of those that make, check and describe runs.
+"""The table of all commands of `unlabeled`, and the functions of the commands that start, plan and describe runs.
 
-A command is one function, whose signature gives its arguments (see `command_parser.py`). Each imports what it needs
-when it runs, so that help and errors of the command line come at once.
+A command is one function, whose signature defines its arguments (see `command_parser.py`). Each function imports what it
+needs when it runs, so that help and errors of the command line are printed at once.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def train(
     """Train a recipe. A run that was stopped continues from its newest checkpoint."""
     from pretrain import signals
 
-    signals.end_at_once()  # until the training processes run
+    signals.end_at_once()  # until the training processes have started
     from pretrain.recipes.recipe import load
 
-    resolved = load(recipe, overrides)  # before numpy is imported, so that the error for a wrong key comes at once
+    resolved = load(recipe, overrides)  # before numpy is imported, so that the error for a wrong key appears at once
     from launch.local import provide, train
 
     provide(resolved)

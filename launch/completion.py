@@ -25,12 +25,12 @@ from pretrain.objectives import finder
 from pretrain.recipes.recipe import CHOSEN, Recipe, load, names
 
 DEFAULT_RECIPE = "demo"  # its keys are completed if the command line names no valid recipe
-# keys whose values are completed as paths of files
+# keys whose values are completed as paths
 PATHS = ("data.train", "eval.gallery", "eval.val", "eval.test", "eval.test_gallery", "run", "init.backbone", "init.run")
 
 
 def script() -> str:
-    """The shell code that turns completion on, for `eval` in bash or zsh; it is the same for both."""
+    """The shell code that turns completion on when bash or zsh evaluates it; it is the same for both."""
     return argcomplete.shell_integration.shellcode(["unlabeled"])
 
 
@@ -82,8 +82,8 @@ def _overrides(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> dict[s
 
 
 def _recipe(parsed_args: argparse.Namespace) -> Recipe:
-    """The recipe that the command line names, with those overrides that choose a model or an objective, because the
-    keys of both depend on the choice. Without valid overrides the recipe alone, without a valid recipe
+    """The recipe that the command line names, with the overrides that choose a model or an objective, because the keys of
+    the recipe depend on this choice. If they are not valid, the recipe without them; if the recipe is not valid,
     DEFAULT_RECIPE."""
     chosen = [word for word in parsed_args.overrides or [] if word.partition("=")[0].partition(".")[0] in CHOSEN]
     for name, overrides in ((parsed_args.recipe, chosen), (parsed_args.recipe, []), (DEFAULT_RECIPE, [])):

@@ -1,5 +1,5 @@
-"""The quick start: downloads photographs, builds shards, trains a ViT without labels, scores it against raw pixels and
-the untrained network, and writes a report."""
+"""The quick start: download photographs, build shards, train a ViT without labels, compare its scores with those of raw
+pixels and of the untrained network, and write a report."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from pretrain.recipes.recipe import Recipe, load
 from pretrain.run_folder.jsonl_rows import read_rows
 
 FOLDER = Path("runs/demo-data")
-PROBE_STEPS, PROBE_LOG_EVERY = 12, 3  # of the short run that measures the speed of the machine
-SPEED_WHILE_SCORING = 0.75  # speed of the training while exports are scored beside it, relative to the measured one
-MIN_STEPS = 20  # even on a slow machine
+PROBE_STEPS, PROBE_LOG_EVERY = 12, 3  # `steps` and `log.every` of the short run that measures the speed of the machine
+SPEED_WHILE_SCORING = (
+    0.75  # speed of the training while a second process scores exports, relative to the measured speed
+)
+MIN_STEPS = 20  # number of steps on a machine that is too slow for the time limit
 
 
 def demo(source: str = "auto", overrides: list[str] | None = None, minutes: float = 4.5) -> int:
-    """Run the whole demo, with a training of at most about `minutes`. Returns the exit status of the training."""
+    """Run the whole demo, in which the training takes at most about `minutes`. Returns the exit status of the training."""
     if not minutes > 0:
         raise UserError(f"--minutes {minutes:g}: write a number above 0")
     say(f"The demo trains for at most {minutes:g} minutes (--minutes); images, scores and report take about two more.")
@@ -37,7 +39,7 @@ def demo(source: str = "auto", overrides: list[str] | None = None, minutes: floa
             build(FOLDER / "images" / split, shards / split)
     both = f"[{shards / 'train'}, {shards / 'val'}]"
     words = [
-        f"data.train={both}",  # without their labels
+        f"data.train={both}",  # the training does not use the labels
         f"eval.gallery={shards / 'train'}",
         f"eval.val={shards / 'val'}",
         f"eval.test_gallery={both}",
@@ -50,7 +52,7 @@ def demo(source: str = "auto", overrides: list[str] | None = None, minutes: floa
     code = train(recipe)
     if code:
         return code
-    from eval import report, results  # imports torch: not before training is over
+    from eval import report, results  # imports torch, which needs memory: not while the training runs
 
     run = Path(recipe.run)
     path = report.write(run)
@@ -59,9 +61,9 @@ def demo(source: str = "auto", overrides: list[str] | None = None, minutes: floa
 
 
 def _in_time(recipe: Recipe, seconds: float) -> list[str]:
-    """Overrides that limit the training to so many seconds.
+    """Overrides that limit the training to about `seconds`.
 
-    If the run exists already, they give it the same number of steps again. Otherwise a short run measures the speed.
+    If the run exists already, they repeat its number of steps. Otherwise a short run measures the speed.
     """
     stored = Path(recipe.run) / "recipe.yaml"
     if stored.is_file() and not recipe.overwrite:
@@ -83,10 +85,10 @@ def _in_time(recipe: Recipe, seconds: float) -> list[str]:
 
 
 def _every(steps: int, recipe_steps: int) -> list[str]:
-    """Overrides for a run of `steps` in place of `recipe_steps`: four exports and two checkpoints, as in the recipe.
+    """Overrides for a run of `steps` instead of `recipe_steps`: four exports and two checkpoints, as in the recipe.
 
-    On a machine that trains for less than half of the steps, computing a score takes a minute or more, so that only the
-    first and the last export are written and scored.
+    If the run has less than half of the steps, the machine is so slow that computing a score takes a minute or more; then
+    only the first and the last export are written and scored.
     """
     if 2 * steps < recipe_steps:
         return [f"export={steps}", f"checkpoint={-(-steps // 2)}", "eval.val=[]"]

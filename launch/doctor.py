@@ -1,4 +1,4 @@
-"""The command `doctor`: lists installed and missing packages, devices and programs."""
+"""The command `doctor`: list the packages, devices and programs that are found or missing."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ def report() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory"
     say(f"python      {platform.python_version()} on {machine}")
-    missing = [name for name in REQUIRED if not _say_version(name, "pip install unlabeled")]
+    missing = [name for name in REQUIRED if not _print_version(name, "pip install unlabeled")]
     for name, extra in EXTRAS.items():
-        _say_version(name, f"pip install 'unlabeled[{extra}]'")
+        _print_version(name, f"pip install 'unlabeled[{extra}]'")
     if "torch" not in missing:
-        _devices()
-    for tool, use in (("apt-get", "the demo's photographs"), ("sbatch", "Slurm")):
-        say(f"{tool:<12}{'found' if shutil.which(tool) else 'not found'} (for {use})")
+        _print_devices()
+    for program, use in (("apt-get", "the demo's photographs"), ("sbatch", "Slurm")):
+        say(f"{program:<12}{'found' if shutil.which(program) else 'not found'} (for {use})")
     return 1 if missing else 0
 
 
-def _say_version(name: str, command: str) -> bool:
+def _print_version(name: str, install_command: str) -> bool:
     """Print the version of a package, or the command that installs it. Returns whether it is installed."""
     try:
         say(f"{name:<24}{importlib.metadata.version(name)}")
         return True
     except importlib.metadata.PackageNotFoundError:
-        say(f"{name:<24}missing: {command}")
+        say(f"{name:<24}missing: {install_command}")
         return False
 
 
-def _devices() -> None:
+def _print_devices() -> None:
     import torch
 
     from pretrain.parallel.device import bf16_possible

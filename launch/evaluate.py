@@ -1,5 +1,5 @@
-"""The command `eval`: parses the words after the model into protocols and options, and finds the data. An export inside
-its run folder is evaluated on the data of the run's recipe, unless options name other data."""
+"""The command `eval`: parse the words of the command line into protocols and options, and score the model. An export
+inside its run folder is evaluated on the data of the run's recipe, unless options name other data."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from pretrain.run_folder.export_folders import run_of
 
 @dataclass
 class Request:
-    """What to score on, on which device, and the options of the protocols: {"knn": {"k": 20}}."""
+    """What the command line asks for: the data, the device, and options of protocols."""
 
-    gallery: list[str] = field(default_factory=list)
-    query: list[str] = field(default_factory=list)
+    gallery: list[str] = field(default_factory=list)  # shards on which a protocol fits its classifier
+    query: list[str] = field(default_factory=list)  # shards on which it is scored
     image_size: int | None = None
     device: str = "auto"
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # {protocol: {option: value}}
 
 
 def evaluate(model: str, words: Sequence[str], out: str) -> None:
     """Score a model, print the rows of results, and append them to a .jsonl file.
 
-    `words`: names of protocols (default knn), and options KEY=VALUE: gallery, query and image_size name the data, device
-    where features are computed, PROTOCOL.OPTION sets an option of a protocol. `out`: the file of the results; "" stands for results.jsonl of the run
-    that the model belongs to, or no file if it belongs to none.
+    `words`: names of protocols (default knn), and options KEY=VALUE: gallery, query and image_size describe the data,
+    `device` is the device that computes features, and PROTOCOL.OPTION is an option of a protocol. `out`: the file of the
+    results; "" stands for results.jsonl of the run that the model belongs to, or no file if it belongs to no run.
     """
     names = [word for word in words if "=" not in word]
     check(names)

@@ -1,4 +1,4 @@
-"""The command `export`: writes the encoders of a checkpoint as folders that other libraries open."""
+"""The command `export`: write the encoders of a checkpoint as folders that other libraries can open."""
 
 from __future__ import annotations
 
@@ -32,18 +32,16 @@ def export(run: Path, recipe: Recipe, target: Path | None, step: int | None, als
     place = target or run / "export" / str(saved_step)
     for encoder, folder in exports.folders(place, objective).items() if target else ():
         if folder.exists() and not exports.holds(folder, objective.exports()[encoder].backbone, saved_step):
-            raise UserError(
-                f"{folder}: exists and holds something else than this export; name another folder, or delete it"
-            )
+            raise UserError(f"{folder}: exists and is not this export; name another folder, or delete it")
     tokenizer = run / "tokenizer.json"
     folders = exports.save(place, objective, recipe, saved_step, None, tokenizer if tokenizer.is_file() else None, run)
     status = 0
     for folder in folders:
-        own, opener = opened_by(folder)
+        own_format, how_to_open = opened_by(folder)
         try:
-            release(folder, list(dict.fromkeys([own, *also] if own else also)), say)
+            release(folder, list(dict.fromkeys([own_format, *also] if own_format else also)), say)
         except Failed as error:
             say(*(f"error: {line}" for line in error.lines), file=sys.stderr)
             status = 2
-        say(f"{folder}: {opener}")
+        say(f"{folder}: {how_to_open}")
     return status

@@ -1,5 +1,4 @@
-"""Runs a recipe on this machine: starts one or more training processes, and beside them the process that scores the
-exports."""
+"""Run a recipe on this machine: start one or more training processes, and a further process that scores the exports."""
 
 from __future__ import annotations
 
@@ -22,14 +21,15 @@ from pretrain.run_folder.prepare import prepare, run_folder_lock
 from pretrain.run_folder.run_lock import LAUNCHER_VARIABLE, LOCK_TOKEN_VARIABLE
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED, STOPPED_EARLY, Stop, Stopped
 
-GRACE_SECONDS = 30.0  # after one process has failed, the time in which the others may finish writing and end
+GRACE_SECONDS = 30.0  # time after the failure of one process in which the others may finish writing and end
 DEMO_TEXT = Path("runs/demo-text")  # the token shards that the recipe gpt_demo names
 
 
 def provide(recipe: Recipe) -> None:
-    """Provide data that a recipe names and that do not exist yet: shards of folders of images, and the demo text.
+    """Create the data that a recipe names if they do not exist yet: shards from folders of images, and the demo text.
 
-    If the recipe trains on other text, the demo text is removed from the sets of `eval`, because its tokenizer differs.
+    If the recipe trains on other text, the demo text is removed from the datasets of `eval`, because its tokenizer is
+    another one.
     """
     image_folders.use_shards(recipe)
     data = recipe.data
@@ -43,7 +43,7 @@ def provide(recipe: Recipe) -> None:
 
 
 def _drop_demo_text(recipe: Recipe, train: Path) -> None:
-    """Remove the demo text from the sets of `eval`, and say so."""
+    """Remove the demo text from the datasets of `eval`, and print a line about it."""
     changed = []
     for key in ("gallery", "val", "test", "test_gallery"):
         specs = vars(recipe.eval)[key]
@@ -75,9 +75,9 @@ def train(recipe: Recipe, processes: int = 1) -> int:
             run = prepare(recipe, lock)
             stop.deferred = True  # from here on signals are passed on to the training processes
             scoring.start(run)
-            # They share the lock of this process, and end if it ends.
+            # The training processes join the lock of this process, and end when this process ends.
             shared = {LOCK_TOKEN_VARIABLE: lock.token, LAUNCHER_VARIABLE: str(os.getpid())}
-            trainers = [_python("pretrain.train", run, **shared, **ranks) for ranks in environments(processes)]
+            trainers = [_start_module("pretrain.train", run, **shared, **ranks) for ranks in environments(processes)]
         except Stopped:
             say(f"{recipe.run}: {STOPPED_EARLY}", file=sys.stderr)
             return EXIT_STOPPED
@@ -103,8 +103,8 @@ def train(recipe: Recipe, processes: int = 1) -> int:
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """The environment variables of each of a run's processes on this machine (rank, number of processes, address), as
-    torchrun sets them; none for a single process."""
+    """The environment variables of each process of a run on this machine (rank, number of processes, address), as torchrun
+    sets them. A single process needs none."""
     if processes == 1:
         return [{}]
     with socket.socket() as probe:
@@ -118,7 +118,7 @@ def environments(processes: int) -> list[dict[str, str]]:
 def wait(processes: list[subprocess.Popen]) -> int:
     """Wait for all processes. If one fails, end the others, which cannot continue without it.
 
-    Returns the exit status of the first one that failed, otherwise 0.
+    Returns the exit status of the process that failed first, or 0.
     """
     deadline, code = None, 0
     while any(p.poll() is None for p in processes):
@@ -131,17 +131,16 @@ def wait(processes: list[subprocess.Popen]) -> int:
                     process.kill()
         time.sleep(0.02)
     code = code or next((p.returncode for p in processes if p.returncode), 0)
-    return 128 - code if code < 0 else code  # for a signal, the same status as in a shell
+    return 128 - code if code < 0 else code  # a process that a signal ended: the exit status of a shell
 
 
-def _python(module: str, run: Path, **environment: str) -> subprocess.Popen:
-    """Start a module as a process that trains the run."""
-    # By default the threads of OpenMP wait for each other in a busy loop, which takes the cores from data workers and
-    # scoring. With waiting threads that sleep, the demo trained 285 samples/s in place of 92, on two cores of which one
-    # was busy.
-    with signals_blocked():  # a signal that arrives now is delivered once the child can handle it
+def _start_module(module: str, run: Path, **environment: str) -> subprocess.Popen:
+    """Start `python -m MODULE RUN`."""
+    # By default, OpenMP threads wait for each other in a busy loop, which takes CPU time from data workers and scoring.
+    # With "passive" they sleep: on two cores, one of which was busy, the demo trained 285 instead of 92 samples/s.
+    with signals_blocked():  # a signal that arrives now is delivered when the child can handle it
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", module, str(run)],  # -P: modules are never taken from the current folder
+            [sys.executable, "-P", "-m", module, str(run)],  # -P: do not import modules from the current folder
             env={"OMP_WAIT_POLICY": "passive", **os.environ, **environment},
-            start_new_session=True,  # Ctrl-C reaches the child only once, through this process
+            start_new_session=True,  # so that Ctrl-C reaches the child only through this process
         )

@@ -1,5 +1,5 @@
-"""The commands on trained models: `unlabeled eval`, `harness`, `export`, `generate`, `snapshots` and `checkpoint …`,
-one function each (see `command_parser.py`).
+"""The commands for trained models: `unlabeled eval`, `harness`, `export`, `generate`, `snapshots` and `checkpoint …`,
+one function for each (see `command_parser.py`).
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def export(
     ] = (),
 ) -> int:
     """Write the encoder of a checkpoint as config.json and model.safetensors, with a model card. Each further format is
-    read back and compared."""
+    opened again, and its outputs are compared."""
     from pretrain.recipes.recipe import load
 
-    recipe = load(run)  # before torch is imported, so that the error for a wrong folder comes at once
+    recipe = load(run)  # before torch is imported, so that the error for a wrong folder appears at once
     from launch.export_checkpoint import export
 
     return export(Path(run), recipe, Path(target) if target else None, step, also)
@@ -141,7 +141,7 @@ def checkpoint_consolidate(
     path: CheckpointPath,
     target: Annotated[str, "a .safetensors file, or a folder (default: the current folder)"] = ".",
 ) -> None:
-    """Write the model of a checkpoint, which any number of processes may have saved, as one safetensors file."""
+    """Write the model of a checkpoint as one safetensors file, for any number of processes that have saved it."""
     from pretrain.checkpoint import tools
 
     say(f"{tools.consolidate(path, target)}: open it with safetensors.torch.load_file")

@@ -1,6 +1,6 @@
-"""Check a node before a run starts on it. `python -m launch.node_check RUN GPUS` runs on each node and prints one line
-of JSON; the supervisor compares the lines of all nodes with `problems`. The check has no time limit of its own, because
-the supervisor sets one. This module does not import torch.
+"""Check a node before a run starts on it. `python -m launch.node_check RUN GPUS` runs on each node and prints a report as
+one line of JSON; the supervisor, which also sets a time limit, finds problems in the reports of all nodes (`problems`).
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from common.output import say
 from launch import snapshot
 
 MB = 16  # size of the test file that is written to the run folder and read again
-MIN_MB_PER_SECOND = 2.0  # of writing and reading the test file; a healthy disk or network file system is far faster
-MIN_FREE_GB = 0.5  # on the file systems of the run folder and of temporary files
+MIN_MB_PER_SECOND = 2.0  # speed of writing and reading the test file; a healthy file system is far faster
+MIN_FREE_GB = 0.5  # free space on the file systems of the run folder and of temporary files
 MAX_CLOCK_DIFFERENCE = 30.0  # seconds between the clocks of a node and of the supervisor
-EQUAL = ("python", "torch", "numpy", "code")  # entries of a report that have to be equal on all nodes
+EQUAL_ENTRIES = ("python", "torch", "numpy", "code")  # entries of a report that must be equal on all nodes
 Report = Mapping[str, Any]
 
 
-def look(run: Path, gpus: int) -> dict[str, Any]:
-    """The report on this node: versions, a hash of the code, clock, GPUs, and speed and free space of the run folder."""
+def make_report(run: Path, gpus: int) -> dict[str, Any]:
+    """A report on this node: versions, a hash of the code, clock, GPUs, and speed and free space of the run folder."""
     out: dict[str, Any] = {"clock": time.time(), "python": platform.python_version(), "code": snapshot.code_hash()}
     out |= {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
     if gpus:
@@ -46,30 +46,32 @@ def look(run: Path, gpus: int) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
-            whole = len(file.read()) == MB << 20
+            is_complete = len(file.read()) == MB << 20
     except OSError as error:
         return out | {"disk": error.strerror or str(error)}
     return out | {
-        "disk": "" if whole else "a file had fewer bytes than were written",
+        "disk": "" if is_complete else "a file had fewer bytes than were written",
         "mb_per_second": MB / (time.perf_counter() - began),
     }
 
 
-def problems(reports: Mapping[str, Report], gpus: int, asked: float, read: float) -> dict[str, str]:
-    """{node: what is wrong with it} for the nodes on which the run should not start.
+def problems(reports: Mapping[str, Report], gpus: int, started: float, received: float) -> dict[str, str]:
+    """{node: its problems} for the nodes on which the run should not start.
 
-    `reports`: what `look` said on each node that answered. A version that differs counts against the nodes that have
-    the rarer one. `asked`, `read`: this machine's clock before the first node was asked and after the last report was
-    read; a report may have been made at any time between the two.
+    `reports`: the result of `make_report` on each node that has answered. If versions differ, the nodes with the rarer version
+    have the problem. `started`, `received`: this machine's clock before the checks were started and after the last report
+    was received; a report may have been made at any time between the two.
     """
     most_frequent = {
-        key: Counter(report[key] for report in reports.values()).most_common(1)[0][0] for key in EQUAL if reports
+        key: Counter(report[key] for report in reports.values()).most_common(1)[0][0]
+        for key in EQUAL_ENTRIES
+        if reports
     }
     out: dict[str, str] = {}
     for node, report in reports.items():
         found = [
             f"{key} is {report[key]}, but {most_frequent[key]} on most nodes"
-            for key in EQUAL
+            for key in EQUAL_ENTRIES
             if report[key] != most_frequent[key]
         ]
         if gpus and report["gpus"] < gpus:
@@ -83,7 +85,7 @@ def problems(reports: Mapping[str, Report], gpus: int, asked: float, read: float
                 f"writes to and reads from the run folder at {report['mb_per_second']:.1f} MB/s, less than"
                 f" {MIN_MB_PER_SECOND:g}"
             )
-        difference = report["clock"] - min(max(report["clock"], asked), read)
+        difference = report["clock"] - min(max(report["clock"], started), received)
         if abs(difference) > MAX_CLOCK_DIFFERENCE:
             found.append(f"its clock differs by {difference:.0f} s from that of the supervisor")
         if found:
@@ -92,4 +94,4 @@ def problems(reports: Mapping[str, Report], gpus: int, asked: float, read: float
 
 
 if __name__ == "__main__":
-    say(json.dumps(look(Path(sys.argv[1]), int(sys.argv[2]))))
+    say(json.dumps(make_report(Path(sys.argv[1]), int(sys.argv[2]))))

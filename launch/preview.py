@@ -1,4 +1,4 @@
-"""Draws the input of a recipe's model: all views of some samples of the first batches, with masked patches darkened."""
+"""Draw the input of a recipe's model: all views of some samples from the first batches, with masked patches darkened."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import check_data
 
 TILE, GAP = 128, 4  # pixels
-MASKED_BRIGHTNESS = 0.25  # of masked patches, relative to that of other patches
+MASKED_BRIGHTNESS = 0.25  # brightness of masked patches, relative to other patches
 
 
 def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
-    """Write an image file with a row of views for each of `rows` samples, from the first batches of the training.
+    """Write an image file with one row of views for each of `rows` samples from the first batches of the training.
 
-    Returns its path. Raises DataError.
+    Returns its path. Raises DataError if it cannot be written, or if there are no images to draw.
     """
     target = Path(target)
     check_data(recipe)
     with torch.device("meta"):  # views depend on shapes only, so the weights need no memory
         objective = build_objective(recipe)
-    body = objective.encoder()
-    side = body.image_size // (body.patch_size or body.image_size)  # patches
+    backbone = objective.encoder()
+    side = backbone.image_size // (backbone.patch_size or backbone.image_size)  # number of patches along one side
     samples = open_samples(recipe)
     recipe = small(recipe, sum(map(len, samples)))
     size = recipe.data.batch
     stream = build_stream(recipe, objective, samples)
-    lines: list[list[np.ndarray]] = []
+    lines: list[list[np.ndarray]] = []  # the views of each sample
     while len(lines) < rows:
-        made = next(stream)
-        whole = stream.batches.collated(made)  # of the batch, not of its samples
-        batch = {key: value.numpy() for key, value in _colored(made).items() if key not in whole}
-        lines += [_views({k: v[n] for k, v in batch.items()}, side) for n in range(min(size, rows - len(lines)))]
+        batch = next(stream)
+        not_per_sample = stream.batches.collated(batch)  # tensors that do not have one row per sample
+        arrays = {key: value.numpy() for key, value in _colored(batch).items() if key not in not_per_sample}
+        lines += [_views({k: v[n] for k, v in arrays.items()}, side) for n in range(min(size, rows - len(lines)))]
     stream.close()
     if not lines[0]:
         raise DataError(f"{recipe.objective.name} makes no images of its samples, so there is nothing to draw")
@@ -73,7 +73,7 @@ def small(recipe: Recipe, samples: int) -> Recipe:
 
 def _colored(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The batch after the colour augmentations that training applies on the device."""
-    constants = device_color.constants([0.0], [1.0], torch.device("cpu"))  # the colours need no mean and deviation
+    constants = device_color.constants([0.0], [1.0], torch.device("cpu"))  # mean 0 and deviation 1: no normalisation
     return {
         key: device_color.apply(value, batch[f"{key}.color"], constants) if f"{key}.color" in batch else value
         for key, value in batch.items()
@@ -82,9 +82,9 @@ def _colored(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _views(sample: dict[str, Any], side: int) -> list[np.ndarray]:
-    """All views [H, W, 3] in one sample of a batch, with masked patches darkened. `side`: patches along one side.
+    """All views [H, W, 3] of one sample of a batch, with masked patches darkened. `side`: number of patches along one side.
 
-    The mask belongs to the first entry that has as many views as the mask.
+    The mask is applied to the first entry that has as many views as the mask.
     """
     out, masked = [], False
     for value in sample.values():
@@ -101,9 +101,9 @@ def _views(sample: dict[str, Any], side: int) -> list[np.ndarray]:
 
 
 def _mask(sample: dict[str, Any], count: int, side: int) -> np.ndarray | None:
-    """bool [views, patches], true for patches that the model does not see; None if there is no mask for so many views.
+    """bool [views, patches], true for patches that the model does not see; None if there is no mask for `count` views.
 
-    An objective gives either "mask", or "keep" with the numbers of the patches that the model sees.
+    The sample of an objective has either "mask", or "keep", the indices of the patches that the model sees.
     """
     if "mask" in sample and sample["mask"].size == count * side**2:
         return sample["mask"].reshape(count, -1)

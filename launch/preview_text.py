@@ -1,5 +1,5 @@
-"""Prints the input of a recipe's text model: some rows of the first batches as text, document by document, with the
-tokens marked that the model has to predict."""
+"""Print the input of a recipe's text model: some rows of the first batches as text, document by document, in which the
+tokens that the model has to predict are marked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Decode = Callable[[np.ndarray], str]
 
 
 def preview(recipe: Recipe, rows: int = 8) -> list[str]:
-    """Lines of text for `rows` rows of the first batches of the training. Raises UserError.
+    """The lines to print for `rows` rows from the first batches of the training. Raises UserError.
 
     ‹…› is a token that a causal model does not predict; ⟦a→b⟧ is a masked token: the model reads a and predicts b.
     """
@@ -43,7 +43,8 @@ def preview(recipe: Recipe, rows: int = 8) -> list[str]:
 
 
 def lines(sample: dict[str, np.ndarray], decode: Decode) -> Iterator[str]:
-    """The lines for one row of a batch: one for each document, and one for the targets of a separate decoder (T5)."""
+    """The lines for one row of a batch: one for each document, and one for the targets of the decoder if there is one
+    (T5)."""
     tokens = sample["tokens"]
     documents = sample.get("documents", np.zeros(len(tokens), np.int32))
     has_decoder = "decoder_tokens" in sample
@@ -68,12 +69,12 @@ def lines(sample: dict[str, np.ndarray], decode: Decode) -> Iterator[str]:
 
 
 def _masked_targets(sample: dict[str, np.ndarray]) -> np.ndarray | None:
-    """The target in place of each token, [T], for a model of masked tokens; None for a causal model, whose targets are
-    the following tokens."""
+    """The target at the position of each token, [T], for a model that predicts masked tokens; None for a causal model,
+    whose targets are the next tokens."""
     tokens, targets = sample["tokens"], sample.get("targets")
     if targets is None:
         return None
-    if "places" in sample:  # the positions of the targets; every row has equally many, some of which are IGNORED
+    if "places" in sample:  # positions of the targets; every row has the same number, and some targets are IGNORED
         out = np.full(len(tokens), IGNORED)
         out[sample["places"][targets != IGNORED]] = targets[targets != IGNORED]
         return out
@@ -85,7 +86,7 @@ def _masked_targets(sample: dict[str, np.ndarray]) -> np.ndarray | None:
 
 
 def _causal(tokens: np.ndarray, decode: Decode) -> str:
-    """A document as text, with its first token marked, which no model predicts: no token comes before it."""
+    """A document as text. Its first token is marked, because no model predicts a token without previous tokens."""
     return f"‹{decode(tokens[:1])}›{decode(tokens[1:])}"
 
 

@@ -1,5 +1,5 @@
-"""The commands `unlabeled shards …`, one function each (see `command_parser.py`). Each imports what it needs when it
-runs, so that help and errors of the command line come at once.
+"""The commands `unlabeled shards …`, one function for each (see `command_parser.py`). Each function imports what it needs
+when it runs, so that help and errors of the command line are printed at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def build(
         str,
         "KIND",
         "images, videos, frames, text, image-text, parquet or webdataset (default: detected from the names of the"
-        " files); `images` of a folder that holds only videos are their frames",
+        " files); for a folder that holds only videos, `images` stands for their frames",
     ] = "",
     labels: Annotated[HomePath, "FILE", ".csv, .tsv or .jsonl file with a path and a label for each image"] = NO_FILE,
     image_field: Annotated[str, "NAME", "column that holds the path or the bytes of the image"] = "",
@@ -85,7 +85,7 @@ def index(
     bits: Bits = 0,
     as_stored: AsStored = False,
     members: Annotated[
-        Sequence[str], "EXTENSION", "further extensions to index, which a part of your own reads, for example flac"
+        Sequence[str], "EXTENSION", "further extensions to index, for a part that you have written, for example flac"
     ] = (),
 ) -> None:
     """Write an index beside shards that other tools have made."""
@@ -108,7 +108,7 @@ def tokenizer(
     *,
     vocab: Annotated[int, "N", "size of the vocabulary, including special tokens"] = 4096,
     specials: SpecialTokens = (),
-    text_mb: Annotated[float, "MB", "amount of text to train on, spread over the set"] = 256.0,
+    text_mb: Annotated[float, "MB", "amount of text to train on, taken from all parts of the set"] = 256.0,
 ) -> None:
     """Train a byte-level BPE tokenizer on text shards."""
     from data_pipeline.build.tokenizer import train
@@ -157,12 +157,12 @@ def verify(url: Shards) -> int:
 def stats(
     url: Shards, *, sheet: Annotated[HomePath, "FILE.png", "write a contact sheet of up to 48 samples"] = NO_FILE
 ) -> None:
-    """Count the members of shards, and decode up to 1000 images that are spread over the set."""
+    """Count the members of shards, and decode up to 1000 images from all parts of the set."""
     from data_pipeline.build import stats
 
     say(*stats.describe(stats.gather(url)))
     if sheet:
-        say("", f"{stats.sheet(url, sheet)}: a contact sheet of samples that are spread over the set")
+        say("", f"{stats.sheet(url, sheet)}: a contact sheet of samples from all parts of the set")
 
 
 def split(
@@ -174,8 +174,8 @@ def split(
     shard_mb: ShardMb = 256.0,
     workers: Workers = 0,
 ) -> None:
-    """Copy shards into train, val and test sets. A hash of its key decides where a sample goes, so that it stays there
-    when samples are added to the source."""
+    """Copy shards into train, val and test sets. A hash of the key of a sample determines its set, so that the set does not
+    change when samples are added to the source."""
     from data_pipeline.build.build_shards import describe
     from data_pipeline.build.split import split
 
@@ -188,10 +188,10 @@ def preview(
     recipe: RecipeName,
     overrides: Overrides = (),
     *,
-    out: Annotated[HomePath, "FILE", "image file to write; of a text recipe, rows are printed instead"] = PREVIEW,
+    out: Annotated[HomePath, "FILE", "image file to write; for a text recipe, rows are printed instead"] = PREVIEW,
     rows: Annotated[int, "N", "number of samples"] = 8,
 ) -> None:
-    """Draw the input of a recipe's model: all views of some samples, with masked patches darkened. Of a text recipe,
+    """Draw the input of a recipe's model: all views of some samples, with masked patches darkened. For a text recipe,
     print some rows and mark the tokens that the model predicts."""
     from pretrain.recipes.recipe import load
 

@@ -1,4 +1,4 @@
-"""Prints a resolved recipe as YAML, with the meaning of each key beside it: `unlabeled recipes show NAME [key=value
+"""Print a resolved recipe as YAML, with the meaning of each key as a comment: `unlabeled recipes show NAME [key=value
 …]`. `unlabeled train FILE` accepts the output."""
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pretrain.recipes.recipe import Recipe, names
 from pretrain.run_folder.recipe_file import IMAGES_ONLY
 
 WIDTH = 120  # columns
-HUGE = 1000  # upper limits from here on only guard against damaged files, and are not printed
+MAX_PRINTED_LIMIT = 1000  # higher upper limits are not printed, since they only guard against damaged files
 
 
 def lines(recipe: Recipe, name: str) -> list[str]:
-    """The lines of the YAML file. `name`: the name of the recipe, as the user has given it."""
+    """The lines of the YAML file. `name`: the name of the recipe that the user has given."""
     purpose = names().get(name)
     out = textwrap.wrap(f"# {name}: {purpose}", WIDTH, subsequent_indent="# ") if purpose else []
     out += ["# The resolved recipe, with the meaning of each key. Edit it, and train it with `unlabeled train FILE`"]
@@ -76,8 +76,8 @@ class _Writer:
 
 
 def meaning(section: Section, name: str) -> str:
-    """The meaning of an option of a section: the comment beside it, or the docstring of the sub-section that it holds,
-    and the values that it can have."""
+    """The meaning of an option of a section: its comment, or the docstring of the sub-section that it holds, and the values
+    that it can have."""
     cls, value = type(section), vars(section)[name]
     text = explanations(cls)[name]
     if isinstance(value, Section):
@@ -87,22 +87,23 @@ def meaning(section: Section, name: str) -> str:
 
 
 def _docstring(section: Section) -> str:
-    """The docstring of a section's class in one line; of an objective's options the first line of the objective's
+    """The docstring of a section's class in one line; for the options of an objective, the first line of the objective's
     file."""
     if section.name in finder.names():
         return finder.purpose(section.name)
     text = type(section).__doc__ or ""
-    return "" if text.startswith(f"{type(section).__name__}(") else " ".join(text.split())  # what dataclasses make up
+    is_generated = text.startswith(f"{type(section).__name__}(")  # by dataclasses, for a class without a docstring
+    return "" if is_generated else " ".join(text.split())
 
 
 def _allowed(cls: type[Section], name: str) -> str:
     """The limits or choices of an option, in brackets; "" if it has none."""
     hint = typing.get_type_hints(cls)[name]
     literals = [hint, *typing.get_args(hint)]
-    words = [str(v) for h in literals if typing.get_origin(h) is Literal for v in typing.get_args(h)]
+    choices = [str(v) for h in literals if typing.get_origin(h) is Literal for v in typing.get_args(h)]
     limits = fields(cls)[name].metadata.get("limits")
-    shown = limits is not None and (limits.high is None or limits.high < HUGE)
-    parts = ([str(limits)] if shown else []) + words
+    is_printed = limits is not None and (limits.high is None or limits.high < MAX_PRINTED_LIMIT)
+    parts = ([str(limits)] if is_printed else []) + choices
     return f"[{' | '.join(parts)}]" if parts else ""
 
 
@@ -115,7 +116,7 @@ def _flow(value: Any) -> str:
 
 
 def _commented(line: str, text: str, indent: str) -> Iterator[str]:
-    """A line with its comment: behind it if both fit into WIDTH, otherwise above it."""
+    """A line with its comment: on the same line if both fit into WIDTH, otherwise above it."""
     if text and len(line) + len(text) + 4 <= WIDTH:
         yield f"{line}  # {text}"
         return

@@ -1,8 +1,8 @@
 """Submit runs to a Slurm cluster, through submitit: `submit` checks everything, writes the job's folder, and queues it.
 
 A job's folder, jobs/NAME-N beside the run folder, holds the resolved recipe of each of its runs (0.yaml, …), job.json,
-the batch script, and later logs and records. The code is copied to jobs/code-HASH. RUN/job.json says which job trains
-a run. The job itself is `launch.supervisor`. No torch here.
+the batch script, and later logs and records. The code is copied to jobs/code-HASH. RUN/job.json names the job that trains
+a run. The job runs `launch.supervisor`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ SCHEMA = {"folder": str, "number": int, "id": str}  # of RUN/job.json
 
 # ---------------------------------------------------------------- the runs of a job
 def recipes(name: str, overrides: Sequence[str], array: Sequence[str]) -> list[Recipe]:
-    """The recipe of each run: one, or one for each combination of the values in `array` ("seed=0,1,2"). Run folders
-    become absolute; those of an array get the values as a suffix."""
+    """The recipe of each run: one, or one for each combination of the values in `array` ("seed=0,1,2"). Run folders are
+    made absolute; in an array, their names end with the values."""
     axes = [_values(entry) for entry in array]
     out = []
     for chosen in itertools.product(*axes):
         recipe = load(name, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen)])
-        varied = [f"{key.rpartition('.')[2]}-{str(value).replace('/', '-')}" for key, value in chosen]
-        recipe.run = str(Path("_".join([str(Path(recipe.run)), *varied])).absolute())
+        suffixes = [f"{key.rpartition('.')[2]}-{str(value).replace('/', '-')}" for key, value in chosen]
+        recipe.run = str(Path("_".join([str(Path(recipe.run)), *suffixes])).absolute())
         out.append(recipe)
-    if twice := {recipe.run for recipe in out if [one.run for one in out].count(recipe.run) > 1}:
-        raise UserError(f"--array: several runs would have the folder {twice.pop()}; give values that differ")
+    folders = [recipe.run for recipe in out]
+    if repeated := [folder for folder in folders if folders.count(folder) > 1]:
+        raise UserError(f"--array: several runs would have the folder {repeated[0]}; give values that differ")
     return out
 
 
@@ -61,7 +62,8 @@ def _values(entry: str) -> list[tuple[str, Any]]:
 
 
 def job_of(run: Path) -> dict[str, Any]:
-    """RUN/job.json: {"folder": the job's folder, "number": of the run in it, "id": as squeue shows it}; {} without."""
+    """The content of RUN/job.json: {"folder": the job's folder, "number": number of the run in the job, "id": id in the
+    output of squeue}; {} if there is none."""
     try:
         job = loads(read_text(run / JOB))
     except (OSError, ValueError):
@@ -70,7 +72,7 @@ def job_of(run: Path) -> dict[str, Any]:
 
 
 def queued(runs: Sequence[Path]) -> dict[Path, tuple[str, slurm_client.Queued]]:
-    """{run: (id, its job)} of those runs whose job waits or runs."""
+    """{run: (id, job)} for the runs whose job waits or runs."""
     ids = {run: job["id"] for run in runs if (job := job_of(run))}
     found = slurm_client.jobs(ids.values())
     active = {run: (name, found[name]) for run, name in ids.items() if name in found}
@@ -79,10 +81,10 @@ def queued(runs: Sequence[Path]) -> dict[Path, tuple[str, slurm_client.Queued]]:
 
 # ---------------------------------------------------------------- submission
 def submit(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> list[str]:
-    """Queue a job for these runs, an array if there are several. Returns lines that say what was done.
+    """Queue a job for these runs; several runs become an array. Returns the lines to print.
 
-    A run that is queued already is named and not queued again. `parallel_jobs`: of an array, how many may run at a
-    time; 0: all.
+    A run that is already queued is not queued again. `parallel_jobs`: the number of jobs of an array that may run at the
+    same time; 0: all.
     """
     _check(runs, cluster)
     already = queued([Path(recipe.run) for recipe in runs])
@@ -101,34 +103,34 @@ def submit(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> list
         shutil.rmtree(folder)
         raise
     for number, (recipe, name) in enumerate(zip(new, jobs, strict=True)):
-        told = {"folder": str(folder), "number": number, "id": name}
-        write_atomically(str(Path(recipe.run) / JOB), [json.dumps(told).encode()])
+        job = {"folder": str(folder), "number": number, "id": name}
+        write_atomically(str(Path(recipe.run) / JOB), [json.dumps(job).encode()])
         lines.append(f"{recipe.run}: queued as job {name}; `unlabeled status {recipe.run}` says how it goes")
     return lines
 
 
 def _queue(new: list[Recipe], folder: Path, cluster: Cluster, parallel_jobs: int) -> list[str]:
-    """Write a job's folder and hand its batch script to sbatch. Returns the id of each run's job."""
+    """Write the files of a job's folder and submit its batch script. Returns the id of each run's job."""
     for number, recipe in enumerate(new):
-        with run_folder_lock() as lock:  # the folder is free, and holds this run or none
+        with run_folder_lock() as lock:  # no process trains in the folder, and it holds this run or no run
             run = prepare(recipe, lock)
             shutil.copyfile(run / RECIPE, folder / f"{number}.yaml")
-    about = {"runs": [recipe.run for recipe in new], "cluster": config.to_dict(cluster)}
-    about["methods"] = {recipe.objective.name: hash_of(recipe.objective.name) for recipe in new}
-    (folder / "job.json").write_text(json.dumps(about, indent=1) + "\n")
+    job = {"runs": [recipe.run for recipe in new], "cluster": config.to_dict(cluster)}
+    job["methods"] = {recipe.objective.name: hash_of(recipe.objective.name) for recipe in new}
+    (folder / "job.json").write_text(json.dumps(job, indent=1) + "\n")
     code = snapshot.write(folder.parent)
     executor = _executor(new, folder, code, cluster, parallel_jobs)
     numbers = range(len(new))
     try:
         with warnings.catch_warnings(action="ignore"):
             jobs = executor.map_array(supervise, [str(folder)] * len(new), numbers)
-    except Exception as error:  # submitit's own, with sbatch's words
+    except Exception as error:  # submitit's exceptions, which quote sbatch
         raise UserError(f"sbatch refuses the job: {' '.join(str(error).split())}") from None
     return [str(job.job_id) for job in jobs]
 
 
 def script(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> str:
-    """The batch script that `submit` would hand to sbatch."""
+    """The batch script that `submit` would submit."""
     _check(runs, cluster)
     folder = _folder(runs)
     executor = _executor(runs, folder, folder.parent / f"code-{snapshot.code_hash()}", cluster, parallel_jobs)
@@ -138,33 +140,33 @@ def script(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> str:
 
 
 def _check(runs: list[Recipe], cluster: Cluster) -> None:
-    """Raises UserError for what no job could train."""
+    """Raises UserError for a recipe that the job could not train."""
     for recipe in runs:
         check_data(recipe)
-        least, most = (count * cluster.processes_per_node for count in (cluster.least_nodes, cluster.most_nodes))
+        smallest, largest = (count * cluster.processes_per_node for count in (cluster.min_nodes, cluster.max_nodes))
         try:
-            check_world(recipe, most)
-        except ConfigError:  # of a range of nodes, the supervisor takes the largest number that divides the batch
-            if least == most:
+            check_world(recipe, largest)
+        except ConfigError:  # from a range of nodes, the supervisor uses the largest number that divides the batch
+            if smallest == largest:
                 raise
-            check_world(recipe, least)
+            check_world(recipe, smallest)
 
 
 def _folder(runs: list[Recipe]) -> Path:
-    """The folder of the next job: jobs/NAME-N, beside the run folder."""
+    """The folder for a new job: jobs/NAME-N, beside the run folder."""
     run = Path(runs[0].run)
     return next(path for n in itertools.count(1) if not (path := run.parent / "jobs" / f"{run.name}-{n}").exists())
 
 
 def _make_folder(runs: list[Recipe]) -> Path:
-    """Create the folder of the next job; other commands may do the same for theirs at this moment."""
+    """Create the folder for a new job, although other commands may do this at the same time."""
     while True:
         folder = _folder(runs)
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if not folder.exists():  # a file is in the place of a parent
+            if not folder.exists():  # one of the parents is a file
                 raise UserError(
                     f"{folder.parent}: is not a folder; choose another run folder with run=FOLDER"
                 ) from None
@@ -177,10 +179,10 @@ def _make_folder(runs: list[Recipe]) -> Path:
 def _executor(runs: list[Recipe], folder: Path, code: Path, cluster: Cluster, parallel_jobs: int) -> Any:
     """A submitit executor with the parameters of the batch script.
 
-    The script replaces its shell by the supervisor (`exec`), so that Slurm's signal reaches it, and the supervisor
-    starts the ranks by `srun`. Until then the signal is ignored, as it would end the script. submitit's own handling of
-    signals is not used: it requeues a job from the handler of rank 0, before the others have saved, and no more than a
-    given number of times.
+    The script replaces its shell by the supervisor (`exec`), so that the supervisor gets Slurm's signal; until then the
+    signal is ignored, because it would end the script. The supervisor starts the ranks with `srun`. submitit's handling of
+    signals is not used: it requeues a job in the signal handler of rank 0, before the other ranks have saved, and only a
+    limited number of times.
     """
     try:
         import submitit
@@ -190,25 +192,25 @@ def _executor(runs: list[Recipe], folder: Path, code: Path, cluster: Cluster, pa
     class Executor(submitit.SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 2  # a script can be printed where there is no Slurm
+            return 2  # so that a script can be printed on a machine without Slurm
 
     executor = Executor(folder=str(folder), python=f"exec {shlex.quote(sys.executable)}")
-    limit = max(1, math.ceil(cluster.hours * 60))
-    more: dict[str, Any] = {"signal": f"B:USR2@{cluster.signal_delay}", "requeue": True, "no-kill": True}
-    more |= {"nodes": str(cluster.nodes)}
-    more |= {"mem": f"{math.ceil(cluster.memory_gb * 1024)}M"} if cluster.memory_gb else {}
-    more |= {"reservation": cluster.reservation} if cluster.reservation else {}
+    minutes = max(1, math.ceil(cluster.hours * 60))
+    additional: dict[str, Any] = {"signal": f"B:USR2@{cluster.signal_delay}", "requeue": True, "no-kill": True}
+    additional |= {"nodes": str(cluster.nodes)}
+    additional |= {"mem": f"{math.ceil(cluster.memory_gb * 1024)}M"} if cluster.memory_gb else {}
+    additional |= {"reservation": cluster.reservation} if cluster.reservation else {}
     for entry in cluster.sbatch:
         key, equals, value = entry.removeprefix("--").partition("=")
-        more[key] = value if equals else True
+        additional[key] = value if equals else True
     path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
     exports = [
         f"export {key}={shlex.quote(value)}" for key, _, value in (e.partition("=") for e in cluster.environment)
     ]
     given = {
         "job_name": Path(runs[0].run).name,
-        "time": limit,
-        "nodes": cluster.most_nodes,
+        "time": minutes,
+        "nodes": cluster.max_nodes,
         # one task per node for sbatch, with the cores of all its processes: with --ntasks-per-node, Slurm 22.05 gives a
         # job of --nodes=1-2 one node, although two are free
         "cpus_per_task": cluster.processes_per_node * (cluster.cpus or 1),
@@ -222,8 +224,8 @@ def _executor(runs: list[Recipe], folder: Path, code: Path, cluster: Cluster, pa
         "use_srun": False,
         "stderr_to_stdout": True,
         "array_parallelism": parallel_jobs or 256,
-        "additional_parameters": more,
+        "additional_parameters": additional,
     }
     executor.update_parameters(**{key: value for key, value in given.items() if value is not None})
-    executor.parameters["wckey"] = None  # submitit's default, which clusters that check it would refuse
+    executor.parameters["wckey"] = None  # clusters that check this key would refuse submitit's default
     return executor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from common.errors import UserError
 
-TIMEOUT = 60.0  # seconds after which a command of Slurm is given up
+TIMEOUT = 60.0  # seconds that a command of Slurm may take
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING")
 ACTIVE = ("RUNNING", "COMPLETING", *WAITING)  # states of jobs that run, wait, or will be started again
 
@@ -60,9 +60,9 @@ class Partition:
     name: str
     default: bool
     nodes: int
-    cpus: int  # of the smallest node
-    memory_mb: int  # of the smallest node
-    gpus: int  # of the node with the fewest
+    cpus: int  # smallest number of cores of a node
+    memory_mb: int  # smallest memory of a node
+    gpus: int  # smallest number of GPUs of a node
     hours: float | None  # time limit; None: no limit
     features: str
 
@@ -78,19 +78,19 @@ def partitions() -> list[Partition]:
     out: dict[str, Partition] = {}
     for name, nodes, cpus, memory, gres, limit, features in (row for row in rows if len(row) == 7):
         gpus = sum(int(count) for count in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)", gres))
-        least = (int(cpus.rstrip("+")), int(memory.rstrip("+")))
-        one = Partition(name.rstrip("*"), name.endswith("*"), int(nodes), *least, gpus, _hours(limit), features)
-        before = out.get(one.name)  # sinfo prints one line for each kind of node in a partition
-        out[one.name] = one if before is None else _both(before, one)
+        smallest = (int(cpus.rstrip("+")), int(memory.rstrip("+")))
+        line = Partition(name.rstrip("*"), name.endswith("*"), int(nodes), *smallest, gpus, _hours(limit), features)
+        earlier = out.get(line.name)  # sinfo prints one line for each kind of node in a partition
+        out[line.name] = line if earlier is None else _combine(earlier, line)
     if not out:
         raise UserError("sinfo: this cluster has no partition")
     return [*out.values()]
 
 
-def _both(a: Partition, b: Partition) -> Partition:
-    """One partition from two lines of sinfo about it, for different kinds of nodes."""
-    least = (min(a.cpus, b.cpus), min(a.memory_mb, b.memory_mb), min(a.gpus, b.gpus))
-    return Partition(a.name, a.default, a.nodes + b.nodes, *least, a.hours, f"{a.features}; {b.features}")
+def _combine(a: Partition, b: Partition) -> Partition:
+    """Combine two lines of sinfo about the same partition, for different kinds of nodes."""
+    smallest = (min(a.cpus, b.cpus), min(a.memory_mb, b.memory_mb), min(a.gpus, b.gpus))
+    return Partition(a.name, a.default, a.nodes + b.nodes, *smallest, a.hours, f"{a.features}; {b.features}")
 
 
 def _hours(limit: str) -> float | None:

@@ -1,6 +1,6 @@
 """One process of a run in a Slurm job: `srun … python -m launch.slurm_rank FOLDER RECIPE` starts the trainer with the
-environment of torch.distributed, and records in FOLDER where it runs (rank-R.json) and how it ended (rank-R.end.json).
-No torch here.
+environment of torch.distributed, and records in FOLDER on which node it runs (rank-R.json) and with which code it has ended
+(rank-R.end.json). This module does not import torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def distributed(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def record(path: Path, **values: Any) -> None:
-    """Write a JSON file that appears whole."""
+    """Write a JSON file atomically."""
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(values))
     temporary.replace(path)
@@ -41,7 +41,7 @@ def run(folder: Path, recipe: str) -> int:
     """Start the trainer, pass signals on to it, and return its exit code."""
     env = {"OMP_WAIT_POLICY": "passive", **os.environ, **distributed(os.environ)}
     about = {"rank": int(env["RANK"]), "node": env["SLURMD_NODENAME"], "step": env["SLURM_STEP_ID"]}
-    with signals_blocked():  # a signal that comes before the trainer can handle it waits
+    with signals_blocked():  # a signal that comes now is delivered when the trainer can handle it
         trainer = subprocess.Popen([sys.executable, "-P", "-m", "pretrain.train", recipe], env=env)
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, frame: trainer.send_signal(number))
@@ -51,7 +51,7 @@ def run(folder: Path, recipe: str) -> int:
         time.sleep(0.05)
     code = trainer.returncode
     record(folder / f"rank-{about['rank']}{END}", **about, code=code, ended=time.time())
-    return 128 - code if code < 0 else code  # of a signal, as a shell has it
+    return 128 - code if code < 0 else code  # a process that a signal ended: the exit status of a shell
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A copy of the code that a job runs, so that editing the checkout does not change a job that waits in the queue."""
+"""Copy the code for a job, so that edits of the checkout do not change a job that waits in the queue."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "data_pipeline", "pretrain", "eval", "launch")
-KINDS = (".py", ".yaml")
+SUFFIXES = (".py", ".yaml")  # of the files that are copied
 
 
 def files() -> list[Path]:
-    """The files of the packages that run, relative to their root."""
-    found = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in KINDS)
+    """The files of the packages, relative to ROOT."""
+    found = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in SUFFIXES)
     return sorted(path.relative_to(ROOT) for path in found)
 
 
 def code_hash() -> str:
-    """A hash of the names and contents of all files of the packages that run."""
+    """A hash of the names and contents of all files of the packages."""
     digest = hashlib.sha256()
     for path in files():
         content = (ROOT / path).read_bytes()
@@ -31,7 +31,7 @@ def code_hash() -> str:
 
 
 def write(folder: Path) -> Path:
-    """Copy the packages to FOLDER/code-HASH, which may be there already, and return that path."""
+    """Copy the packages to FOLDER/code-HASH, unless they are there already. Returns that path."""
     target = folder / f"code-{code_hash()}"
     if target.is_dir():
         return target
@@ -43,6 +43,6 @@ def write(folder: Path) -> Path:
         os.rename(partial, target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not target.is_dir():  # if it is there, another command has just written the same code
+        if not target.is_dir():  # otherwise another command has written the same code at the same time
             raise UserError(f"{target}: the code cannot be copied there ({error.strerror or error})") from None
     return target

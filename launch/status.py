@@ -1,5 +1,5 @@
-"""What runs do at present: their place in the queue, steps, speed, checkpoints and scores, from the files of their
-folders and from squeue. No torch here."""
+"""The state of runs: queue, steps, speed, checkpoints and scores, from the files in their folders and from squeue. This
+module does not import torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Queue = dict[Path, tuple[str, slurm_client.Queued]]
 
 @dataclass(frozen=True)
 class Status:
-    """One run, in words; "-" for what is not known."""
+    """The state of one run as text; "-" stands for unknown values."""
 
     run: str
     state: str
@@ -51,7 +51,8 @@ class Status:
 
 
 def runs_in(folders: Sequence[str]) -> list[Path]:
-    """The runs that these folders are or hold. Raises UserError for a folder that is and holds none."""
+    """The run folders among `folders` and directly inside them. Raises UserError for a folder that is not a run folder and
+    holds none."""
     out = []
     for folder in map(Path, folders):
         inside = [folder] if _is_run(folder) else sorted(path for path in folder.glob("*") if _is_run(path))
@@ -66,18 +67,18 @@ def _is_run(folder: Path) -> bool:
 
 
 def table(runs: Sequence[Path]) -> list[str]:
-    """A line for each run, under a line that names the columns."""
+    """A line with the names of the columns, and a line for each run."""
     notes, jobs = [], {}
     try:
         jobs = in_queue(runs)
-    except UserError as error:  # on a machine without Slurm, the files can be read all the same
-        notes = [f"note: what is in the queue is not known here; {error}"]
+    except UserError as error:  # the files of the runs can be read even if Slurm cannot be queried
+        notes = [f"note: the queue cannot be read here; {error}"]
     rows = [of(run, jobs).cells for run in runs]
     return columns([list(HEAD), *rows], [16, 12, 12, 8, 10, 6, 11, 14]) + notes
 
 
 def in_queue(runs: Sequence[Path]) -> Queue:
-    """The runs whose job waits or runs, by squeue; none of them where there is no Slurm."""
+    """The runs whose job waits or runs. Asks squeue only if one of the runs belongs to a job."""
     return queued([run.absolute() for run in runs]) if any(map(job_of, runs)) else {}
 
 
@@ -89,19 +90,20 @@ def of(run: Path, jobs: Queue) -> Status:
     except ConfigError:  # the run has not begun
         recipe = {}
     steps = recipe.get("steps", 0)
-    held = _state_of(job)
+    supervisor_state = _state_of(job)
     row = _last_with(run, "samples_per_second")
     speed = row.get("samples_per_second", 0.0)
     batch = (recipe.get("data") or {}).get("batch", 0)
     active = (run.absolute() in jobs) or living_holder(run) is not None
-    left = duration((steps - done) * batch / speed) if active and speed and done < steps else "-"
-    restarts, requeues = held.get("restarts", 0), held.get("attempts", 1) - held.get("restarts", 0) - 1
+    remaining = duration((steps - done) * batch / speed) if active and speed and done < steps else "-"
+    restarts = supervisor_state.get("restarts", 0)
+    requeues = supervisor_state.get("attempts", 1) - restarts - 1
     saved = complete_checkpoints(run)
     return Status(
         str(run),
-        _words(run, jobs, done, steps, held),
+        _describe_state(run, jobs, done, steps, supervisor_state),
         f"{done}/{steps}" if steps else "-",
-        left,
+        remaining,
         f"{speed:.1f}" if speed else "-",
         f"{row['mfu']:.1%}" if "mfu" in row else "-",
         str(int(saved[-1].name)) if saved else "-",
@@ -110,29 +112,29 @@ def of(run: Path, jobs: Queue) -> Status:
     )
 
 
-def _words(run: Path, jobs: Queue, done: int, steps: int, held: dict[str, Any]) -> str:
-    """The state of a run: of its job, of the process that trains it, or how it ended."""
+def _describe_state(run: Path, jobs: Queue, done: int, steps: int, supervisor_state: dict[str, Any]) -> str:
+    """The state of the job of a run or of the process that trains it, or how the run ended."""
     if (pair := jobs.get(run.absolute())) is not None:
         name, job = pair
-        why = f" ({job.reason})" if job.state != "RUNNING" and job.reason != "None" else ""
-        where = f" on {job.nodes}" if job.nodes else ""
-        return f"{job.state.lower()}{why}{where}, job {name}"
+        reason = f" ({job.reason})" if job.state != "RUNNING" and job.reason != "None" else ""
+        nodes = f" on {job.nodes}" if job.nodes else ""
+        return f"{job.state.lower()}{reason}{nodes}, job {name}"
     if (holder := living_holder(run)) is not None:
         return f"running on {holder['host']}, process {holder['pid']}"
     if steps and done >= steps:
         return "finished"
-    return held.get("ended") or ("stopped" if done else "not begun")
+    return supervisor_state.get("ended") or ("stopped" if done else "not begun")
 
 
 def _state_of(job: dict[str, Any]) -> dict[str, Any]:
-    """state.json of a job's supervisor; {} without one."""
+    """The content of state.json, which the supervisor of a job writes; {} if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(read_text(Path(job["folder"]) / str(job["number"]) / "state.json"))
     return {}
 
 
 def _last_with(run: Path, key: str) -> dict[str, Any]:
-    """The last row of metrics.jsonl that has a key: speeds are in the last row of each write only."""
+    """The last row of metrics.jsonl that has a key. Only the last row of each write has the speeds."""
     for line in reversed(tail(run / "metrics.jsonl", 1000)):
         with contextlib.suppress(ValueError):
             row = loads(line)
@@ -142,7 +144,7 @@ def _last_with(run: Path, key: str) -> dict[str, Any]:
 
 
 def _score(run: Path) -> str:
-    """The last main score of results.jsonl, with its protocol and step."""
+    """The last main metric in results.jsonl, with its protocol and step; "-" if there is none."""
     for line in reversed(tail(run / "results.jsonl", 100)):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             row = loads(line)
@@ -152,14 +154,14 @@ def _score(run: Path) -> str:
 
 
 def stop(run: Path, now: bool) -> str:
-    """Ask a run to stop after a checkpoint, or end it at once. Returns what was done. Raises UserError if nobody
-    trains it, or a process of another machine does."""
+    """Stop a run after a checkpoint or, with `now`, at once. Returns a line about it. Raises UserError if no process trains
+    the run, or a process on another machine does."""
     if (pair := in_queue([run]).get(run.absolute())) is not None:
         name, job = pair
-        told = job_of(run)
-        folder = Path(told["folder"]) / str(told["number"])
+        run_job = job_of(run)
+        folder = Path(run_job["folder"]) / str(run_job["number"])
         folder.mkdir(exist_ok=True)
-        (folder / STOP).touch()  # so that the job does not requeue itself
+        (folder / STOP).touch()  # prevents that the job requeues itself
         if now or job.state != "RUNNING":
             slurm_client.ask("scancel", name)
             return f"{run}: job {name} is cancelled"
@@ -167,7 +169,7 @@ def stop(run: Path, now: bool) -> str:
         return f"{run}: job {name} ends after a checkpoint at the next step"
     holder = living_holder(run)
     if holder is None:
-        raise UserError(f"{run}: nobody trains it at present, and it is in no queue")
+        raise UserError(f"{run}: no process trains it at present, and it is in no queue")
     if holder["machine"] != machine_id():
         raise UserError(f"{run}: is trained by process {holder['pid']} on {holder['host']}; stop it there")
     try:
@@ -179,7 +181,7 @@ def stop(run: Path, now: bool) -> str:
 
 
 def log_of(run: Path, rank: int | None) -> Path:
-    """The run's log, or that of one rank of its job. Raises UserError if there is none."""
+    """The path of the run's log or, if a rank is given, of the log of that rank. Raises UserError if there is none."""
     path = run / "log.txt"
     if rank is not None:
         job = job_of(run)
@@ -195,18 +197,18 @@ def log_of(run: Path, rank: int | None) -> Path:
 
 
 def follow(path: Path, run: Path, say: Any, seconds: float = 0.5) -> None:
-    """Hand each further line of a log to `say`, until the run has ended."""
+    """Call `say` with each new line of a log, until the run has ended."""
     with path.open(errors="replace") as file:
-        file.seek(0, 2)
-        looked, active, rest = 0.0, True, ""
+        file.seek(0, os.SEEK_END)
+        checked_at, active, incomplete_line = 0.0, True, ""
         while True:
-            *lines, rest = (rest + file.read()).split("\n")
+            *lines, incomplete_line = (incomplete_line + file.read()).split("\n")
             for line in lines:
                 say(line)
             if not active:
                 return
-            if time.monotonic() - looked > 10 * seconds:
-                active, looked = is_active(run), time.monotonic()
+            if time.monotonic() - checked_at > 10 * seconds:
+                active, checked_at = is_active(run), time.monotonic()
             time.sleep(seconds)
 
 

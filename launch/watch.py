@@ -1,8 +1,8 @@
-"""Evaluate each export of a run as soon as it is written, in a separate process, so that training neither waits for an
-evaluation nor ends if one fails.
+"""Evaluate each export of a run as soon as it is written, in a separate process, so that the training neither waits for an
+evaluation nor ends if an evaluation fails.
 
 `python -m launch.watch RUN` evaluates the exports that exist, and waits for further ones until its standard input is
-closed, which happens when training has ended.
+closed, which happens when the training has ended.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pretrain.run_folder.export_folders import exports, student_exports
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.signals import EXIT_UNSCORED
 
-BASELINE = {"image": "pixels", "tokens": "bytes"}  # part that a model reads → baseline of features without a model
+BASELINE = {"image": "pixels", "tokens": "bytes"}  # {part that a model reads: baseline, whose features need no model}
 SAMPLE_TOKENS = 100  # number of tokens that a language model generates for each prompt
 
 
@@ -116,7 +116,7 @@ def watch(run: Path) -> int:
             done.add((name_of(model), step, split))
             try:
                 score(run, recipe, model, step, split, board)
-            except Exception as error:  # whatever the error is, report it and continue; training must not end
+            except Exception as error:  # any error is logged, and the next export is evaluated
                 failed.append((model, step, split))
                 line = f"evaluation of {model} on {split} failed: {error}"
                 with (run / "log.txt").open("a") as log:

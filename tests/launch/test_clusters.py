@@ -54,7 +54,7 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---------------------------------------------------------------- profiles
 def test_options_of_the_command_line_replace_those_of_the_profile(profiles: Path):
     cluster = clusters.find("large", gpus=4, qos=None)
-    assert (cluster.gpus, cluster.qos, cluster.least_nodes, cluster.most_nodes) == (4, "normal", 2, 4)
+    assert (cluster.gpus, cluster.qos, cluster.min_nodes, cluster.max_nodes) == (4, "normal", 2, 4)
     assert cluster.processes_per_node == 4 and clusters.find("small").processes_per_node == 1
     assert clusters.find("large", gpus=0, processes=3).processes_per_node == 3
 
@@ -87,7 +87,7 @@ def test_a_cluster_that_is_not_there(profiles: Path):
     with pytest.raises(UserError, match="several clusters; name one with --on small, --on large"):
         clusters.find("")
     profiles.unlink()
-    assert clusters.find("", nodes="3").most_nodes == 3
+    assert clusters.find("", nodes="3").max_nodes == 3
     with pytest.raises(UserError, match="launch --init"):
         clusters.find("large")
 
@@ -230,7 +230,7 @@ def test_a_request_is_repeated_while_the_controller_does_not_answer(
 
 
 def test_a_node_that_differs_or_is_slow_is_left_out(tmp_path: Path):
-    found = node_check.look(tmp_path, 0)
+    found = node_check.make_report(tmp_path, 0)
     assert found["disk"] == "" and found["free_gb"] > 0 and found["mb_per_second"] > 0
     good = {**found, "free_gb": 100.0, "mb_per_second": 100.0}  # whatever this machine's disk does at present
     now = good["clock"]
@@ -251,7 +251,9 @@ def test_a_node_that_differs_or_is_slow_is_left_out(tmp_path: Path):
     found = node_check.problems({"n1": well, "n2": well, **reports}, 8, now, now)
     assert found.keys() == bad.keys()
     assert all(words in found[name] for name, (_, words) in bad.items()), found
-    assert node_check.look(tmp_path / "missing", 0)["disk"] == "No such file or directory"  # not mounted on that node
+    assert (
+        node_check.make_report(tmp_path / "missing", 0)["disk"] == "No such file or directory"
+    )  # not mounted on that node
 
 
 def test_the_end_of_a_file(tmp_path: Path):

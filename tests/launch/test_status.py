@@ -54,7 +54,7 @@ def test_folders_without_runs_and_runs_without_logs_are_refused(finished: Path, 
         call("logs", finished, "--rank", 0)
     with pytest.raises(UserError, match="the run has not begun"):
         call("logs", tmp_path)
-    with pytest.raises(UserError, match="nobody trains it at present"):
+    with pytest.raises(UserError, match="no process trains it at present"):
         call("stop", finished)
 
 
@@ -70,7 +70,7 @@ def test_runs_of_a_cluster_where_there_is_no_slurm(finished: Path, monkeypatch: 
     job.write_text('{"folder": "/jobs/x", "number": 0, "id": "7"}')
     monkeypatch.setenv("PATH", "")
     *_, row, note = status.table([finished])
-    assert " finished " in row and note.startswith("note: what is in the queue is not known here; squeue")
+    assert " finished " in row and note.startswith("note: the queue cannot be read here; squeue")
     job.unlink()
 
 

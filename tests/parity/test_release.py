@@ -217,6 +217,6 @@ def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "target" / "timm" / "model.safetensors").is_file()
     other = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--step", "1"])
     with pytest.raises(
-        UserError, match="target: exists and holds something else than this export; name another folder"
+        UserError, match="target: exists and is not this export; name another folder"
     ):
         command_parser.call(other)
