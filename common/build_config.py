@@ -62,7 +62,8 @@ def _in_effect(
 
 
 def _set_by(origin: Origin, key: str) -> str:
-    """The key of `origin` under which the source of `key` is recorded: `key` itself or, for a section, its first key."""
+    """The key of `origin` under which the source of `key` is recorded: `key` itself or, for a section, its first
+    key."""
     return key if key in origin else next((k for k in origin if k.startswith(key + ".")), key)
 
 

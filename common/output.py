@@ -109,8 +109,8 @@ def _without(url: str, scheme: str, user: str, parameter: str) -> str:
 
 
 def secrets_error(text: str) -> str:
-    """The error message for a text with secrets in its URLs, which says where to give them instead; "" for a text without
-    secrets."""
+    """The error message for a text with secrets in its URLs, which says where to give them instead; "" for a text
+    without secrets."""
     if mask_secrets(text) == text:
         return ""
     if PARAMETER.search(text):

@@ -10,8 +10,8 @@ from common.output import discard_stdout, printable
 
 
 class Progress:
-    """`update(done, text)` prints done/total, the text, and the remaining time. `extra`: seconds of other work to add to
-    the remaining time."""
+    """`update(done, text)` prints done/total, the text, and the remaining time. `extra`: seconds of other work to add
+    to the remaining time."""
 
     def __init__(self, name: str, total: int, done: int = 0, stream: TextIO = sys.stdout):
         self.name, self.total, self.stream = name, total, stream

@@ -44,8 +44,8 @@ def open_binary(path: str | os.PathLike) -> IO[bytes]:
 def read_binary(path: str | os.PathLike, max_bytes: int) -> bytes:
     """Return the bytes of a regular file.
 
-    Raises OSError, also if the file holds more than `max_bytes` bytes. The bytes are counted while they are read, since a
-    file may hold more than the size that the file system states.
+    Raises OSError, also if the file holds more than `max_bytes` bytes. The bytes are counted while they are read, since
+    a file may hold more than the size that the file system states.
     """
     with open_binary(path) as file:
         data = file.read(max_bytes + 1)

@@ -164,8 +164,8 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def expand_home(text: str, what: str = "") -> str:
-    """The path with its "~/" or "~user/" expanded, which a shell does not do in `data.train=~/shards`. Any other text is
-    returned unchanged.
+    """The path with its "~/" or "~user/" expanded, which a shell does not do in `data.train=~/shards`. Any other text
+    is returned unchanged.
 
     Raises ConfigError that begins with `what` if the home folder is not known.
     """

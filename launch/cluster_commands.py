@@ -17,7 +17,7 @@ def launch(
     *,
     on: Annotated[str, "CLUSTER", "a cluster of ~/.config/unlabeled/clusters.yaml (default: the only one there)"] = "",
     nodes: Annotated[
-        str | None, "N", "number of nodes, or a range such as 2-4, of which the job gets as many as are free"
+        str | None, "N", "number of nodes, or a range such as 2-4: the job uses as many of them as it can get"
     ] = None,
     gpus: Annotated[int | None, "N", "number of GPUs on each node; 0: train on CPUs"] = None,
     processes: Annotated[int | None, "N", "number of processes on each node (default: one per GPU, else one)"] = None,

@@ -29,11 +29,10 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 
 @dataclass
 class Cluster(Section):
-    """The resources that a job requests, and what its batch script does before the training. Empty text, null and [] stand
-    for nothing."""
+    """The resources that a job requests, and what its batch script does before the training. Empty text, null and []
+    stand for nothing."""
 
-    # number of nodes; of a range such as 2-4, the job gets as many as are free, and continues with those that are left
-    nodes: int | str = 1
+    nodes: int | str = 1  # number of nodes, or a range such as 2-4: the job uses as many of them as it can get
     gpus: int = option(0, low=0)  # number of GPUs on each node; 0: the training runs on CPUs
     processes: int | None = option(None, low=1)  # number of processes on each node; null: one per GPU, else one
     cpus: int | None = option(None, low=1)  # number of cores for each process
@@ -108,7 +107,8 @@ def profiles() -> dict[str, dict[str, Any]]:
 
 
 def find(name: str, **options: Any) -> Cluster:
-    """The profile `name`, in which `options` replace its values; an option that is None is not given. Raises ConfigError.
+    """The profile `name`, in which `options` replace its values; an option that is None is not given. Raises
+    ConfigError.
 
     Without a name, the only profile in the file is used; if the file has none, the options alone.
     """
@@ -127,8 +127,8 @@ def find(name: str, **options: Any) -> Cluster:
 
 # ---------------------------------------------------------------- unlabeled launch --init
 def write_profile() -> str:
-    """Add a commented profile of this machine's cluster to the file, with the partitions that `sinfo` lists. Returns a line
-    about it. Raises UserError if there is no cluster, or the file already has one of that name."""
+    """Add a commented profile of this machine's cluster to the file, with the partitions that `sinfo` lists. Returns a
+    line about it. Raises UserError if there is no cluster, or the file already has one of that name."""
     slurm_config = slurm_client.ask("scontrol", "show", "config")
     found = re.search(r"^ClusterName\s*=\s*(\S+)", slurm_config, re.M)
     name = found[1] if found else "cluster"
@@ -143,8 +143,8 @@ def write_profile() -> str:
 
 
 def _profile(name: str, partitions: list[slurm_client.Partition]) -> str:
-    """The text of a profile for the default partition, or else the first one. The options that sinfo does not determine are
-    comments."""
+    """The text of a profile for the default partition, or else the first one. The options that sinfo does not determine
+    are comments."""
     chosen = next((one for one in partitions if one.default), partitions[0])
     lines = ["# partitions that sinfo lists (nodes; cores, memory and GPUs of a node; time limit; features):"]
     lines += [f"#   {one}" for one in partitions]

@@ -28,8 +28,8 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """A parser whose result has the function of the command as `main`, and the arguments of the function by name.
 
-    `words`: the command line that it will parse. To start fast, commands whose names do not occur in it are built without
-    arguments. None: all commands are built with arguments.
+    `words`: the command line that it will parse. To start fast, commands whose names do not occur in it are built
+    without arguments. None: all commands are built with arguments.
     """
     parser = argparse.ArgumentParser(name, description=description)
     _add_commands(parser.add_subparsers(required=True, metavar="COMMAND"), commands, words)

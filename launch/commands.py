@@ -1,7 +1,7 @@
 """The table of all commands of `unlabeled`, and the functions of the commands that start, plan and describe runs.
 
-A command is one function, whose signature defines its arguments (see `command_parser.py`). Each function imports what it
-needs when it runs, so that help and errors of the command line are printed at once.
+A command is one function, whose signature defines its arguments (see `command_parser.py`). Each function imports what
+it needs when it runs, so that help and errors of the command line are printed at once.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def _overrides(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> dict[s
 
 
 def _recipe(parsed_args: argparse.Namespace) -> Recipe:
-    """The recipe that the command line names, with the overrides that choose a model or an objective, because the keys of
-    the recipe depend on this choice. If they are not valid, the recipe without them; if the recipe is not valid,
+    """The recipe that the command line names, with the overrides that choose a model or an objective, because the keys
+    of the recipe depend on this choice. If they are not valid, the recipe without them; if the recipe is not valid,
     DEFAULT_RECIPE."""
     chosen = [word for word in parsed_args.overrides or [] if word.partition("=")[0].partition(".")[0] in CHOSEN]
     for name, overrides in ((parsed_args.recipe, chosen), (parsed_args.recipe, []), (DEFAULT_RECIPE, [])):

@@ -28,7 +28,8 @@ MIN_STEPS = 20  # number of steps on a machine that is too slow for the time lim
 
 
 def demo(source: str = "auto", overrides: list[str] | None = None, minutes: float = 4.5) -> int:
-    """Run the whole demo, in which the training takes at most about `minutes`. Returns the exit status of the training."""
+    """Run the whole demo, in which the training takes at most about `minutes`. Returns the exit status of the
+    training."""
     if not minutes > 0:
         raise UserError(f"--minutes {minutes:g}: write a number above 0")
     say(f"The demo trains for at most {minutes:g} minutes (--minutes); images, scores and report take about two more.")
@@ -87,8 +88,8 @@ def _in_time(recipe: Recipe, seconds: float) -> list[str]:
 def _every(steps: int, recipe_steps: int) -> list[str]:
     """Overrides for a run of `steps` instead of `recipe_steps`: four exports and two checkpoints, as in the recipe.
 
-    If the run has less than half of the steps, the machine is so slow that computing a score takes a minute or more; then
-    only the first and the last export are written and scored.
+    If the run has less than half of the steps, the machine is so slow that computing a score takes a minute or more;
+    then only the first and the last export are written and scored.
     """
     if 2 * steps < recipe_steps:
         return [f"export={steps}", f"checkpoint={-(-steps // 2)}", "eval.val=[]"]

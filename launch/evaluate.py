@@ -33,8 +33,8 @@ def evaluate(model: str, words: Sequence[str], out: str) -> None:
     """Score a model, print the rows of results, and append them to a .jsonl file.
 
     `words`: names of protocols (default knn), and options KEY=VALUE: gallery, query and image_size describe the data,
-    `device` is the device that computes features, and PROTOCOL.OPTION is an option of a protocol. `out`: the file of the
-    results; "" stands for results.jsonl of the run that the model belongs to, or no file if it belongs to no run.
+    `device` is the device that computes features, and PROTOCOL.OPTION is an option of a protocol. `out`: the file of
+    the results; "" stands for results.jsonl of the run that the model belongs to, or no file if it belongs to no run.
     """
     names = [word for word in words if "=" not in word]
     check(names)

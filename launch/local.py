@@ -61,8 +61,8 @@ def _drop_demo_text(recipe: Recipe, train: Path) -> None:
 def train(recipe: Recipe, processes: int = 1) -> int:
     """Start the training and the scoring processes, and wait for all of them.
 
-    Returns the exit status of the training, or EXIT_UNSCORED if it has succeeded but scores are missing. A signal is passed
-    on to the training processes, which write a checkpoint after the current step and end.
+    Returns the exit status of the training, or EXIT_UNSCORED if it has succeeded but scores are missing. A signal is
+    passed on to the training processes, which write a checkpoint after the current step and end.
     """
     if processes < 1:
         raise UserError(f"--processes {processes}: write 1 or more")
@@ -103,8 +103,8 @@ def train(recipe: Recipe, processes: int = 1) -> int:
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """The environment variables of each process of a run on this machine (rank, number of processes, address), as torchrun
-    sets them. A single process needs none."""
+    """The environment variables of each process of a run on this machine (rank, number of processes, address), as
+    torchrun sets them. A single process needs none."""
     if processes == 1:
         return [{}]
     with socket.socket() as probe:

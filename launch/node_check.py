@@ -1,6 +1,6 @@
-"""Check a node before a run starts on it. `python -m launch.node_check RUN GPUS` runs on each node and prints a report as
-one line of JSON; the supervisor, which also sets a time limit, finds problems in the reports of all nodes (`problems`).
-This module does not import torch.
+"""Check a node before a run starts on it. `python -m launch.node_check RUN GPUS` runs on each node and prints a report
+as one line of JSON; the supervisor, which also sets a time limit, finds problems in the reports of all nodes
+(`problems`). This module does not import torch.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def make_report(run: Path, gpus: int) -> dict[str, Any]:
 def problems(reports: Mapping[str, Report], gpus: int, started: float, received: float) -> dict[str, str]:
     """{node: its problems} for the nodes on which the run should not start.
 
-    `reports`: the result of `make_report` on each node that has answered. If versions differ, the nodes with the rarer version
-    have the problem. `started`, `received`: this machine's clock before the checks were started and after the last report
-    was received; a report may have been made at any time between the two.
+    `reports`: the result of `make_report` on each node that has answered. If versions differ, the nodes with the rarer
+    version have the problem. `started`, `received`: this machine's clock before the checks were started and after the
+    last report was received; a report may have been made at any time between the two.
     """
     most_frequent = {
         key: Counter(report[key] for report in reports.values()).most_common(1)[0][0]

@@ -1,4 +1,5 @@
-"""Draw the input of a recipe's model: all views of some samples from the first batches, with masked patches darkened."""
+"""Draw the input of a recipe's model: all views of some samples from the first batches, with masked patches
+darkened."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def _colored(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _views(sample: dict[str, Any], side: int) -> list[np.ndarray]:
-    """All views [H, W, 3] of one sample of a batch, with masked patches darkened. `side`: number of patches along one side.
+    """All views [H, W, 3] of one sample of a batch, with masked patches darkened. `side`: number of patches along one
+    side.
 
     The mask is applied to the first entry that has as many views as the mask.
     """

@@ -1,5 +1,5 @@
-"""The commands `unlabeled shards …`, one function for each (see `command_parser.py`). Each function imports what it needs
-when it runs, so that help and errors of the command line are printed at once.
+"""The commands `unlabeled shards …`, one function for each (see `command_parser.py`). Each function imports what it
+needs when it runs, so that help and errors of the command line are printed at once.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def split(
     shard_mb: ShardMb = 256.0,
     workers: Workers = 0,
 ) -> None:
-    """Copy shards into train, val and test sets. A hash of the key of a sample determines its set, so that the set does not
-    change when samples are added to the source."""
+    """Copy shards into train, val and test sets. A hash of the key of a sample determines its set, so that the set does
+    not change when samples are added to the source."""
     from data_pipeline.build.build_shards import describe
     from data_pipeline.build.split import split
 

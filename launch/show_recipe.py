@@ -76,8 +76,8 @@ class _Writer:
 
 
 def meaning(section: Section, name: str) -> str:
-    """The meaning of an option of a section: its comment, or the docstring of the sub-section that it holds, and the values
-    that it can have."""
+    """The meaning of an option of a section: its comment, or the docstring of the sub-section that it holds, and the
+    values that it can have."""
     cls, value = type(section), vars(section)[name]
     text = explanations(cls)[name]
     if isinstance(value, Section):
@@ -87,8 +87,8 @@ def meaning(section: Section, name: str) -> str:
 
 
 def _docstring(section: Section) -> str:
-    """The docstring of a section's class in one line; for the options of an objective, the first line of the objective's
-    file."""
+    """The docstring of a section's class in one line; for the options of an objective, the first line of the
+    objective's file."""
     if section.name in finder.names():
         return finder.purpose(section.name)
     text = type(section).__doc__ or ""

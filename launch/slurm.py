@@ -1,8 +1,8 @@
 """Submit runs to a Slurm cluster, through submitit: `submit` checks everything, writes the job's folder, and queues it.
 
 A job's folder, jobs/NAME-N beside the run folder, holds the resolved recipe of each of its runs (0.yaml, …), job.json,
-the batch script, and later logs and records. The code is copied to jobs/code-HASH. RUN/job.json names the job that trains
-a run. The job runs `launch.supervisor`. This module does not import torch.
+the batch script, and later logs and records. The code is copied to jobs/code-HASH. RUN/job.json names the job that
+trains a run. The job runs `launch.supervisor`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def queued(runs: Sequence[Path]) -> dict[Path, tuple[str, slurm_client.Queued]]:
 def submit(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> list[str]:
     """Queue a job for these runs; several runs become an array. Returns the lines to print.
 
-    A run that is already queued is not queued again. `parallel_jobs`: the number of jobs of an array that may run at the
-    same time; 0: all.
+    A run that is already queued is not queued again. `parallel_jobs`: the number of jobs of an array that may run at
+    the same time; 0: all.
     """
     _check(runs, cluster)
     already = queued([Path(recipe.run) for recipe in runs])
@@ -180,9 +180,9 @@ def _executor(runs: list[Recipe], folder: Path, code: Path, cluster: Cluster, pa
     """A submitit executor with the parameters of the batch script.
 
     The script replaces its shell by the supervisor (`exec`), so that the supervisor gets Slurm's signal; until then the
-    signal is ignored, because it would end the script. The supervisor starts the ranks with `srun`. submitit's handling of
-    signals is not used: it requeues a job in the signal handler of rank 0, before the other ranks have saved, and only a
-    limited number of times.
+    signal is ignored, because it would end the script. The supervisor starts the ranks with `srun`. submitit's handling
+    of signals is not used: it requeues a job in the signal handler of rank 0, before the other ranks have saved, and
+    only a limited number of times.
     """
     try:
         import submitit

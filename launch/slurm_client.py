@@ -17,7 +17,8 @@ ACTIVE = ("RUNNING", "COMPLETING", *WAITING)  # states of jobs that run, wait, o
 
 
 def ask(*command: str) -> str:
-    """Run a command of Slurm and return its output. Raises UserError if it is not installed, fails or does not answer."""
+    """Run a command of Slurm and return its output. Raises UserError if it is not installed, fails or does not
+    answer."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """One process of a run in a Slurm job: `srun … python -m launch.slurm_rank FOLDER RECIPE` starts the trainer with the
-environment of torch.distributed, and records in FOLDER on which node it runs (rank-R.json) and with which code it has ended
-(rank-R.end.json). This module does not import torch.
+environment of torch.distributed, and records in FOLDER on which node it runs (rank-R.json) and with which code it has
+ended (rank-R.end.json). This module does not import torch.
 """
 
 from __future__ import annotations

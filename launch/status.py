@@ -51,8 +51,8 @@ class Status:
 
 
 def runs_in(folders: Sequence[str]) -> list[Path]:
-    """The run folders among `folders` and directly inside them. Raises UserError for a folder that is not a run folder and
-    holds none."""
+    """The run folders among `folders` and directly inside them. Raises UserError for a folder that is not a run folder
+    and holds none."""
     out = []
     for folder in map(Path, folders):
         inside = [folder] if _is_run(folder) else sorted(path for path in folder.glob("*") if _is_run(path))
@@ -154,8 +154,8 @@ def _score(run: Path) -> str:
 
 
 def stop(run: Path, now: bool) -> str:
-    """Stop a run after a checkpoint or, with `now`, at once. Returns a line about it. Raises UserError if no process trains
-    the run, or a process on another machine does."""
+    """Stop a run after a checkpoint or, with `now`, at once. Returns a line about it. Raises UserError if no process
+    trains the run, or a process on another machine does."""
     if (pair := in_queue([run]).get(run.absolute())) is not None:
         name, job = pair
         run_job = job_of(run)

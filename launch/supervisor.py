@@ -114,8 +114,8 @@ class Supervisor:
         return bool(self.signals) or (self.folder / STOP).exists()
 
     def nodes(self) -> list[str]:
-        """The nodes for the next attempt: those that pass the check, in the largest number that divides the batch; [] if
-        they are too few."""
+        """The nodes for the next attempt: those that pass the check, in the largest number that divides the batch; []
+        if they are too few."""
         listed = slurm_client.ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
         bad = self.check(listed)
         for node, reason in bad.items():
@@ -132,8 +132,8 @@ class Supervisor:
         return []
 
     def check(self, nodes: list[str]) -> dict[str, str]:
-        """{node: reason} for the nodes that cannot be used. All nodes are checked at the same time, each by a separate step
-        of `srun`."""
+        """{node: reason} for the nodes that cannot be used. All nodes are checked at the same time, each by a separate
+        step of `srun`."""
         began, started = time.monotonic(), time.time()
         seconds = CONTAINER_CHECK_SECONDS if self.cluster.container else CHECK_SECONDS
         words = [self.python, "-P", "-m", "launch.node_check", str(self.run), str(self.cluster.gpus)]
@@ -158,8 +158,8 @@ class Supervisor:
         return self.cluster.python or ("python" if self.cluster.container else sys.executable)
 
     def srun(self, nodes: list[str], per_node: int, cores: int) -> list[str]:
-        """The words of an `srun` command for a step on these nodes, with `per_node` processes on each node and `cores` for
-        each process.
+        """The words of an `srun` command for a step on these nodes, with `per_node` processes on each node and `cores`
+        for each process.
 
         A step may overlap with an earlier one that Slurm still counts on a lost node. srun must not end the other ranks
         when one fails: the supervisor ends them, after they had time to write why they fail.
@@ -177,8 +177,8 @@ class Supervisor:
         return words
 
     def attempt(self, nodes: list[str]) -> dict[int, Rank]:
-        """Train in one step of `srun` until all ranks have ended; if one fails, end the others. Returns the records of each
-        rank; a rank that was ended or lost has no "code"."""
+        """Train in one step of `srun` until all ranks have ended; if one fails, end the others. Returns the records of
+        each rank; a rank that was ended or lost has no "code"."""
         self.update_state(attempts=self.state["attempts"] + 1)
         folder, per_node = self.folder / f"attempt-{self.state['attempts']}", self.cluster.processes_per_node
         folder.mkdir()
@@ -221,8 +221,8 @@ class Supervisor:
             step.wait()
 
     def log_recovery(self, steps_before: int) -> int:
-        """When a step has been trained after a failure, log how long that took. `steps_before`: number of trained steps at
-        the last call. Returns the current number."""
+        """When a step has been trained after a failure, log how long that took. `steps_before`: number of trained steps
+        at the last call. Returns the current number."""
         done = last_step(self.run)
         if self.failed_at is not None and done > steps_before:
             self.say(f"trains again {time.time() - self.failed_at:.1f} s after the fault: {done} steps are done")
@@ -255,8 +255,8 @@ class Supervisor:
         return self._may_restart(in_a_row, "failed: too few nodes pass the check")
 
     def _may_restart(self, in_a_row: int, reason: str) -> bool:
-        """Whether the number of attempts without a trained step is within `max_restarts`. If not, log that the job ends,
-        with `reason` as its final state."""
+        """Whether the number of attempts without a trained step is within `max_restarts`. If not, log that the job
+        ends, with `reason` as its final state."""
         limit = self.cluster.max_restarts
         if in_a_row <= limit:
             return True
@@ -265,8 +265,8 @@ class Supervisor:
         return False
 
     def stop(self) -> int:
-        """End or requeue the job after a signal or `unlabeled stop`. All ranks have saved a checkpoint. Returns the exit
-        code of the job."""
+        """End or requeue the job after a signal or `unlabeled stop`. All ranks have saved a checkpoint. Returns the
+        exit code of the job."""
         if (self.folder / STOP).exists():
             self.update_state(ended="stopped")
             self.say("stopped as asked; `unlabeled launch` with the same recipe continues the run")
@@ -276,7 +276,8 @@ class Supervisor:
         return self.requeue()
 
     def requeue(self) -> int:
-        """Put the job back into the queue, and exclude the nodes that failed the check. Slurm then ends this process."""
+        """Put the job back into the queue, and exclude the nodes that failed the check. Slurm then ends this
+        process."""
         self.say(f"requeues itself after {last_step(self.run)} steps")
         queued = self.repeated(lambda: slurm_client.jobs([self.name])).get(self.name)
         if queued is not None and queued.state != "RUNNING":
@@ -292,8 +293,8 @@ class Supervisor:
         return EXIT_STOPPED
 
     def repeated(self, request: Callable[[], T]) -> T:
-        """The result of a request to Slurm, which is repeated for SLURM_SECONDS if it fails, because the controller may be
-        restarting. Raises the UserError of the last request."""
+        """The result of a request to Slurm, which is repeated for SLURM_SECONDS if it fails, because the controller may
+        be restarting. Raises the UserError of the last request."""
         deadline = time.monotonic() + SLURM_SECONDS
         while True:
             try:
@@ -323,8 +324,8 @@ def check_world(recipe: Recipe, processes: int) -> None:
 
 
 def hash_of(objective: str) -> str:
-    """A hash of the file of an objective that the user has written, which the copy of the code does not contain; "" for an
-    objective of the project."""
+    """A hash of the file of an objective that the user has written, which the copy of the code does not contain; "" for
+    an objective of the project."""
     if not finder.is_file(objective):
         return ""
     try:

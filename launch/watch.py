@@ -1,5 +1,5 @@
-"""Evaluate each export of a run as soon as it is written, in a separate process, so that the training neither waits for an
-evaluation nor ends if an evaluation fails.
+"""Evaluate each export of a run as soon as it is written, in a separate process, so that the training neither waits for
+an evaluation nor ends if an evaluation fails.
 
 `python -m launch.watch RUN` evaluates the exports that exist, and waits for further ones until its standard input is
 closed, which happens when the training has ended.

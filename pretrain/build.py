@@ -171,8 +171,8 @@ def parts_of(cfg: Recipe, cls: type[Objective] | None = None) -> dict[str, Part]
 
 
 def open_samples(cfg: Recipe) -> list[Dataset]:
-    """The datasets of a recipe: those of `data.mix`, or `data.train` as one. Raises UserError if they lack a part of the
-    objective."""
+    """The datasets of a recipe: those of `data.mix`, or `data.train` as one. Raises UserError if they lack a part of
+    the objective."""
     specs = [source.shards for source in cfg.data.mix] or [cfg.data.train]
     parts = list(parts_of(cfg).values())
     extensions = [extension for part in parts for extension in part.extensions]
@@ -195,8 +195,8 @@ class Views:
     """The function that an objective's `views` returns, which makes the arrays of one sample, in a form that can be
     pickled.
 
-    The function itself is defined inside another one, so that it cannot be pickled. A data worker that is not forked from
-    the trainer gets the arguments of `views` instead, and calls `views` again.
+    The function itself is defined inside another one, so that it cannot be pickled. A data worker that is not forked
+    from the trainer gets the arguments of `views` instead, and calls `views` again.
     """
 
     def __init__(self, cfg: Options, about: About):

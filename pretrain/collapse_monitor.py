@@ -1,5 +1,5 @@
-"""Warns when a run collapses: the class tokens of all images become alike, or the teacher assigns all images to the same
-classes.
+"""Warns when a run collapses: the class tokens of all images become alike, or the teacher assigns all images to the
+same classes.
 
 It reads the logged quantities `feature_std`, `rank` and `teacher_entropy` (`ops/self_distillation.health`). It warns
 once per quantity, with the value at the start of the run and the usual range. The run continues; a person decides

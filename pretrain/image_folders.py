@@ -1,5 +1,5 @@
-"""Accept folders of plain images in a recipe where shards are expected: build shards from them in the cache, and put their
-paths into the recipe."""
+"""Accept folders of plain images in a recipe where shards are expected: build shards from them in the cache, and put
+their paths into the recipe."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SCORED_DATASETS = ("gallery", "val", "test", "test_gallery")  # keys of `eval` t
 
 
 def use_shards(recipe: Recipe, say: Callable[[str], None] = output.say) -> None:
-    """Replace folders of images by folders of shards in data.train, data.mix and the datasets of `eval`. Raises UserError
-    if the run folder is inside one of the folders of images.
+    """Replace folders of images by folders of shards in data.train, data.mix and the datasets of `eval`. Raises
+    UserError if the run folder is inside one of the folders of images.
 
     The run stores the paths of the shards, so that a resumed run has the same images, even if the folder of images has
     changed.

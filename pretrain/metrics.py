@@ -49,8 +49,8 @@ class Clock:
 class Writer:
     """Averages values over ranks; rank 0 writes metrics.jsonl and TensorBoard, and prints the progress line.
 
-    Rows of steps from `step` on are deleted, because a resumed run writes them again. `flops` is the number of FLOPs of a
-    step with the first global batch, and `peak` the peak FLOP/s of all devices together; 0 if they are not known.
+    Rows of steps from `step` on are deleted, because a resumed run writes them again. `flops` is the number of FLOPs of
+    a step with the first global batch, and `peak` the peak FLOP/s of all devices together; 0 if they are not known.
     `length`: tokens per row of text; 0 for images.
     """
 
@@ -141,8 +141,8 @@ class Writer:
         last |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": round(value, 4) for n, value in enumerate(epochs)}
 
     def _stream_statistics(self, step: int) -> tuple[dict[str, float], str]:
-        """(statistics, slowest stage) of the stream on the rank that waits longest for data. The statistics of all ranks
-        are written to streams.jsonl."""
+        """(statistics, slowest stage) of the stream on the rank that waits longest for data. The statistics of all
+        ranks are written to streams.jsonl."""
         per_rank = processes.gather(self.stream.stats.take(self.stream.workers))
         if len(per_rank) == 1:
             return per_rank[0]
@@ -173,7 +173,8 @@ class Writer:
         self._update_progress(last)
 
     def _call_readers(self, rows: list[dict[str, Any]]) -> UserError | None:
-        """Call the readers with the rows. Returns a UserError of theirs, which `flush` raises after writing the rows."""
+        """Call the readers with the rows. Returns a UserError of theirs, which `flush` raises after writing the
+        rows."""
         try:
             for reader in self.readers:
                 reader(rows)

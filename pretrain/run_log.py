@@ -17,8 +17,8 @@ from pretrain.recipes.recipe import Recipe
 
 
 class Log:
-    """Writes lines to the terminal and to log.txt, on rank 0 only. With `every_rank`, the other ranks write the line, too,
-    with their rank in front of it."""
+    """Writes lines to the terminal and to log.txt, on rank 0 only. With `every_rank`, the other ranks write the line,
+    too, with their rank in front of it."""
 
     def __init__(self, run: Path):
         self.lines = LineFile(run / "log.txt")
@@ -48,7 +48,8 @@ def frozen_parts(cfg: Recipe, objective: Objective) -> list[str]:
 
 def data_summary(run: Path, stream: Stream, first: int, end: int, unit: str) -> str:
     """A line about the samples of all ranks: the number of those trained on or skipped in the steps from `first` to
-    `end`, and of those found damaged in the whole run. Collective. `unit`: the word for a sample ("samples", "rows")."""
+    `end`, and of those found damaged in the whole run. Collective. `unit`: the word for a sample ("samples",
+    "rows")."""
     per_rank = processes.gather((stream.absent, list(stream.damage_log.bad)))
     trained = sum(map(stream.plan.batch, range(first, end)))
     damaged = len({name for _, bad in per_rank for name in bad})

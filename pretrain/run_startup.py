@@ -39,8 +39,8 @@ from pretrain.run_log import Log, frozen_parts
 
 
 def convert_image_folders(cfg: Recipe) -> None:
-    """Replace folders of images in the recipe by shards that are built from them. Called before the process group exists,
-    because building may take longer than its time-out of half an hour."""
+    """Replace folders of images in the recipe by shards that are built from them. Called before the process group
+    exists, because building may take longer than its time-out of half an hour."""
     try:
         image_folders.use_shards(cfg, output.say if processes.rank() == 0 else lambda line: None)
     except UserError as error:
@@ -78,7 +78,8 @@ def measure_precision(cfg: Recipe, run: Path, objective: Objective, stream: Stre
 
 
 def build_and_log_objective(cfg: Recipe, start: bool, say: Log) -> Objective:
-    """The recipe's objective. With `start`, the weights that the recipe names are loaded, and their source is logged."""
+    """The recipe's objective. With `start`, the weights that the recipe names are loaded, and their source is
+    logged."""
     with loaded_weights.record_loading() as loaded:
         objective = processes.on_every_rank(lambda: build_objective(cfg, start=start, empty=fsdp2.starts_empty(cfg)))
     pixels = vars(cfg.data)  # `vars` does not mark the keys as read: a mean in a recipe for text must remain an error
@@ -88,8 +89,8 @@ def build_and_log_objective(cfg: Recipe, start: bool, say: Log) -> Objective:
 
 
 def store_data_files(samples: Sequence[Dataset], run: Path) -> None:
-    """Store in the run folder what later stages need from the data: the manifest of each dataset, and the tokenizer, which
-    is copied into exports."""
+    """Store in the run folder what later stages need from the data: the manifest of each dataset, and the tokenizer,
+    which is copied into exports."""
     processes.on_rank_0(lambda: store_manifests(samples, run / "data"))
     if (vocabulary := samples[0].vocabulary) is not None:
         processes.on_rank_0(lambda: write_folder(str(run), vocabulary))

@@ -1,9 +1,9 @@
 """Signals that stop a run: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any of its processes. This module does not import
 torch.
 
-Before the first step such a signal ends the process at once, because there is nothing to save. Later it is recorded, and
-the loop ends after the current step and a checkpoint. Only a wait for data is interrupted; with several ranks all of them
-then skip the step (`pretrain.train_step`).
+Before the first step such a signal ends the process at once, because there is nothing to save. Later it is recorded,
+and the loop ends after the current step and a checkpoint. Only a wait for data is interrupted; with several ranks all
+of them then skip the step (`pretrain.train_step`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Stop:
             raise Stopped(self.number)
 
     def on_signal(self, callback: Callable[[int], object]) -> None:
-        """Call `callback` with the number of each signal from now on, and of the signal that has already come, if any."""
+        """Call `callback` with the number of each signal from now on, and of the signal that has already come, if
+        any."""
         self._callback = callback
         if self.number is not None:
             callback(self.number)
@@ -74,8 +75,8 @@ class Stop:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within the context, a signal raises Stopped, even one that came before; after the context, signals are deferred
-        again."""
+        """Within the context, a signal raises Stopped, even one that came before; after the context, signals are
+        deferred again."""
         self.deferred = False
         try:
             self.check()

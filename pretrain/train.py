@@ -59,9 +59,10 @@ def train(cfg: Recipe) -> Path:
     """Train a recipe to its end, from its last checkpoint if there is one. Returns the run folder.
 
     A signal that stops the run ends it after a checkpoint: Ctrl-C raises KeyboardInterrupt, other signals raise
-    SystemExit with code 75. Signal handlers are installed during the call, and only in the main thread. A second process
-    scores the exports as the recipe's `eval` says; UserError is raised if scores are missing at the end. With several
-    processes (torchrun, or `unlabeled train --processes N`) every process must call this function with the same recipe.
+    SystemExit with code 75. Signal handlers are installed during the call, and only in the main thread. A second
+    process scores the exports as the recipe's `eval` says; UserError is raised if scores are missing at the end. With
+    several processes (torchrun, or `unlabeled train --processes N`) every process must call this function with the same
+    recipe.
     """
     try:
         folder, problem = _train_and_score(cfg)
@@ -92,8 +93,8 @@ def _train_only(
     before_folder: Callable[[], None] = lambda: None,
     after_folder: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
-    """Like `train`, but without scores, and raises Stopped after a signal. Rank 0 calls `before_folder` before it creates
-    the run folder, and `after_folder(folder)` afterwards."""
+    """Like `train`, but without scores, and raises Stopped after a signal. Rank 0 calls `before_folder` before it
+    creates the run folder, and `after_folder(folder)` afterwards."""
     parallel_checks.check(cfg, processes.world())
     with run_folder_lock() as lock, Stop() as stop:
         try:
@@ -199,8 +200,8 @@ def _train(
 
 
 def _add_readers(run: Run, lock: Lock) -> None:
-    """Add the functions that get each row of metrics as soon as it is on the host: they report skipped steps, look for a
-    collapse, and check that no other trainer has taken over the folder."""
+    """Add the functions that get each row of metrics as soon as it is on the host: they report skipped steps, look for
+    a collapse, and check that no other trainer has taken over the folder."""
     cfg, say = run.cfg, run.say
     classes, warmup = cfg.objective.assignments(), cfg.optim.lr.warmup_steps()
     metrics = run.folder / "metrics.jsonl"
@@ -293,8 +294,8 @@ def _export(run: Run, step: int) -> None:
 
 
 def _accept_first_step(run: Run) -> None:
-    """After the first step: give collectives their short time-out, and make the recipe of this command the recipe of the
-    run."""
+    """After the first step: give collectives their short time-out, and make the recipe of this command the recipe of
+    the run."""
     timeouts.shorten(parallel_checks.collective_timeout(run.cfg))
     processes.on_rank_0(lambda: _refuse_unread(run.cfg))
     processes.on_rank_0(lambda: accept_recipe(run.folder))

@@ -37,8 +37,8 @@ def train_step(
     """Train one step, unless the guard skips its update. Returns scalars to log, on the device.
 
     Raises Stopped if a signal came while a rank waited for data. Other ranks may already wait for this rank in a
-    collective. Therefore it finishes the step with an earlier batch and a loss of NaN, so that the guard skips the update
-    on all ranks, and answers NO_DATA; then all ranks raise Stopped.
+    collective. Therefore it finishes the step with an earlier batch and a loss of NaN, so that the guard skips the
+    update on all ranks, and answers NO_DATA; then all ranks raise Stopped.
     """
     waiting = contextlib.nullcontext if stream.workers else stop.interruptible
     stream.while_waiting = stop.check

@@ -19,8 +19,8 @@ from pretrain.recipes.recipe import Recipe
 def held_out_batches(
     cfg: Recipe, objective: Objective, samples: Sequence[Dataset], engine: Engine, say: Callable[[str], None]
 ) -> list[dict[str, Tensor]]:
-    """This rank's micro-batches of `eval.val`, on the host. The loss is always computed on the same rows, which come from
-    all parts of the set. [] if the recipe asks for no such loss, or if it cannot be computed on this set, which is
+    """This rank's micro-batches of `eval.val`, on the host. The loss is always computed on the same rows, which come
+    from all parts of the set. [] if the recipe asks for no such loss, or if it cannot be computed on this set, which is
     logged."""
     if not objective.validates or not cfg.log.val_every or not cfg.log.val_batches or not cfg.eval.val:
         return []

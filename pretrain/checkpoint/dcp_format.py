@@ -1,9 +1,9 @@
 """Reads and writes the files of torch's distributed checkpoint (DCP) through a `Store`, with a digest of every file and
 without executing pickles.
 
-DCP itself unpickles `.metadata` and every value that is not a tensor (`torch.load(weights_only=False)`), so that whoever
-can write to a checkpoint could run code in the process that loads it. Here `.metadata` may name only the few classes
-below, and values are loaded with `weights_only=True`.
+DCP unpickles `.metadata` and every value that is not a tensor (`torch.load(weights_only=False)`), so that anybody who
+can write to a checkpoint could run code in the process that loads it. Here `.metadata` may name only the classes in
+ALLOWED_CLASSES, and values are loaded with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ ALLOWED_CLASSES = {  # (module, name) of the classes that a pickle in .metadata 
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles only classes that describe tensors. A pickle that names anything else raises UnpicklingError before any of
-    it is executed."""
+    """Unpickles only classes that describe tensors. A pickle that names anything else raises UnpicklingError before any
+    of it is executed."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -62,8 +62,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(store: Store, name: str, files: Files) -> Metadata:
-    """DCP's description of a checkpoint's tensors. Raises Damaged if it is not what was written, or uses a class that is
-    not allowed."""
+    """DCP's description of a checkpoint's tensors. Raises Damaged if the file has changed since it was written, or
+    names a class that is not allowed."""
     where = f"{store.path(name)}/{METADATA}"
     with store.read_verified(name, METADATA, files) as stream:
         try:
@@ -81,7 +81,7 @@ def read_metadata(store: Store, name: str, files: Files) -> Metadata:
 
 
 def _describes_tensors(metadata: Metadata, stored_bytes: int) -> bool:
-    """Whether it describes tensors by name, with no more elements in total than the checkpoint has bytes."""
+    """Whether the metadata describe tensors by name, with no more elements in total than the checkpoint has bytes."""
     if not isinstance(metadata.state_dict_metadata, dict):
         return False
     elements = 0
@@ -94,7 +94,8 @@ def _describes_tensors(metadata: Metadata, stored_bytes: int) -> bool:
 
 
 def differences(state: dict[str, Any], metadata: Metadata) -> list[str]:
-    """How the tensors of a checkpoint differ from those of a run, a line each: missing, unexpected, of another shape."""
+    """The differences between the tensors of a checkpoint and those of a run, a line for each tensor that is missing,
+    unexpected or of another shape."""
     own, _ = flatten_state_dict(state)
     stored = metadata.state_dict_metadata
     lines = [f"{key} is not in it" for key in own if key not in stored]
@@ -109,8 +110,8 @@ def differences(state: dict[str, Any], metadata: Metadata) -> list[str]:
 class _CheckpointFileSystem(FileSystemBase):
     """The file system that DCP sees: the folder of one checkpoint in a store.
 
-    `files` holds size and digest of each file: when reading, those that the file must have; when writing, those of the
-    files that have been written.
+    `files` holds the size and the digests of each file: when reading, those that the file must have; when writing,
+    those of the files that have been written.
     """
 
     def __init__(self, store: Store, folder: str, files: Files):
@@ -163,7 +164,8 @@ class _CheckpointFileSystem(FileSystemBase):
 
 
 class Writer(FileSystemWriter):
-    """Writes to a folder of a store. Afterwards `files` holds size and digest of the files that this rank has written."""
+    """Writes to a folder of a store. Afterwards `files` holds size and digests of the files that this rank has
+    written."""
 
     def __init__(self, store: Store, folder: str):
         super().__init__(folder, sync_files=False)  # the store makes files durable
@@ -172,7 +174,8 @@ class Writer(FileSystemWriter):
 
 
 class Reader(FileSystemReader):
-    """Reads from a checkpoint of a store what a rank needs. It is compared with its digests before it is used."""
+    """Reads the parts of a checkpoint that this rank needs, and compares them with their digests before they are
+    used."""
 
     def __init__(self, store: Store, name: str, files: Files, metadata: Metadata):
         super().__init__(name)
@@ -183,13 +186,13 @@ class Reader(FileSystemReader):
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """DCP's own, in the order in which the values are in the files, so that no chunk of a file is read twice."""
+        """Read as DCP does, but in the order of the values in the files, so that no chunk of a file is read twice."""
 
-        def place(item: ReadItem) -> tuple[str, int]:
+        def position(item: ReadItem) -> tuple[str, int]:
             info = self.storage_data[item.storage_index]
             return info.relative_path, info.offset
 
-        return super().read_data(dataclasses.replace(plan, items=sorted(plan.items, key=place)), planner)
+        return super().read_data(dataclasses.replace(plan, items=sorted(plan.items, key=position)), planner)
 
 
 class Planner(DefaultLoadPlanner):
@@ -207,10 +210,10 @@ class Planner(DefaultLoadPlanner):
 
 
 def fill(state: dict[str, Any], reader: Reader, where: str, alone: bool) -> None:
-    """Fill `state`, in place, with the values of a checkpoint. `alone`: load in this process only; otherwise it is
-    collective. `where` begins the message of an error.
+    """Fill `state`, in place, with the values of a checkpoint. `alone`: load in this process only; otherwise the call
+    is collective. Error messages begin with `where`.
 
-    Raises UserError, also for an error that DCP has wrapped into an exception of its own.
+    Raises UserError, also if DCP has wrapped it into an exception of its own.
     """
     try:
         dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=alone)

@@ -50,7 +50,7 @@ class DiskStore(Store):
             file.write(run_json)
         partial, final, replaced = Path(self.url, folder), Path(self.url, name), Path(self.url, f".{name}.old")
         fsync_folder(partial)
-        if final.exists():  # the run was told to resume from an earlier step, and has reached this one again
+        if final.exists():  # the run was resumed from an earlier step, and has reached this step again
             final.rename(replaced)
         partial.rename(final)
         fsync_folder(final.parent)
@@ -96,8 +96,8 @@ class DiskStore(Store):
 
 
 def _delete_checkpoint_files(folder: Path, visible: Path) -> None:
-    """Delete a checkpoint's files from `folder`, and `folder` itself if nothing else is in it. Files of users that lie
-    in a hidden `folder` move to the `visible` one, unless a file of that name is there."""
+    """Delete a checkpoint's files from `folder`, and the folder if nothing else is in it. If `folder` is a hidden one,
+    other files in it are moved to the folder `visible`, unless it has a file of that name."""
     for path in list(folder.iterdir()):
         if CHECKPOINT_FILES.fullmatch(path.name) and not path.is_dir():
             path.unlink()
@@ -110,7 +110,7 @@ def _delete_checkpoint_files(folder: Path, visible: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names of the files in a folder durable."""
+    """Make the entries of a folder durable, so that created and renamed files survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
-"""Sizes and digests of a checkpoint's files, and the error for a file that does not match them. Does not import
-torch."""
+"""Sizes and digests of a checkpoint's files, and the error for a file that does not match them. This module does not
+import torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import xxhash
 
 from common.errors import UserError
 
-CHUNK_BYTES = 8 << 20  # of a file, with a digest of its own: what is read and verified at a time
-# {name of a file: [bytes, xxh3-128, the xxh3-64 of each CHUNK_BYTES, joined]}, the entry "files" of run.json; without the
-# third value in checkpoints of earlier versions
+CHUNK_BYTES = 8 << 20  # size of a chunk of a file; each chunk has a digest, and is read and verified as a whole
+# The entry "files" of run.json: {name of a file: [size in bytes, xxh3-128 of the file, joined xxh3-64 of its chunks]}.
+# Checkpoints of earlier versions lack the third value.
 Files = dict[str, list]
 
 
 class Damaged(UserError):
-    """A checkpoint is not as it was written."""
+    """A checkpoint has changed since it was written."""
 
 
 def damaged_error(where: str, what: str) -> Damaged:
-    """The error for a checkpoint whose file `where` is not as it was written; `what` is the rest of the sentence."""
+    """The error for a checkpoint whose file `where` is damaged. `what`: the problem, as the rest of the sentence."""
     return Damaged(
         f"{where}: {what}; this checkpoint cannot be used: resume from another one with checkpoint.resume=FOLDER/STEP,"
         " or train from the start with checkpoint.resume=none"
@@ -30,11 +30,11 @@ def damaged_error(where: str, what: str) -> Damaged:
 
 
 class Digests:
-    """Size and digests of a file whose bytes come one after the other."""
+    """Computes the size and the digests of a file whose bytes are passed to `update` in order."""
 
     def __init__(self) -> None:
         self.size, self._file, self._chunk = 0, xxhash.xxh3_128(), xxhash.xxh3_64()
-        self._chunks: list[str] = []  # of complete chunks
+        self._chunks: list[str] = []  # digests of the complete chunks
 
     def update(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -59,7 +59,7 @@ class HashingWriter(io.RawIOBase):
 
     def __init__(self, target: IO[bytes]):
         self.target, self.digests = target, Digests()
-        self.error: OSError | None = None  # of a write to `target`
+        self.error: OSError | None = None  # the error of a failed write to `target`
 
     def writable(self) -> bool:
         return True
@@ -85,7 +85,7 @@ class HashingWriter(io.RawIOBase):
 
 
 class SizedReader(io.RawIOBase):
-    """A file of `size` bytes to read and seek in; subclasses read at `position` and advance it."""
+    """Base class of readable and seekable files of `size` bytes. Subclasses read at `position` and advance it."""
 
     size: int
     position: int = 0
@@ -105,17 +105,17 @@ class SizedReader(io.RawIOBase):
 
 
 class VerifyingReader(SizedReader):
-    """A file of a checkpoint to read and seek in. Of `source`, an unbuffered stream, it reads whole chunks, only those that
-    are asked for, and compares each with its digest before any of it is used. Raises Damaged.
+    """A readable and seekable file of a checkpoint. It reads only the chunks that are needed from `source`, an
+    unbuffered stream, and compares each chunk with its digest before returning any of its bytes. Raises Damaged.
 
-    `entry`: the file's value in `Files`. `attempts`: how often a chunk is read before a digest mismatch is reported.
+    `entry`: the file's value in `Files`. `attempts`: how often a chunk is read before a digest mismatch is an error.
     """
 
     def __init__(self, source: io.RawIOBase, where: str, entry: list, attempts: int):
         self.source, self.where, self.attempts = source, where, attempts
         self.size = entry[0]
-        self.error: Exception | None = None  # the last one that was raised
-        self._number, self._data = -1, b""  # the last chunk that was read
+        self.error: Exception | None = None  # the last error of a read
+        self._number, self._data = -1, b""  # number and bytes of the chunk that was read last
         found = source.seek(0, io.SEEK_END)
         if found != self.size:
             raise damaged_error(where, f"has {found} bytes where {self.size} were written")
@@ -148,16 +148,17 @@ class VerifyingReader(SizedReader):
         return self._data
 
     def _read(self, number: int) -> bytes:
-        """A chunk as it is in the file; shorter if the file ends before."""
+        """The bytes of a chunk; fewer if the stream ends early."""
         self.source.seek(number * CHUNK_BYTES)
-        out, left = [], min(CHUNK_BYTES, self.size - number * CHUNK_BYTES)
-        while left and (data := self.source.read(left)):
-            out.append(data)
-            left -= len(data)
-        return b"".join(out)
+        parts, missing = [], min(CHUNK_BYTES, self.size - number * CHUNK_BYTES)
+        while missing and (data := self.source.read(missing)):
+            parts.append(data)
+            missing -= len(data)
+        return b"".join(parts)
 
     def _digests_of_chunks(self, entry: list) -> str:
-        """For a checkpoint of an earlier version: the digests of the chunks of a file that as a whole has its digest."""
+        """For a checkpoint of an earlier version, which has no digests of chunks: read the whole file, compare it with
+        its digest, and return the digests of its chunks."""
         for _ in range(self.attempts):
             digests = Digests()
             for number in range(-(-self.size // CHUNK_BYTES)):
@@ -177,5 +178,5 @@ def hash_stream(stream: IO[bytes]) -> list:
 
 
 def run_json_digest(run_json: dict[str, Any]) -> str:
-    """The xxh3-128 that run.json holds of its own other entries."""
+    """The xxh3-128 of all other entries of run.json, which run.json holds as "digest"."""
     return xxhash.xxh3_128_hexdigest(json.dumps(run_json, sort_keys=True).encode())

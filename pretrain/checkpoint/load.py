@@ -31,8 +31,8 @@ def checkpoint_to_resume(run: Path, recipe: Recipe, say: Callable[[str], None]) 
     """(store, name) of the checkpoint that a run resumes from; None if it starts with its first step. Collective: every
     rank must call it.
 
-    `checkpoint.resume` of the recipe names the checkpoint where the run began. When the run has saved checkpoints of its
-    own, the same command resumes from the newest of them, and the value in the recipe becomes "latest".
+    `checkpoint.resume` of the recipe names the checkpoint where the run began. When the run has saved checkpoints of
+    its own, the same command resumes from the newest of them, and the value in the recipe becomes "latest".
     """
     store, wanted = run_store(run, recipe), recipe.checkpoint.resume
 
@@ -104,8 +104,8 @@ def load(store: Store, name: str, engine: Engine, stream: Stream, **parts: Any) 
     """Load engine, stream, and further parts (with state_dict and load_state_dict) from a checkpoint. Returns the step
     to train next.
 
-    Raises UserError if the checkpoint is of another model, and Damaged, which names the file, if a file has changed since
-    it was written.
+    Raises UserError if the checkpoint is of another model, and Damaged, which names the file, if a file has changed
+    since it was written.
     """
     run_json = store.run_json(name)
     metadata = read_metadata(store, name, run_json["files"])

@@ -18,8 +18,8 @@ from data_pipeline.storage.urls import open_store
 from pretrain.checkpoint.integrity import SizedReader
 from pretrain.checkpoint.store import CHECKPOINT_FILES, RUN_JSON, Store
 
-UPLOAD_PART_BYTES = 32 << 20  # S3 accepts at most 10,000 parts per object, so objects of up to 335 GB
-ABORT_SECONDS = 5.0  # how long the deletion of the parts of a failed upload is retried
+UPLOAD_PART_BYTES = 32 << 20  # S3 accepts at most 10,000 parts per object; with this size, an object of 335 GB
+ABORT_SECONDS = 5.0  # time for which the deletion of the parts of a failed upload is retried
 # The time limit of a request grows with its size, so that a connection of this speed can finish it.
 MIN_BYTES_PER_SECOND = 1e6
 
@@ -72,7 +72,8 @@ class RemoteStore(Store):
         self.request(path, lambda: self.fs.pipe_file(path, data), len(data))
 
     def request(self, path: str, call: Callable[[], Any], size: int = 0) -> Any:
-        """Return the result of `call`, which transfers `size` bytes of the object at `path`. A failed call is retried."""
+        """Return the result of `call`, which transfers `size` bytes of the object at `path`. A failed call is
+        retried."""
         return with_retries(f"{self.url}: {path}", call, self.retry_seconds + size / MIN_BYTES_PER_SECOND)
 
     @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Writes a run's checkpoints: weights, teacher, optimizer state, position in the data, and recipe.
 
 `Saver.save` writes while the training waits or while it continues (`checkpoint.mode`), tries a failed write again, and
-updates `latest` once all bytes are durable. The states of random generators are not stored, because dropout and drop path
-are drawn from (seed, step), and masks and crops from (seed, sample). `store.py` describes the folder of a checkpoint.
+updates `latest` once all bytes are durable. The states of random generators are not stored, because dropout and drop
+path are drawn from (seed, step), and masks and crops from (seed, sample). `store.py` describes the folder of a
+checkpoint.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """`Store`: the folder that holds a run's checkpoints, on a disk (`disk_store.py`) or in a bucket (`remote_store.py`).
-`open_store.py` opens one by its URL. Nothing here imports torch.
+`open_store.py` opens one by its URL. This module does not import torch.
 
-    FOLDER/owner.json          the run that these checkpoints belong to; no other run may write to this folder
-    FOLDER/latest              the name of the checkpoint to resume from; written when that checkpoint is durable
-    FOLDER/000001000/run.json  written last: step, stream, recipe, versions, and size and digests of every other file
+    FOLDER/owner.json          the run that the checkpoints belong to; no other run may write to this folder
+    FOLDER/latest              the name of the checkpoint to resume from; updated when that checkpoint is durable
+    FOLDER/000001000/run.json  written last: step, stream, recipe, versions, and size and digests of all other files
     FOLDER/000001000/.metadata, __RANK_N.distcp   torch's distributed checkpoint (DCP)
 
-A checkpoint without run.json is incomplete. When a checkpoint is deleted, only the files named above are; files that
-users have put beside them are kept.
+A checkpoint without run.json is incomplete. Deleting a checkpoint deletes only the files named above; other files in
+its folder are kept.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Store:
     def __init__(self, url: str, retry_seconds: float = 60.0):
         self.url, self.retry_seconds = url.rstrip("/"), retry_seconds
 
-    # ------------------------------------------------ what each kind of store implements
+    # ------------------------------------------------ methods of each kind of store
     def names(self) -> list[str]:
         """The names of all checkpoint folders, incomplete ones too, in order of their steps."""
         raise NotImplementedError
 
     def begin(self, name: str) -> str:
-        """Prepare to write a checkpoint, and delete what an interrupted attempt has left. Returns the name of the
-        folder to write its files to."""
+        """Prepare to write a checkpoint, and delete the files of an interrupted attempt. Returns the name of the folder
+        for its files."""
         raise NotImplementedError
 
     def write(self, folder: str, file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -71,11 +71,12 @@ class Store:
         raise NotImplementedError
 
     def read(self, name: str, file: str) -> contextlib.AbstractContextManager[io.RawIOBase]:
-        """A file to read and seek in, without a buffer: each read takes that range from the store. Raises DataError, and MissingFile if it does not exist."""
+        """An unbuffered file to read and seek in: each read requests its range of bytes from the store. Raises
+        DataError, and MissingFile if the file does not exist."""
         raise NotImplementedError
 
     def size(self, folder: str, file: str) -> int | None:
-        """Bytes of a file, or None if it does not exist."""
+        """The size of a file in bytes, or None if it does not exist."""
         raise NotImplementedError
 
     def put(self, file: str, data: bytes) -> None:
@@ -90,7 +91,7 @@ class Store:
         """Delete a checkpoint. If this is interrupted, the rest of the checkpoint counts as incomplete."""
         raise NotImplementedError
 
-    # ------------------------------------------------ what they have in common
+    # ------------------------------------------------ common methods
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
 

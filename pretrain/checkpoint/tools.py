@@ -1,8 +1,8 @@
-"""`unlabeled checkpoint inspect|verify|consolidate PATH`: describe a checkpoint, check that it is complete and undamaged,
-or write its model as one file.
+"""`unlabeled checkpoint inspect|verify|consolidate PATH`: describe a checkpoint, check that it is complete and
+undamaged, or write its model as one file.
 
-PATH is a checkpoint (RUN/checkpoints/1000, or a URL), or a folder of checkpoints, which stands for the latest of them. No
-recipe, objective or process group is needed, and nothing in the checkpoint is executed.
+PATH is a checkpoint (RUN/checkpoints/1000, or a URL), or a folder of checkpoints, which stands for the latest of them.
+No recipe, objective or process group is needed, and nothing in the checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pretrain.checkpoint.store import RUN_JSON, Store, checkpoint_name
 
 
 def locate(path: str) -> tuple[Store, str]:
-    """(store, name) of a checkpoint. `path` names the checkpoint (leading zeros may be omitted), a folder of checkpoints,
-    or a run folder; folders stand for their latest checkpoint. Raises UserError if there is none."""
+    """(store, name) of a checkpoint. `path` names the checkpoint (leading zeros may be omitted), a folder of
+    checkpoints, or a run folder; folders stand for their latest checkpoint. Raises UserError if there is none."""
     folder, _, name = path.rstrip("/").rpartition("/")
     store = open_checkpoint_store(folder or ("." if not path.startswith("/") else "/"))
     if store.size(name, RUN_JSON) is not None:
@@ -107,8 +107,8 @@ def verify(path: str) -> list[str]:
 
 
 def consolidate(path: str, target: str) -> str:
-    """Write the tensors of the model, including those of a teacher but not the optimizer state, as one safetensors file.
-    Returns its path."""
+    """Write the tensors of the model, including those of a teacher but not the optimizer state, as one safetensors
+    file. Returns its path."""
     store, name = locate(path)
     run_json = store.run_json(name)
     metadata = read_metadata(store, name, run_json["files"])

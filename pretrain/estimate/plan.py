@@ -1,8 +1,8 @@
 """Estimates what a run needs before it starts (`unlabeled plan RECIPE`): parameters, FLOPs, memory of a process, bytes
 between processes, hours.
 
-`trace.py` trains two steps of the recipe's objective in one process, with fake tensors; this module computes from that
-what each process needs in a `parallel.mode`. torch is imported only inside of functions.
+`trace.py` trains two steps of the recipe's objective in one process with fake tensors. From its result this module
+computes the requirements of each process in a `parallel.mode`. It imports torch only inside functions.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
     from pretrain.estimate.trace import Unit
 
 WHOLE = {"parameters": 1.0, "casts": 1.0, "gradients": 1.0, "optimizer": 1.0, "teacher": 1.0, "activations": 1.0}
-FP32 = 4  # bytes of a parameter, and of each tensor of its optimizer state
-ZERO_BUCKET = 500_000_000  # size of DeepSpeed's gradient buffer, even for a small model (reduce_bucket_size)
-ZERO_REUSE = (
-    1_000_000_000  # parameters: what is used again before so many others stays gathered (stage3_max_reuse_distance)
-)
+FP32_BYTES = 4  # bytes of an element of a parameter, and of each tensor of its optimizer state
+ZERO_BUCKET = 500_000_000  # elements in DeepSpeed's gradient buffer, even for a small model (reduce_bucket_size)
+# ZeRO-3 keeps a parameter gathered if fewer other parameters (elements) are used before its next use
+# (stage3_max_reuse_distance).
+ZERO_REUSE = 1_000_000_000
 
 
 @dataclass
 class Plan:
-    """Bytes are of one process; FLOPs of a step over the global batch."""
+    """The estimate. Bytes are those of one process; FLOPs are those of a step with the global batch."""
 
-    trained: int  # parameters
-    frozen: int  # of teachers
-    flops: int  # of the model, without recomputation of activations
+    trained: int  # number of trained parameters
+    frozen: int  # number of frozen parameters, those of teachers
+    flops: int  # model FLOPs, without recomputation of activations
     computed: int  # FLOPs with recomputation
     batch: int
-    micro: int  # samples of a process in one micro-batch
+    micro: int  # number of samples of a process in one micro-batch
     accumulate: int
     processes: int
     memory: dict[str, int]  # on the device, by category, at the moment when their sum is largest
-    host: dict[str, int]  # in main memory, by category, if the recipe offloads
+    host: dict[str, int]  # in host memory, by category, if the recipe offloads
     collectives: dict[str, int]  # {kind of collective: bytes per step of the full tensors that it works on}
 
     @property
@@ -85,8 +85,12 @@ def trace(cfg: Recipe, processes: int | None = None) -> Plan:
     memory = {name: int(size * on_device[name]) for name, size in found.memory.items()}
     memory |= transient(cfg, found.units, processes)
     trained, frozen = sum(u.trained for u in found.units), sum(u.frozen for u in found.units)
-    sizes = {"parameters": FP32 * trained, "gradients": FP32 * trained, "optimizer": FP32 * states * trained}
-    sizes["teacher"] = FP32 * frozen
+    sizes = {
+        "parameters": FP32_BYTES * trained,
+        "gradients": FP32_BYTES * trained,
+        "optimizer": FP32_BYTES * states * trained,
+    }
+    sizes["teacher"] = FP32_BYTES * frozen
     return Plan(
         trained,
         frozen,
@@ -103,34 +107,35 @@ def trace(cfg: Recipe, processes: int | None = None) -> Plan:
 
 
 def step_flops(cfg: Recipe, run: Path) -> int:
-    """The FLOPs of a step over the global batch. A trace takes up to a minute for a large model, so the result is kept
-    in RUN/flops.json for the next start of the same recipe. Raises ConfigError."""
+    """The FLOPs of a step with the global batch. Tracing a large model takes up to a minute, so the result is stored in
+    RUN/flops.json for the next start of the same recipe. Raises ConfigError."""
     from data_pipeline.storage.urls import write_atomically
 
-    place, key = run / FLOPS, hashlib.sha256((run / RECIPE).read_bytes()).hexdigest()
+    file, key = run / FLOPS, hashlib.sha256((run / RECIPE).read_bytes()).hexdigest()
     with contextlib.suppress(OSError, ValueError):
-        kept = loads(read_text(place))
-        if not schema_error(kept, {"recipe": str, "flops": int}) and kept["recipe"] == key:
-            return kept["flops"]
+        stored = loads(read_text(file))
+        if not schema_error(stored, {"recipe": str, "flops": int}) and stored["recipe"] == key:
+            return stored["flops"]
     flops = trace(cfg).flops
-    with contextlib.suppress(DataError):  # on a full disk, the next start traces again
-        write_atomically(str(place), [json.dumps({"recipe": key, "flops": flops}).encode()])
+    with contextlib.suppress(DataError):  # if the disk is full, the next start traces again
+        write_atomically(str(file), [json.dumps({"recipe": key, "flops": flops}).encode()])
     return flops
 
 
 def shares(cfg: Recipe, processes: int, accumulate: int, states: int) -> dict[str, float]:
-    """{category: the share of it that each process holds}. `states`: optimizer state tensors per parameter."""
+    """{category of memory: share that each process holds}. `states`: number of optimizer state tensors per
+    parameter."""
     mode, piece = cfg.parallel.mode, 1 / processes
     if mode == "fsdp2":
         piece *= cfg.parallel.replicate
         cut = dict.fromkeys(("parameters", "optimizer", "teacher", "gradients"), piece)
         if accumulate > 1:
-            cut["gradients"] = 1.0  # they are reduced and scattered at the last micro-batch only
+            cut["gradients"] = 1.0  # they are reduced and scattered only at the last micro-batch
         if cfg.parallel.frozen == "replicated":
             cut["teacher"] = 1.0
-        return WHOLE | cut | {"casts": 0.0}  # weights are gathered in the compute type, see `transient`
+        return WHOLE | cut | {"casts": 0.0}  # weights are gathered in the compute dtype, see `transient`
     if mode == "ddp":
-        return WHOLE | {"gradients": 0.0}  # views of the buckets, see `transient`
+        return WHOLE | {"gradients": 0.0}  # gradients are views of the buckets, see `transient`
     if mode == "zero3":
         return WHOLE | dict.fromkeys(("parameters", "optimizer", "teacher", "gradients"), piece)
     if mode in ("zero1", "zero2"):  # the optimizer has a copy of its parameters, even if they are fp32
@@ -150,26 +155,26 @@ def _width(cfg: Recipe) -> int:
 
 
 def transient(cfg: Recipe, units: list[Unit], processes: int) -> dict[str, int]:
-    """Bytes that a mode needs for its communication: gathered units, and buffers. The figures for ZeRO are from the source
+    """Bytes that a mode needs for communication: gathered units and buffers. The figures for ZeRO are from the source
     of DeepSpeed 0.19."""
     trained, mode = sum(u.trained for u in units), cfg.parallel.mode
     if mode == "ddp":
-        return {"buffers": FP32 * trained}  # the gradient buckets, of which gradients are views
+        return {"buffers": FP32_BYTES * trained}  # the gradient buckets, of which gradients are views
     if mode == "fsdp2":
         width, replicated = _width(cfg), cfg.parallel.frozen == "replicated"
         sizes = [width * (u.trained + (0 if replicated else u.frozen)) for u in units]
         kept = sum(size for size, u in zip(sizes, units, strict=True) if u.kept)
         passing = [size for size, u in zip(sizes, units, strict=True) if not u.kept]
         largest = max(u.trained for u in units)
-        # gathered: a unit, and the next one, which is prefetched; buffers: a unit's gradients, and their fp32 copy that
-        # is being reduced
+        # gathered: a unit and the next one, which is prefetched; buffers: the gradients of a unit, and the fp32 copy
+        # that is reduced
         return {
             "gathered": kept + max(a + b for a, b in pairwise([0, *passing, 0])),
-            "buffers": (width + FP32) * largest,
+            "buffers": (width + FP32_BYTES) * largest,
         }
     if mode.startswith("zero"):
-        gathered = FP32 * (_kept(trained) + max(u.trained + u.frozen for u in units))
-        return {"gathered": gathered if mode == "zero3" else 0, "buffers": FP32 * ZERO_BUCKET}
+        gathered = FP32_BYTES * (_kept(trained) + max(u.trained + u.frozen for u in units))
+        return {"gathered": gathered if mode == "zero3" else 0, "buffers": FP32_BYTES * ZERO_BUCKET}
     return {}
 
 
@@ -180,43 +185,43 @@ def _kept(trained: int) -> int:
 
 
 def traffic(
-    cfg: Recipe, units: list[Unit], processes: int, accumulate: int, asked: dict[str, int], exchanged: int
+    cfg: Recipe, units: list[Unit], processes: int, accumulate: int, of_objective: dict[str, int], exchanged: int
 ) -> dict[str, int]:
-    """{kind of collective: bytes per step of the full tensors}. `asked`: bytes of the objective's own collectives per
-    micro-batch; `exchanged`: fp32 bytes of the matrices that the optimizer's ranks exchange.
+    """{kind of collective: bytes per step of the full tensors}. `of_objective`: bytes of the objective's collectives
+    per micro-batch; `exchanged`: fp32 bytes of the matrices that the optimizer exchanges between ranks.
 
-    With a ring of n processes, each sends (n − 1) / n of these bytes for an all-gather or reduce-scatter, and twice
-    that for an all-reduce.
+    In a ring of n processes, each sends (n − 1) / n of these bytes for an all-gather or reduce-scatter, and twice that
+    for an all-reduce.
     """
     mode, trained = cfg.parallel.mode, sum(u.trained for u in units)
-    out = {name: accumulate * size for name, size in asked.items()}
+    out = {name: accumulate * size for name, size in of_objective.items()}
 
     def add(name: str, size: int) -> None:
         out[name] = out.get(name, 0) + size
 
     if mode == "ddp":
-        add("all-reduce", FP32 * trained)
+        add("all-reduce", FP32_BYTES * trained)
     elif mode == "fsdp2":
         pieces = processes // cfg.parallel.replicate
         frozen = 0 if cfg.parallel.frozen == "replicated" else 1
-        # trained ones are gathered for the backward, too, unless they stay gathered, which they do for all calls
+        # A trained unit is gathered for forward and backward of each call; a unit that stays gathered, only once.
         gathers = sum(
             u.trained + frozen * u.frozen if u.kept else u.calls * (2 * u.trained + frozen * u.frozen) for u in units
         )
         if pieces > 1:
             add("all-gather", accumulate * _width(cfg) * gathers)
-            add("reduce-scatter", FP32 * trained)
+            add("reduce-scatter", FP32_BYTES * trained)
         if cfg.parallel.replicate > 1:
-            add("all-reduce", FP32 * trained // pieces)
-    elif mode in ("zero1", "zero2"):  # whose gradients go through one all-reduce (use_multi_rank_bucket_allreduce)
-        add("all-reduce", FP32 * trained * (accumulate if mode == "zero2" else 1))
-        add("all-gather", FP32 * trained)
+            add("all-reduce", FP32_BYTES * trained // pieces)
+    elif mode in ("zero1", "zero2"):  # gradients are all-reduced (use_multi_rank_bucket_allreduce)
+        add("all-reduce", FP32_BYTES * trained * (accumulate if mode == "zero2" else 1))
+        add("all-gather", FP32_BYTES * trained)
     elif mode == "zero3":
         frozen = sum(u.frozen for u in units)
-        add("all-gather", accumulate * FP32 * (2 * trained - _kept(trained) + frozen))
-        add("reduce-scatter", accumulate * FP32 * trained)
-    matrices = exchanged // FP32 * (FP32 if cfg.device == "cpu" else 2)  # Muon's, in bf16 on a GPU
-    if matrices and mode == "fsdp2":  # rows travel to the rank that computes, and back
+        add("all-gather", accumulate * FP32_BYTES * (2 * trained - _kept(trained) + frozen))
+        add("reduce-scatter", accumulate * FP32_BYTES * trained)
+    matrices = exchanged // FP32_BYTES * (FP32_BYTES if cfg.device == "cpu" else 2)  # Muon's, in bf16 on a GPU
+    if matrices and mode == "fsdp2":  # rows are sent to the rank that computes, and back
         add("all-to-all", 2 * matrices)
     elif matrices:
         add("all-gather", matrices)

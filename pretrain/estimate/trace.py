@@ -1,4 +1,4 @@
-"""Trains two steps of a recipe's objective with fake tensors, to count its FLOPs, its memory, and the bytes of its
+"""Train two steps of a recipe's objective with fake tensors, to count its FLOPs, its memory, and the bytes of its
 collectives.
 
 Floating-point tensors are fake: they have a shape, but no values and no memory. Integers and booleans are real, so that
@@ -38,7 +38,7 @@ from pretrain.parallel.engine import COMPUTE
 from pretrain.parallel.fsdp2 import stay_gathered
 from pretrain.recipes.recipe import Recipe
 
-SAMPLES = 16  # of which views are made; larger batches repeat them
+MAX_SAMPLES = 16  # number of random samples; larger batches repeat them
 CATEGORIES = ("parameters", "casts", "gradients", "optimizer", "teacher", "activations")
 aten, c10d = torch.ops.aten, torch.ops.c10d
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -53,28 +53,27 @@ COLLECTIVES = {  # {operation: (its name, index of the argument that is the full
 class Unit:
     """A module whose parameters a sharded engine gathers together, and how often a micro-batch calls it."""
 
-    trained: int  # parameters
-    frozen: int
+    trained: int  # number of trained parameters
+    frozen: int  # number of frozen parameters
     kept: bool  # whether it stays gathered from forward to backward
-    calls: int = 0
+    calls: int = 0  # number of calls in a micro-batch
 
 
 @dataclass
 class Trace:
-    """The work and memory of one rank in a step. `memory`: bytes at peak, each category scaled by its `share` (see
-    `run`)."""
+    """The work and memory of one rank in a step."""
 
     units: list[Unit]
     flops: int
-    memory: dict[str, int]
-    collectives: dict[str, int] = field(default_factory=dict)  # bytes per kind, of the objective's own collectives
-    # fp32 bytes of whole matrices that the optimizer sends to all ranks (Muon), where each rank has all parameters
+    memory: dict[str, int]  # {category: bytes} when their sum, weighted by the `share` of each category (`run`), peaks
+    collectives: dict[str, int] = field(default_factory=dict)  # {kind: bytes} of the objective's collectives
+    # fp32 bytes of the matrices that the optimizer (Muon) sends to all ranks if each rank has all parameters
     exchanged: int = 0
 
 
 class _Real(TorchDispatchMode):
-    """A mode above the fake mode: operations without fake inputs are computed, so that integers keep their values.
-    Collectives are counted, not run."""
+    """A dispatch mode above the fake mode: it computes operations without fake inputs, so that integers have real
+    values, and counts collectives instead of running them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,10 +112,10 @@ def _true_indices(mask: Tensor) -> Tensor | tuple[Tensor, ...]:
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, by category, and keeps those at the peak: the moment when their sum,
-    weighted by the `share` of each category, is largest.
+    """Counts the bytes of all living storages by category, and keeps the counts at the peak, when their sum, weighted
+    by the `share` of each category, is largest.
 
-    torch's MemTracker finds the same peaks, but refuses frozen modules and knows no shares; see
+    torch's MemTracker finds the same peaks, but it refuses frozen modules and has no shares; see
     docs/negative_results.md.
     """
 
@@ -185,16 +184,16 @@ FLOPS = {  # of the CPU's kernels, which torch's FLOP counter does not know
 
 
 def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
-    """A micro-batch of `count` samples that the objective's views have made of random samples, as it is on the device. To
-    be called under the fake mode: floating-point tensors and images are fake."""
-    made = min(count, SAMPLES)
-    parts = noise_samples(cfg, objective, made)
+    """A micro-batch on the device, which the objective's views have made from `count` random samples. Call it under the
+    fake mode, so that floating-point tensors and images are fake."""
+    different = min(count, MAX_SAMPLES)
+    samples = noise_samples(cfg, objective, different)
     batch, real = dict[str, Tensor](), dict[str, np.ndarray]()
-    for key, value in parts[0].items():
+    for key, value in samples[0].items():
         if value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating):
             batch[key] = torch.empty(count, *value.shape)
         else:
-            real[key] = np.stack([parts[i % made][key] for i in range(count)])
+            real[key] = np.stack([samples[i % different][key] for i in range(count)])
     for key, value in (real | collated(views(cfg, objective), real)).items():
         if np.issubdtype(value.dtype, np.floating):
             batch[key] = torch.empty(value.shape)
@@ -210,8 +209,10 @@ def _trace_environment(processes: int) -> Iterator[None]:
     alone = processes > 1 and not dist.is_initialized()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(warnings.catch_warnings(action="ignore"))  # of copies of fake tensors
-        for name in vars(nn.init):  # some draw until the numbers fit, which fake ones never do
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # copying fake tensors warns
+        for name in vars(
+            nn.init
+        ):  # some of these draw until all numbers are in a range, which never ends for fake ones
             if name.endswith("_") and not name.startswith("_"):
                 stack.enter_context(unittest.mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
         if alone:
@@ -221,15 +222,15 @@ def _trace_environment(processes: int) -> Iterator[None]:
 
 
 def run(cfg: Recipe, micro: int, accumulate: int, processes: int, share: dict[str, float]) -> Trace:
-    """Train two steps of one process with `accumulate` micro-batches of `micro` samples; `share` of each category is
-    what this process holds.
+    """Train two steps of one process with `accumulate` micro-batches of `micro` samples. `share`: the share of each
+    category of memory that the process holds.
 
     Raises ConfigError if the objective needs values of fake tensors.
     """
     memory, real = Memory(share), _Real()
     with _trace_environment(processes), FakeTensorMode(allow_non_fake_inputs=True), real, memory:
         try:
-            return _run(cfg, micro, _fewer(accumulate), memory, real)
+            return _run(cfg, micro, _enough_micro_batches(accumulate), memory, real)
         except (RuntimeError, NotImplementedError) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
@@ -238,9 +239,9 @@ def run(cfg: Recipe, micro: int, accumulate: int, processes: int, share: dict[st
             ) from None
 
 
-def _fewer(accumulate: int) -> int:
-    """A number of micro-batches that is enough to see the memory of accumulation: the least divisor of `accumulate` above
-    1, because a queue of negatives accepts only a number that divides a step."""
+def _enough_micro_batches(accumulate: int) -> int:
+    """A smaller number of micro-batches with the same peak memory: the smallest divisor of `accumulate` above 1,
+    because a queue of negatives accepts only divisors."""
     return next((n for n in range(2, accumulate + 1) if accumulate % n == 0), 1)
 
 
@@ -259,7 +260,7 @@ def _run(cfg: Recipe, micro: int, accumulate: int, memory: Memory, real: _Real) 
         p.register_post_accumulate_grad_hook(lambda p: memory.mark([p.grad], "gradients"))
     units = _units(objective)
     batch = example(cfg, objective, micro)
-    for _ in range(2):  # from the second on, the optimizer has its state
+    for _ in range(2):  # in the second step, the optimizer has its state
         memory.reset_peak()
         real.collectives = {}
         for unit in units:
@@ -273,16 +274,16 @@ def _run(cfg: Recipe, micro: int, accumulate: int, memory: Memory, real: _Real) 
             del loss
             flops = counter.get_total_flops()
         torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        asked = dict(real.collectives)
+        of_objective = dict(real.collectives)
         optimizer.step()
         memory.mark((v for state in optimizer.state.values() for v in state.values()), "optimizer")
         optimizer.zero_grad(set_to_none=True)
         objective.after_step(0)
     for unit in units:
         unit.calls //= accumulate
-    exchanged = real.collectives.get("all-gather", 0) - asked.get("all-gather", 0)
-    asked = {name: size // accumulate for name, size in asked.items()}
-    return Trace(units, flops, memory.at_peak, asked, exchanged)
+    exchanged = real.collectives.get("all-gather", 0) - of_objective.get("all-gather", 0)
+    of_objective = {name: size // accumulate for name, size in of_objective.items()}
+    return Trace(units, flops, memory.at_peak, of_objective, exchanged)
 
 
 def _units(objective: Objective) -> list[Unit]:
@@ -291,10 +292,10 @@ def _units(objective: Objective) -> list[Unit]:
     units = []
     modules = objective.shard_units()
     kept = stay_gathered(modules)
-    for module in modules:  # children before parents: each has what those before it left
-        own = [p for p in module.parameters() if p not in seen]
-        seen.update(own)
-        sizes = [sum(p.numel() for p in own if p.requires_grad is trained) for trained in (True, False)]
+    for module in modules:  # children before parents; a parent has the parameters that its children do not have
+        new = [p for p in module.parameters() if p not in seen]
+        seen.update(new)
+        sizes = [sum(p.numel() for p in new if p.requires_grad is trained) for trained in (True, False)]
         unit = Unit(sizes[0], sizes[1], kept=module in kept)
         module.register_forward_pre_hook(lambda *_, unit=unit: setattr(unit, "calls", unit.calls + 1))  # type: ignore[misc]
         units.append(unit)

@@ -1,5 +1,5 @@
-"""Compare two model configs in the options that must be equal, so that weights of one model give the same features in the
-other."""
+"""Compare two model configs in the options that must be equal, so that weights of one model give the same features in
+the other."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def describe_differences(differing: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _effective_options(cfg: Any) -> dict[str, Any]:
-    """The values of a config for a comparison: "auto" values are resolved, and options that have no effect on this model
-    are set to None or []."""
+    """The values of a config for a comparison: "auto" values are resolved, and options that have no effect on this
+    model are set to None or []."""
     options = dict(vars(cfg))
     if isinstance(cfg, presets.Decoder):
         dim, heads, kv_heads, head_dim, width = presets.decoder_sizes(cfg)

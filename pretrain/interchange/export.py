@@ -96,8 +96,8 @@ def _processor(size: int, mean: list[float] | None, std: list[float] | None) -> 
 
 
 def folders(folder: Path, objective: Objective) -> dict[str, Path]:
-    """{name: export folder} of an objective's encoders: `folder` itself for the recipe's model, and NAME/STEP next to it
-    for further ones."""
+    """{name: export folder} of an objective's encoders: `folder` itself for the recipe's model, and NAME/STEP next to
+    it for further ones."""
     return {name: folder if name == "model" else folder.parent / name / folder.name for name in objective.exports()}
 
 
@@ -114,8 +114,8 @@ def save(
     folders, `folder` first.
 
     `states`: the encoders' full weights on the host, if an engine has sharded them (`Engine.encoder_states`).
-    `tokenizer`: as for `write`. `run`: the run whose recipe, data and scores the model card lists; needed if `folder` is
-    outside the run folder.
+    `tokenizer`: as for `write`. `run`: the run whose recipe, data and scores the model card lists; needed if `folder`
+    is outside the run folder.
     """
     targets, exported = folders(folder, objective), objective.exports()
     for name, target in targets.items():

@@ -32,8 +32,8 @@ from pretrain.models.text_layers import TextBackbone
 from pretrain.run_folder.written_files import EXPORT_FORMAT_FILES, delete_folder, make_empty_folder
 
 MAX_ERROR_LENGTH = 200  # characters of another library's error message that are quoted
-# Largest allowed difference of features, relative to the largest feature. Other libraries have other kernels, and timm has
-# another epsilon in its norms.
+# Largest allowed difference of features, relative to the largest feature. Other libraries have other kernels, and timm
+# has another epsilon in its norms.
 TOLERANCE = 1e-3
 Outputs = tuple[Tensor, Tensor | None]  # cls [B, D]; tokens [B, N, D], or None if the format has none
 
@@ -62,8 +62,8 @@ def release(folder: Path, formats: list[str], say: Callable[[str], None] = lambd
     `say` is called with each line at once.
 
     A format is written to FOLDER/.FORMAT.partial, and moved to its place after the comparison. If a format cannot be
-    written, or its outputs differ, its new files are deleted, earlier files of this format are kept, and the next formats
-    are written. Finally Failed is raised, with a line for each format that has failed.
+    written, or its outputs differ, its new files are deleted, earlier files of this format are kept, and the next
+    formats are written. Finally Failed is raised, with a line for each format that has failed.
     """
     check(formats)
     encoder, about = weights.load_backbone(folder)
@@ -101,7 +101,8 @@ class Failed(UserError):
 
 
 def _write_format(folder: Path, partial: Path, encoder: Backbone, about: dict, name: str) -> str:
-    """Write an image backbone in one format, compare its outputs, and move it to its place. Returns the line about it."""
+    """Write an image backbone in one format, compare its outputs, and move it to its place. Returns the line about
+    it."""
     size = encoder.image_size
     images = torch.randn(2, encoder.cfg.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

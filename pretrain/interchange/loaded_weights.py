@@ -1,5 +1,5 @@
-"""Record which weights were loaded into the networks of a run, for the log; and switch loading off for networks that need
-no weights."""
+"""Record which weights were loaded into the networks of a run, for the log; and switch loading off for networks that
+need no weights."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def is_loading() -> bool:
 
 
 def report_loaded(records: list[LoadedWeights], mean: list[float], std: list[float]) -> list[str]:
-    """The log lines about loaded weights, without repetitions, each followed by a warning if the source was trained with
-    another normalisation of pixels than `mean` and `std` of this run."""
+    """The log lines about loaded weights, without repetitions, each followed by a warning if the source was trained
+    with another normalisation of pixels than `mean` and `std` of this run."""
     lines = []
     for record in records:
         source = record.source

@@ -1,4 +1,5 @@
-"""The networks of a distillation: a frozen teacher, loaded from any source, and students that are given by their names."""
+"""The networks of a distillation: a frozen teacher, loaded from any source, and students that are given by their
+names."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from pretrain.models.layers import Backbone
 
 
 def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, bool]]:
-    """{name of a head: arguments of `PrototypeHead`} for the heads of the teacher in a checkpoint. Raises UserError if it
-    lacks one, or if `where` is not a checkpoint."""
+    """{name of a head: arguments of `PrototypeHead`} for the heads of the teacher in a checkpoint. Raises UserError if
+    it lacks one, or if `where` is not a checkpoint."""
     shapes = checkpoint_tensors(where)[1] if find_source(where).layout == "checkpoint" else {}
     objective = checkpoint_recipe(where)["objective"] if shapes else {}
     unit_prototypes = bool(objective.get("unit_prototypes", True))
@@ -44,8 +45,8 @@ def checkpoint_recipe(where: str) -> dict[str, Any]:
 
 
 def load_teacher(teacher: torch.nn.ModuleDict, where: str) -> None:
-    """Load the weights of the teacher's "backbone" from any source and, if the teacher has heads, those of the heads from
-    the same source, which must be a checkpoint."""
+    """Load the weights of the teacher's "backbone" from any source and, if the teacher has heads, those of the heads
+    from the same source, which must be a checkpoint."""
     load_into(teacher["backbone"], where)  # type: ignore[arg-type]
     heads = [name for name in teacher if name != "backbone"]
     if not heads or not is_loading():

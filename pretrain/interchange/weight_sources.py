@@ -219,7 +219,8 @@ def _folder_tensors(folder: Path) -> State:
 
 
 def _indexed_files(index: Path) -> list[str]:
-    """The names of the files that an index of tensors lists. Raises UserError if one is not in the folder of the index."""
+    """The names of the files that an index of tensors lists. Raises UserError if one is not in the folder of the
+    index."""
     try:
         content = loads(read_text(index))
         wrong = schema_error(content, {"weight_map": {...: str}})

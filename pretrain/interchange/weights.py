@@ -58,10 +58,10 @@ def load_into(backbone: Backbone, source: str | Path) -> None:
     """Load a source's weights into a backbone, which then computes exactly the same features at the source's image
     size. Does nothing inside `skip_loading`.
 
-    Raises UserError if the two do not fit; it names the options that differ, or the tensors that are missing, unexpected
-    or of another shape. Only these differences are allowed: a mask token that only one side has (the backbone keeps its
-    own), a separate norm for local crops (a missing one is copied from the common norm), layer scales (missing ones are
-    set to 1), zero biases of attention keys, and the size of a position table (it is resized).
+    Raises UserError if the two do not fit; it names the options that differ, or the tensors that are missing,
+    unexpected or of another shape. Only these differences are allowed: a mask token that only one side has (the
+    backbone keeps its own), a separate norm for local crops (a missing one is copied from the common norm), layer
+    scales (missing ones are set to 1), zero biases of attention keys, and the size of a position table (it is resized).
     """
     if is_loading():
         _load(backbone, find_source(source), f"model.name = {backbone.cfg.name}")

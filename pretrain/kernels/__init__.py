@@ -33,8 +33,8 @@ MAX_DIFFERENCE = 0.05  # from plain operations, of outputs and gradients of size
 
 
 def attention_kernels(name: str) -> Table:
-    """The kernels of a choice of `parallel.attention` but "auto". Their files are imported here, as compilers are slow to
-    import."""
+    """The kernels of a choice of `parallel.attention` but "auto". Their files are imported here, as compilers are slow
+    to import."""
     if name == "sdpa":
         return {}
     if name == "flex":

@@ -21,8 +21,8 @@ from pretrain.models.t5 import RelativeBias
 from pretrain.models.text_layers import MaskedAttention, Masks
 
 BLOCK = 128
-# more graphs than by default: one for each window, in training and in evaluation; beyond the limit, all T × T scores would
-# be computed
+# more graphs than by default: one for each window, in training and in evaluation; beyond the limit, all T × T scores
+# would be computed
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 attention: Any = torch.compile(eager_attention)
 

@@ -1,4 +1,5 @@
-"""Rotary positions of queries and keys in one kernel: eager PyTorch takes about ten, with copies in fp32 between them."""
+"""Rotary positions of queries and keys in one kernel: eager PyTorch takes about ten, with copies in fp32 between
+them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""From a model's config to its network. The configs and presets (`presets.py`) are data that import no torch; the
-networks do."""
+"""Build the network of a model's config. The configs and presets are in `presets.py`, which does not import torch."""
 
 from __future__ import annotations
 

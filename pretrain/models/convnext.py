@@ -1,8 +1,8 @@
-"""ConvNeXt (arXiv 2201.03545) as DINOv3 distils it (2508.10104): `cls` is the pooled last map, `tokens` its cells; one
-norm for both.
+"""ConvNeXt (arXiv 2201.03545) as DINOv3 distils it (2508.10104): `cls` is the pooled last feature map, `tokens` are its
+cells, and both have the same norm.
 
-Parameters have the names of the official files. Shapes: B images, C channels of a stage, N = h·w cells of the last map,
-D its channels.
+Parameters have the names of the official files. Shapes: B images, C channels of a stage, N = h·w cells and D channels
+of the last feature map.
 """
 
 from __future__ import annotations

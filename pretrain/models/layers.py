@@ -24,10 +24,10 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin of each token's angles, [T, 1, d
 class Features(NamedTuple):
     """The output of every backbone. With `layers=n` the outputs of the last n blocks are concatenated along D."""
 
-    cls: Tensor  # [B, D]     the pooled map for convolutional networks, the last token for a causal decoder
-    tokens: Tensor  # [B, N, D]  patches, row-major; or tokens of text
-    registers: Tensor  # [B, R, D]  R may be 0
-    grid: tuple[int, ...]  # (h, w) of the full input, also if only some patches were kept; (N,) for text
+    cls: Tensor  # [B, D]: class token; the pooled map of a convolutional network; the last token of a causal decoder
+    tokens: Tensor  # [B, N, D]: patches in row-major order, or tokens of text
+    registers: Tensor  # [B, R, D]; R may be 0
+    grid: tuple[int, ...]  # (h, w) of the full input, even if only some patches were kept; (N,) for text
 
 
 class Backbone(nn.Module):
@@ -53,12 +53,12 @@ class Backbone(nn.Module):
 
     def layer_of(self, name: str) -> tuple[int, int]:
         """(layer of a parameter, index of the last layer), for layer-wise learning rates: embeddings are layer 0, block
-        i is layer i + 1, the rest last."""
+        i is layer i + 1, and all other parameters are in the last layer."""
         raise NotImplementedError
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x: autocast's where it is on, else x's own."""
+    """The dtype of matrix products with x: that of autocast if it is on, otherwise that of x."""
     kind = x.device.type
     mixed = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if mixed else x.dtype
@@ -72,8 +72,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (arXiv 2104.09864): queries and keys [..., H, d] with each pair of features (j, j + d/2) rotated
-    by its token's angle, computed in fp32 or wider."""
+    """Rotary positions (arXiv 2104.09864): in queries and keys [..., H, d], each pair of features (j, j + d/2) is
+    rotated by an angle that depends on the position of its token. Computed in fp32 or wider."""
 
     def forward(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         return self.turned(q, *rotation), self.turned(k, *rotation)
@@ -181,8 +181,8 @@ class DropPath(nn.Module):
     """x + branch(x), where the branch is dropped for a random share of the images (arXiv 1603.09382), and scaled up for
     the others.
 
-    The branch is computed only for the kept images: max(⌊B·(1 − rate)⌋, 1) of the B images of each size, drawn for each
-    size by itself (2304.07193 §5). In evaluation all images are kept.
+    The branch is computed only for the kept images: max(⌊B·(1 − rate)⌋, 1) of the B images of each size, drawn
+    separately for each size (2304.07193 §5). In evaluation all images are kept.
     """
 
     def __init__(self, rate: float):

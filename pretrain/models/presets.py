@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 from common.config import Facts, Section, only, option
 from common.errors import ConfigError, nearest
 
-# Limits of the options: values from a damaged file must not make a network that takes all memory.
-SIZE = {"low": 1, "high": 1 << 30}  # of a width or a count
-DEPTH = {"low": 1, "high": 1000}  # of a number of blocks
-PIXELS = {"low": 1, "high": 32768}  # of the side of an image
+# Limits of options, so that values from a damaged file do not make a network that takes all memory.
+SIZE = {"low": 1, "high": 1 << 30}  # for widths and counts
+DEPTH = {"low": 1, "high": 1000}  # for numbers of blocks
+PIXELS = {"low": 1, "high": 32768}  # for sides of images
 # Drop path rate of long runs for backbones up to each width; wider ones have 0.4.
 DROP_PATH_BY_WIDTH = {192: 0.0, 384: 0.1, 768: 0.2, 1024: 0.3}
 
@@ -33,9 +33,7 @@ class Model(Section):
 
     reads: ClassVar[str]  # the part of a sample that the backbone reads: "image", "tokens", …
     writes: ClassVar[bool] = False  # whether it generates text (`unlabeled generate`)
-    causal: ClassVar[bool] = (
-        False  # whether each token sees only earlier ones, so that the backbone continues its input
-    )
+    causal: ClassVar[bool] = False  # whether each token attends only to earlier ones, so that it can continue a text
 
 
 @dataclass

@@ -18,8 +18,8 @@ def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Seq
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions (basic), or 1×1, 3×3, 1×1 with a quarter of the width inside (bottleneck, stride in the
-    3×3)."""
+    """Two 3×3 convolutions (basic), or 1×1, 3×3 and 1×1 convolutions with a quarter of the width inside (bottleneck,
+    with the stride in the 3×3 convolution)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, bottleneck: bool):
         super().__init__()

@@ -19,10 +19,10 @@ from pretrain.models.text_mlp import FusedLinear, Mlp, RMSNorm
 
 
 class RelativeBias(nn.Module):
-    """A learned number for each head and bucket of distance, added to the attention scores of a stack (§2.1).
+    """A learned number for each head and bucket of distances, which is added to the attention scores of a stack (§2.1).
 
-    Half of the buckets are for one distance each, the others are logarithmic up to `max_distance`. With `both_sides`,
-    each side has half of them.
+    Half of the buckets hold one distance each; the others are logarithmic up to `max_distance`. With `both_sides`, half
+    of the buckets are for each direction.
     """
 
     def __init__(self, cfg: EncoderDecoder, both_sides: bool):
@@ -175,8 +175,8 @@ class EncoderDecoderTransformer(TextBackbone):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Matrices are normal with variance 1 / fan-in; queries are also divided by sqrt(d), because attention does not
-        scale (mesh TensorFlow)."""
+        """Matrices are normal with variance 1 / fan-in. Those of queries are also divided by sqrt(d), because attention
+        scores are not scaled (mesh TensorFlow)."""
         for name, part in self.named_modules():
             if isinstance(part, nn.Linear):
                 nn.init.normal_(part.weight, std=part.in_features**-0.5)
@@ -194,7 +194,7 @@ class EncoderDecoderTransformer(TextBackbone):
         return [*self.blocks, *self.decoder.blocks]
 
     def layer_of(self, name: str) -> tuple[int, int]:
-        """The decoder's blocks count on from the encoder's."""
+        """The blocks of the decoder are numbered after those of the encoder."""
         depth, last = len(self.blocks), len(self.blocks) + len(self.decoder.blocks) + 1
         parts = name.split(".")
         if parts[0] == "blocks":

@@ -1,4 +1,4 @@
-"""Any image network of timm, to be trained or distilled: `cls` are its pooled features, `tokens` its features before
+"""Any image network of timm, to be trained or distilled: `cls` holds its pooled features, `tokens` its features before
 pooling."""
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class TimmNetwork(Backbone):
         self.network: Any = create(cfg)
         self.embed_dim, self.image_size = self.network.num_features, cfg.image_size
         embed: Any = getattr(self.network, "patch_embed", None)
-        sized = embed is not None and hasattr(self.network, "num_prefix_tokens")  # a plain ViT: one size all through
-        self.whole_patches = sized
-        self.patch_size = embed.patch_size[0] if sized else _stride(self.network)
-        self.last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+        is_vit = embed is not None and hasattr(self.network, "num_prefix_tokens")
+        self.whole_patches = is_vit
+        self.patch_size = embed.patch_size[0] if is_vit else _stride(self.network)
+        self.channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
 
     def shard_units(self) -> list[nn.Module]:
         return [self]
@@ -43,14 +43,14 @@ class TimmNetwork(Backbone):
             return [self.forward(one) for one in x]
         maps = self.network.forward_features(x)
         if maps.ndim == 4:
-            maps = maps.permute(0, 3, 1, 2) if self.last else maps
+            cls = self.network.forward_head(maps, pre_logits=True)
+            maps = maps.permute(0, 3, 1, 2) if self.channels_last else maps  # [B, D, h, w]
             grid, tokens, prefix = tuple(maps.shape[-2:]), maps.flatten(2).transpose(1, 2), 0
-            cls = self.network.forward_head(maps.permute(0, 2, 3, 1) if self.last else maps, pre_logits=True)
         else:
             prefix = self.network.num_prefix_tokens
             grid, tokens = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size), maps[:, prefix:]
             cls = self.network.forward_head(maps, pre_logits=True)
-        if cls.shape[-1] != tokens.shape[-1]:  # a head that widens: its features are not those of places
+        if cls.shape[-1] != tokens.shape[-1]:  # the head changes the width: use the mean of the tokens instead
             cls = tokens.mean(1)
         return Features(cls, tokens, maps[:, 1:prefix] if prefix > 1 else tokens[:, :0], grid)
 
@@ -77,5 +77,5 @@ def create(cfg: Timm, folder: str = "") -> nn.Module:
 
 
 def _stride(network: Any) -> int:
-    """Pixels per cell of its last map."""
+    """The number of pixels along one side of a cell of the network's last feature map."""
     return network.feature_info[-1]["reduction"]

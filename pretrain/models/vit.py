@@ -53,10 +53,10 @@ class VisionTransformer(Backbone):
         elif cfg.positions == "sincos":
             table = torch.cat([torch.zeros(1, cfg.dim), sincos_table(cfg.dim, (side, side))])
             self.register_buffer("pos_embed", table.unsqueeze(0))
-        else:  # no buffer for the periods: a buffer would be rounded to bf16 with the weights, which moves features by 1e-3
+        else:  # the periods are no buffer, which would be rounded to bf16 with the weights and change features by 1e-3
             rope_periods(cfg.dim // cfg.heads, cfg.rope_base)
-        rates = (cfg.mlp_ratio, cfg.mlp, cfg.qkv_bias, cfg.layer_scale, cfg.drop_path, cfg.norm_eps, cfg.key_bias)
-        self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, *rates) for _ in range(cfg.depth))
+        options = (cfg.mlp_ratio, cfg.mlp, cfg.qkv_bias, cfg.layer_scale, cfg.drop_path, cfg.norm_eps, cfg.key_bias)
+        self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, *options) for _ in range(cfg.depth))
         self.norm = LayerNorm(cfg.dim, cfg.norm_eps)
         self.local_cls_norm = LayerNorm(cfg.dim, cfg.norm_eps) if cfg.local_cls_norm else None
         self._rotations, self._periods = Tables(), Tables()  # by grid and device; by device
@@ -105,29 +105,30 @@ class VisionTransformer(Backbone):
         ]
 
     def _normed(self, flat: Tensor, shapes: Shapes) -> list[Tensor]:
-        """[B, P + N, D] of each input from flat [T, D], after the last norm."""
+        """Apply the last norm to the packed tokens [T, D]. Returns [B, P + N, D] for each input."""
 
-        def apart(x: Tensor) -> list[Tensor]:
+        def unpack(x: Tensor) -> list[Tensor]:
             pieces = x.split([b * n for b, n in shapes]) if len(shapes) > 1 else [x]
             return [piece.view(b, n, -1) for piece, (b, n) in zip(pieces, shapes, strict=True)]
 
-        parts = apart(self.norm(flat))
+        parts = unpack(self.norm(flat))
         if self.local_cls_norm is None or not self.training or len(parts) == 1:
             return parts
-        own = torch.cat([part[:, : self.prefix].flatten(0, 1) for part in apart(flat)[1:]])
-        own = self.local_cls_norm(own).split([b * self.prefix for b, _ in shapes[1:]])  # one call for all sizes
+        # Class token and registers of local crops, of all sizes in one call: [Σ B·P, D]
+        prefixes = torch.cat([part[:, : self.prefix].flatten(0, 1) for part in unpack(flat)[1:]])
+        normed = self.local_cls_norm(prefixes).split([b * self.prefix for b, _ in shapes[1:]])
         local = [
             torch.cat([tokens.view(-1, self.prefix, tokens.shape[-1]), part[:, self.prefix :]], dim=1)
-            for tokens, part in zip(own, parts[1:], strict=True)
+            for tokens, part in zip(normed, parts[1:], strict=True)
         ]
         return [parts[0], *local]
 
     def _embed(
         self, x: Tensor, mask: Tensor | None, keep: Tensor | None
     ) -> tuple[Tensor, tuple[int, int], Rotation | None]:
-        """([B, P + N or K, D] with positions, the patch grid, cos and sin of those tokens for each block).
+        """(tokens [B, P + N or K, D] with positions, patch grid, cos and sin of these tokens for each block).
 
-        The tokens have the dtype of the patch embedding's product, and so has the residual stream.
+        The tokens, and so the residual stream, have the dtype of the patch embedding's output.
         """
         if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
             raise ValueError(
@@ -142,7 +143,7 @@ class VisionTransformer(Backbone):
             patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         cls = self.cls_token
         if self.cfg.positions != "rope":
-            # as transformers has it for Dinov2 with and without registers, so that exports agree at every size
+            # antialias: as in transformers' Dinov2 with and without registers, so that exports agree at every size
             table = interpolate_table(self.pos_embed[:, 1:], grid, antialias=self.cfg.registers > 0)
             patches = patches + table.to(patches.dtype)
             cls = cls + self.pos_embed[:, :1]
@@ -153,8 +154,8 @@ class VisionTransformer(Backbone):
         return tokens, grid, self._rotation(grid, keep, x.device) if self.cfg.positions == "rope" else None
 
     def _rotation(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> Rotation:
-        """cos and sin of an input's tokens for each block: [L, P + N, 1, d/2], or [L, B, P + K, 1, d/2] with `keep`; L is
-        1 where all blocks share them. Class token and registers are not rotated (angle 0)."""
+        """cos and sin of an input's tokens for each block: [L, P + N, 1, d/2], or [L, B, P + K, 1, d/2] with `keep`; L
+        is 1 where all blocks share them. Class token and registers are not rotated (angle 0)."""
         cfg = self.cfg
         options = (cfg.rope_shift, cfg.rope_jitter, cfg.rope_rescale)
         if self.training and any(option is not None for option in options):

@@ -1,5 +1,5 @@
-"""The base class of all objectives. `pretrain/objectives/finder.py` finds objectives by name; `mae.py` is a good example
-to begin with."""
+"""The base class of all objectives. `pretrain/objectives/finder.py` finds objectives by name; `mae.py` is a good
+example to begin with."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ class Objective(nn.Module):
         `rng(k)` is the sample's k-th random generator: `crops` uses 0, 1, 2, ... for its views, masks use the numbers
         from `MASKS` on (data_pipeline/views/augmentations.py).
 
-        The function may be an object with a method `collate(arrays)`, which data workers call with the stacked arrays of
-        a micro-batch, each [B, …]. It returns further arrays, which need not have one row per sample, such as the indices
-        of masked patches, which would cost a host sync if they were computed on the device.
+        The function may be an object with a method `collate(arrays)`, which data workers call with the stacked arrays
+        of a micro-batch, each [B, …]. It returns further arrays, which need not have one row per sample, such as the
+        indices of masked patches, which would cost a host sync if they were computed on the device.
         """
         raise NotImplementedError
 
@@ -100,8 +100,8 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def mean(self, total: Tensor, batch: Batch) -> Tensor:
-        """The contribution of a micro-batch to the mean loss over the targets of the global batch, a scalar. `total`: the
-        sum of the losses of the micro-batch.
+        """The contribution of a micro-batch to the mean loss over the targets of the global batch, a scalar. `total`:
+        the sum of the losses of the micro-batch.
 
         The engine sets `batch["count"]`, the mean number of targets per micro-batch; without it, the mean is over the
         targets of this micro-batch.
@@ -113,8 +113,8 @@ class Objective(nn.Module):
         return (batch[self.counted or "targets"] != IGNORED).sum()
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizer's step, for example to update a teacher or a queue. If `self.skipped` is 1, it must
-        change nothing (`ema_update` and `Queue.push` take `skipped`)."""
+        """Called after the optimizer's step, for example to update a teacher or a queue. If `self.skipped` is 1, it
+        must change nothing (`ema_update` and `Queue.push` take `skipped`)."""
 
     def exports(self) -> dict[str, Exported]:
         """The backbones to evaluate and export, by name: "model" is written to RUN/export/STEP, others to
@@ -149,6 +149,6 @@ class Objective(nn.Module):
         return [*below(self), self]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """{name: picture, uint8 [3, H, W]}: pictures that show what the method does with a batch, drawn at every export.
-        The images of the batch are normalised."""
+        """{name: picture, uint8 [3, H, W]}: pictures that show what the method does with a batch, drawn at every
+        export. The images of the batch are normalised."""
         return {}

@@ -1,8 +1,8 @@
 """Finds objectives by name. A new method is one file in `pretrain/objectives/` (or any .py file that a recipe names)
 and one recipe.
 
-The file holds a docstring, a `Config` dataclass and one class that derives from `Objective`; there is no registry.
-A user's file is executed only if the user has given its path, or a recipe that names it; `recipe.stored`, which reads the
+The file holds a docstring, a `Config` dataclass and one class that derives from `Objective`; there is no registry. A
+user's file is executed only if the user has given its path, or a recipe that names it; `recipe.stored`, which reads the
 recipe that is stored in a run or an export, never executes such a file. A recipe is checked before torch is imported.
 Therefore `config_class` executes only `Config` and those functions, classes and constants of the file that it uses, and
 all of these may only import from LIGHT_MODULES.
@@ -122,8 +122,8 @@ def _once(module: types.ModuleType, source: str, execute: Callable[[], object]) 
 
 
 def attributes(name: str) -> set[str]:
-    """The names of all attributes that an objective's file reads outside of its `Config`. The options among them are read
-    in some step, even if the first step takes another branch."""
+    """The names of all attributes that an objective's file reads outside of its `Config`. The options among them are
+    read in some step, even if the first step takes another branch."""
     body = ast.parse(path_of(name).read_text()).body
     nodes = (node for part in body if getattr(part, "name", "") != "Config" for node in ast.walk(part))
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}

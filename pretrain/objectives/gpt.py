@@ -3,8 +3,8 @@
 
     loss = −1/n Σ log p(token_t | token_<t) + z_loss · logsumexp(logits_t)²,   over the n targets of the global batch
 
-The last token of a document has no target. If `data.document_mask` is false, a row counts as one text, so that this token
-predicts the first token of the next document. Shapes: B rows of T tokens, D width.
+The last token of a document has no target. If `data.document_mask` is false, a row counts as one text, so that this
+token predicts the first token of the next document. Shapes: B rows of T tokens, D width.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 value.
 
 This module does not import torch, because a recipe is checked before torch is imported. The published recipes are for a
-million images and batches of thousands. For such runs the rules give the published values; they adapt them to less data,
-smaller batches and shorter runs. They are rules of thumb; the log names the chosen values.
+million images and batches of thousands. For such runs the rules give the published values; they adapt them to less
+data, smaller batches and shorter runs. They are rules of thumb; the log names the chosen values.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ class Options(Section):
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
-        """Overrides of a recipe, by dotted key, with which a test trains this objective in seconds, on a small ViT or on
-        the `model` that they name.
+        """Overrides of a recipe, by dotted key, with which a test trains this objective in seconds, on a small ViT or
+        on the `model` that they name.
 
-        The first entry is complete. Each further entry is merged into the first one, to test options that the first does
-        not use. In a value, "{export}" stands for the folder of an exported ViT, and "{run NAME}" for the folder of a run
-        of the objective NAME.
+        The first entry is complete. Each further entry is merged into the first one, to test options that the first
+        does not use. In a value, "{export}" stands for the folder of an exported ViT, and "{run NAME}" for the folder
+        of a run of the objective NAME.
         """
         return [{}]
 
     def assignments(self) -> int | None:
-        """K, the number of classes to which images are assigned, if the objective logs `teacher_entropy`, whose maximum is
-        ln K. Otherwise None."""
+        """K, the number of classes to which images are assigned, if the objective logs `teacher_entropy`, whose maximum
+        is ln K. Otherwise None."""
         return None
 
     def rows(self) -> tuple[int, str]:
-        """(n, override): the number of samples in one forward, over all ranks, must be a multiple of n, unless the recipe
-        has the override."""
+        """(n, override): the number of samples in one forward, over all ranks, must be a multiple of n, unless the
+        recipe has the override."""
         return 1, ""
 
     def check_rows(self, rows: int, what: str) -> None:
-        """Raises ValueError if the options do not fit `rows`, the number of samples in one forward over all ranks. `what`:
-        a description of these samples for the message."""
+        """Raises ValueError if the options do not fit `rows`, the number of samples in one forward over all ranks.
+        `what`: a description of these samples for the message."""
 
 
 def network(name: str, **changes: Any) -> Any:
@@ -150,7 +150,8 @@ class SelfDistillation(MultiCrop):
     momentum: Literal["auto"] | Schedule = option(lambda: Schedule(0.994), low=0, high=1, auto=momentum)
     ibot_weight: float = 1.0  # weight of the iBOT loss on masked patches; the DINO loss has 1
     koleo_weight: float = 0.1  # weight of KoLeo, which spreads the class tokens of a batch
-    # number of images in a group, within which KoLeo compares them; null: the whole batch. The papers use each GPU's batch
+    # number of images in a group, within which KoLeo compares them; null: the whole batch. The papers use each GPU's
+    # batch
     koleo_group: int | None = option(None, low=2)
 
     def neighbours(self) -> int:

@@ -1,5 +1,5 @@
-"""Resize one network's patch features to another network's grid, and standardise features. Shapes: B images, N patches of
-a grid h × w, D features."""
+"""Resize one network's patch features to another network's grid, and standardise features. Shapes: B images, N patches
+of a grid h × w, D features."""
 
 from __future__ import annotations
 

@@ -104,7 +104,8 @@ def _add_gradients(grads: list[Tensor | None], part: slice, h: Tensor, w: Tensor
     hidden_grad, weight_grad, bias_grad = grads
     if bias_grad is not None:
         bias_grad += logit_grad.sum(0, dtype=bias_grad.dtype)
-    # The loss scale of fp16 is applied in the backward only, and small numbers underflow in fp16: divide by the largest.
+    # The loss scale of fp16 is applied in the backward only, and small numbers underflow in fp16: divide by the
+    # largest.
     unit = logit_grad.abs().amax().clamp_min(1e-30) if h.dtype == torch.float16 else None
     logit_grad = (logit_grad if unit is None else logit_grad / unit).to(h.dtype)
 
@@ -129,7 +130,8 @@ def _rows(z: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None, 
         tanh = torch.tanh(z / o.softcap)
         z = tanh * o.softcap
     p = z.softmax(-1)
-    # The logsumexp follows from the largest probability, which is at least 1/V; this saves a second pass of exponentials.
+    # The logsumexp follows from the largest probability, which is at least 1/V; this saves a second pass of
+    # exponentials.
     lse = z.amax(-1) - p.amax(-1).log()
     hard = targets.ndim == 1
     index = targets.clamp_min(0).unsqueeze(1) if hard else None  # [n, 1]

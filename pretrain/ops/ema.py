@@ -32,8 +32,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped:
     If both are sharded, each rank updates its shards. Raises ValueError if they are not sharded in the same way.
     """
     ours, theirs = [local(p) for p in teacher.parameters()], [local(p) for p in student.parameters()]
-    # A local shard may be empty (few rows on many ranks). A parameter that is empty but not sharded is the placeholder of
-    # an engine that `local` does not know.
+    # A local shard may be empty (few rows on many ranks). A parameter that is empty but not sharded is the placeholder
+    # of an engine that `local` does not know.
     placeholder = any(p.numel() == 0 and a is p for p, a in zip(teacher.parameters(), ours, strict=True))
     if placeholder or len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         raise ValueError(

@@ -39,8 +39,8 @@ def gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logsumexp_over_batch(x: Tensor) -> Tensor:
-    """log Σ exp over dim 0 of x [B, K] and over all ranks: [1, K], without overflow. B may differ between ranks, and may
-    be 0."""
+    """log Σ exp over dim 0 of x [B, K] and over all ranks: [1, K], without overflow. B may differ between ranks, and
+    may be 0."""
     highest = x.amax(0, keepdim=True) if len(x) else x.new_full((1, x.shape[1]), -torch.inf)
     if world()[1] > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)

@@ -23,18 +23,18 @@ class ProjectionHead(nn.Sequential):
 
 
 def head_sizes(cfg: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """(hidden, bottleneck, prototypes) of the DINO head and of the iBOT head. Options of the iBOT head that are null have
-    the values of the DINO head."""
+    """(hidden, bottleneck, prototypes) of the DINO head and of the iBOT head. Options of the iBOT head that are null
+    have the values of the DINO head."""
     dino = (cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes)
     return dino, (cfg.ibot_hidden or dino[0], cfg.ibot_bottleneck or dino[1], cfg.ibot_prototypes or dino[2])
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head (arXiv 2104.14294): three linear layers with GELU to a bottleneck, L2 normalisation, and products with K
-    prototypes.
+    """DINO's head (arXiv 2104.14294): three linear layers with GELU to a bottleneck, L2 normalisation, and products
+    with K prototypes.
 
-    With `unit`, prototypes are normalised, so that logits are cosines in [-1, 1]. Without, they keep their lengths, as in
-    DINOv3 (2508.10104), and logits are not bounded.
+    With `unit`, prototypes are normalised, so that logits are cosines in [-1, 1]. Without, they keep their lengths, as
+    in DINOv3 (2508.10104), and logits are not bounded.
     """
 
     last_layer = "prototypes"  # the parameter that `optim.freeze_last_layer` freezes
@@ -52,8 +52,8 @@ class PrototypeHead(nn.Module):
     def forward(
         self, x: Tensor, targets: Tensor | None = None, temperature: float = 1.0, row_weights: Tensor | None = None
     ) -> Tensor:
-        """Logits [..., K] of x [..., D]. With targets [R / n, K]: the sum of the cross-entropies of the rows x [R, D] at
-        `temperature`, where target row i serves the n consecutive rows of x from i·n on. In this case the logits are
+        """Logits [..., K] of x [..., D]. With targets [R / n, K]: the sum of the cross-entropies of the rows x [R, D]
+        at `temperature`, where target row i serves the n consecutive rows of x from i·n on. In this case the logits are
         never all in memory at the same time (`pretrain.ops.cross_entropy`).
         """
         x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)

@@ -10,8 +10,8 @@ from pretrain.ops.gather import gather, world
 
 
 def koleo(x: Tensor, group: int | None = None, neighbours: int = 1, eps: float = 1e-8) -> Tensor:
-    """−mean log ‖x_i − neighbour of x_i‖ over the L2-normalised rows of x [B, D] and the `neighbours` nearest rows of each,
-    in fp32 or wider.
+    """−mean log ‖x_i − neighbour of x_i‖ over the L2-normalised rows of x [B, D] and the `neighbours` nearest rows of
+    each, in fp32 or wider.
 
     The rows of all ranks are concatenated in rank order and divided into groups of `group` rows (None: one group);
     neighbours are searched within a group. The loss therefore does not depend on the number of ranks. The papers search

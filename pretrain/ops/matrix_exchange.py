@@ -1,12 +1,12 @@
-"""Distribute work on whole matrices over the ranks, although each matrix is sharded by rows or replicated. Each matrix is
-sent to one rank, its owner, which computes a result; the result is sent back to all ranks.
+"""Distribute work on whole matrices over the ranks, although each matrix is sharded by rows or replicated. Each matrix
+is sent to one rank, its owner, which computes a result; the result is sent back to all ranks.
 
-`Layout` describes how the ranks hold the matrices: each matrix is sharded on dim 0 over S ranks, as FSDP2 shards it, and
-there are R replicas of these S ranks (DDP: S = 1; FSDP2: R = 1; HSDP: both above 1). Each of the R·S ranks is an owner:
-owner o is shard o mod S of replica o div S. Matrices are sent in rounds. In a round, every owner gets a stack [n, r, c]
-of matrices of one shape. A round consists of one all-to-all among the S ranks to the owners, one all-to-all back, and one
-all-gather among the R replicas. All are asynchronous and return a function that waits, so that one round can be sent
-while another is computed.
+`Layout` describes how the ranks hold the matrices: each matrix is sharded on dim 0 over S ranks, as FSDP2 shards it,
+and there are R replicas of these S ranks (DDP: S = 1; FSDP2: R = 1; HSDP: both above 1). Each of the R·S ranks is an
+owner: owner o is shard o mod S of replica o div S. Matrices are sent in rounds. In a round, every owner gets a stack
+[n, r, c] of matrices of one shape. A round consists of one all-to-all among the S ranks to the owners, one all-to-all
+back, and one all-gather among the R replicas. All are asynchronous and return a function that waits, so that one round
+can be sent while another is computed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Layout:
 
     @classmethod
     def of(cls, parameter: Tensor) -> Layout:
-        """The layout of a parameter. A DTensor is sharded by FSDP2 or HSDP; any other tensor counts as replicated on all
-        ranks."""
+        """The layout of a parameter. A DTensor is sharded by FSDP2 or HSDP; any other tensor counts as replicated on
+        all ranks."""
         if not isinstance(parameter, DTensor):
             rank, ranks = world()
             return cls(replicas=ranks, replica=rank)
@@ -69,8 +69,8 @@ class Layout:
 
 
 def deal(costs: Sequence[float], owners: int) -> list[list[int]]:
-    """Distribute `costs` over the owners so that the sums are nearly equal. Returns the indices for each owner. In order of
-    decreasing cost, each goes to the owner with the smallest sum so far."""
+    """Distribute `costs` over the owners so that the sums are nearly equal. Returns the indices for each owner. In
+    order of decreasing cost, each goes to the owner with the smallest sum so far."""
     dealt: list[list[int]] = [[] for _ in range(owners)]
     loads = [(0.0, owner) for owner in range(owners)]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
@@ -81,8 +81,8 @@ def deal(costs: Sequence[float], owners: int) -> list[list[int]]:
 
 
 def rounds_of(dealt: list[list[int]], kinds: Sequence[tuple], sizes: Sequence[int]) -> list[list[list[int]]]:
-    """For each round, the stack of each owner: the indices of matrices of one kind, which have at most MAX_STACK_ELEMENTS
-    elements together, or of a single matrix. `dealt`: the indices for each owner."""
+    """For each round, the stack of each owner: the indices of matrices of one kind, which have at most
+    MAX_STACK_ELEMENTS elements together, or of a single matrix. `dealt`: the indices for each owner."""
     stacks: list[list[list[int]]] = [[] for _ in dealt]
     for owner_stacks, indices in zip(stacks, dealt, strict=True):
         by_kind = sorted(indices, key=lambda index: (kinds[index], index))
@@ -113,8 +113,8 @@ class Round:
         return [sum(self.layout.rows(shapes[i][0])[shard] * shapes[i][1] for i in stack) for stack in stacks]
 
     def to_owners(self, pieces: dict[int, Tensor]) -> Callable[[], Tensor]:
-        """Send this rank's rows of the matrices of its replica, `pieces` by index, to the owners. Returns a function that
-        waits for this rank's own stack [n, r, c]. Collective."""
+        """Send this rank's rows of the matrices of its replica, `pieces` by index, to the owners. Returns a function
+        that waits for this rank's own stack [n, r, c]. Collective."""
         flat = [pieces[i].flatten() for stack in self.group for i in stack]
         reference = next(iter(pieces.values()))
         sent = torch.cat(flat) if flat else reference.new_empty(0)
@@ -130,8 +130,8 @@ class Round:
         return finish
 
     def from_owners(self, result: Tensor) -> Callable[[], dict[int, Tensor]]:
-        """Send the results for this rank's stack, [n, r, c], to all ranks. Returns a function that waits for this rank's
-        rows of all results of the round, by index. Collective."""
+        """Send the results for this rank's stack, [n, r, c], to all ranks. Returns a function that waits for this
+        rank's rows of all results of the round, by index. Collective."""
         layout = self.layout
         if layout.shards == 1:
             back, wait = result.flatten(), _nothing

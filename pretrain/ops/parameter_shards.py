@@ -1,5 +1,5 @@
-"""Local shards and full tensors of parameters in every mode: replicated, sharded on dim 0 (FSDP2), or flattened and then
-sharded (ZeRO-3)."""
+"""Local shards and full tensors of parameters in every mode: replicated, sharded on dim 0 (FSDP2), or flattened and
+then sharded (ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """A module's full state dict in host memory, gathered tensor by tensor; an empty dict if `keep` is false. Collective:
-    every rank must call it."""
+    """A module's full state dict in host memory, gathered tensor by tensor; an empty dict if `keep` is false.
+    Collective: every rank must call it."""
     out = {}
     for name, value in module.state_dict(keep_vars=True).items():
         value = whole(value)

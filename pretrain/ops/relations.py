@@ -1,5 +1,5 @@
-"""Distillation of the similarities between samples (SEED, arXiv 2101.04731). The features of student and teacher may have
-different widths, without a head between them."""
+"""Distillation of the similarities between samples (SEED, arXiv 2101.04731). The features of student and teacher may
+have different widths, without a head between them."""
 
 from __future__ import annotations
 

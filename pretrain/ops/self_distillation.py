@@ -56,8 +56,8 @@ def select_patches(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def by_image(cls: list[Tensor], crops: int) -> tuple[Tensor, Tensor]:
-    """Class tokens grouped by image, [B, G, D] and [B, L, D], from `cls`, a list of the class tokens of the global crops,
-    [B·G, D], and of the local crops, [B·L, D], if there are any. `crops`: G. Without local crops, L = 0."""
+    """Class tokens grouped by image, [B, G, D] and [B, L, D], from `cls`, a list of the class tokens of the global
+    crops, [B·G, D], and of the local crops, [B·L, D], if there are any. `crops`: G. Without local crops, L = 0."""
     first = cls[0].unflatten(0, (-1, crops))
     return (first, first[:, :0]) if len(cls) == 1 else (first, cls[1].unflatten(0, (len(first), -1)))
 

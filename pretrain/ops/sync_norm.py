@@ -1,5 +1,5 @@
-"""Batch normalisation over the samples of all ranks (arXiv 1502.03167), in fp32 and on any device. torch's SyncBatchNorm
-works on GPUs only."""
+"""Batch normalisation over the samples of all ranks (arXiv 1502.03167), in fp32 and on any device. torch's
+SyncBatchNorm works on GPUs only."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class _Sum(torch.autograd.Function):
 
 
 class BatchNorm(_BatchNorm):
-    """nn.BatchNorm1d and nn.BatchNorm2d in one class, with the same parameters and buffers, but with mean and variance of
-    the global batch. x [B, C, ...] → [B, C, ...]."""
+    """nn.BatchNorm1d and nn.BatchNorm2d in one class, with the same parameters and buffers, but with mean and variance
+    of the global batch. x [B, C, ...] → [B, C, ...]."""
 
     momentum: float  # the share of a batch in the running statistics
 

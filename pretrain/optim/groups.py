@@ -1,5 +1,5 @@
-"""Parameter groups. Each group has a factor for the learning rate, a factor for the weight decay, and the number of steps
-for which its parameters are frozen."""
+"""Parameter groups. Each group has a factor for the learning rate, a factor for the weight decay, and the number of
+steps for which its parameters are frozen."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pretrain.recipes.sections import Optim
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter has weight decay. Matrices and convolution kernels do; vectors (biases, norms, scales), tokens
-    and position tables do not."""
+    """Whether a parameter has weight decay. Matrices and convolution kernels do; vectors (biases, norms, scales),
+    tokens and position tables do not."""
     return parameter.ndim > 1 and not name.endswith(("_token", "registers", "pos_embed"))
 
 
@@ -86,13 +86,13 @@ def _factors(
 
 
 def thaw(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set `lr_scale` of each group for a step: 0 if the group is still frozen. The optimizer updates the moments of frozen
-    parameters, too."""
+    """Set `lr_scale` of each group for a step: 0 if the group is still frozen. The optimizer updates the moments of
+    frozen parameters, too."""
     for group in optimizer.param_groups:
         group["lr_scale"] = 0.0 if step < group["frozen"] else group["scale"]
 
 
 def make_optimizer(module: nn.Module, cfg: Optim) -> Skippable:
-    """The optimizer that `optim.name` names. Before each step, `thaw` and `Engine.step` set the learning rate and weight
-    decay of its groups."""
+    """The optimizer that `optim.name` names. Before each step, `thaw` and `Engine.step` set the learning rate and
+    weight decay of its groups."""
     return optimizers.find(cfg.name).build(parameter_groups(module, cfg), cfg)

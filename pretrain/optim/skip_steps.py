@@ -123,8 +123,8 @@ class Guard:
 
 
 def skip_reason(row: dict[str, Any]) -> str:
-    """The reason why a step was skipped, as text: the values that are not finite ("ibot = nan, grad_norm = nan"), or the
-    loss that is too high."""
+    """The reason why a step was skipped, as text: the values that are not finite ("ibot = nan, grad_norm = nan"), or
+    the loss that is too high."""
     not_finite = [f"{k} = {v}" for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
     return ", ".join(not_finite) or f"loss = {row['loss']:.4g} is far above the losses before it (skip.sigma)"
 

@@ -19,7 +19,7 @@ from pretrain.objectives.base import Objective
 BACKEND = "inductor"
 GRAPHS_OF_A_NETWORK = 8
 aten = torch.ops.aten
-# selective recomputation keeps the results of matrix products and of attention, and computes the cheap rest again
+# Operations whose results selective recomputation keeps: matrix products and attention. All others are cheap.
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
@@ -30,7 +30,7 @@ KEPT = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._efficient_attention_forward.default,
 }
-KEPT_NAMES = {  # operations that exist only once their library is imported: attention by varlen, xformers and flex
+KEPT_NAMES = {  # names of such operations that exist only after their library was imported: varlen, xformers, flex
     "torch_attn._varlen_attn.default",
     "xformers_flash.flash_fwd.default",
     "xformers_flash3.flash_fwd.default",
@@ -86,7 +86,8 @@ def _allow_graphs(objective: Objective) -> None:
 
 
 class GraphLog:
-    """Says when a step has made graphs: later ones show that blocks are compiled again, for which training stops."""
+    """Logs the steps in which torch.compile has made graphs. Graphs in late steps mean that blocks are compiled again,
+    during which the training waits."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say, self.seen = say, counters["stats"]["unique_graphs"]
@@ -105,9 +106,8 @@ def _recompute(block: nn.Module, how: str) -> None:
     if how == "selective":
         options = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
 
-    def forward(
-        *args: Any, **kwargs: Any
-    ) -> Any:  # a function in our file: torch.compile skips functions of torch's files
+    # A function of this file, because torch.compile skips functions in files of torch.
+    def forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
 
     block.forward = forward  # type: ignore[method-assign]

@@ -29,7 +29,8 @@ AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights 
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed, configure it for the device, and return the module. Raises ConfigError if it is not installed."""
+    """Import DeepSpeed, configure it for the device, and return the module. Raises ConfigError if it is not
+    installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:

@@ -21,16 +21,16 @@ def scoring_device(asked: str, trainer: str) -> str:
     the CPU if the trainer's `device` is an accelerator, whose memory the training may need."""
     if asked != "auto":
         return asked
-    beside = trainer if trainer != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return "auto" if beside == "cpu" else "cpu"
+    training_device = trainer if trainer != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return "auto" if training_device == "cpu" else "cpu"
 
 
 def pick_device(name: str, mode: str = "single", key: str = "device") -> torch.device:
-    """The device of this process: what `device` of the recipe names, or in any `parallel.mode` but single the GPU of its
-    LOCAL_RANK. Raises ConfigError.
+    """The device of this process: the recipe's `device` or, if that is cuda and `parallel.mode` is not single, the GPU
+    with the number LOCAL_RANK. Raises ConfigError.
 
-    It becomes the current device before anything is allocated: an allocation creates a CUDA context on the current
-    device, and the contexts of all ranks would take about half a GB each of GPU 0.
+    The device becomes the current one before anything is allocated: an allocation creates a CUDA context on the current
+    device, so that otherwise each rank would take about half a GB of GPU 0.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,8 +60,8 @@ def _own_gpu() -> int:
 
 
 def threads(processes: int = 1) -> int:
-    """Threads for one of `processes` on this machine: OMP_NUM_THREADS if it is set, else an equal share of the usable
-    cores."""
+    """The number of threads for each of `processes` on this machine: OMP_NUM_THREADS if it is set, otherwise an equal
+    share of the usable cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if is_number(asked) and int(asked):
         return int(asked)
@@ -74,11 +74,11 @@ def keep_freed_memory() -> None:
     By default it returns large blocks to the system, which zeroes each page again at its next use: 2 to 6 % of a CPU
     step, 25 % on a busy machine. Call it before the model is built, so that the weights are in such memory, too.
     """
-    trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no mallopt
+    trim_threshold, max_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, -1)
-        mallopt(most_mappings, 0)
+        mallopt(max_mappings, 0)
 
 
 def bf16_possible(device: torch.device) -> bool:
@@ -90,31 +90,29 @@ def bf16_possible(device: torch.device) -> bool:
 
 
 def set_tf32(allowed: bool) -> None:
-    """Whether GPUs may round the inputs of fp32 matrix products and convolutions to TF32, which has 10 bits of mantissa.
+    """Set whether GPUs may round the inputs of fp32 matrix products and convolutions to TF32, which has 10 bits of
+    mantissa.
 
-    The engine allows it unless `precision` is fp32: where bf16 (7 bits) or fp16 (10 bits) is precise enough for most
-    products, TF32 is for the rest (losses outside of autocast, Gram matrices, logits), and about seven times as fast as
-    fp32. By default torch allows it in convolutions only.
+    The engine allows it unless `precision` is fp32: if bf16 (7 bits) or fp16 (10 bits) is precise enough for most
+    products, TF32 is precise enough for the others (losses outside of autocast, Gram matrices, logits), and it is about
+    seven times as fast as fp32. By default torch allows it in convolutions only.
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def precision_of(device: torch.device) -> str | None:
-    """What `precision: auto` becomes on a device, known before anything is built: bf16 on an accelerator that has it,
-    fp32 on any device that does not.
-
-    None for a CPU with bf16, where `faster_precision` has to measure.
-    """
+    """The value of `precision: auto` on a device: bf16 on an accelerator that supports it, fp32 on any device that does
+    not. None for a CPU that supports bf16, on which `faster_precision` has to measure."""
     if not bf16_possible(device):
         return "fp32"
     return None if device.type == "cpu" else "bf16"
 
 
 def faster_precision(objective: Objective, batch: Batch, repeats: int = 3) -> str:
-    """ "bf16" if forward and backward of this objective on this batch are faster with it on this CPU, else "fp32".
+    """The faster precision, "fp32" or "bf16", for forward and backward of this objective with this batch on this CPU.
 
-    Measured on a copy, so that the objective does not change: the shortest of `repeats` runs after one warm-up.
+    Each is measured on a copy of the objective: the shortest of `repeats` runs after one warm-up counts.
     """
     trial, seconds = copy.deepcopy(objective), {}
     for precision in ("fp32", "bf16"):

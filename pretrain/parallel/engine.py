@@ -1,8 +1,9 @@
-"""Engine: how an objective runs on its processes and devices: precision, accumulation, gradients, the optimizer's step,
-state dicts.
+"""Engine: run an objective on the processes and devices of a run, with precision, gradient accumulation, the
+optimizer's step, and state dicts.
 
 The training loop and the objectives do not depend on the mode; a new mode is a subclass with these methods. `modes.py`
-maps `parallel.mode` to a class: here are one process (Engine) and replicas (DDP); `fsdp2.py` and `deepspeed.py` shard.
+maps `parallel.mode` to a class. This file has those for one process (Engine) and for replicas (DDP); those in
+`fsdp2.py` and `deepspeed.py` shard.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Judge = Callable[[Tensor], Tensor]  # gradient norm → a scalar on the device; 
 
 
 def accumulation(recipe: Recipe, couples_batch: bool, world: int = 1) -> int:
-    """Micro-batches per step and rank: data.batch / (world · parallel.micro_batch), 1 without the latter. Raises
-    ConfigError."""
+    """The number of micro-batches per step and rank: data.batch / (world · parallel.micro_batch), or 1 if
+    `parallel.micro_batch` is null. Raises ConfigError."""
     batch, micro = recipe.data.batch, recipe.parallel.micro_batch
     if micro is None:
         return 1
@@ -79,8 +80,8 @@ class Engine:
         return self.objective.to(self.device)
 
     def microbatch(self, last: bool) -> contextlib.AbstractContextManager:
-        """Context around forward and backward of one micro-batch; gradients are reduced over ranks in the last one
-        only."""
+        """Context around forward and backward of one micro-batch. Gradients are reduced over ranks only in the last
+        micro-batch of a step."""
         return contextlib.nullcontext()
 
     def seed(self, step: int) -> None:
@@ -118,11 +119,10 @@ class Engine:
         self.scale.scale_loss(loss / self.accumulate).backward()
 
     def step(self, lr: float, weight_decay: float, judge: Judge | None = None) -> Tensor:
-        """Clip, update and zero the gradients. Returns the global gradient norm before clipping, a scalar on the
-        device.
+        """Clip the gradients, update the weights, and set the gradients to zero. Returns the global gradient norm
+        before clipping, a scalar on the device.
 
-        `judge(norm)` returns a scalar on the device; 1.0 skips the update (it is passed on to the optimizer as
-        `found_inf`).
+        `judge(norm)` returns a scalar on the device; 1.0 skips the update (the optimizer gets it as `found_inf`).
         """
         self.set_rates(lr, weight_decay)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -131,7 +131,8 @@ class Engine:
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         norm = norm.to(self.device)  # the norm of offloaded gradients is on the CPU
-        # a blocking copy with offload: the optimizer's own is asynchronous, and it would read the value before it is there
+        # a blocking copy with offload: the optimizer's own is asynchronous, and it would read the value before it is
+        # there
         self.optimizer.found_inf = judge(norm).to(local(self.parameters[0]).device) if judge else None
         self.scale.adapt(norm)
         if self.clip is not None:
@@ -148,8 +149,8 @@ class Engine:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch], step: int) -> Tensor:
-        """The mean loss of this rank's held-out micro-batches, a scalar on the device. Collective: every rank calls it
-        between two steps."""
+        """The mean loss of this rank's held-out micro-batches, a scalar on the device. Collective: every rank must call
+        it between two steps."""
         losses = [self.forward(batch, step)[0].float() for batch in self.micro_batches(batches)]
         self.micro = 0
         return torch.stack(losses).mean()

@@ -35,8 +35,8 @@ from pretrain.recipes.recipe import Recipe
 def starts_empty(recipe: Recipe) -> bool:
     """Whether this rank may build the objective on the meta device, because rank 0 will broadcast the weights.
 
-    Main memory then holds all weights once per run instead of once per device. While `precision` is auto every rank
-    needs weights, because it is going to be measured (on CPUs only, see `device.precision_of`).
+    Host memory then holds all weights once per run instead of once per process. While `precision` is auto, every rank
+    needs weights to measure it (on CPUs only, see `device.precision_of`).
     """
     return processes.rank() > 0 and _broadcasts_weights(recipe)
 
@@ -46,12 +46,12 @@ def _broadcasts_weights(recipe: Recipe) -> bool:
 
 
 def stay_gathered(units: list[nn.Module]) -> list[nn.Module]:
-    """The units that are not resharded between forward and backward: those around other units, if they have trained
-    parameters of their own.
+    """The units that are not resharded between forward and backward: those that contain other units and also have
+    trained parameters outside of these.
 
-    Their forward ends after that of the units inside them, and their backward begins before, so a second gather would
-    follow at once. Without a backward nothing would reshard them, so a teacher's are resharded after the forward.
-    `units`: children before parents.
+    Their forward ends after that of the units inside them, and their backward begins before it, so that they would be
+    gathered again at once. Units of a teacher are resharded after the forward, because they have no backward that would
+    reshard them. `units`: children before parents.
     """
     seen: set[nn.Parameter] = set()
     inner: set[nn.Module] = set()
@@ -75,11 +75,11 @@ class FSDP2(Engine):
         if parallel.replicate > 1:
             shape, names = (parallel.replicate, self.world // parallel.replicate), ("replicate", "shard")
         mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=names)
-        # autocast is as in the other modes; in addition, weights are gathered in the compute dtype
+        # Autocast is used as in the other modes; in addition, weights are gathered in the compute dtype.
         compute = COMPUTE[self.precision]
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # no reduce_dtype for frozen units: with one, PyTorch expects gradients also of units that the forward did not
-        # call
+        # Frozen units have no reduce_dtype: with it, PyTorch expects gradients of units that the forward has not
+        # called.
         frozen_policy = MixedPrecisionPolicy(param_dtype=compute, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if parallel.offload else OffloadPolicy()
         broadcast = _broadcasts_weights(self.recipe)
@@ -90,7 +90,7 @@ class FSDP2(Engine):
             frozen = [u for u in units[:-1] if not any(p.requires_grad for p in u.parameters())]
             units = [u for u in units if u not in frozen]
             replicated = {p for u in frozen for p in u.parameters()}
-        # nobody changes such a view in place
+        # Our code does not change such a view in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         kept = stay_gathered(units)
         for unit in units:
@@ -121,10 +121,12 @@ class FSDP2(Engine):
 
     @torch.no_grad()
     def _broadcast(self, given: dict[str, Tensor]) -> None:
-        """Fill every rank's parameters and buffers from those of rank 0, which are `given` there and full.
+        """Fill the parameters and buffers of all ranks with those of rank 0. `given`: on rank 0, the full tensors by
+        name.
 
-        One tensor at a time, so that only rank 0 holds all of them. With offload, shards are in main memory and buffers
-        on the device, which torch's `set_model_state_dict(broadcast_from_rank0)` refuses.
+        Tensors are broadcast one at a time, so that only rank 0 holds all of them. torch's
+        `set_model_state_dict(broadcast_from_rank0)` refuses offloading, where shards are in host memory and buffers on
+        the device.
         """
         for name, target in self._tensors():
             if self.rank == 0:
@@ -152,6 +154,6 @@ class FSDP2(Engine):
         return pictures
 
     def _reshard(self) -> None:
-        """Reshard the units that stay gathered until a backward, after a forward that has none."""
+        """After a forward without a backward, reshard the units that stay gathered until a backward."""
         for unit in self.kept:
             unit.reshard()  # type: ignore[operator]

@@ -12,7 +12,7 @@ GROWTH_STEPS = 2000  # steps without an overflow after which the factor is doubl
 class LossScale:
     """Multiplies the loss by a factor before backward, and divides the gradients by it afterwards, so that small
     gradients do not underflow in fp16. The factor is halved when gradients overflow, and doubled after GROWTH_STEPS
-    steps without an overflow. With `on` False, nothing is scaled."""
+    steps without an overflow. If `on` is False, nothing is scaled."""
 
     def __init__(self, device: torch.device, on: bool):
         self.on = on

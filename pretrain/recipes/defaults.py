@@ -20,8 +20,8 @@ AUTO = "auto"
 def settle(cfg: Recipe, samples: int | None = None, recipe_of: Callable[[str], dict] | None = None) -> list[str]:
     """Replace every `auto` that has a rule. Returns a line "key = value (auto: rule)" for each.
 
-    `samples`: number of samples in the data; None: unknown, so that the number of samples that the run trains on is used.
-    `recipe_of` reads the recipe of the run that `init.run` names.
+    `samples`: number of samples in the data; None: unknown, so that the number of samples that the run trains on is
+    used. `recipe_of` reads the recipe of the run that `init.run` names.
     """
     stored = vars(cfg)
     steps, batch, start = stored["steps"], vars(stored["data"])["batch"], vars(stored["init"])["run"]

@@ -45,8 +45,8 @@ def check(recipe: Recipe, processes: int) -> None:
 
 
 def collective_timeout(recipe: Recipe) -> float:
-    """Seconds that a rank waits for another after the first step: `parallel.timeout`, plus `data.fetch.retry_seconds` if
-    shards are remote, because a rank whose requests to a store are tried again is not stuck."""
+    """Seconds that a rank waits for another after the first step: `parallel.timeout`, plus `data.fetch.retry_seconds`
+    if shards are remote, because a rank whose requests to a store are tried again is not stuck."""
     from data_pipeline.storage.urls import is_local  # imports fsspec
 
     data = recipe.data
@@ -87,7 +87,8 @@ def _check_optimizer(recipe: Recipe) -> None:
 
 
 def _check_rows(recipe: Recipe, processes: int) -> None:
-    """Check whether the number of samples in one forward, over all ranks, fits the objective's options in each phase."""
+    """Check whether the number of samples in one forward, over all ranks, fits the objective's options in each
+    phase."""
     micro = recipe.parallel.micro_batch
     for batch in [recipe.data.batch, *(phase.batch for phase in recipe.data.phases if phase.batch)]:
         rows = batch if micro is None else micro * processes

@@ -109,8 +109,8 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
 def stored(run: Path, trusted: str = "", file: str = "recipe.yaml") -> Recipe:
     """The recipe in a run folder, for commands that score, report or compare the run.
 
-    `trusted`: the path of an objective's file that the user has named, so that it may be executed. No other file that the
-    recipe names is executed.
+    `trusted`: the path of an objective's file that the user has named, so that it may be executed. No other file that
+    the recipe names is executed.
     """
     path = run / file
     if not path.is_file():
@@ -158,8 +158,8 @@ def find(name: str, folder: Path | None = None, where: str = "") -> Path:
 
 
 def _read(path: Path, values: dict, origin: Origin, extending: tuple[Path, ...] = ()) -> None:
-    """Merge a recipe file into `values`, after the recipe that it extends. `extending`: the chain of recipes that extend
-    this one."""
+    """Merge a recipe file into `values`, after the recipe that it extends. `extending`: the chain of recipes that
+    extend this one."""
     path = path.resolve()
     if path in extending:
         raise ConfigError(f"{path}: extends itself by way of {' → '.join(p.name for p in extending)}")
@@ -219,8 +219,8 @@ def expand_paths(value: Any, where: str, key: str = "") -> Any:
 
 
 def _check_length(text: str, where: str) -> None:
-    """Raises ConfigError for a text that is too long for a path. Not checked are URLs, and parts of a path with braces or
-    wildcards, which may stand for shorter names."""
+    """Raises ConfigError for a text that is too long for a path. Not checked are URLs, and parts of a path with braces
+    or wildcards, which may stand for shorter names."""
     parts = [part for part in text.split("/") if "://" not in text and not any(mark in part for mark in "{*?[")]
     longest, total = max((len(os.fsencode(part)) for part in parts), default=0), len(os.fsencode(text))
     if longest > MAX_NAME_BYTES or (parts and total > MAX_PATH_BYTES):

@@ -35,8 +35,8 @@ class Source(Section):
 
 @dataclass
 class Phase(Section):
-    """A change of the batch or of the weights that starts at a step; null keeps the previous value. The position in each
-    dataset does not change."""
+    """A change of the batch or of the weights that starts at a step; null keeps the previous value. The position in
+    each dataset does not change."""
 
     step: int  # first step of the phase
     batch: int | None = None  # replaces data.batch
@@ -167,7 +167,8 @@ class Parallel(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # whether each block is compiled with torch.compile
     # implementation of attention: sdpa is PyTorch's, with one call for each size of crop, and dense masks for documents
-    # and windows; the others, on CUDA only, compute all sizes and documents in one call; auto: the best that is available
+    # and windows; the others, on CUDA only, compute all sizes and documents in one call; auto: the best that is
+    # available
     attention: Literal["auto", "sdpa", "xformers", "varlen", "flex"] = "auto"
     # fsdp2: whether parameters, gradients and optimizer states are kept in host memory; zero: the optimizer states only
     offload: bool = only(False, "mode", "fsdp2", "zero1", "zero2", "zero3")
@@ -230,8 +231,8 @@ class Log(Section):
     # case
     every: int = option(10, low=1)
     flops: bool = True  # log model FLOP/s and MFU; this traces one step at the start
-    # text: number of steps between two computations of the loss on eval.val, which is also computed after the last step;
-    # 0: never
+    # text: number of steps between two computations of the loss on eval.val, which is also computed after the last
+    # step; 0: never
     val_every: int = 100
     val_batches: int = 4  # number of global batches for that loss; always the same rows
 
@@ -251,8 +252,8 @@ class Eval(Section):
     # protocols for the first and the last export, on test
     final: list[str] = field(default_factory=lambda: ["knn", "linear"])
     image_size: int | None = None  # side of the images in pixels; null: that of the model
-    # where features are computed: cpu, cuda, cuda:1, …; auto: cpu if the run trains on an accelerator, otherwise the best
-    # device
+    # where features are computed: cpu, cuda, cuda:1, …; auto: cpu if the run trains on an accelerator, otherwise the
+    # best device
     device: str = "auto"
     pixels: bool = True  # score raw pixels (of text: bytes) as well, as a baseline
     prompts: list[str] = field(default_factory=list)  # texts that a language model continues at each export

@@ -1,5 +1,5 @@
-"""The size dial of decoders: `auto` for the steps, the batch or the learning rate of a recipe is replaced by a value that
-is computed from `model.depth`.
+"""The size dial of decoders: `auto` for the steps, the batch or the learning rate of a recipe is replaced by a value
+that is computed from `model.depth`.
 
     width = 64 · depth, in heads of 64 (pretrain/models/presets.py)
     N = number of weights in all matrices and the head, without embeddings

@@ -1,5 +1,5 @@
-"""Check which run the checkpoints in `checkpoint.folder` belong to. A run may neither resume from nor delete checkpoints
-of another run."""
+"""Check which run the checkpoints in `checkpoint.folder` belong to. A run may neither resume from nor delete
+checkpoints of another run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Finds the exports of a run: RUN/export/STEP for the recipe's model, and RUN/export/STUDENT/STEP for each further student
-of a distillation."""
+"""Finds the exports of a run: RUN/export/STEP for the recipe's model, and RUN/export/STUDENT/STEP for each further
+student of a distillation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from common.untrusted import is_number
 
 
 def exports(run: Path, student: str = "") -> dict[int, Path]:
-    """{step: folder} of the exports of the recipe's model or, if it is given, of a further `student`, in the order of the
-    steps."""
+    """{step: folder} of the exports of the recipe's model or, if it is given, of a further `student`, in the order of
+    the steps."""
     folders = (run / "export" / student).glob("*")
     found = {int(p.name): p for p in folders if is_number(p.name) and (p / "config.json").is_file()}
     return dict(sorted(found.items()))

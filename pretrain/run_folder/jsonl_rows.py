@@ -45,8 +45,8 @@ def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_row(row: Any, schema: dict[str, Any]) -> bool:
-    """Whether a JSON value is an object that matches the schema, with a "step", with a number (or NaN) for "value" if it
-    has one, and with integers that fit into 64 bits."""
+    """Whether a JSON value is an object that matches the schema, with a "step", with a number (or NaN) for "value" if
+    it has one, and with integers that fit into 64 bits."""
     if schema_error(row, {"step": int, **schema}) or not 0 <= row["step"] < MAX_STEP:
         return False
     if type(row.get("value", 0)) not in (int, float):

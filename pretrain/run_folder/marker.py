@@ -33,8 +33,8 @@ class Marker:
     # `checkpoint.folder` of a run that began in a version without ids, so that its checkpoints store none
     checkpoints_without_id: str | None = None
     deleting_id: str | None = None  # the former id of the run, while overwrite=true deletes it
-    # the value of `checkpoint.resume` with which the run began; set when the run has saved a checkpoint, so that the same
-    # command then resumes from the run's own checkpoints
+    # the value of `checkpoint.resume` with which the run began; set when the run has saved a checkpoint, so that the
+    # same command then resumes from the run's own checkpoints
     resumed_from: str | None = None
     jobs: list[str] | None = None  # names of the jobs that have trained the run, see `job_names`
 
@@ -87,8 +87,8 @@ def run_identity(run: Path) -> dict[str, str]:
 
 # ---------------------------------------------------------------- jobs that are restarted
 def job_names() -> list[str]:
-    """Names of the job that this process belongs to, one for each system that may restart the same command: torchrun and
-    Slurm."""
+    """Names of the job that this process belongs to, one for each system that may restart the same command: torchrun
+    and Slurm."""
     names = []
     if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):
         if run_id == "none":  # torchrun's default, which does not identify the job

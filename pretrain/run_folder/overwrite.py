@@ -20,8 +20,8 @@ MAX_NAMED_FILES = 5  # in a log line
 
 
 def delete_run(recipe: Recipe, run: Path) -> Marker:
-    """Delete a run's files and checkpoints, but no other files in its folders. Returns the marker of the new run, which has
-    a new id.
+    """Delete a run's files and checkpoints, but no other files in its folders. Returns the marker of the new run, which
+    has a new id.
 
     The marker keeps the former id until everything is deleted, so that the next command completes a deletion that was
     interrupted. Raises UserError, before anything is deleted, if a checkpoint belongs to another run.

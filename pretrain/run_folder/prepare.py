@@ -1,5 +1,5 @@
-"""Prepare the run folder that a recipe names: create it, or resume the run of the same recipe; refuse anything else. This
-package does not import torch.
+"""Prepare the run folder that a recipe names: create it, or resume the run of the same recipe; refuse anything else.
+This package does not import torch.
 
 A run folder holds recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, export/, results.jsonl, pictures/, log.txt,
 report.html, and its marker .run.json.
@@ -43,8 +43,8 @@ def prepare(recipe: Recipe, lock: Lock | None = None) -> Path:
     """Create the run folder, or check that this recipe can resume the run in it; lock it with `lock`, and write the
     resolved recipe to it. Returns the folder.
 
-    Values of the recipe that are still "auto", such as `precision`, are replaced by those of the run. Raises UserError if
-    the folder is in use, or holds a run of another recipe, or files but no run.
+    Values of the recipe that are still "auto", such as `precision`, are replaced by those of the run. Raises UserError
+    if the folder is in use, or holds a run of another recipe, or files but no run.
     """
     check_data(recipe)
     run = Path(recipe.run)
@@ -148,8 +148,8 @@ def _store_of_begun_run(run: Path, recipe_yaml: Path) -> Store | None:
 
 
 def _check_changes(recipe: Recipe, run: Path, recipe_yaml: Path, store: Store) -> None:
-    """Replace "auto" values of a recipe by those of the run's stored recipe. Raises UserError if the recipes differ in an
-    option on which the trained steps depend."""
+    """Replace "auto" values of a recipe by those of the run's stored recipe. Raises UserError if the recipes differ in
+    an option on which the trained steps depend."""
     # The objective's file is executed only if the new recipe names the same file.
     old = stored_recipe(run, recipe.objective.name, recipe_yaml.name)
     if recipe.precision == "auto":

@@ -1,5 +1,5 @@
-"""Find the differences between the recipe of a run and that of a command which resumes it. Allowed are all differences that
-do not affect a step which the run has already trained."""
+"""Find the differences between the recipe of a run and that of a command which resumes it. Allowed are all differences
+that do not affect a step which the run has already trained."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ MAX_NAMED_CHANGES = 4  # in an error message
 
 
 def changes_of_trained_steps(old: Recipe, new: Recipe, store: Store) -> list[str]:
-    """The differences between two recipes, "key: old → new", that would change a step which the run has already trained.
-    Phases of the data, schedules and the number of steps may differ in later steps. `store` holds the run's checkpoints."""
+    """The differences between two recipes, "key: old → new", that would change a step which the run has already
+    trained. Phases of the data, schedules and the number of steps may differ in later steps. `store` holds the run's
+    checkpoints."""
     # without user names and secrets in URLs, which do not change the data
     before, after = (yaml_values.each_text(config.to_dict(recipe), output.drop_secrets) for recipe in (old, new))
     _ignore_unused_datasets(before, after)

@@ -1,5 +1,5 @@
-"""RUN/recipe.yaml, the resolved recipe of a run. A command that changes it keeps a copy of the former recipe until it has
-trained a step. If it fails before that, the former recipe is restored."""
+"""RUN/recipe.yaml, the resolved recipe of a run. A command that changes it keeps a copy of the former recipe until it
+has trained a step. If it fails before that, the former recipe is restored."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def accept_recipe(run: Path) -> None:
 
 
 def restore_recipe(run: Path) -> None:
-    """Restore the former recipe if there is a copy of it, because the command that replaced it has not trained a step."""
+    """Restore the former recipe if there is a copy of it, because the command that replaced it has not trained a
+    step."""
     if (run / FORMER_RECIPE).is_file():
         (run / FORMER_RECIPE).replace(run / RECIPE)
 

@@ -93,8 +93,8 @@ class Lock:
             return
         path, self.run = self.run / LOCK, None
         self._end.set()
-        # If a signal handler raised an exception while `take` started the thread, the thread is not alive for Python and
-        # cannot be joined; it ends because `_end` is set.
+        # If a signal handler raised an exception while `take` started the thread, the thread is not alive for Python
+        # and cannot be joined; it ends because `_end` is set.
         if self._thread is not None and self._thread.is_alive():
             self._thread.join()
         # If the folder has been deleted or become read-only, the lock remains, and becomes stale.
@@ -180,9 +180,9 @@ def _create_exclusively(path: Path, content: bytes = b"") -> bool:
 
 
 def living_holder(run: Path) -> Holder | None:
-    """A process that trains the run at present, for commands that report the state of a run; None if there is none. This
-    function does not wait: a process on another machine counts as running if the lock was renewed less than STALE_SECONDS
-    ago, according to this machine's clock."""
+    """A process that trains the run at present, for commands that report the state of a run; None if there is none.
+    This function does not wait: a process on another machine counts as running if the lock was renewed less than
+    STALE_SECONDS ago, according to this machine's clock."""
     path = run / LOCK
     content = _read(path)
     for holder in content["holders"] if content else ():
@@ -195,7 +195,8 @@ def living_holder(run: Path) -> Holder | None:
 
 # ---------------------------------------------------------------- stale locks
 def _living_holder(path: Path, content: LockContent) -> Holder | None:
-    """A holder that is still running; None if all have ended. May wait STALE_SECONDS for a renewal by another machine."""
+    """A holder that is still running; None if all have ended. May wait STALE_SECONDS for a renewal by another
+    machine."""
     here = machine_id()
     for holder in content["holders"]:
         if holder["machine"] == here and is_alive(holder):
@@ -205,9 +206,9 @@ def _living_holder(path: Path, content: LockContent) -> Holder | None:
 
 
 def _is_renewed(path: Path) -> bool:
-    """Wait up to STALE_SECONDS for a renewal of a lock, and return whether it was renewed. The file is opened again each
-    time, because that makes a network file system fetch the current modification time. Two values of the modification time
-    are compared, so that the clocks of different machines need not agree."""
+    """Wait up to STALE_SECONDS for a renewal of a lock, and return whether it was renewed. The file is opened again
+    each time, because that makes a network file system fetch the current modification time. Two values of the
+    modification time are compared, so that the clocks of different machines need not agree."""
     first_mtime, deadline = None, time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -223,9 +224,9 @@ def _is_renewed(path: Path) -> bool:
 
 
 def _delete_stale(path: Path, content: LockContent) -> None:
-    """Delete a stale lock if its content is still `content`. A process that wants to delete it first creates a claim file,
-    whose name is a hash of this content. Only one process can hold the claim, so that no process deletes a new lock which
-    another process has created in the meantime."""
+    """Delete a stale lock if its content is still `content`. A process that wants to delete it first creates a claim
+    file, whose name is a hash of this content. Only one process can hold the claim, so that no process deletes a new
+    lock which another process has created in the meantime."""
     claim = path.with_name(f"{LOCK}.{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}")
     deadline = time.monotonic() + STALE_SECONDS
     while not _create_exclusively(claim):

@@ -1,7 +1,8 @@
 """The files that the program writes into a run folder. Only these are ever deleted.
 
 The patterns are relative to the run folder. In a pattern, * stands for any characters within one name, # for a number,
-and ######### for a number of nine digits. Checkpoints are not among them: pretrain/checkpoint/ writes and deletes those.
+and ######### for a number of nine digits. Checkpoints are not among them: pretrain/checkpoint/ writes and deletes
+those.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def _delete_below(root: Path, folder: Path, patterns: list[tuple[str, ...]]) -> 
 
 
 def _delete_folder_entry(root: Path, path: Path, patterns: list[tuple[str, ...]]) -> list[str]:
-    """Delete the matching files in one folder, and then the folder if it is empty and not a link. `patterns`: the patterns
-    of files in this folder."""
+    """Delete the matching files in one folder, and then the folder if it is empty and not a link. `patterns`: the
+    patterns of files in this folder."""
     folder = root / path
     if not patterns:
         if path == Path("checkpoints") and not any(folder.iterdir()):

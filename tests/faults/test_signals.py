@@ -1,4 +1,5 @@
-"""Signals as schedulers send them, to every process of a run at once: code 75 and a checkpoint, or code 75 at once where there is nothing to save."""
+"""Signals as schedulers send them, to every process of a run at once: the run ends with code 75 after a checkpoint, or at
+once if there is nothing to save."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -28,7 +30,7 @@ from tests.services import FaultProxy, ObjectStore, environment
 
 
 def start(shards: str | Path, run: Path, *overrides: str, module: str = "launch.cli") -> subprocess.Popen:
-    """A run with a data worker, from the command or as torchrun starts it."""
+    """Start a run with a data worker, with the command `unlabeled train` or as torchrun starts it."""
     path = run.with_suffix(".yaml")
     options = ("steps=100000", "checkpoint=100000", "data.workers=1", "eval.pixels=false", *overrides)
     path.write_text(config.dump(tiny_recipe("mae", Path(shards), run, f"data.train={shards}", *options)))
@@ -38,7 +40,7 @@ def start(shards: str | Path, run: Path, *overrides: str, module: str = "launch.
 
 
 def everyone(process: subprocess.Popen | Forked) -> list[psutil.Process]:
-    """The process and all below it."""
+    """The process and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
         return [parent, *parent.children(recursive=True)]
@@ -46,7 +48,7 @@ def everyone(process: subprocess.Popen | Forked) -> list[psutil.Process]:
 
 
 def signal_all(process: subprocess.Popen, number: signal.Signals) -> list[psutil.Process]:
-    """What a service manager does to a control group."""
+    """Send a signal to all processes of a run, as a service manager does to a control group. Returns them."""
     members = everyone(process)
     for member in members:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -63,7 +65,7 @@ def ended(process: subprocess.Popen, members: list[psutil.Process]) -> tuple[int
 
 @pytest.mark.slow
 def test_a_signal_to_every_process_ends_the_run_with_a_checkpoint(shards: Path, tmp_path: Path):
-    """Launcher, trainer, data worker, the process that fetches, and evaluation."""
+    """There are five: launcher, trainer, data worker, prefetch server, and evaluation."""
     more = [f"data.fetch.cache={tmp_path / 'cache'}", f"eval.gallery={shards}", f"eval.val={shards}"]
     process = start(shards, tmp_path / "run", *more)
     assert wait_for(lambda: len(rows(tmp_path / "run")) > 3, process), process.communicate()
@@ -87,8 +89,8 @@ def test_a_signal_to_the_process_group_of_the_trainer(shards: Path, tmp_path: Pa
     assert max(complete_checkpoints(tmp_path / "run")).name == f"{len(rows(tmp_path / 'run')):09d}"
 
 
-def hears(process: subprocess.Popen, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal: Python itself takes a moment to begin."""
+def has_handler(process: subprocess.Popen, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal. It has none until Python has started."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
@@ -97,11 +99,11 @@ def hears(process: subprocess.Popen, number: signal.Signals) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["launch.cli", "pretrain.train"])
 def test_a_signal_during_the_start(module: str, shards: Path, tmp_path: Path):
-    """While torch is imported, and when the run folder is there but no step is done."""
+    """While torch is imported, and when the run folder exists but no step has been trained."""
     for moment in ("import", "build"):
         process = start(shards, tmp_path / moment, module=module)
-        there = (tmp_path / "build").is_dir
-        assert wait_for(there if moment == "build" else lambda own=process: hears(own, signal.SIGTERM), process)
+        exists = (tmp_path / "build").is_dir
+        assert wait_for(exists if moment == "build" else lambda p=process: has_handler(p, signal.SIGTERM), process)
         members = signal_all(process, signal.SIGTERM)
         code, out, error = ended(process, members)
         assert code == EXIT_STOPPED and "Traceback" not in error, error
@@ -110,8 +112,40 @@ def test_a_signal_during_the_start(module: str, shards: Path, tmp_path: Path):
 
 @pytest.fixture
 def remote(proxy: FaultProxy, store: ObjectStore, shards: Path) -> str:
-    """The shards in a store, behind a proxy."""
+    """The URL of the shards in a store behind a proxy."""
     return store.put_folder(shards, "signals")
+
+
+def wait_until_no_step_is_trained(run: Path) -> None:
+    """Wait until the number of trained steps has not changed for 1.5 seconds."""
+    steps, since = -1, time.monotonic()
+    while time.monotonic() - since < 1.5:
+        if len(rows(run)) != steps:
+            steps, since = len(rows(run)), time.monotonic()
+        time.sleep(0.05)
+
+
+Begin = Callable[[Path, Sequence[str]], list[Forked]]
+
+
+@pytest.fixture
+def begin(shards: Path, store: ObjectStore, tmp_path: Path, request: pytest.FixtureRequest) -> Begin:
+    """A function that starts a run of two processes in a folder, with these overrides; process 0 reaches the store
+    directly, process 1 through the proxy. Both write their errors to the file `errors`."""
+
+    def begin(run: Path, overrides: Sequence[str]) -> list[Forked]:
+        path = run.with_suffix(".yaml")
+        path.write_text(config.dump(tiny_recipe("mae", shards, run, *overrides, "parallel.mode=ddp")))
+        variables = [environment(store.port), {}]  # those of process 1 are the test's, which name the proxy
+        processes = [
+            Forked(killer.run, [str(path)], env={**rank, **own}, output=(os.devnull, str(tmp_path / "errors")))
+            for rank, own in zip(environments(2), variables, strict=True)
+        ]
+        for process in processes:
+            request.addfinalizer(process.kill)
+        return processes
+
+    return begin
 
 
 @pytest.mark.slow
@@ -119,17 +153,13 @@ def remote(proxy: FaultProxy, store: ObjectStore, shards: Path) -> str:
 def test_a_signal_while_the_store_does_not_answer(
     workers: int, remote: str, shards: Path, proxy: FaultProxy, tmp_path: Path
 ):
-    """The checkpoint is of the steps that were done, and the run that goes on from it is the one that nobody stopped."""
+    """The checkpoint holds the trained steps, and the run that resumes from it has the losses of an undisturbed run."""
     more = [f"data.workers={workers}", "data.fetch.ahead_mb=0.001", "steps=60"]
     process = start(remote, tmp_path / "run", *more)
     assert wait_for(lambda: len(rows(tmp_path / "run")) > 1, process), process.communicate()
     proxy.set(hang=1)
-    seen, since = -1, time.monotonic()
-    while time.monotonic() - since < 1.5:  # until no step is done any more
-        if len(rows(tmp_path / "run")) != seen:
-            seen, since = len(rows(tmp_path / "run")), time.monotonic()
-        time.sleep(0.05)
-    assert seen < 60 and process.poll() is None
+    wait_until_no_step_is_trained(tmp_path / "run")
+    assert len(rows(tmp_path / "run")) < 60 and process.poll() is None
     code, _, error = ended(process, signal_all(process, signal.SIGTERM))
     assert code == EXIT_STOPPED and "Traceback" not in error, error
     done = len(rows(tmp_path / "run"))
@@ -154,7 +184,7 @@ def test_a_signal_while_the_store_does_not_answer_at_the_start(remote: str, prox
 
 
 class Trap(list):
-    """The requests of a proxy, which answers none any more from the first one for a shard on."""
+    """The list of a proxy's requests. With the first request for a shard, the proxy stops answering."""
 
     def __init__(self, proxy: FaultProxy):
         super().__init__()
@@ -168,25 +198,14 @@ class Trap(list):
 
 @pytest.mark.slow
 def test_a_signal_while_the_store_of_one_of_two_processes_does_not_answer(
-    remote: str, shards: Path, store: ObjectStore, proxy: FaultProxy, tmp_path: Path, request: pytest.FixtureRequest
+    remote: str, shards: Path, proxy: FaultProxy, tmp_path: Path, begin: Begin
 ):
-    """In the midst of a run, and in the first step of the one that goes on from there; then it comes to its end as the run that nobody stopped."""
+    """In the middle of a run, and in the first step after it was resumed; then it ends with the losses of an undisturbed
+    run."""
     options = ["steps=40", "checkpoint=100000", "eval.pixels=false", "data.workers=1", "data.fetch.ahead_mb=0.001"]
-    options += ["parallel.mode=ddp", "parallel.micro_batch=4"]
+    options += ["parallel.micro_batch=4", f"data.train={remote}"]
     run, errors = tmp_path / "run", tmp_path / "errors"
     log = run / "log.txt"
-
-    def begin(folder: Path, data: str | Path) -> list[Forked]:
-        path = folder.with_suffix(".yaml")
-        path.write_text(config.dump(tiny_recipe("mae", shards, folder, f"data.train={data}", *options)))
-        ways = [environment(store.port), {}]  # only process 1 has the proxy before it
-        processes = [
-            Forked(killer.run, [str(path)], env={**rank, **way}, output=(os.devnull, str(errors)))
-            for rank, way in zip(environments(2), ways, strict=True)
-        ]
-        for process in processes:
-            request.addfinalizer(process.kill)
-        return processes
 
     def stop(processes: list[Forked]) -> None:
         for member in [member for process in processes for member in everyone(process)]:
@@ -195,33 +214,29 @@ def test_a_signal_while_the_store_of_one_of_two_processes_does_not_answer(
         assert [process.wait(120) for process in processes] == [EXIT_STOPPED, EXIT_STOPPED], errors.read_text()
         assert "Traceback" not in errors.read_text() and max(complete_checkpoints(run)).name == f"{len(rows(run)):09d}"
 
-    processes = begin(run, remote)
+    processes = begin(run, options)
     assert wait_for(lambda: len(rows(run)) > 1, processes[0]), errors.read_text()
     proxy.set(hang=1)
-    seen, since = -1, time.monotonic()
-    while time.monotonic() - since < 1.5:  # until no step is done any more
-        if len(rows(run)) != seen:
-            seen, since = len(rows(run)), time.monotonic()
-        time.sleep(0.05)
+    wait_until_no_step_is_trained(run)
     stop(processes)
     done = rows(run)
-    assert [(row["step"], row.get("skipped")) for row in done] == [(n, None) for n in range(len(done))] and len(
-        done
-    ) < 40
+    assert len(done) < 40
+    assert [(row["step"], row.get("skipped")) for row in done] == [(n, None) for n in range(len(done))]
     assert "changed nothing" not in log.read_text()
 
     proxy.set()
     proxy.requests = Trap(proxy)
-    processes = begin(run, remote)
+    processes = begin(run, options)
     assert wait_for(lambda: proxy.faults["hang"] and f"resumes from step {len(done)} " in log.read_text(), processes[0])
-    time.sleep(1)  # process 0 has its data, and waits in the step for the other
+    time.sleep(1)  # process 0 has its data, and waits in the step for process 1
     stop(processes)
     assert STOPPED_EARLY in errors.read_text() and len(rows(run)) == len(done)
 
     proxy.requests = []
     proxy.set()
     for folder, data in ((run, remote), (tmp_path / "whole", shards)):
-        assert [process.wait(120) for process in begin(folder, data)] == [0, 0], errors.read_text()
+        overrides = [*options, f"data.train={data}"]
+        assert [process.wait(120) for process in begin(folder, overrides)] == [0, 0], errors.read_text()
     losses = [
         [(row["step"], row["loss"], row["grad_norm"]) for row in rows(folder)] for folder in (run, tmp_path / "whole")
     ]
@@ -230,22 +245,15 @@ def test_a_signal_while_the_store_of_one_of_two_processes_does_not_answer(
 
 @pytest.mark.slow
 def test_a_store_may_be_away_for_longer_than_processes_wait_in_a_step(
-    remote: str, shards: Path, store: ObjectStore, proxy: FaultProxy, tmp_path: Path, request: pytest.FixtureRequest
+    remote: str, proxy: FaultProxy, tmp_path: Path, begin: Begin
 ):
-    """The store of one of two processes does not answer for longer than parallel.timeout, but not for data.fetch.retry_seconds."""
+    """The store of one of two processes does not answer for longer than parallel.timeout, but for less than
+    data.fetch.retry_seconds."""
     run, errors, timeout = tmp_path / "run", tmp_path / "errors", 3
     options = [f"data.train={remote}", "steps=12", "data.workers=1", "data.fetch.ahead_mb=0.001", "eval.pixels=false"]
-    options += ["parallel.mode=ddp", f"parallel.timeout={timeout}", "data.fetch.retry_seconds=100"]
-    path = tmp_path / "recipe.yaml"
-    path.write_text(config.dump(tiny_recipe("mae", shards, run, *options)))
+    options += [f"parallel.timeout={timeout}", "data.fetch.retry_seconds=100"]
     proxy.set(latency=0.2)
-    ways = [environment(store.port), {}]  # only process 1 has the proxy before it
-    processes = [
-        Forked(killer.run, [str(path)], env={**rank, **way}, output=(os.devnull, str(errors)))
-        for rank, way in zip(environments(2), ways, strict=True)
-    ]
-    for process in processes:
-        request.addfinalizer(process.kill)
+    processes = begin(run, options)
     assert wait_for(lambda: len(rows(run)) > 1, processes[0]), errors.read_text()
     proxy.set(hang=1)
     time.sleep(3 * timeout)

@@ -216,7 +216,5 @@ def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert command_parser.call(args) == 0  # the same export: its forms are written again
     assert (tmp_path / "target" / "timm" / "model.safetensors").is_file()
     other = parser().parse_args(["export", str(run), str(tmp_path / "target"), "--step", "1"])
-    with pytest.raises(
-        UserError, match="target: exists and is not this export; name another folder"
-    ):
+    with pytest.raises(UserError, match="target: exists and is not this export; name another folder"):
         command_parser.call(other)

@@ -1,5 +1,5 @@
-"""Reads the config.json of a model's folder. The file may come from anybody, so the types of its fields are checked before
-a layout uses them."""
+"""Reads the config.json of a model's folder. The file may come from anybody, so the types of its fields are checked
+before a layout uses them."""
 
 from __future__ import annotations
 

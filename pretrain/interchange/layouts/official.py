@@ -44,8 +44,8 @@ def matches(tensors: State) -> bool:
 
 # ---------------------------------------------------------------- which model
 def describe(tensors: State, where: str) -> tuple[str, dict[str, Any]]:
-    """(name of our model, its options), from the shapes of the tensors. The number of rotary periods determines the width
-    of a head; in DINOv2, which has none, the width is 64."""
+    """(name of our model, its options), from the shapes of the tensors. The number of rotary periods determines the
+    width of a head; in DINOv2, which has none, the width is 64."""
     if "downsample_layers.0.0.weight" in tensors:
         stages = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("stages."))
         depths = [1 + max(int(k.split(".")[2]) for k in tensors if k.startswith(f"stages.{s}.")) for s in range(stages)]

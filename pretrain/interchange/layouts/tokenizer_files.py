@@ -17,13 +17,15 @@ from data_pipeline.shards import vocabulary
 
 # {role: usual names of its special token, of which the first that the tokenizer has is used}; BERT has "cls" and "sep"
 ROLES = {**vocabulary.ROLES, "unk": ("<unk>", "[UNK]"), "cls": ("[CLS]",), "sep": ("[SEP]",)}
-# keys of the source's tokenizer_config.json that are copied to the export, in addition to the special token of each role
+# keys of the source's tokenizer_config.json that are copied to the export, in addition to the special token of each
+# role
 KEPT = ("additional_special_tokens", "chat_template")
 
 
 def read_special_tokens(path: Path) -> dict[str, tuple[str, int]]:
-    """{role: (token, id)} of the special tokens in a tokenizer.json. The name of a role's
-    token is the one in the tokenizer_config.json next to it, if that has one, otherwise one of the usual names. Raises UserError if the file is no tokenizer.json."""
+    """{role: (token, id)} of the special tokens in a tokenizer.json. The name of a role's token is the one in the
+    tokenizer_config.json next to it, if that has one, otherwise one of the usual names. Raises UserError if the file is
+    no tokenizer.json."""
     try:
         content, config = loads(read_text(path)), _config(path)
         vocabulary.Vocabulary.parse(json.dumps(content), json.dumps(config), str(path))
@@ -43,7 +45,8 @@ def write(folder: Path, source: Path, context: int, add_eos: bool = False) -> di
     """Write tokenizer.json and tokenizer_config.json into `folder`, from the tokenizer.json at `source`. Returns the
     ids of special tokens that belong in the model's config.json, as {"bos_token_id": …}.
 
-    `context`: the maximum number of tokens that the model reads. `add_eos`: whether the tokenizer adds EOS after a text.
+    `context`: the maximum number of tokens that the model reads. `add_eos`: whether the tokenizer adds EOS after a
+    text.
     """
     found = read_special_tokens(source)
     ids = {role: number for role, (_, number) in found.items()}

@@ -1,9 +1,9 @@
 """The layout of transformers for image models: fields of config.json and names of tensors (the names of transformers 4,
 which version 5 reads, too).
 
-A ViT with rotary positions becomes a `dinov3_vit`, any other ViT a `dinov2` (with registers: `dinov2_with_registers`), a
-ConvNeXt a `dinov3_convnext`, and a ResNet with the ImageNet stem a `resnet`. A model without layer scales is written with
-layer scales of one. `vit` and the encoder of `vit_mae` can be read but not written. Text models are in
+A ViT with rotary positions becomes a `dinov3_vit`, any other ViT a `dinov2` (with registers: `dinov2_with_registers`),
+a ConvNeXt a `dinov3_convnext`, and a ResNet with the ImageNet stem a `resnet`. A model without layer scales is written
+with layer scales of one. `vit` and the encoder of `vit_mae` can be read but not written. Text models are in
 `transformers_text.py`.
 """
 
@@ -39,8 +39,8 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
 
 
 def read(cfg: Any, tensors: State, kind: str = "") -> State:
-    """Convert to our state dict the tensors that `write` has written, or those of a file for transformers' class with the
-    model_type `kind`."""
+    """Convert to our state dict the tensors that `write` has written, or those of a file for transformers' class with
+    the model_type `kind`."""
     if transformers_text.is_text(cfg):
         return transformers_text.read(cfg, tensors, kind)
     if isinstance(cfg, presets.ViT):
@@ -125,7 +125,8 @@ def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]
 
 def _mlp_width(cfg: presets.ViT) -> tuple[int, int]:
     """(mlp_ratio, hidden width) for transformers' class. Dinov2 allows only whole ratios; with SwiGLU its width is two
-    thirds of dim · ratio, rounded up to a multiple of 8. Returns the smallest width of this kind that is not below ours."""
+    thirds of dim · ratio, rounded up to a multiple of 8. Returns the smallest width of this kind that is not below
+    ours."""
     ratio, hidden = 1, int(cfg.dim * cfg.mlp_ratio + 1e-6)
     if cfg.positions == "rope":
         return ratio, hidden
@@ -135,8 +136,8 @@ def _mlp_width(cfg: presets.ViT) -> tuple[int, int]:
 
 
 def _resize_mlps(state: State, width: int) -> State:
-    """The state dict with the hidden width of every MLP changed to `width`: units are cut off, or units of zero weight are
-    added, which do not change the output."""
+    """The state dict with the hidden width of every MLP changed to `width`: units are cut off, or units of zero weight
+    are added, which do not change the output."""
     out = dict(state)
     for key, tensor in state.items():
         if re.search(r"mlp\.(fc1|w1|w2)\.", key):
@@ -187,8 +188,8 @@ def with_key_bias(bias: Tensor) -> Tensor:
 
 
 def without_key_bias(bias: Tensor, key: str) -> Tensor:
-    """The inverse of `with_key_bias`; a bias [2·D] is returned unchanged. Raises UserError if the biases of the keys are
-    not zero."""
+    """The inverse of `with_key_bias`; a bias [2·D] is returned unchanged. Raises UserError if the biases of the keys
+    are not zero."""
     if len(bias) % 3 or bias.ndim != 1:
         return bias
     query, key_bias, value = bias.chunk(3)
@@ -310,8 +311,8 @@ def _our_convnext_key(key: str) -> str:
 
 # ---------------------------------------------------------------- ResNet
 def resnet_to_transformers(cfg: presets.ResNet, state: State) -> tuple[dict[str, Any], State]:
-    """(fields of config.json, tensors under transformers' names) of our state dict. A ResNet with the small stem keeps our
-    names, because transformers has no such class."""
+    """(fields of config.json, tensors under transformers' names) of our state dict. A ResNet with the small stem keeps
+    our names, because transformers has no such class."""
     if cfg.stem == "small":
         return {"model_type": "unlabeled_resnet", "architectures": ["ResidualNetwork"]}, state
     expansion = 4 if cfg.block == "bottleneck" else 1

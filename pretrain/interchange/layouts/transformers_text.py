@@ -92,8 +92,8 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
 
 
 def read(cfg: Any, tensors: State, kind: str = "") -> State:
-    """Our state dict of tensors that `write` has written, or of a file of the class with model_type `kind`. Tensors with
-    unknown names keep them."""
+    """Our state dict of tensors that `write` has written, or of a file of the class with model_type `kind`. Tensors
+    with unknown names keep them."""
     kind = kind or kind_of(cfg)[0]
     if kind == OWN:
         return dict(tensors)
@@ -259,8 +259,8 @@ def _rope(cfg: presets.Decoder) -> dict[str, Any]:
 
 
 def _apertus(cfg: presets.Decoder) -> dict[str, Any]:
-    """Values for which the class has other defaults (scaled RoPE, ids of special tokens) are written explicitly; RoPE under
-    two names, because versions of transformers differ in the name that they read."""
+    """Values for which the class has other defaults (scaled RoPE, ids of special tokens) are written explicitly; RoPE
+    under two names, because versions of transformers differ in the name that they read."""
     fields = _llama(cfg)
     del fields["mlp_bias"]
     rope = None if cfg.rope_factor == 1 else _rope(cfg)
