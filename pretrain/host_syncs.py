@@ -1,14 +1,14 @@
-"""Finds host syncs without a GPU: operations for which the host waits until the device has done all that it was given.
+"""Finds host syncs without a GPU: operations for which the host waits until the device has finished all queued work.
 
-In a training step the host runs ahead of the device and queues work for it. An operation that needs a value of the
-device on the host (`.item()`, `if x > 0`), whose result has a shape that depends on values (`x[mask]`, `nonzero`), or
-that copies between pageable memory and the device (`torch.tensor(…, device=…)`) stops that: the device idles until the
-host has queued work again.
+In a training step the host runs ahead of the device and queues work for it. Some operations stop this: those that need
+a value of the device on the host (`.item()`, `if x > 0`), whose result has a shape that depends on values (`x[mask]`,
+`nonzero`), or that copy between pageable memory and the device (`torch.tensor(…, device=…)`). The device is then idle
+until the host has queued work again.
 
-`HostSyncs` is a dispatch mode over fake tensors (a shape, a dtype and the device "cuda", but no values), which no GPU
-is needed for. It sees every operation of forward, backward and update, and notes those that would wait, with the line
-of the file that asked for them. What it cannot see: kernels that wait inside of one operation; on a GPU, `forbidden`
-makes such a wait an error.
+`HostSyncs` is a dispatch mode over fake tensors, which have a shape, a dtype and the device "cuda", but no values, so
+that no GPU is needed. It sees every operation of forward, backward and update, and records those that would wait, with
+the line of the file that called them. It cannot see kernels that wait inside one operation; on a GPU, `forbidden` makes
+such a wait an error.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe
 from pretrain.step import one_step
 
-# {function: why it may wait for the device}. All of them run every so many steps, never in each
+# {function that may wait for the device: reason}. None of them runs in every step.
 ALLOWED = {
     "pretrain.metrics.Writer.flush": "every `log.every` steps, copies the scalars of these steps to the host at once",
     "pretrain.checkpoint.save.Saver.save": "every `checkpoint.every` steps, copies weights and optimizer state",
     "pretrain.run_exports.write_exports": "every `export.every` steps, copies the weights of the exported networks",
 }
-DEVICE = torch.device("cuda", 0)  # of the fake tensors
+DEVICE = torch.device("cuda", 0)  # the device of the fake tensors
 
 aten = torch.ops.aten
-READS = {bool: True, int: 1, float: 1.0, complex: 1.0}  # what a fake value reads as
+READS = {bool: True, int: 1, float: 1.0, complex: 1.0}  # {type: value that a read of a fake tensor returns}
 VALUES = {aten._local_scalar_dense.default, aten.equal.default}  # operations that read a value
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-# operations that torch does not tag, and whose kernels for CUDA copy a status or a size to the host
+# Operations without a tag of torch whose CUDA kernels copy a status or a size to the host.
 WAITING = {aten._linalg_check_errors.default, aten._unique2.default, aten.masked_scatter.default}
-STATIC = {aten.nonzero_static.default, aten.nonzero_static.out}  # told the size of their result
+STATIC = {aten.nonzero_static.default, aten.nonzero_static.out}  # the size of their result is an argument
 TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
 class Sync:
-    """One host sync: why the host waits, and the lines that led there, (file, line number), the innermost first."""
+    """One host sync: why the host waits, and the stack as (file, line number), the innermost line first."""
 
     reason: str
     lines: tuple[tuple[str, int], ...]
 
     def place(self, file: str = "") -> str:
-        """The innermost line as text or, where there is one, the innermost line of `file`, with the line below it that
-        waits."""
+        """The innermost line of the stack as text. If the stack has lines of `file`: the innermost of these, followed
+        by the line that waits."""
         inner = self.lines[0]
         own = next((line for line in self.lines if Path(line[0]) == Path(file)), inner) if file else inner
         code = linecache.getline(*own).strip()
@@ -82,8 +82,8 @@ class Sync:
 
 
 class HostSyncs(TorchDispatchMode):
-    """Notes host syncs in `found`, and goes on behind each as if the device had answered: true, 1, or all places of a
-    mask. Enter it inside of a `FakeTensorMode`."""
+    """Records host syncs in `found`. After each, the operation returns a made-up result: true, 1, or all positions of a
+    mask. Enter this mode inside a `FakeTensorMode`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class HostSyncs(TorchDispatchMode):
         self._pinned: set[StorageWeakRef] = set()
 
     def pinned(self, tensor: Tensor) -> Tensor:
-        """Let a tensor on the host count as in pinned memory."""
+        """Mark a tensor on the host as being in pinned memory. Returns it."""
         self._pinned.add(StorageWeakRef(tensor.untyped_storage()))
         return tensor
 
@@ -101,7 +101,7 @@ class HostSyncs(TorchDispatchMode):
             return self._is_pinned(args[0])
         if func is aten._pin_memory.default:
             return self.pinned(args[0].clone())
-        if func.namespace == "c10d":  # a collective waits on the device alone, and there is none to run it
+        if func.namespace == "c10d":  # a collective does not make the host wait, and cannot run here
             return args[0], FakeWork().boxed()
         reason = self._reason(func, args, kwargs)
         if reason:
@@ -148,7 +148,7 @@ class HostSyncs(TorchDispatchMode):
 
 @functools.cache
 def _may_wait(func: Any) -> bool:
-    """Whether an operation waits for the device if its arguments are such; copies are not among them."""
+    """Whether an operation waits for the device with some arguments. Copies are not included."""
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return func in INDEXING | WAITING or (func not in STATIC and not tags.isdisjoint(func.tags))
 
@@ -172,7 +172,7 @@ def _indexing(func: Any, args: Any) -> str:
 
 
 def _as_if_answered(func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operation that waits, as if all that is asked were true."""
+    """A made-up result of an operation that waits, for which all values on the device are true or 1."""
     if func is aten._local_scalar_dense.default:
         return READS[bool if args[0].dtype == torch.bool else float if args[0].is_floating_point() else int]
     if func is aten.equal.default:
@@ -193,7 +193,7 @@ def _as_if_answered(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _stack(frame: FrameType | None) -> tuple[tuple[tuple[str, int], ...], bool]:
-    """(the lines outside of torch that led to `frame`, the innermost first; whether one of them is in ALLOWED)."""
+    """(stack of `frame` without lines of torch, the innermost first; whether one of its functions is in ALLOWED)."""
     lines, allowed = [], False
     while frame is not None:
         file = frame.f_code.co_filename
@@ -207,8 +207,8 @@ def _stack(frame: FrameType | None) -> tuple[tuple[tuple[str, int], ...], bool]:
 # ---------------------------------------------------------------- a training step on the fake device
 @contextlib.contextmanager
 def fake_device() -> Iterator[HostSyncs]:
-    """Within the context, tensors are fake, `DEVICE` can be used without a GPU, and host syncs are noted. The objects
-    made in it are of no use afterwards."""
+    """Within the context, tensors are fake, `DEVICE` can be used without a GPU, and host syncs are recorded. Objects
+    that were created in the context cannot be used afterwards."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # of CUDA that is not there
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -217,15 +217,15 @@ def fake_device() -> Iterator[HostSyncs]:
         # autocast is as on a GPU
         stack.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True))
-        # where there is a GPU, a trial of a kernel would compute with fake tensors, and its result would be kept
+        # On a machine with a GPU, a trial of a kernel would compute with fake tensors, and its result would be cached.
         stack.enter_context(mock.patch.object(kernels, "unusable", lambda *_: "cannot be tried with fake tensors"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(HostSyncs())
 
 
 def _backward(root: Tensor, *_: Any, **__: Any) -> None:
-    """`torch.autograd.backward` of a scalar, node by node in Python: PyTorch's engine asks for the context of a real
-    device."""
+    """`torch.autograd.backward` of a scalar, node by node in Python, because PyTorch's engine needs the context of a
+    real device."""
     seen, waiting, uses = {root.grad_fn}, [root.grad_fn], Counter[Any]()
     while waiting:
         for node, _ in waiting.pop().next_functions:  # type: ignore[union-attr]
@@ -244,7 +244,7 @@ def _backward(root: Tensor, *_: Any, **__: Any) -> None:
                     continue
                 if gradient is not None:
                     about = after._input_metadata[place]
-                    gradient = gradient.sum_to_size(about.shape).to(about.dtype)  # what was broadcast or cast goes back
+                    gradient = gradient.sum_to_size(about.shape).to(about.dtype)  # undo broadcasts and casts
                     held = given.setdefault(after, {})
                     held[place] = held[place] + gradient if place in held else gradient
                 uses[after] -= 1
@@ -253,7 +253,7 @@ def _backward(root: Tensor, *_: Any, **__: Any) -> None:
 
 
 def _apply(node: Any, given: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients that a node of the graph hands on. `given`: those of its outputs, by number."""
+    """The gradients of the inputs of a node of the graph. `given`: the gradients of its outputs, by number."""
     about = node._input_metadata  # of each output of the forward
     inputs = [given.get(place) for place in range(len(about))]
     if hasattr(node, "variable"):  # AccumulateGrad
@@ -274,7 +274,7 @@ def _zeros(about: Any) -> Tensor:
 
 
 def _to(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module.to(device)`, which real parameters survive as fake ones; those that are shared stay shared."""
+    """Replaces `module.to(device)`: real parameters become fake ones on the device, and shared ones stay shared."""
     known: dict[int, Tensor] = {}
     for part in module.modules():
         for held in (part._parameters, part._buffers):
@@ -290,10 +290,11 @@ def _to(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def of_steps(objective: Objective, recipe: Recipe, batch: Batch) -> list[Sync]:
-    """The host syncs of a training step in bf16: placing the batch, forward, backward, update, `after_step`. Only those
-    of the second step count, as the first may make constants; if it fails behind a host sync, those of the first.
+    """The host syncs of a training step in bf16: placing the batch, forward, backward, update, `after_step`. Those of
+    the second step are returned, because the first may create constants. If the first step fails after a host sync, its
+    own are returned.
 
-    `batch`: a micro-batch as the stream gives it, on the host. The objective is of no use afterwards.
+    `batch`: a micro-batch of the stream, on the host. The objective cannot be used afterwards.
     """
     recipe = recipe.replace(precision="bf16")
     with fake_device() as syncs:
@@ -309,16 +310,16 @@ def of_steps(objective: Objective, recipe: Recipe, batch: Batch) -> list[Sync]:
             except Exception:
                 if not syncs.found:
                     raise
-                break  # the answer that was made up behind a host sync did not fit
+                break  # a made-up result did not fit
             if not syncs.found:
-                break  # then the second step has none, either
+                break  # the second step has none, either
     return syncs.found
 
 
 # ---------------------------------------------------------------- on a real GPU
 @contextlib.contextmanager
 def forbidden() -> Iterator[None]:
-    """Within the context, a host sync of a real CUDA device raises RuntimeError, but in the functions in ALLOWED."""
+    """Within the context, a host sync of a real CUDA device raises RuntimeError, except in the functions of ALLOWED."""
     with contextlib.ExitStack() as stack:
         for name in ALLOWED:
             owner, _, attribute = name.rpartition(".")
@@ -340,7 +341,7 @@ def _resolve(dotted: str) -> Any:
 
 
 def _free(function: Any) -> Any:
-    """A function during which the device may be waited for."""
+    """The function, with host syncs allowed while it runs."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         before = torch.cuda.get_sync_debug_mode()

@@ -40,7 +40,7 @@ Case = Callable[["Attack", random.Random, Path], Iterator[Argv]]
 
 
 class Hung(BaseException):
-    """No `Exception`, so that no handler of the program takes it for bad input."""
+    """Not an `Exception`, so that no handler of the program treats it as bad input."""
 
 
 # ---------------------------------------------------------------- hostile values
@@ -72,7 +72,7 @@ OTHERS: tuple[Any, ...] = (
 
 
 def value(rng: random.Random) -> Any:
-    """Anything that JSON can say, and a little more."""
+    """A random JSON value, and some values that JSON does not have."""
     kind = rng.randrange(10)
     if kind < 3:
         return rng.choice(TEXTS)
@@ -87,7 +87,7 @@ def value(rng: random.Random) -> Any:
 
 
 def mutate(rng: random.Random, content: Any, times: int = 1, wild: Callable[[random.Random], Any] = value) -> Any:
-    """A copy with some nodes replaced, removed, doubled or renamed."""
+    """A copy in which some nodes were replaced, removed, duplicated or renamed."""
     content = json.loads(json.dumps(content))
     for _ in range(times):
         places: list[tuple[Any, Any]] = []
@@ -123,7 +123,7 @@ def mutate(rng: random.Random, content: Any, times: int = 1, wild: Callable[[ran
 
 
 def damage(rng: random.Random, data: bytes) -> bytes:
-    """Bytes with some changed, cut off, put in, or doubled."""
+    """The bytes with some changed, removed, inserted or duplicated."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 30))):
         how, place = (
@@ -147,7 +147,7 @@ def damage(rng: random.Random, data: bytes) -> bytes:
 
 
 def broken_json(rng: random.Random, data: bytes, *more: bytes) -> bytes:
-    """Bytes where a file of JSON is expected: `data` damaged, no JSON at all, JSON of another form, or one of `more`."""
+    """Bytes for a JSON file: `data` damaged, no JSON, JSON of another form, or one of `more`."""
     nested = deep(rng, *rng.choice((("[", "]"), ('{"a":', "}")))).encode()
     return rng.choice(
         (damage(rng, data), nested, b"", b"{", b"{}", b"[]", b"\xff\xfe", b"NaN", b"null", b"1" * 5000, *more)
@@ -155,7 +155,7 @@ def broken_json(rng: random.Random, data: bytes, *more: bytes) -> bytes:
 
 
 def name(rng: random.Random, ending: str) -> bytes:
-    """A hostile file name, valid on a disk."""
+    """A hostile file name that is valid on a disk."""
     stem = rng.choice(
         (
             b"a", b"a.b", b"a\nb", b"\x1b]0;x\x07", b"\x1b[2J", b"\xff\xfe", b"-rf", b"--help", b" ", b"a" * 240, "é".encode() * 100, b"..a", b"a..b", b"%00", b"$(touch pwned)", b"*", b"?", b"[a]", b"a\\b",
@@ -167,7 +167,7 @@ def name(rng: random.Random, ending: str) -> bytes:
 
 # ---------------------------------------------------------------- hostile images
 def picture(rng: random.Random, width: int = 0, height: int = 0) -> tuple[bytes, str]:
-    """(a whole image, its extension)."""
+    """(a valid image, its extension)."""
     from PIL import Image
 
     mode = rng.choice(("RGB", "RGB", "L", "RGBA", "P", "1", "CMYK", "I;16", "I", "F", "LA"))
@@ -213,7 +213,7 @@ def npy(rng: random.Random) -> bytes:
 
 
 def bomb(rng: random.Random) -> tuple[bytes, str]:
-    """A small file that unpacks to much, or says so."""
+    """A small file that expands to a large one, or claims to."""
     how = rng.randrange(9)
     if how == 0:
         side = rng.choice((9_999, 20_000, 2**31 - 1))
@@ -257,7 +257,7 @@ def bomb(rng: random.Random) -> tuple[bytes, str]:
 
 
 def image(rng: random.Random) -> tuple[bytes, str]:
-    """Whole, damaged, a bomb, or another format than its name says."""
+    """A valid or damaged image, a bomb, or another format than its name says."""
     how = rng.randrange(6)
     if how == 0:
         return bomb(rng)
@@ -294,7 +294,7 @@ def label(rng: random.Random) -> bytes:
 
 
 def member(rng: random.Random) -> tuple[bytes, str]:
-    """(content, extension) of a tar's member."""
+    """(content, extension) of a member of a tar."""
     how = rng.randrange(12)
     if how < 6:
         return image(rng)
@@ -318,7 +318,7 @@ def member(rng: random.Random) -> tuple[bytes, str]:
 
 
 def header(rng: random.Random, info: tarfile.TarInfo) -> bytes:
-    """The header of a member, some of its fields hostile, with a right checksum as a rule."""
+    """The header of a member with some hostile fields, usually with a correct checksum."""
     try:
         block = bytearray(
             info.tobuf(
@@ -422,7 +422,7 @@ def tar(rng: random.Random, root: Path) -> bytes:
 
 # ---------------------------------------------------------------- cases: files in, commands out
 def odd_files(attack: Attack, rng: random.Random, root: Path) -> Iterator[Argv]:
-    """A folder of files with hostile names, of files that are no files, and of links."""
+    """A folder with hostile file names, entries that are not regular files, and links."""
     kinds = rng.choice(
         (("jpg",), ("jpg", "png"), ("txt",), ("jsonl",), ("csv",), ("jpg", "txt"), ("tar",), ("parquet",))
     )
@@ -636,7 +636,7 @@ def tables(attack: Attack, rng: random.Random, root: Path) -> Iterator[Argv]:
 
 
 def small(rng: random.Random) -> Any:
-    """A value without large numbers: a recipe may ask for much, which is no attack of an input but a wish of its owner."""
+    """A value without large numbers, because a recipe may legitimately ask for large amounts."""
     while isinstance(out := value(rng), (dict, list)) and len(repr(out)) > 500:
         pass
     return (
@@ -645,7 +645,7 @@ def small(rng: random.Random) -> Any:
 
 
 def yaml_text(rng: random.Random, content: dict) -> str:
-    """YAML of a recipe, hostile in what JSON cannot say."""
+    """The YAML of a recipe, hostile in ways that JSON does not have."""
     import yaml
 
     text = yaml.safe_dump(content, sort_keys=False)
@@ -907,7 +907,8 @@ CASES: tuple[Case, ...] = (
 
 # ---------------------------------------------------------------- running them
 class Watch:
-    """What the process does, by Python's audit events: files that are opened to write, and programs that are started."""
+    """Records what the process does, from Python's audit events: files opened for writing, and programs that are
+    started."""
 
     def __init__(self) -> None:
         self.allowed: tuple[str, ...] = ()
@@ -960,7 +961,7 @@ class Attack:
         self._prepare()
 
     def _prepare(self) -> None:
-        """What the cases start from: shards, token sets, runs and their exports, all whole."""
+        """Valid inputs for the cases: shards, token sets, runs and their exports."""
         from common import config
         from data_pipeline.build.build_shards import build
         from pretrain.interchange.export_formats import release
@@ -1021,7 +1022,7 @@ class Attack:
         return self.train(root, "data.batch=1", *overrides, recipe=self.text_recipe)
 
     def case(self, number: int, keep: bool = False) -> list[str]:
-        """What is wrong with a case, in lines; none: nothing."""
+        """Run a case. Returns lines about its failures; [] if there are none."""
         rng = random.Random(number)
         kind = CASES[number % len(CASES)]
         root = self.folder / f"case{number}"
@@ -1058,7 +1059,7 @@ class Attack:
         return wrong
 
     def _command(self, argv: Argv) -> list[str]:
-        """Run one command in this process; what is wrong with how it ended."""
+        """Run one command in this process. Returns a line about a wrong end, or ""."""
         out, err = (
             io.TextIOWrapper(io.BytesIO(), "utf-8"),
             io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace"),
@@ -1109,7 +1110,7 @@ class Attack:
 
 
 def run_command(argv: Argv) -> int:
-    """The command line in this process; TRAIN is `unlabeled train` without processes of its own."""
+    """Run a command line in this process; TRAIN stands for `unlabeled train` without further processes."""
     from common.errors import run_main
     from launch import cli
 
@@ -1135,7 +1136,7 @@ def _leaves(content: dict, prefix: str = "") -> Iterator[str]:
 
 
 def peak_of_now() -> int:
-    """Bytes that the process holds; from here on `peak` counts anew."""
+    """Bytes that the process has at present; `peak` is reset to this value."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")

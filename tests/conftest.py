@@ -1,4 +1,5 @@
-"""Real photographs for the tests: crops of scikit-learn's two sample pictures, as a folder of two classes and as shards."""
+"""Fixtures and helpers of all tests. The images are real photographs: crops of scikit-learn's two sample pictures,
+as a folder of two classes and as shards."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Collect tests/gpu only for a device that is named."""
+    """Collect tests/gpu only if --device names a device."""
     return True if collection_path == GPU_TESTS and config.option.device is None else None
 
 
@@ -61,7 +62,8 @@ ALONE = ("faults",)  # folders whose tests share no fixture of a module
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the rest of the matrices unless asked, and say to pytest-xdist which tests stay on one worker: those of a file, which share its fixtures."""
+    """Deselect the tests marked `matrix` unless --matrix is given. Group tests for pytest-xdist: those of a file,
+    which share its fixtures, run on one worker."""
     if not config.option.matrix:
         rest = [item for item in items if item.get_closest_marker("matrix")]
         config.hook.pytest_deselected(items=rest)
@@ -74,14 +76,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests stay until the end: the collection of garbage before each training need not look at them, which takes a third of a small training."""
+    """Freeze modules and tests for the garbage collector, because they live until the end. Otherwise the collection
+    before each training would visit them, which takes a third of a small training."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was skipped and why, in one line for each reason; then where the time went: seconds of each file, and every
-    test that took over a minute."""
+    """Print a line for each reason of skipped tests, the seconds of each file, and every test that took over a
+    minute."""
     skipped = Counter(
         report.longrepr[2] for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)
     )
@@ -107,7 +110,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def sampled(names: Iterable[str], *chosen: str) -> list[Any]:
-    """Parameters of which `make test` runs those chosen, one for each property, and `make test-matrix` runs the rest."""
+    """Test parameters of which `make test` runs the chosen ones, one for each property, and `make test-matrix` runs
+    the others."""
     assert set(chosen) <= set(names), chosen
     return [name if name in chosen else pytest.param(name, marks=pytest.mark.matrix) for name in names]
 
@@ -149,7 +153,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
-    """The way to the store, on which faults can be set; with a cache of the test's own."""
+    """A proxy in front of the store, on which faults can be set; the test gets a cache of its own."""
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
     with FaultProxy(store.port) as proxy:
         for name, value in environment(proxy.port).items():
@@ -160,7 +164,7 @@ def proxy(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def forget_connections() -> None:
-    """Other tests have other servers and keys."""
+    """Close connections and forget keys, because other tests use other servers and keys."""
     import fsspec
     import s3fs
 
@@ -198,7 +202,8 @@ def tiny(name: str, shards: Path) -> list[str]:
 
 
 def variants(name: str, shards: Path) -> list[list[str]]:
-    """What to lay over `tiny` so that, with one after the other, every option of an objective is read: first nothing."""
+    """The overrides to add to `tiny`, one list after the other, so that every option of an objective is used; the
+    first list is empty."""
     return [[], *contract.tiny(name, lambda kind: folder_of(kind, shards))[1:]]
 
 
@@ -209,7 +214,7 @@ def folder_of(kind: str, shards: Path) -> str:
 
 
 def tokens(folder: Path) -> Path:
-    """A token set of made-up prose, with masks and sentinels."""
+    """A token set of artificial prose, with a mask token and sentinels."""
     from tests.data.texts import tokens_of, write_texts
 
     target = folder / "tokens"
@@ -219,7 +224,8 @@ def tokens(folder: Path) -> Path:
 
 
 def run_of(name: str, shards: Path) -> Path:
-    """A run of an objective with a checkpoint, such as a teacher with heads; wider than the students and with other patches."""
+    """A run of an objective with a checkpoint, such as a teacher with heads. Its model is wider than the students
+    and has other patches."""
     from pretrain.train import train
 
     run = shards.parent / f"run_of_{name}"
@@ -234,7 +240,7 @@ def teacher_run(shards: Path) -> Path:
 
 
 def teacher(folder: Path) -> Path:
-    """An exported backbone to distil, wider than the students and with other patches."""
+    """An export to distil from. Its model is wider than the students and has other patches."""
     target = folder / "teacher"
     if not target.is_dir():
         cfg = presets.ViT(image_size=32, patch_size=4, dim=48, depth=2, heads=4, positions="rope")
@@ -247,7 +253,7 @@ def teacher(folder: Path) -> Path:
 
 
 def unlabeled(*args: object, timeout: float = 300, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Run the command line in a process of its own."""
+    """Run the command line in a separate process."""
     return _forked(_command_line, args, timeout, cwd)
 
 
@@ -281,6 +287,6 @@ def _trainer(words: list[str]) -> int:
 
 
 def call(*args: object) -> int:
-    """A command, in this process; its exit code."""
+    """Run a command in this process. Returns its exit code."""
     parsed = launch.cli.parser().parse_args([*map(str, args)])
     return command_parser.call(parsed) or 0

@@ -1,7 +1,6 @@
-"""Processes of a test's own that need torch, forked from a server that has imported the trainer once: importing it takes each of them seconds.
-
-They are processes like any other: they can be killed, stopped and waited for. Where a test is about a command, it starts that command instead.
-"""
+"""Processes for tests that need torch. They are forked from a server that has imported the trainer once, because
+importing it takes seconds. They can be killed, stopped and waited for like other processes. A test of a command
+starts that command instead."""
 
 from __future__ import annotations
 
@@ -24,10 +23,9 @@ _context.set_forkserver_preload(
 
 
 class Forked:
-    """A process that exits with what `function(*args)` returns or raises; `launch.local.wait` takes it like a Popen.
-
-    `env`: variables beside those of the test. `output`: files for standard output and error, else the test's own.
-    """
+    """A process that calls `function(*args)` and exits with the result or the error; `launch.local.wait` accepts it
+    like a Popen. `env`: variables in addition to those of the test. `output`: files for standard output and error;
+    by default those of the test."""
 
     def __init__(
         self,
@@ -60,7 +58,8 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, or the negative number of the signal that ended it; TimeoutError after so many seconds, when it is killed."""
+        """The exit code, or the negative number of the signal that ended the process. After `timeout` seconds the
+        process is killed, and TimeoutError is raised."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             self.kill()

@@ -1,4 +1,5 @@
-"""Imported last by the server of tests.forked: what is there by then stays, and no forked process looks through it for garbage."""
+"""The server of tests.forked imports this module last: it freezes all existing objects, so that the garbage
+collector of a forked process does not visit them."""
 
 import gc
 

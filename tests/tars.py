@@ -1,4 +1,4 @@
-"""Small real shards for tests: JPEGs of noise, tars of given members."""
+"""Small real shards for tests: JPEGs of noise, and tars with given members."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def jpeg(seed: int = 0, size: int = 64) -> bytes:
-    """A JPEG of noise, other bytes for every seed."""
+    """A JPEG of noise, which depends on the seed."""
     out = io.BytesIO()
     noise = np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
     Image.fromarray(noise).save(out, "JPEG", quality=95)

@@ -1,8 +1,7 @@
-"""The generator of hostile inputs (`tests/attack.py`) runs against the commands for a while: no trace, no hang, nothing written elsewhere, memory bounded.
-
-UNLABELED_ATTACK_SECONDS makes it longer, UNLABELED_ATTACK_SEED begins elsewhere. The process is watched from outside, so that a crash inside of a
-library or a hang that no signal ends names its case, too.
-"""
+"""The generator of hostile inputs (`tests/attack.py`) runs against the commands for a while: no traceback, no hang,
+no file written elsewhere, bounded memory. UNLABELED_ATTACK_SECONDS makes it longer, UNLABELED_ATTACK_SEED sets the
+first case. The process is watched from outside, so that a crash inside a library, or a hang that no signal ends, is
+also reported with its case."""
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ def test_hostile_inputs(tmp_path: Path):
 
 
 def test_the_same_number_gives_the_same_case():
-    """Of the parts that a case is made of; so a failure in CI can be run again anywhere."""
+    """A case depends on its number only, so that a failure in CI can be repeated anywhere."""
     import random
 
     for make in (attack.image, attack.member, attack.value, attack.bomb):

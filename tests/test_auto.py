@@ -1,4 +1,4 @@
-"""What `auto` becomes, that it is said and kept, and that a collapse is noticed."""
+"""Values that replace `auto`, that they are logged and stored, and that a collapse is reported."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_accumulation_in_small_batches(shards: Path, tmp_path: Path):
 
 
 def test_one_sample(shards: Path, tmp_path: Path):
-    """A batch of 1: KoLeo has no neighbours and says nothing, the rest goes on."""
+    """A batch of 1: KoLeo has no neighbours and is 0, all other terms are computed."""
     run = train(
         tiny_recipe("dinov3", shards, tmp_path / "run", "data.batch=1", "objective.koleo_group=null", "steps=2")
     )
@@ -157,7 +157,7 @@ def test_collapse_is_named_once():
 
 
 def test_a_run_that_goes_on_remembers_how_it_began(tmp_path: Path):
-    """What was collapsed before a restart still is, and is not taken for the beginning."""
+    """A collapse before a restart is still a collapse; its values do not count as those at the start of the run."""
     path = tmp_path / "metrics.jsonl"
     for text, count in [
         ('{"step": 0, "feature_std": 0.5, "rank": 9.0, "loss": 3.0}\n{"step"', 1),
@@ -217,7 +217,7 @@ def test_what_is_no_collapse():
 
 @pytest.mark.slow
 def test_a_run_that_collapses_says_so(shards: Path, tmp_path: Path):
-    """DINOv2 whose student is told to make all class tokens alike."""
+    """DINOv2 with a student that is trained to make all class tokens equal."""
     options = ["objective.koleo_weight=-30.0", "objective.momentum=0.5", "optim.lr=3e-3", "steps=150", "log=10"]
     run = train(tiny_recipe("dinov2", shards, tmp_path / "run", *options))
     assert "collapse: the class tokens of all images are becoming alike" in (run / "log.txt").read_text()
@@ -225,7 +225,7 @@ def test_a_run_that_collapses_says_so(shards: Path, tmp_path: Path):
 
 # ---------------------------------------------------------------- the size dial
 def test_the_dial_counts_the_weights_of_the_model():
-    """Every matrix but the embedding, as the model has them."""
+    """Every matrix of the model except the embedding."""
     for overrides in ([], ["model.mlp=swiglu"], ["model.kv_heads=1", "model.dim=96", "model.heads=3"]):
         cfg = recipe.load(
             "gpt_dial", ["data.train=x", "model.depth=2", "model.vocab_size=640", "model.context=64", *overrides]
@@ -236,7 +236,8 @@ def test_the_dial_counts_the_weights_of_the_model():
 
 
 def test_the_dial_follows_its_laws():
-    """One number gives width, heads, batch, steps and rate; larger models get more tokens, larger batches and lower rates."""
+    """One number determines width, heads, batch, steps and learning rate; larger models get more tokens, larger
+    batches and lower rates."""
     found = {}
     for depth in (4, 8, 12, 20, 26):
         cfg = recipe.load("gpt_dial", ["data.train=x", f"model.depth={depth}"])
@@ -256,7 +257,7 @@ def test_the_dial_follows_its_laws():
 
 @pytest.mark.slow
 def test_the_dial_is_said_and_stored(shards: Path, tmp_path: Path):
-    """By the command line; what is given stays as it is."""
+    """The command prints the values and stores them; values that the user gives are not changed."""
     overrides = ["model.depth=1", "model.vocab_size=512", "model.context=32", f"data.train={tokens(shards.parent)}"]
     overrides += ["data.workers=0", "steps=3", "device=cpu", "precision=fp32", "threads=1", f"run={tmp_path / 'run'}"]
     done = unlabeled("train", "gpt_dial", *overrides)

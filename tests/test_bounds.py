@@ -1,4 +1,5 @@
-"""Options that make no sense are one line before anything runs, not a traceback out of a data worker or a loss that is not a number."""
+"""Values of options that make no sense are refused in one line before anything runs, instead of a traceback of a
+data worker or a loss that is NaN."""
 
 from __future__ import annotations
 
@@ -138,7 +139,7 @@ def test_limits_of_every_method(name: str, option: str, message: str):
 
 
 def test_a_file_of_the_users_own_has_limits_and_rules(tmp_path: Path):
-    """Limits, a check of two options, and a rule for `auto` that stands in the file, without an import of torch."""
+    """Limits, a check of two options, and a rule for `auto` in the file are used without importing torch."""
     path = tmp_path / "mine.py"
     path.write_text(
         '"""Mine."""\nimport torch\nfrom dataclasses import dataclass\nfrom typing import Literal\n'

@@ -1,7 +1,6 @@
-"""Every command of README.md, CONTRIBUTING.md, AGENTS.md and docs/ is run at a tiny size, in the order of its page, or parsed where it cannot be run.
-
-A page is one session in a folder of its own. All that differs from what a reader would type stands in GIVEN, REPLACED, SIZES and NOT_RUN.
-"""
+"""Every command in README.md, CONTRIBUTING.md, AGENTS.md and docs/ is run at a tiny size, in the order of its page,
+or parsed if it cannot be run. Each page is one session in its own folder. All differences from the text of a page
+are in GIVEN, REPLACED, SIZES and NOT_RUN."""
 
 from __future__ import annotations
 
@@ -86,7 +85,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a block as words; a line that ends with a backslash goes on."""
+    """The commands of a block as lists of words; a backslash at the end of a line continues the command."""
     for line in text.replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
             inner = re.fullmatch(r"\$\((.*)\)", words[1]) if words[0] == "eval" else None
@@ -98,19 +97,19 @@ def all_commands() -> list[tuple[str, list[str]]]:
 
 
 def path_of_block(block: Block) -> str:
-    """The file that a block is, by its first line; "" for a program."""
+    """The name of the file that a block shows, from its first line; "" for a program."""
     first = re.match(r"# (\S+\.(?:py|yaml))\n", block.text)
     return first[1] if first else ""
 
 
 def inline(page: str) -> list[str]:
-    """Commands in running text and tables."""
+    """Commands in running text and in tables."""
     prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
     return [code for code in re.findall(r"`([^`\n]+)`", prose) if code.startswith("unlabeled ")]
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """As `launch.cli.main` does. Raises SystemExit for what the command line does not know."""
+    """Parse a command line as `launch.cli.main` does. Raises SystemExit for an unknown command or option."""
     args, rest = launch.cli.parser().parse_known_args(words)
     more = getattr(args, "overrides", None) or getattr(args, "protocols", None) or []
     if any(word.startswith("-") or "=" not in word for word in rest):
@@ -157,7 +156,7 @@ def test_lines_and_length(page: str):
     ("page", "words"), all_commands(), ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value
 )
 def test_command_is_parsed(page: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Known sub-command and options; a recipe resolves with the overrides that follow it."""
+    """Command and options are known; a recipe can be resolved with the overrides that follow it."""
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):  # recipes and objectives that the page shows
         if path := path_of_block(block):
@@ -233,7 +232,7 @@ def test_table_of_methods_is_whole():
 
 
 def test_house_names_files_that_exist():
-    """The table of folders in docs/design.md; words in brackets explain."""
+    """In the table of folders of docs/design.md; words in brackets are explanations."""
     for cell, text in re.findall(r"^\| (`[\w/]+/`.*?) \| (.*) \|$", (ROOT / "docs/design.md").read_text(), re.M):
         folder = ROOT / re.findall(r"`([\w/]+)/`", cell)[0]
         for name in re.findall(r"`(\w+)/?`", re.sub(r"\(.*?\)", "", text)):
@@ -256,7 +255,7 @@ def test_reasons_are_used_and_every_other_command_is_run():
 
 # ---------------------------------------------------------------- run
 def runs(page: str) -> list[Block]:
-    """The blocks of a page of which something is run."""
+    """The blocks of a page in which at least one command is run."""
     return [
         b
         for b in blocks(page)
@@ -270,12 +269,12 @@ def is_run(words: list[str]) -> bool:
 
 
 def left_out(words: list[str]) -> Callable[[str], bool]:
-    """Whether an entry of NOT_RUN is about a command."""
+    """Whether an entry of NOT_RUN matches a command."""
     return lambda entry: entry in words if "=" in entry else words[: len(entry.split())] == entry.split()
 
 
 def provide(what: str, photos: Path, shards: Path) -> None:
-    """Make one entry of GIVEN in the current folder."""
+    """Create one entry of GIVEN in the current folder."""
     path = Path(what)
     path.parent.mkdir(parents=True, exist_ok=True)
     match what:
@@ -312,7 +311,7 @@ def vocabulary(path: Path, split: str) -> dict:
 
 
 def sized(args: argparse.Namespace, words: list[str], shards: Path) -> list[str]:
-    """A command about a recipe, with the overrides that make it small; what the page says beside sizes stays."""
+    """A command for a recipe with the overrides that make it small; the page's other overrides are kept."""
     own = [word for word in words if word not in args.overrides]
     said = [w for w in args.overrides if not any(re.match(rf"{re.escape(key)}[.=]", w) for key in SIZES)]
     wide = WIDE.get(args.recipe, [])
@@ -328,7 +327,8 @@ def sized(args: argparse.Namespace, words: list[str], shards: Path) -> list[str]
 
 
 def run_command(words: list[str]) -> int | None:
-    """`unlabeled …`; the trainer runs in this process, as it would under torchrun, instead of being started by the launcher."""
+    """Run `unlabeled …`. The trainer runs in this process, as with torchrun, instead of being started by the
+    launcher."""
     sys.argv = ["unlabeled", *words]
     if words[0] != "train":
         return launch.cli.main()

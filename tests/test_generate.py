@@ -1,4 +1,5 @@
-"""Generation: the sampler against a loop without cache, its options, text of whole characters, and the command on our folders and transformers'."""
+"""Generation: the sampler compared with a loop without a cache, its options, output in whole characters, and the
+command with our folders and those of transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ SPECIALS = ["<|endoftext|>", "<|pad|>", "<|mask|>"]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte-level, every byte a token."""
+    """A byte-level tokenizer in which every byte is a token."""
     own = Tokenizer(models.BPE())
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     own.decoder = decoders.ByteLevel()
@@ -73,7 +74,7 @@ def test_what_t5_reads_ends_as_in_training(tmp_path: Path, tokenizer: Path, monk
 def test_a_prompt_begins_as_documents_do_in_training(
     tmp_path: Path, hf: ModuleType, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Behind BOS, in our exports and where transformers opens them; a folder of transformers is read as its tokenizer says."""
+    """After BOS, in our exports and if transformers opens them; for a folder of transformers, as its tokenizer does."""
     model = build("gpt", {**SMALL, "vocab_size": 320})
     export.write(tmp_path / "ours", model, ABOUT, tokenizer=tokenizer)
     ids = Tokenizer.from_file(str(tokenizer)).encode("sea").ids
@@ -132,7 +133,7 @@ def test_options(monkeypatch: pytest.MonkeyPatch):
     logits, generator = torch.tensor([0.0, 3.0, 2.0, 1.0]), torch.Generator().manual_seed(0)
 
     def drawn(**options: float) -> list[float]:
-        """Shares of 2000 draws."""
+        """Shares of the tokens in 2000 draws."""
         sampling = Sampling(**{"temperature": 1.0, **options})  # type: ignore[arg-type]
         counts = torch.bincount(torch.tensor([sampling.draw(logits, generator) for _ in range(2000)]), minlength=4)
         return (counts / 2000).tolist()

@@ -1,4 +1,4 @@
-"""What goes away while a command works: the reader of its output, the run folder, shared memory."""
+"""Resources that disappear while a command works: the reader of its output, the run folder, shared memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tars import jpeg, write_tar
 
 
 def without_a_reader(*command: str) -> tuple[int, str]:
-    """(exit code, standard error) of a command whose output nobody reads, as behind `| head` that has ended."""
+    """(exit code, standard error) of a command whose output is closed, as after `| head` has ended."""
     reading, writing = os.pipe()
     os.close(reading)
     with subprocess.Popen([sys.executable, *command], stdout=writing, stderr=subprocess.PIPE, text=True) as process:
@@ -46,10 +46,8 @@ def test_a_run_folder_that_is_gone_is_made_again(tmp_path: Path):
 
 @pytest.mark.slow
 def test_shared_memory_that_is_too_small_is_one_line(tmp_path: Path):
-    """A container's /dev/shm may have 64 MB. A write beyond them would end the worker by SIGBUS.
-
-    The small one is mounted in a namespace of its own; where nobody may do that, `statvfs` says that there is as little left.
-    """
+    """A container's /dev/shm may have 64 MB, and a write beyond that would end the worker by SIGBUS. The small one
+    is mounted in a separate namespace or, without the permission for that, `statvfs` is replaced."""
     command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
         command = []

@@ -1,4 +1,5 @@
-"""The tests of GPUs, where there is none: their code runs with the CPU as the device, and the command that asks for a GPU ends with a clear message."""
+"""The tests of GPUs on a machine without one: their code runs with the CPU as the device, and the command that needs
+a GPU ends with a clear message."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def run(arguments: list[str]) -> int:
 
 
 def started(folder: Path, *arguments: str) -> tuple[int, str]:
-    """(exit code, output) of pytest on tests/gpu, in a process of its own."""
+    """(exit code, output) of pytest on tests/gpu in a separate process."""
     out = folder / "out"
     process = Forked(run, ["tests/gpu", *arguments], output=(str(out), str(out)), cwd=ROOT)
     return process.wait(500), out.read_text()

@@ -1,7 +1,5 @@
-"""The house: folders are floors one above the other. A file imports from its own floor and from those below it, and no two files import each other.
-
-What a method needs stands in its own file: no other module knows one of its options by name.
-"""
+"""The folders are layers. A file imports from its own layer and from those below it, and no two files import each
+other. An objective is complete in its file: no other module names one of its options."""
 
 from __future__ import annotations
 
@@ -82,7 +80,7 @@ FLOORS = [  # from the ground up; the longest path that leads a file's name deci
 
 
 def graph() -> dict[str, set[str]]:
-    """{file: the files that it imports, wherever in the file}, by path from the root."""
+    """{file: the files that it imports, anywhere in the file}, as paths from the root."""
     files = {path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): str(path) for path in files}
     out: dict[str, set[str]] = {}
@@ -100,7 +98,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def floor(path: str) -> int:
-    """The floor of a file, by the longest entry of FLOORS that leads its path."""
+    """The layer of a file: the longest entry of FLOORS that is a prefix of its path."""
     fits = [(len(entry), n) for n, entries in enumerate(FLOORS) for entry in entries if path.startswith(entry)]
     assert fits, f"{path}: stands on no floor; add its folder to FLOORS in {Path(__file__).name}"
     return max(fits)[1]
@@ -122,7 +120,8 @@ def test_no_circle_between_files():
 
 
 def test_names_of_files_mean_one_thing():
-    """No two files of the same name, but for `__init__`, `build` (from a config to the thing) and T5, which is a model and its objective."""
+    """No two files have the same name, except `__init__`, `build` (from a config to an object) and T5, which is a
+    model and an objective."""
     by_name: dict[str, list[str]] = {}
     for path in graph():
         by_name.setdefault(Path(path).stem, []).append(path)
@@ -138,7 +137,7 @@ def options_of_objectives() -> dict[str, str]:
 
 
 def words_of(node: ast.AST) -> list[str]:
-    """Names that a part of a program uses, and its texts."""
+    """The names and texts that occur in a part of a program."""
     found = getattr(node, "attr", None) or getattr(node, "arg", None) or getattr(node, "id", None)
     if isinstance(node, ast.Constant):
         found = node.value

@@ -1,8 +1,6 @@
-"""Each kernel against the plain module that it takes over: values and gradients, in fp32 and bf16.
-
-What runs on a GPU alone is compared through its masks: xformers' materialised, varlen's borders and windows as its
-documentation has them. `tests/gpu/test_kernels.py` runs the kernels themselves.
-"""
+"""Each kernel compared with the plain module that it replaces: values and gradients, in fp32 and bf16. For code that
+needs a GPU, the masks are compared: xformers' masks as tensors, varlen's borders and windows as its documentation
+defines them. `tests/gpu/test_kernels.py` runs the kernels."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def near(ours: list[Tensor], plain: list[Tensor], dtype: torch.dtype, tolerance: float = 0.0) -> None:
-    """bf16 has 8 bits, and kernels round at other places."""
+    """bf16 has 8 bits, and kernels round at other positions."""
     bound = tolerance or {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
     for one, other in zip(ours, plain, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
@@ -50,7 +48,7 @@ def near(ours: list[Tensor], plain: list[Tensor], dtype: torch.dtype, tolerance:
 
 
 def results(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """The function's value and the gradients of its weighted sum."""
+    """The value of a function and the gradients of its weighted sum."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     out = function(*leaves)
     slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
@@ -93,14 +91,14 @@ def test_norms(plain: type[nn.Module], kernel: type[nn.Module], dtype: torch.dty
 
 # ---------------------------------------------------------------- attention by xformers and varlen, through their masks
 def materialised(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, scale: float | None) -> Tensor:
-    """What `memory_efficient_attention` of [1, T, H, d] computes, with its mask as a tensor."""
+    """The result of `memory_efficient_attention` for [1, T, H, d], with its mask as a tensor."""
     mask = attn_bias.materialize((q.shape[1], k.shape[1]), dtype=q.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
 
 
 def by_borders(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa) -> Tensor:
-    """What `varlen_attn` computes, sequence by sequence."""
+    """The result of `varlen_attn`, sequence by sequence."""
     lengths = cu_seq_q.diff().tolist()
     assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32 and max_q == max_k == max(lengths)
     before, after = window_size
@@ -119,7 +117,7 @@ def by_borders(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size,
 
 @pytest.fixture(params=["xformers", "varlen", "flex"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The attention of a library, with what runs on a GPU alone replaced by what its masks say."""
+    """The attention of a library; functions that need a GPU are replaced by ones that use their masks."""
     name = request.param
     if name == "xformers":
         module = pytest.importorskip("xformers.ops")
@@ -148,7 +146,8 @@ def test_packed_sizes(library: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(library: str, name: str, dtype: torch.dtype):
-    """Crops of two sizes with drop path; documents with causal masks, windows and groups of heads; documents without."""
+    """Crops of two sizes with drop path; documents with causal masks, windows and groups of heads; documents without
+    these."""
     preset, options = NETWORKS[name]
     torch.manual_seed(0)
     model = network(preset, **options).train()
@@ -202,7 +201,8 @@ CALLS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_a_model_asks_of_a_library_is_tried(library: str, name: str, monkeypatch: pytest.MonkeyPatch):
-    """Its own heads, widths, groups, masks and windows, and one that the library gets wrong is found."""
+    """With the model's heads, widths, groups, masks and windows; a library that computes one of them wrongly is
+    detected."""
     preset, options = NETWORKS[name]
     calls = trial.calls_of(network(preset, **options))
     assert calls == CALLS[name]
@@ -243,7 +243,7 @@ def test_masks_of_documents_are_the_dense_ones(causal: bool, window: int):
 
 
 def test_masks_without_documents_are_for_windows_alone():
-    """A row is one document then: without a window PyTorch's causal kernel needs no mask."""
+    """Then a row is one document, and without a window PyTorch's causal kernel needs no mask."""
     places = torch.arange(20)
     for kind in (packed_attention.SpanMasks, flex_attention.BlockMasks):
         masks = kind()(places, places, [0, 6, 32], None, True)
@@ -254,7 +254,8 @@ def test_masks_without_documents_are_for_windows_alone():
 # ---------------------------------------------------------------- FlexAttention's blocks
 @pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (True, 300), (True, 1000), (True, 5)])
 def test_blocks_hold_all_that_is_seen(causal: bool, window: int):
-    """Of 128 × 128: a full one is seen whole, one that is left out not at all, and no pair is listed twice."""
+    """Blocks of 128 × 128: all pairs of a full block are visible, no pair of an omitted block is, and no block is
+    listed twice."""
     length = 1100
     documents = torch.zeros(4, length, dtype=torch.int64)
     documents[1] = torch.arange(length) // 256

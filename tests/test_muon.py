@@ -1,4 +1,5 @@
-"""Muon: its formula against loops in float64 and against torch's own, which parameters it takes, and runs that go on with it."""
+"""Muon: its formula compared with loops in float64 and with torch's Muon, the parameters that it updates, and
+resumed runs."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def group(*matrices: Tensor, parts: tuple[int, ...] = ()) -> dict:
 
 
 def naive_newton_schulz(m: Tensor) -> Tensor:
-    """By singular values: each step sends s to 3.4445 s − 4.7750 s³ + 2.0315 s⁵."""
+    """By singular values: each step maps s to 3.4445 s − 4.7750 s³ + 2.0315 s⁵."""
     u, s, v = torch.linalg.svd(m, full_matrices=False)
     s = s / s.square().sum().sqrt()
     for _ in range(5):
@@ -88,7 +89,7 @@ def test_it_is_torchs_muon_but_for_bf16():
 
 
 def test_an_update_is_as_long_as_adamws():
-    """Root mean square 0.2, whatever the shape."""
+    """The root mean square is 0.2 for any shape."""
     for shape in ((64, 256), (256, 64), (128, 128)):
         given = group(torch.zeros(shape))
         optimizer = MuonAdamW([given], 0.95, (0.9, 0.99), 1e-8)
@@ -120,7 +121,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def held_by(layout: str, *matrices: Tensor) -> list[Tensor]:
-    """As the parameters of this mode are: whole, or with the rows of FSDP2's or HSDP's shards."""
+    """Parameters as in this mode: whole, or with the rows of the shards of FSDP2 or HSDP."""
     if layout == "replicated":
         return [m.clone() for m in matrices]
     ranks = processes.world()
@@ -139,7 +140,8 @@ SHAPES: list[tuple[int, int, tuple[int, ...]]] = [  # rows, columns, parts: seve
 
 
 def three_steps(layout: str) -> dict[str, Any]:
-    """Weights and momentum after two steps and a skipped one, and the FLOPs of this rank's products in the first."""
+    """Weights and momentum after two steps and a skipped one, and the FLOPs of this rank's products in the first
+    step."""
     torch.manual_seed(0)
     starts = [torch.randn(r, c, dtype=torch.float64) for r, c, _ in SHAPES]
     gradients = [[torch.randn(r, c, dtype=torch.float64) for r, c, _ in SHAPES] for _ in range(3)]
@@ -170,7 +172,7 @@ def write_three_steps(layouts: list[str], folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_orthogonalises_its_share(ranks: int, tmp_path: Path):
-    """The weights are those of one process on all ranks, and each rank does about 1/ranks of its products."""
+    """The weights on all ranks are those of one process, and each rank computes about 1/ranks of the products."""
     alone = three_steps("replicated")
     layouts = ["replicated", "sharded", "both"]
     started = [Forked(write_three_steps, layouts, tmp_path, env=environment) for environment in environments(ranks)]
@@ -234,7 +236,8 @@ def losses(run: Path) -> dict[int, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon", "lars"])
 def test_a_decay_branches_from_a_checkpoint(name: str, shards: Path, tmp_path: Path):
-    """A stable run's checkpoint, continued in another folder with a shorter horizon, is the run that had that horizon from its start."""
+    """A run with a constant rate, continued from its checkpoint in another folder with fewer steps, equals a run
+    that had this number of steps from its start."""
     common = [f"optim.name={name}", "optim.lr.kind=wsd", "optim.lr.warmup=2", "optim.lr.decay=3", "checkpoint=4"]
     stable = train(tiny_recipe("mae", shards, tmp_path / "stable", *common, "steps=12", "checkpoint.keep=9"))
     whole = train(tiny_recipe("mae", shards, tmp_path / "whole", *common, "steps=8"))

@@ -1,4 +1,5 @@
-"""Parameter groups as {name: (lr, weight decay)}, what stays frozen, what every optimizer owes, and LARS against its formula on one process and on two."""
+"""Parameter groups as {name: (lr, weight decay)}, frozen parameters, the interface of every optimizer, and LARS
+compared with its formula on one process and on two."""
 
 from __future__ import annotations
 
@@ -102,7 +103,7 @@ def test_freezing():
 
 
 def test_a_head_says_which_of_its_layers_is_the_last():
-    """Of any objective: a module names its parameter."""
+    """In any objective: a module names its parameter."""
 
     class Head(nn.Linear):
         last_layer = "weight"
@@ -128,7 +129,7 @@ def test_refusals():
 
 # ---------------------------------------------------------------- what every optimizer owes
 def one_step(optimizer: torch.optim.Optimizer, fill: float | None, found: float) -> None:
-    """With gradients drawn from the number of the parameter, or all of one value."""
+    """A step with gradients that depend on the number of the parameter, or that all have one value."""
     for group in optimizer.param_groups:
         group.update(lr=0.1, weight_decay=0.1 * group["wd_scale"])
         for n, p in enumerate(group["params"]):
@@ -165,7 +166,8 @@ def test_a_step_with_found_inf_changes_nothing(name: str):
 
 @pytest.mark.parametrize("name", optimizers.names())
 def test_state_is_what_its_names_say(name: str):
-    """Tensors in the parameter's shape under these names, the rest scalars; before the first step, what `begin` makes."""
+    """Tensors in the parameter's shape have these names, all other entries are scalars; before the first step the
+    state is that of `begin`."""
     model = objective().student
     optimizer, found = make_optimizer(model, Optim(name=name)), set()
     one_step(optimizer, 0.0, 1.0)
@@ -198,7 +200,8 @@ SKIPPED, MOMENTUM, TRUST = 2, 0.8, 0.02
 
 
 def numbers(name: str, step: int) -> Tensor:
-    """Weights (step −1) and gradients: `zero` begins at 0, `still` has no gradient, the skipped step's gradients are not finite."""
+    """Weights (step −1) and gradients. `zero` begins at 0, `still` has no gradient, the gradients of the skipped
+    step are not finite."""
     seed = 100 * step + list(SHAPES).index(name)
     drawn = torch.randn(SHAPES[name], dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1000))
     if (name, step) == ("zero", -1) or (name == "still" and step >= 0):
@@ -226,7 +229,8 @@ def lars_by_formula() -> dict[str, Tensor]:
 
 
 def train_with_lars(sharded: bool) -> dict[str, Tensor]:
-    """The weights after all steps, gathered; with `sharded`, rows lie on the processes as FSDP2 cuts them, also unevenly, also none."""
+    """The weights after all steps, gathered. With `sharded`, the processes have the rows that FSDP2 gives them, also
+    unevenly, also none."""
     module = nn.ParameterDict({name: nn.Parameter(numbers(name, -1)) for name in SHAPES})
     if sharded:
         fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -265,7 +269,8 @@ def test_lars_of_shards_is_its_formula(tmp_path: Path):
 
 @pytest.mark.slow
 def test_lars_goes_on_in_another_mode(shards: Path, tmp_path: Path):
-    """From a checkpoint of two processes of FSDP2, one process goes on as the run that was one process from its start."""
+    """One process resumes from a checkpoint of two processes with FSDP2, and equals a run that was one process from
+    its start."""
     common = ["optim.name=lars", "optim.momentum=0.9", "optim.trust=1.0", "optim.lr=0.01", "checkpoint=4"]
     alone = train(tiny_recipe("mae", shards, tmp_path / "alone", *common))
     two = tmp_path / "two.yaml"

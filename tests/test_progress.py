@@ -1,4 +1,4 @@
-"""The progress line's estimate of what is left."""
+"""The remaining time in the progress line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common import progress
 
 
 def test_what_is_left_is_told_from_the_pace_and_not_from_the_start(monkeypatch: pytest.MonkeyPatch):
-    """A start-up of five seconds, then a step each 10 ms: not 500 times five seconds."""
+    """A start-up of five seconds, then a step every 10 ms: the estimate is not 500 times five seconds."""
     now, out = [0.0], io.StringIO()
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     line = progress.Progress("train", 500, stream=out)

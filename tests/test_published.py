@@ -1,4 +1,5 @@
-"""The published recipes have the published numbers, one by one, and their schedules are the published arrays, step by step (arXiv 2304.07193, 2508.10104)."""
+"""The published recipes have the published values, and their schedules equal the published arrays, step by step
+(arXiv 2304.07193, 2508.10104)."""
 
 from __future__ import annotations
 
@@ -232,8 +233,8 @@ SCHEDULES = {  # (recipe, key): the published array
 
 @pytest.mark.parametrize("name, key", SCHEDULES, ids=str)
 def test_schedules(name: str, key: str):
-    """Within what the published one moves in a step: ours reaches the end of a warm-up, and of a cosine, one step later or earlier. Recipes round to
-    three digits."""
+    """Within the change of the published schedule in one step: ours reaches the end of a warm-up, and of a cosine,
+    one step later or earlier. Recipes round to three digits."""
     published = np.concatenate(SCHEDULES[name, key])
     cfg = recipe.load(name)
     schedule = value_of(cfg, key)

@@ -1,4 +1,5 @@
-"""The queue of negatives against a plain list in float64, on one process and on two, with micro-batches and a skipped step; and in every mode."""
+"""The queue of negatives compared with a plain list in float64, on one process and on two, with micro-batches and a
+skipped step; and in every mode."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ SIZE, BATCH, DIM, STEPS, SKIPPED = 24, 8, 3, 5, 2
 
 
 def rows_of(step: int) -> Tensor:
-    """Of the global batch; those of the skipped step are not finite."""
+    """The rows of the global batch; those of the skipped step are not finite."""
     drawn = torch.randn(BATCH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
     return drawn * torch.nan if step == SKIPPED else drawn
 
@@ -42,7 +43,7 @@ def new_queue() -> Queue:
 
 
 def step_of(queue: Queue, step: int, accumulate: int, rows: Tensor | None = None) -> None:
-    """As a stream cuts the global batch: a rank's part, and of that the micro-batches."""
+    """The micro-batches of a rank, as a stream divides the global batch."""
     own = (rows_of(step) if rows is None else rows).chunk(world()[1])[world()[0]]
     for micro in own.chunk(accumulate):
         queue.hold(micro.requires_grad_(), step)
@@ -50,7 +51,7 @@ def step_of(queue: Queue, step: int, accumulate: int, rows: Tensor | None = None
 
 
 def expected() -> tuple[list[list[float]], int]:
-    """(rows, position) by a list: the rows of each step take the oldest ones' places."""
+    """(rows, position), computed with a list: the rows of each step replace the oldest ones."""
     out, position = new_queue().rows.tolist(), 0
     for step in range(STEPS):
         for row in [] if step == SKIPPED else rows_of(step).tolist():
@@ -150,7 +151,7 @@ def test_a_size_that_does_not_fit_the_recipe_fails_when_the_objective_is_built(t
 
 # ---------------------------------------------------------------- as part of an objective
 class Queued(MAE):
-    """A MAE whose class tokens also keep away from those of former batches."""
+    """A MAE whose class tokens are also kept away from those of earlier batches."""
 
     def __init__(self, cfg, backbone):
         super().__init__(cfg, backbone)
@@ -168,7 +169,8 @@ class Queued(MAE):
 
 
 def in_mode(mode: str, shards: Path, count: int) -> dict[str, Tensor]:
-    """The queue after four steps, one of them skipped, as a checkpoint has it; the last step is taken by another engine that is given this state."""
+    """The queue after four steps, one of them skipped, as in a checkpoint; another engine that has loaded this state
+    trains the last step."""
     device = torch.device("cpu")
     processes.start(mode, device)
     cfg = recipe_of("mae", shards, mode, {"parallel.micro_batch": 16 // count // 2})

@@ -1,4 +1,5 @@
-"""Recipes and config: what loads, what is refused, and whether the message names the file, the key, the value and the nearest names."""
+"""Recipes and configs: which are accepted, which are refused, and whether the message names the file, the key, the
+value and the nearest names."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def test_a_recipe_extends_another_and_overrides_come_last(base: Path):
 
 
 def test_keys_that_a_later_choice_does_not_know_fall_away(base: Path):
-    """On the same layer they stay, and training then names them as keys that nothing reads."""
+    """Keys in the same layer are kept, and training then reports them as keys that nothing reads."""
     child = base.with_name("child.yaml")
     child.write_text(
         "extends: base.yaml\nobjective: {name: dinov3, momentum: {kind: cosine, value: 0.99, final: 1.0}, gram_teacher: ema, gram_size: 64}\n"
@@ -101,7 +102,7 @@ def test_schedules_follow_the_new_length_of_a_stored_run(base: Path, tmp_path: P
 
 
 def test_a_batch_that_fits_is_one_answer():
-    """What an error tells to write is accepted as it is."""
+    """The overrides that an error suggests are accepted."""
     from pretrain.recipes import parallel_checks
 
     said = [
@@ -212,7 +213,7 @@ def test_unread_names_keys_that_nothing_read(base: Path):
 
 
 def test_a_settled_copy_is_read_without_a_trace():
-    """What is read in `forward` compiles to one graph and changes nothing; each read of the recipe itself is recorded."""
+    """Reads in `forward` compile to one graph and change nothing; reads of the recipe are recorded."""
     import torch
 
     recorded = load(
@@ -353,7 +354,7 @@ def test_a_run_folder_below_home(base: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_path_of_a_recipe_may_lie_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A shell leaves ~ as it is in `data.train=~/x`, and in a list; a prompt that begins with it is no path."""
+    """A shell does not expand ~ in `data.train=~/x` or in a list; a prompt that begins with ~ is not a path."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "base.yaml").write_text(
         "extends: mae_vits16\neval:\n  gallery: [~/g, s3://b/~/g]\n  prompts: [~/is home]\n"

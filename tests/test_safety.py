@@ -1,5 +1,6 @@
-"""Nothing that is read is executed: not the objective files that stored recipes name, and no module of the current folder. No secret of a URL is stored or
-shown, and no name that comes from data writes to a terminal as it likes."""
+"""No file that is read is executed: neither the objective files that stored recipes name, nor modules in the current
+folder. Secrets in URLs are neither stored nor printed, and names from data cannot send control characters to a
+terminal."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def write_export(folder: Path, step: int) -> Path:
 
 @pytest.fixture
 def evil(tmp_path: Path) -> Path:
-    """An objective file that leaves a trace when its `Config` is executed."""
+    """An objective file that creates a file when its `Config` is executed."""
     path = tmp_path / "evil.py"
     path.write_text(
         f'"""Evil."""\nfrom dataclasses import dataclass\nfrom pretrain.objectives.options import Options\n\n\n@dataclass\nclass Config(Options):\n'
@@ -131,7 +132,7 @@ def test_an_export_is_named_by_its_step(tmp_path: Path):
 
 
 def test_no_process_is_started_with_the_current_folder_among_the_places_of_modules():
-    """Every list of words in the packages that begins with the interpreter and names a module has -P."""
+    """Every list of words in the packages that begins with the interpreter and names a module contains -P."""
     found = 0
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -145,7 +146,8 @@ def test_no_process_is_started_with_the_current_folder_among_the_places_of_modul
 
 @pytest.mark.slow
 def test_a_users_own_modules_in_the_current_folder_are_not_imported(photos: Path, tmp_path: Path):
-    """Build with workers, train with a prefetch server, a data worker and scores, in a folder with an eval.py, a torch.py and a launch/ of one's own."""
+    """Build with workers, and train with a prefetch server, a data worker and scores, in a folder with an eval.py, a
+    torch.py and a launch/ of the user."""
     here = tmp_path / "here"
     for name in ("eval", "torch", "numpy", "json", "PIL", "yaml", "fsspec", "tarfile"):
         here.mkdir(exist_ok=True)
@@ -236,7 +238,7 @@ def test_a_run_that_has_stored_a_password_goes_on_without_it(tmp_path: Path, sha
 
 
 class Guarded(http.server.SimpleHTTPRequestHandler):
-    """Files by range, for joe with the password hunter."""
+    """A server of byte ranges for the user joe with the password hunter."""
 
     def do_GET(self) -> None:
         if self.headers["Authorization"] != "Basic " + base64.b64encode(b"joe:hunter").decode():
@@ -302,7 +304,8 @@ def test_nothing_in_the_packages_prints_but_the_one_place():
 
 
 def test_what_is_a_number_is_asked_in_one_place():
-    """`isdigit` is true for "²", and `isdecimal` for "٣" and for 5000 digits: `untrusted.is_number` is for what comes from outside."""
+    """`isdigit` is true for "²", and `isdecimal` for "٣" and for 5000 digits; `untrusted.is_number` is for untrusted
+    texts."""
     known = {"common/untrusted.py", "pretrain/models/convnext.py"}  # the latter of names of its own weights
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         if str(path.relative_to(ROOT)) not in known:

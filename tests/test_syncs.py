@@ -1,8 +1,6 @@
-"""No training step waits for the device: on a fake CUDA device, without a GPU, no operation of a step is a host sync.
-
-`pretrain/host_syncs.py` finds them. Here it is shown to see each kind of host sync, and nothing else; then no objective
-and no step of the loop has one, but in the functions that `host_syncs.ALLOWED` lists.
-"""
+"""No training step waits for the device: on a fake CUDA device, without a GPU, no operation of a step is a host
+sync. `pretrain/host_syncs.py` finds them. First these tests check that it finds each kind of host sync and nothing
+else; then that no objective and no step of the loop has one, except in the functions of `host_syncs.ALLOWED`."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ def on_device(*shape: int) -> Tensor:
 
 
 class Reads(torch.autograd.Function):
-    """A backward that reads a value."""
+    """A function whose backward reads a value."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -104,7 +102,7 @@ def test_every_kind_of_host_sync_is_seen(name: str):
 
 
 def free(x: Tensor) -> None:
-    """Nothing here waits."""
+    """None of these operations waits."""
     drawn = torch.rand(4).pin_memory().to(DEVICE, non_blocking=True)
     y = x * 2.0 + torch.full((), 3.0, device=x.device) + torch.zeros(4, device=x.device) + torch.tensor(2.0) + drawn
     mask = y > 0
@@ -127,7 +125,7 @@ def test_what_does_not_wait_is_not_taken_for_a_host_sync():
 
 
 def test_a_line_is_named_once_with_what_it_calls(tmp_path: Path):
-    """The author's line, and the line below it that waits."""
+    """The line in the author's file, and the line below it that waits."""
 
     def helper(x: Tensor) -> float:
         return x.sum().item()
@@ -143,7 +141,8 @@ def test_a_line_is_named_once_with_what_it_calls(tmp_path: Path):
 # ---------------------------------------------------------------- objectives
 @pytest.fixture
 def two_ranks() -> Iterator[None]:
-    """A process group of two ranks, of which only this one exists: the collectives of losses and batch norm are called."""
+    """A process group of two ranks, of which only this one exists; the collectives of losses and batch norm are
+    called."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
@@ -180,8 +179,8 @@ ATTENTION = [
 def test_no_mask_of_a_kernel_has_a_host_sync(
     library: str, name: str, own: list[str], shards: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Crops of several sizes by every library; documents, windows and relative positions by FlexAttention, as `auto`
-    has them. What only a GPU computes is left out: the masks are what could wait."""
+    """Crops of several sizes with every library; documents, windows and relative positions with FlexAttention, as
+    `auto` chooses. Operations that need a GPU are omitted, because only the masks could wait."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
         called.append(q)
@@ -208,7 +207,7 @@ def test_no_mask_of_a_kernel_has_a_host_sync(
 
 # ---------------------------------------------------------------- the loop
 class FakeStream:
-    """A real stream, whose batches become fake tensors in pinned memory."""
+    """A real stream whose batches become fake tensors in pinned memory."""
 
     def __init__(self, stream: Stream, syncs: HostSyncs):
         self.stream, self.syncs, self.workers = stream, syncs, 1
@@ -247,7 +246,7 @@ def test_no_step_of_the_loop_has_a_host_sync(name: str, shards: Path, tmp_path: 
 
 
 def test_batches_of_a_gpu_come_in_pinned_memory(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By the device of the run, not by what the machine has."""
+    """This depends on the device of the run, not on the machine."""
     cfg = tiny_recipe("mae", shards, tmp_path / "run")
     made, samples = build_objective(cfg), open_samples(cfg)
     for there in (True, False):
@@ -275,7 +274,8 @@ def test_what_may_wait_is_a_list_with_reasons(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_gpu_forbids_all_but_the_list(monkeypatch: pytest.MonkeyPatch):
-    """The debug mode of CUDA is "error" within `forbidden`, and as before in what is allowed and behind it."""
+    """CUDA's debug mode is "error" within `forbidden`, and has its former value in the allowed functions and
+    afterwards."""
     modes = ["default"]
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])

@@ -1,4 +1,5 @@
-"""Objectives that a user writes: the text of each file, of three modalities; nothing of the project knows them."""
+"""Objectives as a user would write them: the texts of three files, for three modalities. Nothing in the project
+knows them."""
 
 QUEUE = '''
 """Momentum contrast: a view finds the other one of its image among a queue of former ones (after arXiv 1911.05722)."""

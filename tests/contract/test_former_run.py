@@ -1,7 +1,6 @@
-"""What a former version wrote stays readable: `tests/data/former_run` is a run of DINOv2 with its shards, of the version before the house was rebuilt.
-
-Its checkpoint is of step 2 of 4; its metrics and its export are of the whole run.
-"""
+"""Files of a former version can still be read. `tests/data/former_run` is a run of DINOv2 with its shards, which a
+version before the folders were rebuilt has written. Its checkpoint is of step 2 of 4; its metrics and its export are
+of the whole run."""
 
 from __future__ import annotations
 
@@ -32,7 +31,8 @@ def rows(run: Path) -> list[dict]:
 
 
 def test_it_goes_on_from_its_checkpoint(former: Path):
-    """The order of samples, the views, the optimizer's state and the teacher are those of then: the steps after the checkpoint have the same losses."""
+    """Order of samples, views, optimizer state and teacher are restored: the steps after the checkpoint have the
+    losses that the former version computed."""
     before, exported = rows(former), load_export(former / "export" / "4")[0].state_dict()
     shutil.rmtree(former / "export" / "4")
     run = train(load("run"))

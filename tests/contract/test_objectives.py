@@ -1,7 +1,5 @@
-"""What every objective owes the loop. Objectives are found by their files, so a new one is tested without a line here.
-
-`Config.tiny` of the objective says at which sizes it trains in seconds.
-"""
+"""The contract between each objective and the training loop. Objectives are found by their files, so that a new one
+is tested without an edit here. `Config.tiny` gives the sizes at which it trains in seconds."""
 
 from __future__ import annotations
 
@@ -47,8 +45,8 @@ def test_there_are_objectives():
 
 @everywhere
 def test_it_owes_nothing(name: str, shards: Path):
-    """The checks of `unlabeled check`; what the files of our own owe beside them. tests/test_syncs.py looks for host
-    syncs."""
+    """The objective passes the checks of `unlabeled check` and those for the project's own files.
+    tests/test_syncs.py looks for host syncs."""
     sizes = contract.tiny(name, lambda kind: folder_of(kind, shards))
     for check in set(contract.CHECKS) - {contract.nothing_waits_for_the_device}:
         assert list(check(contract.build_case(name, sizes[0]))) == []
@@ -87,7 +85,7 @@ def test_encoder_is_a_backbone_that_exports(name: str, shards: Path, tmp_path: P
 @pytest.mark.slow
 @everywhere
 def test_learns(name: str, shards: Path, tmp_path: Path):
-    """The same small set over and over: the loss falls well below where it began."""
+    """Trained on the same small set again and again, the loss falls well below its first value."""
     run = train(tiny_recipe(name, shards, tmp_path / "run", "steps=60", "optim.lr=3e-3", "log=10"))
     curve = losses(run)
     assert sum(curve[-5:]) / 5 < sum(curve[:3]) / 3 - 0.02, curve
@@ -95,7 +93,7 @@ def test_learns(name: str, shards: Path, tmp_path: Path):
 
 @everywhere
 def test_resume_is_exact(name: str, shards: Path, tmp_path: Path):
-    """Stopped after a checkpoint and started again: every loss equals the uninterrupted run's, to the last bit."""
+    """After a stop at a checkpoint and a new start, every loss equals that of the uninterrupted run bit for bit."""
     options = ["checkpoint=3", *([] if reads_text(name) else ["model.drop_path=0.2"])]
     whole = train(tiny_recipe(name, shards, tmp_path / "whole", *options))
     train(tiny_recipe(name, shards, tmp_path / "part", *options))

@@ -1,4 +1,5 @@
-"""A user's own objective, anywhere on disk, has the same rights as ours: check, train, kill, resume, export and score, with nothing else edited."""
+"""A user's objective, anywhere on disk, has the same rights as those of the project: check, train, kill, resume,
+export and score, without any other edit."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ SHOWN = (("queue", "ddp"), ("towers", "fsdp2"), ("labels", "single"))  # each ob
 
 @pytest.fixture(scope="module")
 def pairs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images with captions that tell their classes apart, and labels."""
+    """Images with labels and with captions that name their classes."""
     from data_pipeline.shards.samples import Samples
 
     folder, samples, members = tmp_path_factory.mktemp("pairs"), Samples([str(shards)]), []

@@ -1,4 +1,4 @@
-"""Every recipe that comes with the project trains, at reduced width, and no key of it is unused; and is planned at its full width."""
+"""Every recipe of the project trains at reduced width, without an unused key, and can be planned at its full width."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def test_header_tells_the_batch_and_who_ran_it(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(recipe.names(), "demo", "dinov2_vits16", "gpt2_124m"))
 def test_recipe_is_planned(name: str, shards: Path):
-    """At full width, without weights or data. A teacher has to be there, as its options decide on the students' heads."""
+    """At full width, without weights or data. Only a teacher has to exist, because its options determine the
+    students' heads."""
     small = [f"objective.teacher={teacher_run(shards)}"] if "distill" in name else []
     small += ["objective.koleo_group=16"] if "vitl1" in name else []
     batch = 2 if recipe.load(name).model.reads == "tokens" else 32

@@ -1,4 +1,5 @@
-"""DINOv3's published stages one after the other, as recipes at reduced width, each from the folder that the one before it left."""
+"""DINOv3's published stages in order, as recipes at reduced width; each stage starts from the folder of the previous
+one."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.mark.slow
 def test_pretrain_gram_highres_distil(shards: Path, tmp_path: Path):
-    """Pretraining, the Gram stage (on one process and on two, with the same numbers), the high-resolution stage, and two students of its teacher."""
+    """Pretraining, the Gram stage (with equal numbers on one process and on two), the high-resolution stage, and two
+    students of its teacher."""
     first, second, third, last = (tmp_path / name for name in ("pretrain", "gram", "highres", "distil"))
     train(recipe.load("dinov3_vit7b16_pretrain", options(shards, first, *RUN_SIZES)))
 
@@ -68,7 +70,8 @@ def test_pretrain_gram_highres_distil(shards: Path, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["vit", "resnet_micro"])
 def test_a_backbone_is_continued_on_two_processes(model: str, shards: Path, tmp_path: Path):
-    """Pieces on two processes, of which the second starts without weights, train as one process does: parameters and batch norm's statistics."""
+    """Two processes, of which the second starts without weights, train as one process does: parameters and
+    statistics of batch norm are equal."""
     own = [f"model={model}", *(VIT[1:] if model == "vit" else [])]
     common = [o for o in options(shards, tmp_path / "first") if not o.startswith(("model", "run="))]
     small = [*own, "objective.head_hidden=64", "objective.head_outputs=32", "optim.lr=1e-3"]

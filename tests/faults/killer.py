@@ -1,7 +1,6 @@
-"""A trainer that is killed at a given phase of a save: `run([RUN, "key=value", …])` with KILL="RANK PHASE COUNT" in the environment.
-
-Phases: the methods of `pretrain.checkpoint.disk_store.DiskStore`; the process ends by SIGKILL at the COUNT-th call, before it or (PHASE+) after it.
-"""
+"""A trainer that is killed in a given phase of a save: `run([RUN, "key=value", …])` with KILL="RANK PHASE COUNT" in
+the environment. A phase is a method of `pretrain.checkpoint.disk_store.DiskStore`; the process gets SIGKILL at the
+COUNT-th call, before it or, with PHASE+, after it."""
 
 from __future__ import annotations
 

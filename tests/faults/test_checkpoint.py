@@ -1,4 +1,5 @@
-"""Checkpoints that are damaged, evil, foreign, or cannot be written: each is refused by name, and nothing is lost but what it must be."""
+"""Checkpoints that are damaged, malicious, foreign, or cannot be written: each is refused by its name, and nothing
+else is lost."""
 
 from __future__ import annotations
 
@@ -120,7 +121,7 @@ class Evil:
 
 
 def rewrite(cfg: Recipe, file: str, data: bytes) -> None:
-    """Change a file of the newest checkpoint and its digest: what someone with write access could do."""
+    """Change a file of the newest checkpoint and its digest, as somebody with write access could."""
     path = folder(cfg, 6) / file
     path.write_bytes(data)
     about = json.loads((folder(cfg, 6) / "run.json").read_text())
@@ -148,7 +149,7 @@ def test_metadata_may_name_only_what_describes_tensors(run: Recipe, name: str):
 
 
 def test_an_evil_value_in_the_data_does_nothing(run: Recipe, tmp_path: Path):
-    """Values that are no tensors (lr, betas) are pickles, too: DCP itself would execute this one."""
+    """Values that are not tensors (lr, betas) are pickles, too. DCP would execute this one."""
     import io
 
     from pretrain.checkpoint.dcp_format import read_metadata
@@ -204,7 +205,7 @@ def test_a_folder_of_something_else_is_refused(run: Recipe, tmp_path: Path):
 
 # ---------------------------------------------------------------- what it holds; sync and async
 def test_async_equals_sync(shards: Path, tmp_path: Path):
-    """The same bytes in the same files, while the training goes on to change the tensors."""
+    """The files have the same bytes, although the training changes the tensors while they are written."""
     overrides = ["steps=9", "checkpoint=3", "checkpoint.keep=9"]
     for mode in ("sync", "async"):
         train(tiny_recipe("dinov2", shards, tmp_path / mode, *overrides, f"checkpoint.mode={mode}"))
@@ -329,7 +330,8 @@ def test_a_folder_that_becomes_read_only(shards: Path, tmp_path: Path, small_dis
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_s3_with_faults(shards: Path, tmp_path: Path, proxy: FaultProxy, mode: str):
-    """Written and read through resets, errors and changed bytes; the resumed run equals the whole one."""
+    """Checkpoints are written and read in spite of resets, errors and changed bytes; the resumed run equals the
+    uninterrupted one."""
     url = f"s3://data/checkpoints-{mode}"
     whole = losses(train(tiny_recipe("mae", shards, tmp_path / "whole", "steps=12")))
     options = ["checkpoint=4", f"checkpoint.folder={url}", f"checkpoint.mode={mode}", "checkpoint.keep=1"]
@@ -359,7 +361,7 @@ def test_s3_that_stays_away(shards: Path, tmp_path: Path, proxy: FaultProxy):
 
 @pytest.mark.slow
 def test_s3_that_takes_and_never_answers(shards: Path, tmp_path: Path, proxy: FaultProxy):
-    """It is given up after retry_seconds, whatever the store's own client waits for."""
+    """The save is abandoned after retry_seconds, although the client of the store would wait longer."""
     options = ["steps=60", "checkpoint=1000", "checkpoint.folder=s3://data/hangs", "checkpoint.retry_seconds=2"]
     began: list[float] = []
 
@@ -382,7 +384,7 @@ def test_s3_that_takes_and_never_answers(shards: Path, tmp_path: Path, proxy: Fa
 def test_a_full_disk_while_logging(
     shards: Path, tmp_path: Path, small_disk: Path, freed: bool, capfd: pytest.CaptureFixture
 ):
-    """The rows wait in memory until there is room; the checkpoint is written, as it lies elsewhere."""
+    """Rows are kept in memory until there is room; the checkpoint is written, because its folder is on another disk."""
     run, store = small_disk / "run", tmp_path / "checkpoints"
     options = ["steps=60", "checkpoint=20", f"checkpoint.folder={store}", "export=1000"]
 
@@ -437,7 +439,7 @@ def tool(*args: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_inspect_verify_consolidate(run: Recipe, tmp_path: Path):
-    """By themselves: the recipe is gone, and an objective of that name, too."""
+    """The commands need neither the recipe nor the objective, which are deleted here."""
     from safetensors.torch import load_file
 
     (Path(run.run) / "recipe.yaml").unlink()

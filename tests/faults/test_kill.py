@@ -1,4 +1,4 @@
-"""kill -9 of a training at a random moment, then the same command again: the losses are those of the run that nobody killed."""
+"""kill -9 of a training at a random moment, then the same command again: the losses are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def start(path: Path) -> subprocess.Popen:
 
 
 def trainer_of(process: subprocess.Popen) -> int | None:
-    """The trainer's process id, below the command that started it; None before it is there."""
+    """The id of the trainer's process, a child of the command that started it; None if it does not exist yet."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return next((int(c) for c in children if b"pretrain.train" in Path(f"/proc/{c}/cmdline").read_bytes()), None)
 
@@ -65,7 +65,7 @@ def wait_for(condition, process: subprocess.Popen) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(["mae", "simclr", "dinov2"], "dinov2"))
 def test_killed_at_random_steps(name: str, shards: Path, tmp_path: Path):
-    """Once the trainer that the command has started, twice one of its own."""
+    """First the trainer that the command has started is killed, then two trainers that the test has started."""
     whole = train(tiny_recipe(name, shards, tmp_path / "whole", "steps=120", "checkpoint=1000"))
     run = tmp_path / "killed"
     path = recipe_file(shards, run, name)
@@ -138,7 +138,8 @@ def test_killed_between_the_last_checkpoint_and_the_last_export(shards: Path, tm
 
 @pytest.mark.slow
 def test_one_trainer_a_run_which_ends_with_its_launcher(shards: Path, tmp_path: Path):
-    """A second start is refused by host and process id and changes nothing; kill -9 of the launcher ends the trainer, and the run goes on."""
+    """A second start is refused, names host and process id, and changes nothing. kill -9 of the launcher ends the
+    trainer, and the run can be resumed."""
     run = tmp_path / "run"
     path = recipe_file(shards, run)
     path.write_text(path.read_text().replace("steps: 120\n", "steps: 1000000\n"))  # it does not end by itself

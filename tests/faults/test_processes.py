@@ -1,4 +1,5 @@
-"""Runs of several processes: killed, stopped, hung, and gone on with on another number of processes and in another mode."""
+"""Runs of several processes that are killed, stopped or hang, and are resumed with another number of processes and
+in another mode."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def ranks(path: Path, count: int, *overrides: str, **env: str) -> list[Forked]:
-    """Start the processes of a run without the command; what they say goes to PATH.errors."""
+    """Start the processes of a run without the command; their output goes to PATH.errors."""
     return [
         Forked(killer.run, [str(path), *overrides], env={**env, **e}, output=(os.devnull, f"{path}.errors"))
         for e in environments(count)
@@ -77,7 +78,7 @@ CHAINS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(CHAINS, "dinov2"))
 def test_goes_on_with_other_processes_in_another_mode(name: str, shards: Path, tmp_path: Path):
-    """The first of a chain is started and stopped by the command, which hands the signal on to its processes."""
+    """The first run of the chain is started and stopped by the command, which passes the signal on to its processes."""
     path = recipe_file(name, shards, tmp_path / "whole")
     assert wait(ranks(path, 1)) == 0, errors(path)
     run = tmp_path / "chain"
@@ -102,7 +103,8 @@ PHASES = ["begin", "begin+", "write", "publish", "publish+", "set_latest", "set_
 
 
 def killed(path: Path, phase: str | None, rank: int, *overrides: str) -> None:
-    """Go on with a run of two processes, of which one is killed: at a phase of a save or, without one, at a random moment."""
+    """Resume a run of two processes, and kill one of them in a phase of a save or, without a phase, at a random
+    moment."""
     run = path.with_suffix("")
     if phase:
         started = ranks(path, 2, *overrides, KILL=f"{rank} {phase} {3 if phase == 'write' and rank == 0 else 2}")
@@ -124,7 +126,7 @@ def killed(path: Path, phase: str | None, rank: int, *overrides: str) -> None:
     ("at_random", "steps"), [(4, 80), pytest.param(12, 200, marks=pytest.mark.matrix)]
 )  # with the phases, 12 and 20 kills
 def test_one_of_two_killed_again_and_again(at_random: int, steps: int, shards: Path, tmp_path: Path):
-    """At random moments and in each phase of a save: the losses are those of the run that nobody killed, to the last digit."""
+    """At random moments and in each phase of a save: the losses equal those of an undisturbed run bit for bit."""
     size = (f"steps={steps}", "checkpoint.every=2", "parallel.mode=fsdp2", "data.workers=1")
     assert wait(ranks(recipe_file("mae", shards, tmp_path / "whole", *size, "checkpoint.every=1000"), 2)) == 0
     run = tmp_path / "killed"
@@ -165,7 +167,8 @@ def test_a_hung_process_is_named(shards: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_an_export_may_take_longer_than_the_time_out(shards: Path, tmp_path: Path):
-    """A slow disk: rank 0 writes the model card into a FIFO that nobody reads for longer than the other rank waits in a step."""
+    """A slow disk: rank 0 writes the model card into a FIFO, which is read only after the time-out of the other rank
+    in a step."""
     run, timeout = tmp_path / "run", 4
     path = recipe_file("mae", shards, run, "steps=2")
     assert wait(ranks(path, 1)) == 0, errors(path)

@@ -1,4 +1,5 @@
-"""Checkpoints in a store are streamed: no file is held whole, in memory or on a disk, and a rank reads only the ranges that it needs."""
+"""Checkpoints in a store are streamed: no file is kept as a whole in memory or on a disk, and a rank reads only the
+ranges that it needs."""
 
 from __future__ import annotations
 
@@ -25,13 +26,14 @@ MB = 1 << 20
 
 
 def block(number: int) -> bytes:
-    """A megabyte, another for each number."""
+    """A megabyte of bytes that depend on the number."""
     return np.random.default_rng(number).bytes(MB)
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], float]]:
-    """The most MB that Python has allocated since the last call. There is no disk for temporary files."""
+    """The largest memory, in MB, that Python has allocated since the last call. There is no disk for temporary
+    files."""
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     tracemalloc.start()
 
@@ -47,7 +49,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], float]]:
 def test_a_large_file_is_streamed_both_ways(
     proxy: FaultProxy, measured: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ):
-    """Through errors of the store, which repeat a part and not the file."""
+    """In spite of errors of the store, after which a part and not the whole file is repeated."""
     monkeypatch.setattr(remote_store, "UPLOAD_PART_BYTES", 5 * MB)  # the least that S3 takes
     store, count = open_checkpoint_store("s3://data/streamed"), 72
     proxy.set(error_rate=0.1)
@@ -107,7 +109,7 @@ def test_an_upload_that_cannot_be_completed_is_an_error(proxy: FaultProxy, monke
 
 @pytest.mark.slow
 def test_only_what_is_needed_is_read(shards: Path, tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch):
-    """The model without the optimizer's two moments, which are in the same file."""
+    """The model is read without the two moments of the optimizer, which are in the same file."""
     monkeypatch.setattr(integrity, "CHUNK_BYTES", 4096)
     url = "s3://data/needed"
     train(tiny_recipe("mae", shards, tmp_path / "run", "steps=2", "model.dim=128", f"checkpoint.folder={url}"))

@@ -1,4 +1,5 @@
-"""A step with a NaN changes nothing; too many end the run with their samples; an outlier of the loss is skipped where that is asked for."""
+"""A step with a NaN changes nothing; too many such steps end the run and name their samples; outliers of the loss
+are skipped if the recipe asks for it."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def poison(engine: Engine, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the next steps' loss, or one gradient alone, not finite."""
+    """Make the loss of the next steps, or only one gradient, not finite."""
     if what == "gradient":
         monkeypatch.setattr(
             engine, "backward", lambda loss: (loss.backward(), engine.parameters[-1].grad.view(-1)[:1].fill_(math.nan))
@@ -61,7 +62,8 @@ def poison(engine: Engine, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("name", finder.names())
 def test_nothing_changes(name: str, what: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Weights, optimizer, teacher and buffers are bit-equal before and after, and the next good step moves them again."""
+    """Weights, optimizer, teacher and buffers are bit-equal before and after a skipped step, and the next good step
+    changes them."""
     more = ["model=resnet_micro"] if name == "simclr" else []
     cfg = tiny_recipe(name, shards, tmp_path / "run", "optim.clip=1.0")
     if more:  # batch norm: running means change in the forward
@@ -122,7 +124,7 @@ def test_too_many_in_a_row_end_the_run(shards: Path, tmp_path: Path, monkeypatch
 def test_samples_of_a_skipped_step_cost_no_requests(
     store: ObjectStore, proxy: FaultProxy, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A store in which each request takes seconds is not asked for what the index tells: shard and number of each sample."""
+    """Shard and number of each sample are known from the index: a store whose requests take seconds is not asked."""
     url = store.put_folder(shards, "skipped")
     cfg = tiny_recipe("mae", shards, tmp_path / "run", f"data.train={url}")
     model = build_objective(cfg)

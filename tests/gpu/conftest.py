@@ -1,5 +1,5 @@
-"""Tests of what only a GPU can show. `make test-gpu` runs them on CUDA; `make test` runs those that are cheap with the
-CPU in its place, so that their code does not age (`tests/test_gpu_suite.py`)."""
+"""Tests that need a GPU. `make test-gpu` runs them on CUDA; `make test` runs the cheap ones on the CPU, so that
+their code stays correct (`tests/test_gpu_suite.py`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """Products in fp32 are exact to fp32 unless an engine allows TF32; and no test keeps memory of the one before."""
+    """fp32 products are exact to fp32 unless an engine allows TF32; memory of the previous test is freed."""
     set_tf32(False)
     yield
     set_tf32(False)
@@ -37,5 +37,5 @@ def exact() -> Iterator[None]:
 
 
 def no_syncs(device: torch.device) -> contextlib.AbstractContextManager:
-    """A wait of the host for the device is an error here. A CPU has none."""
+    """Makes a host sync an error. On a CPU it does nothing."""
     return forbidden() if device.type == "cuda" else contextlib.nullcontext()

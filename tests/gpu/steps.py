@@ -1,4 +1,4 @@
-"""Training steps of an objective at its tiny sizes, on any device."""
+"""Training steps of an objective with its sizes for tests (`Config.tiny`), on any device."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def engine_of(name: str, shards: Path, device: torch.device, **options: Any) -> 
 
 
 def data_of(name: str, shards: Path, device: torch.device, steps: int) -> list[dict[str, Tensor]]:
-    """The micro-batches of so many steps, placed on the device."""
+    """The micro-batches of a number of steps, on the device."""
     made = batches(recipe_of(name, shards, "single", {}), shards, steps * ACCUMULATE)
     return [{key: value.to(device) for key, value in batch.items()} for batch in made]
 
 
 def losses_of(name: str, shards: Path, device: torch.device, steps: int = 4, **options: Any) -> Tensor:
-    """(loss, gradient norm) of each step, [steps, 2], in main memory."""
+    """(loss, gradient norm) of each step, [steps, 2], on the host."""
     engine, guard = engine_of(name, shards, device, **options)
     data = data_of(name, shards, device, steps)
     rows = []

@@ -1,4 +1,4 @@
-"""Every mode on the GPUs that are there: as many processes as the mode's test on CPUs has, or as there are GPUs."""
+"""Every mode on the available GPUs, with as many processes as the test on CPUs has, or as there are GPUs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def found(mode: str, name: str, shards: Path, folder: Path, device: torch.device
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "name"), CASES)
 def test_the_same_as_one_process_on_a_cpu(mode: str, name: str, device: torch.device, shards: Path, tmp_path: Path):
-    """Also offloading and ZeRO; a step that is not finite changes nothing, and the next one trains."""
+    """With offloading and ZeRO, too. A step that is not finite changes nothing, and the next step trains."""
     for folder in ("cpu", "device"):
         (tmp_path / folder).mkdir()
     (alone,) = found("single", name, shards, tmp_path / "cpu", torch.device("cpu"))

@@ -1,5 +1,5 @@
-"""Whole runs on a GPU: resumed on another kind of device, scored and exported beside the training, saved while it goes
-on."""
+"""Whole runs on a GPU: resumed on another kind of device, scored and exported during the training, saved while the
+training continues."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_run_goes_on_on_another_kind_of_device(order: str, device: torch.devic
 
 @pytest.mark.slow
 def test_exports_are_scored_beside_the_training(device: torch.device, shards: Path, tmp_path: Path):
-    """The scorer leaves the trainer's GPU alone unless it is told otherwise."""
+    """The scoring process uses the GPU only if the recipe names it."""
     scores = [f"eval.gallery={shards}", f"eval.val={shards}", "export=2", "steps=4", f"device={device.type}"]
     run = train(tiny_recipe("mae", shards, tmp_path / "run", *scores))
     rows = map(json.loads, (run / "results.jsonl").read_text().splitlines())
@@ -44,8 +44,8 @@ def test_exports_are_scored_beside_the_training(device: torch.device, shards: Pa
 def test_an_async_save_stops_the_training_for_a_step_at_most(
     device: torch.device, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """At sizes at which a step takes longer than a few small copies; the first save's memory is new, so it does not
-    count."""
+    """At sizes at which a step takes longer than a few small copies. The first save does not count, because it
+    allocates memory."""
     seconds: list[float] = []
     save = Saver.save
 

@@ -1,5 +1,5 @@
-"""Steps of every objective on one GPU: no host syncs, the CPU's numbers, and what precision, recomputation,
-compilation, attention and accumulation may change of them."""
+"""Steps of every objective on one GPU: no host syncs, the same numbers as on a CPU, and the allowed differences for
+precision, recomputation, compilation, attention and accumulation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_two_to_five_do_not_wait_for_the_device(name: str, device: torch.device, shards: Path):
-    """The first steps make constants and choose kernels. `set_sync_debug_mode("error")` sees waits inside of kernels,
-    too, which fake tensors do not."""
+    """The first step may create constants and choose kernels. Unlike fake tensors, `set_sync_debug_mode("error")`
+    also sees waits inside kernels."""
     engine, guard = engine_of(name, shards, device)
     data = data_of(name, shards, device, 6)
     losses = [one_step(engine, guard, data[step * ACCUMULATE :], step)[0] for step in range(2)]
@@ -34,7 +34,7 @@ def test_steps_two_to_five_do_not_wait_for_the_device(name: str, device: torch.d
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_device_computes_what_the_cpu_does(name: str, device: torch.device, shards: Path):
-    """In fp32 without TF32; the order of sums differs."""
+    """In fp32 without TF32; only the order of sums differs."""
     found, expected = (losses_of(name, shards, where) for where in (device, CPU))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -65,14 +65,14 @@ def test_compiled_blocks_give_the_same(name: str, device: torch.device, shards: 
 
 
 def test_two_runs_are_alike(device: torch.device, shards: Path):
-    """Not bit for bit: atomic sums on a GPU come in any order."""
+    """They are not bit-equal: atomic additions on a GPU happen in any order."""
     first, second = (losses_of("dinov3", shards, device) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mae", "gpt"])
 def test_the_plan_knows_the_peak_of_memory(name: str, device: torch.device, shards: Path):
-    """Within 15 %, at sizes at which the allocator's blocks of 2 MiB do not matter; a CPU has no such counter."""
+    """Within 15 %, at sizes at which the allocator's blocks of 2 MiB do not matter. A CPU has no such counter."""
     wide = {"model__dim": 512, "model__depth": 6, "model__heads": 8} if device.type == "cuda" else {}
     engine, guard = engine_of(name, shards, device, **wide)
     planned = plan.trace(engine.recipe.replace(device=device.type), 1)

@@ -1,4 +1,4 @@
-"""The kernels on a CUDA device against their plain modules there: values and gradients."""
+"""The kernels on a CUDA device compared with their plain modules on the same device: values and gradients."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_documents(library: str, dtype: torch.dtype, causal: bool, window: int, 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("library", ["auto", "sdpa", "xformers", "varlen", "flex"])
 def test_networks_in_bf16(library: str, name: str):
-    """All that `apply` puts in place, in a step under autocast."""
+    """All kernels that `apply` chooses, in a step under autocast."""
     preset, options = NETWORKS[name]
     torch.manual_seed(0)
     model = network(preset, **options).train().to(CUDA)
@@ -112,7 +112,7 @@ def test_rotary(dtype: torch.dtype):
 
 
 def test_no_mask_of_all_pairs_and_no_wait():
-    """Documents of a long row: less memory than one byte for each pair of tokens, and nothing that the host waits for."""
+    """Documents in a long row: less memory than one byte per pair of tokens, and no host sync."""
     length = 16384
     numbers = (torch.arange(length, device=CUDA) // 1500).unsqueeze(0)
     q = draw(1, length, 2, 64, dtype=torch.bfloat16, seed=0)

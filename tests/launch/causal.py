@@ -1,4 +1,4 @@
-"""Next-token prediction, as small as can be: an objective on text in a file of its user's."""
+"""A minimal objective on text, next-token prediction, in a file as a user would write it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The command line: fast help and errors, one line for what the user can mend, and a whole run from a folder of images to a report."""
+"""The command line: fast help and errors, one line for mistakes of the user, and a whole run from a folder of images
+to a report."""
 
 from __future__ import annotations
 
@@ -17,10 +18,9 @@ from tests.conftest import tiny_recipe, trainer, unlabeled
 
 
 def startup_ratio(*args: str) -> float:
-    """The CPU seconds of a command, as a multiple of those that Python takes to import what every command needs; each is the best of five, in turns.
-
-    A ratio, because machines differ by a factor of three and are busy; on a fast one 1 is 0.05 seconds. Importing torch is 30 to 40.
-    """
+    """The CPU seconds of a command, divided by those that Python needs to import the modules of every command; each
+    is the best of five alternating measurements. A ratio is used because machines differ by a factor of three and
+    may be busy; on a fast one, 1 is 0.05 seconds. Importing torch is 30 to 40."""
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], capture_output=True);"
     code += "u = resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime)"
     commands = (["-m", "launch.cli", *args], ["-c", "import argparse, dataclasses, yaml"])
@@ -83,7 +83,7 @@ def test_one_line_errors(args: tuple[str, ...], says: str):
 
 @pytest.mark.slow
 def test_trainer_errors_are_one_line_too(shards: Path, tmp_path: Path):
-    """The first by the command, the others by the trainer that the command starts."""
+    """The command finds the first error; the trainer that it starts finds the others."""
     run = tmp_path / "run"  # one folder for all: a run that failed before its first step does not stand in the way
     cases = [
         (["data.train=/nowhere"], "/nowhere: no such file or folder"),
@@ -165,7 +165,7 @@ def test_run_folder_rules(shards: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_folder_of_images_to_a_report(photos: Path, tmp_path: Path):
-    """The route of the README: build, train with scores, eval, export, report; and every file of the run folder."""
+    """As in the README: build, train with scores, eval, export, report. Checks every file of the run folder."""
     built = unlabeled("shards", "build", photos, tmp_path / "shards")
     assert built.returncode == 0 and "48 samples" in built.stdout, built.stderr
     run, path = tmp_path / "run", tmp_path / "r.yaml"
@@ -215,7 +215,7 @@ def test_a_folder_of_images_to_a_report(photos: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_demo_from_digits(tmp_path: Path):
-    """`unlabeled demo` whole, on the images that need no download."""
+    """The whole `unlabeled demo`, with the images that need no download."""
     done = unlabeled(
         "demo",
         "--source",

@@ -1,4 +1,4 @@
-"""Profiles of clusters, batch scripts, and what the job's own processes work out; nothing here needs Slurm."""
+"""Profiles of clusters, batch scripts, and the functions of a job's processes. These tests need no Slurm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ large:
 
 @pytest.fixture
 def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """clusters.yaml of this test's user."""
+    """The file clusters.yaml for this test."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     path = tmp_path / "unlabeled" / "clusters.yaml"
     path.parent.mkdir()
@@ -198,7 +198,7 @@ def test_the_rank_that_failed_first_is_named():
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> supervisor.Supervisor:
-    """The supervisor of a job of one run, outside of Slurm and without handlers of signals."""
+    """The supervisor of a job with one run, outside of Slurm and without signal handlers."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(supervisor.time, "sleep", lambda seconds: None)

@@ -1,4 +1,4 @@
-"""Completion in a real bash: what the tab key would offer."""
+"""Completion in a real bash: the words that the tab key offers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def offered(line: str, folder: Path) -> list[str]:
-    """What bash offers behind a line; of a word with "=" what comes behind it, as bash takes "=" for the end of a word."""
+    """The words that bash offers after a line. For a word with "=", only the part after it, because bash splits
+    words at "="."""
     command = folder / "unlabeled"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m launch.cli "$@"\n')
     command.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Runs on mixtures, with phases, on data that changes, from a bucket; and the picture of what a model will see."""
+"""Runs on mixtures, with phases, on data that change, and from a bucket; and previews of the model's input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def rows(run: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_finished_run_goes_on_where_its_schedules_allow(shards: Path, tmp_path: Path):
-    """A constant rate after a warm-up: the same numbers as a run that was longer from the start. A rate that has begun to fall is refused."""
+    """With a constant rate after a warm-up, the numbers are those of a run that was longer from the start. If the
+    rate has begun to decay, the run is refused."""
     rate = "optim.lr={value: 1e-3, warmup: 2}"
     train(tiny_recipe("mae", shards, tmp_path / "run", "steps=3", rate))
     assert "run: finished its 3 steps; its export is " in (tmp_path / "run" / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""The demo: its installation is a part of the pinned one, and its training keeps to a budget of time."""
+"""The demo: its requirements are a subset of the pinned ones, and its training keeps a time limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PINS = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in (ROO
 
 
 def needed(names: list[str]) -> set[str]:
-    """The installed packages that these need, directly or not."""
+    """The installed packages on which these packages depend, directly or indirectly."""
     found: set[str] = set()
     waiting = [Requirement(name) for name in names]
     while waiting:

@@ -1,4 +1,5 @@
-"""`data.train=FOLDER` of plain images: shards are built once into the cache, the run names them, and the folder is only read."""
+"""`data.train=FOLDER` with plain images: shards are built once in the cache, the run names them, and the folder is
+only read."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from tests.forked import Forked
 
 @pytest.fixture
 def mine(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of 48 images in two classes, with a damaged image and a note; and a cache of the test's own."""
+    """A folder of 48 images in two classes, with a damaged image and a text file; and a separate cache."""
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
     folder = shutil.copytree(photos, tmp_path / "my [photos]" / "holiday é")
     (folder / "notes.txt").write_text("not an image")
@@ -91,7 +92,7 @@ def test_preview_and_eval_take_a_folder_of_images(photos: Path, tmp_path: Path, 
 
 @pytest.mark.slow
 def test_several_processes_build_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As torchrun starts them, without a launcher that could build before."""
+    """Processes as torchrun starts them, without a launcher that has built the shards before."""
     monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
     words = [str(recipe_file(tmp_path)), f"data.train={photos}", "parallel.mode=ddp"]
     output = (str(tmp_path / "out"), str(tmp_path / "err"))

@@ -1,4 +1,5 @@
-"""`unlabeled plan`: its memory is what real steps take, its FLOPs and bytes are those of formulas written by hand, and it is honest about what it cannot do."""
+"""`unlabeled plan`: its memory equals that of real steps, its FLOPs and bytes follow formulas that are written here,
+and it refuses recipes that it cannot plan."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def _folder() -> Path:
 
 # ---------------------------------------------------------------- memory
 def ratios(*options: str) -> dict[str, float]:
-    """What benchmarks/plan.py measures, in processes of their own."""
+    """The figures of benchmarks/plan.py, measured in separate processes."""
     command = [sys.executable, str(ROOT / "benchmarks" / "plan.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -67,7 +68,7 @@ def test_memory_is_what_each_of_two_processes_takes(mode: str):
 
 @pytest.mark.parametrize("name", ["mae", "simclr"])
 def test_peak_is_that_of_torchs_own_tracker(name: str):
-    """MemTracker, which refuses frozen modules and is three times as slow, counts the same bytes."""
+    """torch's MemTracker, which refuses frozen modules and is three times as slow, counts the same bytes."""
     cfg, tracker = tiny(name), MemTracker()
     with trace._trace_environment(1), FakeTensorMode(allow_non_fake_inputs=True), trace._Real():
         model = build_objective(cfg)
@@ -85,7 +86,7 @@ def test_peak_is_that_of_torchs_own_tracker(name: str):
 
 
 def test_another_device_is_planned_by_its_own_operations():
-    """A decoder on a CPU takes fewer passes and keeps less for backward; its products are the same."""
+    """On a CPU, a decoder makes fewer passes and keeps less for the backward; its matrix products are the same."""
     here, there = (plan.trace(tiny("gpt", f"device={device}", "model.mlp=swiglu")) for device in ("cpu", "cuda"))
     assert there.memory["activations"] > 1.02 * here.memory["activations"]
     assert there.flops == pytest.approx(here.flops, rel=0.05)
@@ -107,7 +108,8 @@ def test_categories_are_those_of_the_parameters():
 
 @pytest.mark.slow
 def test_memory_of_each_mode():
-    """By formulas: what is cut is a piece, activations are those of a process's own samples, the rest is whole."""
+    """Compared with formulas: sharded memory is divided, activations are those of the process's samples, all other
+    memory is whole."""
     one = plan.trace(tiny("dinov2"), 1)
     parts = {mode: plan.trace(tiny("dinov2", f"parallel.mode={mode}"), 4) for mode in ("ddp", "fsdp2", "zero2")}
     assert {found.micro for found in parts.values()} == {4}
@@ -142,7 +144,7 @@ def test_offloading_moves_bytes_to_main_memory():
 
 @pytest.mark.parametrize(("accumulate", "traced"), [(1, 1), (2, 2), (3, 3), (4, 2), (9, 3), (25, 5)])
 def test_traced_micro_batches_divide_those_of_a_step(accumulate: int, traced: int):
-    """So that a queue whose size is a multiple of the global batch is one of what is traced, too."""
+    """So that a queue whose size is a multiple of the global batch is also a multiple of the traced batch."""
     assert trace._fewer(accumulate) == traced
 
 
@@ -158,7 +160,7 @@ def test_recomputation_trades_activations_for_flops():
 
 
 def test_bf16_keeps_a_cast_of_the_weights():
-    """Autocast's copies are needed until the backward has passed; where units are gathered in bf16 there are none."""
+    """Autocast's copies are needed until the end of the backward; if units are gathered in bf16, there are none."""
     found = plan.trace(
         tiny("simclr", "precision=bf16", "model.dim=128", "device=cuda"), 1
     )  # on a CPU, they are made anew
@@ -168,8 +170,9 @@ def test_bf16_keeps_a_cast_of_the_weights():
 
 # ---------------------------------------------------------------- FLOPs
 def blocks(tokens: int, dim: int, depth: int, batch: int) -> float:
-    """Forward and backward of transformer blocks with MLPs four times as wide: 6 FLOPs for each token and weight of a linear layer; attention has two
-    products of N×N×D, and five in its backward, which makes one of them anew."""
+    """FLOPs of forward and backward of transformer blocks whose MLPs are four times as wide: 6 for each token and
+    weight of a linear layer. Attention has two products of N×N×D, and five in its backward, which repeats one of
+    them."""
     return depth * batch * (6 * tokens * 12 * dim**2 + 2 * (2 + 5) * tokens**2 * dim)
 
 
@@ -220,7 +223,7 @@ def test_traffic_by_formulas():
 
 
 def test_what_muon_exchanges_counts():
-    """Its matrices once in `ddp`, there and back in `fsdp2`; each rank computes its share of them."""
+    """Matrices are sent once in `ddp`, and to the owner and back in `fsdp2`; each rank computes its share of them."""
     model = build_objective(tiny("mae"))
     blocks = [m for m in model.modules() if isinstance(m, Block)]
     matrices = 4 * sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
@@ -239,7 +242,8 @@ def test_what_the_loss_gathers_counts():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(NAMES, "mae", "dinov3", "gpt"))
 def test_traffic_is_that_of_the_engine(name: str, monkeypatch: pytest.MonkeyPatch):
-    """The real FSDP2 engine, without memory and without other processes: the collectives that it calls in a step."""
+    """Compared with the collectives that the real FSDP2 engine calls in a step, without memory and without other
+    processes."""
     cfg = tiny(name, "parallel.mode=fsdp2")
     planned = plan.trace(cfg, 2).collectives
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -264,7 +268,7 @@ def test_traffic_is_that_of_the_engine(name: str, monkeypatch: pytest.MonkeyPatc
 # ---------------------------------------------------------------- the command
 @pytest.mark.slow
 def test_output(tmp_path: Path):
-    """Options and overrides in any order; no data is looked for, nothing is written."""
+    """Options and overrides may come in any order; no data are read, and nothing is written."""
     done = unlabeled(
         "plan", "mae_vits16", "--processes", "4", "parallel.mode=fsdp2", "data.train=/nowhere", "parallel.micro_batch=null",
         cwd=tmp_path,
@@ -323,7 +327,7 @@ def test_an_objective_that_needs_values_is_named(tmp_path: Path):
 
 
 def test_a_plan_leaves_no_trace():
-    """It runs inside of trainings, too: random numbers, process groups and patched functions are as before."""
+    """A plan also runs inside trainings: random states, process groups and patched functions are restored."""
     state, draw = torch.get_rng_state(), torch.nn.init.normal_
     plan.trace(tiny("simclr", "parallel.mode=ddp"), 2)
     assert torch.equal(torch.get_rng_state(), state) and torch.nn.init.normal_ is draw

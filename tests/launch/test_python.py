@@ -1,4 +1,5 @@
-"""`train()` called from Python: interrupted, called again, and in a thread; in a script, in IPython and in a notebook's kernel."""
+"""`train()` called from Python: interrupted, called again, and in a thread; in a script, in IPython and in a
+notebook kernel."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def test_interrupted_then_called_again(where: str, shards: Path, tmp_path: Path)
 
 
 def in_kernel(source: str) -> tuple[str, str]:
-    """(what a cell prints, its error) in a kernel of its own."""
+    """(output of a cell, its error) in a separate kernel."""
     from jupyter_client.manager import start_new_kernel
 
     manager, client = start_new_kernel(kernel_name="python3")
@@ -105,7 +106,7 @@ def test_sigterm_ends_by_system_exit(shards: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_garbage_collector_is_as_before(frozen: bool, shards: Path, tmp_path: Path):
-    """What the caller has frozen stays so; what the training froze does not."""
+    """Objects that the caller has frozen stay frozen; those that the training froze do not."""
     held = gc.get_freeze_count() > 0
     (gc.freeze if frozen else gc.unfreeze)()
     before = gc.get_freeze_count()

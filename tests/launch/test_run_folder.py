@@ -1,4 +1,5 @@
-"""What a command does to a run folder that exists: only files of the program are deleted, by overwrite=true alone; refused commands change nothing."""
+"""What a command does with an existing run folder: only overwrite=true deletes files, and only those that the
+program has written; refused commands change nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def recipe(shards: Path, run: Path, *overrides: str):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """{path: content} of every file below a folder; a link is its target."""
+    """{path: content} of every file below a folder; the content of a link is its target."""
     out = {}
     for path in folder.rglob("*"):
         if path.is_symlink():
@@ -71,7 +72,7 @@ def log(run: Path) -> str:
 
 
 def previous_version(run: Path) -> None:
-    """Make of a run what the version before ids and markers has written."""
+    """Change a run into one that a version before ids and markers has written."""
     for name in (".run.json", "checkpoints/owner.json"):
         (run / name).unlink(missing_ok=True)
     forget_ids(run / "checkpoints")
@@ -89,7 +90,7 @@ def forget_ids(checkpoints: Path) -> None:
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("extra", [[], ["overwrite=true"], ["optim.lr=0.5"]])
 def test_a_project_is_no_run(made: Path, shards: Path, tmp_path: Path, extra: list[str], copied: bool):
-    """A folder with a recipe, also with one that was copied from a run, is refused, and nothing in it changes."""
+    """A folder with a recipe, even one copied from a run, is refused, and nothing in it changes."""
     project = tmp_path / "project"
     (project / ".git").mkdir(parents=True)
     (project / ".git" / "HEAD").write_text("ref")
@@ -196,7 +197,7 @@ def test_checkpoints_elsewhere_count_where_metrics_were_moved(shards: Path, tmp_
 
 
 def test_a_run_folder_may_be_a_link(run: Path, shards: Path, tmp_path: Path):
-    """And so may its own folders be; what they hold is handled, links stay."""
+    """Its sub-folders may be links, too. Their contents are deleted, the links are kept."""
     disk = tmp_path / "disk"
     disk.mkdir()
     for name in ("checkpoints", "export"):
@@ -242,7 +243,8 @@ def test_a_restart_of_the_same_job_never_overwrites(
 
 @pytest.mark.slow
 def test_torchrun_restarts_with_overwrite_in_the_command(shards: Path, tmp_path: Path):
-    """Each attempt is killed after its first checkpoint: the second goes on from the first one's."""
+    """Each attempt is killed after its first checkpoint; the second attempt resumes from the checkpoint of the
+    first."""
     run, path = tmp_path / "run", tmp_path / "r.yaml"
     path.write_text(config.dump(tiny_recipe("mae", shards, run, "steps=100", "checkpoint=2")))
     script = tmp_path / "trainer.py"
@@ -288,7 +290,7 @@ def test_runs_of_the_previous_version_go_on_and_can_be_overwritten(run: Path, sh
 
 
 def test_the_marker_lists_what_is_written(run: Path, shards: Path):
-    """A file that the marker does not list stays, and a marker cannot list what the program does not write."""
+    """A file that the marker does not list is kept, and a marker cannot list files that the program never writes."""
     marker = json.loads((run / ".run.json").read_text())
     assert len(marker["id"]) == 32 and "metrics.jsonl" in marker["writes"]
     (run / "notes.txt").write_text("mine")
@@ -310,7 +312,7 @@ OPTIONS = {  # runs that between them write everything: scores, pictures, sample
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov2", "gpt"])
 def test_everything_that_a_run_and_its_exports_write_is_listed(name: str, shards: Path, tmp_path: Path):
-    """Files that are only there for a moment as well, where Python opens them: no one knows which of them a kill leaves."""
+    """Temporary files that Python opens are included, because a kill may leave any of them."""
     run, opened = tmp_path / "run", set[str]()
     watching = True
 
@@ -350,7 +352,7 @@ def test_an_export_into_a_folder_of_files_keeps_them(run: Path, shards: Path):
 
 # ---------------------------------------------------------------- whose checkpoints they are
 def test_a_checkpoint_folder_belongs_to_one_run(shards: Path, tmp_path: Path):
-    """Another run that names it is refused, also with overwrite=true; the way that the refusal names works."""
+    """Another run that names it is refused, even with overwrite=true; the alternative in the error message works."""
     first, second, there = tmp_path / "first", tmp_path / "second", tmp_path / "there"
     train(recipe(shards, first, f"checkpoint.folder={there}"))
     assert DiskStore(str(there)).run_json("000000004")["run"] == run_identity(first)
@@ -377,7 +379,7 @@ def test_the_folder_inside_of_another_run_is_that_runs(run: Path, shards: Path, 
 
 
 def test_what_others_keep_in_a_checkpoint_folder_stays(shards: Path, tmp_path: Path):
-    """Checkpoints of another program, also with overwrite=true, and a file `latest` of its own."""
+    """Checkpoints of another program are kept, even with overwrite=true, and so is its file `latest`."""
     run, there = tmp_path / "run", tmp_path / "there"
     command = recipe(shards, run, f"checkpoint.folder={there}", "overwrite=true")
     for name in ("500/.metadata", "500/__0_0.distcp", "000000500/__0_0.distcp", "notes.txt"):
@@ -518,7 +520,7 @@ def test_a_damaged_owner_of_checkpoints_is_named(tmp_path: Path, owner: str):
 
 # ---------------------------------------------------------------- one trainer
 def held(run: Path, **changes: object) -> Path:
-    """A lock as a trainer on this machine has left it; `changes` of its only holder."""
+    """A lock that a trainer on this machine has left; `changes` replace entries of its only holder."""
     lock = Lock()
     lock.take(run)
     content = json.loads((run / ".run.lock").read_text())
@@ -663,7 +665,7 @@ def test_a_launchers_trainers_join_its_lock(tmp_path: Path, monkeypatch: pytest.
 # ---------------------------------------------------------------- the same command goes on
 @pytest.mark.slow
 def test_the_command_of_a_branch_goes_on(run: Path, shards: Path, tmp_path: Path):
-    """checkpoint.resume=PATH is where the run begins; what it has saved itself counts from then on."""
+    """checkpoint.resume=PATH is where the run begins; later the same command resumes from the run's own checkpoints."""
     branch, resume = tmp_path / "branch", f"checkpoint.resume={run / 'checkpoints' / '000000002'}"
     options = ("steps=5", "optim.lr=5e-4", "checkpoint=1", resume)
     whole = losses(train(tiny_recipe("mae", shards, branch, *options)))
@@ -675,7 +677,7 @@ def test_the_command_of_a_branch_goes_on(run: Path, shards: Path, tmp_path: Path
 
 
 def cut(run: Path, step: int) -> None:
-    """What a run was like at a step, if it had been stopped there."""
+    """Change a run into what it would be if it had been stopped at a step."""
     store = DiskStore(str(run / "checkpoints"))
     for name in store.complete_names():
         if int(name) > step:

@@ -1,4 +1,5 @@
-"""Evaluation that cannot give scores is refused at the start; one that dies is started again; what is not scored in the end does not look like success."""
+"""An evaluation that cannot give scores is refused at the start; a scoring process that dies is started again; a run
+that lacks scores at the end does not look like a success."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def test_train_scores_as_the_command_does(shards: Path, tmp_path: Path):
 
 
 def kill_scoring(process: subprocess.Popen, enough: Callable[[int], bool]) -> int:
-    """Kill each scoring process as it comes; how many there were."""
+    """Kill each scoring process as soon as it exists; counts them."""
     killed: set[int] = set()
     while process.poll() is None and not enough(len(killed)):
         with contextlib.suppress(psutil.NoSuchProcess):

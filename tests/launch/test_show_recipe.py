@@ -1,4 +1,4 @@
-"""`unlabeled recipes show`: every key with what it means, in a file that trains the same."""
+"""`unlabeled recipes show`: every key with its meaning, in a file that trains in the same way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import unlabeled
 
 
 def sections() -> Iterator[type[Section]]:
-    """Every class of options: those below Recipe, and those of all objectives and models."""
+    """Every class of options: those of the sections of Recipe, and those of all objectives and models."""
     waiting: list[type[Section]] = [Recipe, *(cls for cls, _ in presets.PRESETS.values())]
     waiting += [finder.config_class(name)[0] for name in finder.names()]
     seen: list[type[Section]] = []
@@ -33,7 +33,7 @@ def sections() -> Iterator[type[Section]]:
 
 
 def below(hint: object) -> list[type[Section]]:
-    """The sections that a type names."""
+    """The section classes that a type names."""
     parts = (hint, *typing.get_args(hint))
     return [part for part in parts if isinstance(part, type) and issubclass(part, Section)]
 

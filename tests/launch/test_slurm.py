@@ -39,7 +39,7 @@ FORWARD = """
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Three nodes; tests find it by their environment."""
+    """Three nodes; tests find the cluster by environment variables."""
     if reason := missing():
         pytest.skip(f"NO SLURM HERE, SO NOTHING OF `unlabeled launch` IS TESTED: {reason}")
     with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=3) as cluster, pytest.MonkeyPatch.context() as patch:
@@ -62,7 +62,7 @@ def idle(cluster: SlurmCluster) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def method(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An objective of one's own, whose steps take their time."""
+    """A user's objective whose steps take some time."""
     path = tmp_path_factory.mktemp("methods") / "slow.py"
     text = OWN["labels"].replace("from dataclasses", "import os\nimport time\nfrom dataclasses", 1)
     line = "        logits = self.head("
@@ -73,7 +73,7 @@ def method(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(method: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
-    """The losses of the run of one process that nobody disturbs."""
+    """The losses of an undisturbed run of one process."""
     return losses(train(recipe(method, shards, tmp_path_factory.mktemp("whole") / "run", "parallel.mode=single")))
 
 
@@ -109,7 +109,7 @@ class Job:
         return "".join(path.read_text() for path in self.folder.parent.glob("*_log.out"))
 
     def trains(self, steps: int = 1, attempt: int = 1) -> None:
-        """Wait until an attempt has trained, and the run has so many steps."""
+        """Wait until an attempt has trained a step, and the run has at least this number of steps."""
         there = (self.folder / f"attempt-{attempt}").is_dir
         self.cluster.wait(lambda: there() and last_step(self.run) >= steps, f"{steps} steps\n{self.log}", 120)
 
@@ -127,7 +127,7 @@ class Job:
 def test_two_nodes_train_as_one_process_does(
     cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
 ):
-    """The command, its batch script, and the same command once more while the run is in the queue."""
+    """The command, its batch script, and the same command again while the run is in the queue."""
     run, path = tmp_path / "a run", tmp_path / "tiny.yaml"
     path.write_text(config.dump(recipe(method, shards, run)))
     words = ["launch", path, "--nodes", 2, "--cpus", 1, "--hours", 0.5, "--partition", "main"]
@@ -167,7 +167,7 @@ def test_a_preempted_job_saves_requeues_and_goes_on(
 def test_a_killed_rank_is_named_and_the_run_goes_on(
     cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
 ):
-    """In the same job, from the last checkpoint; the log says how long it took."""
+    """The same job resumes from the last checkpoint, and the log states the time that this took."""
     job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2)
     job.trains(12)
     rank = ranks_of(job.folder / "attempt-1")[1]
@@ -225,7 +225,7 @@ def test_a_rank_that_hangs_is_named(cluster: SlurmCluster, method: Path, shards:
 def test_a_node_that_is_lost_is_left_out(
     cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
 ):
-    """Everything on it is gone at once; the job goes on with the other, without a requeue."""
+    """All its processes end at once; the job continues on the other node, without a requeue."""
     job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes="1-2")
     job.trains(12)
     cluster.kill_node("n2")
@@ -239,7 +239,7 @@ def test_a_node_that_is_lost_is_left_out(
 def test_a_fixed_number_of_nodes_comes_from_the_queue_again(
     cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
 ):
-    """The job requeues itself without the node that it has lost, and gets the third one."""
+    """The job is requeued without the lost node, and gets the third one."""
     job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2)
     job.trains(12)
     cluster.kill_node("n2")
@@ -305,7 +305,7 @@ def test_a_job_is_stopped_and_the_same_command_goes_on(
 def test_an_objective_of_ones_own_that_was_edited_ends_the_job(
     cluster: SlurmCluster, method: Path, shards: Path, tmp_path: Path
 ):
-    """While the job waited: behind one that has all nodes."""
+    """The file is edited while the job waits behind another one that has all nodes."""
     own = tmp_path / "own.py"
     own.write_text(method.read_text())
     words = ("--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")

@@ -1,4 +1,5 @@
-"""What `unlabeled status`, `logs` and `stop` say and do about runs on this machine; tests/launch/test_slurm.py has those in a queue."""
+"""`unlabeled status`, `logs` and `stop` for runs on this machine; tests/launch/test_slurm.py tests them for runs in
+a queue."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def test_the_end_of_a_log(finished: Path, capsys: pytest.CaptureFixture):
 
 
 def test_runs_of_a_cluster_where_there_is_no_slurm(finished: Path, monkeypatch: pytest.MonkeyPatch):
-    """Such as on a workstation that sees the same disk."""
+    """For example on a workstation that has the same disk."""
     job = finished / "job.json"
     job.write_text('{"folder": "/jobs/x", "number": 0, "id": "7"}')
     monkeypatch.setenv("PATH", "")
@@ -76,7 +77,7 @@ def test_runs_of_a_cluster_where_there_is_no_slurm(finished: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_a_run_on_this_machine_is_followed_and_stopped(shards: Path, tmp_path: Path):
-    """It ends after a checkpoint, as after Ctrl-C, and what follows its log ends, too."""
+    """The run ends after a checkpoint, as after Ctrl-C, and so does the command that follows its log."""
     run, path = tmp_path / "run", tmp_path / "run.yaml"
     options = ("steps=100000", "checkpoint=100000", "eval.pixels=false")
     path.write_text(config.dump(tiny_recipe("mae", shards, run, *options)))

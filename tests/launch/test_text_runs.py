@@ -1,4 +1,5 @@
-"""Runs on text: token sets in a recipe, what is refused, what a model will read, and the demo's text with and without a registry."""
+"""Runs on text: token sets in a recipe, errors, previews of the model's input, and the demo text with and without a
+package registry."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def test_a_run_on_text_trains_and_goes_on_as_if_it_had_not_stopped(held: Path, t
 def test_a_run_takes_the_loss_on_held_out_text_and_counts_tokens(
     texts: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The same rows each time, every `log.val_every` steps and after the last one; the training is what it is without."""
+    """On the same rows each time, every `log.val_every` steps and after the last one; it does not change the
+    training."""
     plain = train(recipe(held, tmp_path / "plain", "objective=gpt", "steps=6"))
     own = [
         "objective=gpt",

@@ -1,4 +1,4 @@
-"""One process of one mode: train objectives for a few steps on given batches and write down what came out."""
+"""One process of one mode: train objectives for a few steps on given batches, and write the results to a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS, BATCH, ACCUMULATE, LR = 4, 8, 2, 5e-4
 
 
 class Whole(dict[str, Tensor]):
-    """A micro-batch of all processes, with the views that made it."""
+    """A micro-batch of all processes, and the views that have made it."""
 
     views: Any
 
@@ -48,7 +48,7 @@ def batches(cfg: Recipe, shards: Path, count: int) -> list[Whole]:
 
 
 def mine(batch: Whole) -> dict[str, Tensor]:
-    """This process's samples of a batch, with what its data workers make of these."""
+    """This process's samples of a batch, with the arrays that its data workers would collate from them."""
     made = collated(batch.views, {key: value.numpy() for key, value in batch.items()})
     rows = {k: v.chunk(processes.world())[processes.rank()] for k, v in batch.items() if k not in made}
     own = collated(batch.views, {key: value.numpy() for key, value in rows.items()})
@@ -67,7 +67,8 @@ def recipe_of(name: str, shards: Path, mode: str, options: dict[str, Any]) -> Re
 def one_step(
     engine: engines.Engine, guard: Guard, data: list[dict[str, Tensor]], step: int, poison: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step of training; (mean loss, mean logs, gradient norm). `poison`: of the last micro-batch."""
+    """Train one step. Returns (mean loss, mean logs, gradient norm). `poison`: whether the last micro-batch is not
+    finite."""
     *others, last = data[: engine.accumulate]
     values = training_step.one_step(
         engine, guard, [*others, poisoned(last) if poison else last], step, LR, weight_decay=0.05
@@ -77,7 +78,7 @@ def one_step(
 
 
 def everything(engine: engines.Engine) -> dict[str, Tensor]:
-    """Copies of weights, buffers and optimizer state, gathered."""
+    """Gathered copies of weights, buffers and optimizer state."""
     flat, _ = flatten_state_dict(engine.state_dict())
     return {key: whole(value).clone() for key, value in flat.items() if isinstance(value, Tensor)}
 
@@ -96,7 +97,7 @@ def poisoned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
-    """Losses and gradient norms of each step, and the weights after them, as every process sees them."""
+    """Losses and gradient norms of each step, and the weights after all steps, on every process."""
     model = build_objective(cfg, empty=fsdp2.starts_empty(cfg))
     engine = build_engine(model, cfg, device)
     guard = Guard(model, cfg.skip, device)

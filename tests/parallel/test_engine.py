@@ -1,4 +1,5 @@
-"""What an engine refuses, fp16 and its loss scale, compiled blocks, teachers that are not cut, and where recomputation saves memory."""
+"""Errors of an engine, fp16 and its loss scale, compiled blocks, teachers that are not sharded, and the memory that
+recomputation saves."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_zero_without_deepspeed_names_the_extra(shards: Path, tmp_path: Path, mo
 
 
 def test_fp16_scales_its_loss(shards: Path):
-    """Close to fp32, with weights in fp32; a step that overflows halves the factor and changes nothing else."""
+    """Losses are close to fp32, with weights in fp32; a step that overflows halves the factor and changes nothing
+    else."""
     cfg = recipe_of("mae", shards, "single", {"precision": "fp16"})
     data = batches(cfg, shards, STEPS * ACCUMULATE)
     plain = train(recipe_of("mae", shards, "single", {}), data, CPU)
@@ -118,7 +120,8 @@ def test_compiled_blocks_give_the_same(recompute: str, shards: Path):
     ],
 )
 def test_the_residual_stream_has_one_dtype(name: str, options: dict[str, object], precision: str, shards: Path):
-    """The compute dtype into every block, and so the same memory, in every mode: FSDP2 alone gathers scales and tables in it."""
+    """Every block gets the compute dtype, and so needs the same memory, in every mode, although only FSDP2 gathers
+    scales and tables in this dtype."""
     expected = {torch.bfloat16 if precision == "bf16" else torch.float32}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -136,7 +139,7 @@ def test_the_residual_stream_has_one_dtype(name: str, options: dict[str, object]
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A process group of this process."""
+    """A process group that has only this process."""
     processes.start("ddp", CPU)
     yield
     processes.stop()
@@ -152,7 +155,7 @@ def test_gradients_of_ddp_are_views_of_its_buckets(alone: None, shards: Path):
 
 
 def test_ddp_does_not_cut_the_graphs_of_blocks(alone: None, shards: Path, monkeypatch: pytest.MonkeyPatch):
-    """Into pieces as large as its buckets, of which the first one is 1 MB: here a block has 3 MB."""
+    """DDP would cut them at its buckets, of which the first has 1 MB; a block here has 3 MB."""
     graphs: list[object] = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:
@@ -169,7 +172,7 @@ def test_ddp_does_not_cut_the_graphs_of_blocks(alone: None, shards: Path, monkey
 
 
 def test_trained_roots_stay_gathered_until_their_backward(alone: None, shards: Path):
-    """The roots of student and teacher; without a backward (validation, pictures) nothing stays gathered."""
+    """The roots of student and teacher; without a backward (validation, pictures) no unit stays gathered."""
     cfg = recipe_of("dinov2", shards, "fsdp2", {})
     engine = build_engine(build_objective(cfg), cfg, CPU)
     model, (batch,) = engine.objective, batches(cfg, shards, 1)
@@ -223,7 +226,7 @@ def test_graphs_are_as_many_as_networks_not_as_sizes(shards: Path, monkeypatch: 
 
 
 def test_full_recomputation_keeps_less(shards: Path):
-    """Bytes that autograd holds between forward and backward."""
+    """Compares the bytes that autograd keeps between forward and backward."""
 
     def held(recompute: str) -> int:
         cfg = recipe_of("mae", shards, "single", {"model.depth": 6, "parallel.recompute": recompute})
@@ -254,7 +257,7 @@ def test_selective_recomputation_repeats_no_matrix_product(shards: Path):
 
 
 class Guided(MAE):
-    """A MAE that also follows a frozen network which never moves."""
+    """A MAE that is also trained towards a frozen network."""
 
     def __init__(self, cfg, backbone):
         super().__init__(cfg, backbone)
@@ -346,7 +349,7 @@ def test_flops_are_traced_once_and_on_rank_0_only(shards: Path, tmp_path: Path, 
 
 
 def test_peaks_of_devices_with_similar_names():
-    """As `torch.cuda.get_device_name` has them; figures of the data sheets, without sparsity."""
+    """Names as torch.cuda.get_device_name returns them; figures of the data sheets, without sparsity."""
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H100 PCIe", "NVIDIA H200")
     assert [hardware.peak_of(name, "bf16") for name in names] == [989e12, 835e12, 756e12, 989e12]
     assert hardware.peak_of("NVIDIA GH200 480GB", "bf16") is None

@@ -1,4 +1,5 @@
-"""Every objective trains the same way in every mode: losses, gradient norms and weights of one process, on two and four."""
+"""Every objective trains in the same way in every mode: losses, gradient norms and weights on two and four processes
+equal those of one process."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ IN_CI: dict[str, tuple[str, ...]] = {
 
 
 def run(mode: str, shards: Path, folder: Path, names: list[str], **more: Any) -> list[dict[str, Any]]:
-    """What each process found of the objectives, in rank order."""
+    """The results of each process for the objectives, in rank order."""
     kind, count, options = MODES[mode]
     for name in names:  # what their options name is made before several processes look for it
         tiny_recipe(name, shards, folder)
@@ -74,7 +75,8 @@ def run(mode: str, shards: Path, folder: Path, names: list[str], **more: Any) ->
 
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory):
-    """{mode: what its processes found}; each mode is started once, for all objectives that the selected tests name with it."""
+    """{mode: results of its processes}. Each mode is started once, for all objectives that the selected tests use in
+    it."""
     known: dict[str, list[dict[str, Any]]] = {}
     selected = [
         item.callspec.params
@@ -94,7 +96,8 @@ def found(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest
 
 
 def cases(*modes: str) -> pytest.MarkDecorator:
-    """(mode, name) of every mode and objective; `make test` runs those of IN_CI, `make test-matrix` the rest. One mode's tests share its processes."""
+    """(mode, name) of every mode and objective. `make test` runs those in IN_CI, `make test-matrix` the others. The
+    tests of a mode share its processes."""
     return pytest.mark.parametrize(
         ("mode", "name"),
         [
@@ -121,7 +124,8 @@ def close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, weight
 
 
 def distances(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """How far each weight is from the other run's, relative to its size; one without a gradient is not moved but by rounding."""
+    """The distance of each weight from that of the other run, relative to its size. A weight without a gradient
+    differs only by rounding."""
     out = {}
     for name in ours["weights"]:
         value, other = ours["weights"][name].double(), theirs["weights"][name].double()
@@ -132,7 +136,8 @@ def distances(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.slow
 @cases(*[m for m in MODES if "bf16" not in m and m != "single"])
 def test_the_same_in_every_mode(mode: str, name: str, found):
-    """To 1e-5; SimCLR, whose batch norm divides almost equal features by their spread, under selective recomputation, which takes other operations, to 2e-5."""
+    """To 1e-5. SimCLR with selective recomputation to 2e-5, because that uses other operations, and its batch norm
+    divides almost equal features by their small spread."""
     alone = found("single")[0][name]
     assert len(alone["validated"]) == (modes.STEPS if reads_text(name) else 0)
     tolerance = 2e-5 if (mode, name) == ("selective", "simclr") else 1e-5
@@ -143,7 +148,7 @@ def test_the_same_in_every_mode(mode: str, name: str, found):
 @pytest.mark.slow
 @cases(*MODES)
 def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: str, name: str, found):
-    """Weights, buffers, teacher and optimizer state are bit-equal before and after that step; the one after it trains again."""
+    """Weights, buffers, teacher and optimizer state are bit-equal before and after that step; the next step trains."""
     for process in found(mode):
         assert process[name]["skipped"] == 1.0 and not process[name]["changed"] and not process[name]["stuck"]
 
@@ -151,10 +156,11 @@ def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: 
 @pytest.mark.slow
 @cases(*[m for m in MODES if "bf16" in m and m != "single-bf16"])
 def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
-    """To 1 % over all steps; weights to 5 %, or to twice as far as one process in bf16 is away from itself in fp32; what is only logged to 2 %, as KoLeo's
-    distances between the features of an untrained network are a fifth of these, and so is what their rounding is of them. Not SimCLR: the batch norm of its
-    head divides the almost equal features of an untrained network by their small spread, and their rounding with it, so two runs in bf16 part at the
-    first update; there, loss and gradient norm agree to 5 %."""
+    """Losses agree to 1 % over all steps. Weights agree to 5 %, or to twice the distance between bf16 and fp32 on
+    one process. Logged values agree to 2 %, because KoLeo's distances between the features of an untrained network
+    are a fifth of the features, so that rounding weighs more. In SimCLR, batch norm in the head divides the almost
+    equal features of an untrained network by their small spread, and so magnifies rounding: two runs in bf16 differ
+    after the first update, and only loss and gradient norm of the first step agree, to 5 %."""
     alone = found("single-bf16")[0][name]
     rounding = max(distances(alone, found("single")[0][name]).values())
     for process in found(mode):
@@ -178,7 +184,8 @@ def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
 def test_an_optimizer_of_whole_tensors_is_the_same_in_every_mode(
     mode: str, options: dict[str, Any], shards: Path, tmp_path: Path
 ):
-    """Among 4 processes a ViT's matrices are cut unevenly; a step that is not finite leaves the momentum bit-equal, too."""
+    """Four processes shard the matrices of a ViT unevenly. A step that is not finite leaves the momentum bit-equal,
+    too."""
     found = {}
     for name in ("single", mode):
         (tmp_path / name).mkdir()

@@ -1,7 +1,6 @@
-"""Offload under FSDP2: shards and the optimizer in main memory, buffers and activations on the GPU, and no operation that mixes the two.
-
-The GPU exists for fake tensors only: they have a device and no values, and an operation on tensors of two devices raises the error of a real one.
-"""
+"""Offloading with FSDP2: shards and the optimizer are in host memory, buffers and activations on the GPU, and no
+operation mixes the two. The GPU exists for fake tensors only, which have a device but no values; an operation on
+tensors of two devices raises the same error as on a real one."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
 
 class OneDevice(TorchDispatchMode):
-    """Raises an error for an operation on tensors of two devices, also for lists of tensors, which fake tensors let pass. Copies are allowed."""
+    """Raises an error for an operation on tensors of two devices, including lists of tensors, which fake tensors
+    allow. Copies are allowed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

@@ -1,4 +1,4 @@
-"""What a rank does before the first step, in order: its device, its precision, where its weights are."""
+"""What a rank does before the first step, in order: it chooses its device and its precision, and gets its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.forked import Forked
 
 
 def test_time_outs_fit_each_other(shards: Path, tmp_path: Path):
-    """Ranks wait for each other longer than one of them waits for its store, and stacks are written before they end."""
+    """Ranks wait longer for each other than one of them waits for its store, and stacks are written before they end."""
     local = tiny_recipe("mae", shards, tmp_path)
     remote = tiny_recipe("mae", shards, tmp_path, "data.train=s3://bucket/shards")
     mixed = tiny_recipe("mae", shards, tmp_path, "data.train=[]", f"data.mix=[{shards},'s3://bucket/shards']")
@@ -45,7 +45,7 @@ def test_time_outs_fit_each_other(shards: Path, tmp_path: Path):
 
 
 class Reached(Exception):
-    """The run has come as far as the test looks."""
+    """Raised when the run has come as far as the test needs."""
 
 
 class Allocations(TorchFunctionMode):
@@ -64,7 +64,8 @@ class Allocations(TorchFunctionMode):
 
 @pytest.fixture
 def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.device]]:
-    """A machine whose eight GPUs exist for fake tensors only. Returns what happens on them: which becomes current, and allocations."""
+    """A machine whose eight GPUs exist for fake tensors only. Returns the recorded calls: the device that becomes
+    current, and allocations."""
     found: list[tuple[str, torch.device]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -101,7 +102,7 @@ def test_a_rank_without_a_gpu_is_refused(eight_gpus: list, monkeypatch: pytest.M
 
 
 def fail_on_rank_1(path: str, where: str) -> int:
-    """One rank of a run whose rank 1 lacks something."""
+    """One rank of a run in which rank 1 lacks something."""
 
     def missing(*_: object, **__: object) -> None:
         raise ConfigError("there is no such thing on this machine")
@@ -113,7 +114,7 @@ def fail_on_rank_1(path: str, where: str) -> int:
 
 @pytest.mark.parametrize("where", ["pick_device", "open_samples", "build_objective", "check_engine"])
 def test_an_error_of_one_rank_ends_all_at_once(where: str, shards: Path, tmp_path: Path):
-    """Before there is a process group and behind it; without waiting for a time-out, and said once."""
+    """Before the process group exists and afterwards: no rank waits for a time-out, and the error is printed once."""
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "parallel.mode=ddp")
     path = tmp_path / "recipe.yaml"
     path.write_text(config.dump(cfg))
@@ -128,7 +129,7 @@ def test_an_error_of_one_rank_ends_all_at_once(where: str, shards: Path, tmp_pat
 
 
 def reach_engine(path: str, target: str) -> int:
-    """One rank of a run as far as its engine; writes down what that gets."""
+    """One rank of a run up to its engine, whose arguments are written to a file."""
 
     def build_engine(objective: torch.nn.Module, cfg: recipe.Recipe, device: torch.device) -> None:
         places = sorted({p.device.type for p in objective.parameters()})
@@ -144,7 +145,8 @@ def reach_engine(path: str, target: str) -> int:
 
 
 def test_auto_precision_on_an_accelerator_builds_nothing_on_it(shards: Path, tmp_path: Path):
-    """The meta device stands for the accelerator. Rank 0 has the weights in main memory, the other no weights at all, and both the same precision."""
+    """The meta device stands for the accelerator. Rank 0 has the weights in host memory, the other rank has none,
+    and both have the same precision."""
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "parallel.mode=fsdp2", "precision=auto", "device=meta")
     path = tmp_path / "recipe.yaml"
     path.write_text(config.dump(cfg))

@@ -1,4 +1,5 @@
-"""ZeRO-3: no rank has the whole objective on its device, only rank 0 has it at all, and weights are gathered in the compute dtype."""
+"""ZeRO-3: no rank has the whole objective on its device, only rank 0 has it in host memory, and weights are gathered
+in the compute dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from tests.parallel.modes import batches, mine, one_step, recipe_of
 
 
 def rank(shards: str, target: str) -> None:
-    """One step of DINOv3, whose teachers are frozen; writes down what was moved as a whole, and what was gathered."""
+    """One step of DINOv3, whose teachers are frozen. Records the tensors that were moved as a whole and those that
+    were gathered."""
     from deepspeed.runtime.zero import partition_parameters
 
     device = torch.device("cpu")

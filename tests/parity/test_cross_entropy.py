@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against loops in float64 and PyTorch's own, values and gradients."""
+"""The chunked cross-entropy compared with loops in float64 and with PyTorch's cross-entropy: values and gradients."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def test_bf16_is_the_plain_one_to_its_rounding():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_fp16_keeps_small_gradients(dtype: torch.dtype):
-    """fp16 ends at 6e-8, and the factor of the loss comes in the backward only. `dtype`: of the hidden states."""
+    """The smallest number in fp16 is 6e-8, and the loss scale is applied only in the backward. `dtype`: that of the
+    hidden states."""
     x = given(torch.float32, 300, 1000, 64)
     inputs = [x["hidden"], x["weight"] * 0.2]
 

@@ -1,4 +1,5 @@
-"""Pixels equal Pillow's in every format; damage of any kind raises, and nothing large is decoded before its header has been looked at."""
+"""Decoded pixels equal Pillow's in every format; damaged files raise Damaged, and nothing large is decoded before
+its header was checked."""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ def test_jpeg_equals_pillow(photo: np.ndarray, subsampling: str):
 
 
 def test_other_jpegs(photo: np.ndarray):
-    """Grey, stored as RGB, progressive, CMYK and YCCK; writable memory of one's own each."""
+    """Grey, stored as RGB, progressive, CMYK and YCCK; each result is writable and has memory of its own."""
     picture = Image.fromarray(photo)
     for image, options in [(picture.convert("L"), {}), (picture, {"keep_rgb": True}), (picture, {"progressive": True})]:
         data = saved(image, "JPEG", quality=92, **options)
@@ -162,7 +163,7 @@ def test_the_first_picture_of_an_animation():
 def tiff(
     array: np.ndarray, photometric: int = 1, extra: int | None = None, bits: int = 0, pages: tuple = (0,)
 ) -> bytes:
-    """An uncompressed TIFF of [H, W, bands], as scientific tools write them; `pages`: the NewSubfileType of each."""
+    """An uncompressed TIFF of [H, W, bands], as scientific tools write it; `pages`: the NewSubfileType of each page."""
     height, width, bands = array.shape
     kind = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
     out, links = b"II*\0", 4
@@ -310,7 +311,8 @@ def test_a_jpeg_cut_off_anywhere(photo: np.ndarray, shrink: float):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_hole_in_a_jpeg(photo: np.ndarray, mode: str):
-    """64 zeros in nearly any place of a file of high quality. Where the codes fall into step again, nobody can tell: JPEG has no checksum."""
+    """64 zero bytes at almost any position of a file of high quality. If the codes become valid again behind them,
+    the damage cannot be detected, because JPEG has no checksum."""
     data = saved(Image.fromarray(photo).convert(mode), "JPEG", quality=97)
     start = data.index(b"\xff\xda") + 20
     places = range(start, len(data) - 100, (len(data) - start) // 60)
@@ -366,7 +368,7 @@ def test_arrays_that_are_refused(photo: np.ndarray):
 
 
 def test_pixel_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch, photo: np.ndarray):
-    """Nothing is decoded, for any of the formats."""
+    """Nothing is decoded, in any format."""
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("decoded before the size was looked at")
@@ -447,7 +449,7 @@ def test_strips_change_no_pixel(photo: np.ndarray, mode: str, monkeypatch: pytes
 
 
 def test_bytes_that_decoding_holds(photo: np.ndarray):
-    """Of each pixel: what a view copies, Pillow's own copy, the coefficients where a JPEG comes in several scans."""
+    """Bytes per pixel: the copy of a view, Pillow's copy, and the coefficients of a JPEG with several scans."""
     jpeg = saved(photo, "JPEG")
     cmyk = saved(Image.fromarray(photo).convert("CMYK"), "JPEG")
     for data, extension, channels, shrink, expected in (

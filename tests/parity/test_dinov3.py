@@ -1,4 +1,5 @@
-"""DINOv3: its own terms against plain loops in float64, the whole objective crop by crop, one whole training step against a straight script, and stages."""
+"""DINOv3: its terms compared with plain loops in float64, the whole objective crop by crop, one training step
+compared with a plain script, and its stages."""
 
 from __future__ import annotations
 
@@ -130,7 +131,7 @@ def test_grouped_koleo_at_its_edges():
 
 
 def test_health():
-    """Known cases: all alike, an orthonormal set, two clusters."""
+    """Known cases: equal features, an orthonormal set, two clusters."""
     uniform, sure = torch.full((4, 8), 1 / 8), torch.eye(8)[:4]
     alike = health(torch.ones(4, 8), uniform)
     assert alike["feature_std"] == 0 and alike["teacher_entropy"].item() == pytest.approx(math.log(8))
@@ -183,7 +184,7 @@ def batch_of(images: int = 4, gram: int = 64) -> dict[str, Tensor]:
     ids=["plain", "options", "more options"],
 )
 def test_forward(options: dict):
-    """The whole loss, crop by crop."""
+    """The whole loss, computed crop by crop."""
     model = dinov3(
         gram_teacher="ema", gram_weight=Schedule(1.5), local_weight=Schedule(0.5), ibot_weight=0.7, **options
     ).double()
@@ -230,7 +231,7 @@ def test_forward(options: dict):
 
 
 def test_schedules_are_followed():
-    """Weights, temperature and momentum are those of the step."""
+    """Weights, temperature and momentum have the values of the step."""
     line = lambda first, last: Schedule(first, kind="linear", final=last, steps=11)  # noqa: E731
     model, batch = dinov3(gram_teacher="ema").double(), batch_of()
     noise(model.student, 1), noise(model.teacher, 2), noise(model.gram, 3)
@@ -299,7 +300,8 @@ def rng_of(k: int) -> np.random.Generator:
 
 
 def test_gram_views_are_the_same_crops():
-    """Without colours, the large view made small is the global crop; with them, the box is still the same."""
+    """Without colour augmentations, the large view resized to the smaller size is the global crop; with them, the
+    box is still the same."""
     plain = Config(local_crops=1, local_size=16, blur=[0, 0, 0], solarize=0.0)
     colours = multicrop(plain, 64, 8, 128)
     out = colours(sample(), rng_of)
@@ -312,8 +314,8 @@ def test_gram_views_are_the_same_crops():
 
 
 def test_each_view_has_its_own_operations():
-    """Probabilities of blur are those of the first, the second and the local crops, in this order; only the second is solarised; Gram crops keep
-    their colours."""
+    """Probabilities of blur are those of the first, the second and the local crops, in this order; only the second
+    crop is solarised; Gram crops have no colour augmentations."""
     made = _augments(Config(blur=[0.1, 0.9, 0.5], flip=0.3, local_crops=3), (64, 32, 128))
     assert [a.blur for a in made["global"]] == [0.1, 0.9] and [a.solarize for a in made["global"]] == [0, 0.2]
     assert [a.blur for a in made["local"]] == [0.5] * 3 and made["local"][0].solarize == 0
@@ -350,7 +352,8 @@ def test_resolutions_are_drawn_by_step():
 
 
 def test_counts_of_masks():
-    """Half of the global crops are masked, with ratios spread evenly over (.1, .5], each to the exact count."""
+    """Half of the global crops are masked, with ratios spread evenly over (.1, .5], each with the exact number of
+    patches."""
     view = multicrop(Config(local_crops=0), 128, 8)
     counts = sorted(int(m.sum()) for slot in range(8) for m in view(sample(0, slot), rng_of)["mask"])
     assert counts == [0] * 8 + [int((0.1 + 0.4 * (i + 1) / 8) * 256) for i in range(8)]
@@ -360,8 +363,8 @@ def test_counts_of_masks():
 def straight_step(
     state: dict[str, Tensor], batch: dict[str, Tensor], lr: float, wd: float
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """DINOv3's step from torch functions alone: (loss, clipped gradients, all parameters after AdamW and the teacher's average). `state`: of student and
-    teacher."""
+    """One step of DINOv3, written with functions of torch only: (loss, clipped gradients, all parameters after AdamW
+    and the update of the teacher). `state`: that of student and teacher."""
     p = {k: v.clone().requires_grad_(k.startswith("student")) for k, v in state.items()}
 
     def vit(x: Tensor, net: str, mask: Tensor | None = None) -> Tensor:
@@ -533,7 +536,8 @@ DINO = ["model.positions=rope", "model.registers=2", "model.rope_rescale=2.0", "
 
 @pytest.mark.slow
 def test_stages_chain(shards: Path, tmp_path: Path):
-    """pretrain → gram → highres, each from the checkpoint of the one before; resumed runs do not read it again; a Gram teacher from an export."""
+    """pretrain → gram → highres, each from the checkpoint of the previous stage, which a resumed run does not read
+    again; and a Gram teacher from an export."""
     first = train(
         tiny_recipe(
             "dinov3",
@@ -622,7 +626,8 @@ def test_stages_chain(shards: Path, tmp_path: Path):
 
 
 def test_a_stage_at_another_size_resizes_learned_positions(shards: Path, tmp_path: Path):
-    """DINOv2's short stage at 518 pixels: every network's table for the new grid, as `transformers` resizes it; the rest as it was."""
+    """DINOv2's short stage at 518 pixels: the position table of every network is resized as `transformers` does; all
+    other tensors are equal."""
     first = train(tiny_recipe("dinov2", shards, tmp_path / "first", "model.positions=learned", "steps=2"))
     small = build_objective(
         tiny_recipe("dinov2", shards, tmp_path / "x", f"init.run={first}", "model.positions=learned"), start=True
@@ -642,7 +647,7 @@ def test_a_stage_at_another_size_resizes_learned_positions(shards: Path, tmp_pat
 
 
 def test_a_run_of_another_model_is_refused(shards: Path, tmp_path: Path):
-    """All tensors that a stage has and the run before it has not, and the other way round, are named."""
+    """The error names all tensors that only one of the stage and the previous run has."""
     common = [f"init.run={teacher_run(shards)}", "model.patch_size=4", "model.dim=48"]
     for depth, message in (
         (
@@ -664,7 +669,8 @@ def test_a_run_of_another_model_is_refused(shards: Path, tmp_path: Path):
 
 
 def test_continued_pretraining_from_a_backbone(shards: Path, tmp_path: Path):
-    """The heads begin anew and warm up alone; then the backbone moves, too. Any objective can do it."""
+    """The heads are initialised anew and trained alone at first; then the backbone is trained, too. Any objective
+    supports this."""
     first = train(tiny_recipe("mae", shards, tmp_path / "mae", *DINO[:2], "steps=2"))
     source = first / "export" / "2"
     options = [

@@ -1,4 +1,5 @@
-"""Distillation: students against plain loops, at other strides than the teacher's; they do not know of each other; teachers of every kind."""
+"""Distillation: students compared with plain loops, also with other strides than the teacher's; students do not
+influence each other; teachers of every kind."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ SMALL_STUDENTS = "objective.students=[vit dim=24 depth=2 heads=2 image_size=32 p
 
 # ---------------------------------------------------------------- alignment
 def centres(h: int, w: int) -> Tensor:
-    """Where the cells of a grid lie: [1, h·w, 2] in [0, 1]."""
+    """The centres of the cells of a grid, [1, h·w, 2] in [0, 1]."""
     rows, columns = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
     return torch.stack([rows, columns], -1).view(1, h * w, 2)
 
@@ -53,7 +54,7 @@ def test_standardise():
 
 
 def naive_relations(x: Tensor, z: Tensor, temperature: float) -> Tensor:
-    """KL divergence of softmaxes over the other rows, row by row."""
+    """KL divergence of softmaxes over the other rows, computed row by row."""
     rows = []
     for i in range(len(x)):
         others = [j for j in range(len(x)) if j != i]
@@ -108,7 +109,7 @@ def setup(shards: Path, run: Path, *overrides: str) -> tuple:
 
 @pytest.mark.slow
 def test_prototypes(shards: Path, tmp_path: Path):
-    """Patches of 8 pixels against the teacher's of 4, crop by crop."""
+    """Patches of 8 pixels, with a teacher whose patches have 4 pixels; computed crop by crop."""
     model, batch = setup(
         shards, tmp_path / "run", *variants("distillation", shards)[1], "objective.teacher_temperature=0.2"
     )
@@ -184,7 +185,8 @@ def test_features(shards: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_students_do_not_know_of_each_other(shards: Path, tmp_path: Path):
-    """With and without the others: the same losses, and the same weights after some steps, though all have drop path."""
+    """With and without the other students, losses and weights after some steps are equal, although all students have
+    drop path."""
     results = []
     for name, students in [
         ("all", SMALL_STUDENTS),
@@ -241,7 +243,8 @@ def test_a_teacher_of_transformers(shards: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("unit", ["true", "false"])
 def test_a_teachers_heads_are_those_of_its_run(shards: Path, tmp_path: Path, unit: str):
-    """Sizes of each head, weights, and whether prototypes are of length 1; the students' new heads are of the same kind."""
+    """Sizes of the heads, weights, and whether prototypes are normalised; the students' new heads are of the same
+    kind."""
     options = ["objective.gram_teacher=none", "objective.gram_size=512", f"objective.unit_prototypes={unit}"]
     options += ["objective.ibot_prototypes=32", "objective.ibot_hidden=48", "objective.ibot_bottleneck=16", "steps=1"]
     run = train(tiny_recipe("dinov3", shards, tmp_path / "run", *options))
@@ -256,7 +259,8 @@ def test_a_teachers_heads_are_those_of_its_run(shards: Path, tmp_path: Path, uni
 
 
 def test_a_teacher_of_any_kind(shards: Path, tmp_path: Path):
-    """A convolutional network, whose cells are larger than the student's; a ViT with patches that do not divide local crops, which it does not see."""
+    """A convolutional network whose cells are larger than the student's; a ViT whose patches do not divide local
+    crops, which a teacher does not get."""
     for name, options, size, grid in (
         ("convnext_micro", {"image_size": 64}, 64, (2, 2)),
         ("resnet_micro", {}, 64, (8, 8)),
@@ -342,7 +346,7 @@ def test_students_are_scored(shards: Path, tmp_path: Path):
 )
 @torch.no_grad()
 def test_networks_of_timm(tmp_path: Path, architecture: str):
-    """Tokens are where they should be, another input size works (but for Swin), and timm opens what is exported."""
+    """Tokens are at the right positions, another input size works (except for Swin), and timm opens the exports."""
     import timm
 
     from pretrain.interchange import export

@@ -1,4 +1,5 @@
-"""Losses that look at the whole batch: two gloo processes with half of it each give the value and the gradient of one process with all of it."""
+"""Losses that depend on the whole batch: two gloo processes with half of the batch each give the value and the
+gradient of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ Result = dict[str, list[Tensor]]
 
 
 def check_gather() -> Result:
-    """The gradient of a process's rows comes from the losses of all processes."""
+    """The gradient of a process's rows includes the losses of all processes."""
     x = mine(normal(6, 3)).requires_grad_()
     everyone = gather(x)
     loss = ((everyone @ normal(3, 6, seed=1)) ** 3).sum() / 6  # the same on every process
@@ -50,7 +51,7 @@ def check_gather() -> Result:
 
 
 def check_gather_of_different_losses() -> Result:
-    """Each process weighs the gathered rows in its own way: what comes back is the sum over processes."""
+    """Each process weights the gathered rows differently; the gradient is the sum over the processes."""
     x = mine(normal(6, 3)).requires_grad_()
     weights = mine(normal(4, 6, 3, seed=1))
     (gradient,) = torch.autograd.grad((gather(x) * weights.sum(0)).sum(), [x])
@@ -58,7 +59,8 @@ def check_gather_of_different_losses() -> Result:
 
 
 def check_gather_leaves_a_shared_gradient() -> Result:
-    """The sum's backward hands one tensor to both of its inputs: the other input's gradient is this process's own."""
+    """The backward of a sum passes the same tensor to both inputs; the gradient of the other input must be that of
+    this process."""
     x, rank = mine(normal(6, 3)).requires_grad_(), world()[0]
     other = normal(6, 3, seed=1).requires_grad_()
     own = normal(2, 6, 3, seed=2)  # by process
@@ -70,7 +72,7 @@ def check_gather_leaves_a_shared_gradient() -> Result:
 
 @contextlib.contextmanager
 def cuda_operations() -> Iterator[None]:
-    """The operations of batch norm that only CUDA has, by the formulas that they compute there."""
+    """The operations of batch norm that only CUDA has, replaced by the formulas that they compute."""
 
     def by_channel(x: Tensor, values: Tensor) -> Tensor:
         return values.view(1, -1, *[1] * (x.ndim - 2))
@@ -116,7 +118,7 @@ def cuda_operations() -> Iterator[None]:
 
 
 def check_the_kernel_of_batch_norm() -> Result:
-    """Of images and of vectors: output, gradients and running statistics are those of nn.BatchNorm on the whole batch."""
+    """For images and vectors: output, gradients and running statistics are those of nn.BatchNorm on the whole batch."""
     rows, means = [], []
     for shape in ((6, 4, 3, 2), (6, 4)):
         norm = BatchNorm(4).double()
@@ -145,14 +147,14 @@ def check_nt_xent() -> Result:
 
 
 def check_sinkhorn() -> Result:
-    """Whole, in halves; and with rows so far apart that each process's own maximum would not do."""
+    """The whole batch, its halves, and rows that differ so much that the maximum of one process is not enough."""
     logits = normal(8, 11)
     far = logits + torch.tensor([0.0] * 4 + [500.0] * 4).unsqueeze(1)
     return {"rows": [sinkhorn(mine(logits), 0.07), sinkhorn(mine(far), 0.5, iterations=2)]}
 
 
 def check_sinkhorn_of_uneven_halves() -> Result:
-    """As of masked patches: five rows on one process and three on the other, or all eight on one."""
+    """As for masked patches: five rows on one process and three on the other, or all eight on one."""
     logits, rank = normal(8, 11), world()[0]
     if world()[1] == 1:
         return {"rows": [sinkhorn(logits, 0.07)] * 3}
@@ -166,13 +168,14 @@ def check_sums() -> Result:
 
 
 def part_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This process's samples of a batch, with what its data workers make of their masks."""
+    """This process's samples of a batch, with the arrays that its data workers would collate from their masks."""
     rows = {key: mine(value) for key, value in batch.items() if not key.startswith("mask_")}
     return rows | places_of(rows["mask"])
 
 
 def check_dinov2() -> Result:
-    """The whole objective but KoLeo, which is a loss of each process's own batch (2304.07193 §4). All masked patches are in the first half."""
+    """The whole objective except KoLeo, which is computed within each process's batch (2304.07193 §4). All masked
+    patches are in the first half."""
     model: DINOv2 = dinov2().double()
     model.cfg.koleo_weight = 0.0
     batch = dinov2_batch()
@@ -189,7 +192,7 @@ def check_dinov2() -> Result:
 
 
 def check_grouped_koleo() -> Result:
-    """Groups that span processes, that lie within one, and the whole batch; one neighbour and two."""
+    """Groups that span processes, groups within one process, and the whole batch; with one neighbour and with two."""
     torch.manual_seed(0)
     network = nn.Linear(5, 4).double()
     out = []
@@ -204,7 +207,7 @@ def check_grouped_koleo() -> Result:
 
 
 def check_relations() -> Result:
-    """Each crop is compared with those of all processes, and its gradient comes from their losses, too."""
+    """Each crop is compared with the crops of all processes, and its gradient includes their losses."""
     torch.manual_seed(0)
     network = nn.Linear(5, 4).double()
     loss = relation_loss(network(mine(normal(8, 5))), mine(normal(8, 6, seed=1)), 0.1)
@@ -212,7 +215,7 @@ def check_relations() -> Result:
 
 
 def check_dinov3() -> Result:
-    """The whole objective: KoLeo over all processes, the Gram term's mean over processes."""
+    """The whole objective: KoLeo over all processes, and the mean of the Gram loss over processes."""
     model = dinov3(koleo_group=4, gram_teacher="ema").double()
     batch = batch_of()
     batch["mask"][2:] = False
@@ -222,7 +225,8 @@ def check_dinov3() -> Result:
 
 
 def check_gram_of_masked_patches() -> Result:
-    """The masked patches of three images of the first half and of one of the second: each image weighs the same, on whichever process it is."""
+    """Masked patches of three images in the first half and of one in the second: each image has the same weight on
+    any process."""
     torch.manual_seed(0)
     network, mask = nn.Linear(5, 4).double(), torch.zeros(8, 6, dtype=torch.bool)
     mask[0, 1:3], mask[1, ::2], mask[3], mask[6, 2:] = True, True, True, True
@@ -249,7 +253,7 @@ def run_checks(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
-    """What each of the processes found, in rank order."""
+    """The results of each process, in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
     os.environ["OMP_NUM_THREADS"] = "1"
     mp.spawn(run_checks, (folder,), nprocs=WORLD)

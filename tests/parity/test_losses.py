@@ -1,6 +1,5 @@
-"""Every loss against an independent formula: plain loops in float64, values and gradients on the same leaves; where transformers or lightly have
-the loss, against theirs too. A gradient that a formula does not give is a bug that no training curve shows.
-"""
+"""Every loss compared with an independent formula: plain loops in float64, values and gradients for the same
+tensors; and with transformers or lightly if they have the loss. No training curve shows a wrong gradient."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def assert_same(ours: Callable[..., Tensor], naive: Callable[..., Tensor], *inpu
 
 
 def noise(module: nn.Module, seed: int) -> nn.Module:
-    """Normal noise of 0.2 added to every parameter: zero biases and ones hide mistakes."""
+    """Add normal noise of 0.2 to every parameter, because zero biases and ones hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in module.parameters():
@@ -113,7 +112,8 @@ def naive_sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> T
 
 
 def naive_dino(s_global: Tensor, s_local: Tensor, p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(local, global) sums over pairs of one student and another teacher crop, both divided by the number of all pairs."""
+    """(local, global) sums over pairs of a student crop and a different teacher crop, both divided by the number of
+    all pairs."""
     local, glob, pairs = [], [], 0
     for b in range(len(p)):
         for t in range(p.shape[1]):
@@ -128,7 +128,7 @@ def naive_dino(s_global: Tensor, s_local: Tensor, p: Tensor, temperature: float)
 
 
 def naive_ibot(s: Tensor, p: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Each image's masked patches averaged, summed over images, divided by all images."""
+    """The mean over the masked patches of each image, summed over images and divided by the number of images."""
     total, row = torch.zeros((), dtype=s.dtype), 0
     for image in mask:
         count = int(image.sum())
@@ -140,7 +140,7 @@ def naive_ibot(s: Tensor, p: Tensor, mask: Tensor, temperature: float) -> Tensor
 
 
 def naive_patches(image: Tensor, size: int) -> list[Tensor]:
-    """Patches row-major, each as (row, column, channel) flat."""
+    """Patches in row-major order, each flattened as (row, column, channel)."""
     out = []
     for top in range(0, image.shape[1], size):
         for left in range(0, image.shape[2], size):
@@ -157,7 +157,8 @@ def test_nt_xent(temperature: float):
 
 
 def test_nt_xent_known_values():
-    """Orthogonal images whose two views agree; and all rows alike, where every partner is one of 2·B − 1."""
+    """Orthogonal images whose two views are equal; and equal rows, where the partner is one of 2·B − 1 equal
+    classes."""
     pairs = torch.eye(4)
     assert nt_xent(pairs, pairs, 0.1).item() == pytest.approx(math.log(1 + 6 * math.exp(-10)), rel=1e-2)
     assert nt_xent(torch.ones(4, 3), torch.ones(4, 3), 0.1).item() == pytest.approx(math.log(7), rel=1e-5)
@@ -174,7 +175,8 @@ def test_koleo():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_koleo_at_its_edges(dtype: torch.dtype):
-    """Duplicates, also all of them, are large but finite, in value and gradient; a batch of one costs nothing."""
+    """With duplicates, also if all rows are equal, values and gradients are large but finite; the loss of a batch of
+    one row is 0."""
     row = normal(1, 8).to(dtype)
     for x in (torch.cat([row, row, -row]), row.expand(4, -1), torch.zeros(3, 8, dtype=dtype)):
         x = x.clone().requires_grad_()
@@ -214,7 +216,8 @@ def test_sinkhorn_does_not_overflow_or_underflow(dtype: torch.dtype):
 
 
 def test_losses_stay_in_fp32_under_autocast():
-    """The engine runs whole objectives under bf16 autocast: similarities divided by a temperature of 0.1 must not be rounded to 1/256."""
+    """The engine runs whole objectives under bf16 autocast, but similarities that are divided by a temperature of
+    0.1 must not be rounded to 1/256."""
     a, b = normal(16, 8).float(), normal(16, 8, seed=1).float()
     near = a[:1] + 1e-2 * b  # neighbours that bf16 cannot tell apart
     functions = [
@@ -229,7 +232,7 @@ def test_losses_stay_in_fp32_under_autocast():
 
 
 def test_cross_entropy_rounds_products_alone_under_autocast():
-    """With these weights the products are the hidden states; nothing after them is rounded."""
+    """With these weights the products are the hidden states; no later operation rounds."""
     a, target = normal(16, 8).float(), normal(16, 8, seed=1).float().softmax(-1)
     plain = cross_entropy(a.bfloat16().float(), torch.eye(8), target, scale=10.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -275,7 +278,8 @@ def test_complement():
 
 
 def test_sincos_table():
-    """MAE's published table: columns in the first half, rows in the second, each as sines, then cosines."""
+    """The table that MAE has published: columns in the first half, rows in the second; in each, sines before
+    cosines."""
     height, width, dim = 3, 4, 16
     expected = torch.zeros(height * width, dim)
     for y in range(height):
@@ -314,8 +318,8 @@ def test_ema_of_a_network_without_parameters(skipped: torch.Tensor | None):
 
 
 def test_ema_update_on_a_device(monkeypatch: pytest.MonkeyPatch):
-    """The path of GPUs, where the host does not read `skipped`: the same average in chunks, bit for bit none in a
-    skipped step."""
+    """The code for GPUs, where the host does not read `skipped`: the same average, computed in chunks, and no bit
+    changes in a skipped step."""
     monkeypatch.setattr(ema, "MAX_TEMPORARY", 10)
     teacher, student = ([normal(*shape, seed=seed) for shape in ((3, 4), (5,), (4,), (2,))] for seed in (0, 1))
     before = [t.clone() for t in teacher]
@@ -344,7 +348,7 @@ def test_ema_update_on_a_gpu_takes_a_few_operations_and_no_sync():
 
 
 def test_ema_update_refuses():
-    """Networks that differ, and empty placeholders, where the teacher would stand still without a word."""
+    """Networks that differ, and empty placeholders, for which the teacher would not be updated without any error."""
     empty = nn.ParameterList([torch.empty(0)])
     for teacher, student in [
         (nn.Linear(2, 3), nn.Linear(2, 4)),
@@ -392,7 +396,7 @@ def dinov2(local_crops: int = 3, prototypes: int = 11, hidden: int = 16, bottlen
 
 
 def dinov2_batch(local_crops: int = 3, images: int = 4) -> dict[str, Tensor]:
-    """Masks: none, one patch, some, and all patches of a crop; counts whose reciprocals are exact."""
+    """Masks with no patch, one patch, some, and all patches of a crop; the reciprocals of their numbers are exact."""
     mask = torch.zeros(images, 2, 16, dtype=torch.bool)
     mask[0, 1, 3], mask[1, 0, 5:9], mask[1, 1], mask[2, 1, ::2] = True, True, True, True
     return {
@@ -404,7 +408,7 @@ def dinov2_batch(local_crops: int = 3, images: int = 4) -> dict[str, Tensor]:
 
 
 def places_of(mask: Tensor) -> dict[str, Tensor]:
-    """What the data workers make of a batch's masks."""
+    """The arrays that data workers collate from a batch's masks."""
     return {key: torch.from_numpy(value) for key, value in masked_patches(mask.numpy()).items()}
 
 
@@ -446,7 +450,7 @@ def test_ibot_term():
 
 @pytest.mark.parametrize("small", [3, 0])
 def test_dinov2_forward(small: int):
-    """The whole loss, crop by crop: no lists of sizes, no flattened batches."""
+    """The whole loss, computed crop by crop, without lists of sizes and flattened batches."""
     model = dinov2(small).double()
     noise(model.student, 1)
     noise(model.teacher, 2)  # as after some training: no longer the student
@@ -501,7 +505,8 @@ def test_dinov2_after_step():
 
 
 def test_dinov2_at_initialisation():
-    """Logits are near zero, so each cross-entropy is near ln K: local and global together one, iBOT one per masked share of the crops."""
+    """Logits are almost zero, so that each cross-entropy is almost ln K: the local and global losses together are
+    one ln K, iBOT one per masked share of the crops."""
     model, batch = dinov2(prototypes=1024, hidden=64, bottleneck=256), dinov2_batch(images=8)
     _, logs = model({k: v.float() if v.is_floating_point() else v for k, v in batch.items()}, 0)
     assert (logs["dino_local"] + logs["dino_global"]).item() == pytest.approx(math.log(1024), abs=0.5)
@@ -540,7 +545,7 @@ def test_mae_loss(norm_pix: bool):
 
 
 def write_mae_for_transformers(model: MAE, folder: Path) -> None:
-    """Our weights under the names of the published MAE checkpoints."""
+    """Our weights with the names of the published MAE checkpoints."""
     from safetensors.torch import save_file
 
     def block(i: int, ours: str, theirs: str) -> dict[str, str]:
@@ -620,7 +625,8 @@ def test_mae_equals_transformers(tmp_path: Path, norm_pix: bool):
 
 
 def test_mae_pictures():
-    """Image, what is seen, what is painted: kept patches stay as they are, dropped ones are black in between, then painted."""
+    """The image, the patches that the encoder gets, and the reconstruction: kept patches do not change; dropped
+    patches are black in the second picture and predicted in the third."""
     model, images, keep = mae(), normal(2, 3, 32, 32).float(), torch.tensor([[3, 9, 14, 0], [8, 1, 6, 2]])
     picture = model.pictures({"image": images, "keep": keep})["reconstructions"]
     assert picture.dtype == torch.uint8 and picture.shape == (3, 2 * 32, 3 * 32)

@@ -1,4 +1,5 @@
-"""Masks have exactly the shares that a recipe asks for, however the batch is spread; views equal Pillow's and torchvision's operations."""
+"""Masks have exactly the shares that a recipe gives, for any distribution of the batch over processes; views equal
+operations of Pillow and torchvision."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def photo() -> np.ndarray:
 
 
 def levels(ours: np.ndarray, theirs: torch.Tensor | np.ndarray) -> int:
-    """The largest difference of two uint8 images."""
+    """The largest difference between two uint8 images."""
     theirs = np.asarray(theirs)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.uint8
     return int(np.abs(ours.astype(int) - theirs.astype(int)).max())
@@ -66,7 +67,8 @@ def test_block_mask_has_exactly_the_count(grid: tuple[int, int]):
 
 
 def test_block_mask_is_made_of_blocks_everywhere():
-    """Masked neighbours are far more frequent than in a random mask of the same count; every place is reached, opposite ones equally often."""
+    """Masked neighbours are far more frequent than in a random mask with the same count; every position is masked
+    sometimes, opposite positions equally often."""
     rng = np.random.default_rng(0)
     masks = np.stack([block_mask((14, 14), 60, rng) for _ in range(2000)])
     together = (masks[:, :, 1:] & masks[:, :, :-1]).sum() / masks[:, :, 1:].sum()
@@ -78,7 +80,7 @@ def test_block_mask_is_made_of_blocks_everywhere():
 
 
 def naive_block_mask(side: int, count: int, rng: random.Random) -> np.ndarray:
-    """The published procedure, cell by cell: blocks until ten tries in a row fail, then single cells."""
+    """The published procedure, cell by cell: blocks until ten attempts in a row fail, then single cells."""
     on: set[tuple[int, int]] = set()
     while len(on) < count:
         added = False
@@ -101,7 +103,8 @@ def naive_block_mask(side: int, count: int, rng: random.Random) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [19, 60, 98])
 def test_block_masks_are_distributed_as_published(count: int):
-    """Borders between masked and other cells, masked cells with no masked neighbour, and how far a mask spreads: means over 600 masks."""
+    """Borders between masked and other cells, masked cells without masked neighbours, and the extent of a mask:
+    means over 600 masks."""
 
     def shape(mask: np.ndarray) -> list[float]:
         wide = np.pad(mask, 1)
@@ -157,7 +160,8 @@ def test_stratified_ratios_change_with_step_and_seed():
 
 # ---------------------------------------------------------------- boxes and sizes
 def pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic with antialias, the width first; left alone, Pillow picks the cheaper order, which rounds differently."""
+    """Bicubic interpolation with antialiasing, the width first. By default Pillow chooses the cheaper order, which
+    rounds differently."""
     wide = Image.fromarray(image).resize((width, image.shape[0]), Image.Resampling.BICUBIC)
     return np.array(wide.resize((width, height), Image.Resampling.BICUBIC))
 
@@ -185,7 +189,7 @@ def test_center_equals_pillow(photo: np.ndarray, shape: tuple[int, int]):
     "shape, scale", [((160, 220), (0.32, 1.0)), ((100, 100), (0.05, 0.32)), ((60, 240), (0.2, 1.0))]
 )
 def test_random_box_is_random_resized_crop(shape: tuple[int, int], scale: tuple[float, float]):
-    """The same distribution of places, areas and aspects: means within five standard errors."""
+    """Positions, areas and aspect ratios have the same distribution: means within five standard errors."""
     rng, count = np.random.default_rng(0), 3000
     torch.manual_seed(0)
     theirs = RandomResizedCrop(32, scale=scale)
@@ -208,7 +212,7 @@ def test_random_box_is_random_resized_crop(shape: tuple[int, int], scale: tuple[
 
 @pytest.mark.parametrize("shape", [(20, 200), (200, 20), (50, 50)])
 def test_random_box_where_no_box_fits(shape: tuple[int, int]):
-    """The middle of the image with the nearest allowed aspect."""
+    """The centre of the image, with the nearest allowed aspect ratio."""
     params = RandomResizedCrop(32, scale=(1.5, 2.0)).make_params([torch.empty(3, *shape)])
     expected = tuple(params[k] for k in ("top", "left", "height", "width"))
     assert random_box(shape, (1.5, 2.0), np.random.default_rng(0)) == expected
@@ -229,7 +233,7 @@ def test_crop_and_flip(photo: np.ndarray):
 @pytest.mark.parametrize("factor", [0.2, 0.5, 0.96, 1.0, 1.2, 1.64, 1.8])
 @pytest.mark.parametrize("operation", ["brightness", "contrast", "saturation"])
 def test_color_operation_equals_torchvision(photo: np.ndarray, operation: str, factor: float):
-    """Within a level of torchvision on PIL images and on tensors, which both round down."""
+    """Within one level of torchvision on PIL images and on tensors, which both round down."""
     ours, adjust = getattr(colors, operation)(photo, factor), getattr(TF, f"adjust_{operation}")
     from_pil = np.array(adjust(Image.fromarray(photo), factor))
     from_tensor = adjust(channels_first(photo), factor).numpy().transpose(1, 2, 0)
@@ -239,14 +243,15 @@ def test_color_operation_equals_torchvision(photo: np.ndarray, operation: str, f
 
 @pytest.mark.parametrize("shift", [-0.5, -0.2, -0.08, -0.02, 0.0, 0.02, 0.1, 0.2])
 def test_hue_equals_torchvision(photo: np.ndarray, shift: float):
-    """Within two levels on average: hue in 8 bits is a grid of 1.4 degrees, on which torchvision's two paths are up to 9 levels apart too."""
+    """Within two levels on average: hue in 8 bits has steps of 1.4 degrees, for which torchvision's two
+    implementations differ by up to 9 levels, too."""
     ours = colors.hue(photo, shift).transpose(2, 0, 1)
     theirs = TF.adjust_hue(channels_first(photo), shift)
     assert levels(ours, theirs) <= 12 and np.abs(ours.astype(int) - theirs.numpy()).mean() < 2
 
 
 def test_colorless_images_stay_as_they_are():
-    """No contrast, no colour: nothing to change. And luma knows red from blue."""
+    """Without contrast or colour there is nothing to change. Red and blue have different luma."""
     flat = np.full((4, 4, 3), 100, np.uint8)
     for operation in ("contrast", "saturation", "hue"):
         assert levels(getattr(colors, operation)(flat, 0.2), flat) == 0
@@ -257,7 +262,7 @@ def test_colorless_images_stay_as_they_are():
 
 @pytest.mark.parametrize("sigma", [0.1, 0.21, 0.22, 0.3, 0.43, 0.44, 0.6, 0.65, 0.66, 0.8, 0.87, 0.88, 1.05, 1.5, 2.0])
 def test_blur_equals_torchvision(photo: np.ndarray, sigma: float):
-    """With 0, 3, 5, 7 and 9 taps; the mean error is that of rounding ties, so nothing is lost with the taps left out."""
+    """With 0, 3, 5, 7 and 9 taps. The mean error is that of rounding ties, so that the omitted taps have no effect."""
     image = photo[:48, :48]
     ours, theirs = (
         colors.blur(image, sigma).transpose(2, 0, 1),
@@ -272,7 +277,7 @@ def test_solarize_and_grey_equal_torchvision(photo: np.ndarray):
 
 
 def test_draws_have_the_published_distribution():
-    """Probabilities and ranges of everything that is drawn, and all orders of the jitter."""
+    """Probabilities and ranges of all random values, and all orders of the jitter."""
     augment = Augment(
         32, (0.2, 1.0), flip=0.3, jitter=(0.4, 0.3, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=0.6, solarize=0.1
     )
@@ -312,7 +317,7 @@ def test_strengths_of_zero_and_more_than_one():
 
 
 def torchvision_view(photo: np.ndarray, params: Params, size: int) -> torch.Tensor:
-    """The view of these parameters, made of Pillow's resize and torchvision's operations on PIL images."""
+    """The view with these parameters, computed by Pillow's resize and torchvision's operations on PIL images."""
     top, left, height, width = params.box
     image = pillow(photo[top : top + height, left : left + width], size, size)
     picture = Image.fromarray(np.ascontiguousarray(image[:, ::-1] if params.flip else image))
@@ -325,7 +330,7 @@ def torchvision_view(photo: np.ndarray, params: Params, size: int) -> torch.Tens
 
 
 def test_exact_views_are_torchvision_operations_in_order(photo: np.ndarray):
-    """Roundings add up, and hue is turned on a coarse grid."""
+    """Differences come from several roundings, and from the coarse steps of hue."""
     without = Augment(48, scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.2, 0), gray=0.2, blur=0.5, solarize=0.3)
     for seed in range(60):
         for augment, mean, most in ((without, 0.8, 4), (FULL, 2, 16)):
@@ -337,7 +342,8 @@ def test_exact_views_are_torchvision_operations_in_order(photo: np.ndarray):
 
 # ---------------------------------------------------------------- colours fused
 def naive_fused(image: np.ndarray, params: Params) -> np.ndarray:
-    """Float64, step by step and nothing clipped in between: hue turned in YIQ first, which the others commute with. [H, W, 3] → [3, H, W]."""
+    """In float64, step by step, without clipping in between: first the rotation of hue in YIQ, with which the other
+    operations commute. [H, W, 3] → [3, H, W]."""
     x = image.astype(np.float64)
     luma = np.array(LUMA)
     to_yiq = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
@@ -381,7 +387,8 @@ def test_fused_views_equal_the_formula(photo: np.ndarray):
 
 
 def test_fused_is_near_exact(photo: np.ndarray):
-    """Equal where nothing is clipped and no hue turned, up to a rounding per operation; hue turns the same way, by 0.6 to 1.7 of the angle."""
+    """Equal up to one rounding per operation if nothing is clipped and hue is not rotated. Hue rotates in the same
+    direction, by 0.6 to 1.7 of the angle."""
     image = (photo // 4 + 96).astype(np.uint8)  # room on both sides
     without = Augment(48, (0.3, 1.0), jitter=(0.2, 0.2, 0.2, 0), gray=0.2, blur=0.5, solarize=0.3)
     for seed in range(40):
@@ -471,7 +478,8 @@ def test_generators_are_philox_with_the_key():
 
 
 def test_a_decision_leaves_the_others_alone(photo: np.ndarray):
-    """Probabilities change which operations happen, not the box or the flip, nor the numbers of other operations."""
+    """Probabilities determine which operations are applied, but do not change the box, the flip, or the numbers of
+    other operations."""
     for seed in range(20):
         full, plain = (a.draw((160, 220), generators(seed)(0)) for a in (FULL, Augment(48, scale=(0.3, 1.0))))
         assert (full.box, full.flip) == (plain.box, plain.flip)
@@ -498,7 +506,7 @@ def test_leading_dimensions(photo: np.ndarray):
 
 @pytest.mark.parametrize("color", ["exact", "fused", "device"])
 def test_every_frame_of_a_clip_gets_the_same_view(photo: np.ndarray, color: str):
-    """Frames that are all alike give frames that are all alike; others give what they give alone, with the same parameters."""
+    """Equal frames give equal views; different frames give the same result as alone with these parameters."""
     shifted = np.roll(photo, 9, axis=1)
     plan = {"clip": [FULL, FULL], "one": Augment(16, (0.2, 0.6), jitter=JITTER, blur=1.0)}
     for seed in range(6):
@@ -519,7 +527,8 @@ def test_frames_of_different_sizes_and_no_frames(photo: np.ndarray):
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 13])
 @pytest.mark.parametrize("color", ["exact", "fused"])
 def test_any_number_of_channels(photo: np.ndarray, channels: int, color: str):
-    """Geometry, blur and solarize are those of each channel alone; brightness and contrast take the mean of all of them."""
+    """Geometry, blur and solarization treat each channel separately; brightness and contrast use the mean of all
+    channels."""
     image = np.tile(photo, (1, 1, 5))[..., :channels] // (1 + np.arange(channels)).astype(np.uint8)
     geometry = Augment(32, (0.3, 1.0), gray=1.0, blur=0.5, solarize=0.5)
     for seed in range(8):
@@ -544,7 +553,7 @@ def test_any_number_of_channels(photo: np.ndarray, channels: int, color: str):
 # ---------------------------------------------------------------- decoding no more than the views need
 @pytest.fixture(scope="module")
 def large() -> np.ndarray:
-    """A photograph of 1280×854, with the detail of its half: [854, 1280, 3]."""
+    """A photograph of 1280×854 pixels with the detail of half this size: [854, 1280, 3]."""
     from sklearn.datasets import load_sample_image
 
     return resize(np.array(load_sample_image("china.jpg")), (854, 1280))
@@ -589,7 +598,8 @@ def test_scaled_decoding_never_leaves_a_crop_below_its_size(large: np.ndarray):
 
 
 def test_scaled_decoding_keeps_places_and_detail(large: np.ndarray):
-    """What Pillow makes of the same box of the full decoding: the same picture, and with most of its gradients' energy."""
+    """Compared with Pillow's result for the same box of the full image: the same picture, with most of the energy of
+    its gradients."""
     data = simplejpeg.encode_jpeg(large, 92, colorsubsampling="420")
     full, augment, ratios = Image.fromarray(Encoded(data, "jpg").pixels()), Augment(96, (0.3, 1.0), flip=0), []
     for seed in range(30):
@@ -649,7 +659,7 @@ def test_mae_keeps_a_uniform_subset(photo: np.ndarray):
 
 
 def test_masked_patches():
-    """Which patches are masked, and the weight of each, as the device would find them from the mask."""
+    """The indices of masked patches and their weights, as computed from the mask."""
     mask = np.random.default_rng(0).random((3, 2, 16)) < 0.3
     mask[1, 0], mask[2, 1] = False, True
     made, whole = masked_patches(mask), torch.from_numpy(mask).flatten(0, 1)
@@ -702,7 +712,8 @@ def test_simclr_cropsdiffer(photo: np.ndarray):
 
 
 def test_recipes_of_the_objectives(photo: np.ndarray):
-    """Which generator does what, and the papers' operations: DINO's blur and solarize by view, MAE's only crop and flip."""
+    """The number of the generator for each operation, and the operations of the papers: DINO's blur and solarization
+    by view; MAE only crops and flips."""
     asked: list[int] = []
 
     def rng(k: int) -> np.random.Generator:

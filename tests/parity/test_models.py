@@ -1,8 +1,6 @@
-"""Our backbones against transformers, through exported folders: what `AutoModel` opens computes what we trained.
-
-Every parameter is noised first, since zero biases, mask tokens and layer scales hide mistakes. The second half compares dropped patches, lists of
-sizes and stacked layers with a forward pass written as plain loops.
-"""
+"""Our backbones compared with transformers, through exported folders: `AutoModel` computes the features of the
+trained model. First, noise is added to every parameter, because zero biases, mask tokens and layer scales hide
+mistakes. The second half compares dropped patches, lists of sizes and stacked layers with a forward in plain loops."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def hf() -> ModuleType:
 
 
 def noise(module: nn.Module, seed: int = 0) -> None:
-    """Normal noise of 0.2 on every parameter and running mean; norm weights and running variances around one."""
+    """Normal noise of 0.2 on every parameter and running mean; norm weights and running variances are around one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
@@ -86,14 +84,15 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 
 
 def assert_same_features(ours: Features, sequence: Tensor, registers: int) -> None:
-    """`sequence`: transformers' last_hidden_state [B, 1 + R + N, D]."""
+    """`sequence`: transformers' last_hidden_state, [B, 1 + R + N, D]."""
     assert_close(ours.cls, sequence[:, 0])
     assert_close(ours.registers, sequence[:, 1 : 1 + registers])
     assert_close(ours.tokens, sequence[:, 1 + registers :])
 
 
 def open_with_transformers(hf: ModuleType, folder: Path) -> nn.Module:
-    """AutoModel of a folder; a weight that is missing, unexpected or of another shape would only be a log line there."""
+    """AutoModel for a folder. Raises an error for a weight that is missing, unexpected or of another shape, which
+    transformers would only log."""
     model, info = hf.AutoModel.from_pretrained(folder, output_loading_info=True)
     assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= info.keys() and not any(info.values()), info
     return model.eval()
@@ -193,7 +192,7 @@ def test_resnet_with_small_stem(tmp_path: Path):
 
 @torch.no_grad()
 def test_plain_vit_from_transformers(hf, tmp_path: Path):
-    """The other direction: transformers' `ViTModel`, from its file on disk into ours."""
+    """The other direction: the file of transformers' `ViTModel` is loaded into our model."""
     from safetensors.torch import load_file
 
     sizes = {
@@ -290,7 +289,7 @@ def test_export_replaces_a_folder_and_refuses_what_it_cannot_read(tmp_path: Path
 
 # ---------------------------------------------------------------- against plain loops
 def naive_vit(model: VisionTransformer, image: Tensor, keep: list[int]) -> Tensor:
-    """The tokens [1 + R + K, D] of one image [3, H, W] at the native size where only the patches `keep` exist, in float64."""
+    """The tokens [1 + R + K, D] of one image [3, H, W] at the native size, with only the patches `keep`, in float64."""
     s, cfg = {key: value.double() for key, value in model.state_dict().items()}, model.cfg
     side, size, width = cfg.image_size // cfg.patch_size, cfg.patch_size, cfg.dim // cfg.heads
 
@@ -301,7 +300,8 @@ def naive_vit(model: VisionTransformer, image: Tensor, keep: list[int]) -> Tenso
         return (x - x.mean()) / (x.var(correction=0) + cfg.norm_eps).sqrt() * s[name + ".weight"] + s[name + ".bias"]
 
     def rotated(x: Tensor, place: int | None) -> Tensor:
-        """Pairs (j, j + d/2) of one head's vector, turned by the patch's angles; None: class token or register."""
+        """Pairs (j, j + d/2) of one head's vector, rotated by the patch's angles; None: class token or register,
+        which is not rotated."""
         if place is None or cfg.positions != "rope":
             return x
         out = torch.empty_like(x)
@@ -347,7 +347,7 @@ def naive_vit(model: VisionTransformer, image: Tensor, keep: list[int]) -> Tenso
 
 
 def test_tables_of_positions_are_kept_for_few_grids():
-    """As an encoder may be given images of any size."""
+    """Because an encoder may get images of any size."""
     model = vit(positions="rope").eval()
     images = [torch.randn(1, 3, 8 * rows, 8) for rows in range(1, MAX_TABLES + 9)]
     with torch.no_grad():
@@ -360,7 +360,8 @@ def test_tables_of_positions_are_kept_for_few_grids():
 @pytest.mark.parametrize("positions", ["rope", "learned", "sincos"])
 @torch.no_grad()
 def test_dropped_patches(positions: str):
-    """`keep`, in any order and different for every image, is the plain forward over those patches at their own places."""
+    """`keep`, in any order and different for every image, equals a plain forward of these patches at their
+    positions."""
     model, x = vit(positions=positions, registers=2, layer_scale=0.5), images()
     keep = torch.tensor([[3, 10, 7, 0, 12], [15, 1, 2, 9, 4]])
     ours = model(x, keep=keep)
@@ -374,7 +375,7 @@ def test_dropped_patches(positions: str):
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_list_of_sizes_is_separate_forwards(positions: str):
-    """Values and gradients, with a mask on one input and dropped patches on another."""
+    """Values and gradients, with a mask for one input and dropped patches for another."""
     model = vit(positions=positions, registers=2, mask_token=True).double()
     inputs = [images(32, 32, 3), images(16, 16, 5), images(48, 64, 2)]
     masks = [torch.rand(3, 16) < 0.5, None, None]
@@ -412,7 +413,7 @@ def test_last_layers_side_by_side():
 
 
 def test_training_after_inference_mode():
-    """What is kept of positions between calls does not carry inference mode over."""
+    """Positions that are kept between calls can be used in training after inference mode."""
     model = vit(positions="rope")
     with torch.inference_mode():
         model(images())
@@ -449,7 +450,8 @@ def test_forward_refuses():
 
 
 def test_drop_path():
-    """The branch sees an exact share of each size's images, with their own rotations; it is scaled so that its mean stays. Evaluation leaves all."""
+    """The branch gets an exact share of the images of each size, with their rotations; it is scaled so that its mean
+    does not change. In evaluation it gets all images."""
     layer, shapes = DropPath(0.25), [(40, 2), (10, 5)]
     x = torch.zeros(130, 3)
     angle = torch.cat([torch.arange(40.0).repeat_interleave(2), torch.ones(50)]).view(130, 1, 1)
@@ -479,7 +481,7 @@ def test_drop_path():
 
 
 def test_the_residual_stream_of_a_convnext_has_the_compute_dtype():
-    """Also behind a layer scale, whose weights are fp32 under autocast."""
+    """Also after a layer scale, whose weights are fp32 under autocast."""
     model = build_model(presets.ConvNeXt(image_size=64, widths=[8, 16], depths=[1, 2], layer_scale=0.1))
     found: list[torch.dtype] = []
     for stage in model.stages:
@@ -492,7 +494,7 @@ def test_the_residual_stream_of_a_convnext_has_the_compute_dtype():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_takes_weights_gathered_in_bf16(training: bool):
-    """FSDP2 gathers weights in the compute dtype, and the running statistics stay in fp32."""
+    """FSDP2 gathers weights in the compute dtype, while running statistics are fp32."""
     x = torch.randn(8, 4, 3, generator=torch.Generator().manual_seed(0))
     norm, plain = BatchNorm(4).train(training), nn.BatchNorm1d(4).train(training)
     for each in (norm, plain):

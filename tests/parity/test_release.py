@@ -1,4 +1,5 @@
-"""Further forms of an export are opened by what they are for, and compared; a model card tells what the run's files tell."""
+"""Further formats of an export are opened by the libraries that they are for, and compared; a model card agrees with
+the files of the run."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def test_a_form_that_fails_leaves_nothing_and_stops_no_other(tmp_path: Path, mon
 def test_an_error_of_another_library_is_one_line_and_the_other_forms_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Such an error has many lines and comes in the middle of writing. What was there of the form before stays; so does a file of the user's."""
+    """Such an error has many lines and occurs while files are written. Earlier files of this format are kept, and so
+    are files of the user."""
     out = tmp_path / "out"
     export.write(out, vit(**DINOV3), ABOUT, MEAN, STD)
     export_formats.release(out, ["timm"])

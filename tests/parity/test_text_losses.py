@@ -1,5 +1,6 @@
-"""The language objectives: losses and gradients in float64 against naive loops and transformers' own losses; what is hidden from BERT and cut for T5, by its
-statistics; and means over the targets of a global batch, however they lie in micro-batches."""
+"""The text objectives: losses and gradients in float64 compared with naive loops and with the losses of
+transformers; statistics of the tokens that BERT masks and T5 cuts; and means over the targets of a global batch for
+any distribution over micro-batches."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ PRESETS = {"gpt": "gpt", "bert": "bert_base", "t5": "t5_small"}
 
 
 def build(name: str, options: dict[str, Any] | None = None, body: dict[str, Any] | None = None) -> Objective:
-    """In float64, with noise on every parameter."""
+    """A model in float64, with noise on every parameter."""
     kind = objectives.find(name)
     cfg = MODELS[name].replace(**(body or {}))
     cfg.name = PRESETS[name]
@@ -55,7 +56,8 @@ def config_of(name: str, options: dict[str, Any] | None = None) -> Any:
 
 
 def row_of(length: int, seed: int, ends: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
-    """length + 1 tokens, the next document beginning at each of `ends`; what follows the last is padding if it is negative."""
+    """length + 1 tokens. The next document begins at each position in `ends`; if the last number is negative,
+    padding follows."""
     tokens = np.random.default_rng(seed).integers(10, 80, length + 1)
     documents = np.searchsorted(np.abs(ends), np.arange(length + 1), side="right").astype(np.int32)
     if ends and ends[-1] < 0:
@@ -72,7 +74,7 @@ def batch_of(name: str, rows: list[dict[str, np.ndarray]], masked: bool = True, 
 
 
 def naive(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Target by target."""
+    """The loss, computed target by target."""
     terms = []
     for row, wanted in zip(logits, targets.tolist(), strict=True):
         for z, target in zip(row, wanted, strict=True):
@@ -95,7 +97,7 @@ def logits_of(name: str, model: Objective, batch: dict[str, Tensor]) -> Tensor:
 
 
 def compare(model: Objective, ours: Tensor, theirs: Tensor) -> None:
-    """Values, and the gradients of every parameter."""
+    """Compare values and the gradients of every parameter."""
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     parameters = list(model.parameters())
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
@@ -124,7 +126,8 @@ def test_bert_and_t5(name: str):
 
 
 def test_gpt_predicts_within_documents():
-    """The loss of a packed row is that of its documents by themselves, each token but the first of a document being predicted once."""
+    """The loss of a packed row is that of its separate documents, in which each token except the first is predicted
+    once."""
     model, packed = build("gpt"), row_of(24, 5, (7, 15))
     tokens, total, count = packed["tokens"], 0.0, 0
     for begin, end in ((0, 7), (7, 15), (15, 25)):
@@ -138,7 +141,7 @@ def test_gpt_predicts_within_documents():
 
 @pytest.mark.parametrize("name", ["gpt", "bert", "t5"])
 def test_transformers_has_the_same_loss(name: str, tmp_path: Path):
-    """Of the same batch, by the loss that transformers computes from labels."""
+    """For the same batch, compared with the loss that transformers computes from labels."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
@@ -170,7 +173,7 @@ def _embedding(model: Objective) -> Tensor:
 
 
 def _theirs(transformers: Any, name: str, model: Objective, folder: Path) -> Any:
-    """The same weights, through a folder, which holds them in fp32."""
+    """transformers' model with the same weights, through a folder, which stores them in fp32."""
     export.write(folder, model.encoder().float(), {"step": 1, "objective": name, "pool": "mean"})
     kind = {"gpt": "AutoModelForCausalLM", "bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}[name]
     found = getattr(transformers, kind).from_pretrained(folder).double().eval()
@@ -182,7 +185,8 @@ def _theirs(transformers: Any, name: str, model: Objective, folder: Path) -> Any
 
 # ---------------------------------------------------------------- what is hidden, and what is cut
 def test_bert_hides_its_share_and_80_10_10():
-    """Exactly 15 % of what may be hidden, uniformly; never padding or a special token; other ones each time; 80 / 10 / 10 within 4 standard errors."""
+    """Exactly 15 % of the ordinary tokens, uniformly; never padding or a special token; different ones each time; 80
+    / 10 / 10 within 4 standard errors."""
     length, rounds = 100, 3000
     view = objectives.find("bert").views(
         config_of("bert"), About(length=length, vocabulary=VOCABULARY, document_mask=True)
@@ -242,7 +246,7 @@ def test_t5_cuts_spans_of_3_and_both_sides_give_the_text_back():
 
 
 def restored(out: dict[str, np.ndarray]) -> tuple[list[int], list[list[int]]]:
-    """(the text, the spans that were cut), by putting each span in the place of its sentinel."""
+    """(text, spans that were cut): each span is put back at its sentinel."""
     written = [token for token in out["targets"].tolist() if token != IGNORED]
     read = out["tokens"][out["documents"] >= 0].tolist()
     assert written[-1] == read[-1] == VOCABULARY.eos
@@ -267,7 +271,7 @@ def restored(out: dict[str, np.ndarray]) -> tuple[list[int], list[list[int]]]:
 
 
 def cut_of(out: dict[str, np.ndarray], length: int) -> np.ndarray:
-    """1 where a token of the text was cut."""
+    """1 for the tokens of the text that were cut."""
     _, runs = restored(out)
     cut, place, used = np.zeros(length), 0, 0
     for token in out["tokens"][:-1].tolist():
@@ -282,7 +286,7 @@ def cut_of(out: dict[str, np.ndarray], length: int) -> np.ndarray:
 # ---------------------------------------------------------------- means over the global batch
 @pytest.mark.parametrize("name", ["gpt", "bert"])
 def test_micro_batches_with_few_targets_weigh_less(name: str, shards: Path, tmp_path: Path):
-    """Accumulated losses and gradients are those of one mean over all targets; a mean of means is another number."""
+    """Accumulated losses and gradients are those of one mean over all targets, not of a mean of means."""
     micro = ["parallel.micro_batch=1", "data.batch=3", "optim.clip=null"]
     cfg = tiny_recipe(name, shards, tmp_path, *micro)
     engine = Engine(build(name), cfg, torch.device("cpu"))

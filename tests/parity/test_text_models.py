@@ -1,7 +1,6 @@
-"""Our text models against transformers, through exported folders in both directions: logits, losses and gradients, with noise on every parameter.
-
-The second half: packed documents compute what separate ones do, attention's paths agree, and a key-value cache changes nothing.
-"""
+"""Our text models compared with transformers, through exported folders in both directions: logits, losses and
+gradients, with noise on every parameter. The second half: packed documents give the results of separate ones, the
+implementations of attention agree, and a key-value cache changes nothing."""
 
 from __future__ import annotations
 
@@ -67,7 +66,8 @@ def hf() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of the smallest kind: 256 bytes are too many for the models here, so it knows the letters of its text."""
+    """A minimal byte-level BPE. It knows only the letters of its text, because 256 bytes are too many for the models
+    here."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     own = Tokenizer(models.BPE())
@@ -96,7 +96,8 @@ def tokens_of(rows: int = 2, length: int = 16, seed: int = 1) -> Tensor:
 
 
 def logits_of(model: TextBackbone, tokens: Tensor, answer: Tensor) -> Tensor:
-    """[B, T, V]; a T5 reads tokens and writes answer, behind the tokenizer's padding, which also stands in for -100."""
+    """[B, T, V]. A T5 reads tokens and predicts `answer`, after the tokenizer's padding token, which also replaces
+    -100."""
     hidden = model(tokens).tokens
     if isinstance(model.cfg, presets.EncoderDecoder):
         begun = torch.cat([torch.full_like(answer[:, :1], PAD), answer.where(answer >= 0, PAD)[:, :-1]], dim=1)
@@ -115,7 +116,8 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_both_directions(name: str, tmp_path: Path, hf: ModuleType, tokenizer: Path):
-    """What we write, transformers computes alike, gradients included; what it writes of that, we do."""
+    """transformers computes the same from our files, gradients included, and our model from the files that
+    transformers writes."""
     ours = build(*MODELS[name])
     folder = tmp_path / "ours"
     export.write(folder, ours, ABOUT, tokenizer=tokenizer)
@@ -151,7 +153,7 @@ def test_both_directions(name: str, tmp_path: Path, hf: ModuleType, tokenizer: P
 
 
 def test_random_weights_of_theirs(tmp_path: Path, hf: ModuleType):
-    """A T5 v1.1 that transformers has made itself has a tied head without scale."""
+    """A T5 v1.1 that transformers has created has a tied head without scaling."""
     config = hf.T5Config(
         vocab_size=96, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
         tie_word_embeddings=False, decoder_start_token_id=1, pad_token_id=1, dropout_rate=0.0,
@@ -212,7 +214,7 @@ def test_every_recipe_on_text_opens_in_transformers():
 
 
 def test_exports_of_relu2_with_qk_norm_from_before_apertus_was_known(tmp_path: Path):
-    """They have our names, and still load."""
+    """They have our names, and can still be loaded."""
     ours = build("gpt", {**SMALL, "mlp": "relu2"})
     export.write(tmp_path / "out", ours, ABOUT)
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -229,7 +231,7 @@ def test_exports_of_relu2_with_qk_norm_from_before_apertus_was_known(tmp_path: P
 
 
 def test_rope_scaling_of_llama_3(tmp_path: Path, hf: ModuleType):
-    """As LLaMA 3.2's own config.json says it, and the angles that transformers makes of it."""
+    """With the values in the config.json of LLaMA 3.2, the angles equal those of transformers."""
     scaling = {
         "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
         "rope_type": "llama3",
@@ -281,7 +283,8 @@ PACKED = ["llama", "qwen3_windows", "gpt2", "bert", "t5"]
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_documents_are_separate(name: str):
-    """Features and gradients of packed rows are those of each document by itself, where positions are not absolute in the row."""
+    """Features and gradients of packed rows are those of the separate documents, unless positions are absolute in
+    the row."""
     model = build(*MODELS[name]).double()
     tokens = tokens_of(2, 20)
     documents = torch.tensor([[7] * 6 + [2] * 9 + [-1] * 5, [0] * 20])
@@ -305,7 +308,7 @@ def test_packed_documents_are_separate(name: str):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert", "t5"])
 def test_bf16_is_near(name: str):
-    """Under bf16 autocast, features are within 3 % of the largest, gradients within 10 % of their norm."""
+    """Under bf16 autocast, features agree within 3 % of the largest one, gradients within 10 % of their norm."""
     options = MODELS[name]
     wide, narrow = build(*options, noisy=False), build(*options, noisy=False)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,6 @@
-"""Backbones against transformers and timm on noised weights, both ways, and every option that only training uses, against plain formulas.
-
-Weights come in from folders and files of transformers, timm and the official layouts; what does not fit is an error that names it all.
-"""
+"""Backbones compared with transformers and timm with noised weights, in both directions, and every option that only
+training uses compared with plain formulas. Weights are loaded from folders and files of transformers, timm and the
+official layouts; if they do not fit, one error names all problems."""
 
 from __future__ import annotations
 
@@ -75,7 +74,8 @@ def convnext(**options: object) -> ConvolutionalNetwork:
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @torch.no_grad()
 def test_dinov3_to_transformers(hf, tmp_path: Path, mlp: str):
-    """Without key biases, with a norm of local crops that stays behind, and with training options that change nothing in evaluation."""
+    """Without biases of keys, with a norm for local crops that is not exported, and with options that have an effect
+    only in training."""
     model = vit(**DINOV3, mlp=mlp, local_cls_norm=True, rope_rescale=2.0, rope_jitter=1.1, rope_shift=0.1)
     export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
     theirs = open_with_transformers(hf, tmp_path / "out")
@@ -91,7 +91,8 @@ def test_dinov3_to_transformers(hf, tmp_path: Path, mlp: str):
 
 @torch.no_grad()
 def test_bf16_is_close(hf, tmp_path: Path):
-    """Under bf16 autocast no patch feature is further than 0.2 standard deviations from fp32, nor 0.3 from transformers' own in bf16."""
+    """Under bf16 autocast, patch features differ by at most 0.2 standard deviations from fp32, and by at most 0.3
+    from transformers in bf16."""
     model = vit(**DINOV3)
     export.write(tmp_path / "out", model, ABOUT, MEAN, STD)
     theirs, x = open_with_transformers(hf, tmp_path / "out"), images()
@@ -105,7 +106,8 @@ def test_bf16_is_close(hf, tmp_path: Path):
 
 
 def test_positions_are_of_fp32_in_a_bf16_model():
-    """At the published width of a head, whose periods bf16 does not hold: those of narrow heads, 1 and 10, it does."""
+    """With the published width of a head, whose periods bf16 cannot represent; those of narrow heads, 1 and 10, it
+    can."""
     model = vit(**DINOV3, dim=64, heads=1).to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         cos, sin = (table[0] for table in model._rotation((4, 6), None, torch.device("cpu")))
@@ -138,7 +140,7 @@ def test_convnext_to_transformers_and_timm(hf, tmp_path: Path, layer_scale: floa
 
 
 def timm_model(model: nn.Module, folder: Path) -> nn.Module:
-    """timm's own model of our weights, by the folder that we write."""
+    """timm's model with our weights, from the folder that we write."""
     import timm as library
 
     fields, tensors = timm.write(model.cfg, model.state_dict(), MEAN, STD)
@@ -192,7 +194,7 @@ def test_vit_to_timm_and_back(tmp_path: Path, options: dict):
 )
 @torch.no_grad()
 def test_from_timm(tmp_path: Path, name: str, options: dict):
-    """A random model of timm, noised, from its folder into ours."""
+    """A random model of timm, with noise, is loaded from its folder into our model."""
     import timm as library
 
     small = {} if options else {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": 32}
@@ -212,7 +214,7 @@ def test_from_timm(tmp_path: Path, name: str, options: dict):
 
 @torch.no_grad()
 def test_folders_as_timm_writes_them_by_default(tmp_path: Path):
-    """config.json and pytorch_model.bin, of which tensors are read and nothing is executed."""
+    """config.json and pytorch_model.bin, from which tensors are read without executing anything."""
     import timm as library
 
     small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": 32}
@@ -265,7 +267,7 @@ def test_timm_refuses(tmp_path: Path):
 )
 @torch.no_grad()
 def test_from_transformers(hf, tmp_path: Path, kind: str):
-    """A random model, noised, saved by transformers itself, into ours."""
+    """A random model, with noise, that transformers has saved is loaded into our model."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
     rotary = sizes | {"intermediate_size": 96, "num_register_tokens": 4}
     maps = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
@@ -369,7 +371,8 @@ def test_official_convnext(tmp_path: Path):
     ],
 )
 def test_named_sizes(name: str, keys: int, millions: float):
-    """Keys and parameters of the released files; theirs also count biases of keys that are always zero, ours do not."""
+    """Names and numbers of parameters of the released files; these also count biases of keys, which are always zero
+    and which our models do not have."""
     cls, options = presets.choose(name)
     cfg = cls(**options)
     cfg.name = name
@@ -384,7 +387,8 @@ def test_named_sizes(name: str, keys: int, millions: float):
 
 # ---------------------------------------------------------------- into a model that a recipe built
 def test_what_may_differ(tmp_path: Path):
-    """A new mask token, a norm of local crops that begins as the common one, another size of the position table, biases of keys."""
+    """A new mask token, a norm for local crops that starts as the common norm, another size of the position table,
+    biases of keys."""
     source = vit(registers=2, layer_scale=None, key_bias=False)
     export.write(tmp_path / "out", source, ABOUT, MEAN, STD)
     options = {
@@ -406,7 +410,7 @@ def test_what_may_differ(tmp_path: Path):
 
 
 def test_a_checkpoint_by_its_step(shards: Path):
-    """The zeros before a step may be left out; what is no checkpoint of a run is said to be none."""
+    """Leading zeros of a step may be omitted; other paths give an error that says that they are no checkpoint."""
     folder = teacher_run(shards) / "checkpoints"
     one, other = (weights.load_backbone(folder / name)[0].state_dict() for name in ("2", "000000002"))
     assert all(torch.equal(value, other[key]) for key, value in one.items())
@@ -424,7 +428,8 @@ def test_a_checkpoint_by_its_step(shards: Path):
 
 @pytest.mark.parametrize("name", ["mae", "dinov2", "distillation"])
 def test_the_encoder_of_a_checkpoint_is_what_is_exported(name: str, shards: Path):
-    """A student's average, too; also of a checkpoint of an earlier version, which does not say where its encoder is."""
+    """Also the average of a student, and also for a checkpoint of an earlier version, which does not name its
+    encoder."""
     run = run_of(name, shards)
     expected = weights.load_backbone(run / "export" / "2")[0].state_dict()
     path = run / "checkpoints" / "000000002" / "run.json"
@@ -520,7 +525,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path):
 
 # ---------------------------------------------------------------- options of training
 def test_initial_values():
-    """Linears and tokens from a normal of 0.02 (cut at two sigma for linears), kernels uniform below 1/√fan-in, biases and the mask token zero."""
+    """Linear layers and tokens are normal with std 0.02 (linear layers truncated at two sigma), kernels uniform
+    below 1/√fan-in, biases and the mask token zero."""
     cfg = presets.ViT(image_size=64, patch_size=8, dim=128, depth=2, heads=4, **{**DINOV3, "registers": 16})
     cfg.name = "vit"
     torch.manual_seed(0)
@@ -556,7 +562,7 @@ def test_keys_have_no_bias():
 
 
 def test_rope_change():
-    """Angles of changed coordinates, in the order shift, jitter, rescale, by loops."""
+    """Angles of changed coordinates, in the order shift, jitter, rescale, computed in loops."""
     torch.manual_seed(3)
     change = rope_change(200, 0.2, 1.5, 2.0)
     scale, shift = change[:, 0], change[:, 1]
@@ -585,7 +591,8 @@ def test_rope_change():
 
 
 def test_rope_is_changed_in_training_alone():
-    """Each block and each size draws its own; the same seed gives the same; class token and registers stay unrotated."""
+    """Each block and each size draws a change; the same seed gives the same changes; class token and registers are
+    not rotated."""
     model, x = vit(**DINOV3, rope_rescale=2.0, rope_shift=0.1), [images(), images(16, 16)]
     still = vit(**DINOV3)
     assert torch.equal(model(x)[0].tokens, still(x)[0].tokens)
