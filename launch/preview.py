@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from common.errors import DataError
+from data_pipeline.build.stats import save_sheet
 from data_pipeline.views import device_color
 from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.recipes.recipe import Recipe
@@ -50,11 +51,7 @@ def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
         for column, view in enumerate(line):
             tile = Image.fromarray(view).resize((TILE, TILE), Image.Resampling.NEAREST if view.shape[0] < TILE else 1)
             page.paste(tile, (GAP + column * (TILE + GAP), GAP + row * (TILE + GAP)))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        page.save(target)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{target}: cannot be written ({error}); write a name that ends in .png") from None
+    save_sheet(page, target)
     return target
 
 

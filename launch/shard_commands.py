@@ -111,7 +111,9 @@ def tokenizer(
     text_mb: Annotated[float, "MB", "amount of text to train on, taken from all parts of the set"] = 256.0,
 ) -> None:
     """Train a byte-level BPE tokenizer on text shards."""
-    from data_pipeline.build.tokenizer import train
+    from data_pipeline.build.tokenizer import check_new, train
+
+    check_new(target)
 
     vocabulary = train(source, target, vocab, specials, int(text_mb * 1e6))
     say(f"{target}: a byte-level BPE tokenizer with {vocabulary.size} tokens")

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from common.errors import Damaged, DataError
+from common.untrusted import open_binary
 from data_pipeline.build.sources.files import first_frame
 from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS, IMAGES
@@ -37,6 +39,7 @@ BAR_CHARACTERS = 40  # of the longest bar
 TILE, GAP = 128, 8  # pixels of a thumbnail, and between thumbnails
 LINES, LINE_HEIGHT = 2, 14  # lines of text below a thumbnail, and pixels of each
 COLUMNS, ROWS = 8, 6  # of the sheet of thumbnails
+SOFTWARE = "unlabeled"  # in the metadata of the PNGs that are drawn, so that a later command may replace them
 
 
 @dataclass
@@ -283,12 +286,32 @@ def sheet(url: str | Path, target: str | Path) -> Path:
         lines = textwrap.wrap(samples.name(number)[1].rpartition("/")[2], 20, max_lines=1, placeholder="…")
         lines += textwrap.wrap(_label(samples, number), 20, max_lines=1, placeholder="…")
         font.draw(draw, (left, top + TILE + 1), lines)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        page.save(target)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror or error})") from None
+    save_sheet(page, target)
     return target
+
+
+def save_sheet(page: Image.Image, target: Path) -> None:
+    """Write a drawn image to a file. Raises DataError, also if a file of that name was not written by this function."""
+    text = PngInfo()
+    text.add_text("Software", SOFTWARE)
+    more: dict[str, Any] = {"pnginfo": text} if target.suffix.lower() == ".png" else {}
+    try:
+        if target.exists() and not _is_sheet(target):
+            raise DataError(f"{target}: exists already, and this command has not written it; name another file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        page.save(target, **more)
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"{target}: cannot be written ({reason}); write a name that ends in .png") from None
+
+
+def _is_sheet(path: Path) -> bool:
+    """Whether a file is an image that `save_sheet` has written. Of formats other than PNG this is not known: False."""
+    try:
+        with open_binary(path) as file, Image.open(file, formats=("PNG",)) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def _label(samples: Samples, number: int) -> str:

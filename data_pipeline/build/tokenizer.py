@@ -16,7 +16,7 @@ from common.errors import Damaged, DataError
 from data_pipeline.build.stats import spread_over
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.vocabulary import CONFIG, SENTINEL, TOKENIZER, Vocabulary, need_tokenizers, with_template
-from data_pipeline.storage.urls import write_atomically
+from data_pipeline.storage.urls import open_store, write_atomically
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>")
 SENTINELS = tuple(f"<extra_id_{n}>" for n in range(100))  # those of T5; `--specials sentinels` adds all of them
@@ -69,6 +69,13 @@ def train(
     else:
         write_folder(str(target), vocabulary)
     return vocabulary
+
+
+def check_new(target: str) -> None:
+    """Raises DataError if `target`, as for `train`, is there already: token sets may have been made with it."""
+    fs, path = open_store(target if target.endswith(".json") else f"{target.rstrip('/')}/{TOKENIZER}")
+    if fs.exists(path):
+        raise DataError(f"{path}: exists already; name another file or folder, or delete it")
 
 
 def texts(samples: Samples, limit: int = MAX_TRAINING_BYTES) -> Iterator[str]:

@@ -42,7 +42,7 @@ from data_pipeline.shards.members import (
     in_order,
     no_samples_message,
 )
-from data_pipeline.shards.tar_scan import RECORD, read_scan, scan, scan_to_file
+from data_pipeline.shards.tar_scan import MAX_FOLDERS, RECORD, read_scan, scan, scan_to_file
 from data_pipeline.storage.ranges import with_retries
 from data_pipeline.storage.urls import cache_folder, exclusive, open_store, stamp, write_atomically
 
@@ -172,6 +172,13 @@ def _report(
         say(f"{where}: {line}")
     if SEVERAL_DOTS in left_out:
         say(f"{where}: {DOTS_ADVICE}")
+    folders = sorted({name for head in heads for name in head.get("folders", ())} - {"", "."})
+    if 1 < len(folders) <= MAX_FOLDERS and not any("cls" in head["extensions"] for head in heads):
+        some = ", ".join(folders[:3]) + (", …" if len(folders) > 3 else "")
+        say(
+            f"{where}: no sample has a .cls member, and so none has a label; if the {len(folders)} folders in the tars"
+            f" ({some}) are classes, build shards from them with `unlabeled shards build`, which makes labels of folders"
+        )
     return left_out
 
 

@@ -248,7 +248,8 @@ class Samples:
         data = self.read(number, ("cls",)).get("cls")
         if data is None:
             shard, key = self.name(number)
-            raise DataError(f"{shard}: {key} has no .cls member, so it has no label to score with")
+            folders = "; `unlabeled shards build` makes labels of the folders in tars" if "/" in key else ""
+            raise DataError(f"{shard}: {key} has no .cls member, so it has no label to score with{folders}")
         names = self._manifest(number).classes
         text = data.decode(errors="replace").strip()
         return names[int(text)] if names and is_number(text) and int(text) < len(names) else text

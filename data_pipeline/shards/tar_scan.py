@@ -33,6 +33,7 @@ from data_pipeline.shards.members import (
 )
 from data_pipeline.storage.urls import is_local, open_store
 
+MAX_FOLDERS = 1000  # of a set that are taken for class folders
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("hash", "<u8")])  # the index record of one member
 
 
@@ -48,6 +49,12 @@ class Shard:
     records: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), RECORD))  # [samples, extensions]
     problems: list[str] = field(default_factory=list)
     left: LeftOut = field(default_factory=LeftOut)
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders that the samples lie in, at most MAX_FOLDERS + 1 of them."""
+        found = dict.fromkeys(key.rpartition("/")[0] for key in self.keys)
+        return list(found)[: MAX_FOLDERS + 1]
 
 
 class _HashedFile(io.RawIOBase):
@@ -162,7 +169,7 @@ def scan_to_file(url: str, file: Path, further: Sequence[str] = ()) -> None:
     """Scan a tar, and write the result to `file` atomically."""
     shard = scan(url, further)
     head = {"bytes": shard.bytes, "samples": len(shard.keys), "hash": shard.hash}
-    head |= {"extensions": shard.extensions, "problems": shard.problems, "left": shard.left}
+    head |= {"extensions": shard.extensions, "problems": shard.problems, "left": shard.left, "folders": shard.folders}
     temporary = Path(f"{file}.{os.getpid()}")
     with temporary.open("wb") as out:
         np.savez(out, head=np.frombuffer(json.dumps(head).encode(), np.uint8), records=shard.records)

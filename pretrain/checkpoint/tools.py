@@ -8,6 +8,7 @@ No recipe, objective or process group is needed, and nothing in the checkpoint i
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,13 @@ def verify(path: str) -> list[str]:
 
 def consolidate(path: str, target: str) -> str:
     """Write the tensors of the model, including those of a teacher but not the optimizer state, as one safetensors
-    file. Returns its path."""
+    file. Returns its path. The file may not exist yet."""
     store, name = locate(path)
+    file = Path(target)
+    if file.is_dir() or file.suffix != ".safetensors":
+        file = file / f"{name}.safetensors"
+    if os.path.lexists(file):
+        raise UserError(f"{file}: exists already; name another file, or delete it")
     run_json = store.run_json(name)
     metadata = read_metadata(store, name, run_json["files"])
     model: dict[str, Any] = {
@@ -119,9 +125,6 @@ def consolidate(path: str, target: str) -> str:
     }
     if not model:
         raise UserError(f"{store.path(name)}: holds no tensors of a model")
-    file = Path(target)
-    if file.is_dir() or file.suffix != ".safetensors":
-        file = file / f"{name}.safetensors"
     reader = Reader(store, name, run_json["files"], metadata)
     fill({"model": model}, reader, store.path(name), alone=True)
     try:

@@ -27,6 +27,7 @@ from data_pipeline.build.sources import frames, text_files
 from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, safe_name, to_json
 from data_pipeline.build.sources.text_files import Text
 from data_pipeline.build.sources.tree import Tree
+from data_pipeline.shards import index
 from data_pipeline.shards.members import MEMBER_NAME
 from data_pipeline.shards.samples import Samples
 from tests.data.building import make, reasons, samples_of
@@ -137,7 +138,7 @@ def test_text_from_jsonl(tmp_path: Path):
     assert "is not valid JSON" in bad["rows.jsonl:4"] and "is not UTF-8" in bad["rows.jsonl:10"]
     assert bad["rows.jsonl:6"] == "its text is empty" and bad["rows.jsonl:8"] == "its text is int"
     with pytest.raises(
-        DataError, match=r"has no field 'body'; its fields: text, id, score. Name one with --text-field"
+        DataError, match=r"has no field 'body'; its fields: text, id, score, title. Name one with --text-field"
     ):
         make(tmp_path / "rows.jsonl", tmp_path / "out2", text_field="body")
 
@@ -156,6 +157,8 @@ def test_the_field_of_the_text_is_chosen_per_file_and_reported(tmp_path: Path):
     assert summary["notes"] == ["the text is the field content (of 1 files); --text-field NAME chooses another"]
     assert reasons(summary) == {"a.jsonl:1": "its text is missing", "a.jsonl:3": "its text is missing"}
     (tmp_path / "b.jsonl").write_text('{"n": 0}\n{"data": {"text": "in", "n": 1}}\n')
+    with pytest.raises(DataError, match=r"Name one with --text-field, for example --text-field data\.text$"):
+        make(tmp_path / "b.jsonl", tmp_path / "nested")
     make(tmp_path / "b.jsonl", tmp_path / "nested", text_field="data.text")
     (one,) = samples_of(tmp_path / "nested")
     assert (one["txt"], json.loads(one["json"])) == (b"in", {"data": {"n": 1}})
@@ -297,9 +300,11 @@ def test_errors_for_other_formats_name_a_command_that_converts_them(tmp_path: Pa
         ("arrow", "Ahoi?"),
     ):
         line = command(tmp_path / name)
+        told = line.partition("and then build ")[2].partition(": ")[0]  # the folder holds the chats still
         line = line[line.index("python -c") :].replace("python", sys.executable, 1)
         subprocess.run(line, shell=True, check=True)
         made = next(path for path in (tmp_path / name).iterdir() if path.name.count(".") == 2)
+        assert told == ("" if name == "arrow" else str(made))
         assert make(made, tmp_path / f"{name}-shards")["samples"] == 1
         assert samples_of(tmp_path / f"{name}-shards")[0]["txt"].decode() == expected
     wet = command(tmp_path / "wet")
@@ -637,6 +642,28 @@ def test_tars_of_class_folders_keep_their_labels(tmp_path: Path):
     (source / "a.tar").unlink()
     summary = make(source, tmp_path / "sides")
     assert summary["classes"] == [] and "train, val: parts of a data set, and not labels" in summary["notes"][0]
+
+
+def test_an_index_of_class_folders_says_that_there_are_no_labels(tmp_path: Path):
+    """Only a build makes labels of the folders in tars: indexed as they are, they have none, and no score can be taken."""
+    members = [(f"{kind}/{n}.jpg", jpeg(n)) for kind in ("cat", "dog") for n in range(2)]
+    write_tar(tmp_path / "a.tar", members)
+    said: list[str] = []
+    index.write(tmp_path, said.append)
+    assert (
+        len(said) == 1
+        and "no sample has a .cls member" in said[0]
+        and "the 2 folders in the tars (cat, dog)" in said[0]
+    )
+    with pytest.raises(
+        DataError, match=r"cat/0 has no \.cls member.*`unlabeled shards build` makes labels of the folders"
+    ):
+        Samples([str(tmp_path)]).label(0)
+    for others in ([("cat/9.jpg", jpeg()), ("cat/9.cls", b"0")], [(f"bird/{n}.jpg", jpeg(n)) for n in range(2)]):
+        write_tar(tmp_path / "a.tar", [*others, *(members if others[-1][0].endswith("cls") else [])])
+        said.clear()
+        index.write(tmp_path, said.append)
+        assert not said  # there are labels; or there is one folder alone
 
 
 def test_samples_of_a_tar_without_an_image_are_reported(tmp_path: Path):

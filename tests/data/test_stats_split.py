@@ -41,6 +41,21 @@ def test_stats_and_sheet(tmp_path: Path):
         stats.sheet(tmp_path / "x", tmp_path / "sheet.tar")
 
 
+@pytest.mark.parametrize("name", ["sheet.png", "sheet.jpg"])
+def test_a_sheet_replaces_no_file_but_a_sheet(name: str, tmp_path: Path):
+    (file := tmp_path / name).write_bytes(jpeg())
+    page = Image.new("RGB", (8, 8), "red")
+    with pytest.raises(DataError, match=f"{name}: exists already, and this command has not written it"):
+        stats.save_sheet(page, file)
+    assert file.read_bytes() == jpeg()
+    Image.new("RGB", (8, 8)).save(tmp_path / "own.png")
+    with pytest.raises(DataError, match="exists already"):
+        stats.save_sheet(page, tmp_path / "own.png")
+    for color in ("red", "blue"):
+        stats.save_sheet(Image.new("RGB", (8, 8), color), tmp_path / "new.png")
+    assert Image.open(tmp_path / "new.png").getpixel((0, 0)) == (0, 0, 255)
+
+
 def test_glyphs_that_no_font_has_are_drawn_as_code_points(monkeypatch: pytest.MonkeyPatch):
     def drawn(text: str) -> bytes:
         page = Image.new("L", (120, 40), "white")

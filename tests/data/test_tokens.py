@@ -35,6 +35,7 @@ from data_pipeline.shards.token_blocks import Blocks
 from data_pipeline.shards.vocabulary import Vocabulary, with_template
 from data_pipeline.stream.damage_log import DamageLog
 from data_pipeline.stream.stream import Reading, Stream
+from tests.conftest import call
 from tests.data.building import quiet
 from tests.data.texts import prose, read, shards_of, texts_in, tokens_of, word_pieces, write_texts
 from tests.services import FaultProxy, ObjectStore
@@ -181,6 +182,14 @@ def test_training_a_tokenizer_is_deterministic_and_adds_the_requested_special_to
     with pytest.raises(DataError, match=r"holds .jpg and no .txt"):
         write_tar(tmp_path / "i.tar", [("0.jpg", jpeg())])
         tokenizer.train(str(tmp_path / "i.tar"), tmp_path / "i.json", 300)
+
+
+def test_a_tokenizer_that_is_there_is_not_replaced(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    for target in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(DataError, match=r"tokenizer\.json: exists already; name another file or folder"):
+            call("shards", "tokenizer", tmp_path / "texts", target)
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
 
 
 def test_roles_of_other_tokenizers_and_their_bytes(tmp_path: Path):

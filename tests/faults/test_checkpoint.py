@@ -24,6 +24,7 @@ from pretrain.checkpoint.disk_store import DiskStore
 from pretrain.checkpoint.integrity import Damaged, hash_stream, run_json_digest
 from pretrain.checkpoint.load import load
 from pretrain.checkpoint.open_store import open_checkpoint_store, run_store
+from pretrain.checkpoint.tools import consolidate
 from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe
 from pretrain.train import train
@@ -450,6 +451,8 @@ def test_inspect_verify_consolidate(run: Recipe, tmp_path: Path):
     whole = tool("verify", there)
     assert whole.returncode == 0 and "every byte is as it was written" in whole.stdout, whole.stderr
     assert tool("consolidate", there, tmp_path / "model.safetensors").returncode == 0
+    with pytest.raises(UserError, match=r"model\.safetensors: exists already; name another file"):
+        consolidate(str(there), str(tmp_path / "model.safetensors"))
     model, state = build_objective(run), load_file(tmp_path / "model.safetensors")
     model.load_state_dict(state)
     assert any(

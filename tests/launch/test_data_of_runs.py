@@ -159,6 +159,9 @@ def test_images_of_five_channels_train_and_are_scored(name: str, tmp_path: Path)
 @pytest.mark.slow
 def test_preview_needs_no_batch_that_fits(shards: Path, tmp_path: Path):
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "data.batch=1000", "parallel.micro_batch=128")
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    with pytest.raises(DataError, match=r"mine\.png: exists already, and this command has not written it"):
+        preview(cfg, tmp_path / "mine.png", rows=2)
     assert np.array(Image.open(preview(cfg, tmp_path / "x.png", rows=2))).shape[0] == GAP + 2 * (TILE + GAP)
     with pytest.raises(ConfigError, match=r"than the 48 samples in .*; write data.batch=48 parallel.micro_batch=null"):
         train(cfg)

@@ -103,27 +103,31 @@ class Text(Source):
 
         Raises DataError if no row has such a field.
         """
-        wanted, first_row, seen = self.options.text_field, None, set[str]()
+        wanted = self.options.text_field
+        names, nested = dict[str, None](), list[str]()  # the fields of all rows; texts of objects in the first such row
         for number, row in enumerate(itertools.islice(rows, MAX_SEARCHED_ROWS), 1):
             if not isinstance(row, dict) or not row:
                 continue
-            first_row = row if first_row is None else first_row
             if wanted and has_field(row, wanted):
                 return wanted
-            seen.update(row)
-            if not wanted and number >= DECIDING_ROWS and not seen.isdisjoint(TEXT_NAMES):
+            names |= dict.fromkeys(row)
+            nested = nested or [
+                f"{k}.{n}" for k, part in row.items() if isinstance(part, dict) for n in TEXT_NAMES if n in part
+            ]
+            if not wanted and number >= DECIDING_ROWS and names.keys() & {*TEXT_NAMES}:
                 break
-        if first_row is None:
+        if not names:
             return wanted or TEXT_NAMES[0]
-        # For the error message, if no field fits, the fields of one row are enough.
-        fields = first_row if wanted or seen.isdisjoint(TEXT_NAMES) else seen
         try:
-            return choose_field(fields, wanted, TEXT_NAMES, "the text", name, "--text-field")
+            return choose_field(names, wanted, TEXT_NAMES, "the text", name, "--text-field")
         except DataError as error:
-            chat = next((field for field in ("messages", "conversations") if field in fields), None)
-            if chat is None or wanted:
-                raise
-            raise DataError(f"{error}; or convert {chat} to text: {CONVERT[chat].format(path=name)}") from None
+            chat = next((field for field in ("messages", "conversations") if field in names), None)
+            if not wanted and nested:
+                raise DataError(f"{error}, for example --text-field {nested[0]}") from None
+            if not wanted and chat:
+                line = CONVERT[chat].format(path=name)
+                raise DataError(f"{error}; or convert {chat} to text, and then build {name}.jsonl: {line}") from None
+            raise
 
     def files_to_survey(self) -> list[str]:
         several_documents = self.options.lines or self.options.separator
