@@ -5,11 +5,13 @@ A global batch of B slots is divided into L lanes of B / L consecutive slots. Ea
 the slots. Therefore the global batches do not depend on the number of processes, as long as it divides B. If it also
 divides L, each lane belongs to one process, and each byte of the data is read by one process only.
 
-The slots of one lane, counted over all steps, are its places. In most steps the datasets are mixed: a periodic
-sequence, in which every dataset is spread evenly, chooses the dataset of each place. As it is periodic, the number of
-samples of a dataset before any place can be computed without a loop over the steps. A share of the steps may be
-homogeneous: all slots of such a step are filled from one dataset. A phase begins at a step and sets the batch size and
-the weights from there on; every dataset continues with the sample at which it was.
+In most steps the datasets are mixed. The slots of a lane in mixed steps, counted from the first step of the phase on,
+are the positions of the lane. A periodic sequence, in which every dataset is spread evenly, chooses the dataset of each
+position. Because it is periodic, the number of samples of a dataset before any position can be computed without a loop
+over the steps. A share of the steps may be homogeneous: all slots of such a step are filled from one dataset. The place
+of a slot is the number of samples of its dataset that came before it in its lane, in all steps; `Order` gives the
+sample at each place. A phase begins at a step and sets the batch size and the weights from there on; every dataset
+continues at its next sample.
 """
 
 from __future__ import annotations
@@ -102,11 +104,11 @@ class _PhaseOrder:
         row = np.asarray(kind) + 1
         return steps // PERIOD * self.kind_counts[row, -1] + self.kind_counts[row, steps % PERIOD]
 
-    def _count(self, dataset: np.ndarray, lane: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """How many of the first `places` places of a lane in mixed steps belong to a dataset."""
+    def _mixed_count(self, dataset: np.ndarray, lane: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """How many of the first `positions` positions of a lane belong to a dataset."""
         shift = self.shift[lane]
-        partial = self.dataset_counts[dataset, shift + places % PERIOD] - self.dataset_counts[dataset, shift]
-        return places // PERIOD * self.dataset_counts[dataset, PERIOD] + partial
+        partial = self.dataset_counts[dataset, shift + positions % PERIOD] - self.dataset_counts[dataset, shift]
+        return positions // PERIOD * self.dataset_counts[dataset, PERIOD] + partial
 
     def slots(self, steps: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(dataset, lane, place), each [n], as in `Slots`, of the slots [n] of the global batches at steps [n]."""
@@ -116,23 +118,24 @@ class _PhaseOrder:
             return dataset, lane, self.base[0, lane] + (steps - self.phase.step) * self.per_lane + inside
         steps = steps - self.phase.step
         kind = self.kinds[steps % PERIOD]
-        mixed_before = self._kind_count(-1, steps) * self.per_lane  # places of the lane in earlier mixed steps
+        earlier_positions = self._kind_count(-1, steps) * self.per_lane  # of the lane
         homogeneous = kind >= 0
-        place = np.where(homogeneous, mixed_before, mixed_before + inside)
-        dataset = np.where(homogeneous, kind, self.lane_sequence[(place + self.shift[lane]) % PERIOD])
+        position = np.where(homogeneous, earlier_positions, earlier_positions + inside)
+        dataset = np.where(homogeneous, kind, self.lane_sequence[(position + self.shift[lane]) % PERIOD])
         # Samples of the dataset before: in earlier phases, in mixed steps, in homogeneous steps, and in this step.
-        read = self.base[dataset, lane] + self._count(dataset, lane, place)
-        read += self._kind_count(dataset, steps) * self.per_lane + np.where(homogeneous, inside, 0)
-        return dataset, lane, read
+        place = self.base[dataset, lane] + self._mixed_count(dataset, lane, position)
+        place += self._kind_count(dataset, steps) * self.per_lane + np.where(homogeneous, inside, 0)
+        return dataset, lane, place
 
     def base_after(self, steps: int) -> np.ndarray:
         """`base` of a phase that begins `steps` steps after this one."""
         datasets, lanes = np.indices(self.base.shape)
         if len(self.phase.weights) == 1:
             return self.base + steps * self.per_lane
-        at = np.array(steps)
-        mixed = self._kind_count(-1, at) * self.per_lane
-        return self.base + self._count(datasets, lanes, mixed) + self._kind_count(datasets, at) * self.per_lane
+        end = np.array(steps)
+        positions = self._kind_count(-1, end) * self.per_lane
+        in_mixed_steps = self._mixed_count(datasets, lanes, positions)
+        return self.base + in_mixed_steps + self._kind_count(datasets, end) * self.per_lane
 
 
 class Plan:

@@ -122,7 +122,7 @@ class Server:
         while True:
             count = max(1, SLOTS_PER_PLANNING * self.world // self.plan.batch(step))
             slot_steps, slots = self.plan.slots_of_steps(step, count, self.rank, self.world)
-            rows = np.column_stack([slot_steps, *slots]).tolist()  # [slots, (step, dataset, lane, place, index)]
+            rows = np.column_stack([slot_steps, *slots]).tolist()  # (step, dataset, lane, place, global index) each
             for step, group in itertools.groupby(rows, operator.itemgetter(0)):
                 yield step, [tuple(row[1:]) for row in group]
             step += 1
@@ -152,6 +152,7 @@ class Server:
                 chunk.lane, chunk.end, chunk.last_use = (d, lane), end, max(chunk.last_use, step)
 
     def _request_chunk(self, key: tuple[int, int], lane: tuple[int, int], end: int, step: int) -> Chunk:
+        """Start to read a chunk. `key`: (dataset, number of the chunk)."""
         samples = self.samples[key[0]]
         expected = samples.total_bytes * self.plan.orders[key[0]].chunk // len(samples)
         chunk = Chunk(Future(), lane, end, step, step, expected)
@@ -169,37 +170,39 @@ class Server:
 
     # -- reading
     def _read_chunk(self, chunk: Chunk, key: tuple[int, int]) -> list[_Range]:
+        """Read all samples of a chunk. Runs in a thread of the pool."""
         d, number = key
         size, dataset_size = self.plan.orders[d].chunk, len(self.samples[d])
         epoch, first = divmod(number * size, dataset_size)
         until_end = min(size, dataset_size - first)
-        ranges = self._ranges(d, first, until_end, epoch)
+        ranges = self._read_ranges(d, first, until_end, epoch)
         if until_end < size:  # the chunk continues with the first samples of the next epoch
-            ranges += self._ranges(d, 0, size - until_end, epoch)
+            ranges += self._read_ranges(d, 0, size - until_end, epoch)
         with self.lock:
             chunk.bytes = sum(len(r.data) for r in ranges)
         return ranges
 
-    def _ranges(self, d: int, start: int, count: int, epoch: int) -> list[_Range]:
+    def _read_ranges(self, d: int, start: int, count: int, epoch: int) -> list[_Range]:
+        """Samples [start, start + count) of a dataset, from the cache or from the store."""
         samples, out = self.samples[d], []
         for piece in samples.pieces(start, count):
             cached = self._from_cache(d, piece.first, len(piece.records), epoch) if self.cache else None
             if cached is not None:
                 out += cached
                 continue
-            begin, data = self._bytes(d, piece)
+            begin, data = self._read_piece(d, piece)
             out.append(_Range(piece.first, begin, piece.records, data))
             if self.cache is not None:
                 after = self.plan.orders[d].next_use(piece.first, epoch + 1)
-                self.cache.write(self._folder(d), piece.first, len(piece.records), data, after)
+                self.cache.write(self._cache_folder(d), piece.first, len(piece.records), data, after)
         return out
 
-    def _bytes(self, d: int, piece: Piece) -> tuple[int, bytes]:
+    def _read_piece(self, d: int, piece: Piece) -> tuple[int, bytes]:
         """(offset of the first byte in the shard, as the records count it; the bytes of the columns that are read)."""
         begin, ranges = self.samples[d].ranges(piece, self.columns[d])
         return begin, b"".join(self.reader.range(piece.url, *ends) for ends in ranges)
 
-    def _folder(self, d: int) -> str:
+    def _cache_folder(self, d: int) -> str:
         """The name of a dataset's folder in the cache, which depends on the shards and on the members that are read."""
         members = "-".join(self.samples[d].extensions[c] for c in self.columns[d])
         return f"{self.samples[d].id}-{members}"
@@ -208,15 +211,15 @@ class Server:
         """Samples [first, first + count) from the cache; None if it does not hold all of them."""
         assert self.cache is not None
         out = []
-        for start, n in self.cache.covers(self._folder(d), first, count):
-            data = self.cache.read(self._folder(d), start, n)
+        for start, n in self.cache.covers(self._cache_folder(d), first, count):
+            data = self.cache.read(self._cache_folder(d), start, n)
             (piece,) = self.samples[d].pieces(start, n)
             if data is None:
-                self.cache.drop(self._folder(d), start)
+                self.cache.drop(self._cache_folder(d), start)
                 return None
             begin, _ = self.samples[d].ranges(piece, self.columns[d])
             out.append(_Range(start, begin, piece.records, data))
-            self.cache.set_next_use(self._folder(d), start, self.plan.orders[d].next_use(start, epoch + 1))
+            self.cache.set_next_use(self._cache_folder(d), start, self.plan.orders[d].next_use(start, epoch + 1))
         if out:
             with self.lock:
                 self.counts["hits"] += 1
@@ -254,7 +257,7 @@ class Server:
         sizes, parts = [], []
         if kind == READ:
             # All chunks are requested before the first one is waited for.
-            chunks = [self._chunk(d, global_index, step) for d, global_index in pairs]
+            chunks = [self._planned_or_new_chunk(d, global_index, step) for d, global_index in pairs]
         for n, (d, global_index) in enumerate(pairs):
             number = global_index % len(self.samples[d])
             found = _range_of(chunks[n].future.result(), number) if kind == READ else self._reread(d, number)
@@ -269,7 +272,8 @@ class Server:
             sizes.append(lengths)
         return sizes, b"".join(parts)
 
-    def _chunk(self, d: int, global_index: int, step: int) -> Chunk:
+    def _planned_or_new_chunk(self, d: int, global_index: int, step: int) -> Chunk:
+        """The chunk of a sample, which is requested now if it is not in memory."""
         key = (d, global_index // self.plan.orders[d].chunk)
         with self.lock:
             if key not in self.chunks:  # not planned yet, or a neighbour whose chunk has been freed
@@ -281,10 +285,10 @@ class Server:
     def _reread(self, d: int, number: int) -> _Range:
         """Read one sample from the store, although it may be in memory, and delete it from the cache."""
         if self.cache is not None:
-            for start, _ in self.cache.covers(self._folder(d), number, 1):
-                self.cache.drop(self._folder(d), start)
+            for start, _ in self.cache.covers(self._cache_folder(d), number, 1):
+                self.cache.drop(self._cache_folder(d), start)
         (piece,) = self.samples[d].pieces(number, 1)
-        begin, data = self._bytes(d, piece)
+        begin, data = self._read_piece(d, piece)
         return _Range(number, begin, piece.records, data)
 
     def _take_counts(self) -> dict[str, int]:

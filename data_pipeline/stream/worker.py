@@ -86,6 +86,7 @@ class Batches(Dataset):
             return {"error": str(error)}
 
     def _batch(self, index: int) -> dict[str, Any]:
+        """The tensors of a micro-batch, and about them "bad", "counts" and "buffer"."""
         step, micro = divmod(index, self.accumulate)
         batch = self.plan.batch(step)
         size = batch // (self.world * self.accumulate)
@@ -99,7 +100,7 @@ class Batches(Dataset):
 
         def views_of(n: int) -> dict[str, Any]:
             slot = {"slot": first + n, "batch": batch, "step": step, "seed": self.plan.seed}
-            views = self._sample(*pairs[n], members[n], slot, bad, absent)
+            views = self._usable_views(*pairs[n], members[n], slot, bad, absent)
             members[n] = None  # frees the encoded bytes
             return views
 
@@ -145,27 +146,31 @@ class Batches(Dataset):
         if self.prefetch is not None:
             members, counts = self.prefetch.read(_worker(), step, np.array(pairs))
             return [self._checked(*pair, read) for pair, read in zip(pairs, members, strict=True)], Counter(counts)
-        members = [self._local(d, global_index) for d, global_index in pairs]
+        members = [self._read_local(d, global_index) for d, global_index in pairs]
         return members, sum((samples.reader.new_counts() for samples in self.samples), Counter())
 
-    def _local(self, d: int, global_index: int) -> dict[int, bytes | Damaged]:
+    def _read_local(self, d: int, global_index: int) -> dict[int, bytes | Damaged]:
+        """The members of a sample, read in this process."""
         try:
             return {**self.samples[d].read_columns(global_index % len(self.samples[d]), self.columns[d])}
         except Damaged as reason:
             return {-1: reason}
 
-    def _single(self, d: int, global_index: int, again: bool = False) -> dict[int, bytes | Damaged]:
+    def _read_single(self, d: int, global_index: int, again: bool = False) -> dict[int, bytes | Damaged]:
         """The members of one sample that was not read with its batch. With `again`, they are read from the store and
         not from any cache."""
         if self.prefetch is None:
-            return self._local(d, global_index)
+            return self._read_local(d, global_index)
         members = self.prefetch.read(_worker(), 0, np.array([[d, global_index]]), REREAD if again else READ)[0][0]
         return self._checked(d, global_index, members)
 
     def _checked(self, d: int, global_index: int, members: dict) -> dict[int, Any]:
+        """Members from the prefetch server, after the checks of the dataset."""
         return self.samples[d].checked(global_index % len(self.samples[d]), members)
 
-    def _sample(self, d: int, global_index: int, members: dict, slot: dict, bad: list, absent: list) -> dict[str, Any]:
+    def _usable_views(
+        self, d: int, global_index: int, members: dict, slot: dict, bad: list, absent: list
+    ) -> dict[str, Any]:
         """The views of a slot's sample or, if it is damaged or lacks a part, of the next usable sample of its chunk.
 
         Appends (shard, key, reason) of each damaged sample to `bad`, and each sample that lacks a part to `absent`.
@@ -174,11 +179,11 @@ class Batches(Dataset):
         candidates = itertools.islice(_neighbours(global_index, self.plan.orders[d].chunk), MAX_DAMAGED_IN_A_ROW)
         for tried, candidate in enumerate(candidates):
             if candidate != global_index:
-                members = self._single(d, candidate)
+                members = self._read_single(d, candidate)
             members = self._read_until_agreed(d, candidate, members)
             number = candidate % len(self.samples[d])
             try:
-                return self._views(d, candidate, members, slot)
+                return self._make_views(d, candidate, members, slot)
             except Absent as reason:
                 absent.append(number)
                 shard, key, last_reason = "", f"sample {number}", str(reason)
@@ -207,34 +212,36 @@ class Batches(Dataset):
         gave the same damage."""
         seen: Counter[str] = Counter()
         for _ in range(READ_ATTEMPTS if self.prefetch else 0):
-            if (wrong := _first_damage(members)) is None:
+            damage = _first_damage(members)
+            if damage is None:
                 break
-            seen[str(wrong)] += 1
-            if seen[str(wrong)] == SAME_DAMAGE_LIMIT:
+            seen[str(damage)] += 1
+            if seen[str(damage)] == SAME_DAMAGE_LIMIT:
                 break
-            members = self._single(d, global_index, again=True)
+            members = self._read_single(d, global_index, again=True)
         return members
 
-    def _views(self, d: int, global_index: int, members: dict, slot: dict) -> dict[str, Any]:
-        if wrong := _first_damage(members):
-            raise wrong
+    def _make_views(self, d: int, global_index: int, members: dict, slot: dict) -> dict[str, Any]:
+        """The views of a sample. Raises Damaged, also (as Absent) if it lacks a part."""
+        if damage := _first_damage(members):
+            raise damage
         epoch, number = divmod(global_index, len(self.samples[d]))
         sample = self.samples[d].sample(number, members, self.parts)
         sample |= slot | {"id": number, "epoch": epoch, "dataset": d}
         with self.budget.lease() as take:
             for value in sample.values():
-                if hasattr(value, "reserve"):  # an `Encoded`, which is decoded when the views ask for its pixels
+                if hasattr(value, "reserve"):  # an `Encoded`, which is decoded when the views call `pixels`
                     value.reserve = take
             return {"id": number, **self.views(sample, generators((_key(self.plan.seed, d, epoch), number)))}
 
 
 def _first_damage(members: dict[int, bytes | Damaged]) -> Damaged | None:
+    """The exception of the first damaged member of a sample; None if no member is damaged."""
     return next((m for m in members.values() if isinstance(m, Damaged)), None)
 
 
 def _neighbours(global_index: int, chunk: int) -> Iterator[int]:
-    """The global index, then the others of its chunk, from there to the end and from the begin on, then those after the
-    chunk."""
+    """The global index, then those after it in its chunk, those before it in the chunk, and those after the chunk."""
     begin = global_index // chunk * chunk
     end = begin + chunk
     yield from range(global_index, end)

@@ -26,7 +26,7 @@ Sizes = tuple[int, int, int]  # pixels of a global, a local and a Gram crop; 0: 
 @dataclass(frozen=True)
 class MultiCropViews:
     """The views of a sample: {"global": [G, 3, H, W], "local": [L, 3, h, w], "mask": bool [G, N]}, and "gram" [G, 3, S,
-    S] where there are Gram crops; and of a micro-batch, where its masked patches are.
+    S] if there are Gram crops. `collate` adds the positions of the masked patches of a micro-batch.
 
     `augments`, `sides` (patches along a side of a global crop) and `weights` have one entry for each kind of step.
     `mask_ratios`: None for no masks.
@@ -36,7 +36,7 @@ class MultiCropViews:
     sides: list[int]
     weights: tuple[float, ...]
     mask_share: float
-    mask_ratios: tuple[float, float] | None  # None: no masks
+    mask_ratios: tuple[float, float] | None
     same_crops: dict[str, str]  # {entry: the entry whose crops it repeats}
     patch_size: int
     cells: tuple[int, ...] | None
