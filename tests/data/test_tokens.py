@@ -60,19 +60,19 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def held(texts: Path) -> Path:
+def token_set(texts: Path) -> Path:
     return tokens_of(texts, texts.parent / "tokens")
 
 
 @pytest.fixture(scope="module")
-def apart(texts: Path) -> Path:
+def separate_set(texts: Path) -> Path:
     """A set whose tokenizer has different tokens for BOS and EOS."""
-    return tokens_of(texts, texts.parent / "apart", specials=("<|bos|>",))
+    return tokens_of(texts, texts.parent / "separate_set", specials=("<|bos|>",))
 
 
 # ---------------------------------------------------------------- the content of a set
-def test_every_document_is_read_back(texts: Path, held: Path):
-    blocks, originals = Blocks([str(held)]), texts_in(texts)
+def test_every_document_is_read_back(texts: Path, token_set: Path):
+    blocks, originals = Blocks([str(token_set)]), texts_in(texts)
     vocabulary = blocks.vocabulary
     own = vocabulary.tokenizer()
     documents = list(blocks.documents())
@@ -81,7 +81,7 @@ def test_every_document_is_read_back(texts: Path, held: Path):
         assert size == len(text.encode()) == vocabulary.token_bytes[ids].sum()
         assert ids[0] == vocabulary.bos == vocabulary.eos == ids[-1] and not vocabulary.special[ids[1:-1]].any()
         assert own.decode(ids[1:-1].tolist()) == text  # the name of a special token in a text is text
-    about = load_manifest(str(held)).details
+    about = load_manifest(str(token_set)).details
     assert about["tokens"]["bytes"] == sum(len(t.encode()) for t in originals)
     shared = len(documents) - len(about["tokens"]["shards"])  # one token separates two documents
     assert about["tokens"]["tokens"] == sum(len(ids) for ids, _ in documents) - shared
@@ -92,8 +92,8 @@ def test_every_document_is_read_back(texts: Path, held: Path):
         and len(blocks) > 3 * len(about["tokens"]["shards"])
     )
     assert blocks.text_bytes() == about["tokens"]["bytes"]
-    assert index.verify(held, quiet) == []
-    assert "documents" in "\n".join(describe(gather(held)))
+    assert index.verify(token_set, quiet) == []
+    assert "documents" in "\n".join(describe(gather(token_set)))
 
 
 def test_a_document_that_begins_with_a_block_counts_once(tmp_path: Path):
@@ -116,9 +116,9 @@ def test_a_document_that_begins_with_a_block_counts_once(tmp_path: Path):
         assert {ids[-1] for ids, _ in documents} == {blocks.vocabulary.eos}
 
 
-def test_tokens_between_documents(texts: Path, held: Path, apart: Path):
+def test_tokens_between_documents(texts: Path, token_set: Path, separate_set: Path):
     """There is one if BOS equals EOS, and two if they differ, as in the shards of earlier versions."""
-    joined, two = Blocks([str(held)]), Blocks([str(apart)])
+    joined, two = Blocks([str(token_set)]), Blocks([str(separate_set)])
     assert set(joined.joined) == {True} and set(two.joined) == {False}
     first, second = texts_in(texts)[:2]
     for blocks, between in ((joined, 1), (two, 2)):
@@ -129,14 +129,14 @@ def test_tokens_between_documents(texts: Path, held: Path, apart: Path):
         assert ids[: len(a) + len(b) + 2 + between] == [known.bos, *a, *middle, *b, known.eos]
         last = blocks.load(len(blocks) - 1)[0]
         assert last[-1] == known.eos and last[-2] != known.eos
-    made = [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in sorted(apart.glob("*.tar"))]
+    made = [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in sorted(separate_set.glob("*.tar"))]
     assert tuple(made) == DIGESTS
 
 
-def test_the_tokenizer_adds_bos(held: Path, tmp_path: Path):
+def test_the_tokenizer_adds_bos(token_set: Path, tmp_path: Path):
     """Any library that opens tokenizer.json adds BOS to a text, as training does. The hash of the tokenizer does not
     change."""
-    made = Vocabulary.read(str(held))
+    made = Vocabulary.read(str(token_set))
     own = made.tokenizer()
     assert own.encode("sea").ids == [made.bos, *own.encode("sea", add_special_tokens=False).ids]
     plain = json.loads(made.text) | {"post_processor": None}
@@ -157,10 +157,10 @@ def test_the_tokenizer_adds_bos(held: Path, tmp_path: Path):
     assert with_template(theirs, 0, 1) == theirs and with_template(theirs, None) == theirs
 
 
-def test_transformers_opens_the_tokenizer_of_a_set(held: Path):
+def test_transformers_opens_the_tokenizer_of_a_set(token_set: Path):
     import transformers
 
-    theirs, mine = transformers.AutoTokenizer.from_pretrained(held), Vocabulary.read(str(held))
+    theirs, mine = transformers.AutoTokenizer.from_pretrained(token_set), Vocabulary.read(str(token_set))
     assert (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id) == (mine.eos, mine.pad, mine.mask)
     assert theirs("the sea under 語")["input_ids"] == mine.tokenizer().encode("the sea under 語").ids
     assert len(theirs) == mine.size == 400
@@ -221,9 +221,9 @@ def test_damaged_documents_are_listed_and_left_out(tmp_path: Path):
     data = bytearray((folder / "1.tar").read_bytes())
     data[520] ^= 1
     (folder / "1.tar").write_bytes(data)
-    held = tokens_of(folder, tmp_path / "tokens", vocab=270, shard_mb=1)
-    assert len(list(Blocks([str(held)]).documents())) == 2
-    bad = {row["path"].rpartition("/")[2]: row["reason"] for row in map(json.loads, (held / "bad.jsonl").open())}
+    token_set = tokens_of(folder, tmp_path / "tokens", vocab=270, shard_mb=1)
+    assert len(list(Blocks([str(token_set)]).documents())) == 2
+    bad = {row["path"].rpartition("/")[2]: row["reason"] for row in map(json.loads, (token_set / "bad.jsonl").open())}
     assert bad.keys() == {"b", "c", "d"} and "is not UTF-8" in bad["b"] and "no .txt" in bad["c"] and "hash" in bad["d"]
 
 
@@ -352,12 +352,12 @@ def test_large_vocabularies_use_four_bytes_per_token(texts: Path, tmp_path: Path
 
 
 # ---------------------------------------------------------------- rows
-@pytest.mark.parametrize("kind", ["held", "apart"])
+@pytest.mark.parametrize("kind", ["token_set", "separate_set"])
 @pytest.mark.parametrize("length", [64, 1000, 4096])
 def test_split_rows_make_every_token_a_target_exactly_once(kind: str, length: int, request: pytest.FixtureRequest):
-    held, joined = request.getfixturevalue(kind), kind == "held"
-    rows, at = Rows([str(held)], length), 0
-    for documents in shards_of(held):
+    token_set, joined = request.getfixturevalue(kind), kind == "token_set"
+    rows, at = Rows([str(token_set)], length), 0
+    for documents in shards_of(token_set):
         own = [d[:-1] for d in documents[:-1]] + documents[-1:] if joined else documents
         tokens = np.concatenate(own).astype(np.int64)
         number = np.repeat(np.arange(len(documents)), [len(d) for d in own])
@@ -375,16 +375,16 @@ def test_split_rows_make_every_token_a_target_exactly_once(kind: str, length: in
             seen, at = seen + count - 1, at + 1
         assert seen == len(tokens)
     assert at == len(rows)
-    assert not read(Rows([str(held)], length, document_mask=False), 3)["documents"].any()
+    assert not read(Rows([str(token_set)], length, document_mask=False), 3)["documents"].any()
 
 
-@pytest.mark.parametrize("kind", ["held", "apart"])
+@pytest.mark.parametrize("kind", ["token_set", "separate_set"])
 @pytest.mark.parametrize("length", [50, 128])
 def test_best_fit_rows_make_every_token_inside_a_document_a_target_exactly_once(
     kind: str, length: int, request: pytest.FixtureRequest
 ):
-    held = request.getfixturevalue(kind)
-    rows, plain = Rows([str(held)], length, "best_fit"), Rows([str(held)], length)
+    token_set = request.getfixturevalue(kind)
+    rows, plain = Rows([str(token_set)], length, "best_fit"), Rows([str(token_set)], length)
     pairs: Counter[tuple[int, int]] = Counter()
     wasted = 0
     for number in range(len(rows)):
@@ -392,11 +392,11 @@ def test_best_fit_rows_make_every_token_inside_a_document_a_target_exactly_once(
         same = (row["documents"][1:] == row["documents"][:-1]) & (row["documents"][1:] >= 0)
         asked = targets_of(row)
         known = asked >= 0
-        assert (asked[same] == row["tokens"][1:][same]).all() or kind == "held"
+        assert (asked[same] == row["tokens"][1:][same]).all() or kind == "token_set"
         pairs.update(zip(row["tokens"][:-1][known].tolist(), asked[known].tolist(), strict=True))
         wasted += int((row["documents"] < 0).sum())
     whole: Counter[tuple[int, int]] = Counter()
-    for document in itertools.chain.from_iterable(shards_of(held)):
+    for document in itertools.chain.from_iterable(shards_of(token_set)):
         whole.update(itertools.pairwise(document.tolist()))
     assert pairs == whole and len(rows) == len(plain)
     assert wasted < 0.06 * len(rows) * length  # shards and blocks are short, so that their last windows are not full
@@ -405,40 +405,40 @@ def test_best_fit_rows_make_every_token_inside_a_document_a_target_exactly_once(
 def naive_best_fit(first: int, last: int, starts: list[int], length: int, joined: bool) -> list[list[tuple[int, int]]]:
     """`best_fit` by exhaustive search. With `joined`, pieces consist of targets, and the position of a target is the
     token before it."""
-    most = length if joined else length + 1
-    again = most - length  # tokens that a cut repeats
-    here = sorted({first, *(s for s in starts if first < s <= last)})
+    capacity = length if joined else length + 1  # tokens of a row
+    repeated = capacity - length  # tokens that a cut repeats
+    begins = sorted({first, *(s for s in starts if first < s <= last)})
     pieces = []
-    for begin, end in zip(here, [*here[1:], last + again], strict=True):
+    for begin, end in zip(begins, [*begins[1:], last + repeated], strict=True):
         if begin == last:
             continue
-        while end - begin > most:
-            pieces.append((begin, most))
+        while end - begin > capacity:
+            pieces.append((begin, capacity))
             begin += length
-        pieces += [(begin, end - begin)] if end - begin > again else []
+        if end - begin > repeated:
+            pieces.append((begin, end - begin))
     rows: list[list[tuple[int, int]]] = [[] for _ in range(-(-(last - first) // length))]
 
     def free(n: int) -> int:
-        return most - sum(size for _, size in rows[n])
+        return capacity - sum(size for _, size in rows[n])
 
-    left = []
+    unplaced = []
     for start, size in sorted(pieces, key=lambda p: (-p[1], p[0])):
         fitting = [n for n in range(len(rows)) if free(n) >= size]
         if fitting:
             rows[min(fitting, key=lambda n: (free(n), n))].append((start, size))
         else:
-            left.append((start, size))
-    for start, size in left:
-        while size > again:
+            unplaced.append((start, size))
+    for start, size in unplaced:
+        while size > repeated:
             fitting = [n for n in range(len(rows)) if free(n) >= size]
-            n = (
-                min(fitting, key=lambda n: (free(n), n))
-                if fitting
-                else max(range(len(rows)), key=lambda n: (free(n), n))
-            )
+            if fitting:
+                n = min(fitting, key=lambda n: (free(n), n))
+            else:
+                n = max(range(len(rows)), key=lambda n: (free(n), n))
             take = min(size, free(n))
             rows[n].append((start, take))
-            start, size = start + take - again, size - take + again
+            start, size = start + take - repeated, size - take + repeated
     return sorted(sorted(row) for row in rows)
 
 
@@ -461,10 +461,10 @@ def test_best_fit_equals_an_exhaustive_search_and_loses_no_token(data: st.DataOb
 # ---------------------------------------------------------------- streams
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_batches_are_the_same_for_any_number_of_processes_and_workers_and_after_a_resume(
-    held: Path, tmp_path: Path, packing
+    token_set: Path, tmp_path: Path, packing
 ):
     def stream(rank=0, world=1, accumulate=1, **reading) -> Stream:
-        both = [Rows([str(held)], 64, packing), Rows([str(held)], 64, packing)]
+        both = [Rows([str(token_set)], 64, packing), Rows([str(token_set)], 64, packing)]
         phases = [Phase(0, 12, (3.0, 1.0), (0.0, 0.0)), Phase(3, 24, (1.0, 1.0), (0.0, 0.0))]
         reading = Reading(**{"workers": 0, **reading})
         return Stream(both, keep, 12, 3, rank=rank, world=world, accumulate=accumulate, phases=phases, reading=reading)
@@ -482,22 +482,22 @@ def test_batches_are_the_same_for_any_number_of_processes_and_workers_and_after_
         for s in streams:
             s.close()
     assert batches[0]["tokens"].shape == (12, 65) and len(json.dumps(whole.state_dict())) < 200
-    other = Stream(Rows([str(held)], 32, packing), keep, 12, 3, workers=0)
+    other = Stream(Rows([str(token_set)], 32, packing), keep, 12, 3, workers=0)
     with pytest.raises(DataError, match="written on other data"):
         other.load_state_dict(whole.state_dict())
 
 
-def test_an_epoch_has_each_row_once(held: Path):
-    rows = Rows([str(held)], 100)
+def test_an_epoch_has_each_row_once(token_set: Path):
+    rows = Rows([str(token_set)], 100)
     stream = Stream(rows, keep, 9, workers=0)
     seen = Counter(n for _ in range(2 * len(rows) // 9) for n in next(stream)["id"].tolist())
     assert set(seen) == set(range(len(rows))) and set(seen.values()) <= {1, 2, 3} and stream.epochs[0] > 1.9
 
 
-def test_damaged_pages_are_logged_and_replaced(held: Path, tmp_path: Path):
+def test_damaged_pages_are_logged_and_replaced(token_set: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     copy.mkdir()
-    for file in held.iterdir():
+    for file in token_set.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     rows = Rows([str(copy)], 64)
     url, _, (offset, _, _) = rows.blocks.members(0)
@@ -507,7 +507,7 @@ def test_damaged_pages_are_logged_and_replaced(held: Path, tmp_path: Path):
     damage_log = DamageLog(None, share=1, shard_share=1)
     stream = Stream(Rows([str(copy)], 64), keep, 8, shuffle=False, workers=0, damage_log=damage_log)
     batch = next(stream)
-    clean = Stream(Rows([str(held)], 64), keep, 8, shuffle=False, workers=0)
+    clean = Stream(Rows([str(token_set)], 64), keep, 8, shuffle=False, workers=0)
     sound = {tuple(read(rows, n)["tokens"].tolist()) for n in range(16, len(rows))}
     assert all(tuple(row.tolist()) in sound for row in batch["tokens"]) and len(next(clean)["tokens"]) == 8
     assert ("000000-000000 row 5") in {key for _, key in damage_log.bad} and "tokens from 0 on" in next(
@@ -517,24 +517,24 @@ def test_damaged_pages_are_logged_and_replaced(held: Path, tmp_path: Path):
 
 
 # ---------------------------------------------------------------- errors
-def test_errors_say_what_to_write(texts: Path, held: Path, tmp_path: Path):
+def test_errors_say_what_to_write(texts: Path, token_set: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"holds .txt and no tokens; make them with `unlabeled shards tokenize"):
         Rows([str(texts)], 64)
     with pytest.raises(DataError, match=r"data.length = 5000: must be 1 or more, and at most the 4096 tokens"):
-        Rows([str(held)], 5000)
+        Rows([str(token_set)], 5000)
     other = tokens_of(texts, tmp_path / "other", vocab=300)
     with pytest.raises(DataError, match="different tokenizers"):
-        Rows([str(held), str(other)], 64)
-    (other / "tokenizer.json").write_text((held / "tokenizer.json").read_text())
+        Rows([str(token_set), str(other)], 64)
+    (other / "tokenizer.json").write_text((token_set / "tokenizer.json").read_text())
     with pytest.raises(DataError, match="is not the tokenizer that the tokens in its folder were made with"):
         _ = Rows([str(other)], 64).vocabulary
     with pytest.raises(DataError, match="split the text shards"):
-        split(held, tmp_path / "split", 0.1, workers=1)
+        split(token_set, tmp_path / "split", 0.1, workers=1)
     for options, match in [
         ({"vocab": 0}, "either --tokenizer FILE, or --vocab N"),
         ({"block": 5000}, "write a multiple of 1024"),
         ({"vocab": 300, "shard_mb": 0}, "--shard-mb 0"),
-        ({"vocab": 0, "tokenizer_file": held, "specials": ("<a>",)}, "--specials is for a new tokenizer"),
+        ({"vocab": 0, "tokenizer_file": token_set, "specials": ("<a>",)}, "--specials is for a new tokenizer"),
     ]:
         with pytest.raises(DataError, match=match):
             tokens_of(texts, tmp_path / "never", **options)
@@ -564,10 +564,10 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_tokenizing_is_the_same_for_any_number_of_processes(texts: Path, held: Path, tmp_path: Path):
-    assert content(tokens_of(texts, tmp_path / "tokens", workers=3)) == content(held)
+def test_tokenizing_is_the_same_for_any_number_of_processes(texts: Path, token_set: Path, tmp_path: Path):
+    assert content(tokens_of(texts, tmp_path / "tokens", workers=3)) == content(token_set)
     again = tokens_of(texts, tmp_path / "tokens", workers=1)  # nothing to do
-    assert content(again) == content(held)
+    assert content(again) == content(token_set)
 
 
 @pytest.mark.slow
@@ -593,13 +593,13 @@ def test_killed_tokenizing_is_resumed_with_the_same_result(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_rows_from_a_store_equal_rows_from_a_disk(
-    store: ObjectStore, proxy: FaultProxy, held: Path, tmp_path: Path, packing: str
+    store: ObjectStore, proxy: FaultProxy, token_set: Path, tmp_path: Path, packing: str
 ):
-    url = store.put_folder(held, f"tokens-{packing}")
+    url = store.put_folder(token_set, f"tokens-{packing}")
     proxy.set(error_rate=0.05, short_rate=0.1, flip_rate=0.1)
-    local = Stream(Rows([str(held)], 64, packing), keep, 12, 3, workers=0)
+    local = Stream(Rows([str(token_set)], 64, packing), keep, 12, 3, workers=0)
     expected = [next(local) for _ in range(20)]
-    for reading in (Reading(workers=2), Reading(workers=1, cache=str(tmp_path / "held"), cache_gb=1)):
+    for reading in (Reading(workers=2), Reading(workers=1, cache=str(tmp_path / "token_set"), cache_gb=1)):
         remote = Stream(Rows([url], 64, packing), keep, 12, 3, reading=reading)
         for batch in expected:
             found = next(remote)
@@ -610,9 +610,9 @@ def test_rows_from_a_store_equal_rows_from_a_disk(
 
 
 @pytest.mark.slow
-def test_tokens_are_written_to_a_store(store: ObjectStore, proxy: FaultProxy, texts: Path, held: Path):
+def test_tokens_are_written_to_a_store(store: ObjectStore, proxy: FaultProxy, texts: Path, token_set: Path):
     source = store.put_folder(texts, "texts")
     target = source.rsplit("/", 1)[0] + "/made"
     tokens_of(source, target)  # type: ignore[arg-type]
-    assert Samples([target]).id == Samples([str(held)]).id and index.verify(target, quiet) == []
-    assert Vocabulary.read(target).hash == Vocabulary.read(str(held)).hash
+    assert Samples([target]).id == Samples([str(token_set)]).id and index.verify(target, quiet) == []
+    assert Vocabulary.read(target).hash == Vocabulary.read(str(token_set)).hash
