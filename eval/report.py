@@ -84,7 +84,7 @@ pre{overflow:auto;font-size:.82rem}
 
 
 def write(run: str | Path) -> Path:
-    """Write RUN/report.html. Raises UserError if the folder is no run folder, or has no metrics or no export yet."""
+    """Write RUN/report.html. Raises UserError if the folder is not a run folder, or has no metrics or no export yet."""
     run = Path(run)
     recipe, rows, exported = stored(run), read_rows(run / "metrics.jsonl"), exports(run)
     for entries, name in ((rows, "metrics (metrics.jsonl)"), (exported, "export (export/STEP)")):

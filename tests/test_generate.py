@@ -191,7 +191,7 @@ def test_the_command(
     assert "has no tokenizer.json" in said(str(tmp_path / "bare"), "the cat")[2]
     (tmp_path / "ours" / "tokenizer.json").write_text("nothing")
     code, _, error = said(str(tmp_path / "ours"), "the cat")
-    assert code == 2 and "tokenizer.json: is no tokenizer.json" in error
+    assert code == 2 and "tokenizer.json: is not a valid tokenizer.json" in error
     (tmp_path / "ours" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     code, _, error = said(str(tmp_path / "ours"), "the cat")
     assert code == 2 and "tokenizer.json: tokenizers" in error and "cannot read it" in error

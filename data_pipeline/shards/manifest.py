@@ -197,7 +197,9 @@ def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
                 f"{source}: was not written by `unlabeled shards index`; move it to another folder, as the manifest of"
                 " the shards has to have this name"
             ) from None
-        raise DataError(f"{source}: is no shard manifest ({error}); run `unlabeled shards index` again") from None
+        raise DataError(
+            f"{source}: is not a valid shard manifest ({error}); run `unlabeled shards index` again"
+        ) from None
 
 
 def render_manifest(manifest: Manifest) -> str:

@@ -74,7 +74,7 @@ class _HashedFile(io.RawIOBase):
 
 
 def scan(url: str, further: Sequence[str] = ()) -> Shard:
-    """Index a tar in one pass. Raises DataError for a file that is no tar, or is cut off.
+    """Index a tar in one pass. Raises DataError for a file that is not a tar, or is truncated.
 
     Members with the extensions `further` are indexed in addition to those with `INDEXED_EXTENSIONS`. Duplicate keys and
     oversized members go to `problems`.
@@ -95,7 +95,9 @@ def scan(url: str, further: Sequence[str] = ()) -> Shard:
                 raise tarfile.ReadError("the end-of-archive mark is missing")
             shard.bytes, shard.hash = file.count, file.hash.hexdigest()
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{url}: is no complete tar file ({error}); fetch or build it again, or leave it out") from None
+        raise DataError(
+            f"{url}: is not a complete tar file ({error}); fetch or build it again, or leave it out"
+        ) from None
     except FileNotFoundError:
         raise DataError(f"{url}: no such file") from None
     except OSError as error:

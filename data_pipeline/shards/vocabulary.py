@@ -102,7 +102,7 @@ class Vocabulary:
                 " are read"
             )
         if wrong:
-            raise DataError(f"{source}: is no tokenizer.json ({wrong}); name one of the `tokenizers` library")
+            raise DataError(f"{source}: is not a valid tokenizer.json ({wrong}); name one of the `tokenizers` library")
         roles = {}
         for role, names in ROLES.items():
             configured = named.get(f"{role}_token")

@@ -92,7 +92,7 @@ END = bytes(1024)
 def test_invalid_tar_headers_are_an_error_of_one_line(data: bytes, tmp_path: Path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "0.tar").write_bytes(data + END)
-    with pytest.raises(DataError, match=r"is no complete tar file .*header|is no complete tar file .*member of"):
+    with pytest.raises(DataError, match=r"is not a complete tar file .*header|is not a complete tar file .*member of"):
         index.write(tmp_path / "in", quiet)
     (tmp_path / "in" / "1.tar").write_bytes(header("1.txt", 3) + GOOD[512:] + END)
     assert make(tmp_path / "in", tmp_path / "out")["samples"] == 1  # a build continues with the other tars
@@ -105,7 +105,7 @@ def test_a_damaged_header_inside_a_tar_is_an_error(tmp_path: Path):
         place = tar.getmember("1.jpg").offset
     data[place] ^= 1
     (tmp_path / "0.tar").write_bytes(data)
-    with pytest.raises(DataError, match=rf"is no complete tar file .bad checksum at byte {place}"):
+    with pytest.raises(DataError, match=rf"is not a complete tar file .bad checksum at byte {place}"):
         index.write(tmp_path, quiet)
 
 
@@ -192,7 +192,7 @@ def test_schema_errors_name_the_value(value: object, shape: object, said: str):
 )
 def test_manifests_with_invalid_values(key: str, value: object, shards: Path):
     content = json.loads((shards / "manifest.json").read_text()) | {key: value}
-    with pytest.raises(DataError, match=r"m: is no shard manifest .*run `unlabeled shards index` again"):
+    with pytest.raises(DataError, match=r"m: is not a valid shard manifest .*run `unlabeled shards index` again"):
         parse_manifest(json.dumps(content), "f", "m")
 
 
@@ -226,9 +226,9 @@ TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, 
     ],
 )
 def test_tokenizers_with_invalid_values(change: dict, says: str):
-    with pytest.raises(DataError, match=rf"t: is no tokenizer.json .*({says})"):
+    with pytest.raises(DataError, match=rf"t: is not a valid tokenizer.json .*({says})"):
         Vocabulary.parse(json.dumps(TOKENIZER | change), source="t")
-    with pytest.raises(DataError, match=r"is no tokenizer.json \(tokenizer_config.json.bos_token is \[\]"):
+    with pytest.raises(DataError, match=r"is not a valid tokenizer.json \(tokenizer_config.json.bos_token is \[\]"):
         Vocabulary.parse(json.dumps(TOKENIZER), json.dumps({"bos_token": []}), "t")
 
 
@@ -247,7 +247,7 @@ def test_permanent_errors_of_local_files_are_not_retried(tmp_path: Path):
     with pytest.raises(DataError, match=r"cannot be read .Is a directory"):
         with_retries(str(tmp_path), tmp_path.read_bytes)
     assert len(calls) == 1
-    with pytest.raises(DataError, match=r"file: is no complete tar file"):
+    with pytest.raises(DataError, match=r"file: is not a complete tar file"):
         Samples([str(tmp_path / "file")])
 
 

@@ -103,10 +103,10 @@ def test_scans_may_be_deleted_by_another_process(tmp_path: Path, monkeypatch: py
 def test_a_file_that_is_not_a_tar(tmp_path: Path, shards: Path):
     bad = tmp_path / "bad.tar"
     bad.write_bytes(b"this is not a tar file" * 100)
-    with pytest.raises(DataError, match=r"bad.tar: is no complete tar file"):
+    with pytest.raises(DataError, match=r"bad.tar: is not a complete tar file"):
         scan(str(bad))
     bad.write_bytes((shards / "000000.tar").read_bytes()[:20_000])
-    with pytest.raises(DataError, match=r"bad.tar: is no complete tar file"):
+    with pytest.raises(DataError, match=r"bad.tar: is not a complete tar file"):
         scan(str(bad))
     write_tar(bad, [("a.exe", b"x"), ("b.pkl", b"x")])
     with pytest.raises(DataError, match="no samples; members are read whose names end in"):
@@ -264,7 +264,7 @@ def test_a_truncated_shard_is_refused_by_the_index_and_damaged_for_the_reader(ke
             assert open_before.read(i) == before[str(i)]
         except Damaged as reason:
             assert "bytes could be read" in str(reason)
-    with pytest.raises(DataError, match="is no complete tar file"):
+    with pytest.raises(DataError, match="is not a complete tar file"):
         scan(str(folder / "a.tar"))
 
 
@@ -278,7 +278,7 @@ def test_no_incomplete_or_mixed_samples(tmp_path: Path):
     urls = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
     theirs = list(webdataset.WebDataset(urls, shardshuffle=False, handler=webdataset.ignore_and_continue))
     assert {"cls": b"1", "jpg": b"B" * 3000}.items() <= theirs[0].items()  # the error of webdataset
-    with pytest.raises(DataError, match=r"a.tar: is no complete tar file"):
+    with pytest.raises(DataError, match=r"a.tar: is not a complete tar file"):
         Samples(urls)
 
 
@@ -397,7 +397,7 @@ def test_a_stopped_index_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for n in range(4):
         write_tar(tmp_path / f"{n}.tar", [(f"{n}.jpg", jpeg(n))])
     (tmp_path / "3.tar").write_bytes((tmp_path / "3.tar").read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"3.tar: is no complete tar file"):
+    with pytest.raises(DataError, match=r"3.tar: is not a complete tar file"):
         index.write(tmp_path, workers=2)
     assert not (tmp_path / "manifest.json").exists()
     assert len(list((tmp_path / "cache" / "scans").glob("*.npz"))) == 3

@@ -207,7 +207,7 @@ def test_roles_of_other_tokenizers_and_their_bytes(tmp_path: Path):
     with pytest.raises(DataError, match="not byte-level"):
         _ = bert.token_bytes
     (tmp_path / "tokenizer.json").write_text("{}")
-    for name, match in [("tokenizer.json", "is no tokenizer.json"), ("other", "no such file")]:
+    for name, match in [("tokenizer.json", "is not a valid tokenizer.json"), ("other", "no such file")]:
         with pytest.raises(DataError, match=match):
             Vocabulary.read(str(tmp_path / name))
 

@@ -191,7 +191,7 @@ def test_the_tokenizer_opens(tmp_path: Path, hf: ModuleType, tokenizer: Path):
     opened = hf.AutoTokenizer.from_pretrained(tmp_path / "named")
     assert (opened.eos_token, opened.chat_template) == ("<turn>", "{{ messages }}")
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "named").config.eos_token_id == 40
-    with pytest.raises(UserError, match=r"is no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"is not a valid tokenizer\.json"):
         export.write(tmp_path / "none", build(*MODELS["llama"]), ABOUT, tokenizer=tmp_path / "out" / "config.json")
 
 

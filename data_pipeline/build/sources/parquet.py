@@ -267,7 +267,7 @@ def first_readable(source: Source) -> Table:
 
 
 def image_extension(data: bytes) -> str:
-    """The extension for the bytes of an image; "" if their first bytes are of no known format."""
+    """The extension for the bytes of an image; "" if their format is not known."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((name for start, name in _MAGIC_BYTES.items() if data.startswith(start)), "")

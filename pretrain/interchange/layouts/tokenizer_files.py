@@ -25,14 +25,16 @@ KEPT = ("additional_special_tokens", "chat_template")
 def read_special_tokens(path: Path) -> dict[str, tuple[str, int]]:
     """{role: (token, id)} of the special tokens in a tokenizer.json. The name of a role's token is the one in the
     tokenizer_config.json next to it, if that has one, otherwise one of the usual names. Raises UserError if the file is
-    no tokenizer.json."""
+    not a valid tokenizer.json."""
     try:
         content, config = loads(read_text(path)), _config(path)
         vocabulary.Vocabulary.parse(json.dumps(content), json.dumps(config), str(path))
         ids = {**content["model"].get("vocab", {})} if isinstance(content["model"].get("vocab"), dict) else {}
         ids |= {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is no tokenizer.json ({error}); name the one in the folder of token shards") from None
+        raise UserError(
+            f"{path}: is not a valid tokenizer.json ({error}); name the one in the folder of token shards"
+        ) from None
     found = {}
     for role, names in ROLES.items():
         named = config.get(f"{role}_token")
