@@ -139,16 +139,15 @@ def _header(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: 
         "training time": _duration(seconds),
     }
     listed = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items() if value)
-    status = (
-        f'chip done">finished: {done:,} steps' if done >= recipe.steps else f'chip">step {done:,} of {recipe.steps:,}'
-    )
+    if done >= recipe.steps:
+        status = f'<span class="chip done">finished: {done:,} steps</span>'
+    else:
+        status = f'<span class="chip">step {done:,} of {recipe.steps:,}</span>'
     if verdict := collapse_monitor.verdict(rows, recipe.objective.assignments(), recipe.optim.lr.warmup_steps()):
-        status += (
-            f'</span> <span class="chip bad">collapsed</span><p class="down">This run {escape(verdict)}.</p><span>'
-        )
+        status += f' <span class="chip bad">collapsed</span><p class="down">This run {escape(verdict)}.</p>'
     about = "" if is_file(recipe.objective.name) else escape(purpose(recipe.objective.name))
     return (
-        f'<h1>{escape(run.resolve().name)}</h1><span class="{status}</span><p>{about}</p><dl class="card">{listed}</dl>'
+        f'<h1>{escape(run.resolve().name)}</h1>{status}<p>{about}</p><dl class="card">{listed}</dl>'
         f"{_summary(recipe, scores)}{_next_steps(run, recipe, done)}"
     )
 
@@ -162,30 +161,31 @@ def _duration(seconds: float) -> str:
 
 def _summary(recipe: Recipe, rows: list[dict]) -> str:
     """One sentence with the score for each protocol, compared with the untrained network and raw pixels."""
-    sentences = [
-        _score_sentence("k-NN" if name == "knn" else name, value, next(iter(table.values())))
-        for name, table in _test_scores(recipe, rows).items()
-        if "pretrained" in (value := _accuracies(table))
-    ]
-    value = {row["model"]: row["value"] for row in rows if (row["metric"], row["split"]) == ("bits_per_byte", "test")}
-    if "pretrained" in value:
-        text = f"<b>{value['pretrained']:.3f} bits per byte</b> on test text"
-        gain = value["untrained"] - value["pretrained"] if "untrained" in value else math.nan
+    sentences = []
+    for name, table in _test_scores(recipe, rows).items():
+        accuracies = _accuracies(table)
+        if "pretrained" in accuracies:
+            sentences.append(_score_sentence("k-NN" if name == "knn" else name, accuracies, next(iter(table.values()))))
+    bits = {row["model"]: row["value"] for row in rows if (row["metric"], row["split"]) == ("bits_per_byte", "test")}
+    if "pretrained" in bits:
+        text = f"<b>{bits['pretrained']:.3f} bits per byte</b> on test text"
+        gain = bits["untrained"] - bits["pretrained"] if "untrained" in bits else math.nan
         sentences.append(f"{text}, {gain:.3f} below the untrained network." if gain > 0 else f"{text}.")
     return "".join(f'<p class="lead">{text}</p>' for text in sentences)
 
 
-def _score_sentence(protocol: str, value: dict[str, float], row: dict) -> str:
-    """The accuracy of the pretrained model, and its gains over the baselines. `value`: {model: accuracy}."""
+def _score_sentence(protocol: str, accuracies: dict[str, float], row: dict) -> str:
+    """The accuracy of the pretrained model, and its gains over the baselines. `accuracies`: by model."""
     baselines = {"untrained": "the untrained network", "pixels": "raw pixels", "bytes": "raw bytes"}
-    gains = {name: 100 * (value["pretrained"] - value[model]) for model, name in baselines.items() if model in value}
-    text = []
-    for name, gain in gains.items():
+    comparisons = []
+    for model, name in baselines.items():
+        gain = 100 * (accuracies["pretrained"] - accuracies.get(model, math.nan))
         kind, word = ("up", "above") if gain > 0 else ("down", "below")
         if math.isfinite(gain):
-            text.append(f'<span class="{kind}">{abs(gain):.1f} points {word} {name}</span>')
-    counted = f"of {row.get('count', 0):,} test {row.get('unit', 'images')}"
-    return f"<b>{escape(protocol)}: {value['pretrained']:.1%}</b> {counted}{', ' * bool(text)}{' and '.join(text)}."
+            comparisons.append(f'<span class="{kind}">{abs(gain):.1f} points {word} {name}</span>')
+    text = f"<b>{escape(protocol)}: {accuracies['pretrained']:.1%}</b>"
+    text += f" of {row.get('count', 0):,} test {row.get('unit', 'images')}"
+    return f"{text}, {' and '.join(comparisons)}." if comparisons else f"{text}."
 
 
 def _next_steps(run: Path, recipe: Recipe, done: int) -> str:
@@ -224,12 +224,7 @@ def _scores(recipe: Recipe, rows: list[dict]) -> str:
     raw = "bytes" if unit == "texts" else "pixels"
     text = f"Test accuracy on {count:,} {unit}{gallery}. Encoders are frozen; raw {raw} and the untrained network are"
     text += f" baselines. Balanced: the mean of the classes' accuracies. ±: the 95% interval for {count:,} test {unit}."
-    return section(
-        "Scores",
-        text,
-        *cards,
-        columns="400px",
-    )
+    return section("Scores", text, *cards, columns="400px")
 
 
 def _test_scores(recipe: Recipe, rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
