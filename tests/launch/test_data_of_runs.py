@@ -71,7 +71,7 @@ def test_a_mixture_trains_and_says_how_far_each_dataset_is(shards: Path, noise: 
     last = rows(run)[-1]
     assert last["epoch/0"] > 0 and last["epoch/1"] > 0
     assert last["epoch/0"] * 48 + last["epoch/1"] * 40 == pytest.approx(160, abs=0.1)
-    assert "bind" in last["stage"] and last["stream/wait_ms_p99"] >= 0 and last["stream/requests"] > 0
+    assert "bottleneck" in last["stage"] and last["stream/wait_ms_p99"] >= 0 and last["stream/requests"] > 0
     assert load(run).data.mix[1].homogeneous == 0.2  # the resolved recipe holds it
 
 
