@@ -1,9 +1,9 @@
-"""Kernels: classes that compute what a plain module of the models computes, faster on one kind of device.
+"""Kernels: classes with the same results as a plain module of the models, but faster on one kind of device.
 
-`apply` is called once, when the engine is built, and nothing else in the project chooses by device. A kernel is a
-subclass of the plain module with another `forward`, and takes its place by taking over the instance: parameters,
-buffers and their names stay, so that checkpoints and exports do not depend on it. `tests/test_kernels.py` compares each
-with its plain module, values and gradients.
+`apply` is called once, when the engine is built; no other code chooses by device. A kernel is a subclass of the plain
+module with another `forward`. It replaces the class of the existing instance, so that parameters, buffers and their
+names do not change, and checkpoints and exports do not depend on kernels. `tests/test_kernels.py` compares values and
+gradients of each kernel with those of its plain module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CUDA: Table = {
     BatchNorm: batch_norm.CudaBatchNorm,
 }
 CPU: Table = {RMSNorm: norms.CpuRMSNorm}
-MAX_DIFFERENCE = 0.05  # from plain operations, of outputs and gradients of size 1; bf16 rounds to 0.004
+MAX_DIFFERENCE = 0.05  # from the plain module, for outputs and gradients of about 1; bf16 rounds to 0.004
 
 
 def attention_kernels(name: str) -> Table:
@@ -61,11 +61,11 @@ def attention_kernels(name: str) -> Table:
 def apply(
     objective: nn.Module, device: torch.device, attention: str = "auto", dtype: torch.dtype = torch.float32
 ) -> list[str]:
-    """Replace the plain modules below `objective` that have a kernel for `device`; a line about each choice that was
-    not certain, or that makes the host wait.
+    """Replace the plain modules of `objective` that have a kernel for `device`. Returns lines for the log, about
+    kernels that had to be tried or that make the host wait.
 
-    `attention`: the recipe's `parallel.attention`. `dtype`: of the computation. Raises ConfigError where the named
-    attention cannot be used here.
+    `attention`: the recipe's `parallel.attention`. `dtype`: that of the computation. Raises ConfigError if the
+    attention that is named cannot be used here.
     """
     table, lines = kernels_of(device, attention, dtype, calls_of(objective))
     replace(objective, table)
@@ -73,7 +73,7 @@ def apply(
 
 
 def replace(module: nn.Module, table: Table) -> None:
-    """Let the kernels of a table take over the plain modules below `module`."""
+    """Replace the plain modules in `module` by the kernels of a table."""
     for each in module.modules():
         kernel = table.get(type(each))
         if kernel is not None:
@@ -83,8 +83,8 @@ def replace(module: nn.Module, table: Table) -> None:
 def kernels_of(
     device: torch.device, attention: str, dtype: torch.dtype, calls: tuple[Call, ...]
 ) -> tuple[Table, list[str]]:
-    """(the kernels for a device, lines for the log). `calls`: what the model asks of its attention. With "auto", what
-    cannot be used here is left plain."""
+    """(kernels for a device, lines for the log). `calls`: the kinds of attention that the model uses. With "auto",
+    plain modules whose kernels cannot be used here are kept."""
     if attention not in ("auto", "sdpa") and (reason := unusable(attention, device, dtype, calls)):
         raise ConfigError(f"parallel.attention = {attention}: {reason}; write parallel.attention=auto")
     if device.type == "cpu":
@@ -97,8 +97,8 @@ def kernels_of(
         lines = [f"attention of documents: {attention}, for which the host waits once in each forward"] if waits else []
         return CUDA | attention_kernels(attention) | _fused_rotary(device, dtype)[0], lines
     table, lines = dict(CUDA), []
-    # crops of several sizes by xformers, as DINOv2 has it; documents and windows by FlexAttention, which alone builds
-    # its masks without waiting for the device
+    # Crops of several sizes use xformers, as in DINOv2. Documents and windows use FlexAttention, because only it builds
+    # its masks without a host sync.
     for name, kinds, own, what in (
         ("xformers", [PackedAttention], packed, "crops of several sizes"),
         ("flex", [Masks, RelativeBias, MaskedAttention], masked, "documents and windows"),
@@ -122,8 +122,8 @@ def _fused_rotary(device: torch.device, dtype: torch.dtype) -> tuple[Table, str]
 
 @functools.cache
 def unusable(name: str, device: torch.device, dtype: torch.dtype, calls: tuple[Call, ...]) -> str:
-    """Why a kernel cannot be used here, or "". It computes each of the model's calls on a small example, forward and
-    backward, and is compared with its plain module."""
+    """The reason why a kernel cannot be used here, or "". The kernel is tried on a small example of each of the model's
+    calls, forward and backward, and compared with its plain module."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"needs a CUDA device, and this run computes on {'cpu' if device.type == 'cuda' else device.type}"
     try:

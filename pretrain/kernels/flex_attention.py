@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention as eager_attention
 
-from pretrain.kernels.packed_attention import KEPT_MASKS, SeveralSizes
+from pretrain.kernels.packed_attention import MAX_KEPT_MASKS, SeveralSizes
 from pretrain.models.layers import Shapes
 from pretrain.models.t5 import RelativeBias
 from pretrain.models.text_layers import MaskedAttention, Masks
@@ -72,7 +72,7 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.compiler.disable  # else a compiled block would build the mask anew in each call
-@functools.lru_cache(KEPT_MASKS)
+@functools.lru_cache(MAX_KEPT_MASKS)
 def packed_mask(shapes: tuple[tuple[int, int], ...], device: torch.device) -> BlockMask:
     """The mask of packed sequences, as one row."""
     ends = itertools.accumulate(b for b, _ in shapes)
@@ -102,14 +102,14 @@ class BlockMasks(Masks):
 
 
 class Biased(NamedTuple):
-    """A mask, and what is added to the scores of each head at each distance of key from query."""
+    """A mask, and the numbers that are added to the scores, for each head and each distance between key and query."""
 
     mask: BlockMask
     table: Tensor  # [H, 2T − 1], the distances −(T − 1) … T − 1
 
 
 class FlexRelativeBias(RelativeBias):
-    """A number for each distance instead of one for each pair of tokens."""
+    """Returns a number for each distance, instead of one for each pair of tokens."""
 
     def forward(self, queries: Tensor, keys: Tensor, documents: Tensor | None = None) -> Any:
         if len(queries) != len(keys):  # a cache: few queries

@@ -11,8 +11,8 @@ from pretrain.models.text_mlp import RMSNorm
 
 
 class CudaLayerNorm(LayerNorm):
-    """In one kernel that reads and writes the dtype of x and sums in fp32; autocast would copy x to fp32 and keep the
-    copy for backward."""
+    """Layer norm in one kernel that reads and writes the dtype of x and sums in fp32. Autocast would copy x to fp32,
+    and keep the copy for the backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -20,7 +20,7 @@ class CudaLayerNorm(LayerNorm):
 
 
 class CudaRMSNorm(RMSNorm):
-    """The same of RMSNorm."""
+    """RMSNorm in such a kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -28,7 +28,7 @@ class CudaRMSNorm(RMSNorm):
 
 
 class CpuRMSNorm(RMSNorm):
-    """With the backward of LayerNorm's kernel instead of that of PyTorch's single operations."""
+    """RMSNorm whose backward uses LayerNorm's kernel instead of several operations."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # inductor fuses the plain one
@@ -52,7 +52,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
-        # LayerNorm's kernel with a mean of zero; the gradient through the mean, which it subtracts, is added again
+        # LayerNorm's kernel with a mean of zero. It subtracts the gradient through the mean, which is added again
+        # below.
         mean, width = torch.zeros_like(scale), x.shape[-1:]
         grad = grad.contiguous()
         dx, dw, _ = torch.ops.aten.native_layer_norm_backward(

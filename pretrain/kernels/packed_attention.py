@@ -1,9 +1,9 @@
 """Attention of packed sequences in one call, by xformers (`memory_efficient_attention`) or by
 `torch.nn.attention.varlen`: crops of several sizes, and documents with causal masks and windows.
 
-Both kernels take the lengths of the sequences instead of a mask. Lengths of crops follow from their shapes, so that
-their masks are built once for each batch shape. Lengths of documents are read from the device once in each forward,
-for which the host waits; `flex_attention.py` does not wait. Shapes: T tokens of all sequences, H heads of width d, K
+Both kernels take the lengths of the sequences instead of a mask. The lengths of crops are known from their shapes, so
+that their masks are built once for each batch shape. The lengths of documents are read from the device once in each
+forward, which is a host sync; `flex_attention.py` needs none. Shapes: T tokens of all sequences, H heads of width d, K
 key-value heads.
 """
 
@@ -19,13 +19,14 @@ from torch import Tensor
 from pretrain.models.layers import PackedAttention, Shapes
 from pretrain.models.text_layers import MaskedAttention, Masks
 
-KEPT_MASKS = 64  # more than steps use again: student and teacher, with and without drop path, each in a few sizes
+MAX_KEPT_MASKS = 64  # enough for student and teacher, with and without drop path, each with a few sizes
 
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Rows of tokens as sequences: their lengths, row by row (None: every row is one), and what a query sees of its
-    own sequence. `window`: that many tokens including itself; 0: no limit."""
+    """Rows of tokens as sequences: the lengths of the sequences, row by row (None: every row is one sequence), and the
+    keys of its sequence that a query attends to. `window`: the number of these, including the query itself; 0: no
+    limit."""
 
     lengths: tuple[int, ...] | None
     causal: bool
@@ -33,7 +34,8 @@ class Spans:
 
 
 class SeveralSizes(PackedAttention):
-    """Sequences of one size are a batch, which the plain module computes without a mask."""
+    """Base class for packed sequences. If all sequences have one size, they are a batch, for which the plain module
+    needs no mask."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
         return super().forward(q, k, v, shapes) if len(shapes) == 1 else self._packed(q, k, v, shapes)
@@ -46,7 +48,7 @@ class SpanMasks(Masks):
     def forward(
         self, queries: Tensor, keys: Tensor, windows: list[int], documents: Tensor | None, causal: bool
     ) -> list[Any]:
-        plain_window = any(w and not causal for w in windows)  # both kernels limit the past only
+        plain_window = any(w and not causal for w in windows)  # both kernels have windows into the past only
         if len(queries) != len(keys) or plain_window:
             return super().forward(queries, keys, windows, documents, causal)
         lengths = None if documents is None else lengths_of(documents)
@@ -55,7 +57,7 @@ class SpanMasks(Masks):
 
 
 class SpanAttention(MaskedAttention):
-    """Attention by the spans of `SpanMasks`; with another mask, or none, that of the plain module."""
+    """Attention with the spans of `SpanMasks`; with another mask or no mask, as in the plain module."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, scale: float | None = None
@@ -70,7 +72,7 @@ class SpanAttention(MaskedAttention):
 
 
 def lengths_of(documents: Tensor) -> tuple[int, ...]:
-    """The lengths of the runs of equal numbers in documents [B, T], row by row. Waits for the device."""
+    """The lengths of the documents in documents [B, T], row by row. Waits for the device."""
     rows = documents.cpu()
     first = torch.ones_like(rows, dtype=torch.bool)
     first[:, 1:] = rows[:, 1:] != rows[:, :-1]
@@ -79,9 +81,9 @@ def lengths_of(documents: Tensor) -> tuple[int, ...]:
 
 
 # ---------------------------------------------------------------- xformers
-@functools.lru_cache(KEPT_MASKS)
+@functools.lru_cache(MAX_KEPT_MASKS)
 def block_diagonal(lengths: tuple[int, ...], device: torch.device, causal: bool = False, window: int = 0) -> Any:
-    """xformers' mask of sequences of these lengths, one after another."""
+    """xformers' mask for consecutive sequences with these lengths."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     with torch.inference_mode(False):  # training may need it later
@@ -97,7 +99,7 @@ def by_xformers(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None 
     from xformers.ops import memory_efficient_attention
 
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # its backward knows no groups
+    if groups > 1:  # the backward does not support groups
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return memory_efficient_attention(*(x.unsqueeze(0) for x in (q, k, v)), attn_bias=mask, scale=scale).squeeze(0)
 
@@ -117,15 +119,16 @@ class XformersMaskedAttention(SpanAttention):
 
 
 # ---------------------------------------------------------------- torch.nn.attention.varlen
-@functools.lru_cache(KEPT_MASKS)
+@functools.lru_cache(MAX_KEPT_MASKS)
 def borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [sequences + 1]: where each of the sequences begins, and where the last one ends."""
+    """int32 [sequences + 1]: the beginning of each sequence, and the end of the last one."""
     with torch.inference_mode(False):
         return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def window_of(causal: bool, window: int) -> tuple[int, int]:
-    """(tokens before, tokens after) that a query sees, −1 for all: the window of varlen_attn."""
+    """The argument `window_size` of varlen_attn: the numbers of earlier and later tokens that a query attends to; −1
+    for all."""
     return (window - 1 if window else -1, 0 if causal else -1)
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions of queries and keys in one kernel: eager PyTorch takes about ten, with copies in fp32 between
+"""Rotary positions of queries and keys in one kernel. Eager PyTorch uses about ten kernels, with copies in fp32 between
 them."""
 
 from __future__ import annotations

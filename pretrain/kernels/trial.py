@@ -1,7 +1,7 @@
-"""Tries kernels of attention before a run starts, on the heads, widths, groups, windows and masks that its model has.
+"""Try attention kernels before a run starts, with the heads, widths, groups, windows and masks of its model.
 
-Each call of the model is computed on a small example, forward and backward, by the kernel and by the plain module.
-Shapes: T tokens, H heads of width d, K key-value heads.
+The kernel and the plain module compute a small example of each call of the model, forward and backward. Shapes: T
+tokens, H heads of width d, K key-value heads.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pretrain.models.layers import Attention, PackedAttention
 from pretrain.models.t5 import DecoderStack, EncoderDecoderTransformer, RelativeBias
 from pretrain.models.text_layers import MaskedAttention, Masks, SelfAttention, TextBackbone
 
-SHAPES = [(2, 40), (1, 9)]  # of packed sequences
-LENGTH = 160  # tokens of a row: more than a block of FlexAttention
-WINDOW = 50  # tokens, for any window: shorter than a row, so that it has an effect
+SHAPES = [(2, 40), (1, 9)]  # shapes of the packed sequences
+LENGTH = 160  # number of tokens in a row: more than a block of FlexAttention
+WINDOW = 50  # width of any window: less than a row, so that it has an effect
 
 
 class Call(NamedTuple):
-    """What a model asks of an attention kernel. Without `masked`: packed sequences of several sizes."""
+    """One kind of attention that a model uses. If `masked` is False: packed sequences of several sizes."""
 
     heads: int
     key_heads: int

@@ -40,9 +40,9 @@ def local_world() -> int:
 
 
 def start(mode: str, device: torch.device, retry: float = 0.0) -> None:
-    """Join the process group, unless `parallel.mode` is single. `device`: that of this process.
+    """Join the process group, unless `parallel.mode` is single. `device`: the device of this process.
 
-    `retry`: seconds for which a rank asks a store again, while the others wait for it.
+    `retry`: seconds for which a rank repeats a request to a store, while the others wait for it.
     """
     if mode == "single":
         return
@@ -71,7 +71,7 @@ def stop() -> None:
 
 
 def _store() -> dist.Store:
-    """The store of the launcher's address, by which the ranks find each other."""
+    """The key-value store at the launcher's address, through which the ranks find each other."""
     global _joined
     if _joined is None:
         _joined, *_ = next(rendezvous("env://", rank(), world(), timeout=timeouts.long()))
@@ -79,9 +79,9 @@ def _store() -> dist.Store:
 
 
 def on_every_rank(ask: Callable[[], T]) -> T:
-    """Run `ask` on every rank. A UserError on one of them is raised on all, which would wait in their next collective
-    for a rank that has ended. Collective: every rank must call it, before or after `start`; `ask` itself has no
-    collectives.
+    """Run `ask` on every rank. A UserError on one rank is raised on all ranks, which otherwise would wait in their next
+    collective for a rank that has ended. Collective: every rank must call it, before or after `start`; `ask` must not
+    call collectives.
     """
     if world() == 1:
         return ask()
@@ -103,7 +103,7 @@ def on_every_rank(ask: Callable[[], T]) -> T:
     if not count:
         return out
     number, found = pickle.loads(keys.get("error"))
-    if rank() == 0:  # which has the store: it goes when the others have read it
+    if rank() == 0:  # this process holds the store, so it waits until the others have read the error
         keys.wait(["all_read"], timedelta(seconds=10))
     elif keys.add("read", 1) == world() - 1:
         keys.set("all_read", "")
@@ -158,24 +158,24 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 
 
 class Agreement:
-    """One integer per rank and step, all-reduced to the maximum while the ranks compute: it tells all of them that one
-    wants to stop."""
+    """The maximum over ranks of one integer per rank and step, all-reduced while the ranks compute. It tells all ranks
+    that one of them has to stop."""
 
     def __init__(self) -> None:
         self.many = dist.is_initialized() and dist.get_world_size() > 1
-        # a gloo group of its own: the number stays in main memory, and collectives of the training do not interleave
+        # A separate gloo group: the number is in host memory, and the collectives of the training are not affected.
         self.group = timeouts.patient_group() if self.many else None
         self.largest = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
 
     def tell(self, mine: int) -> None:
-        """Start the all-reduce of this rank's number. Collective: every rank calls it once in each step."""
+        """Start the all-reduce of this rank's number. Collective: every rank must call it once in each step."""
         self.largest = torch.tensor([mine], dtype=torch.int32)
         if self.many:
             self.pending = dist.all_reduce(self.largest, dist.ReduceOp.MAX, self.group, async_op=True)
 
     def answer(self) -> int:
-        """Wait for the all-reduce that `tell` has started; the largest number of all ranks."""
+        """Wait for the all-reduce that `tell` has started. Returns the largest number of all ranks."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None

@@ -1,8 +1,8 @@
-"""Time-outs of collectives: long until the first step is done (data, compilation and connections are cold), short after
-it.
+"""Time-outs of collectives: long until the first step has been trained (the first data, compilation and connections
+take time), and short afterwards.
 
-With gloo, a rank that waits longer ends with an error that names its rank and step. NCCL calls return at once, so there
-the watchdog of the process group ends the process and names the rank in its log.
+With gloo, a rank that waits longer ends with an error that names its rank and step. NCCL calls return at once; if one
+does not finish in time, the watchdog of the process group ends the process and names the rank in its log.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from datetime import timedelta
 import torch.distributed as dist
 
 FIRST = timedelta(minutes=30)
-_long = FIRST  # of all groups until the first step is done, and of patient groups
+_long = FIRST  # time-out of all groups until the first step has been trained, and of patient groups
 _TEXTS_OF_HANGS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 _patient: set[dist.ProcessGroup] = set()
 
 
 def set_long(retry: float) -> None:
-    """Make the long time-out half an hour, or twice the `retry` seconds for which a rank asks a store again, whichever
-    is more."""
+    """Set the long time-out to half an hour or to twice `retry`, the seconds for which a rank repeats a request to a
+    store, whichever is longer."""
     global _long
     _long = max(FIRST, 2 * timedelta(seconds=retry))
 
 
 def long() -> timedelta:
-    """The time-out of all process groups until the first step is done, and of patient ones."""
+    """The time-out of all process groups until the first step has been trained, and of patient groups."""
     return _long
 
 
