@@ -10,6 +10,9 @@ on the same JPEGs.
     stream.s3_30ms_23MBps...                the same with at most 23 MB/s per connection
     stream.shuffle.chi2_per_dof             randomness of the order for 1.28 million samples that are sorted by class,
                                             with batches of 4,096 and 33 thousand samples in memory; 1 is ideal
+    stream.start_seconds.METHOD             seconds from the first `next` of a stream in a trainer that has imported
+                                            torch to the first batch of two workers, by `data.start_method`; the
+                                            server of forkserver runs already, as in a run
 
 CPU time per sample is computed from the difference between long and short runs, so that the start does not count. Runs
 alternate, and figures are medians over rounds. streaming and litdata need an older numpy than ours: name a Python with
@@ -35,6 +38,7 @@ from typing import Any
 import numpy as np
 
 COUNT, SHARDS, BATCH = 8192, 16, 64  # COUNT: number of samples
+SERVER_SECONDS = 20.0  # for the server of forkserver to import what workers need; a run builds its model meanwhile
 
 
 # ---------------------------------------------------------------- one run, in a separate process; returns bytes read
@@ -126,6 +130,9 @@ LOADERS = {f.__name__: f for f in (ours, webdataset, streaming, litdata)}
 
 def child(name: str, source: str, workers: int, samples: int) -> None:
     """The main function of a process that measures one loader: print its seconds and bytes."""
+    if name.startswith("start_"):
+        print(json.dumps({"seconds": first_batch(name.removeprefix("start_"), source, workers)}), flush=True)
+        return
     start = time.perf_counter()
     got = LOADERS[name](source, workers, samples)
     wall = time.perf_counter() - start
@@ -152,7 +159,7 @@ def per_sample(python: str, name: str, source: str) -> tuple[float, float]:
     return tuple(1e3 * (long[key] - short[key]) / (2 * COUNT) for key in ("cpu", "wall"))  # type: ignore[return-value]
 
 
-def make_shards(folder: Path) -> None:
+def make_shards(folder: Path, count: int) -> None:
     """Write shards with windows of real photographs, 500×375, about 75 kB each."""
     from PIL import Image
     from sklearn.datasets import load_sample_image
@@ -164,7 +171,7 @@ def make_shards(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for shard in range(SHARDS):
         with TarWriter(str(folder / f"{shard:06d}.tar")) as tar:
-            for n in range(COUNT // SHARDS):
+            for n in range(count // SHARDS):
                 picture = pictures[n % 2]
                 top, left = rng.integers(0, picture.shape[0] - 374), rng.integers(0, picture.shape[1] - 499)
                 out = io.BytesIO()
@@ -241,6 +248,32 @@ def shuffle() -> None:
     )
 
 
+def starts(source: str, rounds: int) -> None:
+    for method in ("fork", "forkserver", "spawn"):
+        taken = [run(sys.executable, f"start_{method}", source, 2, BATCH)["seconds"] for _ in range(rounds)]
+        emit(f"stream.start_seconds.{method}", median(taken), "s", "two workers, to the first batch")
+
+
+def first_batch(method: str, source: str, workers: int) -> float:
+    """Seconds to the first batch of a run's own stream."""
+    from data_pipeline.stream.worker_processes import start_server
+    from pretrain.build import build_objective, build_stream, open_samples
+    from pretrain.recipes.recipe import load
+
+    options = [f"data.train={source}", f"data.batch={BATCH}", f"data.workers={workers}", f"data.start_method={method}"]
+    cfg = load("demo", [*options, "model=vit_micro"])
+    if method == "forkserver":
+        start_server(["pretrain.build"])
+    stream = build_stream(cfg, build_objective(cfg, empty=True), open_samples(cfg))
+    if method == "forkserver":
+        time.sleep(SERVER_SECONDS)
+    began = time.perf_counter()
+    next(stream)
+    seconds = time.perf_counter() - began
+    stream.close()
+    return seconds
+
+
 def emit(name: str, value: float, unit: str, versus: str) -> None:
     print(json.dumps({"name": name, "value": float(f"{value:.3g}"), "unit": unit, "versus": versus}), flush=True)
 
@@ -249,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", help="a Python with mosaicml-streaming and litdata")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["local", "s3", "shuffle"])
+    parser.add_argument("--only", choices=["local", "s3", "shuffle", "starts"])
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--convert", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -263,9 +296,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "shards")
         source.mkdir()
-        make_shards(source)
+        make_shards(source, 4 * BATCH if args.only == "starts" else COUNT)
         if args.only in (None, "local"):
             local(str(source), args.peers, args.rounds)
+        if args.only in (None, "starts"):
+            starts(str(source), args.rounds)
         if args.only in (None, "s3"):
             remote(str(source), args.rounds)
 

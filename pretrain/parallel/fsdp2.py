@@ -85,6 +85,7 @@ class FSDP2(Engine):
         broadcast = _broadcasts_weights(self.recipe)
         given = {name: t.detach() for name, t in self._tensors()} if broadcast and self.rank == 0 else {}
         units = self.objective.shard_units()
+        frozen: list[nn.Module] = []
         replicated = set()
         if parallel.frozen == "replicated":
             frozen = [u for u in units[:-1] if not any(p.requires_grad for p in u.parameters())]
@@ -104,8 +105,12 @@ class FSDP2(Engine):
             )
         if any(p.is_meta for p in self.objective.parameters()):
             self.objective.to_empty(device="cpu" if parallel.offload else self.device)
-        for parameter in replicated:
-            parameter.data = parameter.data.to(self.device)
+        # by module, because parameters that were on the meta device are other objects now
+        moved: dict[nn.Parameter, nn.Parameter] = {}
+        for part in {part for unit in frozen for part in unit.modules()}:
+            for name, parameter in part.named_parameters(recurse=False):
+                moved.setdefault(parameter, nn.Parameter(parameter.to(self.device), requires_grad=False))
+                setattr(part, name, moved[parameter])
         for module in self.objective.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
+from launch.local import wait
 from pretrain.checkpoint import integrity, remote_store
 from pretrain.checkpoint.integrity import CHUNK_BYTES, Damaged, HashingWriter
 from pretrain.checkpoint.open_store import open_checkpoint_store
 from pretrain.checkpoint.tools import consolidate, verify
 from pretrain.train import train
 from tests.conftest import tiny_recipe
+from tests.faults.test_kill import rows
+from tests.faults.test_processes import errors, ranks, recipe_file
 from tests.services import FaultProxy, ObjectStore
 
 NAME, FILE = "000000001", "__0_0.distcp"
@@ -119,3 +122,21 @@ def test_only_what_is_needed_is_read(shards: Path, tmp_path: Path, proxy: FaultP
     proxy.bytes = 0
     consolidate(f"{url}/000000002", str(tmp_path / "model.safetensors"))
     assert proxy.bytes < 0.6 * size
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_resumes_from_a_store(shards: Path, tmp_path: Path, proxy: FaultProxy):
+    """Two ranks write their shards, through errors of the store; one process reads both."""
+    url, common = "s3://data/elastic", ("steps=4", "optim.lr.kind=constant")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    path = recipe_file("mae", shards, whole, *common)
+    assert wait(ranks(path, 1)) == 0, errors(path)
+    path = recipe_file("mae", shards, run, *common, f"checkpoint.folder={url}")
+    proxy.set(error_rate=0.05)
+    assert wait(ranks(path, 2, "parallel.mode=fsdp2", "steps=2")) == 0, errors(path)
+    there = open_checkpoint_store(url)
+    assert all(there.size("000000002", f"__{rank}_0.distcp") for rank in range(2))
+    assert wait(ranks(path, 1)) == 0, errors(path)
+    losses = [[(row["step"], row["loss"]) for row in rows(folder)] for folder in (run, whole)]
+    assert [step for step, _ in losses[0]] == [0, 1, 2, 3]
+    assert dict(losses[0]) == pytest.approx(dict(losses[1]), rel=3e-5)

@@ -13,17 +13,20 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launch.local import environments
 from pretrain.build import build_objective
+from pretrain.models.build import build_model
 from pretrain.ops.parameter_shards import local
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel import fsdp2
 from pretrain.parallel.modes import build_engine
 from tests.parallel.modes import LR, recipe_of
+from tests.parallel.test_engine import Guided
 
 GPU = torch.device("cuda", 0)
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
@@ -64,15 +67,24 @@ def rank_1_of_2(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-@pytest.mark.parametrize("name", ["mae", "dinov2", "simclr"])
-def test_a_step_mixes_no_devices(name: str, optimizer: str, rank_1_of_2: None, shards: Path):
-    """MAE has a table among its buffers, DINOv2 a teacher, SimCLR batch norms."""
-    cfg = recipe_of(name, shards, "fsdp2", {"parallel.offload": True, "optim.name": optimizer})
-    model = build_objective(cfg, empty=fsdp2.starts_empty(cfg))
+CASES = [(name, optimizer, "sharded") for optimizer in ("adamw", "lars") for name in ("mae", "dinov2", "simclr")]
+
+
+@pytest.mark.parametrize(("name", "optimizer", "frozen"), [*CASES, ("mae", "adamw", "replicated")])
+def test_a_step_mixes_no_devices(name: str, optimizer: str, frozen: str, rank_1_of_2: None, shards: Path):
+    """MAE has a table among its buffers, DINOv2 a teacher, SimCLR batch norms; a network that is
+    frozen for good may be whole on the device, while all that is sharded is in main memory."""
+    options = {"parallel.offload": True, "parallel.frozen": frozen, "optim.name": optimizer}
+    cfg = recipe_of(name, shards, "fsdp2", options)
+    model: Any = build_objective(cfg, empty=fsdp2.starts_empty(cfg))
+    if frozen == "replicated":
+        with torch.device("meta"):
+            model = Guided(cfg.objective, lambda **changes: build_model(cfg.model, **changes))
     with FakeTensorMode(allow_non_fake_inputs=True):
         engine = build_engine(model, cfg, GPU)
-        assert {local(p).device.type for p in model.parameters()} == {"cpu"}
+        whole = set(model.frozen.parameters()) if frozen == "replicated" else set()
+        assert {local(p).device.type for p in set(model.parameters()) - whole} == {"cpu"}
+        assert {p.device for p in whole} <= {GPU} and not any(isinstance(p, DTensor) for p in whole)
         assert {buffer.device for buffer in model.buffers()} <= {GPU}
         for parameter in engine.parameters:
             parameter.grad = torch.zeros_like(parameter)
