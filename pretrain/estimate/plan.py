@@ -137,7 +137,8 @@ def shares(cfg: Recipe, processes: int, accumulate: int, states: int) -> dict[st
     if mode == "ddp":
         return WHOLE | {"gradients": 0.0}  # gradients are views of the buckets, see `transient`
     if mode == "zero3":
-        return WHOLE | dict.fromkeys(("parameters", "optimizer", "teacher", "gradients"), piece)
+        # weights are gathered in the compute dtype, see `transient`
+        return WHOLE | {"casts": 0.0} | dict.fromkeys(("parameters", "optimizer", "teacher", "gradients"), piece)
     if mode in ("zero1", "zero2"):  # the optimizer has a copy of its parameters, even if they are fp32
         return WHOLE | {"optimizer": piece * (states + 1) / states} | ({"gradients": piece} if mode == "zero2" else {})
     return dict(WHOLE)
@@ -173,9 +174,16 @@ def transient(cfg: Recipe, units: list[Unit], processes: int) -> dict[str, int]:
             "buffers": (width + FP32_BYTES) * largest,
         }
     if mode.startswith("zero"):
-        gathered = FP32_BYTES * (_kept(trained) + max(u.trained + u.frozen for u in units))
+        gathered = int(_zero3_width(cfg, units) * (_kept(trained) + max(u.trained + u.frozen for u in units)))
         return {"gathered": gathered if mode == "zero3" else 0, "buffers": FP32_BYTES * ZERO_BUCKET}
     return {}
+
+
+def _zero3_width(cfg: Recipe, units: list[Unit]) -> float:
+    """Bytes of a parameter that ZeRO-3 gathers, on average: weights of linear and convolutional layers in the compute
+    dtype, the others in fp32."""
+    cast, count = sum(u.cast for u in units), sum(u.trained + u.frozen for u in units)
+    return FP32_BYTES + (_width(cfg) - FP32_BYTES) * cast / count
 
 
 def _kept(trained: int) -> int:
@@ -218,7 +226,8 @@ def traffic(
         add("all-gather", FP32_BYTES * trained)
     elif mode == "zero3":
         frozen = sum(u.frozen for u in units)
-        add("all-gather", accumulate * FP32_BYTES * (2 * trained - _kept(trained) + frozen))
+        gathers = 2 * trained - _kept(trained) + frozen
+        add("all-gather", accumulate * round(_zero3_width(cfg, units) * gathers))
         add("reduce-scatter", accumulate * FP32_BYTES * trained)
     matrices = exchanged // FP32_BYTES * (FP32_BYTES if cfg.device == "cpu" else 2)  # Muon's, in bf16 on a GPU
     if matrices and mode == "fsdp2":  # rows are sent to the rank that computes, and back

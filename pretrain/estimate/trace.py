@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -31,9 +32,15 @@ from common.errors import ConfigError
 from data_pipeline.stream.worker import collated
 from pretrain import kernels
 from pretrain.build import noise_samples, views
+from pretrain.kernels import norms
+from pretrain.models.layers import LayerNorm
+from pretrain.models.t5 import RelativeBias
+from pretrain.models.text_layers import Masks
+from pretrain.models.text_mlp import RMSNorm
 from pretrain.objectives.base import Objective
 from pretrain.optim.groups import make_optimizer
 from pretrain.parallel import blocks
+from pretrain.parallel.deepspeed import AUTOCAST
 from pretrain.parallel.engine import COMPUTE
 from pretrain.parallel.fsdp2 import stay_gathered
 from pretrain.recipes.recipe import Recipe
@@ -56,6 +63,7 @@ class Unit:
     trained: int  # number of trained parameters
     frozen: int  # number of frozen parameters
     kept: bool  # whether it stays gathered from forward to backward
+    cast: int  # number of all parameters that ZeRO-3 gathers in the compute dtype
     calls: int = 0  # number of calls in a micro-batch
 
 
@@ -183,6 +191,33 @@ FLOPS = {  # of the CPU's kernels, which torch's FLOP counter does not know
 }
 
 
+# ---------------------------------------------------------------- what kernels of a GPU keep
+class _FusedRMSNorm(RMSNorm):
+    """Its kernel for CUDA keeps what LayerNorm's does; on a CPU, PyTorch has single operations for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None, self.eps)
+
+
+class _NoMasks(Masks):
+    """Attention of documents and windows by FlexAttention, xformers or varlen: no mask of T × T."""
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, windows: list[int], documents: Tensor | None, causal: bool
+    ) -> list[Any]:
+        return [None for _ in windows]
+
+
+class _NoBias(RelativeBias):
+    def forward(self, queries: Tensor, keys: Tensor, documents: Tensor | None = None) -> Any:
+        return self.weight[:1].t().view(1, -1, 1, 1)
+
+
+FUSED: kernels.Table = {LayerNorm: norms.CudaLayerNorm, RMSNorm: _FusedRMSNorm}
+WITHOUT_MASKS: kernels.Table = {Masks: _NoMasks, RelativeBias: _NoBias}
+
+
 def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     """A micro-batch on the device, which the objective's views have made from `count` random samples. Call it under the
     fake mode, so that floating-point tensors and images are fake."""
@@ -251,6 +286,8 @@ def _run(cfg: Recipe, micro: int, accumulate: int, memory: Memory, real: _Real) 
     objective = build_objective(cfg)
     if cfg.device == "cpu":
         kernels.apply(objective, torch.device("cpu"))
+    else:
+        kernels.replace(objective, FUSED if cfg.parallel.attention == "sdpa" else FUSED | WITHOUT_MASKS)
     blocks.prepare(objective, cfg.parallel.recompute, compiled=False)
     optimizer = make_optimizer(objective, cfg.optim)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -292,11 +329,12 @@ def _units(objective: Objective) -> list[Unit]:
     units = []
     modules = objective.shard_units()
     kept = stay_gathered(modules)
+    cast = {p for m in objective.modules() if isinstance(m, AUTOCAST) for p in m.parameters(recurse=False)}
     for module in modules:  # children before parents; a parent has the parameters that its children do not have
         new = [p for p in module.parameters() if p not in seen]
         seen.update(new)
         sizes = [sum(p.numel() for p in new if p.requires_grad is trained) for trained in (True, False)]
-        unit = Unit(sizes[0], sizes[1], kept=module in kept)
+        unit = Unit(sizes[0], sizes[1], module in kept, sum(p.numel() for p in new if p in cast))
         module.register_forward_pre_hook(lambda *_, unit=unit: setattr(unit, "calls", unit.calls + 1))  # type: ignore[misc]
         units.append(unit)
     return units
