@@ -243,9 +243,9 @@ def _numbered(source: Source, task: dict[str, Any]) -> Iterator[tuple[int, Entry
                 yield number, entry
                 number += 1
         except OSError as error:
-            raise DataError(f"{source.tree.place(piece[0])}: cannot be read ({reason_of(error)})") from None
+            raise DataError(f"{source.tree.full_path(piece[0])}: cannot be read ({reason_of(error)})") from None
         if number != expected:
-            raise DataError(f"{source.tree.place(piece[0])}: has changed while it was read; build again")
+            raise DataError(f"{source.tree.full_path(piece[0])}: has changed while it was read; build again")
 
 
 def check(members: dict[str, bytes], options: Options) -> tuple[str, list[ImageFacts]]:

@@ -74,7 +74,7 @@ class Dataset(Protocol):
     def name(self, number: int) -> tuple[str, str]:
         """(shard, key) of a sample, for messages. This reads the key from the shard."""
 
-    def place(self, number: int) -> tuple[str, int]:
+    def location(self, number: int) -> tuple[str, int]:
         """(shard, number within the shard, from 0) of a sample. This reads nothing from the shard."""
 
     def columns(self, extensions: Iterable[str]) -> list[int]:

@@ -194,7 +194,7 @@ class Rows:
         shard, key = self.blocks.name(self.window(number).block)
         return shard, f"{key} row {self.window(number).row}"
 
-    def place(self, number: int) -> tuple[str, int]:
+    def location(self, number: int) -> tuple[str, int]:
         """(URL of the shard, number in the shard, from 0) of a row. This reads nothing."""
         shard = self.window(number).shard
         return self.url(shard), number - self._first_rows[shard]

@@ -108,7 +108,7 @@ class Samples:
         shard = int(np.searchsorted(self.first, number, "right")) - 1
         return shard, number - int(self.first[shard])
 
-    def place(self, number: int) -> tuple[str, int]:
+    def location(self, number: int) -> tuple[str, int]:
         """(URL of the shard, number in the shard, from 0) of a sample. This reads nothing."""
         shard, row = self.locate(number)
         return self.url(shard), row

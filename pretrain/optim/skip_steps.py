@@ -137,4 +137,4 @@ def samples_of(stream: Stream, step: int) -> list[tuple[str, int]]:
     """
     (pairs,) = stream.plan.micro_batches(np.array([step]), 1, 0, 1).values()
     datasets = stream.samples
-    return [datasets[d].place(index % len(datasets[d])) for d, index in pairs]  # the index counts on over all epochs
+    return [datasets[d].location(index % len(datasets[d])) for d, index in pairs]  # the index counts on over all epochs

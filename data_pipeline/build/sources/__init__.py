@@ -87,7 +87,7 @@ def detect(tree: Tree, options: Options) -> str:
         names = Counter(f".{f.extension}" if f.extension else "no extension" for f in files)
         endings = ", ".join(name for name, _ in names.most_common(5))
         for file in files:
-            kind, path = file.path.lower().removesuffix(".gz").rpartition(".")[2], tree.place(file.path)
+            kind, path = file.path.lower().removesuffix(".gz").rpartition(".")[2], tree.full_path(file.path)
             if kind in ("arrow", "wet"):
                 command = CONVERT[kind].format(path=path)
                 if file.extension == "gz":

@@ -53,7 +53,7 @@ class Table:
 
     def __init__(self, tree: Tree, path: str):
         parquet = need_pyarrow()
-        self.path, self.name = path, tree.place(path)
+        self.path, self.name = path, tree.full_path(path)
         try:
             self.raw = tree.open(path)
             self.file = parquet.ParquetFile(self.raw)

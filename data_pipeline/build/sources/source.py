@@ -229,7 +229,7 @@ def refuse_splits(labels: Iterable[str], tree: Tree) -> None:
     """Raise DataError if all folders that would become labels have names of splits (train, val, …)."""
     found = sorted(set(labels))
     if found and all(SPLIT.fullmatch(name) for name in found):
-        commands = " and ".join(f"`unlabeled shards build {tree.place(name)} DST/{name}`" for name in found)
+        commands = " and ".join(f"`unlabeled shards build {tree.full_path(name)} DST/{name}`" for name in found)
         raise DataError(
             f"{tree.url}: its sub-folders are {', '.join(found)}: parts of a data set, not labels; build each:"
             f" {commands}; to train on several of them, write a list of folders in data.train"

@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 def read_rows(tree: Tree, path: str) -> Iterator[tuple[int, Row]]:
     """(line, {field: value}) of the rows of a list. Raises DataError, which names the line with the error."""
-    name = tree.place(path)
+    name = tree.full_path(path)
     if extension(path) not in LISTS:
         raise DataError(f"{name}: is not a list by its name; lists end in {', '.join(LISTS)}")
     try:
@@ -56,7 +56,7 @@ def json_array(tree: Tree, path: str) -> list[Any] | None:
 
     Raises DataError if neither is true.
     """
-    name = tree.place(path)
+    name = tree.full_path(path)
     data = tree.read(path).removeprefix(b"\xef\xbb\xbf").lstrip()
     problem = f"{name}: holds neither an array nor an object per line"
     problem += f"; `jq -c '.[]' {name} > rows.jsonl` may convert it to lines"
@@ -218,7 +218,7 @@ class ImageText(Source):
             fields: tuple[str, str] | None = None
             folder = file.path.rpartition("/")[0]
             for line, row in read_rows(self.tree, file.path):
-                fields = fields or self._fields(row, self.tree.place(file.path))
+                fields = fields or self._fields(row, self.tree.full_path(file.path))
                 image, text = row.pop(fields[0], None), pop_field(row, fields[1])
                 size = self.overhead + len(str(text)) + len(str(row))
                 if isinstance(image, str) and image:

@@ -134,7 +134,7 @@ class Text(Source):
         return [file.path for file in self.files if several_documents or file.extension in (*TABLES, "json")]
 
     def survey(self, path: str) -> dict[str, Any]:
-        kind, name = extension(path), self.tree.place(path)
+        kind, name = extension(path), self.tree.full_path(path)
         try:
             if kind == "parquet":
                 with Table(self.tree, path) as table:

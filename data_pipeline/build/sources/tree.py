@@ -64,9 +64,9 @@ class Tree:
         """{path: file} of all files of a remote tree."""
         out = {}
         with as_data_error(self.url):
-            found = self.fs.find(self.place(self.single_file) if self.single_file else self.root, detail=True)
-        for place, info in sorted(found.items()):
-            path = place[len(self.root) :].lstrip("/")
+            found = self.fs.find(self.full_path(self.single_file) if self.single_file else self.root, detail=True)
+        for full_path, info in sorted(found.items()):
+            path = full_path[len(self.root) :].lstrip("/")
             version = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("created") or ""
             if info["type"] == "file" and not any(part.startswith(".") for part in path.split("/")):
                 out[path] = File(path, int(info.get("size") or 0), str(version))
@@ -99,7 +99,7 @@ class Tree:
 
     def _stat(self, path: str) -> File:
         try:
-            info = os.stat(self.place(path))
+            info = os.stat(self.full_path(path))
         except OSError:
             return File(path, 0, "missing")  # for example a broken link; reading the file raises the error
         return File(path, info.st_size, str(info.st_mtime_ns))
@@ -111,12 +111,12 @@ class Tree:
         if self.local:
             return self._stat(path)
         try:
-            info = self.fs.info(self.place(path))
+            info = self.fs.info(self.full_path(path))
         except OSError:
             return File(path, 0, "missing")
         return File(path, int(info.get("size") or 0), str(info.get("ETag") or info.get("etag") or ""))
 
-    def place(self, path: str) -> str:
+    def full_path(self, path: str) -> str:
         """The absolute path of a file of the tree, or its path in the remote store."""
         return os.path.join(self.root, path) if self.local else f"{self.root}/{path}"
 
@@ -124,7 +124,7 @@ class Tree:
         """Open a file for reading, and decompress it if its name says that it is compressed. Raises OSError, also for a
         FIFO or a device.
         """
-        raw = open_binary(self.place(path)) if self.local else self.fs.open(self.place(path), "rb")
+        raw = open_binary(self.full_path(path)) if self.local else self.fs.open(self.full_path(path), "rb")
         return decompressed(path, raw)
 
     def read(self, path: str) -> bytes:
@@ -139,8 +139,8 @@ class Tree:
                 raise OSError(errno.EFBIG, too_large)
             return data
         if not self.local:
-            return self.fs.cat_file(self.place(path))
-        return read_binary(self.place(path), MAX_MEMBER_BYTES)
+            return self.fs.cat_file(self.full_path(path))
+        return read_binary(self.full_path(path), MAX_MEMBER_BYTES)
 
 
 @contextmanager
