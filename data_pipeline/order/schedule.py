@@ -26,6 +26,7 @@ from data_pipeline.order.permutation import VERSION, Order
 
 # The length of the mixing sequence. It is prime, so that a lane, which takes every L-th entry, visits all entries.
 PERIOD = 10007
+DATASET_SEED_STEP = 7919  # difference between the seeds of consecutive datasets, so that their orders differ
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,10 @@ class Plan:
         batch = phases[0].batch
         self.lanes = _lanes(batch) if shuffle else 1  # with one lane, samples come in the order of the shards
         sizes = sample_bytes or [0.0] * len(counts)
-        self.orders = [Order.of(n, self.lanes, seed + 7919 * d, shuffle, sizes[d], batch) for d, n in enumerate(counts)]
+        self.orders = [
+            Order.of(count, self.lanes, seed + DATASET_SEED_STEP * d, shuffle, sizes[d], batch)
+            for d, count in enumerate(counts)
+        ]
         self.seed, self.shuffle, self.phases = seed, shuffle, phases
         self._phase_orders: list[_PhaseOrder] = []
         base = np.zeros((len(counts), self.lanes), np.int64)

@@ -9,6 +9,8 @@ import numpy as np
 
 from data_pipeline.order.permutation import hash_to_key, permute
 
+MASK_RATIO_KEY = 3  # hashed into the key of the permutation, so that it differs from other keys of the seed
+
 
 def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, smallest: int = 4) -> np.ndarray:
     """bool [h, w] with exactly `count` patches set: rectangles of aspect 0.3 to 3.3 as in BEiT (arXiv 2106.08254), then
@@ -43,7 +45,7 @@ def stratified_ratio(sample: dict[str, Any], view: int, views: int, share: float
     processes.
     """
     total = sample["batch"] * views
-    key = hash_to_key(sample["seed"], 3, sample["step"])
+    key = hash_to_key(sample["seed"], MASK_RATIO_KEY, sample["step"])
     rank = int(permute(np.array([sample["slot"] * views + view]), total, key)[0])
     masked = int(share * total)
     low, high = ratios

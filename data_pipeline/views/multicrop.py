@@ -19,6 +19,7 @@ from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
 from data_pipeline.views.masks import block_mask, masked_patches, resize_mask, stratified_ratio
 
 GLOBAL = 2  # number of global crops
+STEP_KIND_KEY = 11  # hashed into the random number of a step, so that it differs from other keys of the seed
 MADE_OF = {"global": "image", "local": "image", "gram": "image"}  # the part that each entry is made of
 Sizes = tuple[int, int, int]  # pixels of a global, a local and a Gram crop; 0: none
 
@@ -106,7 +107,7 @@ def draw_kind(seed: int, step: int, weights: tuple[float, ...]) -> int:
 
     It depends on (seed, step) only, and is therefore the same in all processes and after a restart.
     """
-    point = hash_to_key(seed, 11, step) / 2**64 * sum(weights)
+    point = hash_to_key(seed, STEP_KIND_KEY, step) / 2**64 * sum(weights)
     return min(int(np.searchsorted(np.cumsum(weights), point, side="right")), len(weights) - 1)
 
 
