@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_loading = True  # False inside of `skip_loading`
-_records: list[LoadedWeights] | None = None  # the list of the innermost `record_loading`; None outside of it
+_loading = True  # False inside `skip_loading`
+_records: list[LoadedWeights] | None = None  # the list of the innermost `record_loading`; None outside
 
 
 @dataclass
@@ -52,7 +52,7 @@ def skip_loading() -> Iterator[None]:
 
 
 def is_loading() -> bool:
-    """Whether weights are loaded: False inside of `skip_loading`."""
+    """Whether weights are loaded: False inside `skip_loading`."""
     return _loading
 
 

@@ -33,9 +33,9 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/MODEL, which may be the 
 # Names of the file of weights in a folder; the first one that exists is read. The weights of a large model are in
 # several files, and NAME.index.json lists them.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# Parameters of a model that its file may lack, such as position tables and tied heads.
+# Largest number of parameters that a model may have in addition to those in its file, such as position tables.
 MAX_UNSTORED_PARAMETERS = 1_000_000
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # those of ImageNet, for sources that do not state their own
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # those of ImageNet, for sources that do not state them
 
 
 @dataclass

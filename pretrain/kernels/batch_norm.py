@@ -89,5 +89,5 @@ _shapes.impl("batch_norm_backward_elemt", lambda grad, x, *_: torch.empty_like(x
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Contiguous, or channels last, which the kernels take, too."""
+    """The tensor in a memory layout that the kernels accept: channels last, or contiguous."""
     return x if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()

@@ -1,7 +1,7 @@
-"""Attention of documents, windows and crops by FlexAttention (arXiv 2412.05496): blocks of 128 × 128 scores that nobody
-sees are not computed, and the mask inside of a block is computed from the documents' numbers.
+"""Attention of documents, windows and crops by FlexAttention (arXiv 2412.05496). Blocks of 128 × 128 scores that are
+masked completely are not computed, and the mask inside a block is computed from the numbers of the documents.
 
-Nothing here waits for the device, and no mask of T × T is built. Shapes: B rows of T tokens, n = ⌈T / 128⌉ blocks.
+There is no host sync, and no mask of T × T is built. Shapes: B rows of T tokens, n = ⌈T / 128⌉ blocks.
 """
 
 from __future__ import annotations
@@ -21,57 +21,61 @@ from pretrain.models.t5 import RelativeBias
 from pretrain.models.text_layers import MaskedAttention, Masks
 
 BLOCK = 128
-# more graphs than by default: one for each window, in training and in evaluation; beyond the limit, all T × T scores
-# would be computed
+# More graphs than torch's default limit, because each window has one in training and one in evaluation. Beyond the
+# limit all T × T scores would be computed.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 attention: Any = torch.compile(eager_attention)
 
 
 def block_mask(documents: Tensor, causal: bool, window: int) -> BlockMask:
-    """Where documents [B, T] are the same, and, for causal masks, keys at most `window` − 1 tokens back (0: any).
-    Documents of one row, [1, T], are those of every row of a batch.
+    """The mask in which a query attends to the keys of its document; with `causal`, only to itself and earlier keys;
+    with `window`, only to keys fewer than `window` tokens before it. documents: [B, T], or [1, T] for equal rows of a
+    batch.
 
-    The numbers of a row need no order. A block is full, so that its scores are not masked one by one, where both its
-    queries and its keys are of one document and all of them in reach; it is left out where the ranges of their numbers
-    do not overlap or none is in reach.
+    The numbers of the documents in a row need no order. A block of scores is full, so that its scores are not masked
+    one by one, if all its queries and keys are in one document and all pairs are allowed by `causal` and `window`. It
+    is omitted if the ranges of document numbers of its queries and keys do not overlap, or if no pair is allowed.
     """
     length = documents.shape[1]
     numbers = torch.where(documents < 0, 1 << 30, documents)  # padding comes last, so that ranges of numbers stay short
     rest = numbers[:, -1:].expand(-1, -length % BLOCK)
     blocks = torch.cat([numbers, rest], dim=1).unflatten(1, (-1, BLOCK))  # [B, n, 128]
     low, high = blocks.amin(2), blocks.amax(2)  # [B, n]
-    near = (low.unsqueeze(2) <= high.unsqueeze(1)) & (low.unsqueeze(1) <= high.unsqueeze(2))  # [B, n queries, n keys]
-    whole = torch.arange(low.shape[1], device=low.device) < length // BLOCK  # the last block may reach beyond the row
-    alone = (low == high) & whole
-    full = near & alone.unsqueeze(2) & alone.unsqueeze(1)
-    place = torch.arange(low.shape[1], device=documents.device)
-    apart = place.unsqueeze(1) - place  # in blocks
+    partial = (low.unsqueeze(2) <= high.unsqueeze(1)) & (
+        low.unsqueeze(1) <= high.unsqueeze(2)
+    )  # [B, n queries, n keys]
+    block = torch.arange(low.shape[1], device=documents.device)
+    is_inside_row = block < length // BLOCK  # the last block may extend beyond the row
+    is_one_document = (low == high) & is_inside_row
+    full = partial & is_one_document.unsqueeze(2) & is_one_document.unsqueeze(1)
+    distance = block.unsqueeze(1) - block  # of query block and key block, in blocks
     if causal:
-        near, full = near & (apart >= 0), full & (apart > 0)
+        partial, full = partial & (distance >= 0), full & (distance > 0)
     if window:
-        near, full = near & ((apart - 1) * BLOCK + 1 < window), full & ((apart + 1) * BLOCK - 1 < window)
+        partial = partial & ((distance - 1) * BLOCK + 1 < window)  # the nearest pair is allowed
+        full = full & ((distance + 1) * BLOCK - 1 < window)  # the most distant pair is allowed
 
-    shared = len(documents) == 1
+    rows_are_equal = len(documents) == 1
 
-    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        row = b * 0 if shared else b  # b counts the rows of the batch, of which documents may have fewer
-        same = documents[row, query] == documents[row, key]
-        same = same & (query >= key) if causal else same
-        return same & (query - key < window) if window else same
+    def is_visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row = b * 0 if rows_are_equal else b
+        visible = documents[row, query] == documents[row, key]
+        visible = visible & (query >= key) if causal else visible
+        return visible & (query - key < window) if window else visible
 
     return BlockMask.from_kv_blocks(
-        *_listed(near & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(length, length)
+        *_listed(partial & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(length, length)
     )
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [B, n, n] → (how many key blocks each query block has, [B, 1, n]; all key blocks, these first,
-    [B, 1, n, n]), int32."""
+    """From the chosen key blocks of each query block, bool [B, n, n]: (their number [B, 1, n]; the indices of all key
+    blocks, the chosen ones first, [B, 1, n, n]), int32."""
     order = chosen.int().argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
 
 
-@torch.compiler.disable  # else a compiled block would build the mask anew in each call
+@torch.compiler.disable  # otherwise a compiled block would build the mask again in each call
 @functools.lru_cache(MAX_KEPT_MASKS)
 def packed_mask(shapes: tuple[tuple[int, int], ...], device: torch.device) -> BlockMask:
     """The mask of packed sequences, as one row."""

@@ -28,8 +28,8 @@ class Tables(dict[Any, Any]):
 
 
 def sincos_table(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Fixed 2-D sin-cos positions (MAE, arXiv 2111.06377): [h·w, dim], the first half for columns, the second for rows,
-    as MAE has it."""
+    """Fixed 2-D sin-cos positions [h·w, dim] in the order of MAE (arXiv 2111.06377): the first half encodes the column,
+    the second half the row."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
     rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
@@ -39,7 +39,8 @@ def sincos_table(dim: int, grid: tuple[int, int], device: torch.device | None = 
 
 
 def interpolate_table(table: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
-    """A square position table [1, N, D] resized to another grid, bicubic: [1, h·w, D] (without DINOv2's 0.1 offset)."""
+    """A square position table [1, N, D] resized to another grid by bicubic interpolation: [1, h·w, D]. DINOv2's offset
+    of 0.1 is not used."""
     side = math.isqrt(table.shape[1])
     if (side, side) == tuple(grid):
         return table
@@ -49,7 +50,7 @@ def interpolate_table(table: Tensor, grid: tuple[int, int], antialias: bool) -> 
 
 
 def resize_table(table: Tensor, side: int, antialias: bool) -> Tensor:
-    """A position table [1, 1 + N, D], the class token's first, for another grid: [1, 1 + side², D]."""
+    """A position table [1, 1 + N, D], whose first entry is that of the class token, resized to [1, 1 + side², D]."""
     return torch.cat([table[:, :1], interpolate_table(table[:, 1:], (side, side), antialias)], dim=1)
 
 
@@ -61,10 +62,11 @@ def rope_periods(head_dim: int, base: float, device: torch.device | None = None)
 
 
 def rope_angles(periods: Tensor, grid: tuple[int, int], change: Tensor | None = None) -> Tensor:
-    """Angles [h·w, head_dim] of patch centres at coordinates in [-1, 1] on each axis: 2π·coordinate / period, rows then
-    columns, twice.
+    """Angles [h·w, head_dim] of the patch centres, whose coordinates are in [-1, 1] on each axis: 2π·coordinate /
+    period, first for the row and then for the column, and both repeated.
 
-    `change` [L, 2, 2] on the same device, from `rope_change`, moves the coordinates: L tables, [L, h·w, head_dim].
+    `change` [L, 2, 2] on the same device, from `rope_change`, changes the coordinates; the result is then
+    [L, h·w, head_dim].
     """
     axes = [(torch.arange(n, dtype=torch.float32, device=periods.device) + 0.5) / n * 2 - 1 for n in grid]
     rows, columns = (axis.reshape(-1, 1) for axis in torch.meshgrid(*axes, indexing="ij"))  # each [h·w, 1]

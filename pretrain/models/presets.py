@@ -1,7 +1,8 @@
 """The options of each family of backbones, and named sizes of them.
 
 A family is a dataclass: `ViT`, `ConvNeXt`, `ResNet`, `Timm`; `Decoder`, `TextEncoder` and `EncoderDecoder` for text.
-`PRESETS` are the names that a recipe can give as `model`. Nothing here imports torch; `build.py` builds the networks.
+`PRESETS` has the names that a recipe can give as `model`. This module does not import torch; `build.py` builds
+networks.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class ViT(Model):
     # drop path rate: the share of the images whose residual branch is skipped, the same in all blocks
     drop_path: float | Literal["auto"] = option(0.0, low=0, below=1, auto=drop_path)
     norm_eps: float = option(1e-6, above=0)  # added to the variance in LayerNorm
-    local_cls_norm: bool = False  # training only: class tokens of local crops have a final norm of their own
+    local_cls_norm: bool = False  # training only: whether class tokens of local crops have a separate final norm
     mask_token: bool = False  # whether there is a token that replaces masked patches; objectives set this themselves
 
 

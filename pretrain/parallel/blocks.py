@@ -17,7 +17,7 @@ from pretrain.models.layers import Backbone, Block
 from pretrain.objectives.base import Objective
 
 BACKEND = "inductor"
-GRAPHS_OF_A_NETWORK = 8
+GRAPHS_PER_NETWORK = 8  # upper bound of the number of graphs that torch.compile makes for one network
 aten = torch.ops.aten
 # Operations whose results selective recomputation keeps: matrix products and attention. All others are cheap.
 KEPT = {
@@ -74,15 +74,15 @@ def blocks_of(objective: Objective) -> list[nn.Module]:
 
 
 def _allow_graphs(objective: Objective) -> None:
-    """Raise torch's limit of graphs to what this objective needs; beyond it blocks would run uncompiled.
+    """Raise torch's limit of graphs to the number that this objective needs; beyond it blocks would run uncompiled.
 
-    All blocks share one limit, since they share their code. `dynamic=True` lets one graph serve any number and size of
-    crops, but a student, its teacher and its Gram teacher have graphs of their own, and so have one list of sizes and
-    two, training and evaluation.
+    All blocks share one limit, because they share their code. With `dynamic=True` one graph serves any number and size
+    of crops. There are separate graphs for student, teacher and Gram teacher, for inputs of one size and of two sizes,
+    and for training and evaluation.
     """
     networks = sum(isinstance(module, Backbone) for module in objective.modules())
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, GRAPHS_OF_A_NETWORK * networks)
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_NETWORK * networks)
 
 
 class GraphLog:

@@ -1,4 +1,4 @@
-"""From `parallel.mode` to the engine of that mode."""
+"""Build the engine of a `parallel.mode`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pretrain.recipes.recipe import Recipe
 
 
 def check_engine(objective: Objective, recipe: Recipe, device: torch.device) -> None:
-    """Raises ConfigError for what this rank's engine would lack: a library, or a kernel that is asked for by name. No
-    collectives, so that one rank may fail alone."""
+    """Raises ConfigError if this rank lacks a library, or a kernel that the recipe names. It calls no collectives, so
+    that it may fail on one rank only."""
     kernels.kernels_of(device, recipe.parallel.attention, COMPUTE[recipe.precision], calls_of(objective))
     if recipe.parallel.mode.startswith("zero"):
         from pretrain.parallel import deepspeed
@@ -25,8 +25,8 @@ def check_engine(objective: Objective, recipe: Recipe, device: torch.device) -> 
 
 
 def build_engine(objective: Objective, recipe: Recipe, device: torch.device) -> Engine:
-    """The engine of a recipe. The objective has the same weights on every rank, or no weights where
-    `fsdp2.starts_empty`."""
+    """The engine of a recipe. The objective has the same weights on every rank, except on ranks for which
+    `fsdp2.starts_empty` is true: there it has none."""
     parallel_checks.check(recipe, processes.world())
     mode = recipe.parallel.mode
     if mode.startswith("zero"):

@@ -92,8 +92,8 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
 
 
 def read(cfg: Any, tensors: State, kind: str = "") -> State:
-    """Our state dict of tensors that `write` has written, or of a file of the class with model_type `kind`. Tensors
-    with unknown names keep them."""
+    """Convert to our state dict the tensors that `write` has written, or those of a file for the class with the
+    model_type `kind`. Tensors with unknown names keep these names."""
     kind = kind or kind_of(cfg)[0]
     if kind == OWN:
         return dict(tensors)
@@ -122,11 +122,11 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
 # ---------------------------------------------------------------- names
 @dataclass
 class Name:
-    """How transformers calls a tensor of ours (without the suffixes .weight and .bias)."""
+    """The names of a tensor in our model and in transformers, without the suffixes .weight and .bias."""
 
     ours: str
-    theirs: list[str]  # several if ours is fused
-    rows: tuple[int, ...] = ()  # of each of theirs, if ours is fused
+    theirs: list[str]  # several if our tensor is fused
+    rows: tuple[int, ...] = ()  # number of rows of each of transformers' tensors, if ours is fused
     transposed: bool = False  # GPT-2's Conv1D stores [in, out]
 
 
@@ -136,12 +136,13 @@ def _transposed(tensor: Tensor, name: Name) -> Tensor:
 
 @dataclass
 class Layout:
-    """The names of a class of transformers. Those of a block come after `layer`, with {i} for the block's number."""
+    """The names of tensors in a class of transformers. `layer` is the prefix of those in a block, in which {i} stands
+    for the number of the block."""
 
     layer: str
-    top: dict[str, str]  # {our name: theirs} outside of blocks
-    block: dict[str, str]  # {our name: theirs} in a block
-    fused: dict[str, tuple[list[str], tuple[int, ...]]]  # {our name: (their names, rows of each)} in a block
+    top: dict[str, str]  # {our name: transformers' name} outside of blocks
+    block: dict[str, str]  # {our name: transformers' name} in a block
+    fused: dict[str, tuple[list[str], tuple[int, ...]]]  # {our name: (transformers' names, rows of each)} in a block
 
 
 def _names(cfg: Any, kind: str) -> list[Name]:
