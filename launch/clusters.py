@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import build_config, config
+from common import build_config, config, output
 from common.config import Section, option
 from common.errors import ConfigError, nearest
 from common.explain import explanations
@@ -64,6 +64,12 @@ class Cluster(Section):
         for entry in self.sbatch:
             if not re.match(r"--[a-z]", entry):
                 raise ValueError(f"sbatch = {entry!r}: write --OPTION=VALUE or --OPTION")
+        for key, entries in (("environment", self.environment), ("setup", self.setup), ("sbatch", self.sbatch)):
+            if found := next((entry for entry in entries if output.secrets_error(entry)), None):
+                raise ValueError(
+                    f"{key} = {found!r}: holds a password or a key, which would be stored in the job's folder; put it"
+                    " into a file that only you can read, and write setup: ['. FILE']"
+                )
         if self.mounts and not self.container:
             raise ValueError(f"mounts = {self.mounts}: there is no container; write container: IMAGE, or remove mounts")
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NewType, get_args, get_origin
+from typing import Annotated, Any, NewType, NoReturn, get_args, get_origin
 
+from common.output import printable
 from common.yaml_values import expand_home
 
 HomePath = NewType("HomePath", str)  # a local path; "~" at its beginning is expanded if the shell has not done it
@@ -31,9 +32,17 @@ def build_parser(
     `words`: the command line that it will parse. To start fast, commands whose names do not occur in it are built
     without arguments. None: all commands are built with arguments.
     """
-    parser = argparse.ArgumentParser(name, description=description)
+    parser = _Parser(name, description=description)
     _add_commands(parser.add_subparsers(required=True, metavar="COMMAND"), commands, words)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that escapes control characters in its error messages: words of a command line may be names of files,
+    which a shell has put in the place of `*`."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def call(parsed: argparse.Namespace) -> int | None:

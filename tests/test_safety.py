@@ -347,3 +347,7 @@ def test_names_of_files_and_members_are_shown_escaped(photos: Path, tmp_path: Pa
     assert run_main(lambda: call("shards", "stats", tmp_path / name)) == 2
     said = capsys.readouterr().err
     assert safe(said) and said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        call("shards", "stats", tmp_path, f"--{name}")  # as of `shards stats *`
+    said = capsys.readouterr().err
+    assert safe(said) and "\\x1b[2J" in said

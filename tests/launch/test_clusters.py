@@ -70,6 +70,8 @@ def test_options_of_the_command_line_replace_those_of_the_profile(profiles: Path
         ("a: {environment: [PATH]}", ["environment = 'PATH'", "NAME=VALUE"]),
         ("a: {sbatch: [-p x]}", ["sbatch = '-p x'", "--OPTION=VALUE"]),
         ("a: {mounts: [/data]}", ["mounts", "container: IMAGE"]),
+        ("a: {environment: ['HTTPS_PROXY=http://joe:hunter@proxy']}", ["http://***@proxy", "only you can read"]),
+        ("a: {setup: ['curl https://h/x?token=hunter']}", ["setup = ", "?token=***", "setup: ['. FILE']"]),
         ("a: 8", ["a = 8", "gpus: 8"]),
         ("- a", ["no mapping"]),
     ],
@@ -79,6 +81,7 @@ def test_a_wrong_profile_is_refused_with_file_value_and_remedy(text: str, words:
     with pytest.raises(UserError) as error:
         clusters.find("a")
     assert all(word in str(error.value) for word in [str(profiles), *words]), error.value
+    assert "hunter" not in str(error.value)
 
 
 def test_a_cluster_that_is_not_there(profiles: Path):
