@@ -133,6 +133,7 @@ def frozen_networks_stay_in_evaluation_mode(case: Case) -> Iterator[str]:
         if module.training
         and any(True for _ in module.parameters())
         and not any(p.requires_grad for p in module.parameters())
+        and not getattr(module, "batch_statistics", False)  # a batch norm that is to normalise by the teacher's batch
     ]
     if frozen:
         yield f"{_few(frozen)} is in training mode; override `train` and call `.eval()` on it"

@@ -23,7 +23,7 @@ def test_recipes_are_within(name: str):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ("objective.blur=[0.5]", r"objective.blur = \[0.5\]: write three"),
+        ("objective.blur=[0.5]", r"objective.blur = \[0.5\]: write 3 numbers, for the first"),
         ("objective.blur=[0.5, 2, 0.1]", r"objective.blur\[1\] = 2.0: must be from 0 to 1"),
         ("objective.mask_share=1.5", "objective.mask_share = 1.5: must be from 0 to 1"),
         ("objective.mask_ratio_min=0.6", "mask_ratio_min = 0.6: must be at most objective.mask_ratio_max = 0.5"),

@@ -14,11 +14,12 @@ ROOT = Path(__file__).parents[1]
 METHODS = ("pretrain/objectives/", "pretrain/ops/")  # where options of objectives are read
 SERVANTS = {  # files outside of these that serve certain methods
     "data_pipeline/views/multicrop.py": "makes the views that `MultiCrop` of pretrain/objectives/options.py describes",
+    "data_pipeline/views/two_views.py": "makes the views that `TwoViews` there describes",
     "pretrain/interchange/teachers.py": "opens the teacher and the students of a distillation",
     "eval/snapshots.py": "the command that chooses a Gram teacher",
 }
 COMMON_WORDS = {  # options whose names mean something else, too
-    **dict.fromkeys(("blur", "color", "flip", "solarize"), "kinds of augmentation, in data_pipeline/views/"),
+    **dict.fromkeys(("blur", "color", "flip", "jitter", "solarize"), "kinds of augmentation, in data_pipeline/views/"),
     **dict.fromkeys(("momentum", "decoder_depth", "temperature"), "options of an optimizer, a model, a protocol"),
     "teacher": "the frozen networks of a plan",
     **dict.fromkeys(("share", "span", "random", "masked", "loss"), "words of the language"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,22 @@ def multicrop(
     )
 
 
+def unmasked_crops(
+    cfg: Any, image_size: int, patch_size: int
+) -> Callable[[dict[str, Any], Rng], dict[str, np.ndarray]]:
+    """The views {"global": [G, 3, H, W], "local": [L, 3, h, w]} without masks, for DINO and SwAV.
+
+    `patch_size`: the size that crops have to be a multiple of. Raises ValueError for sizes that are not.
+    """
+    _check([[image_size, cfg.local_size, 0, 1.0]], patch_size, False, patch_size if cfg.local_crops else None)
+    augments = _augments(cfg, (image_size, cfg.local_size, 0))
+
+    def view(sample: dict[str, Any], rng: Rng) -> dict[str, np.ndarray]:
+        return crops(sample, augments, rng)
+
+    return view
+
+
 @functools.lru_cache(64)
 def draw_kind(seed: int, step: int, weights: tuple[float, ...]) -> int:
     """Draw the kind of a step, with probabilities in proportion to `weights`.
@@ -134,7 +151,7 @@ def _check(rows: list[list[float]], patch_size: int, gram: bool, local_patch: in
 
 def _augments(cfg: Any, sizes: Sizes) -> dict[str, list[Augment]]:
     wide, small = (cfg.global_scale, 1.0), (cfg.local_scale, cfg.global_scale)
-    common = {"jitter": (0.4, 0.4, 0.2, 0.1), "gray": 0.2, "flip": cfg.flip}
+    common = {"jitter": tuple(cfg.jitter), "gray": 0.2, "flip": cfg.flip}
     first = Augment(sizes[0], wide, blur=cfg.blur[0], **common)
     second = Augment(sizes[0], wide, blur=cfg.blur[1], solarize=cfg.solarize, **common)
     local = Augment(sizes[1], small, blur=cfg.blur[2], **common)

@@ -19,7 +19,7 @@ from pretrain.ops.sync_norm import BatchNorm
 
 class CudaBatchNorm(BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if world()[1] == 1 or not self.training:
+        if world()[1] == 1 or not self.training or self.weight is None:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
         with torch.autocast(x.device.type, enabled=False):

@@ -101,34 +101,74 @@ def temperature(facts: Facts) -> Schedule:
 
 
 # ---------------------------------------------------------------- options that methods share
+def check_each(key: str, values: list[float], of: tuple[str, ...]) -> None:
+    """Raises ValueError unless there is one value for each of `of`."""
+    if len(values) != len(of):
+        raise ValueError(f"objective.{key} = {values}: write {len(of)} numbers, for {', '.join(of)}")
+
+
 @dataclass
-class MultiCrop(Options):
-    """Two global crops, n local crops, and block masks on the global crops (data_pipeline/views/multicrop.py)."""
+class TwoViews(Options):
+    """Two views of an image with the augmentations of BYOL (data_pipeline/views/two_views.py)."""
+
+    remedies = {name: "compare the augmentations and the width of the heads" for name in ("feature_std", "rank")}
+
+    crop_scale: float = option(0.08, above=0, high=1)  # smallest share of the image's area in a random crop
+    # strengths of the colour jitter: brightness, contrast, saturation, hue
+    jitter: list[float] = option(lambda: [0.4, 0.4, 0.2, 0.1], low=0)
+    blur: list[float] = option(lambda: [1.0, 0.1], low=0, high=1)  # probability of a blur in the first and second view
+    solarize: list[float] = option(lambda: [0.0, 0.2], low=0, high=1)  # the same of an inversion of bright pixels
+    flip: float = option(0.5, low=0, high=1)  # probability of a horizontal flip
+
+    def check(self) -> None:
+        check_each("jitter", self.jitter, JITTER)
+        for key in ("blur", "solarize"):
+            check_each(key, getattr(self, key), ("the first view", "the second view"))
+
+
+JITTER = ("brightness", "contrast", "saturation", "hue")
+
+
+@dataclass
+class Crops(Options):
+    """Two global crops and n local crops (data_pipeline/views/multicrop.py)."""
 
     local_crops: int = option(8, low=0)  # number of local crops of each image, in addition to two global crops
     local_size: int = option(96, low=1)  # side of a local crop in pixels
     global_scale: float = option(0.32, above=0, high=1)  # smallest share of the image's area in a global crop
     local_scale: float = option(0.05, above=0, high=1)  # smallest share in a local crop; its largest is `global_scale`
-    mask_share: float = option(0.5, low=0, high=1)  # share of the global crops that are masked
-    mask_ratio_min: float = option(0.1, low=0, high=1)  # smallest share of masked patches in a masked crop
-    # largest share of masked patches; each masked crop draws its share between the two
-    mask_ratio_max: float = option(0.5, low=0, high=1)
     # probability that the first global crop, the second global crop and a local crop are blurred; the released models
     # have 0, 0.9, 0.5
     blur: list[float] = option(lambda: [1.0, 0.1, 0.5], low=0, high=1)
+    # strengths of the colour jitter: brightness, contrast, saturation, hue
+    jitter: list[float] = option(lambda: [0.4, 0.4, 0.2, 0.1], low=0)
     solarize: float = option(0.2, low=0, high=1)  # probability that the second global crop is solarized
     flip: float = option(0.5, low=0, high=1)  # probability of a horizontal flip; DINOv3's 7B model has 0
 
     def check(self) -> None:
-        if len(self.blur) != 3:
-            raise ValueError(
-                f"objective.blur = {self.blur}: write three probabilities, of the first global crop, the second one,"
-                " and the local crops"
-            )
-        for low, high in (("mask_ratio_min", "mask_ratio_max"), ("local_scale", "global_scale")):
-            smallest, largest = getattr(self, low), getattr(self, high)
-            if smallest > largest:
-                raise ValueError(f"objective.{low} = {smallest}: must be at most objective.{high} = {largest}")
+        check_each("blur", self.blur, ("the first global crop", "the second one", "the local crops"))
+        check_each("jitter", self.jitter, JITTER)
+        self.check_order("local_scale", "global_scale")
+
+    def check_order(self, low: str, high: str) -> None:
+        """Raises ValueError if the option `low` is above the option `high`."""
+        smallest, largest = getattr(self, low), getattr(self, high)
+        if smallest > largest:
+            raise ValueError(f"objective.{low} = {smallest}: must be at most objective.{high} = {largest}")
+
+
+@dataclass
+class MultiCrop(Crops):
+    """Two global crops, n local crops, and block masks on the global crops (data_pipeline/views/multicrop.py)."""
+
+    mask_share: float = option(0.5, low=0, high=1)  # share of the global crops that are masked
+    mask_ratio_min: float = option(0.1, low=0, high=1)  # smallest share of masked patches in a masked crop
+    # largest share of masked patches; each masked crop draws its share between the two
+    mask_ratio_max: float = option(0.5, low=0, high=1)
+
+    def check(self) -> None:
+        super().check()
+        self.check_order("mask_ratio_min", "mask_ratio_max")
 
 
 @dataclass

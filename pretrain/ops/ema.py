@@ -9,23 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.ops.parameter_shards import local
+from pretrain.ops.sync_norm import BatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 MAX_TEMPORARY = 1 << 26  # about the largest number of elements of the temporary tensors of `move_towards`
 
 
-def make_teacher(student: M) -> M:
-    """A frozen copy of the student with the same weights, and no drop path."""
+def make_teacher(student: M, batch_statistics: bool = False) -> M:
+    """A frozen copy of the student with the same weights, and no drop path.
+
+    `batch_statistics`: batch norms of the teacher normalise by the teacher's own batch, also in evaluation mode, and
+    keep running statistics of their own.
+    """
     teacher = copy.deepcopy(student)
     for module in teacher.modules():
         if hasattr(module, "drop_rate"):  # DropPath, in pretrain/models/layers.py
             module.drop_rate = 0.0
+        if isinstance(module, BatchNorm):
+            module.batch_statistics = batch_statistics
     return teacher.requires_grad_(False)
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped: Tensor | None = None) -> None:
-    """teacher ← momentum · teacher + (1 − momentum) · student, in one pass over all parameters; buffers are copied.
+    """teacher ← momentum · teacher + (1 − momentum) · student, in one pass over all parameters; buffers are copied,
+    but not those of batch norms with statistics of their own.
 
     `skipped` is `Objective.skipped`, a scalar on the device: if it is 1, the parameters do not change.
 
@@ -48,8 +56,10 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped:
         torch._foreach_lerp_(ours, theirs, float((1 - momentum) * (1 - skipped)))
     else:
         move_towards(ours, theirs, (1 - momentum) * (1 - skipped))
-    for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
-        buffer.copy_(source)
+    for module, other in zip(teacher.modules(), student.modules(), strict=True):
+        if not getattr(module, "batch_statistics", False):
+            for buffer, source in zip(module.buffers(recurse=False), other.buffers(recurse=False), strict=True):
+                buffer.copy_(source)
 
 
 @torch.no_grad()

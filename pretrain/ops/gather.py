@@ -37,6 +37,29 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if world()[1] > 1 else x
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of x over all ranks, with a gradient: that of this rank's x is the sum of all ranks' gradients.
+
+    Where every rank computes the loss of the global batch from such sums, the mean of the ranks' gradients, which an
+    engine takes, is the gradient of that loss.
+    """
+    return _Sum.apply(x) if world()[1] > 1 else x
+
+
 @torch.no_grad()
 def logsumexp_over_batch(x: Tensor) -> Tensor:
     """log Σ exp over dim 0 of x [B, K] and over all ranks: [1, K], without overflow. B may differ between ranks, and

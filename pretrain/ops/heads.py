@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -22,11 +23,43 @@ class ProjectionHead(nn.Sequential):
         )
 
 
+class MLPHead(nn.Sequential):
+    """Linear layers of the given widths without biases, with batch norm and ReLU between them: the projectors and
+    predictors of BYOL, SwAV, Barlow Twins, VICReg and MoCo v3.
+
+    `last_norm`: the outputs pass a batch norm without parameters, as in MoCo v3 (arXiv 2104.02057).
+    """
+
+    def __init__(self, *widths: int, last_norm: bool = False):
+        layers: list[nn.Module] = []
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(widths), 2):
+            layers.append(nn.Linear(inputs, outputs, bias=False))
+            layers += [BatchNorm(outputs), nn.ReLU()] if number < len(widths) else []
+        super().__init__(*layers, *([BatchNorm(widths[-1], affine=False)] if last_norm else []))
+
+
 def head_sizes(cfg: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(hidden, bottleneck, prototypes) of the DINO head and of the iBOT head. Options of the iBOT head that are null
     have the values of the DINO head."""
     dino = (cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes)
     return dino, (cfg.ibot_hidden or dino[0], cfg.ibot_bottleneck or dino[1], cfg.ibot_prototypes or dino[2])
+
+
+class Prototypes(nn.Module):
+    """The cosines of x [..., D] with K prototypes (SwAV, arXiv 2006.09882, §3.1), which are unit vectors at first."""
+
+    last_layer = "prototypes"  # the parameter that `optim.freeze_last_layer` freezes
+
+    def __init__(self, inputs: int, prototypes: int):
+        super().__init__()
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, inputs), dim=-1))
+
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, temperature: float = 1.0, row_weights: Tensor | None = None
+    ) -> Tensor:
+        """As `PrototypeHead`."""
+        x, prototypes = F.normalize(x, dim=-1, eps=1e-6), F.normalize(self.prototypes, dim=-1)
+        return scores(x, prototypes, targets, temperature, row_weights)
 
 
 class PrototypeHead(nn.Module):
@@ -58,6 +91,13 @@ class PrototypeHead(nn.Module):
         """
         x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
         prototypes = F.normalize(self.prototypes, dim=-1) if self.unit else self.prototypes
-        if targets is not None:
-            return cross_entropy(x, prototypes, targets, row_weights=row_weights, scale=1 / temperature)
-        return F.linear(x, prototypes.to(x.dtype))
+        return scores(x, prototypes, targets, temperature, row_weights)
+
+
+def scores(
+    x: Tensor, prototypes: Tensor, targets: Tensor | None, temperature: float, row_weights: Tensor | None
+) -> Tensor:
+    """The products [..., K] of x [..., D] with prototypes [K, D], or the sum of the cross-entropies with `targets`."""
+    if targets is not None:
+        return cross_entropy(x, prototypes, targets, row_weights=row_weights, scale=1 / temperature)
+    return F.linear(x, prototypes.to(x.dtype))

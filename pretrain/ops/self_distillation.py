@@ -63,9 +63,9 @@ def by_image(cls: list[Tensor], crops: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def health(cls: Tensor, p: Tensor) -> dict[str, Tensor]:
-    """Scalars that reveal a collapse, from this rank's class tokens [B, D] and assignments p [B, K]. Collective: the
-    class tokens are gathered from all ranks.
+def health(cls: Tensor, p: Tensor | None = None) -> dict[str, Tensor]:
+    """Scalars that reveal a collapse, from this rank's class tokens [B, D] and assignments p [B, K], if there are any.
+    Collective: the class tokens are gathered from all ranks.
 
     teacher_entropy: the mean entropy of the rows of p; ln K if all prototypes are equally likely.
     feature_std: √D × the standard deviation of a coordinate of the L2-normalised tokens over the batch; 1 if they
@@ -76,8 +76,8 @@ def health(cls: Tensor, p: Tensor) -> dict[str, Tensor]:
     x = x - x.mean(0)
     with torch.autocast(x.device.type, enabled=False):
         products = x @ x.T
-    return {
-        "teacher_entropy": -(p * p.clamp_min(1e-12).log()).sum(-1).mean(),
+    entropy = {} if p is None else {"teacher_entropy": -(p * p.clamp_min(1e-12).log()).sum(-1).mean()}
+    return entropy | {
         "feature_std": x.square().mean(0).sum().sqrt(),  # √D · √(mean variance of a coordinate)
         "rank": products.trace() ** 2 / products.square().sum().clamp_min(1e-12),
     }

@@ -3,36 +3,27 @@ SyncBatchNorm works on GPUs only."""
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pretrain.ops.gather import world
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks; the gradient is the sum of all ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+from pretrain.ops.gather import all_reduce, world
 
 
 class BatchNorm(_BatchNorm):
     """nn.BatchNorm1d and nn.BatchNorm2d in one class, with the same parameters and buffers, but with mean and variance
-    of the global batch. x [B, C, ...] → [B, C, ...]."""
+    of the global batch. x [B, C, ...] → [B, C, ...]. With `affine=False` it has no weight and no bias."""
 
     momentum: float  # the share of a batch in the running statistics
+    # True in a teacher that normalises by its own batch, as published for BYOL, MoCo and DINO: the module stays in
+    # training mode where the network around it is set to evaluation mode (`pretrain.ops.ema.make_teacher`).
+    batch_statistics = False
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode or self.batch_statistics)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -50,20 +41,22 @@ class BatchNorm(_BatchNorm):
     def _in_one_process(self, x: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
         # FSDP2 gathers weights in the compute dtype, but PyTorch's operation needs all four tensors in the same dtype.
-        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        weight, bias = (None if value is None else value.to(mean.dtype) for value in (self.weight, self.bias))
         return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
 
     def _over_processes(self, x: Tensor) -> Tensor:
         reduced_dims = [0, *range(2, x.ndim)]  # all but the channels
         count = torch.full((1,), float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
-        totals = _Sum.apply(torch.cat([x.sum(reduced_dims), count]))  # [C + 1]
+        totals = all_reduce(torch.cat([x.sum(reduced_dims), count]))  # [C + 1]
         n = totals[-1].detach()
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean = totals[:-1] / n  # [C]
         centred = x - mean.view(shape)
-        variance = _Sum.apply(centred.square().sum(reduced_dims)) / n  # [C]
+        variance = all_reduce(centred.square().sum(reduced_dims)) / n  # [C]
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((variance * (n / (n - 1))).to(self.running_var.dtype), self.momentum)
-        scale = (variance + self.eps).rsqrt() * self.weight.to(x.dtype)
-        return centred * scale.view(shape) + self.bias.to(x.dtype).view(shape)
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is None:
+            return centred * scale.view(shape)
+        return centred * (scale * self.weight.to(x.dtype)).view(shape) + self.bias.to(x.dtype).view(shape)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,8 +17,10 @@ from data_pipeline.stream.stream import Stream
 from data_pipeline.stream.worker import collated
 from pretrain import step as training_step
 from pretrain.build import build_objective, open_samples, placed, views
+from pretrain.objectives.base import Objective
 from pretrain.ops.cross_entropy import IGNORED
 from pretrain.ops.parameter_shards import whole, whole_state
+from pretrain.ops.sync_norm import BatchNorm
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel import engine as engines
 from pretrain.parallel import fsdp2, processes
@@ -96,13 +102,33 @@ def poisoned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: spoil(value) for key, value in batch.items()}
 
 
+def in_float64(model: Objective, cfg: Recipe) -> bool:
+    """Whether an objective is compared in float64: where several batch norms divide the almost equal features of an
+    untrained network by their small spread, one after the other, rounding to fp32 is 1000 times as large two steps
+    later."""
+    return sum(isinstance(module, BatchNorm) for module in model.modules()) > 1 and cfg.precision == "fp32"
+
+
+@contextlib.contextmanager
+def float64(model: Objective) -> Iterator[None]:
+    """Engines that are built within do not round the model, which becomes float64, to fp32."""
+    model.double()
+    plain = functools.partial(fsdp2.MixedPrecisionPolicy, cast_forward_inputs=False)
+    with mock.patch.object(fsdp2, "MixedPrecisionPolicy", lambda **_: plain()):
+        yield
+
+
 def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
     """Losses and gradient norms of each step, and the weights after all steps, on every process."""
     model = build_objective(cfg, empty=fsdp2.starts_empty(cfg))
-    engine = build_engine(model, cfg, device)
+    wide = in_float64(model, cfg)
+    with float64(model) if wide else contextlib.nullcontext():
+        engine = build_engine(model, cfg, device)
     guard = Guard(model, cfg.skip, device)
     out: dict[str, Any] = {"loss": [], "norm": [], "logs": [], "validated": []}
     parts = [{key: value.to(device) for key, value in mine(batch).items()} for batch in data]
+    if wide:
+        parts = [{k: v.double() if v.is_floating_point() else v for k, v in part.items()} for part in parts]
     for step in range(STEPS):
         loss, logs, norm = one_step(engine, guard, parts[step * engine.accumulate :], step)
         out["loss"].append(float(loss))

@@ -4,6 +4,7 @@ gradient of one process with the whole batch."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from pretrain.ops.koleo import koleo
 from pretrain.ops.relations import relation_loss
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.ops.sync_norm import BatchNorm
+from tests.parity import test_catalogue
 from tests.parity.test_dinov3 import batch_of, dinov3
 from tests.parity.test_losses import dinov2, dinov2_batch, normal, places_of
 
@@ -240,6 +242,11 @@ def check_gram_of_masked_patches() -> Result:
 
 CHECKS: dict[str, Callable[[], Result]] = {
     name: value for name, value in globals().items() if name.startswith("check_")
+}
+CHECKS |= {
+    f"check_{name}_{model}": functools.partial(test_catalogue.check, name, model)
+    for name in test_catalogue.OPTIONS
+    for model in test_catalogue.MODELS
 }
 
 

@@ -1,0 +1,115 @@
+"""DINO: a student predicts its moving average's centred and sharpened outputs for other crops (arXiv 2104.14294).
+
+    teacher: 2 global crops;   student: the same crops and n local ones
+    P_t = softmax((g_t(x) − C) / τ_t),   P_s = softmax(g_s(x) / τ_s)                                      (eq. 1, §3.1)
+    loss = mean over (student crop, other teacher crop) of −Σ P_t log P_s                                 (eq. 3)
+    after each step: teacher ← m·teacher + (1 − m)·student;   C ← m_c·C + (1 − m_c)·(mean of g_t(x))      (eq. 4)
+
+The centre C keeps one output from dominating, the low temperature τ_t of the teacher keeps the outputs from becoming
+uniform. The head ends with weight-normed prototypes of length 1; `optim.freeze_last_layer` keeps them fixed in the
+first epoch. As published, batch norms of a ResNet teacher normalise by the teacher's own batch.
+
+Shapes: B images, G = 2 global and L local crops each, D width, K prototypes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from common.config import option
+from common.schedules import Schedule
+from data_pipeline.parts.part import About
+from data_pipeline.views.multicrop import MADE_OF, unmasked_crops
+from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
+from pretrain.objectives.options import Crops, momentum, prototypes, temperature
+from pretrain.ops.center import Center
+from pretrain.ops.ema import ema_update, make_teacher
+from pretrain.ops.heads import PrototypeHead
+from pretrain.ops.self_distillation import by_image, dino_terms, health
+
+
+@dataclass
+class Config(Crops):
+    remedies = {
+        "teacher_entropy": "lower objective.teacher_temperature or the number of prototypes",
+        "feature_std": "raise objective.momentum",
+        "rank": "raise objective.momentum",
+    }
+
+    prototypes: int | Literal["auto"] = option(65536, low=1, auto=prototypes)  # K, the outputs of the head
+    head_hidden: int = option(2048, low=1)  # width of the head's hidden layers
+    head_bottleneck: int = option(256, low=1)  # width of the layer before the prototypes
+    # prototypes of length 1; false: their lengths are trained, as the paper has it for its longest runs
+    unit_prototypes: bool = True
+    student_temperature: float = option(0.1, above=0)  # τ_s: the student's logits are divided by it before the softmax
+    # τ_t, the same for the teacher's logits
+    teacher_temperature: Literal["auto"] | Schedule = option(lambda: Schedule(0.04), above=0, auto=temperature)
+    # m, the share of its weights that the teacher keeps in a step
+    momentum: Literal["auto"] | Schedule = option(
+        lambda: Schedule(0.996, kind="cosine", final=1.0), low=0, high=1, auto=momentum
+    )
+    center_momentum: float = option(0.9, low=0, high=1)  # m_c
+    global_scale: float = option(0.4, above=0, high=1)  # smallest share of the image's area in a global crop
+
+    def assignments(self) -> int | None:
+        count = vars(self)["prototypes"]
+        return count if isinstance(count, int) else None
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        heads = {"objective.prototypes": 64, "objective.head_hidden": 64, "objective.head_bottleneck": 32}
+        return [{**heads, "objective.local_size": 16, "objective.local_crops": 2}]
+
+
+class DINO(Objective):
+    made_of = MADE_OF
+
+    def __init__(self, cfg: Config, backbone: Builder) -> None:
+        super().__init__(cfg, backbone)
+        body = backbone()
+        head = PrototypeHead(
+            body.embed_dim, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes, unit=cfg.unit_prototypes
+        )
+        self.student = nn.ModuleDict({"backbone": body, "head": head})
+        self.teacher = make_teacher(self.student, batch_statistics=True).eval()
+        self.center = Center(cfg.prototypes)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher.eval()  # no drop path, and positions without jitter
+        return self
+
+    @staticmethod
+    def views(cfg: Config, about: About) -> View:
+        return unmasked_crops(cfg, about.image_size, about.patch_size)
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        cfg, crops = self.cfg, batch["global"].shape[1]
+        images = batch["global"].flatten(0, 1)  # [B·G, ...]
+        p = self.targets(images, step)  # [B·G, K]
+        sizes = [images, *([batch["local"].flatten(0, 1)] if batch["local"].shape[1] else [])]
+        cls, small = by_image([f.cls for f in self.student["backbone"](sizes)], crops)  # [B, G, D], [B, L, D]
+        local, glob = dino_terms(self.student["head"], cls, small, p.unflatten(0, (-1, crops)), cfg.student_temperature)
+        logs = {"dino_local": local.detach(), "dino_global": glob.detach()} | health(cls[:, 0].detach(), p)
+        # what the student can reduce of the loss, which also rises and falls with the entropy of the teacher's outputs
+        logs["kl"] = (local + glob).detach() - logs["teacher_entropy"]
+        return local + glob, logs
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, step: int) -> Tensor:
+        """P_t [B·G, K] of global crops [B·G, 3, H, W], in fp32 or wider."""
+        outputs = self.teacher["head"](self.teacher["backbone"](images).cls)
+        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+        self.center.hold(outputs, step)
+        return ((outputs - self.center.mean) / self.cfg.teacher_temperature(step)).softmax(-1)
+
+    def after_step(self, step: int) -> None:
+        ema_update(self.teacher, self.student, self.cfg.momentum(step), self.skipped)
+        self.center.update(step, self.cfg.center_momentum, self.skipped)
+
+    def exports(self) -> dict[str, Exported]:
+        return {"model": Exported(self.teacher["backbone"])}

@@ -1,0 +1,422 @@
+"""Each image objective against its paper's formula: plain loops in float64 over images, features and prototypes, with the value of the loss and its
+gradients for images and weights; and against lightly's losses. tests/parity/test_distributed.py compares two processes with one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.schedules import Schedule
+from data_pipeline.views import multicrop, two_views
+from data_pipeline.views.augmentations import Augment
+from pretrain.models import presets
+from pretrain.models.build import build_model
+from pretrain.objectives import finder
+from pretrain.objectives.barlow_twins import cross_correlation
+from pretrain.objectives.base import Objective
+from pretrain.objectives.byol import distance
+from pretrain.objectives.moco import similarities, unit
+from pretrain.objectives.vicreg import regularisers
+from pretrain.ops.center import Center
+from pretrain.ops.gather import world
+from pretrain.ops.heads import MLPHead, Prototypes
+from pretrain.ops.self_distillation import dino_terms
+from pretrain.ops.sinkhorn import sinkhorn
+from pretrain.ops.sync_norm import BatchNorm
+from tests.parity.test_losses import (
+    as_it_is,
+    assert_same,
+    mean,
+    naive_cross_entropy,
+    naive_dino,
+    naive_sinkhorn,
+    noise,
+    normal,
+)
+
+MODELS = {
+    "vit": presets.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=4),
+    "resnet": presets.ResNet(stem="small", widths=[8, 16], depths=[1, 1]),
+}
+SMALL: dict[str, Any] = {"head_hidden": 12, "head_outputs": 6}
+CROPS: dict[str, Any] = {"local_crops": 3, "local_size": 16}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "barlow_twins": {**SMALL, "off_diagonal_weight": 0.3, "loss_factor": 0.5},
+    "vicreg": SMALL,
+    "byol": {**SMALL, "momentum": Schedule(0.9)},
+    "moco": {**SMALL, "queue_size": 8, "momentum": Schedule(0.9)},
+    "moco_v3": {**SMALL, "momentum": Schedule(0.9)},
+    "swav": {**SMALL, **CROPS, "prototypes": 7, "queue_size": 8, "queue_start": 1},
+    "dino": {**CROPS, "head_hidden": 12, "head_bottleneck": 6, "prototypes": 7, "momentum": Schedule(0.9)},
+}
+
+
+def made(name: str, model: str = "vit", **options: Any) -> Objective:
+    """An objective in float64 with noise on its weights: teachers are not their students, biases not 0."""
+    cfg = importlib.import_module(f"pretrain.objectives.{name}").Config(**{**OPTIONS[name], **options})
+    torch.manual_seed(0)
+    objective = finder.find(name)(cfg, lambda **changes: build_model(MODELS[model], **changes))
+    for part in objective.modules():
+        if isinstance(part, (BatchNorm, Center)):
+            for buffer in part.buffers(recurse=False):
+                if buffer.is_floating_point():
+                    buffer.add_(0.1 * torch.rand(buffer.shape))
+    return noise(objective, 1).double()
+
+
+def batch_of(name: str, count: int = 4) -> dict[str, Tensor]:
+    if "local_size" in OPTIONS[name]:
+        return {"global": normal(count, 2, 3, 32, 32), "local": normal(count, 3, 3, 16, 16, seed=1)}
+    return {"image": normal(count, 2, 3, 32, 32)}
+
+
+def naive_head(head: nn.Sequential, rows: list[Tensor]) -> list[Tensor]:
+    """Layer by layer; batch norms by the batch's own mean and variance."""
+    x = torch.stack(rows)
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            x = torch.stack([layer.weight @ row for row in x]) + (0 if layer.bias is None else layer.bias)
+        elif isinstance(layer, BatchNorm):
+            centre = sum(x) / len(x)
+            variance = sum((row - centre) ** 2 for row in x) / len(x)
+            x = (x - centre) / (variance + 1e-5).sqrt()
+            x = x if layer.weight is None else x * layer.weight + layer.bias
+        else:
+            x = x.clamp(min=0)
+    return list(x)
+
+
+def encode(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """Class tokens, image by image."""
+    return [backbone(image[None]).cls[0] for image in images]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b) / (a.norm() * b.norm())
+
+
+# ---------------------------------------------------------------- the papers' formulas
+def naive_barlow_twins(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2103.03230, eqs. 1 and 2, feature by feature."""
+    z = [torch.stack(naive_head(model.head, encode(model.backbone, view))) for view in batch["image"].unbind(1)]
+    z = [(x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() for x in z]
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in range(z[0].shape[1]):
+        for j in range(z[0].shape[1]):
+            c = sum(a * b for a, b in zip(z[0][:, i], z[1][:, j], strict=True)) / len(z[0])
+            loss = loss + ((1 - c) ** 2 if i == j else 0.3 * c**2)
+    return 0.5 * loss
+
+
+def naive_vicreg(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2105.04906, eqs. 1 to 6."""
+    a, b = (torch.stack(naive_head(model.head, encode(model.backbone, v))) for v in batch["image"].unbind(1))
+    count, width = a.shape
+    loss = 25 * mean([(x - y) ** 2 for x, y in zip(a.flatten(), b.flatten(), strict=True)])
+    for z in (a, b):
+        centre = sum(z) / count
+        for i in range(width):
+            deviation = (sum((row[i] - centre[i]) ** 2 for row in z) / (count - 1) + 1e-4).sqrt()
+            loss = loss + 25 * (1 - deviation).clamp(min=0) / width / 2
+            for j in range(width):
+                covariance = sum((row[i] - centre[i]) * (row[j] - centre[j]) for row in z) / (count - 1)
+                loss = loss + (covariance**2 / width if i != j else 0)
+    return loss
+
+
+def naive_byol(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2006.07733, eq. 2, in both directions."""
+    loss = torch.zeros((), dtype=torch.float64)
+    views = batch["image"].unbind(1)
+    for one, other in (views, views[::-1]):
+        q = naive_head(model.predictor, naive_head(model.online["projector"], encode(model.online["backbone"], one)))
+        z = naive_head(model.target["projector"], encode(model.target["backbone"], other.detach()))
+        loss = loss + mean([(x / x.norm() - y / y.norm()).square().sum() for x, y in zip(q, z, strict=True)])
+    return loss
+
+
+def naive_moco(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """1911.05722, eq. 1."""
+    first, second = batch["image"].unbind(1)
+    q = naive_head(model.query["head"], encode(model.query["backbone"], first))
+    k = naive_head(model.key["head"], encode(model.key["backbone"], second.detach()))
+    terms = []
+    for x, own in zip(q, k, strict=True):
+        positive = (cosine(x, own) / 0.2).exp()
+        negative = sum((x @ row / x.norm() / 0.2).exp() for row in model.queue.rows)
+        terms.append(-(positive / (positive + negative)).log())
+    return mean(terms)
+
+
+def naive_moco_v3(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2104.02057, algorithm 1."""
+    loss = torch.zeros((), dtype=torch.float64)
+    views = batch["image"].unbind(1)
+    for one, other in (views, views[::-1]):
+        q = naive_head(model.predictor, naive_head(model.query["projector"], encode(model.query["backbone"], one)))
+        k = naive_head(model.key["projector"], encode(model.key["backbone"], other.detach()))
+        exponentials = [[(cosine(x, y) / 0.2).exp() for y in k] for x in q]
+        loss = loss + 2 * 0.2 * mean([-(row[i] / sum(row)).log() for i, row in enumerate(exponentials)])
+    return loss
+
+
+def naive_swav(model: Any, batch: dict[str, Tensor], queue: bool = False) -> Tensor:
+    """2006.09882, eqs. 1 to 6: crops of one size after the other, and all of them in the head."""
+    sizes = [batch["global"], batch["local"]]
+    z = naive_head(model.head, [row for crops in sizes for row in encode(model.backbone, crops.flatten(0, 1))])
+    count = len(batch["global"])
+    scores = torch.stack([torch.stack([cosine(x, c) for c in model.prototypes.prototypes]) for x in z])
+    s_global, s_local = scores[: 2 * count].view(count, 2, -1), scores[2 * count :].view(count, 3, -1)
+    codes = []
+    for crop in range(2):
+        rows = s_global[:, crop].detach()
+        if queue:
+            held = model.queues[crop].rows
+            old = [torch.stack([cosine(row, c) for c in model.prototypes.prototypes]) for row in held]
+            rows = torch.cat([rows, torch.stack(old).detach()])
+        codes.append(naive_sinkhorn(rows, 0.05)[:count])
+    return sum(naive_dino(s_global, s_local, torch.stack(codes, 1), 0.1))
+
+
+def naive_dino_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2104.14294, eqs. 1 and 3: teacher outputs are centred, then sharpened."""
+    teacher, student, count = model.teacher, model.student, len(batch["global"])
+    crops = batch["global"].flatten(0, 1)
+    with torch.no_grad():
+        outputs = [teacher["head"](x[None])[0] for x in encode(teacher["backbone"], crops)]
+        p = torch.stack([((t - model.center.mean) / 0.04).exp() for t in outputs])
+        p = (p / p.sum(1, keepdim=True)).view(count, 2, -1)
+    s = [
+        torch.stack([student["head"](x[None])[0] for x in encode(student["backbone"], c)])
+        for c in (crops, batch["local"].flatten(0, 1))
+    ]
+    return sum(naive_dino(s[0].view(count, 2, -1), s[1].view(count, 3, -1), p, 0.1))
+
+
+NAIVE: dict[str, Callable[..., Tensor]] = {
+    "barlow_twins": naive_barlow_twins,
+    "vicreg": naive_vicreg,
+    "byol": naive_byol,
+    "moco": naive_moco,
+    "moco_v3": naive_moco_v3,
+    "swav": naive_swav,
+    "dino": naive_dino_loss,
+}
+
+
+def gradients(objective: Objective, loss: Tensor, images: list[Tensor]) -> dict[str, Tensor]:
+    named = {name: value for name, value in objective.named_parameters() if value.requires_grad}
+    found = torch.autograd.grad(loss, [*named.values(), *images])
+    return dict(zip([*named, *(f"image {n}" for n in range(len(images)))], found, strict=True))
+
+
+def agrees(objective: Objective, batch: dict[str, Tensor], naive: Callable[..., Tensor], step: int = 0) -> None:
+    leaves = {key: value.clone().requires_grad_() for key, value in batch.items()}
+    expected = naive(objective, leaves)  # first: a forward changes running statistics, but nothing that is read here
+    loss, _ = objective(leaves, step)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    ours, theirs = (gradients(objective, value, list(leaves.values())) for value in (loss, expected))
+    for name, value in theirs.items():
+        scale = max(float(value.abs().max()), 1e-3)
+        away = 1e-6 if name.endswith("pos_embed") else 1e-9  # position tables are interpolated in fp32
+        torch.testing.assert_close(ours[name], value, rtol=1e-7, atol=away * scale, msg=name)
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_it_computes_its_paper(name: str):
+    agrees(made(name), batch_of(name), NAIVE[name])
+
+
+def test_swav_with_its_queue():
+    model = made("swav")
+    assert not torch.allclose(naive_swav(model, batch_of("swav")), naive_swav(model, batch_of("swav"), queue=True))
+    agrees(model, batch_of("swav"), lambda *args: naive_swav(*args, queue=True), step=1)
+
+
+def test_moco_as_first_published():
+    """v1: a head of one layer."""
+    agrees(made("moco", head_hidden=None), batch_of("moco"), naive_moco)
+
+
+def test_moco_v3_keeps_its_patch_embedding():
+    model, free = made("moco_v3").train(), made("moco_v3", freeze_patch_embed=False)
+    embed = model.query["backbone"].patch_embed
+    assert not embed.weight.requires_grad and not embed.training and model.query["backbone"].training
+    assert free.query["backbone"].patch_embed.weight.requires_grad
+    assert not any("frozen" in key for key in model.state_dict())
+
+
+# ---------------------------------------------------------------- after a step
+@pytest.mark.parametrize("name, teacher, student", [("byol", "target", "online"), ("moco", "key", "query")])
+def test_the_teacher_of_a_resnet_normalises_by_its_own_batch(name: str, teacher: str, student: str):
+    """In evaluation mode its batch norms are those of training, with statistics of their own, which the average leaves."""
+    model = made(name, "resnet").train()
+    averaged, online = getattr(model, teacher), getattr(model, student)
+    norms = [m for m in averaged.modules() if isinstance(m, BatchNorm)]
+    assert not averaged.training and norms and all(m.training for m in norms)
+    own = norms[0].running_mean.clone()
+    model(batch_of(name), 0)
+    assert not torch.equal(norms[0].running_mean, own)
+    own, weight = norms[0].running_mean.clone(), norms[0].weight.clone()
+    other = next(m for m in online.modules() if isinstance(m, BatchNorm))
+    model.after_step(0)
+    torch.testing.assert_close(norms[0].weight, 0.9 * weight + 0.1 * other.weight)
+    assert torch.equal(norms[0].running_mean, own) and not torch.equal(other.running_mean, own)
+
+
+def test_dino_moves_its_centre():
+    """Eq. 4, over the outputs of two micro-batches; a skipped step leaves it."""
+    model = made("dino")
+    before, halves = model.center.mean.clone(), [{k: v[i::2] for k, v in batch_of("dino").items()} for i in (0, 1)]
+    outputs = []
+    for half in halves:
+        model(half, 3)
+        outputs += [
+            model.teacher["head"](x[None])[0] for x in encode(model.teacher["backbone"], half["global"].flatten(0, 1))
+        ]
+    model.skipped = torch.ones(())
+    model.after_step(3)
+    assert torch.equal(model.center.mean, before)
+    for half in halves:
+        model(half, 4)
+    model.skipped = torch.zeros(())
+    model.after_step(4)
+    torch.testing.assert_close(model.center.mean, 0.9 * before + 0.1 * torch.stack(outputs).mean(0))
+    with pytest.raises(RuntimeError, match=r"update\(5\) without a hold"):
+        model.center.update(5, 0.9)
+
+
+def test_moco_fills_its_queue_with_keys():
+    model = made("moco")
+    model(batch_of("moco"), 0)
+    keys = naive_head(model.key["head"], encode(model.key["backbone"], batch_of("moco")["image"][:, 1]))
+    old = model.queue.rows.clone()
+    model.after_step(0)
+    torch.testing.assert_close(model.queue.rows[:4], torch.stack([k / k.norm() for k in keys]))
+    assert torch.equal(model.queue.rows[4:], old[4:]) and model.queue.position == 4
+
+
+# ---------------------------------------------------------------- views
+def test_each_view_has_its_own_probabilities(monkeypatch: pytest.MonkeyPatch):
+    """BYOL's appendix B: always a blur in the first view, solarisation in a fifth of the second ones."""
+    drawn: list[list[Augment]] = []
+    monkeypatch.setattr(two_views, "crops", lambda sample, views, rng: drawn.append(views["image"]))
+    cfg = finder.config_class("byol")[0]()
+    two_views.two_views(cfg, 32)({}, lambda number: np.random.default_rng(number))
+    first, second = drawn[0]
+    assert (first.blur, first.solarize, second.blur, second.solarize) == (1.0, 0.0, 0.1, 0.2)
+    assert (
+        first.jitter == (0.4, 0.4, 0.2, 0.1) and first.scale == (0.08, 1.0) and first.gray == 0.2 and first.size == 32
+    )
+
+
+def test_crops_without_masks():
+    cfg = finder.config_class("swav")[0](local_crops=3, local_size=16)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    made = multicrop.unmasked_crops(cfg, 32, 8)({"image": image}, lambda number: np.random.default_rng(number))
+    assert {key: value.shape for key, value in made.items()} == {"global": (2, 3, 32, 32), "local": (3, 3, 16, 16)}
+    with pytest.raises(ValueError, match="do not divide into patches of 12"):
+        multicrop.unmasked_crops(cfg, 36, 12)
+
+
+# ---------------------------------------------------------------- heads
+def test_mlp_head():
+    """Also that batch norm has no parameters after the last layer, and none at all of its own with a single layer."""
+    for head in (MLPHead(5, 4, 3), MLPHead(5, 4, 4, 3, last_norm=True), MLPHead(5, 3)):
+        noise(head, 0).double()
+        assert_same(
+            lambda x, head=head: (head(x) ** 3).sum(),
+            lambda x, head=head: (torch.stack(naive_head(head, list(x))) ** 3).sum(),
+            normal(6, 5),
+        )
+    assert [len(list(MLPHead(*w, last_norm=n).parameters())) for w, n in (((5, 3), True), ((5, 4, 3), False))] == [1, 4]
+
+
+def test_prototypes():
+    head, x = Prototypes(6, 7).double(), normal(4, 6)
+    torch.testing.assert_close(head.prototypes.norm(dim=1), torch.ones(7, dtype=torch.float64))
+    noise(head, 0)
+    weights, targets = normal(4, 7, seed=1), normal(4, 7, seed=2).softmax(-1)
+
+    def naive(x: Tensor) -> Tensor:
+        return torch.stack([torch.stack([cosine(row, c) for c in head.prototypes]) for row in x])
+
+    assert_same(lambda x: (head(x) * weights).sum(), lambda x: (naive(x) * weights).sum(), x)
+    expected = lambda x: sum(naive_cross_entropy(s, t, 0.1) for s, t in zip(naive(x), targets, strict=True))  # noqa: E731
+    assert_same(lambda x: head(x, targets, 0.1), expected, x)
+
+
+# ---------------------------------------------------------------- lightly
+def test_losses_equal_lightlys():
+    from lightly.loss import BarlowTwinsLoss, DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLoss
+
+    a, b = normal(6, 5), normal(6, 5, seed=1)
+
+    def barlow(a: Tensor, b: Tensor) -> Tensor:
+        on, off = cross_correlation(a, b)
+        return on + 5e-3 * off
+
+    assert_same(barlow, BarlowTwinsLoss(5e-3), a, b)
+
+    def vicreg(a: Tensor, b: Tensor) -> Tensor:
+        (v, c), (w, d) = regularisers(a), regularisers(b)
+        return 25 * (a - b).square().mean() + 25 * (v + w) / 2 + c + d
+
+    assert_same(vicreg, VICRegLoss(), a, b)
+    assert_same(distance, lambda a, b: 2 + 2 * NegativeCosineSimilarity()(a, b), a, b)
+
+    bank = NTXentLoss(0.2, memory_bank_size=(8, 5)).double()
+    rows = bank.memory_bank.bank.clone()
+
+    def moco(a: Tensor, b: Tensor) -> Tensor:
+        logits = similarities(unit(a), unit(b), rows) / 0.2
+        return nn.functional.cross_entropy(logits, torch.zeros(6, dtype=torch.long))
+
+    def theirs(a: Tensor, b: Tensor) -> Tensor:
+        bank.memory_bank.bank = rows.clone()
+        return bank(a, b)
+
+    assert_same(moco, theirs, a, b)
+
+    s_global, s_local = normal(4, 2, 11, seed=1).tanh(), normal(4, 3, 11, seed=2).tanh()
+
+    def swav(s_global: Tensor, s_local: Tensor) -> Tensor:
+        q = torch.stack([sinkhorn(s.detach(), 0.05) for s in s_global.unbind(1)], 1)
+        return sum(dino_terms(as_it_is, s_global, s_local, q, 0.1))
+
+    assert_same(swav, lambda g, s: SwaVLoss()(list(g.unbind(1)), list(s.unbind(1)))[0], s_global, s_local)
+
+    center, loss, outputs = Center(11).double(), DINOLoss(11).double(), normal(4, 2, 11)
+    for step in range(2):
+        center.hold(outputs.flatten(0, 1) * (step + 1), step)
+        center.update(step, 0.9)
+        loss.update_center(outputs.transpose(0, 1) * (step + 1))
+    torch.testing.assert_close(center.mean, loss.center.flatten())
+    p = ((outputs - center.mean) / 0.0625).softmax(-1)
+
+    def dino(s_global: Tensor, s_local: Tensor) -> Tensor:
+        loss.center.copy_(center.mean)
+        return loss(list(outputs.unbind(1)), [*s_global.unbind(1), *s_local.unbind(1)], teacher_temp=0.0625)
+
+    assert_same(lambda g, s: sum(dino_terms(as_it_is, g, s, p, 0.1)), dino, s_global, s_local)
+
+
+# ---------------------------------------------------------------- two processes
+def check(name: str, model: str) -> dict[str, list[Tensor]]:
+    """The loss of this process's images, its gradients, and the buffers after the step: see test_distributed.py."""
+    objective, rank, ranks = made(name, model).train(), *world()
+    part = {key: value.chunk(ranks)[rank] for key, value in batch_of(name).items()}
+    step = 1 if name == "swav" else 0  # its queue is in use
+    loss, _ = objective(part, step)
+    found = gradients(objective, loss, [])
+    objective.skipped = torch.zeros(())
+    objective.after_step(step)
+    buffers = [value.double() for value in objective.buffers()]
+    return {"mean": [loss.detach(), *found.values(), *buffers]}
