@@ -70,8 +70,8 @@ class BYOL(Objective):
             targets = [self.target["projector"](f.cls) for f in self.target["backbone"](images)]  # [B, P]
         features = [f.cls for f in self.online["backbone"](images)]  # [B, D]
         predictions = [self.predictor(self.online["projector"](x)) for x in features]
-        loss = sum(distance(q, z) for q, z in zip(predictions, reversed(targets), strict=True))
-        return loss, health(features[0].detach())
+        pairs = [distance(q, z) for q, z in zip(predictions, reversed(targets), strict=True)]
+        return pairs[0] + pairs[1], health(features[0].detach())
 
     def after_step(self, step: int) -> None:
         ema_update(self.target, self.online, self.cfg.momentum(step), self.skipped)

@@ -5,7 +5,7 @@
     loss = ctr(q_1, k_2) + ctr(q_2, k_1)
     after each step: θ' ← m θ' + (1 − m) θ
 
-There is no queue. The patch embedding of a ViT keeps its random weights (§4.3), which makes the training stable; the
+There is no queue. The patch embedding of a ViT keeps its random weights (§4.2), which makes the training stable; the
 paper adds fixed positions (`model.positions: sincos`). For a ResNet the paper has two layers in the projector, no norm
 after the predictor, and τ = 1.
 
@@ -88,8 +88,8 @@ class MoCoV3(Objective):
             keys = [self.key["projector"](f.cls) for f in self.key["backbone"](images)]  # [B, P]
         features = [f.cls for f in self.query["backbone"](images)]  # [B, D]
         queries = [self.predictor(self.query["projector"](x)) for x in features]
-        loss = sum(contrast(q, k, self.cfg.temperature) for q, k in zip(queries, reversed(keys), strict=True))
-        return loss, health(features[0].detach())
+        pairs = [contrast(q, k, self.cfg.temperature) for q, k in zip(queries, reversed(keys), strict=True)]
+        return pairs[0] + pairs[1], health(features[0].detach())
 
     def after_step(self, step: int) -> None:
         ema_update(self.key, self.query, self.cfg.momentum(step), self.skipped)

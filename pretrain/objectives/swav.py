@@ -100,10 +100,9 @@ class SwAV(Objective):
     def assignments(self, z: Tensor, step: int) -> Tensor:
         """q [B, G, K] from the head's outputs z [B, G, P] for global crops."""
         rank, ranks = world()
-        out = []
-        for crop, rows in enumerate(z.unbind(1)):
-            if self.queues:
-                queue = self.queues[crop]
+        out, queues = [], list[Any](self.queues) or [None] * GLOBAL
+        for rows, queue in zip(z.unbind(1), queues, strict=True):
+            if queue is not None:
                 queue.hold(F.normalize(rows, dim=-1), step)
                 if step >= self.cfg.queue_start:
                     rows = torch.cat([rows, queue.rows[rank::ranks].to(rows.dtype)])  # this rank's share
@@ -111,7 +110,8 @@ class SwAV(Objective):
         return torch.stack(out, dim=1)
 
     def after_step(self, step: int) -> None:
-        for queue in self.queues:
+        queues: list[Any] = list(self.queues)
+        for queue in queues:
             queue.push(step, self.skipped)
 
     def exports(self) -> dict[str, Exported]:

@@ -69,7 +69,7 @@ def small(name: str, shards: Path) -> list[str]:
 
 
 # objectives of which `make test` runs one recipe, and `make test-matrix` the others
-CATALOGUE = ("barlow_twins", "byol", "dino", "moco", "moco_v3", "swav", "vicreg")
+CATALOGUE = ("barlow_twins", "byol", "dino", "lejepa", "moco", "moco_v3", "swav", "vicreg")
 SHOWN = [name for name in recipe.names() if recipe.load(name).objective.name not in CATALOGUE]
 
 

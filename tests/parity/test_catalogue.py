@@ -22,6 +22,7 @@ from pretrain.objectives import finder
 from pretrain.objectives.barlow_twins import cross_correlation
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import distance
+from pretrain.objectives.lejepa import sigreg
 from pretrain.objectives.moco import similarities, unit
 from pretrain.objectives.vicreg import regularisers
 from pretrain.ops.center import Center
@@ -54,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "moco": {**SMALL, "queue_size": 8, "momentum": Schedule(0.9)},
     "moco_v3": {**SMALL, "momentum": Schedule(0.9)},
     "swav": {**SMALL, **CROPS, "prototypes": 7, "queue_size": 8, "queue_start": 1},
+    "lejepa": {**SMALL, **CROPS, "normality_weight": 0.3, "directions": 5, "knots": 9},
     "dino": {**CROPS, "head_hidden": 12, "head_bottleneck": 6, "prototypes": 7, "momentum": Schedule(0.9)},
 }
 
@@ -185,6 +187,24 @@ def naive_swav(model: Any, batch: dict[str, Tensor], queue: bool = False) -> Ten
     return sum(naive_dino(s_global, s_local, torch.stack(codes, 1), 0.1))
 
 
+def naive_lejepa(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2511.08544: the statistic of Epps and Pulley direction by direction, by the trapezoidal rule over [−3, 3]."""
+    sizes, count = [batch["global"], batch["local"]], len(batch["global"])
+    rows = naive_head(model.head, [row for crops in sizes for row in encode(model.backbone, crops.flatten(0, 1))])
+    z = [[*rows[2 * b : 2 * b + 2], *rows[2 * count + 3 * b : 2 * count + 3 * b + 3]] for b in range(count)]
+    prediction = mean([((x - (views[0] + views[1]) / 2) ** 2).mean() for views in z for x in views])
+    points, terms = torch.linspace(-3, 3, 17, dtype=torch.float64), []
+    for v in range(5):
+        for a in model.directions(0, rows[0]).unbind(1):
+            x = torch.stack([views[v] @ a for views in z])
+            heights = []
+            for t in points:
+                real, imaginary = (t * x).cos().mean() - (-t * t / 2).exp(), (t * x).sin().mean()
+                heights.append((real**2 + imaginary**2) * (-t * t / 2).exp())
+            terms.append(count * torch.trapezoid(torch.stack(heights), points))
+    return 0.7 * prediction + 0.3 * mean(terms)
+
+
 def naive_dino_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """2104.14294, eqs. 1 and 3: teacher outputs are centred, then sharpened."""
     teacher, student, count = model.teacher, model.student, len(batch["global"])
@@ -208,6 +228,7 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "moco_v3": naive_moco_v3,
     "swav": naive_swav,
     "dino": naive_dino_loss,
+    "lejepa": naive_lejepa,
 }
 
 
@@ -356,6 +377,7 @@ def test_prototypes():
 # ---------------------------------------------------------------- lightly
 def test_losses_equal_lightlys():
     from lightly.loss import BarlowTwinsLoss, DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss, VICRegLoss
+    from lightly.loss.lejepa_loss import SIGReg
 
     a, b = normal(6, 5), normal(6, 5, seed=1)
 
@@ -392,6 +414,13 @@ def test_losses_equal_lightlys():
         return sum(dino_terms(as_it_is, s_global, s_local, q, 0.1))
 
     assert_same(swav, lambda g, s: SwaVLoss()(list(g.unbind(1)), list(s.unbind(1)))[0], s_global, s_local)
+
+    direction = nn.functional.normalize(normal(5, 7), dim=0)
+    theirs_normality = SIGReg(num_vectors=7).double()
+    theirs_normality._generate_unit_vectors = lambda *_: direction
+    z = normal(3, 6, 5)
+    fp32 = sigreg(z.float(), direction.float(), 17)  # lightly keeps its knots in fp32
+    torch.testing.assert_close(fp32, mean([theirs_normality(view) for view in z]).float(), rtol=1e-5, atol=0)
 
     center, loss, outputs = Center(11).double(), DINOLoss(11).double(), normal(4, 2, 11)
     for step in range(2):
