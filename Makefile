@@ -11,23 +11,28 @@ WORKERS ?= $(shell nproc)
 SPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2>/dev/null && echo unshare -rm; })
 SPREAD := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-quick test-matrix test-gpu lint docs bench clean
+.PHONY: demo slurm test test-quick test-matrix test-gpu lint docs bench clean
 demo: $(READY_DEMO)
 	$(BIN)/unlabeled demo
 
 # Tests kill, time and starve real processes. What failed in the whole suite runs once more, alone, and is named: a fault of
 # the product fails again, and what passes now is a race that has to be found (CONTRIBUTING.md).
 AGAIN := --last-failed --last-failed-no-failures none --maxfail 1 -vv
-test: $(READY) lint
+test: $(READY) lint slurm
 	@$(SPACE) $(PYTEST) $(SPREAD) || { code=$$?; [ $$code = 1 ] || exit $$code; \
 	  echo "These tests failed in the whole suite. They run once more, one after the other:"; \
 	  $(SPACE) $(PYTEST) $(AGAIN) && echo "FAILED ONCE, PASSED ALONE: the tests above. Each is a race to be found and mended."; }
+
+# Debian's packages of Slurm, for tests/launch/test_slurm.py: as root only; SLURM=no leaves them out
+SLURM ?= yes
+slurm: $(READY)
+	@[ "$(SLURM)" = no ] || $(BIN)/python -m tests.slurm
 
 test-quick: $(READY)
 	$(SPACE) $(PYTEST) $(SPREAD) -m "not slow"
 
 # what `make test` shows for one objective, mode or recipe of each property, for all the others
-test-matrix: $(READY)
+test-matrix: $(READY) slurm
 	$(SPACE) $(PYTEST) $(SPREAD) --matrix -m matrix
 
 # what only a GPU can show; ends at once on a machine without one

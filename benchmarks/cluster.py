@@ -29,8 +29,9 @@ from PIL import Image
 from data_pipeline.build.build_shards import build
 from launch import slurm
 from launch.clusters import Cluster
+from launch.rank_records import ranks_of
+from launch.run_jobs import job_of
 from launch.run_tail import last_step
-from launch.supervisor import ranks_of
 from pretrain.contract import VIT
 from pretrain.recipes.recipe import load
 from tests.slurm import SlurmCluster, missing
@@ -66,7 +67,7 @@ def measure(
     run = folder / name
     recipe = load("demo", [*VIT, *OPTIONS, "objective=mae", f"data.train={shards}", f"run={run}"])
     slurm.submit([recipe], Cluster(nodes="1-2", processes=2, cpus=1))
-    job = slurm.job_of(run)
+    job = job_of(run)
     log = run / "log.txt"
     cluster.wait(lambda: last_step(run) >= 25, "25 steps", 600)
     began = time.monotonic()

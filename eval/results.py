@@ -2,35 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common import output
 from common.errors import UserError
+from pretrain.run_folder.jsonl_rows import read_rows
 
 # Keys: model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out (number of
 # damaged samples), passed_over (number of samples without an image or a text), seconds, and note if there is a remark.
 Row = dict[str, Any]
+
+KEY = ("model", "step", "protocol", "split", "metric")  # of a row: which score it is
 
 MAIN_METRICS = {"accuracy": "{:.1%}", "bits_per_byte": "{:.3f}"}  # {the main metric of a protocol: its number format}
 
 
 def append(path: Path, rows: list[Row]) -> None:
     """Add rows with one write, so that processes that score at the same time do not mix their lines."""
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with _opened(path) as handle:
+        _write(handle, rows)
+
+
+def append_new(path: Path, rows: list[Row]) -> bool:
+    """Add those rows whose score (KEY) the file does not hold, and return whether there are any.
+
+    Of processes that have computed the same scores, such as a restarted one and one that was not ended, the first one
+    writes them: they wait for each other by a lock on the file, where the file system has locks.
+    """
+    with _opened(path) as handle:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        known = {_key(row) for row in read_rows(path)}
+        new = [row for row in rows if _key(row) not in known]
+        _write(handle, new)
+    return bool(new)
+
+
+def evaluated(path: Path) -> set[tuple[str, int, str]]:
+    """(model, step, split) of the evaluations of which the file holds rows."""
+    return {(row["model"], row["step"], row["split"]) for row in read_rows(path)}
+
+
+def _key(row: Row) -> tuple:
+    return tuple(row[key] for key in KEY)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """The descriptor of a file of rows, for reading and appending."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"{path}: scores cannot be written ({error.strerror})") from None
     try:
-        if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
-            data = b"\n" + data  # a killed process has left an incomplete line
-        os.write(handle, data)
+        yield handle
     finally:
         os.close(handle)
+
+
+def _write(handle: int, rows: list[Row]) -> None:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if data and (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
+        data = b"\n" + data  # after half a line, which a killed process has left
+    os.write(handle, data)
 
 
 def table(rows: list[Row], split: str = "test") -> str:

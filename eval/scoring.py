@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.child_signals import signals_blocked
+from common.child_signals import signal_name, signals_blocked
 from common.errors import Damaged, DataError, UserError
 from common.output import say
 from data_pipeline.shards.rows import Rows
@@ -24,6 +23,7 @@ from pretrain.run_folder.prepare import check_data
 from pretrain.signals import EXIT_UNSCORED
 
 MAX_RESTARTS = 3  # of a scoring process that has died
+SCORED_ELSEWHERE = "UNLABELED_SCORED_ELSEWHERE"  # environment variable: not "" if other jobs score the exports
 
 
 # ---------------------------------------------------------------- before the run starts
@@ -104,7 +104,7 @@ class Scoring:
     scores."""
 
     def __init__(self, recipe: Recipe):
-        self.wanted = bool(recipe.eval.val or recipe.eval.test)
+        self.wanted = bool(recipe.eval.val or recipe.eval.test) and not os.environ.get(SCORED_ELSEWHERE)
         self.problem = ""  # why some exports are not scored
         self._lock = threading.Lock()
         self._finishing = self._killed = False
@@ -170,7 +170,7 @@ class Scoring:
                         " tries again"
                     )
                     return
-                end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+                end = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
                 say(f"the scoring process {end}{'; it is started again' if restarts_left else ''}", file=sys.stderr)
                 if restarts_left:
                     self._spawn()

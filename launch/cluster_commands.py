@@ -36,6 +36,9 @@ def launch(
     constraint: Annotated[str | None, "FEATURES", "features that nodes must have"] = None,
     reservation: Annotated[str | None, "NAME", "reservation"] = None,
     exclude: Annotated[str | None, "NODES", "nodes not to use, such as n[1-3],n7"] = None,
+    evaluation: Annotated[
+        str | None, "CLUSTER", "profile for the jobs that evaluate exports (default: beside the training)"
+    ] = None,
     array: Annotated[
         Sequence[str],
         "KEY=VALUE,VALUE",
@@ -58,6 +61,7 @@ def launch(
         **{"nodes": nodes, "gpus": gpus, "processes": processes, "cpus": cpus, "memory_gb": memory_gb, "hours": hours},
         **{"signal_delay": signal_delay, "max_restarts": max_restarts, "partition": partition, "qos": qos},
         **{"account": account, "constraint": constraint, "reservation": reservation, "exclude": exclude},
+        "evaluation": evaluation,
     }
     cluster = clusters.find(on, **given)
     from launch import slurm

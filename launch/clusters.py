@@ -25,6 +25,12 @@ from common.yaml_values import parse_yaml
 from launch import slurm_client
 
 NAME = re.compile(r"[A-Za-z_]\w*")
+OURS = {  # {option of sbatch that a batch script sets: the option of a profile that it comes from, or ""}
+    **{name: name for name in ("nodes", "partition", "qos", "account", "constraint", "reservation", "exclude")},
+    **{"gpus-per-node": "gpus", "cpus-per-task": "cpus", "mem": "memory_gb", "time": "hours", "signal": "signal_delay"},
+    **dict.fromkeys(("job-name", "output", "error", "open-mode", "array", "requeue", "no-requeue", "no-kill"), ""),
+    **dict.fromkeys(("ntasks-per-node", "test-only", "parsable", "wrap"), ""),
+}
 
 
 @dataclass
@@ -35,12 +41,15 @@ class Cluster(Section):
     nodes: int | str = 1  # number of nodes, or a range such as 2-4: the job uses as many of them as it can get
     gpus: int = option(0, low=0)  # number of GPUs on each node; 0: the training runs on CPUs
     processes: int | None = option(None, low=1)  # number of processes on each node; null: one per GPU, else one
-    cpus: int | None = option(None, low=1)  # number of cores for each process
+    # number of cores for each process; null: the cores of a node divided by its GPUs, or without GPUs one
+    cpus: int | None = option(None, low=1)
     memory_gb: float | None = option(None, above=0)  # memory of each node
     hours: float = option(24.0, above=0)  # time limit; a job that reaches it is requeued and continues the run
     # seconds before the time limit at which the run saves a checkpoint and requeues its job
     signal_delay: int = option(120, low=1)
     max_restarts: int = option(3, low=0)  # largest number of restarts in a row without a trained step between them
+    # profile for the jobs that evaluate exports, on the same cluster; empty: they are evaluated beside the training
+    evaluation: str = ""
     partition: str = ""
     qos: str = ""  # quality of service
     account: str = ""  # account to which the time is charged
@@ -64,6 +73,10 @@ class Cluster(Section):
         for entry in self.sbatch:
             if not re.match(r"--[a-z]", entry):
                 raise ValueError(f"sbatch = {entry!r}: write --OPTION=VALUE or --OPTION")
+            name = entry.removeprefix("--").partition("=")[0]
+            if taken := next((ours for ours in OURS if ours.startswith(name)), ""):  # sbatch takes shortened names
+                remedy = f"write {OURS[taken]}" if OURS[taken] else "take it out"
+                raise ValueError(f"sbatch = {entry!r}: --{taken} is set by `unlabeled launch`; {remedy}")
         for key, entries in (("environment", self.environment), ("setup", self.setup), ("sbatch", self.sbatch)):
             if found := next((entry for entry in entries if output.secrets_error(entry)), None):
                 raise ValueError(
@@ -101,7 +114,15 @@ def file() -> Path:
 def profiles() -> dict[str, dict[str, Any]]:
     """{name: options} from the user's file; {} if there is no file."""
     path = file()
-    found = (parse_yaml(path.read_text(), str(path)) if path.is_file() else None) or {}
+    try:
+        found = parse_yaml(path.read_text(), str(path)) or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not a text file" if isinstance(error, ValueError) else error.strerror
+        raise ConfigError(
+            f"{path}: cannot be read ({reason}); mend it, or move it away and write a new one with --init"
+        ) from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds no mapping; write NAME: {{OPTION: VALUE}} for each cluster")
     for name, options in found.items():
@@ -112,18 +133,19 @@ def profiles() -> dict[str, dict[str, Any]]:
     return found
 
 
-def find(name: str, **options: Any) -> Cluster:
+def find(name: str, key: str = "--on", **options: Any) -> Cluster:
     """The profile `name`, in which `options` replace its values; an option that is None is not given. Raises
     ConfigError.
 
-    Without a name, the only profile in the file is used; if the file has none, the options alone.
+    Without a name, the only profile in the file is used; if the file has none, the options alone. `key`: the option
+    with the name, for errors.
     """
     known, path = profiles(), file()
     if not name and len(known) > 1:
         raise ConfigError(f"{path} has several clusters; name one with --on {', --on '.join(known)}")
     if name and name not in known:
         how = "`unlabeled launch --init` writes the profile of this machine's cluster"
-        raise ConfigError(f"--on {name}: {path} has no such cluster; {nearest(name, known) if known else how}")
+        raise ConfigError(f"{key} {name}: {path} has no such cluster; {nearest(name, known) if known else how}")
     name = name or next(iter(known), "")
     origin = {key: f"{path}: {name}" for key in known.get(name, {})}
     given = {key: value for key, value in options.items() if value is not None}
@@ -135,9 +157,7 @@ def find(name: str, **options: Any) -> Cluster:
 def write_profile() -> str:
     """Add a commented profile of this machine's cluster to the file, with the partitions that `sinfo` lists. Returns a
     line about it. Raises UserError if there is no cluster, or the file already has one of that name."""
-    slurm_config = slurm_client.ask("scontrol", "show", "config")
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", slurm_config, re.M)
-    name = found[1] if found else "cluster"
+    name = slurm_client.cluster_name()
     path = file()
     if name in profiles():
         raise ConfigError(f"{path}: has the cluster {name} already; edit it there, or remove it and repeat the command")

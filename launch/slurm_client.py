@@ -56,6 +56,25 @@ def jobs(ids: Iterable[str]) -> dict[str, Queued]:
     return {row[0]: Queued(*row[1:5]) for row in rows if len(row) == 5 and row[0] in wanted}
 
 
+def cluster_name() -> str:
+    """The name of the cluster to which this machine belongs."""
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", ask("scontrol", "show", "config"), re.M)
+    return found[1] if found else "cluster"
+
+
+def states_of(names: Iterable[str]) -> dict[str, list[Queued]]:
+    """{name: this user's jobs of that name} that Slurm still knows. The names hold no comma and no |."""
+    wanted = [*names]
+    if not wanted:
+        return {}
+    words = ("--noheader", "--me", "--states=all", f"--name={','.join(wanted)}", "--format=%i|%T|%r|%N|%S|%j")
+    out: dict[str, list[Queued]] = {}
+    for row in (line.split("|") for line in ask("squeue", *words).splitlines()):
+        if len(row) == 6:
+            out.setdefault(row[5], []).append(Queued(*row[1:5]))
+    return out
+
+
 @dataclass(frozen=True)
 class Partition:
     name: str
@@ -78,7 +97,7 @@ def partitions() -> list[Partition]:
     rows = [line.split("|") for line in ask("sinfo", "--noheader", "--format=%P|%D|%c|%m|%G|%l|%f").splitlines()]
     out: dict[str, Partition] = {}
     for name, nodes, cpus, memory, gres, limit, features in (row for row in rows if len(row) == 7):
-        gpus = sum(int(count) for count in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)", gres))
+        gpus = _gpus(gres)
         smallest = (int(cpus.rstrip("+")), int(memory.rstrip("+")))
         line = Partition(name.rstrip("*"), name.endswith("*"), int(nodes), *smallest, gpus, _hours(limit), features)
         earlier = out.get(line.name)  # sinfo prints one line for each kind of node in a partition
@@ -86,6 +105,28 @@ def partitions() -> list[Partition]:
     if not out:
         raise UserError("sinfo: this cluster has no partition")
     return [*out.values()]
+
+
+def cores_per_gpu(partition: str) -> float:
+    """The smallest number of cores for each GPU of the nodes with GPUs in a partition; "": the default one. Raises
+    UserError if it has no GPUs, or Slurm does not answer."""
+    rows = [line.split("|") for line in ask("sinfo", "--noheader", "--format=%P|%c|%G").splitlines()]
+    chosen = [
+        row
+        for row in rows
+        if len(row) == 3 and (row[0].rstrip("*") == partition or (not partition and row[0][-1:] == "*"))
+    ]
+    shares = [int(cpus.rstrip("+")) / _gpus(gres) for _, cpus, gres in chosen if _gpus(gres)]
+    if not shares:
+        raise UserError(
+            f"sinfo shows no GPUs in {f'the partition {partition}' if partition else 'the default partition'}"
+        )
+    return min(shares)
+
+
+def _gpus(gres: str) -> int:
+    """The number of GPUs in generic resources as sinfo writes them, such as gpu:h100:8(S:0-1)."""
+    return sum(int(count) for count in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)", gres))
 
 
 def _combine(a: Partition, b: Partition) -> Partition:

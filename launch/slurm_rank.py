@@ -1,11 +1,14 @@
-"""One process of a run in a Slurm job: `srun … python -m launch.slurm_rank FOLDER RECIPE` starts the trainer with the
-environment of torch.distributed, and records in FOLDER on which node it runs (rank-R.json) and with which code it has
-ended (rank-R.end.json). This module does not import torch.
+"""One process of a run in a Slurm job: `srun … python -m launch.slurm_rank FOLDER RECIPE RUN` starts the trainer with
+the environment of torch.distributed, and records in FOLDER on which node it runs and with which code it has ended
+(`launch.rank_records`).
+
+If the first node of the job is lost, the supervisor is lost with it, and Slurm keeps the job running on the other
+nodes. Therefore the ranks read the supervisor's heartbeat, and requeue the job if it has ended. This module does not
+import torch.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,11 +16,17 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from common.child_signals import STOP_SIGNALS, signals_blocked
+from common.errors import UserError
+from common.line_file import LineFile
+from common.output import say
+from launch import slurm_client
+from launch.heartbeat import MISSED, Listener
+from launch.rank_records import END, has_failed, record
 
-END = ".end.json"
+HEARTBEAT = "heartbeat"  # name of the file that the supervisor writes, in the folder of the attempts
+POLL_SECONDS = 0.05  # time between two checks of the trainer
 
 
 def distributed(slurm: Mapping[str, str]) -> dict[str, str]:
@@ -30,15 +39,9 @@ def distributed(slurm: Mapping[str, str]) -> dict[str, str]:
     return {**out, "WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks // nodes)}
 
 
-def record(path: Path, **values: Any) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(values))
-    temporary.replace(path)
-
-
-def run(folder: Path, recipe: str) -> int:
-    """Start the trainer, pass signals on to it, and return its exit code."""
+def run(folder: Path, recipe: str, run_folder: Path) -> int:
+    """Start the trainer, pass signals on to it, and return its exit code. After a failure this function does not
+    return: the supervisor kills this process."""
     env = {"OMP_WAIT_POLICY": "passive", **os.environ, **distributed(os.environ)}
     about = {"rank": int(env["RANK"]), "node": env["SLURMD_NODENAME"], "step": env["SLURM_STEP_ID"]}
     with signals_blocked():  # a signal that comes now is delivered when the trainer can handle it
@@ -47,12 +50,33 @@ def run(folder: Path, recipe: str) -> int:
             signal.signal(number, lambda number, frame: trainer.send_signal(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     record(folder / f"rank-{about['rank']}.json", **about, pid=trainer.pid)
-    while trainer.poll() is None:
-        time.sleep(0.05)
-    code = trainer.returncode
-    record(folder / f"rank-{about['rank']}{END}", **about, code=code, ended=time.time())
-    return 128 - code if code < 0 else code  # a process that a signal ended: the exit status of a shell
+    # the nodes wait for different times, because one request is enough: Slurm then ends all ranks
+    missed = MISSED + int(env["SLURM_NODEID"])
+    listener = Listener(folder.parent / HEARTBEAT, missed) if env["LOCAL_RANK"] == "0" else None
+    recorded = False
+    while True:
+        code = trainer.poll()
+        if code is not None and not recorded:
+            record(folder / f"rank-{about['rank']}{END}", **about, code=code, ended=time.time())
+            recorded = True
+            if not has_failed(code):
+                return code
+        # after a failure, wait until the supervisor kills this process, or is lost itself
+        if listener is not None and listener.is_lost():
+            _requeue(env["SLURM_JOB_ID"], about["node"], run_folder)
+        time.sleep(POLL_SECONDS)
+
+
+def _requeue(job: str, node: str, run_folder: Path) -> None:
+    """Put the job back into the queue, because its supervisor is lost."""
+    line = f"{node} requeues the job, because the heartbeat of the supervisor has ended: the first node was lost"
+    say(line)
+    LineFile(run_folder / "log.txt").add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {job}: {line}\n")
+    try:
+        slurm_client.ask("scontrol", "requeue", job)
+    except UserError as error:  # the next call tries again
+        say(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(run(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))

@@ -4,7 +4,6 @@ module does not import torch."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
@@ -16,19 +15,18 @@ from typing import Any
 from common.errors import ConfigError, UserError
 from common.output import columns
 from common.progress import duration
-from common.untrusted import loads, read_text
+from common.untrusted import loads
 from common.yaml_values import read_yaml
 from eval.results import MAIN_METRICS
 from launch import slurm_client
+from launch.run_jobs import Queue, check_cluster, folder_of, in_queue, is_active, job_of, state_of
 from launch.run_tail import last_step, tail
-from launch.slurm import job_of, queued
 from launch.supervisor import STOP
 from pretrain.checkpoint.open_store import complete_checkpoints
 from pretrain.run_folder.run_lock import living_holder, machine_id
 from pretrain.run_folder.written_files import MARKER, RECIPE
 
 HEAD = ("run", "state", "steps", "left", "samples/s", "MFU", "checkpoint", "last score", "restarts")
-Queue = dict[Path, tuple[str, slurm_client.Queued]]
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,6 @@ def table(runs: Sequence[Path]) -> list[str]:
     return columns([list(HEAD), *rows], [16, 12, 12, 8, 10, 6, 11, 14]) + notes
 
 
-def in_queue(runs: Sequence[Path]) -> Queue:
-    """The runs whose job waits or runs. Asks squeue only if one of the runs belongs to a job."""
-    return queued([run.absolute() for run in runs]) if any(map(job_of, runs)) else {}
-
-
 def of(run: Path, jobs: Queue) -> Status:
     """The status of one run."""
     done, job = last_step(run), job_of(run)
@@ -90,11 +83,11 @@ def of(run: Path, jobs: Queue) -> Status:
     except ConfigError:  # the run has not begun
         recipe = {}
     steps = recipe.get("steps", 0)
-    supervisor_state = _state_of(job)
+    supervisor_state = state_of(job)
     row = _last_with(run, "samples_per_second")
     speed = row.get("samples_per_second", 0.0)
     batch = (recipe.get("data") or {}).get("batch", 0)
-    active = (run.absolute() in jobs) or living_holder(run) is not None
+    active = (run in jobs) or living_holder(run) is not None
     remaining = duration((steps - done) * batch / speed) if active and speed and done < steps else "-"
     restarts = supervisor_state.get("restarts", 0)
     requeues = supervisor_state.get("attempts", 1) - restarts - 1
@@ -114,7 +107,7 @@ def of(run: Path, jobs: Queue) -> Status:
 
 def _describe_state(run: Path, jobs: Queue, done: int, steps: int, supervisor_state: dict[str, Any]) -> str:
     """The state of the job of a run or of the process that trains it, or how the run ended."""
-    if (pair := jobs.get(run.absolute())) is not None:
+    if (pair := jobs.get(run)) is not None:
         name, job = pair
         reason = f" ({job.reason})" if job.state != "RUNNING" and job.reason != "None" else ""
         nodes = f" on {job.nodes}" if job.nodes else ""
@@ -124,13 +117,6 @@ def _describe_state(run: Path, jobs: Queue, done: int, steps: int, supervisor_st
     if steps and done >= steps:
         return "finished"
     return supervisor_state.get("ended") or ("stopped" if done else "not begun")
-
-
-def _state_of(job: dict[str, Any]) -> dict[str, Any]:
-    """The content of state.json, which the supervisor of a job writes; {} if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads(read_text(Path(job["folder"]) / str(job["number"]) / "state.json"))
-    return {}
 
 
 def _last_with(run: Path, key: str) -> dict[str, Any]:
@@ -156,10 +142,9 @@ def _score(run: Path) -> str:
 def stop(run: Path, now: bool) -> str:
     """Stop a run after a checkpoint or, with `now`, at once. Returns a line about it. Raises UserError if no process
     trains the run, or a process on another machine does."""
-    if (pair := in_queue([run]).get(run.absolute())) is not None:
+    if (pair := in_queue([run]).get(run)) is not None:
         name, job = pair
-        run_job = job_of(run)
-        folder = Path(run_job["folder"]) / str(run_job["number"])
+        folder = folder_of(job_of(run))
         folder.mkdir(exist_ok=True)
         (folder / STOP).touch()  # prevents that the job requeues itself
         if now or job.state != "RUNNING":
@@ -167,6 +152,7 @@ def stop(run: Path, now: bool) -> str:
             return f"{run}: job {name} is cancelled"
         slurm_client.ask("scancel", "--batch", "--signal=USR2", name)
         return f"{run}: job {name} ends after a checkpoint at the next step"
+    check_cluster(run)
     holder = living_holder(run)
     if holder is None:
         raise UserError(f"{run}: no process trains it at present, and it is in no queue")
@@ -185,7 +171,7 @@ def log_of(run: Path, rank: int | None) -> Path:
     path = run / "log.txt"
     if rank is not None:
         job = job_of(run)
-        folder = Path(job["folder"]) / str(job["number"]) if job else run
+        folder = folder_of(job) if job else run
         path = folder / f"rank-{rank}.log"
         known = sorted(int(p.stem.rpartition("-")[2]) for p in folder.glob("rank-*.log"))
         if rank not in known:
@@ -210,8 +196,3 @@ def follow(path: Path, run: Path, say: Any, seconds: float = 0.5) -> None:
             if time.monotonic() - checked_at > 10 * seconds:
                 active, checked_at = is_active(run), time.monotonic()
             time.sleep(seconds)
-
-
-def is_active(run: Path) -> bool:
-    """Whether a run is in a queue, or a process trains it."""
-    return bool(in_queue([run])) or living_holder(run) is not None

@@ -27,10 +27,13 @@ from common import build_config
 from common.errors import ConfigError, UserError, run_main
 from common.line_file import LineFile
 from common.output import printable, say
-from launch import node_check, slurm_client
+from eval.scoring import SCORED_ELSEWHERE
+from launch import batch_script, node_check, slurm_client
 from launch.clusters import Cluster
+from launch.heartbeat import heartbeat
+from launch.rank_records import Rank, cause, described, has_failed, ranks_of, read_new_ends, read_record, record
 from launch.run_tail import last_step, tail
-from launch.slurm_rank import END, record
+from launch.slurm_rank import HEARTBEAT
 from pretrain.objectives import finder
 from pretrain.recipes import parallel_checks
 from pretrain.recipes.recipe import Recipe, load
@@ -45,7 +48,7 @@ REQUEUE_SECONDS = 120.0  # time that Slurm has to end a job that is requeued
 EXIT_REFUSED = 2  # exit code of a trainer that refuses to start until the user changes something
 LOG_LINES = 6  # number of lines from the log of a failed rank in the message about it
 STOP = "stop"  # name of the file in the job's folder with which `unlabeled stop` prevents that the job is requeued
-Rank = dict[str, Any]  # the records of a rank, which launch.slurm_rank writes
+EXCLUDED_SECONDS = 86400.0  # time for which a requeued job excludes a node that failed the check
 T = TypeVar("T")
 
 
@@ -61,16 +64,19 @@ class Supervisor:
         job = json.loads((folder / "job.json").read_text())
         self.cluster: Cluster = build_config.build(Cluster, job["cluster"], {})
         self.methods: dict[str, str] = job["methods"]
+        self.scored_elsewhere = job.get("evaluation") is not None
         self.run, self.recipe = Path(job["runs"][number]), folder / f"{number}.yaml"
         self.folder, self.job = folder / str(number), os.environ["SLURM_JOB_ID"]
         self.folder.mkdir(exist_ok=True)
         self.log = LineFile(self.run / "log.txt")
         self.state: dict[str, Any] = {"attempts": 0, "restarts": 0, "in_a_row": 0, "reached": 0, "ended": ""}
-        with contextlib.suppress(OSError, ValueError):
-            self.state |= json.loads((self.folder / "state.json").read_text())
+        self.state["bad_nodes"] = {}  # {node that failed the check: time}
+        known = read_record(self.folder / "state.json")
+        self.state |= {key: known[key] for key, value in self.state.items() if type(known.get(key)) is type(value)}
+        begun = [int(path.name.rpartition("-")[2]) for path in self.folder.glob("attempt-*")]
+        self.state["attempts"] = max([self.state["attempts"], *begun])  # state.json may have been lost
         self.signals: list[int] = []  # signals that have asked this job to stop
         self.failed_at: float | None = None  # time at which a rank failed; None when a step has been trained since
-        self.bad_nodes: set[str] = set()  # nodes that failed the check
 
     def say(self, line: str) -> None:
         """Write a line to the log of the job and to that of the run."""
@@ -87,6 +93,11 @@ class Supervisor:
         """Train until the run has ended or the job has to be started again. Returns the exit code of the job."""
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda number, frame: self.signals.append(number))
+        with heartbeat(self.folder / HEARTBEAT):
+            return self.train()
+
+    def train(self) -> int:
+        """The part of `supervise` during which signals are recorded and the heartbeat is written."""
         if changed := [name for name, known in self.methods.items() if hash_of(name) != known]:
             self.say(f"{changed[0]} has changed since the job was submitted, so the job ends; submit it again")
             self.update_state(ended=f"failed: {changed[0]} has changed")
@@ -103,6 +114,9 @@ class Supervisor:
                 self.update_state(ended="finished")
                 return max(map(int, codes))
             if all(code == EXIT_STOPPED for code in codes):
+                break
+            if self.should_stop():  # not a failure of the run: Slurm kills ranks that take too long to stop
+                self.say(f"while the run stopped, {described(cause(ranks))}")
                 break
             if not self.may_retry(ranks):
                 return 1
@@ -122,7 +136,7 @@ class Supervisor:
             self.say(f"{node} is left out: {reason}")
         good = [node for node in listed if node not in bad]
         if good:  # a problem of all nodes is not the fault of a node
-            self.bad_nodes |= bad.keys()
+            self.update_state(bad_nodes=self.state["bad_nodes"] | dict.fromkeys(bad, time.time()))
         recipe = load(self.recipe)
         for count in range(min(len(good), self.cluster.max_nodes), self.cluster.min_nodes - 1, -1):
             with contextlib.suppress(UserError):
@@ -136,9 +150,12 @@ class Supervisor:
         step of `srun`."""
         began, started = time.monotonic(), time.time()
         seconds = CONTAINER_CHECK_SECONDS if self.cluster.container else CHECK_SECONDS
-        words = [self.python, "-P", "-m", "launch.node_check", str(self.run), str(self.cluster.gpus)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        checks = {node: subprocess.Popen([*self.srun([node], 1, 1), *words], **pipes) for node in nodes}  # type: ignore[call-overload]
+        words = [batch_script.python(self.cluster), "-P", "-m", "launch.node_check"]
+        words += [str(self.run), str(self.cluster.gpus)]
+        checks = {}
+        for node in nodes:
+            step = [*batch_script.srun(self.cluster, [node], 1, 1), *words]
+            checks[node] = subprocess.Popen(step, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         reports, bad = {}, {}
         for node, process in checks.items():
             errors = ""
@@ -153,29 +170,6 @@ class Supervisor:
         return bad | node_check.problems(reports, self.cluster.gpus, started, time.time())
 
     # ---------------------------------------------------------------- one step of srun
-    @property
-    def python(self) -> str:
-        return self.cluster.python or ("python" if self.cluster.container else sys.executable)
-
-    def srun(self, nodes: list[str], per_node: int, cores: int) -> list[str]:
-        """The words of an `srun` command for a step on these nodes, with `per_node` processes on each node and `cores`
-        for each process.
-
-        A step may overlap with an earlier one that Slurm still counts on a lost node. srun must not end the other ranks
-        when one fails: the supervisor ends them, after they had time to write why they fail.
-        """
-        words = ["srun", "--overlap", "--unbuffered", "--no-kill", "--kill-on-bad-exit=0", "--wait=0"]
-        words += [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
-        words += [
-            f"--ntasks={len(nodes) * per_node}",
-            f"--ntasks-per-node={per_node}",
-            "--distribution=block",
-            f"--cpus-per-task={cores}",
-        ]
-        words += [f"--container-image={self.cluster.container}"] if self.cluster.container else []
-        words += [f"--container-mounts={','.join(self.cluster.mounts)}"] if self.cluster.mounts else []
-        return words
-
     def attempt(self, nodes: list[str]) -> dict[int, Rank]:
         """Train in one step of `srun` until all ranks have ended; if one fails, end the others. Returns the records of
         each rank; a rank that was ended or lost has no "code"."""
@@ -184,11 +178,14 @@ class Supervisor:
         folder.mkdir()
         world = len(nodes) * per_node
         self.say(f"attempt {self.state['attempts']}: {world} processes on {', '.join(nodes)}")
-        cores = self.cluster.cpus or max(1, cores_of_job() // per_node)
-        words = [*self.srun(nodes, per_node, cores), f"--output={self.folder}/rank-%t.log", "--open-mode=append"]
+        cores = self.cluster.cpus or max(1, batch_script.cores_of_job() // per_node)
+        words = batch_script.srun(self.cluster, nodes, per_node, cores)
+        words += [f"--output={self.folder}/rank-%t.log", "--open-mode=append"]
+        words += [batch_script.python(self.cluster), "-P", "-m", "launch.slurm_rank"]
         port = random.randrange(20000, 32000)  # below the ports that operating systems assign to clients
         env = {**os.environ, "MASTER_ADDR": address(nodes[0]), "MASTER_PORT": str(port)}
-        step = subprocess.Popen([*words, self.python, "-P", "-m", "launch.slurm_rank", folder, self.recipe], env=env)
+        env[SCORED_ELSEWHERE] = "1" if self.scored_elsewhere else ""
+        step = subprocess.Popen([*words, folder, self.recipe, self.run], env=env)
         signalled, deadline, steps_before = False, None, last_step(self.run)
         ended: dict[str, Rank] = {}
         while step.poll() is None:
@@ -196,8 +193,10 @@ class Supervisor:
                 step.send_signal(signal.SIGUSR2)  # srun passes it on to all ranks
                 signalled = True
             read_new_ends(folder, ended)
-            if deadline is None and any(map(has_failed, ended.values())):
+            if deadline is None and any(has_failed(rank["code"]) for rank in ended.values()):
                 deadline = time.monotonic() + GRACE_SECONDS
+            if deadline is not None and len(ended) == world:  # there is no other rank to wait for
+                deadline = 0.0
             if deadline is not None and time.monotonic() > deadline:
                 self.end(step, folder)
                 break
@@ -283,8 +282,9 @@ class Supervisor:
         if queued is not None and queued.state != "RUNNING":
             return 0  # Slurm has cancelled or preempted the job, and requeues it if necessary
         self.repeated(lambda: slurm_client.ask("scontrol", "requeue", self.job))
-        if self.bad_nodes:
-            excluded = ",".join(filter(None, (self.cluster.exclude, *sorted(self.bad_nodes))))
+        earliest = time.time() - EXCLUDED_SECONDS
+        if bad_nodes := [node for node, failed_at in self.state["bad_nodes"].items() if failed_at > earliest]:
+            excluded = ",".join(filter(None, (self.cluster.exclude, *sorted(bad_nodes))))
             with contextlib.suppress(UserError):
                 slurm_client.ask("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={excluded}")
         received, deadline = len(self.signals), time.monotonic() + REQUEUE_SECONDS
@@ -332,56 +332,6 @@ def hash_of(objective: str) -> str:
         return hashlib.sha256(Path(objective).read_bytes()).hexdigest()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-
-
-def cores_of_job() -> int:
-    """The smallest number of cores that the job has on a node, from a text such as "96(x2),64"."""
-    return min(int(part.partition("(")[0]) for part in os.environ["SLURM_JOB_CPUS_PER_NODE"].split(","))
-
-
-def read_new_ends(folder: Path, known: dict[str, Rank]) -> None:
-    """Add to `known`, {file name: record}, the records of ranks that have ended since the last call. Each file is read
-    only once."""
-    for name in os.listdir(folder):
-        if name.endswith(END) and name not in known:
-            with contextlib.suppress(OSError, ValueError):
-                known[name] = json.loads((folder / name).read_text())
-
-
-def ranks_of(folder: Path) -> dict[int, Rank]:
-    """The records of the ranks of an attempt, by rank."""
-    out: dict[int, Rank] = {}
-    for path in folder.glob("rank-*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            rank = json.loads(path.read_text())
-            out[rank["rank"]] = out.get(rank["rank"], {}) | rank
-    return dict(sorted(out.items()))
-
-
-def has_failed(rank: Rank) -> bool:
-    return rank.get("code", 0) not in (0, EXIT_STOPPED, EXIT_UNSCORED)
-
-
-def cause(ranks: dict[int, Rank]) -> Rank:
-    """The rank that caused the end of an attempt: the one that failed first, unless it may only have timed out (code 1)
-    while it waited for a rank that did not end; then that rank."""
-    failed = [rank for rank in ranks.values() if has_failed(rank)]
-    not_ended = [rank for rank in ranks.values() if "code" not in rank]
-    first = min(failed, key=lambda rank: rank["ended"], default=None)
-    if first is None or (not_ended and first["code"] == 1):
-        return not_ended[0] if not_ended else next(iter(ranks.values()))
-    return first
-
-
-def described(rank: Rank) -> str:
-    """What happened to a rank and on which node, as text."""
-    code = rank.get("code")
-    how = f"ended with code {code}"
-    if code is None:
-        how = "did not end by itself, so it hung or its node was lost," if "pid" in rank else "never started,"
-    elif code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
-    return f"rank {rank['rank']} on {rank['node']} {how}"
 
 
 def address(node: str) -> str:

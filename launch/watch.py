@@ -2,7 +2,8 @@
 an evaluation nor ends if an evaluation fails.
 
 `python -m launch.watch RUN` evaluates the exports that exist, and waits for further ones until its standard input is
-closed, which happens when the training has ended.
+closed, which happens when the training has ended. `python -m launch.watch RUN MODEL STEP SPLIT` runs one evaluation, for
+a job of its own (`launch.evaluation_jobs`).
 """
 
 from __future__ import annotations
@@ -21,55 +22,28 @@ from common.errors import UserError, run_main
 from common.output import say
 from eval import results
 from eval.run import TEXT, evaluate
+from launch.due_evaluations import due, name_of
 from pretrain.interchange import model_card
 from pretrain.recipes.recipe import Recipe, stored
-from pretrain.run_folder.export_folders import exports, student_exports
-from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.signals import EXIT_UNSCORED
 
-BASELINE = {"image": "pixels", "tokens": "bytes"}  # {part that a model reads: baseline, whose features need no model}
 SAMPLE_TOKENS = 100  # number of tokens that a language model generates for each prompt
 
 
-def jobs(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
-    """(model, step, split) of all evaluations of a run. Each export is evaluated on val. The baseline (pixels or bytes)
-    and the exports of step 0 and of the last step are evaluated on test."""
-    cfg, out = recipe.eval, []
-    if cfg.test and cfg.pixels and any(name not in TEXT for name in cfg.final):
-        out.append((BASELINE[recipe.model.reads], 0, "test"))
-    for step, folder in [
-        *exports(run).items(),
-        *(pair for found in student_exports(run).values() for pair in found.items()),
-    ]:
-        if cfg.val:
-            out.append((str(folder), step, "val"))
-        if cfg.test and step in (0, recipe.steps):
-            out.append((str(folder), step, "test"))
-    return out
+def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: object, device: str) -> None:
+    """Run one evaluation on a device. Write its rows to results.jsonl, its scalars to TensorBoard at the step of the
+    export, and the model card of the export. For a language model on val, also write generated texts to samples.jsonl.
 
-
-def name_of(model: str) -> str:
-    """The name of a model in the rows of results.jsonl: the baseline's name, the name of a student, "untrained" for the
-    export of step 0, otherwise "pretrained"."""
-    path = Path(model)
-    if path.parent.name not in ("", ".", "export"):
-        return path.parent.name
-    return {"pixels": "pixels", "bytes": "bytes", "0": "untrained"}.get(path.name, "pretrained")
-
-
-def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: object) -> None:
-    """Run one evaluation. Write its rows to results.jsonl, its scalars to TensorBoard at the step of the export, and
-    the model card of the export. For a language model on val, also write generated texts to samples.jsonl."""
-    from pretrain.parallel.device import scoring_device
-
+    Nothing is written if another process has completed this evaluation in the meantime.
+    """
     cfg = recipe.eval
     gallery, query = (cfg.gallery, cfg.val) if split == "val" else (cfg.test_gallery or cfg.gallery, cfg.test)
     names = cfg.periodic if split == "val" else cfg.final
     baseline = model in ("pixels", "bytes")
     names = [name for name in names if not baseline or name not in TEXT]
-    device = scoring_device(cfg.device, recipe.device)
     rows = evaluate(model, names, gallery, query, split, cfg.image_size, device=device)
-    results.append(run / "results.jsonl", rows)
+    if rows and not results.append_new(run / "results.jsonl", rows):
+        return
     if not baseline:
         for row in rows:
             student = "" if row["model"] in ("untrained", "pretrained") else f"{row['model']}/"
@@ -91,6 +65,22 @@ def samples(folder: Path, step: int, prompts: list[str]) -> list[dict[str, Any]]
     return [{"step": step, "prompt": prompt, "text": "".join(text(folder, prompt, sampling))} for prompt in prompts]
 
 
+def evaluate_one(run: Path, model: str, step: int, split: str) -> int:
+    """Run one evaluation, unless results.jsonl has its rows. Returns 0."""
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    from pretrain.parallel.device import threads
+
+    if (name_of(model), step, split) in results.evaluated(run / "results.jsonl"):
+        return 0
+    torch.set_num_threads(threads(1))
+    recipe, board = stored(run), SummaryWriter(str(run / "tensorboard"))
+    score(run, recipe, model, step, split, board, recipe.eval.device)
+    board.close()
+    return 0
+
+
 def watch(run: Path) -> int:
     """Run all evaluations, including those of exports that are written in the meantime, until standard input is closed.
 
@@ -99,23 +89,24 @@ def watch(run: Path) -> int:
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
-    from pretrain.parallel.device import threads
+    from pretrain.parallel.device import scoring_device, threads
 
     torch.set_num_threads(threads(2))
     recipe, board = stored(run), SummaryWriter(str(run / "tensorboard"))
-    done = {(r["model"], r["step"], r["split"]) for r in read_rows(run / "results.jsonl")}
+    device = scoring_device(recipe.eval.device, recipe.device)
+    done = results.evaluated(run / "results.jsonl")
     training_ended, retrying = False, False
     failed: list[tuple[str, int, str]] = []
     while True:
-        due = [job for job in jobs(run, recipe) if (name_of(job[0]), job[1], job[2]) not in done]
-        if not due and training_ended:
+        waiting = [job for job in due(run, recipe) if (name_of(job[0]), job[1], job[2]) not in done]
+        if not waiting and training_ended:
             if retrying or not failed:
                 break
-            retrying, failed, due = True, [], failed
-        for model, step, split in due:
+            retrying, failed, waiting = True, [], failed
+        for model, step, split in waiting:
             done.add((name_of(model), step, split))
             try:
-                score(run, recipe, model, step, split, board)
+                score(run, recipe, model, step, split, board, device)
             except Exception as error:  # any error is logged, and the next export is evaluated
                 failed.append((model, step, split))
                 line = f"evaluation of {model} on {split} failed: {error}"
@@ -124,7 +115,7 @@ def watch(run: Path) -> int:
                     if not isinstance(error, UserError):
                         say(*traceback.format_exc().split("\n"), file=log)
                 say(line, file=sys.stderr)
-        training_ended = training_ended or _input_closed(wait=0.5 if not due else 0)
+        training_ended = training_ended or _input_closed(wait=0.5 if not waiting else 0)
     board.close()
     return EXIT_UNSCORED if failed else 0
 
@@ -137,4 +128,6 @@ def _input_closed(wait: float) -> bool:
 
 if __name__ == "__main__":
     child_signals.ignore()  # the parent process handles signals, and ends this process
+    if len(sys.argv) > 2:
+        sys.exit(run_main(lambda: evaluate_one(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])))
     sys.exit(run_main(lambda: watch(Path(sys.argv[1]))))

@@ -1,4 +1,5 @@
 """A real Slurm cluster on loopback: munged, slurmctld and one slurmd per node, from Debian's packages, in one folder.
+`python -m tests.slurm` installs them.
 
     with SlurmCluster(folder, nodes=2) as cluster:
         cluster.run("sbatch", "--wrap", "hostname")
@@ -60,13 +61,14 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
+GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,batch_sched_delay=0,sched_interval=2
 """
 
 
 def missing() -> str:
-    """Why no cluster can be started here, or ""; Debian's packages are installed first where that is possible."""
+    """Why no cluster can be started here, or ""."""
     if os.geteuid() != 0:
         return "a slurmd has to run as root"
     try:
@@ -75,13 +77,19 @@ def missing() -> str:
         return f"this machine's name does not resolve ({error})"
     if not address.startswith("127."):
         return f"this machine's name resolves to {address}, and a cluster of tests listens on loopback only"
-    if not _installed() and shutil.which("apt-get"):
+    return "" if _installed() else "Slurm's programs are not installed; on Debian, as root, `make slurm` installs them"
+
+
+def install() -> None:
+    """Install Debian's packages, and say so; only say what is missing where that cannot be."""
+    if not _installed() and os.geteuid() == 0 and shutil.which("apt-get"):
+        print(f"installing {' '.join(PACKAGES)} with apt-get, for tests of `unlabeled launch`", flush=True)
         settings = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for words in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", *PACKAGES]):
+        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
             with contextlib.suppress(subprocess.TimeoutExpired):  # no mirror answers
-                command = ["apt-get", *words]
-                subprocess.run(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
-    return "" if _installed() else f"Slurm's programs are not installed (Debian: apt-get install {' '.join(PACKAGES)})"
+                subprocess.run(["apt-get", *words], env=settings, stdout=subprocess.DEVNULL, timeout=300)
+    if reason := missing():
+        print(f"tests of `unlabeled launch` on a real Slurm will be SKIPPED: {reason}", flush=True)
 
 
 def _installed() -> bool:
@@ -89,7 +97,8 @@ def _installed() -> bool:
 
 
 class SlurmCluster:
-    """`main` is the default partition, whose jobs are preempted by those of `high` after `grace` seconds."""
+    """`main` is the default partition, whose jobs are preempted by those of `high` after `grace` seconds. For Slurm, the
+    last node has two GPUs."""
 
     def __init__(self, root: Path, nodes: int = 2, cpus: int = 4, grace: int = 20, slurmd_timeout: int = 10):
         self.root, self.cpus, self.grace, self.slurmd_timeout = Path(root), cpus, grace, slurmd_timeout
@@ -137,11 +146,13 @@ class SlurmCluster:
         text = CONFIGURATION.format(host=host, port=port, root=self.root, slurmd_timeout=self.slurmd_timeout)
         for node, own in zip(self.nodes, ports, strict=True):
             text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} CPUs={self.cpus}"
-            text += " RealMemory=8000 State=UNKNOWN\n"
+            text += f" RealMemory=8000 State=UNKNOWN{' Gres=gpu:2' * (node == self.nodes[-1])}\n"
         everywhere = f"Nodes={','.join(self.nodes)} MaxTime=INFINITE State=UP"
         text += f"PartitionName=main {everywhere} Default=YES PriorityTier=1 PreemptMode=REQUEUE"
         text += f" GraceTime={self.grace}\nPartitionName=high {everywhere} PriorityTier=10 PreemptMode=OFF\n"
         (self.root / "slurm.conf").write_text(text)
+        gpus = (f"NodeName={self.nodes[-1]} Name=gpu File={path}\n" for path in ("/dev/null", "/dev/zero"))
+        (self.root / "gres.conf").write_text("".join(gpus))
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
 
     def _start_munge(self) -> None:
@@ -225,3 +236,7 @@ def _is_step(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().startswith("slurmstepd")
     return False
+
+
+if __name__ == "__main__":
+    install()

@@ -229,7 +229,7 @@ class Stream:
             raise DataError(
                 f"a data worker (process {dead.pid}) ended with code {dead.exitcode}; its error message is above"
             )
-        number = signal.Signals(-dead.exitcode)
+        number = -dead.exitcode
         causes = {
             signal.SIGKILL: (
                 "most often by the kernel for lack of memory; write fewer data.workers, or a smaller"
@@ -242,8 +242,8 @@ class Stream:
         }
         cause = causes.get(number, "by a fault of a library that it uses")
         raise DataError(
-            f"a data worker (process {dead.pid}) was killed by {number.name}, {cause}; run the same command again to"
-            " resume"
+            f"a data worker (process {dead.pid}) was killed by {child_signals.signal_name(number)}, {cause}; run the same"
+            " command again to resume"
         )
 
     def _start_server(self, step: int, workers: int) -> ServerProcess | None:

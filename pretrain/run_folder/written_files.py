@@ -17,6 +17,7 @@ from common.errors import UserError
 MARKER, RECIPE, LOCK = ".run.json", "recipe.yaml", ".run.lock"
 FLOPS = "flops.json"  # the FLOPs of a step, which were traced for the recipe
 FORMER_RECIPE = ".recipe.before.yaml"  # copy of recipe.yaml before a command changed it, see `recipe_file.py`
+EVALUATIONS = "evaluations"  # folder with what launch/evaluation_jobs.py has done, one file for each evaluation
 JOB = "job.json"  # the job of a cluster that trains the run, see launch/slurm.py
 
 EXPORT_FORMAT_FILES: dict[str, tuple[str, ...]] = {  # {export format: the files that it adds to an export}
@@ -39,6 +40,7 @@ RUN_FILES = (
     *("metrics.jsonl", "metrics.jsonl.#-#.partial", "streams.jsonl", "skipped.jsonl", "results.jsonl", "samples.jsonl"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.json.#-#.partial", "tokenizer_config.json.#-#.partial"),
     *(JOB, f"{JOB}.#-#.partial"),
+    *(f"{EVALUATIONS}/{file}" for file in ("*.json", "*.partial", LOCK, f"{LOCK}.*")),
     *("tensorboard/events.out.tfevents.*", "data/#.json", "data/#.json.#-#.partial"),
     *("damaged/damaged-#.jsonl", "pictures/*-#########.png"),
     *(f"export/{step}/{file}" for step in ("#", ".#.partial", "*/#", "*/.#.partial") for file in EXPORT_FILES),

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,12 @@ def test_pixels_and_rows(shards: Path, tmp_path: Path):
     results.append(tmp_path / "results.jsonl", rows)
     results.append(tmp_path / "results.jsonl", rows[:1])
     assert read_rows(tmp_path / "results.jsonl") == [*rows, rows[0]]
+    with ThreadPoolExecutor() as pool:  # a scoring process that was not ended, and the one that was started after it
+        new = [*pool.map(lambda _: results.append_new(tmp_path / "new" / "results.jsonl", rows), range(8))]
+    assert sum(new) == 1 and read_rows(tmp_path / "new" / "results.jsonl") == rows
+    more = [rows[0] | {"step": 7}]
+    assert results.append_new(tmp_path / "new" / "results.jsonl", [*rows, *more])
+    assert read_rows(tmp_path / "new" / "results.jsonl") == [*rows, *more]
     assert "pixels" in results.table(rows) and "100.0%" in results.table(rows)
     assert {row["note"] for row in rows} == {
         "48 of 48 query images are in the gallery, too"

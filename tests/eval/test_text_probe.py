@@ -66,7 +66,7 @@ def test_scoring_during_training_does_not_use_the_gpu(
     for key, value in sections.items():
         setattr(recipe.eval, key, value)
     recipe.device = "auto"
-    watch.score(run, recipe, str(export), 4, "test", SummaryWriter(str(run / "tensorboard")))
+    watch.score(run, recipe, str(export), 4, "test", SummaryWriter(str(run / "tensorboard")), "cpu")
     assert read_rows(run / "results.jsonl")[-1]["protocol"] == "knn"
     assert [scoring_device(asked, trainer) for asked, trainer in (("auto", "cpu"), ("cuda:7", "cuda"))] == [
         "auto",

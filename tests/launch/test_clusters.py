@@ -8,13 +8,24 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from common import build_config, config
 from common.errors import UserError
-from launch import clusters, node_check, slurm, slurm_client, snapshot, supervisor
+from launch import (
+    batch_script,
+    clusters,
+    heartbeat,
+    node_check,
+    rank_records,
+    slurm,
+    slurm_client,
+    snapshot,
+    supervisor,
+)
 from launch.clusters import Cluster
 from launch.run_tail import last_step, tail
 from launch.slurm_rank import distributed
@@ -38,6 +49,16 @@ large:
   setup: [module load cuda]
   environment: ["NCCL_DEBUG=WARN, please"]
 """
+
+
+BEAT = """
+import sys, time, pathlib
+from launch import heartbeat
+heartbeat.PERIOD = 0.01
+with heartbeat.heartbeat(pathlib.Path(sys.argv[1])):
+    time.sleep(60)
+"""
+real_sleep = time.sleep
 
 
 @pytest.fixture
@@ -74,6 +95,9 @@ def test_options_of_the_command_line_replace_those_of_the_profile(profiles: Path
         ("a: {setup: ['curl https://h/x?token=hunter']}", ["setup = ", "?token=***", "setup: ['. FILE']"]),
         ("a: 8", ["a = 8", "gpus: 8"]),
         ("- a", ["no mapping"]),
+        ("a: {sbatch: [--time=5]}", ["sbatch = '--time=5'", "write hours"]),
+        ("a: {sbatch: [--nod=2]}", ["--nodes is set by", "write nodes"]),  # sbatch takes shortened names
+        ("a: {sbatch: [--no-requeue]}", ["--no-requeue is set by", "take it out"]),
     ],
 )
 def test_a_wrong_profile_is_refused_with_file_value_and_remedy(text: str, words: list[str], profiles: Path):
@@ -82,6 +106,17 @@ def test_a_wrong_profile_is_refused_with_file_value_and_remedy(text: str, words:
         clusters.find("a")
     assert all(word in str(error.value) for word in [str(profiles), *words]), error.value
     assert "hunter" not in str(error.value)
+
+
+def test_a_file_of_profiles_that_cannot_be_read(profiles: Path):
+    profiles.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"clusters\.yaml: cannot be read \(it is not a text file\)"):
+        clusters.find("a")
+    profiles.unlink()
+    profiles.mkdir()
+    with pytest.raises(UserError, match=r"clusters\.yaml: cannot be read \(Is a directory\)"):
+        clusters.find("a")
+    profiles.rmdir()
 
 
 def test_a_cluster_that_is_not_there(profiles: Path):
@@ -136,9 +171,33 @@ def test_an_array_has_a_run_for_each_combination(tmp_path: Path):
     assert [Path(one.run).name for one in made][:2] == ["r_seed-0_lr-1e-3", "r_seed-0_lr-2e-3"]
     (alone,) = slurm.recipes("demo", ["run=runs/x"], [])
     assert alone.run == str(Path.cwd() / "runs" / "x")
-    for entry, words in (("seed=0,0", "values that differ"), ("run=a,b", "KEY=VALUE,VALUE"), ("seed", "no override")):
+    for entry, words in (
+        ("seed=0,0", "values that differ"),
+        ("run=a,b", "KEY=VALUE,VALUE"),
+        ("seed", "no override"),
+        ("steps=9", "write steps=9 before --array"),
+    ):
         with pytest.raises(UserError, match=words):
             slurm.recipes("demo", [], [entry])
+
+
+@pytest.mark.parametrize(("name", "words"), [("50%", "holds '%'"), ("jobs", "is where the folders of jobs are")])
+def test_run_folders_that_a_job_cannot_have(name: str, words: str, tmp_path: Path):
+    cfg = load("demo", ["data.train=x", f"run={tmp_path / name}"])
+    with pytest.raises(UserError, match=words):
+        slurm.script([cfg], Cluster())
+
+
+def test_only_the_owner_can_change_what_a_job_executes(tmp_path: Path):
+    before = os.umask(0)
+    try:
+        with slurm._private_files():
+            (tmp_path / "job.json").touch()
+            (tmp_path / "folder").mkdir()
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("job.json", "folder")] == [0o644, 0o755]
 
 
 # ---------------------------------------------------------------- the snapshot of the code
@@ -183,20 +242,21 @@ def test_variables_of_torch_distributed_from_those_of_slurm():
 def test_the_cores_of_the_smallest_node(monkeypatch: pytest.MonkeyPatch):
     for text, cores in (("4", 4), ("96(x2),64", 64), ("8(x16)", 8)):
         monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", text)
-        assert supervisor.cores_of_job() == cores
+        assert batch_script.cores_of_job() == cores
 
 
 def test_the_rank_that_failed_first_is_named():
     first = {"rank": 2, "node": "n2", "pid": 7, "code": -9, "ended": 10.0}
     second = {"rank": 0, "node": "n1", "pid": 8, "code": 1, "ended": 10.1}
     silent = {"rank": 1, "node": "n1", "pid": 9}
-    assert supervisor.cause({0: second, 2: first}) is first
-    assert supervisor.cause({0: second, 1: silent, 2: first}) is first  # the one that was killed
-    assert supervisor.cause({0: second, 1: silent}) is silent  # the other only waited for it
-    assert supervisor.described(first) == "rank 2 on n2 was killed by SIGKILL"
-    assert supervisor.described({**first, "code": 1}) == "rank 2 on n2 ended with code 1"
-    assert "hung or its node was lost" in supervisor.described(silent)
-    assert "never started" in supervisor.described({"rank": 3, "node": "n2"})
+    assert rank_records.cause({0: second, 2: first}) is first
+    assert rank_records.cause({0: second, 1: silent, 2: first}) is first  # the one that was killed
+    assert rank_records.cause({0: second, 1: silent}) is silent  # the other only waited for it
+    assert rank_records.described(first) == "rank 2 on n2 was killed by SIGKILL"
+    assert rank_records.described({**first, "code": -36}) == "rank 2 on n2 was killed by SIGRTMIN+2"
+    assert rank_records.described({**first, "code": 1}) == "rank 2 on n2 ended with code 1"
+    assert "hung or its node was lost" in rank_records.described(silent)
+    assert "never started" in rank_records.described({"rank": 3, "node": "n2"})
 
 
 @pytest.fixture
@@ -213,6 +273,67 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> supervisor.Supervi
 def test_a_job_that_was_stopped_before_it_handled_signals_ends(alone: supervisor.Supervisor):
     (alone.folder / supervisor.STOP).touch()  # as `unlabeled stop` does before it sends its signal, which was lost
     assert alone.supervise() == 0 and alone.state["ended"] == "stopped" and alone.state["attempts"] == 0
+
+
+def test_ranks_that_fail_while_a_run_stops_are_no_fault_of_it(
+    alone: supervisor.Supervisor, monkeypatch: pytest.MonkeyPatch
+):
+    def attempt(nodes: list[str]) -> dict[int, rank_records.Rank]:
+        alone.signals.append(signal.SIGUSR2)
+        return {0: {"rank": 0, "node": "n1", "pid": 7, "code": -9, "ended": 1.0}}
+
+    monkeypatch.setattr(alone, "nodes", lambda: ["n1"])
+    monkeypatch.setattr(alone, "attempt", attempt)
+    monkeypatch.setattr(alone, "requeue", lambda: 75)
+    alone.cluster.max_restarts = 0
+    assert alone.supervise() == 75 and (alone.state["restarts"], alone.state["ended"]) == (0, "")
+
+
+def test_a_state_that_was_lost_does_not_number_attempts_anew(alone: supervisor.Supervisor):
+    for number in (1, 2):
+        (alone.folder / f"attempt-{number}").mkdir()
+    for damaged in ("", "[1]", '{"attempts": "x", "bad_nodes": 3}'):
+        (alone.folder / "state.json").write_text(damaged)
+        assert supervisor.Supervisor(alone.folder.parent, 0).state["attempts"] == 2
+
+
+def test_a_requeued_job_does_without_all_nodes_that_it_has_lost(
+    alone: supervisor.Supervisor, monkeypatch: pytest.MonkeyPatch
+):
+    """Also those of an earlier start, for a day."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm_client, "ask", lambda *words: asked.append(words) or "")
+    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {})
+    monkeypatch.setattr(supervisor, "REQUEUE_SECONDS", 0.0)
+    now = time.time()
+    alone.update_state(bad_nodes={"n1": now - 100000, "n2": now - 1000})
+    again = supervisor.Supervisor(alone.folder.parent, 0)
+    again.update_state(bad_nodes=again.state["bad_nodes"] | {"n3": now})
+    again.requeue()
+    assert asked[-1] == ("scontrol", "update", "JobId=7", "ExcNodeList=n2,n3")
+
+
+def test_a_supervisor_without_a_heartbeat_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.02)
+    listener = heartbeat.Listener(tmp_path / "beat", 3)
+
+    def heard(seconds: float) -> bool:
+        """Whether the heartbeat was heard all the time."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if listener.is_lost():
+                return False
+            real_sleep(0.002)
+        return True
+
+    assert heard(0.2)  # a file that cannot be read says nothing
+    writer = subprocess.Popen([sys.executable, "-c", BEAT, str(tmp_path / "beat")])
+    while not (tmp_path / "beat").is_file():
+        real_sleep(0.01)
+    assert heard(0.3)
+    writer.kill()
+    writer.wait()
+    assert not heard(1.0) and not heard(1.0)  # and again, as a requeue may be refused
 
 
 def test_a_request_is_repeated_while_the_controller_does_not_answer(

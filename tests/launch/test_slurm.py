@@ -6,22 +6,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from common import config
 from common.errors import UserError
-from launch import clusters, slurm, status
+from eval import results
+from launch import batch_script, clusters, evaluation_jobs, run_jobs, slurm, status
 from launch.clusters import Cluster
+from launch.rank_records import ranks_of
+from launch.run_jobs import job_of
 from launch.run_tail import last_step
-from launch.supervisor import ranks_of
 from pretrain.checkpoint.open_store import complete_checkpoints
 from pretrain.recipes.recipe import Recipe, load
 from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.run_folder.run_lock import living_holder
+from pretrain.signals import EXIT_UNSCORED
 from pretrain.train import train
 from tests.conftest import TINY, call, unlabeled
 from tests.contract.own_objectives import OWN
@@ -72,9 +79,15 @@ def method(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(method: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
-    """The losses of an undisturbed run of one process."""
-    return losses(train(recipe(method, shards, tmp_path_factory.mktemp("whole") / "run", "parallel.mode=single")))
+def finished(method: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of one process."""
+    return train(recipe(method, shards, tmp_path_factory.mktemp("whole") / "run", "parallel.mode=single"))
+
+
+@pytest.fixture(scope="module")
+def whole(finished: Path) -> list[tuple[int, float]]:
+    """Its losses."""
+    return losses(finished)
 
 
 def recipe(method: Path, shards: Path, run: Path, *overrides: str) -> Recipe:
@@ -183,7 +196,180 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(
         "in_a_row": 0,
         "reached": job.state["reached"],
         "ended": "finished",
+        "bad_nodes": {},
     }
+
+
+# ---------------------------------------------------------------- submission
+def sbatch_that(does: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a script before sbatch in PATH: `does` holds "$@" behind the real one's path, as {sbatch}."""
+    (folder / "bin").mkdir()
+    script = folder / "bin" / "sbatch"
+    script.write_text(f"#!/bin/sh\n{does.format(sbatch=shutil.which('sbatch'))}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+
+def jobs_in_queue(cluster: SlurmCluster) -> list[str]:
+    return cluster.run("squeue", "--noheader", "--format=%i").stdout.split()
+
+
+def test_a_job_that_sbatch_refuses_deletes_nothing(
+    cluster: SlurmCluster, finished: Path, method: Path, shards: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    cfg = recipe(method, shards, run, "overwrite=true")
+    with pytest.raises(UserError) as error:
+        slurm.submit([cfg], Cluster(cpus=1, partition="nowhere"))
+    assert last_step(run) == STEPS and complete_checkpoints(run)
+    assert "sbatch --test-only" in str(error.value) and "partition" in str(error.value)
+    assert [path.name for path in (tmp_path / "jobs").iterdir() if path.name.startswith("run")] == []
+
+
+def test_ctrl_c_after_sbatch_keeps_the_job(
+    cluster: SlurmCluster, method: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The interrupt arrives when Slurm has accepted the job, and its id is not known yet."""
+    sbatch_that('{sbatch} "$@"; kill -INT $PPID; sleep 0.5', tmp_path, monkeypatch)
+    run, path = tmp_path / "run", tmp_path / "tiny.yaml"
+    path.write_text(config.dump(recipe(method, shards, run)))
+    done = unlabeled("launch", path, "--cpus", 1)
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert jobs_in_queue(cluster) == [job_of(run)["id"]]
+    assert (Path(job_of(run)["folder"]) / "0.yaml").is_file()
+
+
+def test_a_run_that_is_launched_twice_at_once_is_queued_once(
+    cluster: SlurmCluster, method: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sbatch_that('sleep 2; exec {sbatch} "$@"', tmp_path, monkeypatch)
+    run, path = tmp_path / "run", tmp_path / "tiny.yaml"
+    path.write_text(config.dump(recipe(method, shards, run)))
+    with ThreadPoolExecutor() as pool:
+        both = [*pool.map(lambda _: unlabeled("launch", path, "--cpus", 1), range(2))]
+    said = sorted("is queued already" if "is queued already" in one.stdout else "queued as job" for one in both)
+    assert [one.returncode for one in both] == [0, 0] and said == ["is queued already", "queued as job"], both
+    assert jobs_in_queue(cluster) == [job_of(run)["id"]]
+
+
+def test_a_job_belongs_to_one_run_of_one_cluster(
+    cluster: SlurmCluster, finished: Path, method: Path, shards: Path, tmp_path: Path
+):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    shutil.copytree(finished, run)
+    run_jobs.write_job(run, tmp_path / "jobs" / "run-1", 0, "1", "elsewhere")
+    with pytest.raises(
+        UserError, match=r"is trained by job 1 of the cluster elsewhere, and this machine belongs to local"
+    ):
+        slurm.submit([recipe(method, shards, run)], Cluster(cpus=1))
+    with pytest.raises(UserError, match="of the cluster elsewhere"):
+        call("stop", run)
+    shutil.copytree(run, copy)
+    assert job_of(run)["run"] == str(run) and job_of(copy) == {}
+
+
+def test_the_data_are_provided_and_checked_before_the_job_is_queued(
+    cluster: SlurmCluster, method: Path, photos: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As `unlabeled train` does it: shards of folders of images, and what scores need."""
+    monkeypatch.setenv("UNLABELED_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"^eval.val: .*nothing: no such file or folder"):
+        slurm.submit(
+            [recipe(method, shards, run, f"eval.val={tmp_path / 'nothing'}", f"eval.gallery={shards}")], Cluster()
+        )
+    assert not run.exists() and jobs_in_queue(cluster) == []
+    slurm.submit([recipe(method, photos, run)], Cluster(cpus=1))
+    (spec,) = load(Path(job_of(run)["folder"]) / "0.yaml").data.train
+    assert Path(spec).is_relative_to(tmp_path / "cache") and [*Path(spec).glob("*.tar")]
+
+
+def test_cores_that_are_not_given_are_the_share_of_the_gpus(cluster: SlurmCluster):
+    """The last node has four cores and two GPUs, the others have none."""
+    assert batch_script.cores_per_node(Cluster(gpus=2)) == 4
+    assert batch_script.cores_per_node(Cluster(gpus=1, partition="high")) == 2
+    assert batch_script.cores_per_node(Cluster(gpus=2, cpus=1)) == 2 and batch_script.cores_per_node(Cluster()) == 1
+    with pytest.raises(
+        UserError, match="cpus is not given, and sinfo shows no GPUs in the partition small; write --cpus N"
+    ):
+        batch_script.cores_per_node(Cluster(gpus=1, partition="small"))
+
+
+# ---------------------------------------------------------------- evaluation jobs
+SCORED = ("export=1000", "eval.periodic=[knn]")
+
+
+def write_profile(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    """clusters.yaml with a profile `small` for evaluation jobs."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
+    path = clusters.file()
+    path.parent.mkdir()
+    path.write_text(json.dumps({"small": {"cpus": 1, "hours": 1, **options}}))
+
+
+def watcher_of(run: Path) -> int:
+    """The process id of the watcher that holds the lock of a run's evaluations; 0 without one."""
+    holder = living_holder(run / "evaluations") if (run / "evaluations").is_dir() else None
+    return holder["pid"] if holder else 0
+
+
+def test_exports_are_evaluated_by_jobs_once_each(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first one fails and is tried again; the watcher is killed, and later its job is requeued."""
+    fails_once = f'case "$SLURM_JOB_NAME" in *-val-*) mkdir {tmp_path}/once && exit 3;; esac'
+    write_profile(tmp_path, monkeypatch, setup=[fails_once])
+    scored = recipe(method, shards, tmp_path / "run", *SCORED, f"eval.gallery={shards}", f"eval.val={shards}")
+    job = Job(cluster, scored, evaluation="small", environment=["STEP_SECONDS=0.3"])
+    cluster.wait(lambda: watcher_of(job.run), "the watcher runs")
+    first = watcher_of(job.run)
+    cluster.wait((tmp_path / "once").is_dir, "the first evaluation has failed")
+    os.kill(first, signal.SIGKILL)
+    cluster.wait(lambda: watcher_of(job.run) not in (0, first), "the watcher is started again")
+    watch = json.loads((job.folder.parent / "watch.json").read_text())["id"]
+    cluster.run("scontrol", "requeue", watch)
+    job.ends()
+    assert losses(job.run) == whole
+    assert cluster.wait_for(watch, "COMPLETED", "FAILED", seconds=240) == "COMPLETED", job.log
+    rows = Counter(tuple(row[key] for key in results.KEY) for row in read_rows(job.run / "results.jsonl"))
+    assert {row[:4] for row in rows} == {("untrained", 0, "knn", "val"), ("pretrained", STEPS, "knn", "val")}
+    assert set(rows.values()) == {1}
+    submitted = [*(job.folder.parent / "evaluations").glob("*_submission.sh")]
+    assert len(submitted) == 3 and "is tried again: job" in job.run_log
+    folder = job.folder.parent
+    assert evaluation_jobs.watch(folder) == 0 and len([*(folder / "evaluations").glob("*_submission.sh")]) == 3
+
+
+@pytest.mark.matrix
+def test_an_evaluation_that_fails_again_is_recorded_as_failed(
+    cluster: SlurmCluster, finished: Path, shards: Path, tmp_path: Path
+):
+    run, folder = tmp_path / "run", tmp_path / "jobs" / "run-1"
+    shutil.copytree(finished, run)
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(
+        text.replace("  val: []", f"  val: [{shards}]").replace("  gallery: []", f"  gallery: [{shards}]")
+    )
+    shutil.rmtree(run / "export" / "0")
+    folder.mkdir(parents=True)
+    small = config.to_dict(Cluster(cpus=1, python="/bin/false"))
+    (folder / "job.json").write_text(json.dumps({"runs": [str(run)], "evaluation": small}))
+    assert evaluation_jobs.watch(folder) == EXIT_UNSCORED
+    assert evaluation_jobs.failed(run) == [f"pretrained-{STEPS}-val"]
+    assert "on val failed: 3 attempts failed; the last one: it ended with code 1" in (run / "log.txt").read_text()
+    assert (
+        evaluation_jobs.watch(folder) == EXIT_UNSCORED and len([*(folder / "evaluations").glob("*_submission.sh")]) == 3
+    )
+    small = config.to_dict(Cluster(cpus=1))
+    (folder / "job.json").write_text(json.dumps({"runs": [str(run)], "evaluation": small}))
+    (line,) = evaluation_jobs.submit_watcher(folder)  # as the same command does: a new watcher tries again
+    (watch,) = re.findall(r"job (\d+) submits", line)
+    assert evaluation_jobs.submit_watcher(folder) == []  # it is in the queue
+    assert cluster.wait_for(watch, "COMPLETED", "FAILED", seconds=240) == "COMPLETED"
+    assert results.evaluated(run / "results.jsonl") == {("pretrained", STEPS, "val")} and not evaluation_jobs.failed(
+        run
+    )
 
 
 # ---------------------------------------------------------------- the rest, for `make test-matrix`
@@ -233,6 +419,22 @@ def test_a_node_that_is_lost_is_left_out(
     assert losses(job.run) == whole
     assert "n2 is left out: " in job.run_log and "1 processes on n1" in job.run_log
     assert job.state["attempts"] == 2
+
+
+@pytest.mark.matrix
+def test_the_loss_of_the_first_node_requeues_the_job(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    """The supervisor is lost with it; the rank on the other node hears no heartbeat and requeues the job."""
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2)
+    job.trains(12)
+    cluster.kill_node("n1")
+    job.ends(seconds=400)
+    assert losses(job.run) == whole
+    assert (
+        "n2 requeues the job, because the heartbeat of the supervisor has ended" in job.run_log
+        and "2 processes on n2, n3" in job.run_log
+    )
 
 
 @pytest.mark.matrix
@@ -325,7 +527,7 @@ def test_an_array_of_two_seeds(cluster: SlurmCluster, method: Path, shards: Path
     runs = slurm.recipes(str(path), [], ["seed=0,1"])
     slurm.submit(runs, Cluster(cpus=1))
     for one in runs:
-        job = slurm.job_of(Path(one.run))
+        job = job_of(Path(one.run))
         cluster.wait_for(job["id"], "COMPLETED", "FAILED", seconds=240)
     first, second = (losses(Path(one.run)) for one in runs)
     assert first == whole and second != whole and len(second) == STEPS

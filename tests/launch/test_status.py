@@ -12,7 +12,7 @@ import pytest
 
 from common import config
 from common.errors import UserError
-from launch import status
+from launch import run_jobs, status
 from launch.run_tail import last_step
 from pretrain.checkpoint.open_store import complete_checkpoints
 from pretrain.signals import EXIT_STOPPED
@@ -68,10 +68,10 @@ def test_the_end_of_a_log(finished: Path, capsys: pytest.CaptureFixture):
 def test_runs_of_a_cluster_where_there_is_no_slurm(finished: Path, monkeypatch: pytest.MonkeyPatch):
     """For example on a workstation that has the same disk."""
     job = finished / "job.json"
-    job.write_text('{"folder": "/jobs/x", "number": 0, "id": "7"}')
+    run_jobs.write_job(finished, Path("/jobs/x"), 0, "7", "local")
     monkeypatch.setenv("PATH", "")
     *_, row, note = status.table([finished])
-    assert " finished " in row and note.startswith("note: the queue cannot be read here; squeue")
+    assert " finished " in row and note.startswith("note: the queue cannot be read here; scontrol")
     job.unlink()
 
 

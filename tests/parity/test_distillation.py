@@ -322,13 +322,14 @@ def test_students_are_scored(shards: Path, tmp_path: Path):
         )
     )
     from launch import watch
+    from launch.due_evaluations import due, name_of
     from pretrain.recipes.recipe import load
     from pretrain.run_folder.jsonl_rows import read_rows
 
     board = type("Board", (), {"add_scalar": lambda *_: None, "flush": lambda _: None})()
-    for job in watch.jobs(run, load(run)):
-        watch.score(run, load(run), *job, board)
-        assert watch.name_of(job[0]) == read_rows(run / "results.jsonl")[-1]["model"]
+    for job in due(run, load(run)):
+        watch.score(run, load(run), *job, board, "cpu")
+        assert name_of(job[0]) == read_rows(run / "results.jsonl")[-1]["model"]
     rows = {(r["model"], r["step"]) for r in read_rows(run / "results.jsonl")}
     assert rows == {
         ("untrained", 0),
