@@ -18,11 +18,11 @@ from torch.nn.attention.flex_attention import create_mask
 from common.errors import ConfigError
 from pretrain import kernels
 from pretrain.build import build_objective
-from pretrain.kernels import flex_attention, norms, packed_attention, trial
+from pretrain.kernels import flex_attention, norms, packed_attention, rotary, trial
 from pretrain.kernels.trial import Call
 from pretrain.models import presets
 from pretrain.models.build import build_model
-from pretrain.models.layers import LayerNorm, PackedAttention
+from pretrain.models.layers import LayerNorm, PackedAttention, Rotary
 from pretrain.models.text_layers import MaskedAttention, Masks, visible
 from pretrain.models.text_mlp import RMSNorm
 from tests.conftest import tiny_recipe
@@ -87,6 +87,21 @@ def test_norms(plain: type[nn.Module], kernel: type[nn.Module], dtype: torch.dty
     ours, theirs = run(kernel), run(plain)
     assert ours[0].dtype == dtype  # the residual stream keeps its dtype
     near(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """As a GPU compiles it, but for the kernel that inductor writes there; each choice of heads, as in groups."""
+    compiled = torch.compile(Rotary().forward, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(rotary, "_compiled", compiled)
+    angles = torch.randn(30, 1, 8, generator=torch.Generator().manual_seed(2))
+    tables = (angles.cos(), angles.sin())
+    leaves = [heads(count, (30,), dtype, seed=count) for count in (4, 2)]
+    ours, plain = (
+        results(lambda q, k, m=module: torch.cat(m(q, k, tables), 1), leaves)
+        for module in (rotary.CompiledRotary(), Rotary())
+    )
+    near(ours, plain, dtype)
 
 
 # ---------------------------------------------------------------- attention by xformers and varlen, through their masks

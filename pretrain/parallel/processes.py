@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -98,18 +98,31 @@ def on_every_rank(ask: Callable[[], T]) -> T:
         keys.add("errors", 1)
     if keys.add("done", 1) == world():
         keys.set("all_done", "")
-    keys.wait(["all_done"], timeouts.long())
+    if not _wait_for(keys, "all_done", timeouts.long().total_seconds()):
+        raise RuntimeError(f"rank {rank()} of {world()}: another rank has not come this far; see its log")
     count = keys.add("errors", 0)
     if not count:
         return out
     number, found = pickle.loads(keys.get("error"))
     if rank() == 0:  # this process holds the store, so it waits until the others have read the error
-        keys.wait(["all_read"], timedelta(seconds=10))
+        _wait_for(keys, "all_read", 10.0)
     elif keys.add("read", 1) == world() - 1:
         keys.set("all_read", "")
     if count < world():
         found = type(found)(f"rank {number} of {world()}: {found}")
     raise raised_by_all(error if error is not None and count == world() else found) from None
+
+
+def _wait_for(keys: dist.Store, key: str, seconds: float) -> bool:
+    """Whether a key is set within so many seconds. It is asked for again and again, because Python handles a signal only
+    between two calls."""
+    deadline, pause = time.monotonic() + seconds, 0.01
+    while not keys.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(1.0, 1.2 * pause)
+    return True
 
 
 def on_rank_0(ask: Callable[[], T]) -> T:
