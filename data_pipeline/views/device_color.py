@@ -8,8 +8,8 @@
       → min(x, 255 − x)                        where the view is solarized
 
 The result of each line is rounded to whole levels, as in the data workers; where a GPU may round the inputs of products
-to TF32 (`pretrain.parallel.device.set_tf32`: in all runs but those in fp32), a level may differ by one. No shape and no branch depends on values,
-and `constants` are copied to the device once, so there is no host sync.
+to TF32 (`pretrain.parallel.device.set_tf32`: in all runs but those in fp32), a level may differ by one. No shape and no
+branch depends on values, and `constants` are copied to the device once, so there is no host sync.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def test_tokenizers_with_invalid_values(change: dict, says: str):
 
 # ---------------------------------------------------------------- local files and homes
 def test_permanent_errors_of_local_files_are_not_retried(tmp_path: Path):
-    """For example a file instead of a folder: the error is raised at once."""
+    """The error is raised at once, for example if a folder is expected and a file exists."""
     (tmp_path / "file").write_text("x")
     calls = []
 
@@ -264,7 +264,7 @@ def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 @pytest.mark.parametrize("mode", ["r:", "r|", "r|*"])
 def test_a_member_larger_than_its_tar_is_an_error_at_once(mode: str):
-    """Also for a stream, whose end is not known before it is read."""
+    """This is also true for a stream, whose end is not known before it is read."""
     info = tarfile.TarInfo("0.jpg")
     info.size = 1 << 62
     data = io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(20_000))

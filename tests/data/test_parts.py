@@ -222,7 +222,7 @@ def test_a_users_part_reads_members_with_another_extension(tmp_path: Path):
 
 
 def test_a_bug_in_views_or_in_a_part_ends_the_run(pairs: Samples):
-    """It affects one sample in four; as damage, that would be tolerated."""
+    """The bug affects one sample in four; as damage, that would be tolerated."""
 
     def views(sample, rng):
         return {"x": np.float32(1 / (sample["id"] - 2))}

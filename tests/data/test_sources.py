@@ -645,7 +645,8 @@ def test_tars_of_class_folders_keep_their_labels(tmp_path: Path):
 
 
 def test_an_index_of_class_folders_says_that_there_are_no_labels(tmp_path: Path):
-    """Only a build makes labels of the folders in tars: indexed as they are, they have none, and no score can be taken."""
+    """Only a build makes labels of the folders in tars: indexed as they are, they have none, and no score can
+    be taken."""
     members = [(f"{kind}/{n}.jpg", jpeg(n)) for kind in ("cat", "dog") for n in range(2)]
     write_tar(tmp_path / "a.tar", members)
     said: list[str] = []

@@ -81,8 +81,8 @@ def hold_workers(shards: str, file: str) -> None:
 
 
 def test_data_workers_end_with_a_killed_trainer(shards: Path, tmp_path: Path):
-    """They have copies of the trainer's sockets, so that other ranks wait until they have ended. torch's check takes up
-    to 5 seconds."""
+    """Data workers have copies of the trainer's sockets, so that other ranks wait until they have ended. torch's check
+    takes up to 5 seconds."""
     process = Forked(hold_workers, str(shards), str(tmp_path / "workers"))
     while not (tmp_path / "workers").exists() or not (tmp_path / "workers").read_text():
         assert process.poll() is None

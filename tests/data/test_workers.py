@@ -62,7 +62,8 @@ def masks(pid: int) -> dict[str, int]:
 
 
 def test_workers_of_the_fork_server(own_part: str, shards: Path):
-    """They are not children of the trainer, do not have its signal handlers, and end even while their code is stuck."""
+    """The workers are not children of the trainer, do not have its signal handlers, and end even while their code is
+    stuck."""
     options = ["data.workers=2", "data.start_method=forkserver", "data.threads=2"]
     stream, plain = stream_of(own_part, shards, *options), stream_of(own_part, shards)
     stream.first()  # starts threads in this process
