@@ -150,7 +150,7 @@ def test_offloading_moves_bytes_to_main_memory():
 @pytest.mark.parametrize(("accumulate", "traced"), [(1, 1), (2, 2), (3, 3), (4, 2), (9, 3), (25, 5)])
 def test_traced_micro_batches_divide_those_of_a_step(accumulate: int, traced: int):
     """So that a queue whose size is a multiple of the global batch is also a multiple of the traced batch."""
-    assert trace._fewer(accumulate) == traced
+    assert trace._enough_micro_batches(accumulate) == traced
 
 
 @pytest.mark.slow
