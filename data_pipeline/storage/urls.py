@@ -40,6 +40,10 @@ PACKAGE_EXTRAS = {
 }
 
 
+# Endings of files that are not tars, although they may be named where shards are expected.
+OTHER_FILES = tuple(f".{e}" for e in (*IMAGES, "npy", "txt", "json", "jsonl", "csv", "tsv", "parquet", "mp4", "bin"))
+
+
 def open_store(url: str) -> tuple[Any, str]:
     """(fsspec filesystem, path in it) of a URL.
 
@@ -183,6 +187,11 @@ def find_shards(specs: Iterable[str]) -> list[str]:
                 raise DataError(f"{spec}: is a compressed tar{hint}")
         else:
             raise DataError(f"{spec}: no such file or folder{_missing_cache_hint(path)}")
+        if other := next((file for file in found if file.lower().endswith(OTHER_FILES)), None):
+            raise DataError(
+                f"{spec}: {other.rpartition('/')[2]} is no tar; name tars, or a folder of shards or of images;"
+                " `unlabeled shards build` makes shards of other files"
+            )
         out |= dict.fromkeys(fs.unstrip_protocol(f) if "://" in spec else f for f in found)
     return list(out)
 

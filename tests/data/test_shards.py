@@ -53,6 +53,10 @@ def test_errors_of_find_shards(tmp_path: Path, photos: Path, shards: Path):
         find_shards([str(shards.parent)])
     with pytest.raises(DataError, match="cannot be opened"):
         find_shards(["nostore://bucket/x"])
+    image = next(photos.rglob("*.jpg"))
+    for spec, named in ((image, image.name), (image.parent / "*.jpg", r".*\.jpg"), (shards / "*", "bad.jsonl")):
+        with pytest.raises(DataError, match=rf": {named} is no tar; name tars, or a folder of shards or of images"):
+            find_shards([str(spec)])
     assert find_shards([str(shards), str(shards / "*.tar")]) == [str(shards / "000000.tar")]
 
 
