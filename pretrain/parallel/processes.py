@@ -50,6 +50,7 @@ def start(mode: str, device: torch.device, retry: float = 0.0) -> None:
     global _patient, _started
     _started += 1
     store = dist.PrefixStore(f"group_{_started}", _store()) if "MASTER_ADDR" in os.environ else dist.HashStore()
+    store.set_timeout(timeouts.long())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
