@@ -39,7 +39,7 @@ GLOBAL = 2  # global crops of each image
 
 def clusters(facts: Facts) -> int:
     """As many as the batch and the queue have images, at most 3,000."""
-    return min(3000, facts.batch + facts.beside["queue_size"])
+    return min(3000, facts.batch + facts.section["queue_size"])
 
 
 @dataclass
