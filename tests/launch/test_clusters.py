@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from launch.clusters import Cluster
 from launch.run_tail import last_step, tail
 from launch.slurm_rank import distributed
 from pretrain.recipes.recipe import load
+from tests import slurm as slurm_of_tests
 from tests.conftest import call
 
 TWO = """
@@ -391,3 +393,24 @@ def test_the_end_of_a_file(tmp_path: Path):
 def test_a_profile_survives_the_way_to_the_job(profiles: Path):
     cluster = clusters.find("large")
     assert config.to_dict(build_config.build(Cluster, config.to_dict(cluster), {})) == config.to_dict(cluster)
+
+
+def test_only_the_set_up_of_the_tests_installs_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    """A run of pytest, even as root, installs nothing; `make slurm` does, and says so."""
+    called = tmp_path / "called"
+    (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {called}\n')
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(slurm_of_tests, "PATH", str(tmp_path))  # no program of Slurm
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.1")
+    assert "`make slurm` installs them" in slurm_of_tests.missing() and not called.exists()
+    slurm_of_tests.install()
+    assert (
+        called.read_text().splitlines()[-1]
+        == f"install -y -qq --no-install-recommends {' '.join(slurm_of_tests.PACKAGES)}"
+    )
+    said = capfd.readouterr().out
+    assert "installing slurmctld slurmd slurm-client munge with apt-get" in said and "will be SKIPPED" in said
