@@ -153,6 +153,13 @@ def python(cluster: Cluster) -> str:
     return cluster.python or ("python" if cluster.container else sys.executable)
 
 
+def error_lines(stderr: str) -> str:
+    """The last lines that a step has written to standard error, without those of srun if there are others: srun may
+    write its own before or after them."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    return "; ".join(([line for line in lines if not line.startswith("srun: ")] or lines)[-3:])
+
+
 def cores_of_job() -> int:
     """The smallest number of cores that the job has on a node, from a text such as "96(x2),64"."""
     return min(int(part.partition("(")[0]) for part in os.environ["SLURM_JOB_CPUS_PER_NODE"].split(","))

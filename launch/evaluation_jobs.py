@@ -29,7 +29,7 @@ from launch.clusters import Cluster
 from launch.due_evaluations import due, name_of
 from launch.rank_records import END, read_record, record
 from pretrain.recipes.recipe import stored
-from pretrain.run_folder.run_lock import Lock
+from pretrain.run_folder.run_lock import Lock, living_holder
 from pretrain.run_folder.written_files import EVALUATIONS, RECIPE
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED
 
@@ -37,6 +37,7 @@ ATTEMPTS = 3  # of an evaluation, after which it is recorded as failed
 POLL = 2.0  # seconds between two looks at the files of the runs
 ASK_SECONDS = 15.0  # between two questions to Slurm
 REFUSED_SECONDS = 60.0  # between two attempts to submit, after sbatch has refused
+MAX_REFUSALS = 10  # in a row, after which an ended run's evaluations are recorded as failed
 RESTARTS = 3  # how often a watcher that has died is started again in its job
 REQUEUE_SECONDS = 120.0  # that Slurm has to end a job that is requeued
 WATCHER = "watch.json"  # file in the job's folder: the id of the watcher's job
@@ -98,6 +99,9 @@ def watch_job(folder: str) -> None:
 
 
 # ---------------------------------------------------------------- the watcher
+Jobs = dict[str, list[slurm_client.Queued]]  # {name: the jobs of that name}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One export on one split."""
@@ -118,28 +122,36 @@ class Watcher:
         self.run, self.folder, self.cluster = run, folder, cluster
         self.records = run / EVALUATIONS
         self.lock: Lock | None = None
-        self.asked = self.refused = float("-inf")  # when Slurm was asked, and when sbatch refused a job
-        self.queued: dict[str, list[slurm_client.Queued]] = {}
-        self.refusal = ""
+        self.open: list[Evaluation] = []  # evaluations without rows that have not failed for good
+        self.refused_at, self.refusal, self.refusals = float("-inf"), "", 0  # of sbatch, in a row
         self.changed = 0  # modification time of recipe.yaml when `recipe` was read
 
     def say(self, line: str) -> None:
         say(line)
         LineFile(self.run / "log.txt").add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def look(self, training: bool) -> bool:
-        """Submit what is due, and see to jobs that have ended. `training`: whether the run may write further exports.
-        Returns whether anything is left to do."""
+    def look(self, training: bool, jobs: Jobs, asked: float) -> bool:
+        """Submit what is due, and see to jobs that have ended. Returns whether anything is left to do.
+
+        `training`: whether the run may write further exports. `jobs`: {name: jobs} for `names`, as Slurm knew them at
+        the time `asked`.
+        """
         if not (self.run / RECIPE).is_file() or not self._locked():
             return training
-        open_ones = self._open()
-        names = [self.job_name(one) for one in open_ones if self._record(one)]
-        if names and time.monotonic() > self.asked + ASK_SECONDS:
-            self.queued, self.asked = slurm_client.states_of(names), time.monotonic()
-        ended = {path.name for path in self.records.iterdir()} if open_ones else set()  # looks at the disk anew
-        for one in open_ones:
-            self._see_to(one, f"{one.name}{END}" in ended)
-        return training or bool(open_ones)
+        self.open = self._find_open()
+        if not training and self.refusals >= MAX_REFUSALS:
+            for one in self.open:
+                self._fail(one, self.refusal)
+            return False
+        ended = {path.name for path in self.records.iterdir()} if self.open else set()  # looks at the disk anew
+        for one in self.open:
+            self._see_to(one, f"{one.name}{END}" in ended, jobs, asked)
+        return training or bool(self.open)
+
+    def names(self) -> list[str]:
+        """The names of the jobs whose end is waited for."""
+        attempts = [(one, self._record(one).get("attempt")) for one in self.open]
+        return [self._job_name(one, attempt) for one, attempt in attempts if attempt]
 
     def _locked(self) -> bool:
         """Whether this is the only watcher of the run; another one may have been left by an earlier job."""
@@ -151,13 +163,13 @@ class Watcher:
                 self.lock = lock
         return self.lock is not None
 
-    def job_name(self, one: Evaluation) -> str:
-        """The name of an evaluation's job, by which squeue finds it although this process was killed before it noted the
-        id. It tells runs of the same name apart."""
+    def _job_name(self, one: Evaluation, attempt: int) -> str:
+        """The name of a job, by which squeue finds it although this process was killed before it recorded the id. It
+        tells runs of the same name apart."""
         inode = self.records.stat().st_ino
-        return f"{self.run.name}-{one.name}-{inode}".replace(",", "_").replace("|", "_")
+        return f"{self.run.name}-{one.name}-{inode}-{attempt}".replace(",", "_").replace("|", "_")
 
-    def _open(self) -> list[Evaluation]:
+    def _find_open(self) -> list[Evaluation]:
         """Evaluations without rows that have not failed for good."""
         changed = (self.run / RECIPE).stat().st_mtime_ns
         if changed != self.changed:
@@ -178,20 +190,20 @@ class Watcher:
         """What the job of the last attempt has recorded at its end; {} if it has not ended by itself."""
         return read_record(self.records / f"{one.name}{END}")
 
-    def _see_to(self, one: Evaluation, has_end: bool) -> None:
+    def _see_to(self, one: Evaluation, has_end: bool, jobs: Jobs, asked: float) -> None:
         """Submit an evaluation, or judge the job that was submitted for it."""
         known = self._record(one)
         attempt = known.get("attempt", 0)
         if attempt:
             end = self._end(one) if has_end else {}
-            states = [job.state for job in self.queued.get(self.job_name(one), [])]
-            ended = end.get("attempt") == attempt
-            if not ended and any(state in slurm_client.ACTIVE for state in states):
-                return
-            if not ended and known["submitted"] + ASK_SECONDS > time.time() - (time.monotonic() - self.asked):
-                return  # Slurm was last asked before, or just when, the job was submitted
-            if not ended and not known.get("id") and not states:
-                attempt -= 1  # killed before sbatch had accepted it
+            states = [job.state for job in jobs.get(self._job_name(one, attempt), [])]
+            if end.get("attempt") != attempt:
+                if known.get("submitted", 0.0) + ASK_SECONDS > asked:  # too early for what Slurm has said
+                    return
+                if any(state in slurm_client.ACTIVE for state in states):
+                    return
+            if not end and not states and not known.get("id"):
+                attempt -= 1  # this process was killed before sbatch had accepted the job
             else:
                 reason = end.get("reason") or f"job {known.get('id')} ended as {(states or ['UNKNOWN'])[-1]}"
                 if attempt >= ATTEMPTS:
@@ -200,29 +212,29 @@ class Watcher:
         self._submit(one, attempt + 1)
 
     def _submit(self, one: Evaluation, attempt: int) -> None:
-        if time.monotonic() < self.refused + REFUSED_SECONDS:
+        if time.monotonic() < self.refused_at + REFUSED_SECONDS:
             return
         path = self.records / f"{one.name}.json"
         logs = self.folder / EVALUATIONS
         logs.mkdir(exist_ok=True)
-        executor = batch_script.executor(
-            self.job_name(one), logs, snapshot.write(self.folder.parent), self.cluster.replace(nodes=1, processes=1)
-        )
+        name, cluster = self._job_name(one, attempt), self.cluster.replace(nodes=1, processes=1)
+        executor = batch_script.executor(name, logs, snapshot.write(self.folder.parent), cluster)
         before = self._record(one)
         (self.records / f"{one.name}{END}").unlink(missing_ok=True)
         record(path, attempt=attempt, submitted=time.time())  # first, so that it is never submitted twice
         arguments = (self.folder, self.run, one.model, one.step, one.split, attempt)
         try:
-            (name,) = batch_script.submit(executor, evaluation_job, *([str(value)] for value in arguments))
+            (job,) = batch_script.submit(executor, evaluation_job, *([str(value)] for value in arguments))
         except UserError as error:
             record(path, **before)
-            self.refused = time.monotonic()
+            self.refused_at, self.refusals = time.monotonic(), self.refusals + 1
             if str(error) != self.refusal:
                 self.say(f"evaluation of {one.model} on {one.split} waits: {error}")
             self.refusal = str(error)
             return
-        record(path, attempt=attempt, submitted=time.time(), id=name)
-        say(f"{one.name}: job {name}, attempt {attempt}")
+        self.refusals = 0
+        record(path, attempt=attempt, submitted=time.time(), id=job)
+        say(f"{one.name}: job {job}, attempt {attempt}")
 
     def _fail(self, one: Evaluation, reason: str) -> None:
         record(self.records / f"{one.name}.json", failed=reason)
@@ -235,22 +247,26 @@ def watch(folder: Path) -> int:
     job = json.loads((folder / "job.json").read_text())
     cluster: Cluster = build_config.build(Cluster, job["evaluation"], {})
     watchers = [Watcher(Path(run), folder, cluster) for run in job["runs"]]
-    asked, training = float("-inf"), dict.fromkeys((one.run for one in watchers), True)
-    while True:
-        if time.monotonic() > asked + ASK_SECONDS:
+    asked, training = 0.0, dict.fromkeys((one.run for one in watchers), True)
+    jobs: Jobs = {}
+    left = True
+    while left:
+        if time.time() > asked + ASK_SECONDS:
             with contextlib.suppress(UserError):  # the controller does not answer
-                training = {one.run: run_jobs.is_active(one.run) for one in watchers}
-                asked = time.monotonic()
+                now = time.time()
+                queue = run_jobs.in_queue([*training])
+                training = {run: run in queue or living_holder(run) is not None for run in training}
+                jobs = slurm_client.states_of(name for one in watchers for name in one.names())
+                asked = now
         left = False
         for one in watchers:
             try:
-                left |= one.look(training[one.run])
-            except UserError as error:  # the controller does not answer, or the recipe is just being written
+                left |= one.look(training[one.run], jobs, asked)
+            except UserError as error:  # the recipe cannot be read while it is written
                 say(str(error))
                 left = True
-        if not left:
-            break
-        time.sleep(POLL)
+        if left:
+            time.sleep(POLL)
     for one in watchers:
         if one.lock is not None:
             one.lock.release()
@@ -275,8 +291,7 @@ def evaluation_job(folder: str, run: str, model: str, step: str, split: str, att
     words += [batch_script.python(cluster), "-P", "-m", "launch.watch", run, model, step, split]
     done = subprocess.run(words, stderr=subprocess.PIPE, text=True, errors="replace")
     say(*done.stderr.splitlines())
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("srun: ")]
-    reason = " | ".join(lines[-3:]) or f"it ended with code {done.returncode}"
+    reason = batch_script.error_lines(done.stderr) or f"it ended with code {done.returncode}"
     path = Path(run) / EVALUATIONS / f"{one.name}{END}"
     record(path, attempt=int(attempt), code=done.returncode, reason=reason if done.returncode else "")
     sys.exit(done.returncode)

@@ -166,7 +166,7 @@ class Supervisor:
                 process.kill()
                 bad[node] = f"did not answer in {seconds:g} s"
             except ValueError:  # the output is not a report
-                bad[node] = "; ".join(errors.split("\n")[-3:]).strip("; ") or "the check failed"
+                bad[node] = batch_script.error_lines(errors) or "the check failed"
         return bad | node_check.problems(reports, self.cluster.gpus, started, time.time())
 
     # ---------------------------------------------------------------- one step of srun

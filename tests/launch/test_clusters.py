@@ -241,6 +241,13 @@ def test_variables_of_torch_distributed_from_those_of_slurm():
     assert found == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 
 
+def test_the_reason_of_a_failed_step_is_what_its_process_wrote():
+    srun = "srun: error: n2: task 0: Exited with exit code 3"
+    assert batch_script.error_lines(f"{srun}\nno library\n") == "no library"
+    assert batch_script.error_lines(f"a\nb\n\nc\nd\n{srun}") == "b; c; d"
+    assert batch_script.error_lines(srun) == srun and batch_script.error_lines("") == ""
+
+
 def test_the_cores_of_the_smallest_node(monkeypatch: pytest.MonkeyPatch):
     for text, cores in (("4", 4), ("96(x2),64", 64), ("8(x16)", 8)):
         monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", text)

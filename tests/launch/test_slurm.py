@@ -341,28 +341,50 @@ def test_exports_are_evaluated_by_jobs_once_each(
     assert evaluation_jobs.watch(folder) == 0 and len([*(folder / "evaluations").glob("*_submission.sh")]) == 3
 
 
-@pytest.mark.matrix
-def test_an_evaluation_that_fails_again_is_recorded_as_failed(
-    cluster: SlurmCluster, finished: Path, shards: Path, tmp_path: Path
-):
-    run, folder = tmp_path / "run", tmp_path / "jobs" / "run-1"
+def evaluation_folder(finished: Path, shards: Path, folder: Path, **options: object) -> tuple[Path, Path]:
+    """A copy of the finished run, of which the last export is to be evaluated, and the folder of its job."""
+    run, job = folder / "run", folder / "jobs" / "run-1"
     shutil.copytree(finished, run)
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(
         text.replace("  val: []", f"  val: [{shards}]").replace("  gallery: []", f"  gallery: [{shards}]")
     )
     shutil.rmtree(run / "export" / "0")
-    folder.mkdir(parents=True)
-    small = config.to_dict(Cluster(cpus=1, python="/bin/false"))
-    (folder / "job.json").write_text(json.dumps({"runs": [str(run)], "evaluation": small}))
+    job.mkdir(parents=True)
+    write_job_json(job, run, **options)
+    return run, job
+
+
+def write_job_json(job: Path, run: Path, **options: object) -> None:
+    profile = config.to_dict(Cluster(cpus=1, **options))  # type: ignore[arg-type]
+    (job / "job.json").write_text(json.dumps({"runs": [str(run)], "evaluation": profile}))
+
+
+def test_evaluations_whose_jobs_sbatch_refuses_are_recorded_as_failed(
+    cluster: SlurmCluster, finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """When the run has ended, and sbatch has been asked several times."""
+    for name, value in (("MAX_REFUSALS", 2), ("REFUSED_SECONDS", 0.0), ("POLL", 0.1)):
+        monkeypatch.setattr(evaluation_jobs, name, value)
+    run, job = evaluation_folder(finished, shards, tmp_path, partition="nowhere")
+    assert evaluation_jobs.watch(job) == EXIT_UNSCORED and jobs_in_queue(cluster) == []
+    assert evaluation_jobs.failed(run) == [f"pretrained-{STEPS}-val"]
+    log = (run / "log.txt").read_text()
+    assert log.count("on val waits: sbatch refuses the job: ") == 1 and "on val failed: sbatch refuses the job: " in log
+
+
+@pytest.mark.matrix
+def test_an_evaluation_that_fails_again_is_recorded_as_failed(
+    cluster: SlurmCluster, finished: Path, shards: Path, tmp_path: Path
+):
+    run, folder = evaluation_folder(finished, shards, tmp_path, python="/bin/false")
     assert evaluation_jobs.watch(folder) == EXIT_UNSCORED
     assert evaluation_jobs.failed(run) == [f"pretrained-{STEPS}-val"]
     assert "on val failed: 3 attempts failed; the last one: it ended with code 1" in (run / "log.txt").read_text()
     assert (
         evaluation_jobs.watch(folder) == EXIT_UNSCORED and len([*(folder / "evaluations").glob("*_submission.sh")]) == 3
     )
-    small = config.to_dict(Cluster(cpus=1))
-    (folder / "job.json").write_text(json.dumps({"runs": [str(run)], "evaluation": small}))
+    write_job_json(folder, run)
     (line,) = evaluation_jobs.submit_watcher(folder)  # as the same command does: a new watcher tries again
     (watch,) = re.findall(r"job (\d+) submits", line)
     assert evaluation_jobs.submit_watcher(folder) == []  # it is in the queue
