@@ -380,7 +380,8 @@ def test_an_evaluation_that_fails_again_is_recorded_as_failed(
     run, folder = evaluation_folder(finished, shards, tmp_path, python="/bin/false")
     assert evaluation_jobs.watch(folder) == EXIT_UNSCORED
     assert evaluation_jobs.failed(run) == [f"pretrained-{STEPS}-val"]
-    assert "on val failed: 3 attempts failed; the last one: it ended with code 1" in (run / "log.txt").read_text()
+    said = r"on val failed: 3 attempts failed; the last one: srun: error: n\d: task 0: Exited with exit code 1"
+    assert re.search(said, (run / "log.txt").read_text())
     assert (
         evaluation_jobs.watch(folder) == EXIT_UNSCORED and len([*(folder / "evaluations").glob("*_submission.sh")]) == 3
     )
