@@ -231,6 +231,23 @@ def test_what_a_model_asks_of_a_library_is_tried(library: str, name: str, monkey
     assert trial.difference(wrong, calls, CPU, torch.float32) > kernels.MAX_DIFFERENCE
 
 
+LARGE = {
+    "decoder": (Call(16, 4, 128, masked=True, causal=True, window=True),),
+    "t5": tuple(Call(12, 12, 64, masked=True, causal=causal, relative=True, scale=1.0) for causal in (False, True)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_rounding_is_not_taken_for_a_fault(library: str, name: str):
+    """Gradients of a group's keys are sums over its heads, and T5 does not scale its scores. NaN is a fault."""
+    table = dict(kernels.attention_kernels(library))
+    assert trial.difference(table, LARGE[name], CPU, torch.bfloat16) < kernels.MAX_DIFFERENCE / 3
+    forward = table[MaskedAttention].forward
+    nan = {"forward": lambda self, *args, **options: forward(self, *args, **options) * torch.nan}
+    table[MaskedAttention] = type("Nan", (table[MaskedAttention],), nan)
+    assert trial.difference(table, LARGE[name], CPU, torch.bfloat16) == torch.inf
+
+
 def test_windows_without_documents(library: str):
     """All rows of a batch share one mask."""
     places = torch.arange(20)
