@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,14 @@ def one_step(
     engine: engines.Engine, guard: Guard, data: list[dict[str, Tensor]], step: int, poison: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Train one step. Returns (mean loss, mean logs, gradient norm). `poison`: whether the last micro-batch is not
-    finite."""
-    *others, last = data[: engine.accumulate]
-    values = training_step.one_step(
-        engine, guard, [*others, poisoned(last) if poison else last], step, LR, weight_decay=0.05
-    )
+    finite; of one of whole numbers it is the count of targets."""
+    plain, calls = engine.forward, itertools.count(1)
+
+    def forward(batch: dict[str, Tensor], step: int) -> Any:
+        return plain(poisoned(batch) if poison and next(calls) == engine.accumulate else batch, step)
+
+    with mock.patch.object(engine, "forward", forward):
+        values = training_step.one_step(engine, guard, data[: engine.accumulate], step, LR, weight_decay=0.05)
     loss, norm = values.pop("loss"), values.pop("grad_norm")
     return processes.mean(loss), processes.mean(torch.stack([torch.zeros_like(loss), *values.values()])[1:]), norm
 
