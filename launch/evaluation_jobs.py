@@ -99,7 +99,7 @@ def watch_job(folder: str) -> None:
 
 
 # ---------------------------------------------------------------- the watcher
-Jobs = dict[str, list[slurm_client.Queued]]  # {name: the jobs of that name}
+Jobs = dict[str, list[slurm_client.Queued]]  # {name about which Slurm was asked: the jobs of that name}
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Watcher:
         if not (self.run / RECIPE).is_file() or not self._locked():
             return training
         self.open = self._find_open()
-        if not training and self.refusals >= MAX_REFUSALS:
+        is_refused = not training and self.refusals >= MAX_REFUSALS
+        if is_refused and not any(self._may_run(one, jobs, asked) for one in self.open):
             for one in self.open:
                 self._fail(one, self.refusal)
             return False
@@ -196,20 +197,29 @@ class Watcher:
         attempt = known.get("attempt", 0)
         if attempt:
             end = self._end(one) if has_end else {}
-            states = [job.state for job in jobs.get(self._job_name(one, attempt), [])]
-            if end.get("attempt") != attempt:
-                if known.get("submitted", 0.0) + ASK_SECONDS > asked:  # too early for what Slurm has said
-                    return
-                if any(state in slurm_client.ACTIVE for state in states):
-                    return
+            if end.get("attempt") != attempt and self._may_run(one, jobs, asked):
+                return
+            name = self._job_name(one, attempt)
+            states = [job.state for job in jobs.get(name, [])]
             if not end and not states and not known.get("id"):
-                attempt -= 1  # this process was killed before sbatch had accepted the job
+                attempt -= 1  # sbatch has not accepted the job
             else:
-                reason = end.get("reason") or f"job {known.get('id')} ended as {(states or ['UNKNOWN'])[-1]}"
+                reason = end.get("reason") or f"job {known.get('id', name)} ended as {(states or ['UNKNOWN'])[-1]}"
                 if attempt >= ATTEMPTS:
                     return self._fail(one, f"{attempt} attempts failed; the last one: {reason}")
                 self.say(f"evaluation of {one.model} on {one.split} failed and is tried again: {reason}")
         self._submit(one, attempt + 1)
+
+    def _may_run(self, one: Evaluation, jobs: Jobs, asked: float) -> bool:
+        """Whether the job of the last attempt may be in the queue: Slurm has said so, or was not asked about it since it
+        was submitted."""
+        known = self._record(one)
+        if not known.get("attempt"):
+            return False
+        found = jobs.get(self._job_name(one, known["attempt"]))
+        if found is None or known.get("submitted", 0.0) + ASK_SECONDS > asked:
+            return True
+        return any(job.state in slurm_client.ACTIVE for job in found)
 
     def _submit(self, one: Evaluation, attempt: int) -> None:
         if time.monotonic() < self.refused_at + REFUSED_SECONDS:
@@ -217,16 +227,15 @@ class Watcher:
         path = self.records / f"{one.name}.json"
         logs = self.folder / EVALUATIONS
         logs.mkdir(exist_ok=True)
-        name, cluster = self._job_name(one, attempt), self.cluster.replace(nodes=1, processes=1)
-        executor = batch_script.executor(name, logs, snapshot.write(self.folder.parent), cluster)
-        before = self._record(one)
-        (self.records / f"{one.name}{END}").unlink(missing_ok=True)
-        record(path, attempt=attempt, submitted=time.time())  # first, so that it is never submitted twice
-        arguments = (self.folder, self.run, one.model, one.step, one.split, attempt)
+        name, arguments = self._job_name(one, attempt), (self.folder, self.run, one.model, one.step, one.split, attempt)
         try:
+            executor = batch_script.executor(
+                name, logs, snapshot.write(self.folder.parent), of_evaluation(self.cluster)
+            )
+            (self.records / f"{one.name}{END}").unlink(missing_ok=True)
+            record(path, attempt=attempt, submitted=time.time())  # first, so that it is never submitted twice
             (job,) = batch_script.submit(executor, evaluation_job, *([str(value)] for value in arguments))
-        except UserError as error:
-            record(path, **before)
+        except UserError as error:  # the record stays: an sbatch that has timed out may have queued the job
             self.refused_at, self.refusals = time.monotonic(), self.refusals + 1
             if str(error) != self.refusal:
                 self.say(f"evaluation of {one.model} on {one.split} waits: {error}")
@@ -241,6 +250,11 @@ class Watcher:
         self.say(f"evaluation of {one.model} on {one.split} failed: {reason}")
 
 
+def of_evaluation(cluster: Cluster) -> Cluster:
+    """The resources of an evaluation's job, which is one process, from a profile."""
+    return cluster.replace(nodes=1, processes=1)
+
+
 def watch(folder: Path) -> int:
     """Watch the runs of a job's folder until they have ended and are evaluated. Returns EXIT_UNSCORED if an evaluation
     failed for good, otherwise 0."""
@@ -252,7 +266,7 @@ def watch(folder: Path) -> int:
     left = True
     while left:
         if time.time() > asked + ASK_SECONDS:
-            with contextlib.suppress(UserError):  # the controller does not answer
+            with contextlib.suppress(UserError, OSError):  # the controller or the file system does not answer
                 now = time.time()
                 queue = run_jobs.in_queue([*training])
                 training = {run: run in queue or living_holder(run) is not None for run in training}
@@ -262,7 +276,7 @@ def watch(folder: Path) -> int:
         for one in watchers:
             try:
                 left |= one.look(training[one.run], jobs, asked)
-            except UserError as error:  # the recipe cannot be read while it is written
+            except (UserError, OSError) as error:  # the recipe is being written, the disk is full, …
                 say(str(error))
                 left = True
         if left:

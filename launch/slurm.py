@@ -77,6 +77,8 @@ def submit(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> list
     """
     _check(runs, cluster)
     evaluation = clusters.find(cluster.evaluation, "evaluation:") if cluster.evaluation else None
+    if evaluation is not None:  # before anything is queued, as the watcher could not submit the jobs either
+        batch_script.cores_per_node(evaluation_jobs.of_evaluation(evaluation))
     with _private_files(), _one_at_a_time(Path(runs[0].run).parent / JOBS):
         for recipe in runs:
             run_jobs.check_cluster(Path(recipe.run))

@@ -63,15 +63,15 @@ def cluster_name() -> str:
 
 
 def states_of(names: Iterable[str]) -> dict[str, list[Queued]]:
-    """{name: this user's jobs of that name} that Slurm still knows. The names hold no comma and no |."""
-    wanted = [*names]
-    if not wanted:
+    """{name: this user's jobs of that name that Slurm still knows, [] if there are none}, for each of the names. They
+    hold no comma and no |."""
+    out: dict[str, list[Queued]] = {name: [] for name in names}
+    if not out:
         return {}
-    words = ("--noheader", "--me", "--states=all", f"--name={','.join(wanted)}", "--format=%i|%T|%r|%N|%S|%j")
-    out: dict[str, list[Queued]] = {}
+    words = ("--noheader", "--me", "--states=all", f"--name={','.join(out)}", "--format=%i|%T|%r|%N|%S|%j")
     for row in (line.split("|") for line in ask("squeue", *words).splitlines()):
-        if len(row) == 6:
-            out.setdefault(row[5], []).append(Queued(*row[1:5]))
+        if len(row) == 6 and row[5] in out:
+            out[row[5]].append(Queued(*row[1:5]))
     return out
 
 

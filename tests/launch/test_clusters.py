@@ -133,6 +133,18 @@ def test_a_cluster_that_is_not_there(profiles: Path):
 
 
 # ---------------------------------------------------------------- the batch script
+def test_a_profile_of_evaluation_jobs_without_cores_is_refused_before_submission(
+    profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its cores are the share of the GPUs, which nobody knows without sinfo; the watcher would learn that in its job."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(slurm, "_check", lambda runs, cluster: None)
+    clusters.file().write_text("small: {gpus: 1, hours: 1}")
+    with pytest.raises(UserError, match=r"cpus is not given, and sinfo .* is not installed here"):
+        slurm.submit([load("demo", [f"run={tmp_path}/runs/a"])], Cluster(evaluation="small"))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_batch_script_holds_all_options(profiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     run = tmp_path / "a run"
     words = ["parallel.mode=ddp", "data.train=x", f"run={run}", "data.batch=128"]

@@ -364,7 +364,7 @@ def test_evaluations_whose_jobs_sbatch_refuses_are_recorded_as_failed(
     cluster: SlurmCluster, finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """When the run has ended, and sbatch has been asked several times."""
-    for name, value in (("MAX_REFUSALS", 2), ("REFUSED_SECONDS", 0.0), ("POLL", 0.1)):
+    for name, value in (("MAX_REFUSALS", 2), ("REFUSED_SECONDS", 0.0), ("POLL", 0.1), ("ASK_SECONDS", 0.5)):
         monkeypatch.setattr(evaluation_jobs, name, value)
     run, job = evaluation_folder(finished, shards, tmp_path, partition="nowhere")
     assert evaluation_jobs.watch(job) == EXIT_UNSCORED and jobs_in_queue(cluster) == []
