@@ -40,11 +40,19 @@ from pretrain.run_log import Log, frozen_parts
 
 def convert_image_folders(cfg: Recipe) -> None:
     """Replace folders of images in the recipe by shards that are built from them. Called before the process group
-    exists, because building may take longer than its time-out of half an hour."""
+    exists, because building may take longer than its time-out of half an hour. Collective: every rank must call it; an
+    error on one rank is raised on all."""
+    error: UserError | None = None
     try:
         image_folders.use_shards(cfg, output.say if processes.rank() == 0 else lambda line: None)
-    except UserError as error:
-        raise processes.raised_by_all(error) from None
+    except UserError as own:
+        error = own
+
+    def raise_own() -> None:
+        if error is not None:
+            raise error
+
+    processes.on_every_rank(raise_own)  # after the build, because a rank waits for the others for half an hour at most
 
 
 def log_datasets(samples: Sequence[Dataset], say: Log) -> None:

@@ -72,6 +72,7 @@ def _load(backbone: Backbone, source: Source, origin: str) -> None:
     from which the backbone was built."""
     state = _fitting_tensors(backbone.state_dict(), backbone.cfg, source, origin)
     backbone.load_state_dict(state)
+    backbone.loaded = True
     record(source, f"the backbone {source.cfg.name}", state)
 
 

@@ -5,7 +5,7 @@
     loss = ctr(q_1, k_2) + ctr(q_2, k_1)
     after each step: θ' ← m θ' + (1 − m) θ
 
-There is no queue. The patch embedding of a ViT keeps its random weights (§4.2), which makes the training stable; the
+There is no queue. The patch embedding of a ViT keeps its first weights (§4.2), which makes the training stable; the
 paper adds fixed positions (`model.positions: sincos`). For a ResNet the paper has two layers in the projector, no norm
 after the predictor, and τ = 1.
 
@@ -41,7 +41,8 @@ class Config(TwoViews):
     head_outputs: int = option(256, low=1)  # P, the width of what is compared
     projector_layers: int = option(3, low=1)  # linear layers of the projector; ResNet: 2
     predictor_norm: bool = True  # a batch norm without parameters after the predictor; ResNet: false
-    freeze_patch_embed: bool = True  # whether the patch embedding of a ViT keeps its random weights
+    # whether the patch embedding of a ViT keeps its first weights: random ones, or those of `init.backbone`
+    freeze_patch_embed: bool = True
     # m, the share of its weights that the momentum encoder keeps in a step
     momentum: Literal["auto"] | Schedule = option(
         lambda: Schedule(0.99, kind="cosine", final=1.0), low=0, high=1, auto=momentum
@@ -63,11 +64,17 @@ class MoCoV3(Objective):
         projector = MLPHead(body.embed_dim, *between, outputs, last_norm=True)
         self.query = nn.ModuleDict({"backbone": body, "projector": projector})
         self.predictor = MLPHead(outputs, hidden, outputs, last_norm=cfg.predictor_norm)
-        embed: Any = getattr(body, "patch_embed", None)  # only a ViT has one
+        embed: Any = getattr(body, "patch_embed", None)  # only our ViT has one
+        if cfg.freeze_patch_embed and embed is None and any("patch_embed" in name for name, _ in body.named_modules()):
+            raise ValueError(
+                f"objective.freeze_patch_embed = true: the patch embedding of model.name = {body.cfg.name} cannot be"
+                " frozen; write objective.freeze_patch_embed=false, or choose a ViT (model=vit_small)"
+            )
         self.frozen = [embed] if cfg.freeze_patch_embed and embed is not None else []
         for layer in self.frozen:
-            bound = math.sqrt(6 / (layer.weight[0].numel() + body.embed_dim))
-            nn.init.uniform_(layer.weight, -bound, bound)  # Xavier, as published
+            if not body.loaded:
+                bound = math.sqrt(6 / (layer.weight[0].numel() + body.embed_dim))
+                nn.init.uniform_(layer.weight, -bound, bound)  # Xavier, as published
             layer.requires_grad_(False)
         self.key = make_teacher(self.query, batch_statistics=True).eval()
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from common import config
 from common.errors import ConfigError, run_main
 from launch.local import environments, wait
-from pretrain import run_startup
+from pretrain import image_folders, run_startup
 from pretrain import train as training
 from pretrain.parallel import processes, timeouts
 from pretrain.parallel.device import pick_device
@@ -108,11 +108,12 @@ def fail_on_rank_1(path: str, where: str) -> int:
         raise ConfigError("there is no such thing on this machine")
 
     if processes.rank() == 1:
-        setattr(run_startup if where == "build_objective" else training, where, missing)
+        places: dict[str, Any] = {"build_objective": run_startup, "use_shards": image_folders}
+        setattr(places.get(where, training), where, missing)
     return run_main(lambda: training._train_only(recipe.load(path)) and 0)
 
 
-@pytest.mark.parametrize("where", ["pick_device", "open_samples", "build_objective", "check_engine"])
+@pytest.mark.parametrize("where", ["use_shards", "pick_device", "open_samples", "build_objective", "check_engine"])
 def test_an_error_of_one_rank_ends_all_at_once(where: str, shards: Path, tmp_path: Path):
     """Before the process group exists and afterwards: no rank waits for a time-out, and the error is printed once."""
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "parallel.mode=ddp")

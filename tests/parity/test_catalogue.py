@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from common.schedules import Schedule
 from data_pipeline.views import multicrop, two_views
 from data_pipeline.views.augmentations import Augment
+from pretrain.build import build_objective
+from pretrain.interchange import export
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.objectives import finder
@@ -31,6 +34,7 @@ from pretrain.ops.heads import MLPHead, Prototypes
 from pretrain.ops.self_distillation import dino_terms
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.ops.sync_norm import BatchNorm
+from tests.conftest import tiny_recipe
 from tests.parity.test_losses import (
     as_it_is,
     assert_same,
@@ -272,6 +276,30 @@ def test_moco_v3_keeps_its_patch_embedding():
     assert not embed.weight.requires_grad and not embed.training and model.query["backbone"].training
     assert free.query["backbone"].patch_embed.weight.requires_grad
     assert not any("frozen" in key for key in model.state_dict())
+
+
+def test_moco_v3_keeps_a_patch_embedding_that_was_loaded(tmp_path: Path):
+    loaded = ["model.depth=1", f"init.backbone={tmp_path / 'vit'}"]
+    cfg = tiny_recipe("moco_v3", tmp_path, tmp_path / "run", *loaded)
+    torch.manual_seed(1)
+    body = build_model(cfg.model)
+    export.write(tmp_path / "vit", body, {"step": 1, "objective": "mae", "pool": "cls"}, [0.5] * 3, [0.25] * 3)
+    model: Any = build_objective(cfg, start=True)
+    for encoder in (model.query["backbone"], model.key["backbone"]):
+        assert torch.equal(encoder.patch_embed.weight, body.patch_embed.weight)
+        assert not encoder.patch_embed.weight.requires_grad
+
+
+def test_moco_v3_cannot_freeze_the_patch_embedding_of_timm():
+    vit, convolutions = (presets.Timm(name, image_size=32) for name in ("vit_tiny_patch16_224", "resnet10t"))
+    vit.name = "timm"
+    cls, cfg = finder.find("moco_v3"), finder.config_class("moco_v3")[0]
+    with pytest.raises(
+        ValueError, match=r"of model\.name = timm cannot be frozen; write objective\.freeze_patch_embed=false"
+    ):
+        cls(cfg(**SMALL), lambda **changes: build_model(vit, **changes))
+    cls(cfg(**SMALL, freeze_patch_embed=False), lambda **changes: build_model(vit, **changes))
+    cls(cfg(**SMALL), lambda **changes: build_model(convolutions, **changes))
 
 
 # ---------------------------------------------------------------- after a step
