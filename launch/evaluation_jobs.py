@@ -22,15 +22,16 @@ from typing import Any
 from common import build_config
 from common.errors import UserError, run_main
 from common.line_file import LineFile
-from common.output import say
+from common.output import printable, say
 from eval import results
 from launch import batch_script, run_jobs, slurm_client, snapshot
 from launch.clusters import Cluster
 from launch.due_evaluations import due, name_of
 from launch.rank_records import END, read_record, record
 from pretrain.recipes.recipe import stored
+from pretrain.run_folder.marker import run_identity
 from pretrain.run_folder.run_lock import Lock, living_holder
-from pretrain.run_folder.written_files import EVALUATIONS, RECIPE
+from pretrain.run_folder.written_files import EVALUATION_ENDS, EVALUATION_RECORDS, EVALUATIONS, RECIPE, matches
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED
 
 ATTEMPTS = 3  # of an evaluation, after which it is recorded as failed
@@ -39,7 +40,8 @@ ASK_SECONDS = 15.0  # between two questions to Slurm
 REFUSED_SECONDS = 60.0  # between two attempts to submit, after sbatch has refused
 MAX_REFUSALS = 10  # in a row, after which an ended run's evaluations are recorded as failed
 RESTARTS = 3  # how often a watcher that has died is started again in its job
-REQUEUE_SECONDS = 120.0  # that Slurm has to end a job that is requeued
+RESTART_SECONDS = 5.0  # before it is started again, as a file system may need time to recover
+GRACE_SECONDS = 5.0  # in which a watcher that is asked to end releases its locks; then it is killed
 WATCHER = "watch.json"  # file in the job's folder: the id of the watcher's job
 SMALL = {"nodes": 1, "gpus": 0, "processes": 1, "cpus": 1, "memory_gb": 2.0, "container": "", "mounts": []}  # watcher
 
@@ -70,10 +72,16 @@ def submit_watcher(folder: Path) -> list[str]:
 def _forget_ended(run: Path) -> None:
     """Delete the records of evaluations that have failed, or ended without a row, so that a new watcher starts them
     again."""
-    folder = run / EVALUATIONS
-    for path in [*folder.glob("*.json")] if folder.is_dir() else []:
-        if path.name.endswith(END) or read_record(path).get("failed") or (folder / f"{path.stem}{END}").exists():
-            path.unlink(missing_ok=True)
+    records, ends = _files(run, EVALUATION_RECORDS), _files(run, EVALUATION_ENDS)
+    ended = {path.name.removesuffix(END) for path in ends}
+    for path in [*(path for path in records if path.stem in ended or read_record(path).get("failed")), *ends]:
+        path.unlink(missing_ok=True)
+
+
+def _files(run: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files of a run that match one of the patterns of `written_files`; other files there are the user's."""
+    found = (run / EVALUATIONS).glob("*.json")
+    return sorted(path for path in found if any(matches((EVALUATIONS, path.name), (*p.split("/"),)) for p in patterns))
 
 
 def watch_job(folder: str) -> None:
@@ -86,15 +94,19 @@ def watch_job(folder: str) -> None:
         while watcher.poll() is None and not asked:
             time.sleep(0.2)
         if asked:
+            watcher.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                watcher.wait(GRACE_SECONDS)
             watcher.kill()
             watcher.wait()
-            slurm_client.ask("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
-            time.sleep(REQUEUE_SECONDS)  # Slurm ends this process
+            slurm_client.repeated(lambda: slurm_client.ask("scontrol", "requeue", os.environ["SLURM_JOB_ID"]), say)
+            time.sleep(slurm_client.REQUEUE_SECONDS)  # Slurm ends this process
             sys.exit(EXIT_STOPPED)
         code = watcher.returncode
         if code in (0, 2, EXIT_UNSCORED):
             break
         say(f"the watcher ended with code {code}; it is started again", file=sys.stderr)
+        time.sleep(RESTART_SECONDS)
     sys.exit(code if code >= 0 else 128 - code)
 
 
@@ -121,6 +133,8 @@ class Watcher:
     def __init__(self, run: Path, folder: Path, cluster: Cluster):
         self.run, self.folder, self.cluster = run, folder, cluster
         self.records = run / EVALUATIONS
+        self.log = LineFile(run / "log.txt")
+        self.identity = ""  # of the run at the first look; a run that overwrites it has another one
         self.lock: Lock | None = None
         self.open: list[Evaluation] = []  # evaluations without rows that have not failed for good
         self.refused_at, self.refusal, self.refusals = float("-inf"), "", 0  # of sbatch, in a row
@@ -128,7 +142,7 @@ class Watcher:
 
     def say(self, line: str) -> None:
         say(line)
-        LineFile(self.run / "log.txt").add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self.log.add(printable(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}") + "\n")
 
     def look(self, training: bool, jobs: Jobs, asked: float) -> bool:
         """Submit what is due, and see to jobs that have ended. Returns whether anything is left to do.
@@ -136,7 +150,14 @@ class Watcher:
         `training`: whether the run may write further exports. `jobs`: {name: jobs} for `names`, as Slurm knew them at
         the time `asked`.
         """
-        if not (self.run / RECIPE).is_file() or not self._locked():
+        if not (self.run / RECIPE).is_file():
+            return training
+        identity = run_identity(self.run)["id"]
+        if identity != (self.identity or identity):
+            self.release()  # for the watcher of the new run
+            return False
+        self.identity = identity
+        if not self._locked():
             return training
         self.open = self._find_open()
         is_refused = not training and self.refusals >= MAX_REFUSALS
@@ -162,7 +183,13 @@ class Watcher:
                 self.records.mkdir(exist_ok=True)
                 lock.take(self.records)
                 self.lock = lock
-        return self.lock is not None
+        return self.lock is not None and not self.lock.taken_over
+
+    def release(self) -> None:
+        """Release the lock, if this watcher has it."""
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = None
 
     def _job_name(self, one: Evaluation, attempt: int) -> str:
         """The name of a job, by which squeue finds it although this process was killed before it recorded the id. It
@@ -227,7 +254,8 @@ class Watcher:
         path = self.records / f"{one.name}.json"
         logs = self.folder / EVALUATIONS
         logs.mkdir(exist_ok=True)
-        name, arguments = self._job_name(one, attempt), (self.folder, self.run, one.model, one.step, one.split, attempt)
+        name = self._job_name(one, attempt)
+        arguments = (self.folder, self.run, self.identity, one.model, one.step, one.split, attempt)
         try:
             executor = batch_script.executor(
                 name, logs, snapshot.write(self.folder.parent), of_evaluation(self.cluster)
@@ -264,54 +292,59 @@ def watch(folder: Path) -> int:
     asked, training = 0.0, dict.fromkeys((one.run for one in watchers), True)
     jobs: Jobs = {}
     left = True
-    while left:
-        if time.time() > asked + ASK_SECONDS:
-            with contextlib.suppress(UserError, OSError):  # the controller or the file system does not answer
-                now = time.time()
-                queue = run_jobs.in_queue([*training])
-                training = {run: run in queue or living_holder(run) is not None for run in training}
-                jobs = slurm_client.states_of(name for one in watchers for name in one.names())
-                asked = now
-        left = False
+    try:
+        while left:
+            if time.time() > asked + ASK_SECONDS:
+                with contextlib.suppress(UserError, OSError):  # the controller or the file system does not answer
+                    now = time.time()
+                    queue = run_jobs.in_queue([*training])
+                    training = {run: run in queue or living_holder(run) is not None for run in training}
+                    jobs = slurm_client.states_of(name for one in watchers for name in one.names())
+                    asked = now
+            left = False
+            for one in watchers:
+                try:
+                    left |= one.look(training[one.run], jobs, asked)
+                except (UserError, OSError) as error:  # the recipe is being written, the disk is full, …
+                    say(str(error))
+                    left = True
+            if left:
+                time.sleep(POLL)
+    finally:  # also at SIGTERM: the next watcher need not wait until the locks are stale
         for one in watchers:
-            try:
-                left |= one.look(training[one.run], jobs, asked)
-            except (UserError, OSError) as error:  # the recipe is being written, the disk is full, …
-                say(str(error))
-                left = True
-        if left:
-            time.sleep(POLL)
-    for one in watchers:
-        if one.lock is not None:
-            one.lock.release()
+            one.release()
     return EXIT_UNSCORED if any(failed(one.run) for one in watchers) else 0
 
 
 def failed(run: Path) -> list[str]:
     """The names of the evaluations of a run that have failed for good."""
-    records = (run / EVALUATIONS).glob("*.json")
-    return sorted(path.stem for path in records if read_record(path).get("failed"))
+    return [path.stem for path in _files(run, EVALUATION_RECORDS) if read_record(path).get("failed")]
 
 
 # ---------------------------------------------------------------- an evaluation's job
-def evaluation_job(folder: str, run: str, model: str, step: str, split: str, attempt: str) -> None:
+def evaluation_job(folder: str, run: str, identity: str, model: str, step: str, split: str, attempt: str) -> None:
     """Evaluate one export in a job; submitit calls this in the batch script. How it ended is recorded for the watcher;
-    a job that Slurm ends, for example to requeue it, records nothing."""
+    a job that Slurm ends, for example to requeue it, records nothing, nor does one whose run was overwritten.
+
+    `identity`: of the run, when the job was submitted.
+    """
     one = Evaluation(model, int(step), split)
     job = json.loads((Path(folder) / "job.json").read_text())
     cluster: Cluster = build_config.build(Cluster, job["evaluation"], {})
     nodes = slurm_client.ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     words = batch_script.srun(cluster, nodes, 1, batch_script.cores_of_job())
-    words += [batch_script.python(cluster), "-P", "-m", "launch.watch", run, model, step, split]
+    words += [batch_script.python(cluster), "-P", "-m", "launch.watch", run, model, step, split, identity]
     done = subprocess.run(words, stderr=subprocess.PIPE, text=True, errors="replace")
     say(*done.stderr.splitlines())
     reason = batch_script.error_lines(done.stderr) or f"it ended with code {done.returncode}"
     path = Path(run) / EVALUATIONS / f"{one.name}{END}"
-    record(path, attempt=int(attempt), code=done.returncode, reason=reason if done.returncode else "")
+    if run_identity(Path(run))["id"] == identity:
+        record(path, attempt=int(attempt), code=done.returncode, reason=reason if done.returncode else "")
     sys.exit(done.returncode)
 
 
 if __name__ == "__main__":
     from launch.evaluation_jobs import watch as watch_runs  # not of __main__, whose functions no job would find
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
     sys.exit(run_main(lambda: watch_runs(Path(sys.argv[1]))))

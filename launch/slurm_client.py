@@ -6,12 +6,17 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from common.errors import UserError
 
 TIMEOUT = 60.0  # seconds that a command of Slurm may take
+REPEAT_SECONDS = 300.0  # for which a request is repeated while Slurm's controller does not answer
+REQUEUE_SECONDS = 120.0  # that Slurm has to end a job that is requeued
+T = TypeVar("T")
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING")
 ACTIVE = ("RUNNING", "COMPLETING", *WAITING)  # states of jobs that run, wait, or will be started again
 
@@ -28,6 +33,20 @@ def ask(*command: str) -> str:
     except subprocess.CalledProcessError as error:
         problem = f"failed: {' '.join(error.stderr.split()) or f'code {error.returncode}'}"
     raise UserError(f"{' '.join(command[:3])}: {problem}")
+
+
+def repeated(request: Callable[[], T], say: Callable[[str], None]) -> T:
+    """The result of a request to Slurm, which is repeated for REPEAT_SECONDS if it fails, because the controller may be
+    restarting. Raises the UserError of the last request. `say` writes a line to a log."""
+    deadline = time.monotonic() + REPEAT_SECONDS
+    while True:
+        try:
+            return request()
+        except UserError as error:
+            if time.monotonic() > deadline:
+                raise
+            say(f"{error}; trying again")
+            time.sleep(10.0)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from common import build_config
 from common.errors import ConfigError, UserError, run_main
@@ -43,13 +42,11 @@ POLL_SECONDS = 0.5  # time between two checks of the ranks
 GRACE_SECONDS = 5.0  # time in which the other ranks may end after one has failed; then they are killed
 CHECK_SECONDS = 30.0  # time limit of the check of a node
 CONTAINER_CHECK_SECONDS = 600.0  # the same with a container, whose image may have to be fetched first
-SLURM_SECONDS = 300.0  # time for which a request is repeated while Slurm's controller does not answer
-REQUEUE_SECONDS = 120.0  # time that Slurm has to end a job that is requeued
 EXIT_REFUSED = 2  # exit code of a trainer that refuses to start until the user changes something
+STEP_ENDED = ("Invalid job id", "already completing")  # errors of scancel about a step that has ended
 LOG_LINES = 6  # number of lines from the log of a failed rank in the message about it
 STOP = "stop"  # name of the file in the job's folder with which `unlabeled stop` prevents that the job is requeued
 EXCLUDED_SECONDS = 86400.0  # time for which a requeued job excludes a node that failed the check
-T = TypeVar("T")
 
 
 def supervise(folder: str, number: int) -> None:
@@ -210,9 +207,18 @@ class Supervisor:
 
     def end(self, step: subprocess.Popen, folder: Path) -> None:
         """Kill all ranks of a step, even suspended ones, and `srun` itself, which would wait for lost nodes."""
-        if name := next((rank["step"] for rank in ranks_of(folder).values()), None):
-            with contextlib.suppress(UserError):
+        name = next((rank["step"] for rank in ranks_of(folder).values()), None)
+
+        def kill() -> None:
+            try:
                 slurm_client.ask("scancel", "--signal=KILL", f"{self.job}.{name}")
+            except UserError as error:
+                if step.poll() is None and not any(words in str(error) for words in STEP_ENDED):
+                    raise
+
+        if name is not None:
+            with contextlib.suppress(UserError):
+                slurm_client.repeated(kill, self.say)
         try:
             step.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -278,32 +284,19 @@ class Supervisor:
         """Put the job back into the queue, and exclude the nodes that failed the check. Slurm then ends this
         process."""
         self.say(f"requeues itself after {last_step(self.run)} steps")
-        queued = self.repeated(lambda: slurm_client.jobs([self.name])).get(self.name)
+        queued = slurm_client.repeated(lambda: slurm_client.jobs([self.name]), self.say).get(self.name)
         if queued is not None and queued.state != "RUNNING":
             return 0  # Slurm has cancelled or preempted the job, and requeues it if necessary
-        self.repeated(lambda: slurm_client.ask("scontrol", "requeue", self.job))
+        slurm_client.repeated(lambda: slurm_client.ask("scontrol", "requeue", self.job), self.say)
         earliest = time.time() - EXCLUDED_SECONDS
         if bad_nodes := [node for node, failed_at in self.state["bad_nodes"].items() if failed_at > earliest]:
             excluded = ",".join(filter(None, (self.cluster.exclude, *sorted(bad_nodes))))
             with contextlib.suppress(UserError):
                 slurm_client.ask("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={excluded}")
-        received, deadline = len(self.signals), time.monotonic() + REQUEUE_SECONDS
+        received, deadline = len(self.signals), time.monotonic() + slurm_client.REQUEUE_SECONDS
         while len(self.signals) == received and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         return EXIT_STOPPED
-
-    def repeated(self, request: Callable[[], T]) -> T:
-        """The result of a request to Slurm, which is repeated for SLURM_SECONDS if it fails, because the controller may
-        be restarting. Raises the UserError of the last request."""
-        deadline = time.monotonic() + SLURM_SECONDS
-        while True:
-            try:
-                return request()
-            except UserError as error:
-                if time.monotonic() > deadline:
-                    raise
-                self.say(f"{error}; trying again")
-                time.sleep(10.0)
 
     @property
     def name(self) -> str:

@@ -2,8 +2,8 @@
 an evaluation nor ends if an evaluation fails.
 
 `python -m launch.watch RUN` evaluates the exports that exist, and waits for further ones until its standard input is
-closed, which happens when the training has ended. `python -m launch.watch RUN MODEL STEP SPLIT` runs one evaluation, for
-a job of its own (`launch.evaluation_jobs`).
+closed, which happens when the training has ended. `python -m launch.watch RUN MODEL STEP SPLIT IDENTITY` runs one evaluation,
+for a job of its own (`launch.evaluation_jobs`), unless the run has another identity than when the job was submitted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from eval.run import TEXT, evaluate
 from launch.due_evaluations import due, name_of
 from pretrain.interchange import model_card
 from pretrain.recipes.recipe import Recipe, stored
+from pretrain.run_folder.marker import run_identity
 from pretrain.signals import EXIT_UNSCORED
 
 SAMPLE_TOKENS = 100  # number of tokens that a language model generates for each prompt
@@ -36,12 +37,13 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
 
     Nothing is written if another process has completed this evaluation in the meantime.
     """
-    cfg = recipe.eval
+    cfg, identity = recipe.eval, run_identity(run)["id"]
     gallery, query = (cfg.gallery, cfg.val) if split == "val" else (cfg.test_gallery or cfg.gallery, cfg.test)
     names = cfg.periodic if split == "val" else cfg.final
     baseline = model in ("pixels", "bytes")
     names = [name for name in names if not baseline or name not in TEXT]
     rows = evaluate(model, names, gallery, query, split, cfg.image_size, device=device)
+    _check_identity(run, identity)
     if rows and not results.append_new(run / "results.jsonl", rows):
         return
     if not baseline:
@@ -57,6 +59,12 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
         model_card.write(Path(model))
 
 
+def _check_identity(run: Path, identity: str) -> None:
+    """Raises UserError if the run that had this identity was overwritten."""
+    if run_identity(run)["id"] != identity:
+        raise UserError(f"{run}: was overwritten since the evaluation began, whose scores are dropped")
+
+
 def samples(folder: Path, step: int, prompts: list[str]) -> list[dict[str, Any]]:
     """The text with which an exported language model continues each prompt, as rows of samples.jsonl."""
     from eval.generate import Sampling, text
@@ -65,8 +73,9 @@ def samples(folder: Path, step: int, prompts: list[str]) -> list[dict[str, Any]]
     return [{"step": step, "prompt": prompt, "text": "".join(text(folder, prompt, sampling))} for prompt in prompts]
 
 
-def evaluate_one(run: Path, model: str, step: int, split: str) -> int:
-    """Run one evaluation, unless results.jsonl has its rows. Returns 0."""
+def evaluate_one(run: Path, model: str, step: int, split: str, identity: str) -> int:
+    """Run one evaluation, unless results.jsonl has its rows. Returns 0. Raises UserError if the run with this identity
+    was overwritten."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
@@ -75,7 +84,9 @@ def evaluate_one(run: Path, model: str, step: int, split: str) -> int:
     if (name_of(model), step, split) in results.evaluated(run / "results.jsonl"):
         return 0
     torch.set_num_threads(threads(1))
-    recipe, board = stored(run), SummaryWriter(str(run / "tensorboard"))
+    recipe = stored(run)
+    _check_identity(run, identity)
+    board = SummaryWriter(str(run / "tensorboard"))
     score(run, recipe, model, step, split, board, recipe.eval.device)
     board.close()
     return 0
@@ -129,5 +140,5 @@ def _input_closed(wait: float) -> bool:
 if __name__ == "__main__":
     child_signals.ignore()  # the parent process handles signals, and ends this process
     if len(sys.argv) > 2:
-        sys.exit(run_main(lambda: evaluate_one(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])))
+        sys.exit(run_main(lambda: evaluate_one(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])))
     sys.exit(run_main(lambda: watch(Path(sys.argv[1]))))

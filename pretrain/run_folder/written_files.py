@@ -18,6 +18,8 @@ MARKER, RECIPE, LOCK = ".run.json", "recipe.yaml", ".run.lock"
 FLOPS = "flops.json"  # the FLOPs of a step, which were traced for the recipe
 FORMER_RECIPE = ".recipe.before.yaml"  # copy of recipe.yaml before a command changed it, see `recipe_file.py`
 EVALUATIONS = "evaluations"  # folder with what launch/evaluation_jobs.py has done, one file for each evaluation
+EVALUATION_RECORDS = tuple(f"{EVALUATIONS}/*-#-{split}.json" for split in ("val", "test"))
+EVALUATION_ENDS = tuple(f"{EVALUATIONS}/*-#-{split}.end.json" for split in ("val", "test"))
 JOB = "job.json"  # the job of a cluster that trains the run, see launch/slurm.py
 
 EXPORT_FORMAT_FILES: dict[str, tuple[str, ...]] = {  # {export format: the files that it adds to an export}
@@ -40,7 +42,9 @@ RUN_FILES = (
     *("metrics.jsonl", "metrics.jsonl.#-#.partial", "streams.jsonl", "skipped.jsonl", "results.jsonl", "samples.jsonl"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.json.#-#.partial", "tokenizer_config.json.#-#.partial"),
     *(JOB, f"{JOB}.#-#.partial"),
-    *(f"{EVALUATIONS}/{file}" for file in ("*.json", "*.partial", LOCK, f"{LOCK}.*")),
+    *(EVALUATION_RECORDS + EVALUATION_ENDS),
+    *(file.replace(".json", ".partial") for file in EVALUATION_RECORDS + EVALUATION_ENDS),
+    *(f"{EVALUATIONS}/{file}" for file in (LOCK, f"{LOCK}.*")),
     *("tensorboard/events.out.tfevents.*", "data/#.json", "data/#.json.#-#.partial"),
     *("damaged/damaged-#.jsonl", "pictures/*-#########.png"),
     *(f"export/{step}/{file}" for step in ("#", ".#.partial", "*/#", "*/.#.partial") for file in EXPORT_FILES),

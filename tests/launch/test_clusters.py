@@ -325,7 +325,7 @@ def test_a_requeued_job_does_without_all_nodes_that_it_has_lost(
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(slurm_client, "ask", lambda *words: asked.append(words) or "")
     monkeypatch.setattr(slurm_client, "jobs", lambda ids: {})
-    monkeypatch.setattr(supervisor, "REQUEUE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_client, "REQUEUE_SECONDS", 0.0)
     now = time.time()
     alone.update_state(bad_nodes={"n1": now - 100000, "n2": now - 1000})
     again = supervisor.Supervisor(alone.folder.parent, 0)
@@ -367,11 +367,32 @@ def test_a_request_is_repeated_while_the_controller_does_not_answer(
             raise failures.pop()
         return "done"
 
-    assert alone.repeated(request) == "done" and not failures
+    assert slurm_client.repeated(request, alone.say) == "done" and not failures
     failures += [UserError("scontrol requeue 7: failed: no such job")]
-    monkeypatch.setattr(supervisor, "SLURM_SECONDS", -1.0)
+    monkeypatch.setattr(slurm_client, "REPEAT_SECONDS", -1.0)
     with pytest.raises(UserError, match="no such job"):
-        alone.repeated(request)
+        slurm_client.repeated(request, alone.say)
+
+
+@pytest.mark.parametrize(("error", "count"), [("did not answer in 60 s", 3), ("failed: Invalid job id specified", 1)])
+def test_the_end_of_a_step_is_asked_for_until_slurm_answers(
+    error: str, count: int, alone: supervisor.Supervisor, monkeypatch: pytest.MonkeyPatch
+):
+    step = subprocess.Popen(["sleep", "60"])
+    rank_records.record(alone.folder / "rank-0.json", rank=0, node="n1", step="3", pid=7)
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*words: str) -> str:
+        asked.append(words)
+        if len(asked) < 3:
+            raise UserError(f"scancel: {error}")
+        step.kill()
+        return ""
+
+    monkeypatch.setattr(slurm_client, "ask", ask)
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.1)
+    alone.end(step, alone.folder)
+    assert asked == [("scancel", "--signal=KILL", "7.3")] * count and step.poll() == -signal.SIGKILL
 
 
 def test_a_node_that_differs_or_is_slow_is_left_out(tmp_path: Path):

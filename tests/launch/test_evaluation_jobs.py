@@ -3,7 +3,11 @@ made to do so, and the commands of Slurm are scripts. tests/launch/test_slurm.py
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,12 +15,17 @@ from pathlib import Path
 import pytest
 
 from common import config
-from launch import evaluation_jobs
+from common.errors import UserError
+from launch import evaluation_jobs, watch
 from launch.clusters import Cluster
 from launch.rank_records import read_record, record
 from pretrain.recipes.recipe import load
+from pretrain.run_folder.marker import update_marker
 from pretrain.run_folder.recipe_file import write_recipe
-from pretrain.signals import EXIT_UNSCORED
+from pretrain.run_folder.run_lock import living_holder
+from pretrain.run_folder.written_files import RUN_FILES, delete_files
+from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED
+from tests.faults.test_kill import wait_for
 
 NAME = "pretrained-5-val"
 SQUEUE = """#!/bin/sh
@@ -125,3 +134,109 @@ def test_a_profile_of_which_no_script_can_be_made_fails_the_evaluations(scene: S
     (scene.folder / "bin" / "sinfo").chmod(0o755)
     assert evaluation_jobs.watch(scene.job) == EXIT_UNSCORED
     assert "cpus is not given, and sinfo" in scene.record()["failed"] and scene.submitted == 0
+
+
+def test_the_watcher_and_a_job_of_a_run_that_was_overwritten_leave_the_new_one_alone(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+):
+    watcher = evaluation_jobs.Watcher(scene.run, scene.job, Cluster(cpus=1))
+    assert watcher.look(True, {}, 0.0) and scene.submitted == 1
+    former = watcher.identity
+    update_marker(scene.run, id="f" * 32)
+    assert not watcher.look(True, {}, 0.0) and living_holder(scene.records) is None
+    monkeypatch.setattr(watch, "evaluate", lambda *_, **__: pytest.fail("it was evaluated"))
+    export = str(scene.run / "export" / "5")
+    with pytest.raises(UserError, match="was overwritten"):
+        watch.evaluate_one(scene.run, export, 5, "val", former)
+
+    def evaluate(*_: object, **__: object) -> list[dict]:
+        update_marker(scene.run, id="0" * 32)
+        return [{"model": "pretrained", "step": 5, "protocol": "knn", "split": "val", "metric": "accuracy", "value": 1}]
+
+    monkeypatch.setattr(watch, "evaluate", evaluate)
+    with pytest.raises(UserError, match="was overwritten"):
+        watch.evaluate_one(scene.run, export, 5, "val", "f" * 32)
+    assert not (scene.run / "results.jsonl").exists()
+    (scene.folder / "bin" / "scontrol").write_text("#!/bin/sh\necho n1\n")
+    (scene.folder / "bin" / "srun").write_text("#!/bin/sh\nexit 0\n")
+    for name in ("scontrol", "srun"):
+        (scene.folder / "bin" / name).chmod(0o755)
+    for name, value in (("SLURM_JOB_NODELIST", "n1"), ("SLURM_JOB_CPUS_PER_NODE", "1")):
+        monkeypatch.setenv(name, value)
+    for identity, written in ((former, False), ("0" * 32, True)):
+        with pytest.raises(SystemExit):
+            evaluation_jobs.evaluation_job(str(scene.job), str(scene.run), identity, export, "5", "val", "1")
+        assert (scene.records / f"{NAME}.end.json").exists() == written
+
+
+def test_a_watcher_that_another_one_has_replaced_submits_nothing(scene: Scene):
+    watcher = evaluation_jobs.Watcher(scene.run, scene.job, Cluster(cpus=1))
+    assert watcher._locked() and watcher.lock is not None
+    watcher.lock.taken_over = True
+    assert watcher.look(True, {}, 0.0) and scene.submitted == 0
+    watcher.release()
+
+
+def test_a_line_of_the_log_is_masked(scene: Scene):
+    evaluation_jobs.Watcher(scene.run, scene.job, Cluster()).say("failed: s3://me:secret@host/x\x1b[2J")
+    log = (scene.run / "log.txt").read_text()
+    assert log.endswith("failed: s3://***@host/x\\x1b[2J\n")
+
+
+def test_only_records_of_evaluations_are_deleted(scene: Scene):
+    """Others may keep files in RUN/evaluations/, too. What ended without a row is tried again in any order of names."""
+    records = {
+        f"{model}-{step}-{split}" for model in ("pretrained", "a.b") for step in (0, 5) for split in ("val", "test")
+    }
+    for number, name in enumerate(sorted(records)):
+        first, second = (".json", ".end.json") if number % 2 else (".end.json", ".json")
+        for end in (first, second):
+            (scene.records / f"{name}{end}").write_text('{"attempt": 1, "code": 0}')
+    (scene.records / "failed-7-val.json").write_text('{"failed": "x"}')
+    (scene.records / "running-7-val.json").write_text('{"attempt": 1}')
+    others = {"mine.json": '{"failed": "x"}', "mine.end.json": "{}", "5-val.json": "[]", "table.partial": ""}
+    for name, text in others.items():
+        (scene.records / name).write_text(text)
+    evaluation_jobs._forget_ended(scene.run)
+    assert evaluation_jobs.failed(scene.run) == []
+    assert {path.name for path in scene.records.iterdir()} == {*others, "running-7-val.json"}
+    for name in (".run.lock", f"{NAME}.json", f"{NAME}.end.json", f"{NAME}.partial", f"{NAME}.end.partial"):
+        (scene.records / name).touch()
+    delete_files(scene.run, RUN_FILES)
+    assert {path.name for path in scene.records.iterdir()} == {*others}
+
+
+WATCH_JOB = """
+import sys
+from launch import evaluation_jobs, slurm_client
+slurm_client.time.sleep = lambda seconds, sleep=slurm_client.time.sleep: sleep(min(seconds, 0.2))
+evaluation_jobs.watch_job(sys.argv[1])
+"""
+
+
+def test_a_watcher_that_is_requeued_releases_its_locks(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    """And its job asks again if the controller does not answer."""
+    record(scene.records / f"{NAME}.json", attempt=1, submitted=time.time() - 60, id="7")
+    scene.queue(NAME, attempt=1)
+    requeue = scene.folder / "bin" / "scontrol"
+    requeue.write_text(f"#!/bin/sh\necho $* >> {scene.folder}/asked\n[ $(wc -l < {scene.folder}/asked) -ge 3 ]\n")
+    requeue.chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    job = subprocess.Popen([sys.executable, "-c", WATCH_JOB, str(scene.job)])
+    assert wait_for(lambda: living_holder(scene.records) is not None, job)
+    job.send_signal(signal.SIGUSR2)
+    assert job.wait(30) == EXIT_STOPPED and not (scene.records / ".run.lock").exists()
+    assert (scene.folder / "asked").read_text() == "requeue 9\n" * 3
+
+
+def test_a_file_system_that_fails_for_a_moment_does_not_end_the_watcher(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    failures = [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.ESTALE, "Stale file handle")]
+
+    def fails_first(path: Path, **values: object) -> None:
+        if failures:
+            raise failures.pop()
+        record(path, **values)
+        scene.ends(NAME, 1)
+
+    monkeypatch.setattr(evaluation_jobs, "record", fails_first)
+    assert evaluation_jobs.watch(scene.job) == 0 and not failures and scene.submitted == 1
