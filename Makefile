@@ -5,9 +5,9 @@ READY := .venv/.ready
 READY_DEMO := .venv/.ready-demo
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
-# pytest-xdist: one worker for each core, in the order that tests/conftest.py gives
+# pytest-xdist: one worker for each core; tests/conftest.py sets the order of the tests
 WORKERS ?= $(shell nproc)
-# some tests mount small disks: where the user may not, in a namespace that he may mount in
+# Some tests mount small disks. A user who is not root runs them in a namespace in which mounting is allowed.
 SPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2>/dev/null && echo unshare -rm; })
 SPREAD := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
@@ -15,15 +15,16 @@ SPREAD := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 demo: $(READY_DEMO)
 	$(BIN)/unlabeled demo
 
-# Tests kill, time and starve real processes. What failed in the whole suite runs once more, alone, and is named: a fault of
-# the product fails again, and what passes now is a race that has to be found (CONTRIBUTING.md).
+# Tests kill real processes, measure their time and take resources from them. Tests that failed in the whole suite run
+# once more, alone, and are listed. A bug of the product makes them fail again; if they pass now, there is a race that has
+# to be found (CONTRIBUTING.md).
 AGAIN := --last-failed --last-failed-no-failures none --maxfail 1 -vv
 test: $(READY) lint slurm
 	@$(SPACE) $(PYTEST) $(SPREAD) || { code=$$?; [ $$code = 1 ] || exit $$code; \
 	  echo "These tests failed in the whole suite. They run once more, one after the other:"; \
 	  $(SPACE) $(PYTEST) $(AGAIN) && echo "FAILED ONCE, PASSED ALONE: the tests above. Each is a race to be found and mended."; }
 
-# Debian's packages of Slurm, for tests/launch/test_slurm.py: as root only; SLURM=no leaves them out
+# install Debian's packages of Slurm, for tests/launch/test_slurm.py: as root only; SLURM=no skips this
 SLURM ?= yes
 slurm: $(READY)
 	@[ "$(SLURM)" = no ] || $(BIN)/python -m tests.slurm
@@ -31,11 +32,11 @@ slurm: $(READY)
 test-quick: $(READY)
 	$(SPACE) $(PYTEST) $(SPREAD) -m "not slow"
 
-# what `make test` shows for one objective, mode or recipe of each property, for all the others
+# the cases that `make test` leaves out: it tests each property with one objective, mode or recipe, this with all others
 test-matrix: $(READY) slurm
 	$(SPACE) $(PYTEST) $(SPREAD) --matrix -m matrix
 
-# what only a GPU can show; ends at once on a machine without one
+# tests that need a GPU; fails at once on a machine without one
 test-gpu: $(READY)
 	$(PYTEST) tests/gpu --device cuda
 
@@ -56,13 +57,14 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unlabeled needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 
-# everything, for development: the pins as they stand
+# for development: all pinned packages
 $(READY): requirements.txt pyproject.toml | $(BIN)/python
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@ $(READY_DEMO)
 
-# what the demo needs, of the same pins; modules are compiled when they are first imported, as most never are
+# for the demo: only the packages that it needs, with the same pinned versions. Modules are not compiled to bytecode when
+# they are installed, because most of them are never imported.
 $(READY_DEMO): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "installing what the demo needs into .venv (2 to 3 minutes)"
 	@$(PIP) --no-compile --constraint requirements.txt setuptools
