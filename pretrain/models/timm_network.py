@@ -6,19 +6,33 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.models.layers import Backbone, Features
 from pretrain.models.presets import Timm
+from pretrain.ops.sync_norm import BatchNorm
+
+
+class BatchNormAct(BatchNorm):
+    """timm's BatchNormAct2d, a batch norm that is followed by dropout and an activation, over the samples of all
+    ranks."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
 
 
 class TimmNetwork(Backbone):
-    """Randomly initialised by timm. `optim.layer_decay` and `optim.patch_embed_lr` do not apply, because its layers are
+    """Randomly initialised by timm; its batch norms become ours, over the samples of all ranks. `optim.layer_decay` and `optim.patch_embed_lr` do not apply, because its layers are
     not known."""
 
     def __init__(self, cfg: Timm):
         super().__init__()
         self.cfg = cfg
         self.network: Any = create(cfg)
+        synchronise(self.network)
         self.embed_dim, self.image_size = self.network.num_features, cfg.image_size
         embed: Any = getattr(self.network, "patch_embed", None)
         is_vit = embed is not None and hasattr(self.network, "num_prefix_tokens")
@@ -74,6 +88,23 @@ def create(cfg: Timm, folder: str = "") -> nn.Module:
         return timm.create_model(name, img_size=cfg.image_size, dynamic_img_size=True, **common)
     except TypeError:  # no ViT
         return timm.create_model(name, **common)
+
+
+def synchronise(network: nn.Module) -> None:
+    """Replace the classes of the batch norms in a network of timm by ours. Parameters, buffers and their names do not
+    change. Raises ValueError for batch norms that ours cannot replace."""
+    from timm.layers import BatchNormAct2d
+
+    ours = {nn.BatchNorm1d: BatchNorm, nn.BatchNorm2d: BatchNorm, BatchNormAct2d: BatchNormAct}
+    for name, module in network.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        if type(module) not in ours or module.running_mean is None or module.momentum is None:
+            raise ValueError(
+                f"model.architecture: {name} is a {type(module).__name__} whose statistics cannot be those of all ranks;"
+                " choose an architecture without it"
+            )
+        module.__class__ = ours[type(module)]
 
 
 def _stride(network: Any) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import ConfigError, UserError
 from pretrain.build import build_objective, build_stream, open_samples, placed
@@ -17,11 +18,12 @@ from pretrain.interchange import export
 from pretrain.interchange.export import load as load_export
 from pretrain.interchange.export_formats import opened_by, release
 from pretrain.interchange.weight_sources import model_config
-from pretrain.models import presets
+from pretrain.models import presets, timm_network
 from pretrain.models.build import build_model
 from pretrain.ops.align import align_map, standardise
 from pretrain.ops.randomness import named_generator
 from pretrain.ops.relations import relation_loss
+from pretrain.ops.sync_norm import BatchNorm
 from pretrain.train import train
 from tests.conftest import tiny_recipe, variants
 from tests.parity.test_losses import assert_same, naive_dino, naive_ibot, naive_koleo, naive_sinkhorn, noise, normal
@@ -372,6 +374,25 @@ def test_networks_of_timm(tmp_path: Path, architecture: str):
     for options in ({"mask": torch.zeros(2, 4)}, {"layers": 2}):
         with pytest.raises(ValueError, match="a network of timm takes no mask"):
             body(x, **options)
+
+
+def test_batch_norms_of_timm():
+    """In one process they compute what timm's do, in training and in evaluation; others are refused."""
+    import timm
+
+    for architecture in ("test_resnet", "test_efficientnet"):
+        body: Any = build_model(presets.Timm(architecture, image_size=32))
+        theirs = timm.create_model(architecture, num_classes=0)
+        theirs.load_state_dict(body.network.state_dict())
+        x = torch.randn(4, 3, 32, 32)
+        for mode in (True, False):
+            assert torch.equal(body.train(mode)(x).cls, theirs.train(mode)(x))
+        assert all(torch.equal(theirs.state_dict()[k], v) for k, v in body.network.state_dict().items())
+        norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert norms and all(isinstance(m, BatchNorm) for m in norms)
+    for norm in (timm.layers.SplitBatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)):
+        with pytest.raises(ValueError, match=r"0 is a \w*BatchNorm2d whose statistics cannot be those of all ranks"):
+            timm_network.synchronise(nn.Sequential(norm))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 
 from pretrain import kernels
 from pretrain.kernels import batch_norm
+from pretrain.models import presets
+from pretrain.models.build import build_model
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.ops.contrastive import nt_xent
+from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.gather import gather, logsumexp_over_batch, sum_over_world, world
 from pretrain.ops.gram import gram_loss
 from pretrain.ops.koleo import koleo
@@ -137,6 +141,25 @@ def check_the_kernel_of_batch_norm() -> Result:
         rows += [value.detach(), for_x]
         means += [world()[1] * for_weight, world()[1] * for_bias]
         means += [norm.running_mean, norm.running_var, norm.num_batches_tracked.double()]
+    return {"rows": rows, "mean": means}
+
+
+def check_networks_of_timm() -> Result:
+    """Their batch norms, without and with an activation, use the samples of both processes; so do those of a teacher
+    in evaluation mode, which keeps statistics of its own."""
+    rows, means = [], []
+    for architecture in ("test_resnet", "test_efficientnet"):
+        torch.manual_seed(0)
+        body: Any = build_model(presets.Timm(architecture, image_size=32)).double().train()
+        teacher = make_teacher(body, batch_statistics=True).eval()
+        x = mine(normal(4, 3, 32, 32))
+        value, averaged = body(x).cls, teacher(x).cls
+        assert not torch.equal(next(teacher.buffers()), torch.zeros_like(next(teacher.buffers())))
+        ema_update(teacher, body, 0.9)
+        slope = mine(normal(4, value.shape[1], seed=1))
+        found = torch.autograd.grad((value * slope).sum(), list(body.parameters()))
+        rows += [value.detach(), averaged]
+        means += [*(world()[1] * g for g in found), *(b.double() for b in [*body.buffers(), *teacher.buffers()])]
     return {"rows": rows, "mean": means}
 
 
