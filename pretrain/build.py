@@ -146,7 +146,7 @@ def build_stream(
         data.shuffle,
         rank=processes.rank(),
         world=processes.world(),
-        accumulate=accumulation(cfg, objective.couples_batch, processes.world()),
+        accumulate=accumulation(cfg, objective.is_coupled(), processes.world()),
         phases=phases_of(cfg, samples),
         parts=objective.parts,
         reading=reading,

@@ -77,6 +77,7 @@ class Trace:
     collectives: dict[str, int] = field(default_factory=dict)  # {kind: bytes} of the objective's collectives
     # fp32 bytes of the matrices that the optimizer (Muon) sends to all ranks if each rank has all parameters
     exchanged: int = 0
+    coupled: bool = False  # `Objective.is_coupled`
 
 
 class _Real(TorchDispatchMode):
@@ -320,7 +321,7 @@ def _run(cfg: Recipe, micro: int, accumulate: int, memory: Memory, real: _Real) 
         unit.calls //= accumulate
     exchanged = real.collectives.get("all-gather", 0) - of_objective.get("all-gather", 0)
     of_objective = {name: size // accumulate for name, size in of_objective.items()}
-    return Trace(units, flops, memory.at_peak, of_objective, exchanged)
+    return Trace(units, flops, memory.at_peak, of_objective, exchanged, objective.is_coupled())
 
 
 def _units(objective: Objective) -> list[Unit]:

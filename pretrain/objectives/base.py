@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.config import Section
 from common.errors import ConfigError
@@ -53,8 +54,8 @@ class Objective(nn.Module):
     dropout and drop path.
     """
 
-    # Whether the loss of a sample depends on other samples of its batch. If so, gradient accumulation needs
-    # parallel.accumulate_coupled.
+    # Whether the loss of a sample depends on other samples of its batch, apart from batch norms of the networks
+    # (`is_coupled`). If so, gradient accumulation needs parallel.accumulate_coupled.
     couples_batch = False
     least_batch = 1  # smallest number of samples in one forward, over all ranks, for which the loss has a gradient
     # A scalar on the device: 1 if the optimizer has skipped this step, so that `after_step` must change nothing.
@@ -98,6 +99,11 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, detached scalars to log)."""
         raise NotImplementedError
+
+    def is_coupled(self) -> bool:
+        """Whether the loss of a sample depends on other samples of its batch: by the method (`couples_batch`), or by a
+        batch norm."""
+        return self.couples_batch or any(isinstance(module, _BatchNorm) for module in self.modules())
 
     def mean(self, total: Tensor, batch: Batch) -> Tensor:
         """The contribution of a micro-batch to the mean loss over the targets of the global batch, a scalar. `total`:

@@ -34,9 +34,9 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Judge = Callable[[Tensor], Tensor]  # gradient norm → a scalar on the device; 1.0 skips the update
 
 
-def accumulation(recipe: Recipe, couples_batch: bool, world: int = 1) -> int:
+def accumulation(recipe: Recipe, coupled: bool, world: int = 1) -> int:
     """The number of micro-batches per step and rank: data.batch / (world · parallel.micro_batch), or 1 if
-    `parallel.micro_batch` is null. Raises ConfigError."""
+    `parallel.micro_batch` is null. `coupled`: `Objective.is_coupled`. Raises ConfigError."""
     batch, micro = recipe.data.batch, recipe.parallel.micro_batch
     if micro is None:
         return 1
@@ -48,11 +48,11 @@ def accumulation(recipe: Recipe, couples_batch: bool, world: int = 1) -> int:
             f" write parallel.micro_batch={'null' if micro > each or fit is None else fit}"
         )
     count = batch // (world * micro)
-    if count > 1 and couples_batch and not recipe.parallel.accumulate_coupled:
+    if count > 1 and coupled and not recipe.parallel.accumulate_coupled:
         raise ConfigError(
-            f"parallel.micro_batch = {micro}: the loss of {recipe.objective.name} couples the samples of a batch, so"
-            f" {count} micro-batches are not equal to one batch of {batch}; write parallel.micro_batch=null, or"
-            " parallel.accumulate_coupled=true if that is what you want"
+            f"parallel.micro_batch = {micro}: the loss of {recipe.objective.name} couples the samples of a batch"
+            f" (by the method, or by batch norms), so {count} micro-batches are not equal to one batch of {batch}; write"
+            " parallel.micro_batch=null, or parallel.accumulate_coupled=true if that is what you want"
         )
     return count
 
@@ -63,7 +63,7 @@ class Engine:
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device):
         self.device, self.recipe = device, recipe
         self.rank, self.world = processes.rank(), processes.world()
-        self.accumulate = accumulation(recipe, objective.couples_batch, self.world)
+        self.accumulate = accumulation(recipe, objective.is_coupled(), self.world)
         self.precision, self.clip, self.micro = recipe.precision, recipe.optim.clip, 0
         self.scale = LossScale(device, self.precision == "fp16")
         set_tf32(self.precision != "fp32")

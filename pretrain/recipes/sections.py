@@ -177,8 +177,8 @@ class Parallel(Section):
     timeout: float = option(300.0, above=0)
     # number of samples in one forward of a process; null: all samples at once, without gradient accumulation
     micro_batch: int | None = option(None, low=1)
-    # allow gradient accumulation for an objective whose loss couples the samples of a batch; its loss then sees only
-    # one micro-batch at a time
+    # allow gradient accumulation for an objective whose loss couples the samples of a batch, or whose network has batch
+    # norms; they then see only one micro-batch at a time
     accumulate_coupled: bool = False
 
 

@@ -322,6 +322,12 @@ def test_errors(args: list[str], says: str):
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_batch_norms_are_not_accumulated():
+    with pytest.raises(ConfigError, match=r"the loss of dino couples .* \(by the method, or by batch norms\)"):
+        plan.trace(tiny("dino", "model=resnet_micro", "parallel.micro_batch=4"))
+    plan.trace(tiny("dino", "parallel.micro_batch=4"))
+
+
 def test_errors_come_at_once():
     for args in (("plan", "--help"), ("plan", "demo", "--device", "h1000"), ("plan", "demo", "--processes", "2")):
         assert startup_ratio(*args) < 3.5, args

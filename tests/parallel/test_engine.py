@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import ConfigError
 from launch.local import environments, wait
-from pretrain.build import build_objective
+from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.estimate import hardware, plan
 from pretrain.objectives import finder
 from pretrain.objectives.mae import MAE
@@ -56,6 +56,17 @@ def test_refuses(overrides: list[str], message: str, shards: Path, tmp_path: Pat
     cfg = tiny_recipe(name, shards, tmp_path, *overrides)
     with pytest.raises(ConfigError, match=message):
         build_engine(build_objective(cfg), cfg, CPU)
+
+
+def test_batch_norms_couple_a_batch(shards: Path, tmp_path: Path):
+    """A method whose loss does not couple samples cannot accumulate gradients if its network does."""
+    cfg = tiny_recipe("dino", shards, tmp_path, "model=resnet_micro", "parallel.micro_batch=4")
+    objective = build_objective(cfg)
+    for build in (lambda: build_engine(objective, cfg, CPU), lambda: build_stream(cfg, objective, open_samples(cfg))):
+        with pytest.raises(
+            ConfigError, match=r"or by batch norms\), so 4 micro-batches are not equal to one batch of 16"
+        ):
+            build()
 
 
 def test_zero_without_deepspeed_names_the_extra(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
