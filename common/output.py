@@ -125,6 +125,6 @@ def secrets_error(text: str) -> str:
         else "environment variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, …)"
     )
     return (
-        f"holds a user name or a password, which would be stored with the run or the shards; write {drop_secrets(text)} and"
-        f" give them in {how}"
+        "holds a user name or a password, which would be stored with the run or the shards;"
+        f" write {drop_secrets(text)} and give them in {how}"
     )

@@ -22,8 +22,8 @@ OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # with which the variabl
 def executor(name: str, folder: Path, code: Path, cluster: Cluster, parallel_jobs: int = 0) -> Any:
     """A submitit executor with the parameters of the batch script of a job `name`, whose files are in `folder`.
 
-    The script replaces its shell by the Python process (`exec`), so that this process gets Slurm's signal; until then the
-    signal is ignored, because it would end the script. It starts other processes with `srun`. submitit's handling
+    The script replaces its shell by the Python process (`exec`), so that this process receives Slurm's signal. Before
+    that the script ignores the signal, which would end it. It starts other processes with `srun`. submitit's handling
     of signals is not used: it requeues a job in the signal handler of rank 0, before the other ranks have saved, and
     only a limited number of times.
     """
@@ -118,7 +118,8 @@ def submit(executor: Any, function: Callable[..., Any], *arguments: Sequence[Any
 
 @contextlib.contextmanager
 def _outside_of_a_job() -> Iterator[None]:
-    """Hide the variables of the job in which this process runs, if it does: a job that it submits would inherit them."""
+    """If this process runs in a job, hide the environment variables of that job; a job that is submitted would inherit
+    them."""
     inside = "SLURM_JOB_ID" in os.environ
     names = [name for name in os.environ if inside and name.startswith(OF_A_JOB) and name != "SLURM_CONF"]
     hidden = {name: os.environ.pop(name) for name in names}

@@ -1,4 +1,4 @@
-"""The evaluations that a run needs, and the names of the models that they evaluate. This module does not import torch."""
+"""The evaluations that a run needs, and the names of the models that they evaluate. This module imports no torch."""
 
 from __future__ import annotations
 

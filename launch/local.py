@@ -52,8 +52,8 @@ def _drop_demo_text(recipe: Recipe, train: Path) -> None:
             changed.append(key)
     if changed:
         say(
-            f"no scores on {' and '.join(f'eval.{key}' for key in changed)}: the recipe names the demo text there, which"
-            f" was made with another tokenizer than {train}; for scores write"
+            f"no scores on {' and '.join(f'eval.{key}' for key in changed)}: the recipe names the demo text there,"
+            f" which was made with another tokenizer than {train}; for scores write"
             f" {' '.join(f'eval.{key}=TOKENS' for key in changed)}, made with --tokenizer {train}/tokenizer.json"
         )
 

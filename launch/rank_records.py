@@ -1,5 +1,6 @@
-"""The records that the ranks of an attempt write to its folder: on which node they run (rank-R.json) and with which code
-they have ended (rank-R.end.json); and which rank caused the failure of an attempt. This module does not import torch."""
+"""The records that the ranks of an attempt write to its folder: on which node a rank runs (rank-R.json), and with which
+exit code it has ended (rank-R.end.json). They show which rank caused the failure of an attempt. This module does not
+import torch."""
 
 from __future__ import annotations
 

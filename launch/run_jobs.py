@@ -1,4 +1,4 @@
-"""Which job of a cluster trains a run: RUN/job.json, and what squeue says of that job. This module does not import torch."""
+"""Finds the job of a cluster that trains a run, from RUN/job.json and squeue. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Queue = dict[Path, tuple[str, slurm_client.Queued]]  # {run: (id of its job, the
 
 
 def write_job(run: Path, folder: Path, number: int, name: str, cluster: str) -> None:
-    """Write RUN/job.json. `folder`: of the job; `number`: of the run in it; `name`: the job's id, as squeue shows it."""
+    """Write RUN/job.json. `folder`: the folder of the job; `number`: the number of the run in the job; `name`: the id
+    of the job, as squeue shows it."""
     told = {"folder": str(folder), "number": number, "id": name, "run": str(run), "cluster": cluster}
     write_atomically(str(run / JOB), [json.dumps(told).encode()])
 

@@ -84,13 +84,14 @@ class CollapseMonitor:
         values = f"{key} = {value:.3g}, {first:.3g} at the start of this run"
         if kind == "teacher_entropy":
             return (
-                f"the teacher's assignments are the same for all images ({values}; ln K = {self.max_entropy:.3g}, and in a"
-                " healthy run it falls well below that in the first hundreds of steps);"
+                f"the teacher's assignments are the same for all images ({values}; ln K = {self.max_entropy:.3g}, and"
+                " in a healthy run it falls well below that in the first hundreds of steps);"
                 f" {remedy + ', or ' if remedy else ''}start from trained weights (init.backbone)"
             )
         return (
-            f"the class tokens of all images are becoming alike ({values}; an untrained network has a feature_std of 0.1 to"
-            f" 0.9 and a rank of 3 or more); lower optim.lr, {remedy + ', ' if remedy else ''}or train with a larger batch"
+            f"the class tokens of all images are becoming alike ({values}; an untrained network has a feature_std of"
+            " 0.1 to 0.9 and a rank of 3 or more); lower optim.lr,"
+            f" {remedy + ', ' if remedy else ''}or train with a larger batch"
         )
 
 

@@ -217,8 +217,8 @@ def couples_batch_is_correct(case: Case) -> Iterator[str]:
     if not torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-5):
         difference = float((gradients[0] - gradients[1]).abs().max())
         yield (
-            f"gradients of micro-batches differ from those of the batch by {difference:.2g}; write couples_batch = True,"
-            " or `counted`"
+            f"gradients of micro-batches differ from those of the batch by {difference:.2g};"
+            " write couples_batch = True, or `counted`"
         )
 
 
@@ -301,8 +301,8 @@ def check(name: str, overrides: Sequence[str] = ()) -> Iterator[tuple[str, list[
         sizes = tiny(name, missing)
     except MissingFolder as kind:
         raise UserError(
-            f"{name}: a value of `Config.tiny` has the placeholder {{{kind}}}, which only the project's tests replace; give"
-            " the value, as objective.OPTION=FOLDER"
+            f"{name}: a value of `Config.tiny` has the placeholder {{{kind}}}, which only the project's tests replace;"
+            " give the value, as objective.OPTION=FOLDER"
         ) from None
     complete = [*sizes[0], *overrides]
     try:

@@ -46,5 +46,6 @@ def _check_run_is_outside(run: str, images: str) -> None:
     part of the data."""
     if Path(run).resolve().is_relative_to(Path(images).expanduser().resolve()):
         raise UserError(
-            f"run = {run}: lies inside of {images}, a folder of images that is only read; write run=FOLDER, outside of it"
+            f"run = {run}: lies inside of {images}, a folder of images that is only read; write run=FOLDER,"
+            " outside of it"
         )

@@ -174,8 +174,8 @@ def _train(
     first = run_startup.resume(folder, found, saver, engine, stream, guard, say)
     if first >= cfg.steps and processes.on_rank_0(lambda: not missing_exports(folder, cfg.steps, engine)):
         say(
-            f"{folder}: has finished its {cfg.steps} steps; overwrite=true starts it again; a larger steps=N continues it,"
-            " if no schedule has begun to decay"
+            f"{folder}: has finished its {cfg.steps} steps; overwrite=true starts it again; a larger steps=N continues"
+            " it, if no schedule has begun to decay"
         )
         processes.on_rank_0(lambda: accept_recipe(folder))
         return folder
@@ -309,7 +309,8 @@ def _refuse_unread(cfg: Recipe) -> None:
     keys = [f"{key} = {value!r}" for key, value in config.unread(cfg) if not key.startswith(READ_LATER)]
     if keys:
         raise ConfigError(
-            f"{cfg.run}/recipe.yaml: nothing reads {', '.join(keys)}; remove it, because it has no effect in this recipe"
+            f"{cfg.run}/recipe.yaml: nothing reads {', '.join(keys)}; remove it,"
+            " because it has no effect in this recipe"
         )
 
 
@@ -328,7 +329,8 @@ def _finish(run: Run, first: int, end: int, unit: str) -> None:
         classes, warmup = cfg.objective.assignments(), cfg.optim.lr.warmup_steps()
         if verdict := collapse_monitor.verdict(rows, classes, warmup):
             say(
-                f"{folder}: {verdict}; its exports are of little use; see `collapse` in {folder / 'log.txt'} for what to change"
+                f"{folder}: {verdict}; its exports are of little use;"
+                f" see `collapse` in {folder / 'log.txt'} for what to change"
             )
     if end < cfg.steps:
         say(f"{folder}: stopped as asked, after a checkpoint; the same command resumes the run")

@@ -19,7 +19,7 @@ from launch.local import environments, wait
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.ops import matrix_exchange
-from pretrain.ops.matrix_exchange import deal, rounds_of
+from pretrain.ops.matrix_exchange import assign, rounds_of
 from pretrain.ops.parameter_shards import whole
 from pretrain.optim.groups import make_optimizer
 from pretrain.optim.muon import MuonAdamW, orthogonalise
@@ -189,10 +189,10 @@ def test_each_rank_orthogonalises_its_share(ranks: int, tmp_path: Path):
         assert max(flops) < 1.5 * alone["flops"] / ranks
 
 
-def test_work_is_dealt_evenly_and_stacked_by_shape(monkeypatch: pytest.MonkeyPatch):
-    dealt = deal([3.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0], 4)
-    assert sorted(i for own in dealt for i in own) == list(range(7))
-    assert max(sum([3.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0][i] for i in own) for own in dealt) == 3.0
+def test_work_is_distributed_evenly_and_stacked_by_shape(monkeypatch: pytest.MonkeyPatch):
+    assigned = assign([3.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0], 4)
+    assert sorted(i for own in assigned for i in own) == list(range(7))
+    assert max(sum([3.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0][i] for i in own) for own in assigned) == 3.0
     monkeypatch.setattr(matrix_exchange, "MAX_STACK_ELEMENTS", 200)
     kinds, sizes = [("a",), ("b",), ("a",), ("a",)], [100, 300, 100, 100]
     assert rounds_of([[0, 1, 2, 3], []], kinds, sizes) == [[[0, 2], []], [[3], []], [[1], []]]

@@ -3,7 +3,7 @@ no table, and no state but the place: the number of a sample in its lane.
 
 Samples are numbered over all epochs: the global index of a sample is epoch · N + sample. Consecutive global indices
 form chunks of `chunk` samples, and a chunk is read as one byte range. The chunks of an epoch are permuted by a keyed
-Feistel network and dealt out to `lanes`, which are independent streams of chunks. Inside a lane, the samples of `block`
+Feistel network and distributed over `lanes`, which are independent streams of chunks. Inside a lane, the samples of `block`
 chunks are permuted. So lanes · block · chunk samples are in memory at a time, and any process can compute any place of
 any lane alone. The blocks of different lanes begin at different places, so that chunks are requested at an even
 rate.

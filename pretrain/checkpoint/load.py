@@ -114,8 +114,8 @@ def load(store: Store, name: str, engine: Engine, stream: Stream, **parts: Any) 
         named = "; ".join(found[:MAX_NAMED_DIFFERENCES])
         named += f" and {len(found) - MAX_NAMED_DIFFERENCES} more" if len(found) > MAX_NAMED_DIFFERENCES else ""
         raise UserError(
-            f"{store.path(name)}: is a checkpoint of another model: {named}; use the recipe that it was trained with, or"
-            " another run folder"
+            f"{store.path(name)}: is a checkpoint of another model: {named}; use the recipe that it was trained with,"
+            " or another run folder"
         )
     stream.load_state_dict(run_json["stream"])  # raises an error for other data before anything is changed
     _fill(store, name, run_json["files"], metadata, state)

@@ -186,8 +186,8 @@ class Saver:
             for file, (size, *_) in run_json["files"].items():
                 if self.store.size(folder, file) != size:
                     return (
-                        f"rank 0 does not find {file}, which another rank has written; set checkpoint.folder to a folder"
-                        " that all ranks share"
+                        f"rank 0 does not find {file}, which another rank has written; set checkpoint.folder to a"
+                        " folder that all ranks share"
                     )
             run_json["digest"] = run_json_digest(run_json)
             self.store.publish(folder, name, json.dumps(run_json, indent=1).encode())

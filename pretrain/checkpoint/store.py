@@ -130,8 +130,8 @@ class Store:
             pass
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{self.url}/{OWNER}: is damaged or was not written by this program; delete it where the checkpoints are this run's,"
-                " or choose another checkpoint.folder"
+                f"{self.url}/{OWNER}: is damaged or was not written by this program; if the checkpoints belong to"
+                " this run, delete this file; otherwise choose another checkpoint.folder"
             ) from None
         names = self.complete_names()
         for name in reversed(names):

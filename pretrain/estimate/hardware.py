@@ -27,16 +27,16 @@ PEAKS: dict[str, tuple[float, float]] = {
     "rtx 3090": (71e12, 35.6e12),
 }
 
-# sizes n of the n³ products by which other devices are measured
+# Other devices are measured by products of two n × n matrices, of these sizes n.
 SIZES = (4096, 8192, 12288)
 CPU_SIZES = (512, 1024, 1536)
-QUEUED, REPEATS = 8, 3
-MAX_SECONDS = 1.0  # for each size, beside the warm-up
+QUEUED, REPEATS = 8, 3  # products that are queued on a device at a time; measurements of each size
+MAX_SECONDS = 1.0  # time limit of the measurements of one size, without the warm-up
 
 
 def peak_of(name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a GPU by its name ("NVIDIA H100 80GB HBM3" is an h100); None for one that is not in the table, or
-    does not compute in this precision."""
+    """Peak FLOP/s of a GPU by its name ("NVIDIA H100 80GB HBM3" is an h100). None if the GPU is not in the table or
+    does not support this precision."""
     words = name.lower().replace("-", " ")
     for known in sorted(PEAKS, key=len, reverse=True):  # "h100 pcie" before "h100"
         if f" {known} " in f" {words} ":
@@ -45,9 +45,11 @@ def peak_of(name: str, precision: str) -> float | None:
 
 
 def measured(device: torch.device, precision: str, sizes: Sequence[int] | None = None) -> tuple[float, int]:
-    """(FLOP/s, size) of the fastest of several size³ matrix products on this device, with the threads that are set.
+    """(FLOP/s, size) of the fastest of several matrix products [size, size] · [size, size] on this device, with the
+    current number of threads.
 
-    `sizes`: by default so large that a GPU works for longer than its kernels take to start, and small enough for a CPU.
+    `sizes`: the defaults are so large that a GPU computes for longer than the launch of a kernel takes, and small
+    enough for a CPU.
     """
     import torch
 
@@ -60,8 +62,8 @@ def measured(device: torch.device, precision: str, sizes: Sequence[int] | None =
 
 
 def _seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """The shortest time of a call: of single calls on a CPU, of queues of them elsewhere, where the queue hides the
-    start of all kernels but the first."""
+    """The shortest time of a call. On a CPU single calls are timed. On other devices QUEUED calls are timed together,
+    so that kernels are launched while the device computes, and the result is divided by QUEUED."""
     queued = 1 if device.type == "cpu" else QUEUED
     best, began = float("inf"), time.perf_counter()
     for turn in range(1 + REPEATS):
@@ -70,7 +72,7 @@ def _seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
             out = work()
         if device.type != "cpu":
             out[0, 0].item()  # waits for all of them
-        if turn:  # the first one is a warm-up
+        if turn:  # the first turn is a warm-up
             best = min(best, (time.perf_counter() - start) / queued)
             if time.perf_counter() - began > MAX_SECONDS:
                 break
@@ -78,8 +80,8 @@ def _seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
 
 
 def peak(device: torch.device, precision: str) -> tuple[float, str]:
-    """(FLOP/s that model FLOP/s are compared with, where the figure is from): the table for a known GPU, else what a
-    product reaches here."""
+    """(peak FLOP/s of a device, a text about the source of the figure): from the table for a known GPU, otherwise the
+    rate of a matrix product, measured now."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -270,8 +270,8 @@ def run(cfg: Recipe, micro: int, accumulate: int, processes: int, share: dict[st
         except (RuntimeError, NotImplementedError) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
-                f"objective.name = {cfg.objective.name}: cannot be planned without data ({text}), because its shapes depend on"
-                " floating-point values; let them depend on integers or booleans of the batch"
+                f"objective.name = {cfg.objective.name}: cannot be planned without data ({text}), because its shapes"
+                " depend on floating-point values; let them depend on integers or booleans of the batch"
             ) from None
 
 
@@ -336,6 +336,10 @@ def _units(objective: Objective) -> list[Unit]:
         seen.update(new)
         sizes = [sum(p.numel() for p in new if p.requires_grad is trained) for trained in (True, False)]
         unit = Unit(sizes[0], sizes[1], module in kept, sum(p.numel() for p in new if p in cast))
-        module.register_forward_pre_hook(lambda *_, unit=unit: setattr(unit, "calls", unit.calls + 1))  # type: ignore[misc]
         units.append(unit)
+
+        def count_call(*_: Any, unit: Unit = unit) -> None:
+            unit.calls += 1
+
+        module.register_forward_pre_hook(count_call)
     return units

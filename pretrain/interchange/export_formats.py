@@ -2,8 +2,8 @@
 outputs are compared with ours, before its files are moved to their place.
 
 transformers  FOLDER itself        opened by AutoModel.from_pretrained(FOLDER); the only format of text models
-timm          FOLDER/timm/         opened by timm.create_model("local-dir:FOLDER/timm", pretrained=True); for a network of
-                                   timm it is FOLDER itself
+timm          FOLDER/timm/         opened by timm.create_model("local-dir:FOLDER/timm", pretrained=True); a network of
+                                   timm has this format in FOLDER itself
 official      FOLDER/official.pth  tensors with the names of DINOv2's and DINOv3's own files
 torch         FOLDER/model.pt2     torch.export.load(…).module()(images) → (cls, tokens), for any batch size and the
                                    model's image size
@@ -116,7 +116,8 @@ def _write_format(folder: Path, partial: Path, encoder: Backbone, about: dict, n
     difference = max(float((a - b).abs().max()) for a, b in pairs) / scale
     if not difference <= TOLERANCE:  # true for NaN, too
         raise UserError(
-            f"{where}: {name} gives other features from it, which differ by {difference:.1e} of the largest one; do not use it"
+            f"{where}: {name} gives other features from it, which differ by {difference:.1e} of the largest one;"
+            " do not use it"
         )
     _move_to_place(folder, partial, name)
     return f"{where}: opened again, features within {difference:.0e} of ours"
@@ -136,14 +137,10 @@ def opened_by(folder: Path) -> tuple[str, str]:
     if kind == "timm_wrapper":
         return "timm", f"open it with timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
     if kind.startswith("unlabeled"):
-        return (
-            "",
-            f"open it with pretrain.interchange.weights.load_backbone({str(folder)!r}); transformers has no class for it",
-        )
-    return (
-        "transformers",
-        f"open it with transformers.{transformers_text.CLASSES.get(kind, 'AutoModel')}.from_pretrained({str(folder)!r})",
-    )
+        call = f"pretrain.interchange.weights.load_backbone({str(folder)!r})"
+        return "", f"open it with {call}; transformers has no class for it"
+    class_name = transformers_text.CLASSES.get(kind, "AutoModel")
+    return "transformers", f"open it with transformers.{class_name}.from_pretrained({str(folder)!r})"
 
 
 def _compare_text_model(folder: Path, model: Any, name: str) -> str:
@@ -154,8 +151,8 @@ def _compare_text_model(folder: Path, model: Any, name: str) -> str:
     kind, unsupported = transformers_text.kind_of(model.cfg)
     if kind != json.loads((folder / "config.json").read_text())["model_type"]:
         raise UserError(
-            f"{folder}: was written by an earlier version, which did not use transformers' {kind} for it; export its step"
-            " again"
+            f"{folder}: was written by an earlier version, which did not use transformers' {kind} for it;"
+            " export its step again"
         )
     if kind == transformers_text.OWN:
         raise UserError(
@@ -179,7 +176,8 @@ def _compare_text_model(folder: Path, model: Any, name: str) -> str:
     difference = float((ours - found).abs().max()) / max(1.0, float(ours.abs().max()))
     if not difference <= TOLERANCE:  # true for NaN, too
         raise UserError(
-            f"{folder}: transformers gives other logits, which differ by {difference:.1e} of the largest one; do not use it"
+            f"{folder}: transformers gives other logits, which differ by {difference:.1e} of the largest one;"
+            " do not use it"
         )
     return f"{folder}: opened again, logits within {difference:.0e} of ours"
 

@@ -50,7 +50,10 @@ def _head(fields: dict[str, Any]) -> list[str]:
         more = ""
     else:
         summary = "A backbone trained without labels by `unlabeled`."
-        more = f" Pixels: mean {about['mean']}, std {about['std']} after division by 255; features are pooled by {about.get('pool', 'cls')}."
+        pool = about.get("pool", "cls")
+        more = (
+            f" Pixels: mean {about['mean']}, std {about['std']} after division by 255; features are pooled by {pool}."
+        )
     return [
         "---",
         f"library_name: {'timm' if 'architecture' in fields else library}",

@@ -31,7 +31,8 @@ def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, bool]]:
         prefix = f"teacher.{name}."
         if f"{prefix}prototypes" not in shapes:
             raise UserError(
-                f"{where}: has no {name}, only a backbone; write objective.loss=features, or name a run of dinov2 or dinov3"
+                f"{where}: has no {name}, only a backbone; write objective.loss=features,"
+                " or name a run of dinov2 or dinov3"
             )
         (hidden, inputs), (count, bottleneck) = shapes[f"{prefix}mlp.0.weight"], shapes[f"{prefix}prototypes"]
         arguments[name] = (inputs, hidden, bottleneck, count, unit_prototypes)

@@ -1,7 +1,8 @@
-"""Try attention kernels before a run starts, with the heads, widths, groups, windows and masks of its model.
+"""Tests the attention kernels before a run starts, with the heads, widths, groups of heads, windows and masks of its
+model.
 
-The kernel and the plain module compute a small example of each call of the model, forward and backward. Shapes: T
-tokens, H heads of width d, K key-value heads.
+For each kind of attention in the model, the kernel and the plain module compute a small example, forward and backward,
+and the results are compared.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from pretrain.models.t5 import DecoderStack, EncoderDecoderTransformer, Relative
 from pretrain.models.text_layers import MaskedAttention, Masks, SelfAttention, TextBackbone
 
 SHAPES = [(2, 40), (1, 9)]  # shapes of the packed sequences
-LENGTH = 160  # number of tokens in a row: more than a block of FlexAttention
-WINDOW = 50  # width of any window: less than a row, so that it has an effect
+LENGTH = 160  # number of tokens in a row: more than the tokens of one block of FlexAttention
+WINDOW = 50  # width of the window in examples that have one: shorter than a row, so that it has an effect
 
 
 class Call(NamedTuple):
-    """One kind of attention that a model uses. If `masked` is False: packed sequences of several sizes."""
+    """One kind of attention that a model uses: of rows of documents (`masked`), or of packed sequences of several
+    sizes."""
 
     heads: int
     key_heads: int
@@ -36,7 +38,7 @@ class Call(NamedTuple):
 
 
 def calls_of(objective: nn.Module) -> tuple[Call, ...]:
-    """The different calls of an objective's models."""
+    """The kinds of attention in the models of an objective, each once."""
     found = {
         Call(module.heads, module.heads, module.qkv.in_features // module.heads)
         for module in objective.modules()
@@ -55,9 +57,12 @@ def calls_of(objective: nn.Module) -> tuple[Call, ...]:
 
 
 def difference(table: Mapping[Any, Any], calls: tuple[Call, ...], device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference between the kernels in a table and their plain modules, of outputs and gradients: the norm
-    of the difference / that of the plain result. Rounding to bf16 makes it 0.01, whatever the number of heads in a
-    group."""
+    """The largest relative difference between the results of kernels and of the plain modules, over all outputs and
+    gradients: the norm of the difference divided by the norm of the plain result. A result that is not
+    finite counts as a very large difference. Rounding to bf16 alone makes it about 0.01, for any number of heads in a group.
+
+    `table`: {class of the plain module: class of its kernel}.
+    """
     return max((_of_call(table, call, device, dtype) for call in calls), default=0.0)
 
 

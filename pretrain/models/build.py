@@ -28,7 +28,8 @@ def build_model(cfg: Any, **changes: Any) -> Backbone:
         if key not in fields(type(cfg)):
             family = config_class(cfg).__name__
             raise ConfigError(
-                f"model.name = {cfg.name!r}: the objective sets model.{key}, which a {family} does not have; choose a ViT (model=vit_small)"
+                f"model.name = {cfg.name!r}: the objective sets model.{key}, which a {family} does not have;"
+                " choose a ViT (model=vit_small)"
             )
     file, name = NETWORKS[config_class(cfg)].split(".")
     network = getattr(importlib.import_module(f"pretrain.models.{file}"), name)(cfg.replace(**changes))

@@ -10,7 +10,8 @@ The integral is a trapezoidal sum over `knots` points of [0, 3], doubled, as its
 global batch, by one all-reduce, and the directions of a step are the same on all ranks. There is no teacher, no stopped
 gradient and no schedule.
 
-Shapes: B images of this rank, N in all, G = 2 global and L local views each, V = G + L, P outputs, M directions, K knots.
+Shapes: B images of this rank, N of all ranks, G = 2 global and L local views each, V = G + L, P outputs, M directions,
+K knots.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     q: the assignments of the batch's global crops, from z·c/ε by three iterations of Sinkhorn-Knopp, which share the
        prototypes evenly among the images of the batch and of the queue                                    (eqs. 3 to 5)
     ℓ(z_t, q_s) = −Σ_k q_s^k log softmax_k(z_t·c/τ)                                                        (eq. 2)
-    loss = mean of ℓ(z_t, q_s) over global crops s and all other crops t of the image                      (eqs. 1 and 6)
+    loss = mean of ℓ(z_t, q_s) over global crops s and all other crops t of the image                  (eqs. 1 and 6)
 
 The published code sets the prototypes to length 1 after each step; here `Prototypes` divides by their length.
 `optim.freeze_last_layer` keeps the prototypes fixed at the start. For batches with fewer images than prototypes, a

@@ -45,8 +45,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float, skipped:
     placeholder = any(p.numel() == 0 and a is p for p, a in zip(teacher.parameters(), ours, strict=True))
     if placeholder or len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
         raise ValueError(
-            "teacher and student do not have the same parameters, sharded in the same way, so the teacher cannot be updated;"
-            " parallel.frozen=replicated is for teachers that never change: write parallel.frozen=sharded"
+            "teacher and student do not have the same parameters, sharded in the same way, so the teacher cannot be"
+            " updated; parallel.frozen=replicated is for teachers that never change: write parallel.frozen=sharded"
         )
     if not ours:  # nothing but buffers
         pass

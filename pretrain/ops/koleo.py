@@ -25,8 +25,8 @@ def koleo(x: Tensor, group: int | None = None, neighbours: int = 1, eps: float =
     size = count if group is None else group
     if size < 2 or count % size or not 0 < neighbours < size:
         raise ValueError(
-            f"KoLeo over groups of {size} with {neighbours} neighbours: the {count} rows of all processes must divide into"
-            " groups of 2 or more, and a row has fewer neighbours than its group has rows"
+            f"KoLeo over groups of {size} with {neighbours} neighbours: the {count} rows of all processes must divide"
+            " into groups of 2 or more, and a row has fewer neighbours than its group has rows"
         )
     # Gather only if a group has rows of several ranks.
     rows = x if len(x) % size == 0 else gather(x)

@@ -68,23 +68,23 @@ class Layout:
         return [max(0, min(each, total - each * shard)) for shard in range(self.shards)]
 
 
-def deal(costs: Sequence[float], owners: int) -> list[list[int]]:
-    """Distribute `costs` over the owners so that the sums are nearly equal. Returns the indices for each owner. In
-    order of decreasing cost, each goes to the owner with the smallest sum so far."""
-    dealt: list[list[int]] = [[] for _ in range(owners)]
+def assign(costs: Sequence[float], owners: int) -> list[list[int]]:
+    """Distribute items with these costs over the owners so that the sums of costs are nearly equal. Returns the indices
+    of each owner's items. In order of decreasing cost, each item goes to the owner with the smallest sum so far."""
+    assigned: list[list[int]] = [[] for _ in range(owners)]
     loads = [(0.0, owner) for owner in range(owners)]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         load, owner = heapq.heappop(loads)
-        dealt[owner].append(index)
+        assigned[owner].append(index)
         heapq.heappush(loads, (load + costs[index], owner))
-    return dealt
+    return assigned
 
 
-def rounds_of(dealt: list[list[int]], kinds: Sequence[tuple], sizes: Sequence[int]) -> list[list[list[int]]]:
+def rounds_of(assigned: list[list[int]], kinds: Sequence[tuple], sizes: Sequence[int]) -> list[list[list[int]]]:
     """For each round, the stack of each owner: the indices of matrices of one kind, which have at most
-    MAX_STACK_ELEMENTS elements together, or of a single matrix. `dealt`: the indices for each owner."""
-    stacks: list[list[list[int]]] = [[] for _ in dealt]
-    for owner_stacks, indices in zip(stacks, dealt, strict=True):
+    MAX_STACK_ELEMENTS elements together, or of a single matrix. `assigned`: the indices of each owner's matrices."""
+    stacks: list[list[list[int]]] = [[] for _ in assigned]
+    for owner_stacks, indices in zip(stacks, assigned, strict=True):
         by_kind = sorted(indices, key=lambda index: (kinds[index], index))
         for _, group in groupby(by_kind, lambda index: kinds[index]):
             same = list(group)

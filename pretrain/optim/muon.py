@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
-from pretrain.ops.matrix_exchange import Layout, Round, Shape, deal, rounds_of
+from pretrain.ops.matrix_exchange import Layout, Round, Shape, assign, rounds_of
 from pretrain.ops.parameter_shards import local
 from pretrain.optim.adamw import AdamW
 from pretrain.optim.skippable import Skippable
@@ -89,8 +89,9 @@ class MuonAdamW(Skippable):
         shapes = [(p.shape[0], p.shape[1]) for p, _ in matrices]
         kinds = [(shape, group["parts"]) for shape, (_, group) in zip(shapes, matrices, strict=True)]
         layout = Layout.of(matrices[0][0])
-        dealt = deal([_cost(*kind) for kind in kinds], layout.owners)
-        rounds = [Round(layout, stacks, shapes) for stacks in rounds_of(dealt, kinds, [p.numel() for p, _ in matrices])]
+        assigned = assign([_cost(*kind) for kind in kinds], layout.owners)
+        sizes = [p.numel() for p, _ in matrices]
+        rounds = [Round(layout, stacks, shapes) for stacks in rounds_of(assigned, kinds, sizes)]
         wait_for_stack: Callable[[], Tensor] | None = self._send(rounds[0], matrices)
         wait_for_updates: Callable[[], dict[int, Tensor]] = dict  # none before the first round has been sent back
         for round, next_round in zip_longest(rounds, rounds[1:]):

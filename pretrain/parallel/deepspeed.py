@@ -51,8 +51,8 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def _allocate(objective: nn.Module) -> None:
-    """Replace parameters and buffers on the meta device by uninitialised tensors in main memory. Nothing is written to
-    them before they are sharded, so the operating system does not provide any memory pages for them."""
+    """Replace parameters and buffers on the meta device by uninitialised tensors on the CPU. They take no physical
+    memory, because nothing is written to them before they are sharded."""
     made: dict[Tensor, nn.Parameter] = {}  # meta parameter → its replacement; several modules may share a parameter
     for module in objective.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -66,8 +66,8 @@ def _allocate(objective: nn.Module) -> None:
 
 
 class Zero(Engine):
-    """`parallel.mode: zero1 | zero2 | zero3`. In stages 2 and 3 DeepSpeed reduces gradients over the ranks at every
-    micro-batch, in stage 1 only at the last one of a step."""
+    """`parallel.mode: zero1 | zero2 | zero3`. DeepSpeed reduces gradients over the ranks after every micro-batch in
+    stages 2 and 3, and only after the last micro-batch of a step in stage 1."""
 
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device):
         self.stage = int(recipe.parallel.mode[-1])
@@ -97,8 +97,8 @@ class Zero(Engine):
 
     def wrap(self) -> Any:
         self.deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
-        # DeepSpeed's forward disables an autocast that is entered around it, so autocast is entered inside. Gradients
-        # stay in fp32 this way.
+        # DeepSpeed's forward disables an autocast context around it, so autocast is entered inside of it. With
+        # autocast, gradients stay in fp32.
         forward = self.objective.forward
 
         def in_compute_precision(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,8 +113,8 @@ class Zero(Engine):
 
     def _shard_parameters(self) -> None:
         """Move the parameters to the device and shard them one by one, so that the whole objective is never on the
-        device of a rank. Frozen teachers are sharded, too. Ranks whose tensors hold no values get those of rank 0.
-        Collective: every rank must call it."""
+        device of a rank. Frozen teachers are sharded, too. Ranks on which the weights were not initialised
+        receive those of rank 0. Collective: every rank must call it."""
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         for module in self.objective.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -191,8 +191,7 @@ class Zero(Engine):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        # DeepSpeed's hooks gather the parameters of sub-modules. Those that the objective itself owns are gathered
-        # here.
+        # DeepSpeed's hooks gather the parameters of sub-modules. Parameters of the objective itself are gathered here.
         direct = list(self.objective.parameters(recurse=False))
         gathered = (
             self.deepspeed.zero.GatheredParameters(direct) if self.stage == 3 and direct else contextlib.nullcontext()
@@ -231,9 +230,7 @@ class Zero(Engine):
         tools = self.deepspeed.utils
         for name, target in self.objective.state_dict(keep_vars=True).items():
             value = whole(state["model"][name])
-            if hasattr(
-                target, "ds_tensor"
-            ):  # ZeRO-3: `ds_tensor` is this rank's shard of the flattened, padded parameter
+            if hasattr(target, "ds_tensor"):  # ZeRO-3: this rank's shard of the flattened and padded parameter
                 shard = target.ds_tensor
                 padded = value.new_zeros(shard.numel() * self.world)
                 padded[: value.numel()] = value.reshape(-1)

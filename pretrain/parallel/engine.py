@@ -44,8 +44,8 @@ def accumulation(recipe: Recipe, coupled: bool, world: int = 1) -> int:
         each = max(1, batch // world)
         fit = next((n for n in range(min(micro, each), 0, -1) if batch % (world * n) == 0), None)
         raise ConfigError(
-            f"parallel.micro_batch = {micro}: data.batch = {batch} over {world} processes does not divide into micro-batches;"
-            f" write parallel.micro_batch={'null' if micro > each or fit is None else fit}"
+            f"parallel.micro_batch = {micro}: data.batch = {batch} over {world} processes does not divide into"
+            f" micro-batches; write parallel.micro_batch={'null' if micro > each or fit is None else fit}"
         )
     count = batch // (world * micro)
     if count > 1 and coupled and not recipe.parallel.accumulate_coupled:

@@ -115,8 +115,8 @@ def on_every_rank(ask: Callable[[], T]) -> T:
 
 
 def _wait_for(keys: dist.Store, key: str, seconds: float) -> bool:
-    """Whether a key is set within so many seconds. It is asked for again and again, because Python handles a signal only
-    between two calls."""
+    """Whether a key is set within so many seconds. The key is polled, because Python handles a signal only between two
+    calls."""
     deadline, pause = time.monotonic() + seconds, 0.01
     while not keys.check([key]):
         if time.monotonic() > deadline:

@@ -70,7 +70,7 @@ def at_step(step: int) -> Iterator[None]:
         text = " ".join(str(error).split())
         if dist.is_available() and dist.is_initialized() and any(word in text.lower() for word in _TEXTS_OF_HANGS):
             raise CollectiveError(
-                f"rank {dist.get_rank()} of {dist.get_world_size()}: a collective failed at step {step}; another rank died or is"
-                f" stuck (see its log): {text[:300]}"
+                f"rank {dist.get_rank()} of {dist.get_world_size()}: a collective failed at step {step}; another rank"
+                f" died or is stuck (see its log): {text[:300]}"
             ) from error
         raise

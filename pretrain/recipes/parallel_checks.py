@@ -18,7 +18,8 @@ def check(recipe: Recipe, processes: int) -> None:
     mode, replicate = parallel.mode, parallel.replicate
     if mode == "single" and processes > 1:
         raise ConfigError(
-            f"parallel.mode = single is one process, not {processes}; write parallel.mode=ddp, fsdp2, zero1, zero2 or zero3"
+            f"parallel.mode = single is one process, not {processes}; write parallel.mode=ddp, fsdp2, zero1,"
+            " zero2 or zero3"
         )
     if batch % processes:
         nearest_batch = max(1, round(batch / processes)) * processes

@@ -49,8 +49,8 @@ def another_run(store: Store, owner: dict[str, str]) -> str:
     )
     run_id = f" ({owner['id'][:8]})" if owner["id"] else ""
     return (
-        f"checkpoint.folder = {store.url}: holds the checkpoints of another run, {owner['folder'] or 'unknown'}{run_id};"
-        f" choose another folder{to_resume}, or delete those checkpoints"
+        f"checkpoint.folder = {store.url}: holds the checkpoints of another run,"
+        f" {owner['folder'] or 'unknown'}{run_id}; choose another folder{to_resume}, or delete those checkpoints"
     )
 
 

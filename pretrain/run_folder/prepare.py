@@ -92,8 +92,8 @@ def check_data(recipe: Recipe) -> None:
             raise UserError(f"{key} = {value}: {reason}")
     if not recipe.data.train and not recipe.data.mix:
         raise UserError(
-            "data.train is empty; write data.train=FOLDER, a folder of images, or one of shards as `unlabeled shards build`"
-            " writes them"
+            "data.train is empty; write data.train=FOLDER, a folder of images,"
+            " or one of shards as `unlabeled shards build` writes them"
         )
     if recipe.data.train and recipe.data.mix:
         raise UserError(
@@ -105,7 +105,8 @@ def _make_folder(run: Path) -> None:
     """Create the folder. Raises UserError if the path exists and is neither a run folder nor an empty folder."""
     if run.is_symlink() and not run.exists():
         raise UserError(
-            f"{run}: is a link to {os.readlink(run)}, which does not exist; make that folder, or choose another with run=FOLDER"
+            f"{run}: is a link to {os.readlink(run)}, which does not exist; make that folder,"
+            " or choose another with run=FOLDER"
         )
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; choose another folder with run=FOLDER")

@@ -61,7 +61,8 @@ def describe(tensors: State, where: str) -> tuple[str, dict[str, Any]]:
     head_dim = 4 * len(tensors[ROPE_PERIODS]) if rope else 64
     if dim % head_dim:
         raise UserError(
-            f"{where}: is not a DINOv2 or DINOv3 ViT: its width {dim} is not a multiple of the width of a head, {head_dim}"
+            f"{where}: is not a DINOv2 or DINOv3 ViT: its width {dim} is not a multiple of the width of a head,"
+            f" {head_dim}"
         )
     gated = "blocks.0.mlp.fc1.weight" not in tensors
     first_mlp = {"fc1": 1, "w1": 1, "w12": 2}  # {name of the first MLP layer: number of matrices that are fused in it}

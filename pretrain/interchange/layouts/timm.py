@@ -153,13 +153,15 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     rope = kind == "Eva" and getattr(model, "rope", None) is not None and model.pos_embed is None
     if not rope and kind != "VisionTransformer":
         raise UserError(
-            f"{where}: architecture = {fields['architecture']!r} is timm's {kind}; only its ViTs and ConvNeXts can be read"
+            f"{where}: architecture = {fields['architecture']!r} is timm's {kind};"
+            " only its ViTs and ConvNeXts can be read"
         )
     block, size = model.blocks[0], model.patch_embed.img_size
     gated = hasattr(block.mlp, "fc1_g") or block.mlp.fc1.out_features == 2 * block.mlp.fc2.in_features
     if not isinstance(block.mlp.act, torch.nn.SiLU if gated else torch.nn.GELU):
         raise UserError(
-            f"{where}: its activation is {type(block.mlp.act).__name__}; only GELU, and SiLU in a gated MLP, can be read"
+            f"{where}: its activation is {type(block.mlp.act).__name__}; only GELU, and SiLU in a gated MLP,"
+            " can be read"
         )
     bias = block.attn.q_bias is not None if rope else block.attn.qkv.bias is not None
     return "vit", {

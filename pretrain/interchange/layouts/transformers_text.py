@@ -30,8 +30,8 @@ CLASSES = {  # {model_type: class of transformers}
 OWN = "unlabeled_decoder"  # model_type of a decoder that no class of transformers can compute
 # Tensors that are not read: parts of other classes around the same model, buffers, and copies of tied tensors.
 _IGNORED = re.compile(
-    r"(^|\.)(bert\.pooler\..*|cls\.seq_relationship\..*|embeddings\.position_ids|attn\.(masked_)?bias|rotary_emb\.inv_freq"
-    r"|(encoder|decoder)\.embed_tokens\.weight|cls\.predictions\.decoder\.(weight|bias))$"
+    r"(^|\.)(bert\.pooler\..*|cls\.seq_relationship\..*|embeddings\.position_ids|attn\.(masked_)?bias"
+    r"|rotary_emb\.inv_freq|(encoder|decoder)\.embed_tokens\.weight|cls\.predictions\.decoder\.(weight|bias))$"
 )
 
 
