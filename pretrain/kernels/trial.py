@@ -58,8 +58,8 @@ def calls_of(objective: nn.Module) -> tuple[Call, ...]:
 
 def difference(table: Mapping[Any, Any], calls: tuple[Call, ...], device: torch.device, dtype: torch.dtype) -> float:
     """The largest relative difference between the results of kernels and of the plain modules, over all outputs and
-    gradients: the norm of the difference divided by the norm of the plain result. A result that is not
-    finite counts as a very large difference. Rounding to bf16 alone makes it about 0.01, for any number of heads in a group.
+    gradients: the norm of the difference divided by the norm of the plain result. A result that is not finite
+    counts as a very large difference. Rounding to bf16 alone makes it about 0.01, for any number of heads in a group.
 
     `table`: {class of the plain module: class of its kernel}.
     """
