@@ -23,7 +23,8 @@ NETWORKS = {
 
 def build_model(cfg: Any, **changes: Any) -> Backbone:
     """The backbone that `cfg` (a ViT, ConvNeXt, Decoder, …) describes, with some options changed, randomly initialised
-    from torch's global generator."""
+    from torch's global generator. An option that is changed to False may be one that the model does not have."""
+    changes = {key: value for key, value in changes.items() if value is not False or key in fields(type(cfg))}
     for key in changes:
         if key not in fields(type(cfg)):
             family = config_class(cfg).__name__

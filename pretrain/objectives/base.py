@@ -32,7 +32,8 @@ class Builder(Protocol):
     """Builds a new network at each call.
 
     `backbone(**changes)` builds the recipe's model with some of its options changed; `backbone("text", **changes)`
-    builds the model that the section `text` of the objective's Config describes.
+    builds the model that the section `text` of the objective's Config describes. A change to False is accepted for a
+    model that does not have the option.
     """
 
     def __call__(self, section: str = "", **changes: Any) -> Backbone: ...

@@ -49,7 +49,7 @@ class BYOL(Objective):
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        body = backbone()
+        body = backbone(local_cls_norm=False)  # there are no local crops
         projector = MLPHead(body.embed_dim, cfg.head_hidden, cfg.head_outputs)
         self.online = nn.ModuleDict({"backbone": body, "projector": projector})
         self.predictor = MLPHead(cfg.head_outputs, cfg.head_hidden, cfg.head_outputs)

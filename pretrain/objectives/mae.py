@@ -46,7 +46,7 @@ class MAE(Objective):
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        self.backbone = backbone()
+        self.backbone = backbone(local_cls_norm=False)  # there are no local crops
         self.embed = nn.Linear(self.backbone.embed_dim, cfg.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.decoder_dim))
         self.blocks = nn.ModuleList(Block(cfg.decoder_dim, cfg.decoder_heads) for _ in range(cfg.decoder_depth))

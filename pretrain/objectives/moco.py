@@ -62,7 +62,7 @@ class Config(TwoViews):
 class MoCo(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        body = backbone()
+        body = backbone(local_cls_norm=False)  # there are no local crops
         widths = [body.embed_dim, *([cfg.head_hidden] if cfg.head_hidden else []), cfg.head_outputs]
         layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
         layers += [nn.ReLU(), nn.Linear(widths[1], widths[2])] if cfg.head_hidden else []

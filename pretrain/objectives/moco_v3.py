@@ -59,7 +59,7 @@ class MoCoV3(Objective):
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        body, hidden, outputs = backbone(), cfg.head_hidden, cfg.head_outputs
+        body, hidden, outputs = backbone(local_cls_norm=False), cfg.head_hidden, cfg.head_outputs  # no local crops
         between = [hidden] * (cfg.projector_layers - 1)
         projector = MLPHead(body.embed_dim, *between, outputs, last_norm=True)
         self.query = nn.ModuleDict({"backbone": body, "projector": projector})

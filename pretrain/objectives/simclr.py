@@ -43,7 +43,7 @@ class SimCLR(Objective):
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        self.backbone = backbone()
+        self.backbone = backbone(local_cls_norm=False)  # there are no local crops
         self.head = ProjectionHead(self.backbone.embed_dim, cfg.head_hidden, cfg.head_outputs)
 
     @staticmethod

@@ -50,7 +50,7 @@ class VICReg(Objective):
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        self.backbone = backbone()
+        self.backbone = backbone(local_cls_norm=False)  # there are no local crops
         self.head = MLPHead(self.backbone.embed_dim, cfg.head_hidden, cfg.head_hidden, cfg.head_outputs)
 
     @staticmethod

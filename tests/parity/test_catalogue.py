@@ -270,6 +270,16 @@ def test_moco_as_first_published():
     agrees(made("moco", head_hidden=None), batch_of("moco"), naive_moco)
 
 
+@pytest.mark.parametrize("name", ["barlow_twins", "byol", "mae", "moco", "moco_v3", "simclr", "vicreg"])
+def test_methods_without_local_crops_have_no_norm_for_them(name: str, tmp_path: Path):
+    """In training, a ViT applies `local_cls_norm` to all inputs of a list but the first: the second view is no local crop."""
+    with_norm, without = (
+        build_objective(tiny_recipe(name, tmp_path, tmp_path / "run", f"model.local_cls_norm={value}"))
+        for value in ("true", "false")
+    )
+    assert with_norm.state_dict().keys() == without.state_dict().keys()
+
+
 def test_moco_v3_keeps_its_patch_embedding():
     model, free = made("moco_v3").train(), made("moco_v3", freeze_patch_embed=False)
     embed = model.query["backbone"].patch_embed
