@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import option
@@ -43,7 +44,7 @@ class Config(Crops):
     prototypes: int | Literal["auto"] = option(65536, low=1, auto=prototypes)  # K, the outputs of the head
     head_hidden: int = option(2048, low=1)  # width of the head's hidden layers
     head_bottleneck: int = option(256, low=1)  # width of the layer before the prototypes
-    # prototypes of length 1; false: their lengths are trained, as the paper has it for its longest runs
+    # prototypes of length 1; false: their lengths are 1 at first and trained, as the paper has it for its longest runs
     unit_prototypes: bool = True
     student_temperature: float = option(0.1, above=0)  # τ_s: the student's logits are divided by it before the softmax
     # τ_t, the same for the teacher's logits
@@ -74,6 +75,9 @@ class DINO(Objective):
         head = PrototypeHead(
             body.embed_dim, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes, unit=cfg.unit_prototypes
         )
+        if not cfg.unit_prototypes:  # as published: weight norm, whose trained lengths are 1 at first
+            with torch.no_grad():
+                head.prototypes.copy_(F.normalize(head.prototypes, dim=-1))
         self.student = nn.ModuleDict({"backbone": body, "head": head})
         self.teacher = make_teacher(self.student, batch_statistics=True).eval()
         self.center = Center(cfg.prototypes)

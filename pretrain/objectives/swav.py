@@ -30,6 +30,7 @@ from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import Crops
 from pretrain.ops.gather import world
 from pretrain.ops.heads import MLPHead, Prototypes
+from pretrain.ops.precision import wide
 from pretrain.ops.queue import Queue
 from pretrain.ops.self_distillation import dino_terms, health
 from pretrain.ops.sinkhorn import sinkhorn
@@ -98,15 +99,16 @@ class SwAV(Objective):
 
     @torch.no_grad()
     def assignments(self, z: Tensor, step: int) -> Tensor:
-        """q [B, G, K] from the head's outputs z [B, G, P] for global crops."""
+        """q [B, G, K] from the head's outputs z [B, G, P] for global crops, in fp32 or wider."""
         rank, ranks = world()
         out, queues = [], list[Any](self.queues) or [None] * GLOBAL
-        for rows, queue in zip(z.unbind(1), queues, strict=True):
-            if queue is not None:
-                queue.hold(F.normalize(rows, dim=-1), step)
-                if step >= self.cfg.queue_start:
-                    rows = torch.cat([rows, queue.rows[rank::ranks].to(rows.dtype)])  # this rank's share
-            out.append(sinkhorn(self.prototypes(rows), self.cfg.code_temperature)[: len(z)])
+        with torch.autocast(z.device.type, enabled=False):  # bf16 would round z·c to 1/256 before it is divided by ε
+            for rows, queue in zip(wide(z).unbind(1), queues, strict=True):
+                if queue is not None:
+                    queue.hold(F.normalize(rows, dim=-1), step)
+                    if step >= self.cfg.queue_start:
+                        rows = torch.cat([rows, queue.rows[rank::ranks].to(rows.dtype)])  # this rank's share
+                out.append(sinkhorn(self.prototypes(rows), self.cfg.code_temperature)[: len(z)])
         return torch.stack(out, dim=1)
 
     def after_step(self, step: int) -> None:

@@ -265,6 +265,24 @@ def test_swav_with_its_queue():
     agrees(model, batch_of("swav"), lambda *args: naive_swav(*args, queue=True), step=1)
 
 
+def test_swavs_assignments_stay_in_fp32_under_autocast():
+    model, z = made("swav").float(), normal(4, 2, 6).float()
+    expected = model.assignments(z, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.assignments(z, 1), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_dinos_logits_are_cosines_at_first(unit: bool):
+    """The prototypes of the published head are weight-normed; their lengths are 1 at first, also where they are trained."""
+    cfg = finder.config_class("dino")[0](**{**OPTIONS["dino"], "unit_prototypes": unit})
+    model = finder.find("dino")(cfg, lambda **changes: build_model(MODELS["vit"], **changes))
+    x = torch.randn(3, 32)
+    for head in (model.student["head"], model.teacher["head"]):
+        cosines = nn.functional.cosine_similarity(head.mlp(x).unsqueeze(1), head.prototypes.unsqueeze(0), dim=-1)
+        torch.testing.assert_close(head(x), cosines)
+
+
 def test_moco_as_first_published():
     """v1: a head of one layer."""
     agrees(made("moco", head_hidden=None), batch_of("moco"), naive_moco)
