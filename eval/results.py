@@ -24,24 +24,28 @@ MAIN_METRICS = {"accuracy": "{:.1%}", "bits_per_byte": "{:.3f}"}  # {the main me
 
 
 def append(path: Path, rows: list[Row]) -> None:
-    """Add rows with one write, so that processes that score at the same time do not mix their lines."""
+    """Add rows with one write, so that processes that score at the same time do not mix their lines. Raises UserError,
+    and adds none, if not all can be written."""
     with _opened(path) as handle:
-        _write(handle, rows)
+        _write(handle, path, rows)
 
 
-def append_new(path: Path, rows: list[Row]) -> bool:
-    """Add those rows whose score (KEY) the file does not hold, and return whether there are any.
+def append_new(path: Path, rows: list[Row], key: tuple[str, ...] = KEY) -> bool:
+    """Add those rows that the file does not hold, see `new_rows`, and return whether there are any.
 
     Of processes that have computed the same scores, such as a restarted one and one that was not ended, the first one
     writes them: they wait for each other by a lock on the file, where the file system has locks.
     """
     with _opened(path) as handle:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        known = {_key(row) for row in read_rows(path)}
-        new = [row for row in rows if _key(row) not in known]
-        _write(handle, new)
+        new = new_rows(path, rows, key)
+        _write(handle, path, new)
     return bool(new)
+
+
+def new_rows(path: Path, rows: list[Row], key: tuple[str, ...] = KEY) -> list[Row]:
+    """Those of the rows that differ from all rows of the file in the values of `key`."""
+    known = {tuple(row[name] for name in key) for row in read_rows(path)}
+    return [row for row in rows if tuple(row[name] for name in key) not in known]
 
 
 def evaluated(path: Path) -> set[tuple[str, int, str]]:
@@ -49,29 +53,35 @@ def evaluated(path: Path) -> set[tuple[str, int, str]]:
     return {(row["model"], row["step"], row["split"]) for row in read_rows(path)}
 
 
-def _key(row: Row) -> tuple:
-    return tuple(row[key] for key in KEY)
-
-
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """The descriptor of a file of rows, for reading and appending."""
+    """The descriptor of a file of rows, for reading and appending, which is locked where the file system has locks."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"{path}: scores cannot be written ({error.strerror})") from None
     try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle
     finally:
         os.close(handle)
 
 
-def _write(handle: int, rows: list[Row]) -> None:
+def _write(handle: int, path: Path, rows: list[Row]) -> None:
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if data and (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
+    size = os.fstat(handle).st_size
+    if data and size and os.pread(handle, 1, size - 1) != b"\n":
         data = b"\n" + data  # after half a line, which a killed process has left
-    os.write(handle, data)
+    try:
+        if os.write(handle, data) == len(data):
+            return
+        reason = "the disk is full"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    os.ftruncate(handle, size)  # so that half of the rows do not pass for all of them
+    raise UserError(f"{path}: scores cannot be written ({reason})")
 
 
 def table(rows: list[Row], split: str = "test") -> str:

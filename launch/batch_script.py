@@ -117,6 +117,17 @@ def submit(executor: Any, function: Callable[..., Any], *arguments: Sequence[Any
 
 
 @contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Create files that only their owner can change, whatever the umask: what a job executes is in its folder."""
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
 def _outside_of_a_job() -> Iterator[None]:
     """If this process runs in a job, hide the environment variables of that job; a job that is submitted would inherit
     them."""

@@ -347,4 +347,5 @@ if __name__ == "__main__":
     from launch.evaluation_jobs import watch as watch_runs  # not of __main__, whose functions no job would find
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
-    sys.exit(run_main(lambda: watch_runs(Path(sys.argv[1]))))
+    with batch_script.private_files():  # it may be run by hand
+        sys.exit(run_main(lambda: watch_runs(Path(sys.argv[1]))))

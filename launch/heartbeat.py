@@ -1,11 +1,13 @@
 """The heartbeat of a job's supervisor: a file that it writes again and again, and that the ranks on other nodes read. If
 the first node of the job is lost, the file no longer changes. The writer's thread goes on while the supervisor waits
-for Slurm. This module does not import torch."""
+for Slurm. The file is never truncated, and its content has a fixed length, so that it also changes on a full disk. This
+module does not import torch."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +25,11 @@ def heartbeat(path: Path) -> Iterator[None]:
     def write() -> None:
         for beat in itertools.count():
             with contextlib.suppress(OSError):
-                path.write_text(f"{beat} {time.time()}")
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+                try:
+                    os.pwrite(descriptor, f"{beat:012d} {time.time():020.3f}\n".encode(), 0)
+                finally:
+                    os.close(descriptor)
             if end.wait(PERIOD):
                 return
 
@@ -49,7 +55,8 @@ class Listener:
             return False
         with contextlib.suppress(OSError, ValueError):
             content = self.path.read_text()
-            self.unchanged = self.unchanged + 1 if content == self.content else 0
+            # an empty file is one that a supervisor could not write yet, because the disk is full
+            self.unchanged = self.unchanged + 1 if content and content == self.content else 0
             self.content = content
         self.next = time.monotonic() + PERIOD
         if self.unchanged < self.missed:

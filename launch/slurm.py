@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,7 +78,7 @@ def submit(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> list
     evaluation = clusters.find(cluster.evaluation, "evaluation:") if cluster.evaluation else None
     if evaluation is not None:  # before anything is queued, as the watcher could not submit the jobs either
         batch_script.cores_per_node(evaluation_jobs.of_evaluation(evaluation))
-    with _private_files(), _one_at_a_time(Path(runs[0].run).parent / JOBS):
+    with batch_script.private_files(), _one_at_a_time(Path(runs[0].run).parent / JOBS):
         for recipe in runs:
             run_jobs.check_cluster(Path(recipe.run))
         already = run_jobs.in_queue([Path(recipe.run) for recipe in runs])
@@ -109,8 +108,9 @@ def _submit(new: list[Recipe], cluster: Cluster, evaluation: Cluster | None, par
             for number, (recipe, name) in enumerate(zip(new, jobs, strict=True)):
                 run_jobs.write_job(Path(recipe.run), folder, number, name, here)
     except UserError:  # nothing is queued, or a job of which nobody would know
-        if jobs:
-            slurm_client.ask("scancel", *jobs)
+        with contextlib.suppress(UserError):  # the first error counts
+            if jobs:
+                slurm_client.ask("scancel", *jobs)
         shutil.rmtree(folder)
         raise
     except BaseException:
@@ -173,21 +173,14 @@ def _check(runs: list[Recipe], cluster: Cluster) -> None:
 
 # ---------------------------------------------------------------- the folders of jobs
 @contextlib.contextmanager
-def _private_files() -> Iterator[None]:
-    """Create files that only their owner can change, whatever the umask: what a job executes is in its folder."""
-    before = os.umask(0o022)
-    os.umask(before | 0o022)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-@contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Wait until no other command submits jobs with folders in `folder`: it has to see what this one has queued."""
     _make(folder)
-    with (folder / ".lock").open("a") as file:
+    try:
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise _no_folder(folder, error) from None
+    with file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -211,6 +204,8 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made ({error.strerror}); choose another run folder with run=FOLDER"
-        ) from None
+        raise _no_folder(folder, error) from None
+
+
+def _no_folder(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be written ({error.strerror}); choose another run folder with run=FOLDER")

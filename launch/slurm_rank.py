@@ -9,6 +9,7 @@ import torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -49,18 +50,22 @@ def run(folder: Path, recipe: str, run_folder: Path) -> int:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, frame: trainer.send_signal(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    record(folder / f"rank-{about['rank']}.json", **about, pid=trainer.pid)
+    begun = False
     # the nodes wait for different times, because one request is enough: Slurm then ends all ranks
     missed = MISSED + int(env["SLURM_NODEID"])
     listener = Listener(folder.parent / HEARTBEAT, missed) if env["LOCAL_RANK"] == "0" else None
     recorded = False
     while True:
         code = trainer.poll()
-        if code is not None and not recorded:
-            record(folder / f"rank-{about['rank']}{END}", **about, code=code, ended=time.time())
-            recorded = True
-            if not has_failed(code):
-                return code
+        with contextlib.suppress(OSError):  # the disk is full: the next turn tries again
+            if not begun:
+                record(folder / f"rank-{about['rank']}.json", **about, pid=trainer.pid)
+                begun = True
+            if code is not None and not recorded:
+                record(folder / f"rank-{about['rank']}{END}", **about, code=code, ended=time.time())
+                recorded = True
+        if code is not None and recorded and not has_failed(code):
+            return code
         # after a failure, wait until the supervisor kills this process, or is lost itself
         if listener is not None and listener.is_lost():
             _requeue(env["SLURM_JOB_ID"], about["node"], run_folder)

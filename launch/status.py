@@ -147,10 +147,19 @@ def stop(run: Path, now: bool) -> str:
         folder = folder_of(job_of(run))
         folder.mkdir(exist_ok=True)
         (folder / STOP).touch()  # prevents that the job requeues itself
-        if now or job.state != "RUNNING":
+        if now or job.state not in ("RUNNING", "SUSPENDED"):
             slurm_client.ask("scancel", name)
             return f"{run}: job {name} is cancelled"
-        slurm_client.ask("scancel", "--batch", "--signal=USR2", name)
+        try:
+            slurm_client.ask("scancel", "--batch", "--signal=USR2", name)
+        except UserError as error:
+            if job.state == "RUNNING":
+                raise
+            (folder / STOP).unlink(missing_ok=True)
+            raise UserError(
+                f"{run}: job {name} is suspended and cannot save a checkpoint ({error}); repeat the command when it"
+                f" runs again, or cancel the job with --now"
+            ) from None
         return f"{run}: job {name} ends after a checkpoint at the next step"
     check_cluster(run)
     holder = living_holder(run)

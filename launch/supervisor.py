@@ -81,9 +81,13 @@ class Supervisor:
         self.log.add(printable(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {self.job}: {line}") + "\n")
 
     def update_state(self, **values: Any) -> None:
-        """Change entries of the state, and write it to state.json."""
+        """Change entries of the state, and write it to state.json. If that fails, because the disk is full, the next
+        call writes them."""
         self.state |= values
-        record(self.folder / "state.json", **self.state)
+        try:
+            record(self.folder / "state.json", **self.state)
+        except OSError as error:
+            self.say(f"{self.folder / 'state.json'}: cannot be written ({error.strerror})")
 
     # ---------------------------------------------------------------- the loop
     def supervise(self) -> int:

@@ -43,20 +43,22 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
     baseline = model in ("pixels", "bytes")
     names = [name for name in names if not baseline or name not in TEXT]
     rows = evaluate(model, names, gallery, query, split, cfg.image_size, device=device)
+    generated = samples(Path(model), step, cfg.prompts) if not baseline and split == "val" and cfg.prompts else []
     _check_identity(run, identity)
-    if rows and not results.append_new(run / "results.jsonl", rows):
+    if rows and not results.new_rows(run / "results.jsonl", rows):
         return
     if not baseline:
         for row in rows:
             student = "" if row["model"] in ("untrained", "pretrained") else f"{row['model']}/"
             board.add_scalar(f"{student}{split}/{row['protocol']}/{row['metric']}", row["value"], step)  # type: ignore[attr-defined]
-        if split == "val" and cfg.prompts:
-            generated = samples(Path(model), step, cfg.prompts)
-            for row in generated:
-                board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)  # type: ignore[attr-defined]
-            results.append(run / "samples.jsonl", generated)
+        for row in generated:
+            board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)  # type: ignore[attr-defined]
+        if generated:
+            results.append_new(run / "samples.jsonl", generated, ("step", "prompt", "text"))
         board.flush()  # type: ignore[attr-defined]
-        model_card.write(Path(model))
+    results.append_new(run / "results.jsonl", rows)  # last: an evaluation of which there are rows is complete
+    if not baseline:
+        model_card.write(Path(model))  # with these rows
 
 
 def _check_identity(run: Path, identity: str) -> None:
@@ -82,6 +84,8 @@ def evaluate_one(run: Path, model: str, step: int, split: str, identity: str) ->
     from pretrain.parallel.device import threads
 
     if (name_of(model), step, split) in results.evaluated(run / "results.jsonl"):
+        if Path(model).is_dir():  # a process may have ended between its rows and the model card
+            model_card.write(Path(model))
         return 0
     torch.set_num_threads(threads(1))
     recipe = stored(run)

@@ -57,7 +57,10 @@ def open_manifests(
             else:
                 _check_listed_shards(manifest, folder)
                 row_of = {name: row for row, name in enumerate(manifest.names)}
-                rows = np.array([row_of[url.rpartition("/")[2]] for url in in_folder])
+                names = [url.rpartition("/")[2] for url in in_folder]
+                if new := [name for name in names if name not in row_of]:  # of a remote folder
+                    raise _differs(folder, new[0], "is new")
+                rows = np.array([row_of[name] for name in names])
             out.append((manifest, rows[manifest.counts[rows] > 0]))
     return out
 
@@ -69,15 +72,20 @@ def _check_listed_shards(manifest: Manifest, folder: str) -> None:
     """
     if not is_local(folder):
         return
-    path = folder.removeprefix("file://")
+    path = folder.removeprefix("file://").removeprefix("local://")
     present = {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.name.endswith(".tar")}
     listed = dict(zip(manifest.names, manifest.sizes.tolist(), strict=True))
     for name in sorted(present.keys() | listed.keys()):
         if present.get(name) != listed.get(name):
             what = "is gone" if name not in present else "is new" if name not in listed else "has another size"
-            raise DataError(
-                f"{folder}: {name} {what} since the manifest was written; run `unlabeled shards index {folder}` again"
-            )
+            raise _differs(folder, name, what)
+
+
+def _differs(folder: str, name: str, what: str) -> DataError:
+    """The error for a shard that is not as the manifest of its folder says."""
+    return DataError(
+        f"{folder}: {name} {what} since the manifest was written; run `unlabeled shards index {folder}` again"
+    )
 
 
 class IndexedManifest:

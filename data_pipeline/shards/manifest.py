@@ -175,6 +175,10 @@ def parse_manifest(text: str | bytes, folder: str, source: str) -> Manifest:
         shards = content.pop("shards")
         if not all(map(_is_shard, shards)) or "/" in content["index"]:
             raise ValueError("a row of shards is not name, bytes, samples and hash")
+        if not re.fullmatch(
+            "([0-9a-f]{32})?", content["index_hash"]
+        ):  # it becomes the name of a file; "" in a run folder
+            raise ValueError(f"index_hash is {short_repr(content['index_hash'])}")
         extensions = content.pop("extensions")
         if not all(map(VALID_EXTENSION.fullmatch, extensions)) or len({*extensions}) < len(extensions):
             raise ValueError(f"extensions is {short_repr(extensions)}")

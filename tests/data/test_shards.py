@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import string
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import webdataset
@@ -344,6 +346,14 @@ def test_new_missing_and_changed_shards_are_errors(tmp_path: Path):
     write_tar(tmp_path / "b.tar", [("1.jpg", jpeg(1))])
     with pytest.raises(DataError, match=r"b.tar is new since the manifest was written; run `unlabeled shards index"):
         Samples([str(tmp_path)])
+    with pytest.raises(DataError, match=r"b.tar is new since the manifest was written"):
+        Samples([f"local://{tmp_path}"])
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path), f"/{tmp_path.name}-new", recursive=True)
+    with pytest.raises(
+        DataError, match=r"b.tar is new since the manifest was written; run `unlabeled shards index mem"
+    ):
+        Samples([f"memory://{tmp_path.name}-new/*.tar"])
     index.write(tmp_path)
     samples = Samples([str(tmp_path)])
     assert len(samples) == 2 and [samples.read(n)["jpg"] for n in range(2)] == [jpeg(0), jpeg(1)]
@@ -365,7 +375,10 @@ def test_an_invalid_manifest(tmp_path: Path):
     (tmp_path / "manifest.json").unlink()
     index.write(tmp_path)
     whole = (tmp_path / "manifest.json").read_text()
-    for content in ("", whole[:60], whole.replace('"format": 1', '"format": 99')):  # of ours, or of another version
+    no_hash = re.sub(r'"index_hash": "\w+"', '"index_hash": "../../x"', whole)  # it becomes a name in the cache
+    assert no_hash != whole
+    # of ours, or of another version
+    for content in ("", whole[:60], no_hash, whole.replace('"format": 1', '"format": 99')):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(DataError, match="run `unlabeled shards index` again"):
             Samples([str(tmp_path)])

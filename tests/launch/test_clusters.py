@@ -202,10 +202,17 @@ def test_run_folders_that_a_job_cannot_have(name: str, words: str, tmp_path: Pat
         slurm.script([cfg], Cluster())
 
 
+def test_a_folder_of_jobs_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / ".lock").mkdir()
+    said = r"cannot be written \(Is a directory\); choose another run folder"
+    with pytest.raises(UserError, match=said), slurm._one_at_a_time(tmp_path):
+        pass
+
+
 def test_only_the_owner_can_change_what_a_job_executes(tmp_path: Path):
     before = os.umask(0)
     try:
-        with slurm._private_files():
+        with batch_script.private_files():
             (tmp_path / "job.json").touch()
             (tmp_path / "folder").mkdir()
         assert os.umask(0) == 0
@@ -310,6 +317,40 @@ def test_ranks_that_fail_while_a_run_stops_are_no_fault_of_it(
     assert alone.supervise() == 75 and (alone.state["restarts"], alone.state["ended"]) == (0, "")
 
 
+def test_a_state_that_cannot_be_written_is_written_later(alone: supervisor.Supervisor):
+    (alone.folder / "state.partial").mkdir()  # as if the disk were full
+    alone.update_state(restarts=3)
+    assert alone.state["restarts"] == 3 and not (alone.folder / "state.json").exists()
+    (alone.folder / "state.partial").rmdir()
+    alone.update_state(in_a_row=1)
+    state = rank_records.read_record(alone.folder / "state.json")
+    assert (state["restarts"], state["in_a_row"]) == (3, 1)
+
+
+RANK = """
+import sys
+from pathlib import Path
+from launch import slurm_rank
+sys.executable = "/bin/true"  # the trainer
+sys.exit(slurm_rank.run(Path(sys.argv[1]), "recipe.yaml", Path(sys.argv[1])))
+"""
+
+
+def test_how_a_rank_has_ended_is_recorded_when_the_disk_has_space_again(tmp_path: Path):
+    for name in ("rank-0.partial", "rank-0.end.partial"):
+        (tmp_path / name).mkdir()  # as if the disk were full
+    env = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    env |= {"SLURMD_NODENAME": "n1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
+    rank = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)], env={**os.environ, **env})
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(1.5)
+    for name in ("rank-0.partial", "rank-0.end.partial"):
+        (tmp_path / name).rmdir()
+    assert rank.wait(20) == 0
+    (found,) = rank_records.ranks_of(tmp_path).values()
+    assert found["code"] == 0 and found["pid"] > 0
+
+
 def test_a_state_that_was_lost_does_not_number_attempts_anew(alone: supervisor.Supervisor):
     for number in (1, 2):
         (alone.folder / f"attempt-{number}").mkdir()
@@ -348,6 +389,12 @@ def test_a_supervisor_without_a_heartbeat_is_lost(tmp_path: Path, monkeypatch: p
         return True
 
     assert heard(0.2)  # a file that cannot be read says nothing
+    (tmp_path / "beat").touch()
+    assert heard(0.2)  # nor an empty one, which is left where the disk is full
+    (tmp_path / "beat").write_text("x" * 100)
+    with heartbeat.heartbeat(tmp_path / "beat"):
+        assert heard(0.2) and (tmp_path / "beat").stat().st_size == 100  # in place: it needs no space
+    (tmp_path / "beat").unlink()
     writer = subprocess.Popen([sys.executable, "-c", BEAT, str(tmp_path / "beat")])
     while not (tmp_path / "beat").is_file():
         real_sleep(0.01)

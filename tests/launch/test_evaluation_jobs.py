@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ from launch import evaluation_jobs, watch
 from launch.clusters import Cluster
 from launch.rank_records import read_record, record
 from pretrain.recipes.recipe import load
-from pretrain.run_folder.marker import update_marker
+from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.run_folder.marker import run_identity, update_marker
 from pretrain.run_folder.recipe_file import write_recipe
 from pretrain.run_folder.run_lock import living_holder
 from pretrain.run_folder.written_files import RUN_FILES, delete_files
@@ -240,3 +243,62 @@ def test_a_file_system_that_fails_for_a_moment_does_not_end_the_watcher(scene: S
 
     monkeypatch.setattr(evaluation_jobs, "record", fails_first)
     assert evaluation_jobs.watch(scene.job) == 0 and not failures and scene.submitted == 1
+
+
+def test_rows_are_written_after_everything_else_of_an_evaluation(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    """An evaluation that fails in between leaves no rows, with which it would count as complete."""
+    row = {"model": "pretrained", "step": 5, "protocol": "knn", "split": "val", "metric": "accuracy", "value": 0.5}
+    recipe = load("demo", [f"run={scene.run}", "eval.val=[shards]", "eval.gallery=[shards]", "eval.prompts=[Once]"])
+    write_recipe(recipe, scene.run)
+    export, identity = str(scene.run / "export" / "5"), run_identity(scene.run)["id"]
+    monkeypatch.setattr(watch, "evaluate", lambda *_, **__: [row])
+    cards: list[Path] = []
+    monkeypatch.setattr(watch.model_card, "write", cards.append)
+    fails = [True, True]
+
+    def samples(*_: object) -> list[dict]:
+        if fails.pop():
+            raise RuntimeError("no memory")
+        return [{"step": 5, "prompt": "Once", "text": " upon"}]
+
+    monkeypatch.setattr(watch, "samples", samples)
+    with pytest.raises(RuntimeError, match="no memory"):
+        watch.evaluate_one(scene.run, export, 5, "val", identity)
+    assert not (scene.run / "results.jsonl").exists()
+    fails[:] = [False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.results, "append_new", fails_for("results.jsonl"))
+        with pytest.raises(UserError, match="disk is full"):
+            watch.evaluate_one(scene.run, export, 5, "val", identity)
+    watch.evaluate_one(scene.run, export, 5, "val", identity)
+    assert [*map(len, (read_rows(scene.run / "results.jsonl"), read_rows(scene.run / "samples.jsonl"), cards))] == [
+        1
+    ] * 3
+    watch.evaluate_one(scene.run, export, 5, "val", identity)  # whose process may have ended before the card
+    assert len(cards) == 2 and len(read_rows(scene.run / "results.jsonl")) == 1
+
+
+def fails_for(name: str) -> Callable[..., bool]:
+    append_new = watch.results.append_new
+
+    def fails(path: Path, *arguments: object) -> bool:
+        if path.name == name:
+            raise UserError("the disk is full")
+        return append_new(path, *arguments)  # type: ignore[arg-type]
+
+    return fails
+
+
+def test_rows_are_written_all_or_none(tmp_path: Path):
+    path, rows = tmp_path / "results.jsonl", [{"step": 1, "text": "x" * 50}] * 2
+    watch.results.append(path, rows)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for space in (100, 0):  # in bytes: one row, and none
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + space, hard))
+        try:
+            with pytest.raises(UserError, match=r"results.jsonl: scores cannot be written"):
+                watch.results.append(path, rows)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == before

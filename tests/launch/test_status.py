@@ -75,6 +75,27 @@ def test_runs_of_a_cluster_where_there_is_no_slurm(finished: Path, monkeypatch: 
     job.unlink()
 
 
+def test_a_suspended_job_is_not_cancelled_without_a_checkpoint(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Slurm may refuse to signal it."""
+    texts = {"scontrol": "echo ClusterName = here", "squeue": "echo '7|SUSPENDED|None|n1|N/A'"}
+    texts["scancel"] = f"echo $* >> {tmp_path}/asked\n[ ! -e {tmp_path}/refuses ]"
+    (tmp_path / "bin").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    run_jobs.write_job(finished, tmp_path, 0, "7", "here")
+    assert status.stop(finished, now=False).endswith("job 7 ends after a checkpoint at the next step")
+    (tmp_path / "refuses").touch()
+    with pytest.raises(UserError, match=r"job 7 is suspended and cannot save a checkpoint .*; repeat the command"):
+        status.stop(finished, now=False)
+    assert not (tmp_path / "0" / "stop").exists()
+    assert (tmp_path / "asked").read_text() == "--batch --signal=USR2 7\n" * 2
+    (finished / "job.json").unlink()
+
+
 @pytest.mark.slow
 def test_a_run_on_this_machine_is_followed_and_stopped(shards: Path, tmp_path: Path):
     """The run ends after a checkpoint, as after Ctrl-C, and so does the command that follows its log."""
