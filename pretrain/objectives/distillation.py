@@ -1,6 +1,6 @@
 """Distillation: one frozen teacher trains any number of students in one run (arXiv 2304.07193, 2508.10104).
 
-    crops:      the teacher sees 2 global crops, in one forward for all students; a student also sees n local crops
+    crops:      teacher: 2 global ones, in one forward for all students; each student: also n local ones; no masks
     prototypes: the DINO and iBOT losses with the teacher's heads and new student heads; iBOT on the sampled patches
     features:   1 − cos(W x, ẑ) on class tokens and on patches; ẑ: the teacher's features, standardised over the batch
                 + KL(softmax_j cos(ẑ_i, ẑ_j)/τ ‖ softmax_j cos(x_i, x_j)/τ) on class tokens (SEED, 2101.04731), because
