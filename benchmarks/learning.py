@@ -31,8 +31,10 @@ from data_pipeline.build.build_shards import build
 from data_pipeline.build.demo_images import fetch
 from eval.run import evaluate
 from pretrain.build import build_objective, build_stream, open_samples, placed
+from pretrain.optim.skip_steps import Guard
 from pretrain.parallel.engine import Engine
-from pretrain.recipes import recipe
+from pretrain.recipes import defaults, recipe
+from pretrain.step import one_step
 from pretrain.train import train
 
 CROPS = ["local_size=16", "local_crops=2", "global_scale=0.4", "local_scale=0.1", "solarize=0", "blur=[0.5, 0.5, 0.5]"]
@@ -77,15 +79,15 @@ def load(name: str, *overrides: str) -> recipe.Recipe:
 
 def seconds_of_a_step(cfg: recipe.Recipe) -> float:
     """CPU seconds of a training step, with its data."""
+    samples = open_samples(cfg)
+    defaults.settle(cfg, sum(map(len, samples)))
     objective = build_objective(cfg, start=True)
-    engine, stream = Engine(objective, cfg, CPU), build_stream(cfg, objective, open_samples(cfg))
+    engine, guard = Engine(objective, cfg, CPU), Guard(objective, cfg.skip, CPU)
+    stream = build_stream(cfg, objective, samples)
     for step in range(2 + MEASURED):
         if step == 2:
             start = time.process_time()
-        loss, _ = engine.forward(placed(objective, next(stream), CPU), step)
-        engine.backward(loss)
-        engine.step(1e-4, 0.05)
-        objective.after_step(step)
+        one_step(engine, guard, [placed(objective, next(stream), CPU)], step, lr=1e-4, weight_decay=0.05)
     return (time.process_time() - start) / MEASURED
 
 

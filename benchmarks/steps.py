@@ -35,9 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.build import build_objective, noise_batch, placed
 from pretrain.estimate.trace import FLOPS
+from pretrain.optim.skip_steps import Guard
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe, load
+from pretrain.step import one_step
 
 BATCH = {"mae": 16, "simclr": 8, "dinov2": 4}  # images per step; 4 to 9 CPU seconds each
 OPTIONS = {"mae": ["parallel.micro_batch=null"], "simclr": [], "dinov2": ["objective.prototypes=4096"]}
@@ -58,14 +60,11 @@ def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """(a batch, a function that trains one of our objectives on it for a step)."""
     engine = Engine(build_objective(cfg), cfg, CPU)
     objective, size = engine.objective, BATCH[cfg.objective.name]
+    guard = Guard(objective, cfg.skip, CPU)
     batch = placed(objective, noise_batch(cfg, objective, size), CPU)
 
     def step() -> None:
-        with engine.microbatch(last=True):
-            loss, _ = engine.forward(batch, 0)
-            engine.backward(loss)
-        engine.step(lr=1e-4, weight_decay=0.05)
-        objective.after_step(0)
+        one_step(engine, guard, [batch], 0, lr=1e-4, weight_decay=0.05)
 
     return batch, step
 

@@ -38,7 +38,9 @@ class SeveralSizes(PackedAttention):
     needs no mask."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
-        return super().forward(q, k, v, shapes) if len(shapes) == 1 else self._packed(q, k, v, shapes)
+        if len(lengths := {n for _, n in shapes}) > 1:
+            return self._packed(q, k, v, shapes)
+        return super().forward(q, k, v, [(sum(b for b, _ in shapes), *lengths)])
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
         raise NotImplementedError

@@ -34,7 +34,10 @@ from pretrain.ops.self_distillation import health
 
 
 def negatives(facts: Facts) -> int:
-    """A twentieth of the samples (65,536 for ImageNet), at least 8 batches, in whole batches."""
+    """A twentieth of the samples, at least 8 batches and at most 65,536, in whole batches.
+
+    This is 64,000 for ImageNet's 1.28 M images at batch 256; the paper has 65,536.
+    """
     return max(8, round(min(65536, facts.samples / 20) / facts.batch)) * facts.batch
 
 
@@ -85,9 +88,8 @@ class MoCo(Objective):
         q = unit(self.query["head"](features))  # [B, P]
         with torch.no_grad():
             k = unit(self.key["head"](self.key["backbone"](second).cls))
-        rows = self.queue.rows.to(q.dtype).clone()  # `push` changes the queue before a later micro-batch's backward
         self.queue.hold(k, step)
-        logits = similarities(q, k, rows) / self.cfg.temperature
+        logits = similarities(q, k, self.queue.rows.to(q.dtype)) / self.cfg.temperature
         loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
         return loss, {"accuracy": (logits.argmax(1) == 0).float().mean()} | health(features.detach())
 
