@@ -177,7 +177,8 @@ def _report(
         some = ", ".join(folders[:3]) + (", …" if len(folders) > 3 else "")
         say(
             f"{where}: no sample has a .cls member, and so none has a label; if the {len(folders)} folders in the tars"
-            f" ({some}) are classes, build shards from them with `unlabeled shards build`, which makes labels of folders"
+            f" ({some}) are classes, build shards from them with `unlabeled shards build`, which makes labels of"
+            " folders"
         )
     return left_out
 

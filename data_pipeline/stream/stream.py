@@ -242,8 +242,8 @@ class Stream:
         }
         cause = causes.get(number, "by a fault of a library that it uses")
         raise DataError(
-            f"a data worker (process {dead.pid}) was killed by {child_signals.signal_name(number)}, {cause}; run the same"
-            " command again to resume"
+            f"a data worker (process {dead.pid}) was killed by {child_signals.signal_name(number)}, {cause};"
+            " run the same command again to resume"
         )
 
     def _start_server(self, step: int, workers: int) -> ServerProcess | None:

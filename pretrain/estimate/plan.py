@@ -252,8 +252,8 @@ def describe(cfg: Recipe, device: str, mfu: float, processes: int = 1) -> list[s
     plan = trace(cfg, processes)
     hours = plan.computed * cfg.steps / (peak * mfu * processes) / 3600
     teacher = f", {plan.frozen / 1e6:.1f} M of a teacher" if plan.frozen else ""
-    again = f"; {_scaled(plan.computed)} with what is computed again" if plan.computed != plan.flops else ""
-    micro = f" in {plan.accumulate} micro-batches of {plan.micro}" if plan.accumulate > 1 else f" at once: {plan.micro}"
+    again = f"; {_scaled(plan.computed)} with recomputation" if plan.computed != plan.flops else ""
+    micro = f"{plan.accumulate} micro-batches of {plan.micro}" if plan.accumulate > 1 else f"{plan.micro}"
     unit, seen = "images", f"{cfg.steps * plan.batch / 1e6:.3g} M images"
     from pretrain.build import parts_of
 
@@ -262,10 +262,10 @@ def describe(cfg: Recipe, device: str, mfu: float, processes: int = 1) -> list[s
     out = [
         f"{cfg.objective.name} on {cfg.model.name}, {cfg.precision}, {cfg.parallel.mode} on {processes} × {device}",
         f"parameters   {plan.trained / 1e6:.1f} M trained{teacher}",
-        f"a step       {plan.batch} {unit}, for a process{micro}; {_scaled(plan.flops)}{again}",
+        f"a step       {plan.batch} {unit}, {micro} per process; {_scaled(plan.flops)}{again}",
         f"the run      {cfg.steps} steps, {seen}, {_scaled(cfg.steps * plan.computed)}",
         f"time         {_time(hours)} at {mfu:.0%} of {processes} × {peak / 1e12:.3g} TFLOP/s",
-        f"memory       {_sizes(plan.memory)} of each device",
+        f"memory       {_sizes(plan.memory)} on each device",
     ]
     if plan.host:
         out.append(f"main memory  {_sizes(plan.host)} for each process")

@@ -286,7 +286,7 @@ def test_output(tmp_path: Path):
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
     assert done.stdout.startswith("mae on vit_small, bf16, fsdp2 on 4 × h100")
     assert lines["parameters"].startswith("47.4 M trained")
-    assert "1024 images, for a process at once: 256; 40.1 TFLOP" in lines["a"]
+    assert "1024 images, 256 per process; 40.1 TFLOP" in lines["a"]
     assert "at 40% of 4 × 989 TFLOP/s" in lines["time"]
     for word in ("parameters 45.2 MiB", "optimizer 90.4 MiB", "activations", "gathered"):
         assert word in lines["memory"]
