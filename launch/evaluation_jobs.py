@@ -9,7 +9,6 @@ killed and started again at any time, anywhere where sbatch works. This module d
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -50,7 +49,7 @@ SMALL = {"nodes": 1, "gpus": 0, "processes": 1, "cpus": 1, "memory_gb": 2.0, "co
 def submit_watcher(folder: Path) -> list[str]:
     """Queue a watcher for the runs of a job's folder if their exports are evaluated by jobs, and none is in the queue.
     Returns lines that say what was done."""
-    job = read_record(folder / "job.json")
+    job = run_jobs.read_folder(folder)
     if not job.get("evaluation"):
         return []
     name = read_record(folder / WATCHER).get("id", "")
@@ -286,7 +285,9 @@ def of_evaluation(cluster: Cluster) -> Cluster:
 def watch(folder: Path) -> int:
     """Watch the runs of a job's folder until they have ended and are evaluated. Returns EXIT_UNSCORED if an evaluation
     failed for good, otherwise 0."""
-    job = json.loads((folder / "job.json").read_text())
+    job = run_jobs.read_folder(folder)
+    if not job.get("evaluation"):
+        raise UserError(f"{folder}: has no profile for evaluation jobs; launch the runs with --evaluation NAME")
     cluster: Cluster = build_config.build(Cluster, job["evaluation"], {})
     watchers = [Watcher(Path(run), folder, cluster) for run in job["runs"]]
     asked, training = 0.0, dict.fromkeys((one.run for one in watchers), True)
@@ -329,7 +330,7 @@ def evaluation_job(folder: str, run: str, identity: str, model: str, step: str, 
     `identity`: of the run, when the job was submitted.
     """
     one = Evaluation(model, int(step), split)
-    job = json.loads((Path(folder) / "job.json").read_text())
+    job = run_jobs.read_folder(Path(folder))
     cluster: Cluster = build_config.build(Cluster, job["evaluation"], {})
     nodes = slurm_client.ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     words = batch_script.srun(cluster, nodes, 1, batch_script.cores_of_job())

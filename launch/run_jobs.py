@@ -15,6 +15,7 @@ from launch.rank_records import read_record
 from pretrain.run_folder.run_lock import living_holder
 from pretrain.run_folder.written_files import JOB
 
+JOBS_FILE = "job.json"  # in a job's folder: its runs, their objectives, the profiles. Not RUN/job.json, which is JOB
 SCHEMA = {"folder": str, "number": int, "id": str, "run": str, "cluster": str}  # of RUN/job.json
 Queue = dict[Path, tuple[str, slurm_client.Queued]]  # {run: (id of its job, the job)}
 
@@ -24,6 +25,16 @@ def write_job(run: Path, folder: Path, number: int, name: str, cluster: str) -> 
     of the job, as squeue shows it."""
     told = {"folder": str(folder), "number": number, "id": name, "run": str(run), "cluster": cluster}
     write_atomically(str(run / JOB), [json.dumps(told).encode()])
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """{"runs", "methods", "cluster", "evaluation"}: what `launch.slurm` has written into a job's folder. Raises UserError
+    for another folder."""
+    if not (job := read_record(folder / JOBS_FILE)):
+        raise UserError(
+            f"{folder / JOBS_FILE}: is missing or damaged; name the folder of a job, such as runs/jobs/NAME-1"
+        )
+    return job
 
 
 def job_of(run: Path) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _write_folder(
     about = {"runs": [recipe.run for recipe in new], "cluster": config.to_dict(cluster)}
     about["methods"] = {recipe.objective.name: hash_of(recipe.objective.name) for recipe in new}
     about["evaluation"] = config.to_dict(evaluation) if evaluation is not None else None
-    (folder / "job.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / run_jobs.JOBS_FILE).write_text(json.dumps(about, indent=1) + "\n")
     return executor
 
 

@@ -27,7 +27,7 @@ from common.errors import ConfigError, UserError, run_main
 from common.line_file import LineFile
 from common.output import printable, say
 from eval.scoring import SCORED_ELSEWHERE
-from launch import batch_script, node_check, slurm_client
+from launch import batch_script, node_check, run_jobs, slurm_client
 from launch.clusters import Cluster
 from launch.heartbeat import heartbeat
 from launch.rank_records import Rank, cause, described, has_failed, ranks_of, read_new_ends, read_record, record
@@ -58,7 +58,7 @@ class Supervisor:
     """Trains one run of a job. Its methods are in the order in which they are called."""
 
     def __init__(self, folder: Path, number: int):
-        job = json.loads((folder / "job.json").read_text())
+        job = run_jobs.read_folder(folder)
         self.cluster: Cluster = build_config.build(Cluster, job["cluster"], {})
         self.methods: dict[str, str] = job["methods"]
         self.scored_elsewhere = job.get("evaluation") is not None
