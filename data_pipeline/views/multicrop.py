@@ -105,7 +105,7 @@ def multicrop(
 def unmasked_crops(
     cfg: Any, image_size: int, patch_size: int
 ) -> Callable[[dict[str, Any], Rng], dict[str, np.ndarray]]:
-    """The views {"global": [G, 3, H, W], "local": [L, 3, h, w]} without masks, for DINO and SwAV.
+    """The views {"global": [G, 3, H, W], "local": [L, 3, h, w]} without masks, for DINO, SwAV and LeJEPA.
 
     `patch_size`: the size that crops have to be a multiple of. Raises ValueError for sizes that are not.
     """

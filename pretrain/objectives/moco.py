@@ -5,10 +5,10 @@
     after each step: θ' ← m θ' + (1 − m) θ (eq. 2), and the batch's keys replace the oldest ones of the queue
 
 The defaults are those of v2; v1 has one linear layer as its head (`head_hidden: null`), τ = 0.07, no blur, and
-`jitter: [0.4, 0.4, 0.4, 0.4]`. Where a query and its key are normalised by the same few images, batch norm tells them
-apart from the queue. The paper normalises within each GPU and shuffles the keys over GPUs; here every batch norm
-normalises over the whole global batch, queries and keys each by themselves, so that there is no part of the batch to
-recognise.
+`jitter: [0.4, 0.4, 0.4, 0.4]`, which it applies to every view (here, as in v2, to 80 % of them). Where a query and its
+key are normalised by the same few images, batch norm tells them apart from the queue. The paper normalises within each
+GPU and shuffles the keys over GPUs; here every batch norm normalises over the whole global batch, queries and keys each
+by themselves, so that there is no part of the batch to recognise.
 
 Shapes: B images, two views each, D encoder width, P outputs, Q rows of the queue.
 """

@@ -25,8 +25,10 @@ class ProjectionHead(nn.Sequential):
 
 class MLPHead(nn.Sequential):
     """Linear layers of the given widths without biases, with batch norm and ReLU between them: the projectors and
-    predictors of BYOL, SwAV, Barlow Twins, VICReg and MoCo v3.
+    predictors of BYOL, SwAV, Barlow Twins, VICReg, MoCo v3 and LeJEPA.
 
+    The published hidden layers of SwAV and VICReg have biases, which have no effect before a batch norm. SwAV's last
+    layer has one, too, which is left out here.
     `last_norm`: the outputs pass a batch norm without parameters, as in MoCo v3 (arXiv 2104.02057).
     """
 
