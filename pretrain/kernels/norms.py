@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pretrain.models.layers import LayerNorm
 from pretrain.models.text_mlp import RMSNorm
+from pretrain.ops.precision import wide
 
 
 class CudaLayerNorm(LayerNorm):
@@ -33,10 +34,10 @@ class CpuRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # inductor fuses the plain one
             return super().forward(x)
-        wide = x if x.dtype == torch.float64 else x.float()
+        exact = wide(x)
         with torch.autocast("cpu", enabled=False):
-            weight = self.weight.to(wide.dtype)
-            return _RMSNorm.apply(wide.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape).to(x.dtype)
+            weight = self.weight.to(exact.dtype)
+            return _RMSNorm.apply(exact.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.ops.precision import wide
+
 Shapes = list[tuple[int, int]]
 Rotation = tuple[Tensor, Tensor]  # cos and sin of each token's angles, [T, 1, d/2] or [B, T, 1, d/2], fp32
 
@@ -81,7 +83,7 @@ class Rotary(nn.Module):
 
     @staticmethod
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        a, b = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
+        a, b = wide(x).chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 

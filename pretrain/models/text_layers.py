@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.models.layers import Backbone, Rotary, Rotation
 from pretrain.models.text_mlp import FusedLinear, RMSNorm
 from pretrain.ops.cross_entropy import cross_entropy
+from pretrain.ops.precision import wide
 
 
 class TextBackbone(Backbone):
@@ -234,7 +235,7 @@ class Head(nn.Module):
             options = {"bias": self.bias, "softcap": self.softcap, "scale": self.scale, "z_loss": z_loss}
             return cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), **options)
         logits = F.linear(hidden, self.weight, self.bias if self.scale == 1 else None)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = wide(logits)
         if self.scale != 1:
             logits = logits * self.scale if self.bias is None else logits * self.scale + self.bias
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap is not None else logits

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.layers import LayerNorm
+from pretrain.ops.precision import wide
 
 
 class RMSNorm(nn.Module):
@@ -19,8 +20,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        exact = wide(x)
+        return F.rms_norm(exact, self.weight.shape, self.weight.to(exact.dtype), self.eps).to(x.dtype)
 
 
 def norm(kind: str, dim: int, eps: float) -> nn.Module:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import option
@@ -26,6 +25,7 @@ from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import TwoViews, momentum
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import MLPHead
+from pretrain.ops.precision import unit
 from pretrain.ops.self_distillation import health
 
 
@@ -82,5 +82,4 @@ class BYOL(Objective):
 
 def distance(q: Tensor, z: Tensor) -> Tensor:
     """‖q/‖q‖ − z/‖z‖‖² = 2 − 2 cos(q, z), mean over the rows of predictions q and targets z [B, P]; fp32 or wider."""
-    q, z = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (q, z))
-    return 2 - 2 * (q * z).sum(-1).mean()
+    return 2 - 2 * (unit(q) * unit(z)).sum(-1).mean()

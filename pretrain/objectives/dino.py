@@ -30,6 +30,7 @@ from pretrain.objectives.options import Crops, momentum, prototypes, temperature
 from pretrain.ops.center import Center
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
+from pretrain.ops.precision import wide
 from pretrain.ops.self_distillation import by_image, dino_terms, health
 
 
@@ -107,7 +108,7 @@ class DINO(Objective):
     def targets(self, images: Tensor, step: int) -> Tensor:
         """P_t [B·G, K] of global crops [B·G, 3, H, W], in fp32 or wider."""
         outputs = self.teacher["head"](self.teacher["backbone"](images).cls)
-        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+        outputs = wide(outputs)
         self.center.hold(outputs, step)
         return ((outputs - self.center.mean) / self.cfg.teacher_temperature(step)).softmax(-1)
 

@@ -31,6 +31,7 @@ from pretrain.objectives.options import Crops
 from pretrain.ops.gather import all_reduce, world
 from pretrain.ops.heads import MLPHead
 from pretrain.ops.pinned import to_device
+from pretrain.ops.precision import wide
 from pretrain.ops.self_distillation import by_image, health
 
 LAST_KNOT = 3.0  # the weight exp(−t²/2) is 0.011 there
@@ -75,7 +76,7 @@ class LeJEPA(Objective):
         sizes = [batch["global"], *([batch["local"]] if batch["local"].shape[1] else [])]
         cls = [f.cls for f in self.backbone([views.flatten(0, 1) for views in sizes])]
         out = self.head(torch.cat(cls))  # [B·V, P]
-        out = out if out.dtype == torch.float64 else out.float()
+        out = wide(out)
         z = torch.cat(by_image(list(out.split([len(x) for x in cls])), crops), dim=1)  # [B, V, P]
         center = z[:, :crops].mean(1, keepdim=True)
         prediction = (z - center).square().mean()

@@ -29,6 +29,7 @@ from data_pipeline.views.two_views import two_views
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import TwoViews, momentum
 from pretrain.ops.ema import ema_update, make_teacher
+from pretrain.ops.precision import unit
 from pretrain.ops.queue import Queue
 from pretrain.ops.self_distillation import health
 
@@ -105,8 +106,3 @@ def similarities(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     """[B, 1 + Q]: of queries q [B, P] with their own keys k [B, P], then with the rows [Q, P] of the queue."""
     with torch.autocast(q.device.type, enabled=False):  # bf16 would round similarities to 1/256
         return torch.cat([(q * k).sum(1, keepdim=True), q @ rows.T], dim=1)
-
-
-def unit(x: Tensor) -> Tensor:
-    """The rows of x [B, P] at length 1, in fp32 or wider."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)

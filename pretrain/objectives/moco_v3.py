@@ -31,6 +31,7 @@ from pretrain.objectives.options import TwoViews, momentum
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.gather import gather, world
 from pretrain.ops.heads import MLPHead
+from pretrain.ops.precision import unit
 from pretrain.ops.self_distillation import health
 
 
@@ -107,7 +108,7 @@ class MoCoV3(Objective):
 
 def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     """ctr(q, k) of this rank's queries and keys [B, P], mean over its rows, with the keys of all ranks."""
-    q, k = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1) for x in (q, k))
+    q, k = unit(q), unit(k)
     own = len(q) * world()[0] + torch.arange(len(q), device=q.device)
     with torch.autocast(q.device.type, enabled=False):  # bf16 would round similarities to 1/256
         return 2 * temperature * F.cross_entropy(q @ gather(k).T / temperature, own)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import Facts, only, option
@@ -30,7 +29,7 @@ from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import Crops
 from pretrain.ops.gather import world
 from pretrain.ops.heads import MLPHead, Prototypes
-from pretrain.ops.precision import wide
+from pretrain.ops.precision import unit, wide
 from pretrain.ops.queue import Queue
 from pretrain.ops.self_distillation import dino_terms, health
 from pretrain.ops.sinkhorn import sinkhorn
@@ -105,7 +104,7 @@ class SwAV(Objective):
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round z·c to 1/256 before it is divided by ε
             for rows, queue in zip(wide(z).unbind(1), queues, strict=True):
                 if queue is not None:
-                    queue.hold(F.normalize(rows, dim=-1), step)
+                    queue.hold(unit(rows), step)
                     if step >= self.cfg.queue_start:
                         rows = torch.cat([rows, queue.rows[rank::ranks].to(rows.dtype)])  # this rank's share
                 out.append(sinkhorn(self.prototypes(rows), self.cfg.code_temperature)[: len(z)])

@@ -28,6 +28,7 @@ from pretrain.objectives.options import TwoViews
 from pretrain.ops.batch_moments import centred
 from pretrain.ops.gather import all_reduce
 from pretrain.ops.heads import MLPHead
+from pretrain.ops.precision import wide
 from pretrain.ops.self_distillation import health
 
 
@@ -60,7 +61,7 @@ class VICReg(Objective):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         cfg = self.cfg
         features = [f.cls for f in self.backbone(list(batch["image"].unbind(1)))]  # two of [B, D]
-        a, b = (z if z.dtype == torch.float64 else z.float() for z in map(self.head, features))  # [B, P]
+        a, b = (wide(self.head(x)) for x in features)  # [B, P]
         invariance = F.mse_loss(a, b)
         (variance_a, covariance_a), (variance_b, covariance_b) = regularisers(a), regularisers(b)
         variance, covariance = (variance_a + variance_b) / 2, covariance_a + covariance_b

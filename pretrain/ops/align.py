@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops.gather import sum_over_world
+from pretrain.ops.precision import wide
 
 
 def align_map(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
@@ -19,8 +20,8 @@ def align_map(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) ->
     """
     if tuple(grid) == tuple(target):
         return tokens
-    wide = tokens if tokens.dtype == torch.float64 else tokens.float()
-    maps = wide.transpose(1, 2).unflatten(2, tuple(grid))  # [B, D, h, w]
+    exact = wide(tokens)
+    maps = exact.transpose(1, 2).unflatten(2, tuple(grid))  # [B, D, h, w]
     if all(t <= g for g, t in zip(grid, target, strict=True)):
         maps = F.interpolate(maps, size=tuple(target), mode="area")
     else:
@@ -32,7 +33,7 @@ def align_map(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) ->
 def standardise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Rows [R, D] standardised: each coordinate has mean 0 and variance 1 over the rows of all ranks. In fp32 or
     wider."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = wide(x)
     count = sum_over_world(torch.full((), float(len(x)), dtype=x.dtype, device=x.device))
     mean = sum_over_world(x.sum(0)) / count
     variance = sum_over_world((x - mean).square().sum(0)) / count

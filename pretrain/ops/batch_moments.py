@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pretrain.ops.gather import all_reduce, world
+from pretrain.ops.precision import wide
 
 
 def centred(x: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -14,7 +14,7 @@ def centred(x: Tensor) -> tuple[Tensor, Tensor, int]:
 
     The variance is Σ (x − mean)² / N. Collective: every rank must call it.
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    x = wide(x)
     count = len(x) * world()[1]
     x = x - all_reduce(x.sum(0)) / count
     return x, all_reduce(x.square().sum(0)) / count, count

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops.gather import gather, world
+from pretrain.ops.precision import unit
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
@@ -18,7 +19,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     flow to the rows of other ranks.
     """
     z = torch.stack([a, b])  # [2, B, D]
-    z = F.normalize(z if a.dtype == torch.float64 else z.float(), dim=-1)
+    z = unit(z)
     first, count = len(a) * world()[0], len(a) * world()[1]
     all_rows = torch.cat([gather(z[0]), gather(z[1])])  # [2·W·B, D]
     with torch.autocast(z.device.type, enabled=False):  # bf16 would round similarities to 1/256, before the temperature

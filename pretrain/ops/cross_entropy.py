@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.ops.precision import wide
+
 IGNORED = -100  # a row with this target does not count
 CHUNKS_PER_BYTE = 2  # chunks per byte of a logit; many chunks cost time, since each adds to the full weight gradient
 MAX_CHUNK_LOGITS = 1 << 27  # largest number of logits in a chunk
@@ -120,7 +122,7 @@ def _add_gradients(grads: list[Tensor | None], part: slice, h: Tensor, w: Tensor
 
 def _rows(z: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None, o: _Options):
     """(loss, function that returns its gradient) of the matrix products z [n, V]; the gradient has the shape of z."""
-    z = z if z.dtype == torch.float64 else z.float()
+    z = wide(z)
     if o.scale != 1:
         z = z * o.scale
     if bias is not None:

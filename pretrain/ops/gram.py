@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops.gather import sum_over_world, world
+from pretrain.ops.precision import wide
 
 CHOICES = ("all", "masked", "unmasked")
 NEGATIVES = ("keep", "clip", "clip_teacher")
@@ -21,8 +22,8 @@ def resize_map(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -
     fp32 or wider."""
     if tuple(grid) == tuple(target):
         return tokens
-    wide = tokens if tokens.dtype == torch.float64 else tokens.float()
-    maps = wide.transpose(1, 2).unflatten(2, grid)  # [B, D, h', w']
+    exact = wide(tokens)
+    maps = exact.transpose(1, 2).unflatten(2, grid)  # [B, D, h', w']
     with torch.autocast(tokens.device.type, enabled=False):
         return F.interpolate(maps, size=tuple(target), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
@@ -48,7 +49,7 @@ def gram_loss(
     per_image   true           pairs within an image; mean over those images of all ranks that have such pairs
                 false          pairs across all images of this rank
     """
-    s, t = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-8) for x in (student, teacher))
+    s, t = (F.normalize(wide(x), dim=-1, eps=1e-8) for x in (student, teacher))
     chosen = torch.ones(s.shape[:2], dtype=torch.bool, device=s.device)  # [B, N]
     if tokens != "all":
         if mask is None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops.gather import gather, world
+from pretrain.ops.precision import wide
 
 
 def koleo(x: Tensor, group: int | None = None, neighbours: int = 1, eps: float = 1e-8) -> Tensor:
@@ -18,7 +19,7 @@ def koleo(x: Tensor, group: int | None = None, neighbours: int = 1, eps: float =
     within the batch of each GPU, whose size corresponds to `group` (DINOv3: 16). The mean over ranks is the loss of the
     global batch; it is 0 for a global batch of one row.
     """
-    x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=eps)
+    x = F.normalize(wide(x), dim=-1, eps=eps)
     count = len(x) * world()[1]
     if count < 2:
         return x.sum() * 0.0

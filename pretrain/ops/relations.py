@@ -4,10 +4,10 @@ have different widths, without a head between them."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops.gather import gather, world
+from pretrain.ops.precision import unit
 
 
 def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -19,7 +19,7 @@ def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     """
 
     def log_softmax(x: Tensor) -> Tensor:
-        x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+        x = unit(x)
         all_rows, first = gather(x), len(x) * world()[0]
         # without autocast: bf16 would round similarities to 1/256, before the temperature
         with torch.autocast(x.device.type, enabled=False):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.gather import logsumexp_over_batch, sum_over_world
+from pretrain.ops.precision import wide
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     the same sum over the global batch, then the rows so that every sample has the same sum. Everything is computed with
     log Q and logsumexp, so that finite logits never produce NaN.
     """
-    log_q = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    log_q = wide(logits) / temperature
     limit = torch.finfo(log_q.dtype).max / 2**10  # far above real logits; keeps differences of two of them finite
     log_q = log_q.clamp_(-limit, limit)
     samples = sum_over_world(torch.full((), float(len(logits)), device=logits.device))

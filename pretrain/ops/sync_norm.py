@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.ops.gather import all_reduce, world
+from pretrain.ops.precision import wide
 
 
 class BatchNorm(_BatchNorm):
@@ -36,7 +37,7 @@ class BatchNorm(_BatchNorm):
         with torch.autocast(x.device.type, enabled=False):
             if world()[1] == 1 or not self.training:
                 return self._in_one_process(x)
-            return self._over_processes(x if x.dtype == torch.float64 else x.float()).to(x.dtype)
+            return self._over_processes(wide(x)).to(x.dtype)
 
     def _in_one_process(self, x: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var

@@ -26,11 +26,12 @@ from pretrain.objectives.barlow_twins import cross_correlation
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import distance
 from pretrain.objectives.lejepa import sigreg
-from pretrain.objectives.moco import similarities, unit
+from pretrain.objectives.moco import similarities
 from pretrain.objectives.vicreg import regularisers
 from pretrain.ops.center import Center
 from pretrain.ops.gather import world
 from pretrain.ops.heads import MLPHead, Prototypes
+from pretrain.ops.precision import unit
 from pretrain.ops.self_distillation import dino_terms
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.ops.sync_norm import BatchNorm
