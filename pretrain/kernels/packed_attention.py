@@ -38,9 +38,9 @@ class SeveralSizes(PackedAttention):
     needs no mask."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
-        if len(lengths := {n for _, n in shapes}) > 1:
+        if len({n for _, n in shapes}) > 1:
             return self._packed(q, k, v, shapes)
-        return super().forward(q, k, v, [(sum(b for b, _ in shapes), *lengths)])
+        return super().forward(q, k, v, [(sum(b for b, _ in shapes), shapes[0][1])])
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, shapes: Shapes) -> Tensor:
         raise NotImplementedError
