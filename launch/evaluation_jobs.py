@@ -159,6 +159,8 @@ class Watcher:
         if not self._locked():
             return training
         self.open = self._find_open()
+        if any(job.state in slurm_client.ACTIVE for found in jobs.values() for job in found):
+            self.refusals = 0  # sbatch may accept a job when this one has ended
         is_refused = not training and self.refusals >= MAX_REFUSALS
         if is_refused and not any(self._may_run(one, jobs, asked) for one in self.open):
             for one in self.open:

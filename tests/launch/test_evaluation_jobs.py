@@ -32,7 +32,7 @@ from tests.faults.test_kill import wait_for
 
 NAME = "pretrained-5-val"
 SQUEUE = """#!/bin/sh
-cat {folder}/queue 2> /dev/null
+[ ! -e {folder}/queue ] || cat {folder}/queue
 """
 SBATCH = """#!/bin/sh
 echo >> {folder}/submitted
@@ -88,7 +88,7 @@ class Scene:
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     scene = Scene(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    for name, value in (("ASK_SECONDS", 0.3), ("POLL", 0.05), ("REFUSED_SECONDS", 0.0), ("MAX_REFUSALS", 2)):
+    for name, value in (("ASK_SECONDS", 0.3), ("POLL", 0.05), ("REFUSED_SECONDS", 0.1), ("MAX_REFUSALS", 4)):
         monkeypatch.setattr(evaluation_jobs, name, value)
     return scene
 
@@ -108,19 +108,23 @@ def test_a_watcher_that_starts_again_submits_no_second_job(scene: Scene, known: 
 
 
 def test_refusals_fail_no_evaluation_while_a_job_runs(scene: Scene):
-    """The limit of jobs of a user may be the reason."""
+    """The limit of jobs of a user may be the reason, so sbatch is asked again when that job has ended."""
     scene.export(6)
     record(scene.records / f"{NAME}.json", attempt=1, submitted=time.time() - 60, id="7")
     scene.queue(NAME, attempt=1)
     (scene.folder / "refusal").write_text("QOSMaxSubmitJobPerUserLimit")
 
     def end() -> None:
-        assert scene.submitted >= 2 and evaluation_jobs.failed(scene.run) == []
+        refused.append(scene.submitted)
         scene.ends(NAME, 1)
-        scene.ends("pretrained-6-val", 1)
+        (scene.folder / "queue").unlink()
+        later(0.8, (scene.folder / "refusal").unlink)
+        later(2.0, lambda: scene.ends("pretrained-6-val", 1))
 
-    later(2.5, end)
+    refused: list[int] = []
+    later(2.0, end)
     assert evaluation_jobs.watch(scene.job) == 0
+    assert refused[0] >= 2 and scene.record("pretrained-6-val")["id"] == "7"
 
 
 def test_a_job_that_sbatch_has_queued_although_it_timed_out_is_found(scene: Scene):
