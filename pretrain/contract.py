@@ -136,7 +136,7 @@ def frozen_networks_stay_in_evaluation_mode(case: Case) -> Iterator[str]:
         and not getattr(module, "batch_statistics", False)  # a batch norm that is to normalise by the teacher's batch
     ]
     if frozen:
-        yield f"{_few(frozen)} is in training mode; override `train` and call `.eval()` on it"
+        yield f"{_few(frozen)} is in training mode; name it in `kept_in_eval`, or override `train`"
 
 
 def modules_are_called(case: Case) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class Objective(nn.Module):
     # (`is_coupled`). If so, gradient accumulation needs parallel.accumulate_coupled.
     couples_batch = False
     least_batch = 1  # smallest number of samples in one forward, over all ranks, for which the loss has a gradient
+    kept_in_eval: tuple[str, ...] = ()  # names of sub-modules that stay in evaluation mode in training, as teachers do
     # A scalar on the device: 1 if the optimizer has skipped this step, so that `after_step` must change nothing.
     skipped: Tensor | None = None
     parts: dict[str, Part] = {"image": Image()}  # the members of a sample; the first one opens the datasets
@@ -90,6 +91,13 @@ class Objective(nn.Module):
         indices of masked patches, which would cost a host sync if they were computed on the device.
         """
         raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name, module in self.named_children():
+            if name in self.kept_in_eval:
+                module.eval()
+        return self
 
     def started(self, loaded: set[str]) -> None:
         """Called before the first step of a new run. `loaded`: names of the tensors that were loaded from `init.run`.

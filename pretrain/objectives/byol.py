@@ -12,7 +12,7 @@ Shapes: B images, two views each, D encoder width, P outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Config(TwoViews):
 
 
 class BYOL(Objective):
+    kept_in_eval = ("target",)  # no drop path
     couples_batch = True  # by the batch norms of the heads
     least_batch = 2
 
@@ -54,11 +55,6 @@ class BYOL(Objective):
         self.online = nn.ModuleDict({"backbone": body, "projector": projector})
         self.predictor = MLPHead(cfg.head_outputs, cfg.head_hidden, cfg.head_outputs)
         self.target = make_teacher(self.online, batch_statistics=True).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.target.eval()  # no drop path
-        return self
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

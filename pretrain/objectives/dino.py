@@ -15,7 +15,7 @@ Shapes: B images, G = 2 global and L local crops each, D width, K prototypes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,7 @@ class Config(Crops):
 
 
 class DINO(Objective):
+    kept_in_eval = ("teacher",)  # no drop path, and positions without jitter
     made_of = MADE_OF
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
@@ -82,11 +83,6 @@ class DINO(Objective):
         self.student = nn.ModuleDict({"backbone": body, "head": head})
         self.teacher = make_teacher(self.student, batch_statistics=True).eval()
         self.center = Center(cfg.prototypes)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.teacher.eval()  # no drop path, and positions without jitter
-        return self
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

@@ -14,7 +14,7 @@ D width, K prototypes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Config(PrototypeHeads):
 
 
 class DINOv2(Objective):
+    kept_in_eval = ("teacher",)  # no drop path, and positions without jitter
     couples_batch = True
     made_of = MADE_OF
     encoder_name = "teacher.backbone"
@@ -53,11 +54,6 @@ class DINOv2(Objective):
         heads = {"dino_head": PrototypeHead(body.embed_dim, *dino), "ibot_head": PrototypeHead(body.embed_dim, *ibot)}
         self.student = nn.ModuleDict({"backbone": body, **heads})
         self.teacher = make_teacher(self.student).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.teacher.eval()  # no drop path, and positions without jitter
-        return self
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

@@ -16,7 +16,7 @@ D width, K prototypes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ class Config(PrototypeHeads):
 
 
 class DINOv3(Objective):
+    kept_in_eval = ("teacher", "gram")  # no drop path, and positions without jitter
     couples_batch = True
     made_of = MADE_OF
     encoder_name = "teacher.backbone"
@@ -104,13 +105,6 @@ class DINOv3(Objective):
             )
         if self.cfg.gram_teacher == "ema":
             ema_update(self.gram, self.teacher["backbone"], 0.0)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.teacher.eval()  # no drop path, and positions without jitter
-        if self.gram is not None:
-            self.gram.eval()
-        return self
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

@@ -14,7 +14,7 @@ Shapes: B images, G = 2 global and L local crops each, N patches, M sampled patc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,7 @@ class Config(SelfDistillation):
 
 
 class Distillation(Objective):
+    kept_in_eval = ("teacher", "averages")
     couples_batch = True
     made_of = MADE_OF
     encoder_name = "averages.model"
@@ -117,12 +118,6 @@ class Distillation(Objective):
             raise ValueError(f"objective.local_size = {local} pixels is less than one cell ({cell}) of {name}")
         if self.cfg.local_crops and student.whole_patches and local % cell:
             raise ValueError(f"objective.local_size = {local} pixels does not divide into {name}'s patches of {cell}")
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.teacher.eval()
-        self.averages.eval()
-        return self
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

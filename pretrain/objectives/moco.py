@@ -16,7 +16,7 @@ Shapes: B images, two views each, D encoder width, P outputs, Q rows of the queu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,8 @@ class Config(TwoViews):
 
 
 class MoCo(Objective):
+    kept_in_eval = ("key",)  # no drop path
+
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         body = backbone(local_cls_norm=False)  # there are no local crops
@@ -73,11 +75,6 @@ class MoCo(Objective):
         self.query = nn.ModuleDict({"backbone": body, "head": nn.Sequential(*layers)})
         self.key = make_teacher(self.query, batch_statistics=True).eval()
         self.queue = Queue(cfg.queue_size, cfg.head_outputs)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.key.eval()  # no drop path
-        return self
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

@@ -55,6 +55,7 @@ class Config(TwoViews):
 
 
 class MoCoV3(Objective):
+    kept_in_eval = ("key",)  # no drop path
     couples_batch = True
     least_batch = 2  # a single image has no negatives: its loss is 0
 
@@ -81,7 +82,6 @@ class MoCoV3(Objective):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.key.eval()  # no drop path
         for layer in self.frozen:
             layer.eval()
         return self

@@ -26,17 +26,14 @@ class Config(Options):
 
 
 class Momentum(Objective):
+    kept_in_eval = ("teacher",)
+
     def __init__(self, cfg, backbone):
         super().__init__(cfg, backbone)
         body = backbone()
         self.student = nn.ModuleDict({"backbone": body, "head": nn.Linear(body.embed_dim, cfg.outputs)})
         self.teacher = make_teacher(self.student).eval()
         self.queue = Queue(cfg.size, cfg.outputs)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     @staticmethod
     def views(cfg, about):

@@ -113,7 +113,7 @@ BROKEN = {  # what is changed in a file of OWN -> the check that finds it
         "        self.more = nn.Linear(3, 3)\n        self.head = nn.Linear",
         "no gradient reaches more.weight, more.bias",
     ),
-    "awake": ("queue", "        self.teacher.eval()\n", "", "teacher.backbone, teacher.backbone.patch_embed"),
+    "awake": ("queue", '    kept_in_eval = ("teacher",)\n', "", "teacher.backbone, teacher.backbone.patch_embed"),
     "method_call": (
         "labels",
         'self.head(self.backbone(batch["image"]).cls)',
