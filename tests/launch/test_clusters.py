@@ -209,6 +209,26 @@ def test_a_folder_of_jobs_that_cannot_be_written_is_named(tmp_path: Path):
         pass
 
 
+def test_a_job_that_cannot_be_cancelled_does_not_hide_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """If RUN/job.json cannot be written, the job that was queued is taken back."""
+    for name in ("provide", "_write_folder"):
+        monkeypatch.setattr(slurm, name, lambda *_: None)
+    monkeypatch.setattr(slurm.scoring, "check", lambda recipe: None)
+    monkeypatch.setattr(slurm.batch_script, "submit", lambda *_: ["7"])
+    monkeypatch.setattr(slurm.slurm_client, "cluster_name", lambda: "here")
+    asked: list[tuple[str, ...]] = []
+
+    def fails(*words: str) -> str:
+        asked.append(words)
+        raise UserError("the controller is down" if words[0] == "scancel" else "the disk is full")
+
+    monkeypatch.setattr(slurm.slurm_client, "ask", fails)
+    monkeypatch.setattr(slurm.run_jobs, "write_job", fails)
+    with pytest.raises(UserError, match="the disk is full"):
+        slurm._submit([load("demo", [f"run={tmp_path}/run"])], Cluster(), None, 0)
+    assert asked[-1] == ("scancel", "7") and [*(tmp_path / "jobs").iterdir()] == []
+
+
 def test_only_the_owner_can_change_what_a_job_executes(tmp_path: Path):
     before = os.umask(0)
     try:
