@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -78,6 +79,7 @@ def _enter(
     function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str], output: tuple[str, str] | None, cwd: Path
 ) -> None:
     multiprocessing.set_start_method("fork", force=True)  # the default of a process that was not forked by a server
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
