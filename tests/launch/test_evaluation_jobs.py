@@ -97,6 +97,17 @@ def later(seconds: float, do: object) -> None:
     threading.Timer(seconds, do).start()  # type: ignore[arg-type]
 
 
+def when(condition: Callable[[], object], do: Callable[[], object]) -> None:
+    """Call `do` in a thread as soon as `condition` holds."""
+
+    def wait() -> None:
+        while not condition():
+            time.sleep(0.02)
+        do()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 @pytest.mark.parametrize("known", [{"id": "7"}, {}])
 def test_a_watcher_that_starts_again_submits_no_second_job(scene: Scene, known: dict):
     """Also if it was killed before it had recorded the id."""
@@ -114,23 +125,24 @@ def test_refusals_fail_no_evaluation_while_a_job_runs(scene: Scene):
     scene.queue(NAME, attempt=1)
     (scene.folder / "refusal").write_text("QOSMaxSubmitJobPerUserLimit")
 
+    second = "pretrained-6-val"
+
     def end() -> None:
-        refused.append(scene.submitted)
+        refused = scene.submitted
         scene.ends(NAME, 1)
         (scene.folder / "queue").unlink()
-        later(0.8, (scene.folder / "refusal").unlink)
-        later(2.0, lambda: scene.ends("pretrained-6-val", 1))
+        when(lambda: scene.submitted > refused, (scene.folder / "refusal").unlink)
+        when(lambda: scene.record(second).get("id"), lambda: scene.ends(second, 1))
 
-    refused: list[int] = []
-    later(2.0, end)
+    when(lambda: scene.submitted >= 2, end)
     assert evaluation_jobs.watch(scene.job) == 0
-    assert refused[0] >= 2 and scene.record("pretrained-6-val")["id"] == "7"
+    assert scene.record(second)["id"] == "7"
 
 
 def test_a_job_that_sbatch_has_queued_although_it_timed_out_is_found(scene: Scene):
     (scene.folder / "refusal").write_text("Socket timed out on send/recv operation")
     scene.queue(NAME, attempt=1)
-    later(1.5, lambda: scene.ends(NAME, 1))
+    when(lambda: scene.submitted, lambda: later(1.5, lambda: scene.ends(NAME, 1)))  # time for a second one
     assert evaluation_jobs.watch(scene.job) == 0
     assert scene.submitted == 1 and scene.record()["attempt"] == 1
 
