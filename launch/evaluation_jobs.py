@@ -49,7 +49,10 @@ SMALL = {"nodes": 1, "gpus": 0, "processes": 1, "cpus": 1, "memory_gb": 2.0, "co
 def submit_watcher(folder: Path) -> list[str]:
     """Queue a watcher for the runs of a job's folder if their exports are evaluated by jobs, and none is in the queue.
     Returns lines that say what was done."""
-    job = run_jobs.read_folder(folder)
+    try:
+        job = run_jobs.read_folder(folder)
+    except UserError as error:
+        return [f"exports are not evaluated: {error}"]
     if not job.get("evaluation"):
         return []
     name = read_record(folder / WATCHER).get("id", "")

@@ -56,7 +56,8 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
         if generated:
             results.append_new(run / "samples.jsonl", generated, ("step", "prompt", "text"))
         board.flush()  # type: ignore[attr-defined]
-    results.append_new(run / "results.jsonl", rows)  # last: an evaluation of which there are rows is complete
+    if rows:  # last: an evaluation of which there are rows is complete
+        results.append_new(run / "results.jsonl", rows)
     if not baseline:
         model_card.write(Path(model))  # with these rows
 

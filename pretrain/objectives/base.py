@@ -111,8 +111,8 @@ class Objective(nn.Module):
 
     def is_coupled(self) -> bool:
         """Whether the loss of a sample depends on other samples of its batch: by the method (`couples_batch`), or by a
-        batch norm."""
-        return self.couples_batch or any(isinstance(module, _BatchNorm) for module in self.modules())
+        batch norm that does not stay in evaluation mode."""
+        return self.couples_batch or any(isinstance(m, _BatchNorm) and m.training for m in self.modules())
 
     def mean(self, total: Tensor, batch: Batch) -> Tensor:
         """The contribution of a micro-batch to the mean loss over the targets of the global batch, a scalar. `total`:
