@@ -323,6 +323,8 @@ def test_rows_are_written_all_or_none(tmp_path: Path):
 def test_a_folder_of_a_job_without_a_profile_for_evaluations_is_refused(scene: Scene):
     with pytest.raises(UserError, match=r"run/job.json: is missing or damaged; name the folder of a job"):
         evaluation_jobs.watch(scene.run)
+    (line,) = evaluation_jobs.submit_watcher(scene.run)  # jobs that are queued already stay as they are
+    assert line.startswith("exports are not evaluated: ") and scene.submitted == 0
     (scene.job / "job.json").write_text(json.dumps({"runs": [str(scene.run)], "evaluation": None}))
     with pytest.raises(UserError, match="has no profile for evaluation jobs"):
         evaluation_jobs.watch(scene.job)
