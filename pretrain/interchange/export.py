@@ -23,7 +23,7 @@ from pretrain.interchange.layouts.transformers import State
 from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
 from pretrain.recipes.recipe import Recipe
-from pretrain.run_folder.written_files import EXPORT_FILES, make_empty_folder
+from pretrain.run_folder.written_files import EXPORT_FILES, EXPORT_TENSORS, make_empty_folder
 
 
 def write(
@@ -34,11 +34,13 @@ def write(
     std: list[float] | None = None,
     state: State | None = None,
     tokenizer: Path | None = None,
+    further: State | None = None,
 ) -> None:
     """Write an encoder as a folder, atomically, and read it again to check that its weights are the same.
 
     `about`: further entries for the key `unlabeled` of config.json. `mean`, `std`: the normalisation of the pixels in
     training. `state`: weights to write instead of those of `encoder`. `tokenizer`: the tokenizer.json of a text model.
+    `further`: tensors to write to tensors.safetensors, see `Exported.tensors`.
     """
     cfg: Any = encoder.cfg
     left_out = [name for name in encoder.training_only if vars(cfg)[name]]  # sub-modules that only training uses
@@ -56,6 +58,8 @@ def write(
         partial / "model.safetensors",
         metadata={"format": "pt"},
     )
+    if further:
+        save_file({k: v.detach().cpu().contiguous() for k, v in further.items()}, partial / EXPORT_TENSORS)
     if cfg.reads == "tokens" and tokenizer is not None:
         fields |= tokenizers.write(partial, Path(tokenizer), encoder.context, not cfg.causal)
         if "decoder_start_token_id" in fields:  # the decoder of T5 begins with the padding token
@@ -124,7 +128,8 @@ def save(
         if not (target / "config.json").is_file():
             encoder = exported[name].backbone
             mean, std = (recipe.data.mean, recipe.data.std) if encoder.cfg.reads == "image" else (None, None)
-            write(target, encoder, about, mean, std, states[name] if states else None, tokenizer)
+            state = states[name] if states else None
+            write(target, encoder, about, mean, std, state, tokenizer, exported[name].tensors)
             model_card.write(target, run)
     return sorted(targets.values(), key=lambda target: target != folder)
 

@@ -26,6 +26,7 @@ from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.objectives import finder
 from pretrain.objectives.base import Objective
+from pretrain.run_folder.written_files import EXPORT_TENSORS
 
 # The URL of a model on the Hugging Face hub; group 1 is OWNER/MODEL.
 HUB_URL = re.compile(r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?huggingface\.co/)([\w.-]+/[\w.-]+)")
@@ -216,6 +217,15 @@ def _folder_tensors(folder: Path) -> State:
         if (folder / name).is_file():
             return _read_weight_file(folder / name)
     raise UserError(f"{folder}: is not an exported model ({' or '.join(WEIGHT_FILES)} is missing)")
+
+
+def further_tensors(where: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors that an export holds in addition to its backbone (`Exported.tensors`), on the CPU. Raises UserError
+    if it holds none."""
+    path = Path(where) / EXPORT_TENSORS
+    if not path.is_file():
+        raise UserError(f"{where}: is no export with further tensors ({EXPORT_TENSORS} is missing)")
+    return _read_weight_file(path)
 
 
 def _indexed_files(index: Path) -> list[str]:

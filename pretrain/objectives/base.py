@@ -4,7 +4,7 @@ example to begin with."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -46,6 +46,8 @@ class Exported:
 
     backbone: Backbone
     pool: Literal["cls", "mean"] = "cls"
+    # {name: buffer} that the export holds in addition, in tensors.safetensors; each is the same on all ranks
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):

@@ -23,6 +23,7 @@ from pretrain.models.layers import Block, LayerNorm
 from pretrain.models.positions import Tables, sincos_table
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
+from pretrain.ops.image_rows import side_by_side
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.patchify import complement, patchify, unpatchify
 
@@ -121,8 +122,4 @@ class MAE(Objective):
             true = pixels.gather(1, index)
             prediction = prediction * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
         seen, painted = (pixels.scatter(1, index, fill) for fill in (pixels.new_zeros(index.shape), prediction))
-        rows = torch.stack([unpatchify(x, size, grid) for x in (pixels, seen, painted)], dim=1)  # [B, 3, 3, H, W]
-        low, high = rows[:, 0].amin((1, 2, 3), keepdim=True), rows[:, 0].amax((1, 2, 3), keepdim=True)
-        rows = rows[:, :, :3] if rows.shape[2] >= 3 else rows[:, :, :1].expand(-1, -1, 3, -1, -1)
-        rows = ((rows - low.unsqueeze(1)) / (high - low).unsqueeze(1)).clamp(0, 1) * 255
-        return {"reconstructions": rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2).byte()}  # [3, B·H, 3·W]
+        return {"reconstructions": side_by_side([unpatchify(x, size, grid) for x in (pixels, seen, painted)])}

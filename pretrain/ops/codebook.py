@@ -1,0 +1,104 @@
+"""The codebook of a VQ-VAE (arXiv 1711.00937): nearest code vectors, which follow the vectors that are assigned to them
+by a moving average (appendix A.1).
+
+    self.codebook = Codebook(512, dim)                                            # in __init__
+    codes, vectors = self.codebook(z)                                             # in forward
+    self.codebook.hold(z, codes, candidates, step)                                # in forward, once per micro-batch
+    self.codebook.update(step, decay, restart, self.skipped)                      # in after_step
+
+Everything that changes is a buffer, so it is saved in checkpoints. It is equal on all ranks, and does not depend on the
+number of ranks and micro-batches.
+
+Shapes: R vectors, K codes, D features, P candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.ops.gather import gather, sum_over_world
+from pretrain.ops.precision import wide
+
+LEAST_USAGE = 1e-6  # a code that was used less keeps its vector
+
+
+def nearest(z: Tensor, vectors: Tensor) -> Tensor:
+    """The index of the nearest of the vectors [K, D] for each row of z [..., D]: int64 [...] (eq. 1). Of several that
+    are equally near, the first; in fp32 or wider."""
+    with torch.autocast(z.device.type, enabled=False):
+        z, vectors = wide(z), wide(vectors)
+        # ‖z − e‖² = ‖z‖² − 2 z·e + ‖e‖², of which the first term is the same for all codes
+        return (z @ vectors.T - vectors.square().sum(1) / 2).argmax(-1)
+
+
+class Codebook(nn.Module):
+    """`vectors` [K, D], e in the paper, normal at first; `usage` [K] and `totals` [K, D], N and m in appendix A.1, the
+    moving averages of the number and the sum of the vectors that a step assigns to a code."""
+
+    vectors: Tensor
+    usage: Tensor
+    totals: Tensor
+
+    def __init__(self, codes: int, dim: int):
+        super().__init__()
+        self.register_buffer("vectors", torch.randn(codes, dim))
+        self.register_buffer("usage", torch.zeros(codes))
+        self.register_buffer("totals", torch.zeros(codes, dim))
+        # counts [K], sums [K, D] and candidates [P, D] of this rank's micro-batches in step `step`
+        self.held: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.step = -1
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes [...], their vectors [..., D]) of z [..., D]; no gradient flows to z."""
+        codes = nearest(z.detach(), self.vectors)
+        return codes, self.vectors[codes]
+
+    @torch.no_grad()
+    def hold(self, z: Tensor, codes: Tensor, candidates: Tensor, step: int) -> None:
+        """Keep what `update` needs of the vectors z [R, D] of a micro-batch and of their codes [R]. `candidates` [P, D]:
+        the vectors by which codes without use may be replaced. What is still held from another step is dropped."""
+        if step != self.step:
+            self.held, self.step = [], step
+        z, candidates = z.to(self.totals.dtype), candidates.to(self.totals.dtype)
+        counts = torch.zeros_like(self.usage).index_add_(0, codes, torch.ones_like(z[:, 0]))
+        self.held.append((counts, torch.zeros_like(self.totals).index_add_(0, codes, z), candidates))
+
+    @torch.no_grad()
+    def update(self, step: int, decay: float, restart: float, skipped: Tensor | None = None) -> None:
+        """N ← γ N + (1 − γ) n,  m ← γ m + (1 − γ) Σ z,  e ← m / N (appendix A.1), with γ = `decay` and the n vectors z
+        of the global batch that were assigned to a code. Collective: every rank must call it.
+
+        Afterwards a code with N below `restart` times the mean count of a code in this step gets the next candidate as
+        its vector, as in Jukebox (arXiv 2005.00341, §3.1), and this limit as its N; 0: no code does. `skipped` is
+        `Objective.skipped`, a scalar on the device: if it is 1, nothing changes. Raises RuntimeError if `hold` was not
+        called in this step.
+        """
+        if not self.held or step != self.step:
+            raise RuntimeError(f"update({step}) without a hold(…, {step}) before it; call hold in forward")
+        counts, sums, candidates = zip(*self.held, strict=True)
+        self.held = []
+        count, total = sum_over_world(torch.stack(counts).sum(0)), sum_over_world(torch.stack(sums).sum(0))
+        usage = decay * self.usage + (1 - decay) * count
+        totals = decay * self.totals + (1 - decay) * total
+        known = (usage >= LEAST_USAGE).unsqueeze(1)
+        vectors = torch.where(known, totals / usage.clamp_min(LEAST_USAGE).unsqueeze(1), self.vectors)
+        if restart:
+            limit, new = restart * count.mean(), gather(torch.cat(candidates))
+            unused = usage < limit
+            new = new[(unused.cumsum(0) - 1).clamp_min(0) % len(new)]  # [K, D]: a candidate for each unused code
+            usage, unused = torch.where(unused, limit, usage), unused.unsqueeze(1)
+            vectors, totals = torch.where(unused, new, vectors), torch.where(unused, limit * new, totals)
+        for buffer, value in ((self.vectors, vectors), (self.usage, usage), (self.totals, totals)):
+            buffer.copy_(value if skipped is None else torch.where(skipped > 0, buffer, value))
+
+
+@torch.no_grad()
+def perplexity(codes: Tensor, count: int) -> Tensor:
+    """exp of the entropy of the codes' shares in the global batch: the number of codes in use, from 1 to `count`.
+    Collective: every rank must call it."""
+    flat = codes.flatten()
+    shares = torch.zeros(count, device=codes.device).index_add_(0, flat, torch.ones(len(flat), device=codes.device))
+    shares = sum_over_world(shares)
+    shares = shares / shares.sum()
+    return (-(shares * shares.clamp_min(1e-12).log()).sum()).exp()

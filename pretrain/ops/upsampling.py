@@ -1,0 +1,31 @@
+"""Convolutional decoders from a map of features to an image."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import nn
+
+from pretrain.ops.sync_norm import BatchNorm
+
+
+def doublings(factor: int, what: str) -> int:
+    """n, where `factor` = 2ⁿ and n is at least 1. Raises ValueError for another factor; `what`: its name for the
+    message."""
+    count = factor.bit_length() - 1
+    if factor < 2 or factor != 2**count:
+        raise ValueError(f"{what} = {factor}: this decoder doubles maps, so it must be 2, 4, 8, 16, …")
+    return count
+
+
+def upsampling(widths: Sequence[int], norm: bool) -> nn.Sequential:
+    """[B, widths[0], h, w] → [B, widths[-1], h · 2ⁿ, w · 2ⁿ] by n transposed 4×4 convolutions of stride 2, as in DCGAN
+    (arXiv 1511.06434), with ReLU and, if `norm`, batch norm between them."""
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(widths), 2):
+        last = number == len(widths)
+        layers.append(nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=last or not norm))
+        if not last:
+            layers += [BatchNorm(outputs), nn.ReLU()] if norm else [nn.ReLU()]
+    return nn.Sequential(*layers)
