@@ -1,0 +1,112 @@
+"""BEiT: a ViT predicts the visual tokens of masked patches, which a frozen tokenizer has made (arXiv 2106.08254).
+
+    z = tokenizer(image): one of K visual tokens for each of N patches                                        (§2.1)
+    M: at least 16 patches in each of several blocks, 40 % of the N patches in all               (§2.3, algorithm 1)
+    loss = −1/|M| Σ_{i ∈ M} log softmax(W h_i + b)_{z_i},  h = encoder(image with mask tokens at M)         (eqs. 1, 2)
+
+The tokenizer is an export of the objective `vqvae`: an encoder and a codebook. It sees the same crop as the ViT, at the
+size at which it has one token for each patch: with patches of 16 pixels, a tokenizer of 8 pixels per token sees half of
+the size, as in the paper. The paper's tokenizer is that of DALL-E, with 8,192 tokens. Every image has exactly the same
+number of masked patches; where the last block would not fit, single patches are masked.
+
+Shapes: B images, N patches, M masked ones of each image, D encoder width, K visual tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.config import option
+from common.errors import UserError
+from data_pipeline.parts.part import About
+from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
+from data_pipeline.views.masks import block_mask
+from pretrain.interchange import teachers
+from pretrain.interchange.weight_sources import further_tensors
+from pretrain.interchange.weights import load_into
+from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
+from pretrain.objectives.options import JITTER, Options, check_each
+from pretrain.ops.codebook import nearest
+from pretrain.ops.init import trunc_normal
+from pretrain.ops.precision import wide
+
+
+@dataclass
+class Config(Options):
+    visual_tokenizer: str = ""  # an export of a run of vqvae: RUN/export/STEP
+    mask_ratio: float = option(0.4, above=0, below=1)  # share of the patches that are masked
+    smallest_block: int = option(16, low=1)  # smallest number of patches in a block
+    crop_scale: float = option(0.08, above=0, high=1)  # smallest share of the image's area in a random crop
+    # strengths of the colour jitter: brightness, contrast, saturation, hue
+    jitter: list[float] = option(lambda: [0.4, 0.4, 0.4, 0.0], low=0)
+
+    def check(self) -> None:
+        check_each("jitter", self.jitter, JITTER)
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        return [{"objective.visual_tokenizer": "{run vqvae}/export/2", "objective.smallest_block": 2}]
+
+
+class BEiT(Objective):
+    made_of = {"visual": "image"}
+    kept_in_eval = ("tokenizer",)
+    codebook: Tensor
+
+    def __init__(self, cfg: Config, backbone: Builder) -> None:
+        super().__init__(cfg, backbone)
+        self.backbone = backbone(mask_token=True, local_cls_norm=False)
+        codebook = codebook_of(cfg.visual_tokenizer)
+        self.tokenizer = teachers.build_like(cfg.visual_tokenizer)
+        load_into(self.tokenizer, cfg.visual_tokenizer)
+        self.tokenizer.requires_grad_(False).eval()
+        self.register_buffer("codebook", codebook)  # [K, width of the tokenizer]
+        self.head = nn.Linear(self.backbone.embed_dim, len(codebook))
+        trunc_normal(self.head)
+
+    @staticmethod
+    def views(cfg: Config, about: About) -> View:
+        side = about.image_size // about.patch_size
+        count = int(cfg.mask_ratio * side * side)  # M
+        if not count:
+            raise ValueError(f"objective.mask_ratio = {cfg.mask_ratio}: masks none of {side}×{side} patches")
+        scale, jitter = (cfg.crop_scale, 1.0), tuple(cfg.jitter)
+        sizes = {"image": about.image_size, "visual": side * teachers.patch_size_of(cfg.visual_tokenizer)}
+        augments = {name: Augment(size, scale, jitter=jitter, jitter_p=1.0) for name, size in sizes.items()}
+
+        def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
+            mask = block_mask((side, side), count, rng(MASKS), cfg.smallest_block)
+            return crops(sample, augments, rng, {"visual": "image"}) | {"masked": np.flatnonzero(mask)}  # [M]
+
+        return view
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        masked = batch["masked"]  # [B, M]
+        with torch.no_grad():
+            z = nearest(self.tokenizer(batch["visual"]).tokens, self.codebook)  # [B, N]
+        mask = torch.zeros_like(z, dtype=torch.bool).scatter(1, masked, True)  # [B, N]
+        tokens = self.backbone(batch["image"], mask=mask).tokens  # [B, N, D]
+        h = tokens.gather(1, masked.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # [B, M, D]
+        logits = wide(self.head(h.flatten(0, 1)))  # [B·M, K]
+        target = z.gather(1, masked).flatten()  # [B·M]
+        return F.cross_entropy(logits, target), {"accuracy": (logits.argmax(1) == target).float().mean()}
+
+    def exports(self) -> dict[str, Exported]:
+        return {"model": Exported(self.backbone, "mean")}  # no loss trains the class token directly
+
+
+def codebook_of(where: str) -> Tensor:
+    """The codebook [K, D] in an export of vqvae. Raises UserError if there is none."""
+    advice = "write an export of a run of vqvae, RUN/export/STEP"
+    if not where:
+        raise ValueError(f"objective.visual_tokenizer is empty; {advice}")
+    try:
+        return further_tensors(where)["codebook"]
+    except (UserError, KeyError):
+        raise UserError(f"objective.visual_tokenizer = {where}: holds no codebook; {advice}") from None
