@@ -1,10 +1,11 @@
-"""Random masks over a grid of patches, drawn in the data workers."""
+"""Random masks over a grid of patches, and regions of pixels, drawn in the data workers."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import cv2
 import numpy as np
 
 from data_pipeline.order.permutation import hash_to_key, permute
@@ -35,6 +36,29 @@ def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, smal
             free = np.flatnonzero(~mask.reshape(-1))
             mask.reshape(-1)[rng.choice(free, missing, replace=False)] = True
     return mask
+
+
+def central_region(size: int, side: int) -> np.ndarray:
+    """bool [size, size], true in the central square of `side` pixels."""
+    region, first = np.zeros((size, size), bool), (size - side) // 2
+    region[first : first + side, first : first + side] = True
+    return region
+
+
+def random_region(size: int, share: float, rng: np.random.Generator, grain: float = 16) -> np.ndarray:
+    """bool [size, size], true at exactly int(share · size²) pixels, which form connected shapes: those where a noise
+    with cells of `grain` pixels is lowest, as in the code published for arXiv 1604.07379."""
+    cells = math.ceil(size / grain) + 1
+    noise = cv2.resize(rng.random((cells, cells), np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+    region = np.zeros(size * size, bool)
+    region[noise.reshape(-1).argsort(kind="stable")[: int(share * size * size)]] = True
+    return region.reshape(size, size)
+
+
+def grown(region: np.ndarray, pixels: int) -> np.ndarray:
+    """A region bool [H, W] with all pixels at most `pixels` away from it along each axis."""
+    square = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
+    return cv2.dilate(region.astype(np.uint8), square).astype(bool)
 
 
 def stratified_ratio(sample: dict[str, Any], view: int, views: int, share: float, ratios: tuple[float, float]) -> float:
