@@ -69,7 +69,10 @@ def small(name: str, shards: Path) -> list[str]:
 
 
 # objectives of which `make test` runs one recipe, and `make test-matrix` the others
-CATALOGUE = ("barlow_twins", "byol", "dino", "lejepa", "moco", "moco_v3", "swav", "vicreg")
+CATALOGUE = (
+    *("barlow_twins", "beit", "byol", "context_encoder", "dino", "jigsaw", "lejepa", "moco", "moco_v3", "rotnet"),
+    *("swav", "vicreg", "vqvae"),
+)
 SHOWN = [name for name in recipe.names() if recipe.load(name).objective.name not in CATALOGUE]
 
 
@@ -95,10 +98,11 @@ def test_header_tells_the_batch_and_who_ran_it(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(recipe.names(), "demo", "dinov2_vits16", "gpt2_124m"))
 def test_recipe_is_planned(name: str, shards: Path):
-    """At full width, without weights or data. Only a teacher has to exist, because its options determine the
-    students' heads."""
+    """At full width, without weights or data. Only a teacher or a tokenizer has to exist, because its options determine
+    the heads."""
     small = [f"objective.teacher={teacher_run(shards)}"] if "distill" in name else []
     small += ["objective.koleo_group=16"] if "vitl1" in name else []
+    small += reduced(name, shards) if "beit" in name else []
     batch = 2 if recipe.load(name).model.reads == "tokens" else 32
     cfg = recipe.load(name, [f"data.train={shards}", f"data.batch={batch}", "parallel.micro_batch=null", *small])
     traced = plan.trace(cfg)

@@ -30,7 +30,7 @@ from pretrain.ops.koleo import koleo
 from pretrain.ops.relations import relation_loss
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.ops.sync_norm import BatchNorm
-from tests.parity import test_catalogue
+from tests.parity import test_catalogue, test_pretext
 from tests.parity.test_dinov3 import batch_of, dinov3
 from tests.parity.test_losses import dinov2, dinov2_batch, normal, places_of
 
@@ -270,6 +270,9 @@ CHECKS |= {
     f"check_{name}_{model}": functools.partial(test_catalogue.check, name, model)
     for name in test_catalogue.OPTIONS
     for model in test_catalogue.MODELS
+}
+CHECKS |= {
+    f"check_{name}_{model}": functools.partial(test_pretext.check, name, model) for name, model in test_pretext.PAIRS
 }
 
 

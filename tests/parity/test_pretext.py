@@ -1,0 +1,400 @@
+"""Each objective with a pretext task against its paper's formula, as in test_catalogue.py: plain loops in float64, values
+and gradients. tests/parity/test_distributed.py compares two processes with one."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from data_pipeline.parts.part import About
+from data_pipeline.views import tiles as puzzles
+from data_pipeline.views.masks import central_region, grown, random_region
+from pretrain.interchange import export
+from pretrain.interchange.weight_sources import further_tensors
+from pretrain.models import presets
+from pretrain.models.build import build_model
+from pretrain.objectives import finder
+from pretrain.objectives.base import Objective
+from pretrain.ops.codebook import Codebook, nearest, perplexity
+from pretrain.ops.gather import world
+from pretrain.ops.reverse_gradient import reverse_gradient
+from pretrain.ops.sync_norm import BatchNorm
+from pretrain.ops.upsampling import doublings
+from pretrain.train import train
+from tests.conftest import tiny_recipe
+from tests.parity import test_catalogue
+from tests.parity.test_catalogue import agrees, encode, gradients
+from tests.parity.test_losses import mean, naive_cross_entropy, normal
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rotnet": {},
+    "jigsaw": {"permutations": 7, "tile_size": 16, "cell_size": 20, "tile_features": 5, "head_hidden": 6},
+    "vqvae": {"codebook_size": 6, "codebook_decay": 0.9, "restart_below": 0.5, "decoder_dim": 8, "decoder_depth": 1},
+    "beit": {},
+    "context_encoder": {"decoder_dim": 8, "discriminator_dim": 4, "border_weight": 3.0, "adversarial_weight": 0.3},
+}
+VIT_ONLY = {
+    "beit": "a ResNet takes no masks",
+    "context_encoder": "the layer within a channel is too large for the map of a small stem",
+}
+PAIRS = [(name, model) for name in OPTIONS for model in test_catalogue.MODELS if model == "vit" or name not in VIT_ONLY]
+
+
+def made(name: str, model: str = "vit", **options: Any) -> Objective:
+    with tempfile.TemporaryDirectory() as folder:
+        named = {"visual_tokenizer": write_tokenizer(Path(folder))} if name == "beit" else {}
+        return test_catalogue.made(name, model, **{**OPTIONS[name], **named, **options})
+
+
+def write_tokenizer(folder: Path) -> str:
+    """An export of an encoder of 4 pixels per token, with a codebook of 9 vectors."""
+    cfg = presets.ViT(image_size=16, patch_size=4, dim=16, depth=1, heads=2)
+    cfg.name = "vit"
+    torch.manual_seed(3)
+    body, codebook = build_model(cfg), torch.randn(9, 16)
+    about = {"step": 1, "objective": "vqvae", "pool": "mean"}
+    export.write(folder / "1", body, about, [0.5] * 3, [0.25] * 3, further={"codebook": codebook})
+    return str(folder / "1")
+
+
+def whole_numbers(limit: int, *shape: int) -> Tensor:
+    return torch.randint(limit, shape, generator=torch.Generator().manual_seed(0))
+
+
+def batch_of(name: str, count: int = 4) -> dict[str, Tensor]:
+    image = normal(count, 3, 32, 32)
+    if name == "rotnet":
+        return {"image": normal(count, 4, 3, 32, 32)}
+    if name == "jigsaw":
+        return {"tiles": normal(count, 9, 3, 16, 16), "permutation": whole_numbers(7, count)}
+    if name == "vqvae":
+        return {"image": image, "candidate": whole_numbers(16, count)}
+    if name == "beit":
+        masked = normal(count, 16).argsort(1)[:, :6].sort(1).values
+        return {"image": image, "visual": normal(count, 3, 16, 16, seed=1), "masked": masked}
+    return {"image": image, "region": (3 * normal(count, 32, 32, seed=2).sigmoid()).to(torch.uint8)}
+
+
+def one_hot(index: int, count: int) -> Tensor:
+    return torch.eye(count, dtype=torch.float64)[index]
+
+
+# ---------------------------------------------------------------- the papers' formulas
+def naive_rotnet(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """1803.07728, eqs. 2 and 3."""
+    terms = []
+    for rotations in batch["image"]:
+        logits = [model.head.weight @ x + model.head.bias for x in encode(model.backbone, rotations)]
+        terms.append(mean([naive_cross_entropy(x, one_hot(y, 4), 1.0) for y, x in enumerate(logits)]))
+    return mean(terms)
+
+
+def naive_jigsaw(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """1603.09246, §3.1: tile by tile and channel by channel."""
+    terms = []
+    for pieces, number in zip(batch["tiles"], batch["permutation"], strict=True):
+        features = []
+        for piece in pieces:
+            channels = []
+            for channel in piece:
+                centre = channel.sum() / channel.numel()
+                variance = ((channel - centre) ** 2).sum() / channel.numel()
+                channels.append((channel - centre) / (variance + 1e-6).sqrt())
+            x = encode(model.backbone, torch.stack(channels)[None])[0]
+            features.append((model.tile_head[0].weight @ x + model.tile_head[0].bias).clamp(min=0))
+        hidden = (model.head[0].weight @ torch.cat(features) + model.head[0].bias).clamp(min=0)
+        logits = model.head[2].weight @ hidden + model.head[2].bias
+        terms.append(naive_cross_entropy(logits, one_hot(int(number), 7), 1.0))
+    return mean(terms)
+
+
+def nearest_by_loop(x: Tensor, vectors: Tensor) -> int:
+    return min(range(len(vectors)), key=lambda k: float((x - vectors[k]).detach().square().sum()))
+
+
+def naive_vqvae(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """1711.00937, eqs. 1 to 3. The gradient that the decoder passes to the codes is passed on to the encoder."""
+    restored, commitments = [], []
+    for image in batch["image"]:
+        z = model.backbone(image[None]).tokens[0]
+        e = torch.stack([model.codebook.vectors[nearest_by_loop(x, model.codebook.vectors)] for x in z])
+        e = e.detach().requires_grad_()
+        commitments += [(x - y.detach()).square().mean() for x, y in zip(z, e, strict=True)]
+        side = round(len(z) ** 0.5)
+        error = (model.decoder(e.T.reshape(1, -1, side, side))[0] - image).square().mean()
+        (gradient,) = torch.autograd.grad(error, e, retain_graph=True)
+        through = (gradient.detach() * z).sum()
+        restored.append(error + through - through.detach())
+    return mean(restored) + 0.25 * mean(commitments)
+
+
+def naive_beit(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2106.08254, eqs. 1 and 2, patch by patch."""
+    terms = []
+    for image, visual, masked in zip(batch["image"], batch["visual"], batch["masked"], strict=True):
+        tokens = model.tokenizer(visual[None].detach()).tokens[0]
+        mask = torch.tensor([i in masked.tolist() for i in range(16)])
+        h = model.backbone(image[None], mask=mask[None]).tokens[0]
+        for i in masked.tolist():
+            logits = model.head.weight @ h[i] + model.head.bias
+            terms.append(naive_cross_entropy(logits, one_hot(nearest_by_loop(tokens[i], model.codebook), 9), 1.0))
+    return mean(terms)
+
+
+def by_layer(layers: nn.Module, x: Tensor) -> Tensor:
+    """Image by image; batch norms by the batch's own mean and variance of each channel."""
+    for layer in layers.children():
+        if isinstance(layer, nn.Sequential):
+            x = by_layer(layer, x)
+        elif isinstance(layer, BatchNorm):
+            channels = []
+            for c in range(x.shape[1]):
+                values = x[:, c]
+                centre = values.sum() / values.numel()
+                variance = ((values - centre) ** 2).sum() / values.numel()
+                channels.append((values - centre) / (variance + 1e-5).sqrt() * layer.weight[c] + layer.bias[c])
+            x = torch.stack(channels, 1)
+        else:
+            x = torch.cat([layer(one[None]) for one in x])
+    return x
+
+
+def naive_context_encoder(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """1604.07379, eqs. 1 to 3: D descends its own loss; encoder and decoder ascend it through a frozen copy of D."""
+    maps = []
+    for image, region in zip(batch["image"], batch["region"], strict=True):
+        tokens = model.backbone((image * (region != 1))[None]).tokens[0]  # [N, D]
+        mixed = torch.stack([tokens[:, d] @ model.mix.weight[d] for d in range(tokens.shape[1])])
+        maps.append(mixed.view(-1, 4, 4))
+    predicted = by_layer(model.decoder, torch.stack(maps))
+    errors, real, fake = [], [], []
+    for x, y, region in zip(batch["image"], predicted, batch["region"], strict=True):
+        count = 3 * int((region > 0).sum())
+        errors.append(
+            (((x - y) ** 2) * (region == 1)).sum() / count + 3 * (((x - y) ** 2) * (region == 2)).sum() / count
+        )
+        real.append(x * (region > 0))
+        fake.append(y * (region > 0))
+    frozen = copy.deepcopy(model.discriminator).requires_grad_(False)
+
+    def of_fakes(network: nn.Module, images: Tensor) -> Tensor:
+        return mean([-(1 - d.sigmoid()).log() for d in by_layer(network, images).flatten()])
+
+    of_real = mean([-d.sigmoid().log() for d in by_layer(model.discriminator, torch.stack(real)).flatten()])
+    against = of_fakes(frozen, torch.stack(fake))
+    loss = of_real + of_fakes(model.discriminator, torch.stack(fake).detach())
+    return 0.999 * mean(errors) + loss - 0.3 * (against - against.detach())
+
+
+NAIVE: dict[str, Callable[..., Tensor]] = {
+    "rotnet": naive_rotnet,
+    "jigsaw": naive_jigsaw,
+    "vqvae": naive_vqvae,
+    "beit": naive_beit,
+    "context_encoder": naive_context_encoder,
+}
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_it_computes_its_paper(name: str):
+    agrees(made(name), batch_of(name), NAIVE[name], constant=("visual",))
+
+
+# ---------------------------------------------------------------- the codebook
+def test_the_codebook_follows_by_moving_averages():
+    """1711.00937, appendix A.1, over two steps of two micro-batches; a skipped step changes nothing."""
+    book = Codebook(5, 3).double()
+    vectors, counts, sums = book.vectors.clone(), [0.0] * 5, [torch.zeros(3, dtype=torch.float64)] * 5
+    for step in range(2):
+        halves = normal(12, 3, seed=step).chunk(2)
+        for z in halves:
+            codes, found = book(z)
+            assert codes.tolist() == [nearest_by_loop(x, vectors) for x in z]
+            assert torch.equal(found, book.vectors[codes])
+            book.hold(z, codes, z[:1], step)
+        assert 1 < float(perplexity(torch.cat([book(z)[0] for z in halves]), 5)) <= 5
+        codes = [nearest_by_loop(x, vectors) for x in torch.cat(halves)]
+        for k in range(5):
+            own = [x for x, code in zip(torch.cat(halves), codes, strict=True) if code == k]
+            counts[k] = 0.9 * counts[k] + 0.1 * len(own)
+            sums[k] = 0.9 * sums[k] + 0.1 * sum(own, torch.zeros(3, dtype=torch.float64))
+            vectors[k] = sums[k] / counts[k] if counts[k] else vectors[k]
+        before, held = copy.deepcopy(book.state_dict()), list(book.held)
+        book.update(step, 0.9, 0.0, torch.ones(()))
+        assert all(torch.equal(value, before[key]) for key, value in book.state_dict().items())
+        book.held = held
+        book.update(step, 0.9, 0.0, torch.zeros(()))
+        torch.testing.assert_close(book.vectors, vectors)
+    with pytest.raises(RuntimeError, match=r"update\(2\) without a hold"):
+        book.update(2, 0.9, 0.0)
+
+
+def test_codes_without_use_are_replaced_in_order():
+    book = Codebook(4, 2).double()
+    book.vectors.copy_(torch.tensor([[9.0, 9.0], [0.0, 0.0], [9.0, -9.0], [-9.0, 9.0]]))
+    z = 0.1 * normal(6, 2)
+    book.hold(z, book(z)[0], z[:2], 0)
+    book.update(0, 0.9, 0.2)
+    torch.testing.assert_close(book.vectors, torch.stack([z[0], z.mean(0), z[1], z[0]]))
+    torch.testing.assert_close(book.usage, torch.tensor([0.3, 0.6, 0.3, 0.3], dtype=torch.float64))
+    torch.testing.assert_close(book.totals[2], 0.3 * z[1])
+
+
+def test_codes_do_not_depend_on_autocast():
+    z, vectors = normal(64, 8).float(), normal(32, 8, seed=1).float()
+    expected = nearest(z, vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest(z, vectors), expected)
+
+
+def test_the_tokenizer_is_exported_with_its_codebook(shards: Path, tmp_path: Path):
+    run = train(tiny_recipe("vqvae", shards, tmp_path / "run", "steps=2"))
+    codebooks = [further_tensors(run / "export" / step)["codebook"] for step in ("0", "2")]
+    assert codebooks[1].shape == (32, 32) and not torch.equal(*codebooks)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(1 <= row["perplexity"] <= 32 for row in rows)
+
+
+@pytest.mark.parametrize("given, says", [("", "is empty"), ("{export}", "holds no codebook")])
+def test_beit_needs_a_tokenizer(given: str, says: str, tmp_path: Path):
+    where = write_tokenizer(tmp_path) if given else ""
+    if given:
+        Path(where, "tensors.safetensors").unlink()
+    with pytest.raises((ValueError, UserError), match=f"{says}; write an export of a run of vqvae"):
+        made("beit", visual_tokenizer=where)
+
+
+# ---------------------------------------------------------------- other operations
+def test_reversed_gradient():
+    x, w = normal(3).requires_grad_(), normal(3, seed=1)
+    y = reverse_gradient(x, 0.25)
+    assert torch.equal(x, y)
+    torch.testing.assert_close(torch.autograd.grad((w * y).sum(), x)[0], -0.25 * w)
+
+
+def test_a_decoder_doubles():
+    assert [doublings(n, "patch") for n in (2, 8, 16)] == [1, 3, 4]
+    with pytest.raises(ValueError, match="patch = 14: this decoder doubles maps"):
+        doublings(14, "patch")
+
+
+# ---------------------------------------------------------------- views
+def generators(number: int) -> np.random.Generator:
+    return np.random.default_rng([0, number])
+
+
+def views_of(name: str, about: About, image: np.ndarray | None = None, **options: Any) -> dict[str, np.ndarray]:
+    """The arrays that an objective's views make from one image, by default a random one."""
+    cls, cfg = finder.find(name), finder.config_class(name)[0](**options)
+    image = np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8) if image is None else image
+    return cls.views(cfg, about)({"image": image}, generators)
+
+
+ABOUT = About(image_size=32, patch_size=8)
+
+
+def test_rotnet_turns_counter_clockwise():
+    """The top right corner becomes the top left one."""
+    image = views_of("rotnet", ABOUT)["image"]
+    assert image.shape == (4, 3, 32, 32) and image.dtype == np.uint8
+    for now, then in itertools.pairwise(image):
+        assert np.array_equal(then[:, 0, 0], now[:, 0, -1]) and np.array_equal(then[:, -1, 0], now[:, 0, 0])
+        assert np.array_equal(then, now.transpose(0, 2, 1)[:, ::-1])
+
+
+def test_tiles_lie_in_their_cells_with_gaps():
+    """The pixels of the image are their own coordinates: the first channel is the row, the second the column."""
+    rows, columns = np.meshgrid(np.arange(60), np.arange(60), indexing="ij")
+    image = np.stack([rows, columns, rows]).astype(np.uint8)
+    corners = []
+    for number in range(50):
+        cut = puzzles.tiles(image, 3, 16, 2, np.random.default_rng(number)).astype(int)
+        assert cut.shape == (9, 3, 16, 16)
+        top, left, other = (cut[:, channel, 0, 0] for channel in range(3))
+        assert np.array_equal(cut[:, 0], top[:, None, None] + np.arange(16)[:, None] + np.zeros((1, 16), int))
+        assert np.array_equal(cut[:, 1], left[:, None, None] + np.arange(16) + np.zeros((16, 1), int))
+        corners.append([top - np.arange(9) // 3 * 20, left - np.arange(9) % 3 * 20, other - top])
+    found = np.array(corners)  # [50, 3, 9]
+    assert found[:, :2].min() >= -2 and found[:, :2].max() <= 4 + 2  # cells of 20, channels moved by up to 2
+    assert set(found[:, 0].flatten()) >= set(range(5)) and set(found[:, 2].flatten()) == set(range(-4, 5))
+    still = puzzles.tiles(image, 3, 16, 0, np.random.default_rng(0))
+    assert np.array_equal(still[:, 0], still[:, 2])
+    with pytest.raises(ValueError, match="tiles of 21 pixels are larger than the cells of 20"):
+        puzzles.tiles(image, 3, 21, 0, np.random.default_rng(0))
+
+
+def test_permutations_are_far_from_one_another():
+    """Algorithm 1 of 1603.09246: no order that is left would have a larger mean distance from those before it."""
+    everything = np.array(list(itertools.permutations(range(4))))
+    chosen = puzzles.permutation_set(10, 4)
+    assert len(np.unique(chosen, axis=0)) == 10 and np.array_equal(np.sort(chosen, 1), np.tile(np.arange(4), (10, 1)))
+    for count in range(1, 10):
+        before = chosen[:count]
+        left = [order for order in everything if not (before == order).all(1).any()]
+        assert (before != chosen[count]).sum() == max((before != order).sum() for order in left)
+    nine = puzzles.permutation_set(30, 9)
+    distances = [(a != b).sum() for a, b in itertools.combinations(nine, 2)]
+    assert len(np.unique(nine, axis=0)) == 30 and np.mean(distances) > 8.1  # of random orders: 8
+    with pytest.raises(ValueError, match="3 tiles have 6 orders"):
+        puzzles.permutation_set(7, 3)
+
+
+def test_jigsaw_shuffles_by_the_permutation_that_it_names():
+    """On an image of a constant grey in each cell, the tiles tell where they come from."""
+    shades = np.kron(np.arange(9, dtype=np.uint8).reshape(3, 3) * 20, np.ones((20, 20), np.uint8))
+    image, sizes = np.repeat(shades[..., None], 3, 2), {"tile_size": 12, "cell_size": 20, "permutations": 40}
+    made = views_of("jigsaw", ABOUT, image, crop_scale=1.0, channel_shift=0, gray_share=0.0, **sizes)
+    origin = made["tiles"].reshape(9, -1).mean(1) / 20
+    assert np.array_equal(origin.round(), puzzles.permutation_set(40, 9)[made["permutation"]])
+
+
+def test_beit_masks_blocks_and_shows_the_tokenizer_the_same_crop(tmp_path: Path):
+    """With as many pixels per token on both sides the two crops are equal; the mask has exactly 40 % of the patches."""
+    where = write_tokenizer(tmp_path)
+    same, half = (views_of("beit", About(image_size=28 * p, patch_size=p), visual_tokenizer=where) for p in (4, 8))
+    assert np.array_equal(same["image"], same["visual"]) and half["visual"].shape == (3, 112, 112)
+    assert half["image"].shape == (3, 224, 224) and half["masked"].shape == (int(0.4 * 784),)
+    pooled = half["image"].reshape(3, 112, 2, 112, 2).mean((2, 4))
+    assert np.abs(pooled - half["visual"]).mean() < 4
+    mask = np.isin(np.arange(784), half["masked"]).reshape(28, 28)
+    assert (mask[1:] == mask[:-1]).mean() > 0.85  # single patches: 0.52
+
+
+def test_regions_of_pixels():
+    centre = central_region(32, 12)
+    assert centre.sum() == 144 and centre[10:22, 10:22].all()
+    assert np.array_equal(grown(centre, 2), central_region(32, 16))
+    region = random_region(64, 0.25, np.random.default_rng(0))
+    assert region.sum() == 1024 and (region[1:] == region[:-1]).mean() > 0.9  # single pixels: 0.62
+
+
+@pytest.mark.parametrize("dropped", ["center", "random"])
+def test_context_encoders_region_has_a_border(dropped: str):
+    region = views_of("context_encoder", About(image_size=64, patch_size=8), dropped_region=dropped, border=3)["region"]
+    hole = region == 1
+    assert region.dtype == np.uint8 and np.array_equal(region > 0, grown(hole, 3))
+    assert hole.sum() == (26**2 if dropped == "center" else 1024)
+
+
+# ---------------------------------------------------------------- two processes
+def check(name: str, model: str) -> dict[str, list[Tensor]]:
+    """The loss of this process's images, its gradients, and the buffers after the step: see test_distributed.py."""
+    objective, rank, ranks = made(name, model).train(), *world()
+    part = {key: value.chunk(ranks)[rank] for key, value in batch_of(name).items()}
+    loss, _ = objective(part, 0)
+    found = gradients(objective, loss, [])
+    objective.skipped = torch.zeros(())
+    objective.after_step(0)
+    buffers = [value.double() for value in objective.buffers()]
+    return {"mean": [loss.detach(), *found.values(), *buffers]}
