@@ -52,6 +52,8 @@ RECIPES: dict[str, list[str]] = {  # options over `demo`, of objectives without 
     "dinov2": [*CROPS, *HEADS, *AUTO],
     "dinov3": [*CROPS, *HEADS, *AUTO, "objective.unit_prototypes=true"],
 }
+# {objective: (option, another objective)}: the option is the export of the other objective's last run
+AFTER = {"beit": ("objective.visual_tokenizer", "vqvae")}
 MODEL = ["model.patch_size=8", "model.image_size=32"]
 ENGINE = [
     "data.workers=0",
@@ -104,6 +106,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--set", choices=["materials", "digits"], default="materials")
     options = parser.parse_args()
+    for name, (_, other) in AFTER.items():
+        if name in options.objectives and other not in options.objectives:
+            parser.error(f"{name} needs a run of {other}; write --objectives {other} {name}")
     torch.set_num_threads(1)
     folder: Path = options.folder / options.set
     known, asked = folder / "shards" / "train", folder / "shards" / "test"
@@ -120,9 +125,10 @@ def main() -> None:
                 emit(f"learning.{name}.{protocol}.seed_std", stdev(values), "accuracy", f"{len(values)} seeds")
 
     show("pixels", [scores("pixels", known, asked)], "raw pixels")
-    untrained = None
-    for name in options.objectives:
+    untrained, exports = None, dict[str, Path]()
+    for name in sorted(options.objectives, key=AFTER.__contains__):
         data = [f"data.train={known}"]
+        data += [f"{AFTER[name][0]}={exports[AFTER[name][1]]}"] if name in AFTER else []
         steps = max(8, round(options.seconds / seconds_of_a_step(load(name, *data, "steps=100", "run=unused"))))
         found, spent = [], []
         for seed in range(options.seeds):
@@ -134,7 +140,8 @@ def main() -> None:
             if untrained is None:
                 untrained = scores(run / "export" / "0", known, asked)
                 show("untrained", [untrained], "step 0")
-            found.append(scores(run / "export" / str(steps), known, asked))
+            exports[name] = run / "export" / str(steps)
+            found.append(scores(exports[name], known, asked))
         show(name, found, f"{steps} steps, {mean(spent):.0f} CPU s")
 
 

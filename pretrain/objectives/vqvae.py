@@ -80,18 +80,19 @@ class VQVAE(Objective):
     @staticmethod
     def views(cfg: Config, about: About) -> View:
         augment = Augment(about.image_size, scale=(cfg.crop_scale, 1.0))
-        places = (about.image_size // about.patch_size) ** 2  # N
 
         def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
-            candidate = np.asarray(rng(MASKS).integers(places))  # the place whose z_e may replace a code without use
+            # in [0, 1): which z_e of the image may replace a code without use
+            candidate = np.asarray(rng(MASKS).random(dtype=np.float32))
             return crops(sample, {"image": augment}, rng) | {"candidate": candidate}
 
         return view
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         restored, z, codes = self.reconstruct(batch["image"])
-        place = batch["candidate"].view(-1, 1, 1).expand(-1, 1, z.shape[-1])
-        self.codebook.hold(z.flatten(0, 1), codes.flatten(), z.gather(1, place).squeeze(1), step)
+        place = batch["candidate"] * z.shape[1]  # [B]: a random place, and another random number behind the point
+        index = place.long().clamp(0, z.shape[1] - 1).view(-1, 1, 1).expand(-1, 1, z.shape[-1])
+        self.codebook.hold(z.flatten(0, 1), codes.flatten(), z.gather(1, index).squeeze(1), place.frac(), step)
         reconstruction = F.mse_loss(restored, batch["image"])
         commitment = F.mse_loss(z, self.codebook.vectors[codes])
         logs = {"reconstruction": reconstruction.detach(), "commitment": commitment.detach()}

@@ -3,7 +3,7 @@ by a moving average (appendix A.1).
 
     self.codebook = Codebook(512, dim)                                            # in __init__
     codes, vectors = self.codebook(z)                                             # in forward
-    self.codebook.hold(z, codes, candidates, step)                                # in forward, once per micro-batch
+    self.codebook.hold(z, codes, candidates, order, step)                         # in forward, once per micro-batch
     self.codebook.update(step, decay, restart, self.skipped)                      # in after_step
 
 Everything that changes is a buffer, so it is saved in checkpoints. It is equal on all ranks, and does not depend on the
@@ -45,8 +45,8 @@ class Codebook(nn.Module):
         self.register_buffer("vectors", torch.randn(codes, dim))
         self.register_buffer("usage", torch.zeros(codes))
         self.register_buffer("totals", torch.zeros(codes, dim))
-        # counts [K], sums [K, D] and candidates [P, D] of this rank's micro-batches in step `step`
-        self.held: list[tuple[Tensor, Tensor, Tensor]] = []
+        # counts [K], sums [K, D], candidates [P, D] and order [P] of this rank's micro-batches in step `step`
+        self.held: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.step = -1
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,14 +55,15 @@ class Codebook(nn.Module):
         return codes, self.vectors[codes]
 
     @torch.no_grad()
-    def hold(self, z: Tensor, codes: Tensor, candidates: Tensor, step: int) -> None:
+    def hold(self, z: Tensor, codes: Tensor, candidates: Tensor, order: Tensor, step: int) -> None:
         """Keep what `update` needs of the vectors z [R, D] of a micro-batch and of their codes [R]. `candidates` [P, D]:
-        the vectors by which codes without use may be replaced. What is still held from another step is dropped."""
+        the vectors by which codes without use may be replaced, those with the lowest random numbers `order` [P] first.
+        What is still held from another step is dropped."""
         if step != self.step:
             self.held, self.step = [], step
         z, candidates = z.to(self.totals.dtype), candidates.to(self.totals.dtype)
         counts = torch.zeros_like(self.usage).index_add_(0, codes, torch.ones_like(z[:, 0]))
-        self.held.append((counts, torch.zeros_like(self.totals).index_add_(0, codes, z), candidates))
+        self.held.append((counts, torch.zeros_like(self.totals).index_add_(0, codes, z), candidates, order))
 
     @torch.no_grad()
     def update(self, step: int, decay: float, restart: float, skipped: Tensor | None = None) -> None:
@@ -76,7 +77,7 @@ class Codebook(nn.Module):
         """
         if not self.held or step != self.step:
             raise RuntimeError(f"update({step}) without a hold(…, {step}) before it; call hold in forward")
-        counts, sums, candidates = zip(*self.held, strict=True)
+        counts, sums, candidates, order = zip(*self.held, strict=True)
         self.held = []
         count, total = sum_over_world(torch.stack(counts).sum(0)), sum_over_world(torch.stack(sums).sum(0))
         usage = decay * self.usage + (1 - decay) * count
@@ -85,6 +86,7 @@ class Codebook(nn.Module):
         vectors = torch.where(known, totals / usage.clamp_min(LEAST_USAGE).unsqueeze(1), self.vectors)
         if restart:
             limit, new = restart * count.mean(), gather(torch.cat(candidates))
+            new = new[gather(torch.cat(order)).argsort()]
             unused = usage < limit
             new = new[(unused.cumsum(0) - 1).clamp_min(0) % len(new)]  # [K, D]: a candidate for each unused code
             usage, unused = torch.where(unused, limit, usage), unused.unsqueeze(1)

@@ -157,9 +157,14 @@ class Engine:
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """The objective's pictures of a batch. Collective: every rank must call it."""
+        """The objective's pictures of a batch, in evaluation mode, so that they change no running statistics. Collective:
+        every rank must call it."""
+        training = self.objective.training
+        self.objective.eval()
         with self.autocast():
-            return self.objective.pictures(batch)
+            pictures = self.objective.pictures(batch)
+        self.objective.train(training)
+        return pictures
 
     def encoder_states(self) -> dict[str, dict[str, Tensor]]:
         """{export's name: the encoder's full state dict in main memory} on rank 0, empty dicts elsewhere. Collective:

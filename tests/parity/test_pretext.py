@@ -4,33 +4,29 @@ and gradients. tests/parity/test_distributed.py compares two processes with one.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from data_pipeline.parts.part import About
-from data_pipeline.views import tiles as puzzles
-from data_pipeline.views.masks import central_region, grown, random_region
+from pretrain.build import build_objective
 from pretrain.interchange import export
 from pretrain.interchange.weight_sources import further_tensors
 from pretrain.models import presets
 from pretrain.models.build import build_model
-from pretrain.objectives import finder
 from pretrain.objectives.base import Objective
 from pretrain.ops.codebook import Codebook, nearest, perplexity
 from pretrain.ops.gather import world
 from pretrain.ops.reverse_gradient import reverse_gradient
 from pretrain.ops.sync_norm import BatchNorm
 from pretrain.ops.upsampling import doublings
+from pretrain.parallel.engine import Engine
 from pretrain.train import train
 from tests.conftest import tiny_recipe
 from tests.parity import test_catalogue
@@ -79,7 +75,7 @@ def batch_of(name: str, count: int = 4) -> dict[str, Tensor]:
     if name == "jigsaw":
         return {"tiles": normal(count, 9, 3, 16, 16), "permutation": whole_numbers(7, count)}
     if name == "vqvae":
-        return {"image": image, "candidate": whole_numbers(16, count)}
+        return {"image": image, "candidate": normal(count).sigmoid()}
     if name == "beit":
         masked = normal(count, 16).argsort(1)[:, :6].sort(1).values
         return {"image": image, "visual": normal(count, 3, 16, 16, seed=1), "masked": masked}
@@ -208,7 +204,7 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("name", NAIVE)
 def test_it_computes_its_paper(name: str):
-    agrees(made(name), batch_of(name), NAIVE[name], constant=("visual",))
+    agrees(made(name), batch_of(name), NAIVE[name], constant=("visual", "candidate"))
 
 
 # ---------------------------------------------------------------- the codebook
@@ -222,7 +218,7 @@ def test_the_codebook_follows_by_moving_averages():
             codes, found = book(z)
             assert codes.tolist() == [nearest_by_loop(x, vectors) for x in z]
             assert torch.equal(found, book.vectors[codes])
-            book.hold(z, codes, z[:1], step)
+            book.hold(z, codes, z[:1], torch.zeros(1), step)
         assert 1 < float(perplexity(torch.cat([book(z)[0] for z in halves]), 5)) <= 5
         codes = [nearest_by_loop(x, vectors) for x in torch.cat(halves)]
         for k in range(5):
@@ -244,7 +240,7 @@ def test_codes_without_use_are_replaced_in_order():
     book = Codebook(4, 2).double()
     book.vectors.copy_(torch.tensor([[9.0, 9.0], [0.0, 0.0], [9.0, -9.0], [-9.0, 9.0]]))
     z = 0.1 * normal(6, 2)
-    book.hold(z, book(z)[0], z[:2], 0)
+    book.hold(z, book(z)[0], z[:2].flip(0), torch.tensor([0.7, 0.2]), 0)
     book.update(0, 0.9, 0.2)
     torch.testing.assert_close(book.vectors, torch.stack([z[0], z.mean(0), z[1], z[0]]))
     torch.testing.assert_close(book.usage, torch.tensor([0.3, 0.6, 0.3, 0.3], dtype=torch.float64))
@@ -275,6 +271,16 @@ def test_beit_needs_a_tokenizer(given: str, says: str, tmp_path: Path):
         made("beit", visual_tokenizer=where)
 
 
+def test_pictures_change_nothing(shards: Path, tmp_path: Path):
+    """Batch norms of decoder and discriminator keep their statistics."""
+    cfg = tiny_recipe("context_encoder", shards, tmp_path / "run", "objective.dropped_region=center")
+    case = Engine(build_objective(cfg), cfg, torch.device("cpu"))
+    before = copy.deepcopy(case.objective.state_dict())
+    (picture,) = case.pictures(batch_of("context_encoder") | {"image": normal(4, 3, 32, 32).float()}).values()
+    assert picture.shape == (3, 4 * 32, 3 * 32) and case.objective.training and case.objective.decoder.training
+    assert all(torch.equal(value, before[key]) for key, value in case.objective.state_dict().items())
+
+
 # ---------------------------------------------------------------- other operations
 def test_reversed_gradient():
     x, w = normal(3).requires_grad_(), normal(3, seed=1)
@@ -287,104 +293,6 @@ def test_a_decoder_doubles():
     assert [doublings(n, "patch") for n in (2, 8, 16)] == [1, 3, 4]
     with pytest.raises(ValueError, match="patch = 14: this decoder doubles maps"):
         doublings(14, "patch")
-
-
-# ---------------------------------------------------------------- views
-def generators(number: int) -> np.random.Generator:
-    return np.random.default_rng([0, number])
-
-
-def views_of(name: str, about: About, image: np.ndarray | None = None, **options: Any) -> dict[str, np.ndarray]:
-    """The arrays that an objective's views make from one image, by default a random one."""
-    cls, cfg = finder.find(name), finder.config_class(name)[0](**options)
-    image = np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8) if image is None else image
-    return cls.views(cfg, about)({"image": image}, generators)
-
-
-ABOUT = About(image_size=32, patch_size=8)
-
-
-def test_rotnet_turns_counter_clockwise():
-    """The top right corner becomes the top left one."""
-    image = views_of("rotnet", ABOUT)["image"]
-    assert image.shape == (4, 3, 32, 32) and image.dtype == np.uint8
-    for now, then in itertools.pairwise(image):
-        assert np.array_equal(then[:, 0, 0], now[:, 0, -1]) and np.array_equal(then[:, -1, 0], now[:, 0, 0])
-        assert np.array_equal(then, now.transpose(0, 2, 1)[:, ::-1])
-
-
-def test_tiles_lie_in_their_cells_with_gaps():
-    """The pixels of the image are their own coordinates: the first channel is the row, the second the column."""
-    rows, columns = np.meshgrid(np.arange(60), np.arange(60), indexing="ij")
-    image = np.stack([rows, columns, rows]).astype(np.uint8)
-    corners = []
-    for number in range(50):
-        cut = puzzles.tiles(image, 3, 16, 2, np.random.default_rng(number)).astype(int)
-        assert cut.shape == (9, 3, 16, 16)
-        top, left, other = (cut[:, channel, 0, 0] for channel in range(3))
-        assert np.array_equal(cut[:, 0], top[:, None, None] + np.arange(16)[:, None] + np.zeros((1, 16), int))
-        assert np.array_equal(cut[:, 1], left[:, None, None] + np.arange(16) + np.zeros((16, 1), int))
-        corners.append([top - np.arange(9) // 3 * 20, left - np.arange(9) % 3 * 20, other - top])
-    found = np.array(corners)  # [50, 3, 9]
-    assert found[:, :2].min() >= -2 and found[:, :2].max() <= 4 + 2  # cells of 20, channels moved by up to 2
-    assert set(found[:, 0].flatten()) >= set(range(5)) and set(found[:, 2].flatten()) == set(range(-4, 5))
-    still = puzzles.tiles(image, 3, 16, 0, np.random.default_rng(0))
-    assert np.array_equal(still[:, 0], still[:, 2])
-    with pytest.raises(ValueError, match="tiles of 21 pixels are larger than the cells of 20"):
-        puzzles.tiles(image, 3, 21, 0, np.random.default_rng(0))
-
-
-def test_permutations_are_far_from_one_another():
-    """Algorithm 1 of 1603.09246: no order that is left would have a larger mean distance from those before it."""
-    everything = np.array(list(itertools.permutations(range(4))))
-    chosen = puzzles.permutation_set(10, 4)
-    assert len(np.unique(chosen, axis=0)) == 10 and np.array_equal(np.sort(chosen, 1), np.tile(np.arange(4), (10, 1)))
-    for count in range(1, 10):
-        before = chosen[:count]
-        left = [order for order in everything if not (before == order).all(1).any()]
-        assert (before != chosen[count]).sum() == max((before != order).sum() for order in left)
-    nine = puzzles.permutation_set(30, 9)
-    distances = [(a != b).sum() for a, b in itertools.combinations(nine, 2)]
-    assert len(np.unique(nine, axis=0)) == 30 and np.mean(distances) > 8.1  # of random orders: 8
-    with pytest.raises(ValueError, match="3 tiles have 6 orders"):
-        puzzles.permutation_set(7, 3)
-
-
-def test_jigsaw_shuffles_by_the_permutation_that_it_names():
-    """On an image of a constant grey in each cell, the tiles tell where they come from."""
-    shades = np.kron(np.arange(9, dtype=np.uint8).reshape(3, 3) * 20, np.ones((20, 20), np.uint8))
-    image, sizes = np.repeat(shades[..., None], 3, 2), {"tile_size": 12, "cell_size": 20, "permutations": 40}
-    made = views_of("jigsaw", ABOUT, image, crop_scale=1.0, channel_shift=0, gray_share=0.0, **sizes)
-    origin = made["tiles"].reshape(9, -1).mean(1) / 20
-    assert np.array_equal(origin.round(), puzzles.permutation_set(40, 9)[made["permutation"]])
-
-
-def test_beit_masks_blocks_and_shows_the_tokenizer_the_same_crop(tmp_path: Path):
-    """With as many pixels per token on both sides the two crops are equal; the mask has exactly 40 % of the patches."""
-    where = write_tokenizer(tmp_path)
-    same, half = (views_of("beit", About(image_size=28 * p, patch_size=p), visual_tokenizer=where) for p in (4, 8))
-    assert np.array_equal(same["image"], same["visual"]) and half["visual"].shape == (3, 112, 112)
-    assert half["image"].shape == (3, 224, 224) and half["masked"].shape == (int(0.4 * 784),)
-    pooled = half["image"].reshape(3, 112, 2, 112, 2).mean((2, 4))
-    assert np.abs(pooled - half["visual"]).mean() < 4
-    mask = np.isin(np.arange(784), half["masked"]).reshape(28, 28)
-    assert (mask[1:] == mask[:-1]).mean() > 0.85  # single patches: 0.52
-
-
-def test_regions_of_pixels():
-    centre = central_region(32, 12)
-    assert centre.sum() == 144 and centre[10:22, 10:22].all()
-    assert np.array_equal(grown(centre, 2), central_region(32, 16))
-    region = random_region(64, 0.25, np.random.default_rng(0))
-    assert region.sum() == 1024 and (region[1:] == region[:-1]).mean() > 0.9  # single pixels: 0.62
-
-
-@pytest.mark.parametrize("dropped", ["center", "random"])
-def test_context_encoders_region_has_a_border(dropped: str):
-    region = views_of("context_encoder", About(image_size=64, patch_size=8), dropped_region=dropped, border=3)["region"]
-    hole = region == 1
-    assert region.dtype == np.uint8 and np.array_equal(region > 0, grown(hole, 3))
-    assert hole.sum() == (26**2 if dropped == "center" else 1024)
 
 
 # ---------------------------------------------------------------- two processes
