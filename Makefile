@@ -11,7 +11,7 @@ WORKERS ?= $(shell nproc)
 SPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2>/dev/null && echo unshare -rm; })
 SPREAD := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo slurm test test-quick test-matrix test-gpu lint docs bench clean
+.PHONY: demo slurm trackio test test-quick test-matrix test-gpu lint docs bench clean
 demo: $(READY_DEMO)
 	$(BIN)/unlabeled demo
 
@@ -19,7 +19,7 @@ demo: $(READY_DEMO)
 # once more, alone, and are listed. A bug of the product makes them fail again; if they pass now, there is a race that has
 # to be found (CONTRIBUTING.md).
 AGAIN := --last-failed --last-failed-no-failures none --maxfail 1 -vv
-test: $(READY) lint slurm
+test: $(READY) lint slurm trackio
 	@$(SPACE) $(PYTEST) $(SPREAD) || { code=$$?; [ $$code = 1 ] || exit $$code; \
 	  echo "These tests failed in the whole suite. They run once more, one after the other:"; \
 	  $(SPACE) $(PYTEST) $(AGAIN) && echo "FAILED ONCE, PASSED ALONE: the tests above. Each is a race to be found and mended."; }
@@ -28,6 +28,12 @@ test: $(READY) lint slurm
 SLURM ?= yes
 slurm: $(READY)
 	@[ "$(SLURM)" = no ] || $(BIN)/python -m tests.slurm
+
+# install Trackio, for tests/launch/test_trackers.py, in a folder of its own and without the packages that are installed
+# already: its versions require pillow < 13
+trackio: $(READY)
+	@[ -d .venv/trackio ] || $(PIP) --no-deps --target .venv/trackio trackio==0.43.0 gradio-client==2.7.2 orjson==3.13.0 \
+	  python-multipart==0.0.34 brotli==1.2.1 || echo "tests of Trackio will be SKIPPED: it cannot be installed"
 
 test-quick: $(READY)
 	$(SPACE) $(PYTEST) $(SPREAD) -m "not slow"

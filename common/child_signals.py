@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -55,6 +57,13 @@ def ignore() -> None:
             signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     deliver_pending()
+
+
+def input_closed(wait: float) -> bool:
+    """Wait up to `wait` seconds for standard input to be closed, and return whether it is: the parent process closes it
+    when it needs the child no longer, or has ended."""
+    ready, _, _ = select.select([sys.stdin], [], [], wait)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1)
 
 
 def end_with_parent() -> None:

@@ -32,6 +32,7 @@ from pretrain.run_folder.marker import run_identity
 from pretrain.run_folder.run_lock import Lock, living_holder
 from pretrain.run_folder.written_files import EVALUATION_ENDS, EVALUATION_RECORDS, EVALUATIONS, RECIPE, matches
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED
+from pretrain.trackers.tracking import Tracking
 
 ATTEMPTS = 3  # of an evaluation, after which it is recorded as failed
 POLL = 2.0  # seconds between two looks at the files of the runs
@@ -319,7 +320,16 @@ def watch(folder: Path) -> int:
     finally:  # also at SIGTERM: the next watcher need not wait until the locks are stale
         for one in watchers:
             one.release()
+    for one in watchers:
+        with contextlib.suppress(UserError, OSError):  # no recipe: the run has not begun
+            _send_scores(one.run)
     return EXIT_UNSCORED if any(failed(one.run) for one in watchers) else 0
+
+
+def _send_scores(run: Path) -> None:
+    """Send to the run's trackers the scores that have come since its training ended."""
+    with Tracking(stored(run)) as tracking:
+        tracking.start(run)
 
 
 def failed(run: Path) -> list[str]:

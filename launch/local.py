@@ -20,6 +20,8 @@ from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import prepare, run_folder_lock
 from pretrain.run_folder.run_lock import LAUNCHER_VARIABLE, LOCK_TOKEN_VARIABLE
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED, STOPPED_EARLY, Stop, Stopped
+from pretrain.trackers import trackers
+from pretrain.trackers.tracking import Tracking
 
 GRACE_SECONDS = 30.0  # time after the failure of one process in which the others may finish writing and end
 DEMO_TEXT = Path("runs/demo-text")  # the token shards that the recipe gpt_demo names
@@ -68,13 +70,15 @@ def train(recipe: Recipe, processes: int = 1) -> int:
         raise UserError(f"--processes {processes}: write 1 or more")
     parallel_checks.check(recipe, processes)
     check(recipe)
+    trackers.check(tracker.name for tracker in recipe.log.trackers)
     say(*recipe.derived)
     scoring = Scoring(recipe)
-    with run_folder_lock() as lock, Stop() as stop:
+    with run_folder_lock() as lock, Stop() as stop, Tracking(recipe) as tracking:
         try:
             run = prepare(recipe, lock)
             stop.deferred = True  # from here on signals are passed on to the training processes
             scoring.start(run)
+            tracking.start(run)
             # The training processes join the lock of this process, and end when this process ends.
             shared = {LOCK_TOKEN_VARIABLE: lock.token, LAUNCHER_VARIABLE: str(os.getpid())}
             trainers = [_start_module("pretrain.train", run, **shared, **ranks) for ranks in environments(processes)]

@@ -30,6 +30,7 @@ from launch.supervisor import check_world, hash_of, supervise
 from pretrain.recipes.recipe import Recipe, load
 from pretrain.run_folder.prepare import check_data, prepare, run_folder_lock
 from pretrain.run_folder.written_files import RECIPE
+from pretrain.trackers import trackers
 
 JOBS = "jobs"  # the folder beside run folders that holds the folders of jobs
 IN_PATHS = "%\\\n"  # characters that sbatch replaces in the names of files, or that end a line of a batch script
@@ -98,6 +99,8 @@ def _submit(new: list[Recipe], cluster: Cluster, evaluation: Cluster | None, par
     for recipe in new:
         provide(recipe)
         scoring.check(recipe)
+        if not cluster.container:
+            trackers.check(tracker.name for tracker in recipe.log.trackers)
         say(*recipe.derived)
     here = slurm_client.cluster_name()
     folder, jobs = _make_folder(new), list[str]()

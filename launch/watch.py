@@ -8,8 +8,6 @@ for a job of its own (`launch.evaluation_jobs`), unless the run has another iden
 
 from __future__ import annotations
 
-import os
-import select
 import sys
 import time
 import traceback
@@ -26,6 +24,7 @@ from launch.due_evaluations import due, name_of
 from pretrain.interchange import model_card
 from pretrain.recipes.recipe import Recipe, stored
 from pretrain.run_folder.marker import run_identity
+from pretrain.run_folder.scalars import BASELINES, score_name
 from pretrain.signals import EXIT_UNSCORED
 
 SAMPLE_TOKENS = 100  # number of tokens that a language model generates for each prompt
@@ -40,7 +39,7 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
     cfg, identity = recipe.eval, run_identity(run)["id"]
     gallery, query = (cfg.gallery, cfg.val) if split == "val" else (cfg.test_gallery or cfg.gallery, cfg.test)
     names = cfg.periodic if split == "val" else cfg.final
-    baseline = model in ("pixels", "bytes")
+    baseline = model in BASELINES
     names = [name for name in names if not baseline or name not in TEXT]
     rows = evaluate(model, names, gallery, query, split, cfg.image_size, device=device)
     generated = samples(Path(model), step, cfg.prompts) if not baseline and split == "val" and cfg.prompts else []
@@ -49,8 +48,7 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
         return
     if not baseline:
         for row in rows:
-            student = "" if row["model"] in ("untrained", "pretrained") else f"{row['model']}/"
-            board.add_scalar(f"{student}{split}/{row['protocol']}/{row['metric']}", row["value"], step)  # type: ignore[attr-defined]
+            board.add_scalar(score_name(row), row["value"], step)  # type: ignore[attr-defined]
         for row in generated:
             board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)  # type: ignore[attr-defined]
         if generated:
@@ -131,15 +129,9 @@ def watch(run: Path) -> int:
                     if not isinstance(error, UserError):
                         say(*traceback.format_exc().split("\n"), file=log)
                 say(line, file=sys.stderr)
-        training_ended = training_ended or _input_closed(wait=0.5 if not waiting else 0)
+        training_ended = training_ended or child_signals.input_closed(wait=0.5 if not waiting else 0)
     board.close()
     return EXIT_UNSCORED if failed else 0
-
-
-def _input_closed(wait: float) -> bool:
-    """Wait up to `wait` seconds for standard input to be closed, and return whether it is."""
-    ready, _, _ = select.select([sys.stdin], [], [], wait)
-    return bool(ready) and not os.read(sys.stdin.fileno(), 1)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from data_pipeline.storage.urls import write_atomically
 from data_pipeline.stream.stream import Stream
 from pretrain.parallel import processes
 from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.run_folder.scalars import BASELINES, scalars
 
 
 class Clock:
@@ -155,18 +156,14 @@ class Writer:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         last = rows[-1]
-        val_losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-        if val_losses:
-            self.last_val_loss = val_losses[-1][1]
-        scalars = [key for key in last if key not in ("step", "stage", "val_loss")]
-        values = {key: [row[key] for row in rows if key in row] for key in scalars}
+        for row in rows:
+            self.last_val_loss = row.get("val_loss", self.last_val_loss)
 
         def add_to_board(board: Any) -> None:
             board.add_text("stage", last["stage"], last["step"])
-            for key, found in values.items():
-                board.add_scalar(f"train/{key}", sum(found) / len(found), last["step"])
-            for step, loss in val_losses:
-                board.add_scalar("val/loss", loss, step)
+            for step, values in scalars(rows).items():
+                for name, value in values.items():
+                    board.add_scalar(name, value, step)
 
         disk_has_room = self.lines.add("".join(json.dumps(row) + "\n" for row in rows))
         self.board.add(add_to_board, disk_has_room)
@@ -277,7 +274,7 @@ def _knn_so_far(scores: list[dict[str, Any]]) -> str:
         if s["protocol"] == "knn"
         and s.get("split") == "val"
         and s["metric"] == "accuracy"
-        and s["model"] not in ("pixels", "bytes")
+        and s["model"] not in BASELINES
     ]
     if not knn:
         return ""

@@ -48,10 +48,17 @@ from pretrain.run_folder.recipe_file import accept_recipe
 from pretrain.run_folder.run_lock import LAUNCHER_VARIABLE, Lock, end_with_launcher
 from pretrain.run_log import Log, data_summary, finished_line
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED, Stop, Stopped
+from pretrain.trackers import trackers
+from pretrain.trackers.tracking import Tracking
 from pretrain.train_step import train_step
 from pretrain.validation import held_out_batches
 
-READ_LATER = ("eval.", "checkpoint.", "init.")  # prefixes of keys that may be read only after the first step
+READ_LATER = (
+    "eval.",
+    "checkpoint.",
+    "init.",
+    "log.trackers",
+)  # of keys that are read after the first step, or by other processes
 GC_STEPS = 100  # steps between two garbage collections, which all ranks run at the same step, so that no rank waits
 
 
@@ -80,12 +87,22 @@ def _train_and_score(cfg: Recipe) -> tuple[Path, str]:
     from eval import scoring  # a slow import, which only this process needs
 
     scorer = scoring.Scoring(cfg)
-    try:
-        folder = _train_only(cfg, lambda: scoring.check(cfg), scorer.start)
-        return folder, scorer.finish()
-    except BaseException:
-        scorer.kill()
-        raise
+
+    def check() -> None:
+        scoring.check(cfg)
+        trackers.check(tracking.names)
+
+    def start(folder: Path) -> None:
+        scorer.start(folder)
+        tracking.start(folder)
+
+    with Tracking(cfg) as tracking:
+        try:
+            folder = _train_only(cfg, check, start)
+            return folder, scorer.finish()
+        except BaseException:
+            scorer.kill()
+            raise
 
 
 def _train_only(

@@ -45,6 +45,7 @@ GIVEN = {  # what lies in a page's folder before its first command; the home fol
     "docs/faults.md": ("shards",),
     "docs/many_gpus.md": ("bucket/train",),
     "docs/objectives.md": ("shards", "labelled"),
+    "docs/trackers.md": ("shards",),
     "docs/text.md": ("texts", "labelled/train", "labelled/test", "runs/demo-text", "runs/bert"),
 }
 REPLACED = (  # in every command and program, by regular expression

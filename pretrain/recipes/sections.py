@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Literal
 from common.config import Section, only, option
 from common.schedules import Schedule
 from pretrain.optim import optimizers
+from pretrain.trackers import trackers
 
 if TYPE_CHECKING:
     Derived = int
     Optimizer = str
+    TrackerName = str
 else:
     Optimizer = Literal[*optimizers.names()]
+    TrackerName = Literal[*trackers.names()]
     Derived = int | Literal["auto"]  # `recipe.resolve` replaces "auto" by a number before it is used
 
 
@@ -223,6 +226,21 @@ class Export(Section):
 
 
 @dataclass
+class Tracker(Section):
+    """A tracker that shows the metrics and scores of the run, in addition to TensorBoard."""
+
+    shorthand = "name"
+    name: TrackerName  # a file of pretrain/trackers/
+    project: str = "unlabeled"  # the project of the run there; of mlflow, the experiment
+    run: str = ""  # the name of the run there; empty: that of the run folder
+    # a local folder for what the tracker stores, which runs may share; empty: RUN/trackers/NAME
+    folder: str = ""
+    # where the run is sent: the URL of a server, or for trackio a Space such as me/runs; empty: nothing is sent
+    # anywhere. Keys come from the tracker's own environment variables
+    server: str = ""
+
+
+@dataclass
 class Log(Section):
     """What is logged while the run trains."""
 
@@ -235,6 +253,13 @@ class Log(Section):
     # step; 0: never
     val_every: int = 100
     val_batches: int = 4  # number of global batches for that loss; always the same rows
+    # trackers that show the run, such as wandb; TensorBoard's files are written in any case
+    trackers: list[Tracker] = field(default_factory=list)
+
+    def check(self) -> None:
+        names = [tracker.name for tracker in self.trackers]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"log.trackers names {repeated[0]} twice; name each tracker once")
 
 
 @dataclass

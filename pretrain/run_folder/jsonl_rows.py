@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from common.untrusted import loads, schema_error
+from common.untrusted import loads, open_binary, schema_error
 
 # {name of a file: schema of its lines in addition to "step", see `schema_error`}; further keys are allowed.
 ROW_SCHEMAS: dict[str, dict[str, Any]] = {
@@ -36,12 +37,39 @@ def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open(errors="replace") as file:
         for line in file:
-            try:
-                row = loads(line)
-            except ValueError:
-                continue
-            if _is_row(row, ROW_SCHEMAS.get(path.name, {})):
+            if (row := _row(line, path.name)) is not None:
                 yield row
+
+
+class NewRows:
+    """The rows that are appended to a .jsonl file, and those of a file that has replaced it: a resumed run replaces
+    metrics.jsonl by its beginning."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.replaced = False  # whether the last `read` began at the first row of a file
+        self._file: IO[bytes] | None = None
+        self._part = b""  # a line whose end has not been written yet
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows since the last call; those that `read_rows` skips are left out."""
+        self.replaced = False
+        try:
+            if self._file is None or os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino:
+                self._file, self._part, self.replaced = open_binary(self.path), b"", True
+            *lines, self._part = (self._part + self._file.read()).split(b"\n")
+        except OSError:  # it does not exist yet
+            return []
+        return [row for line in lines if (row := _row(line, self.path.name)) is not None]
+
+
+def _row(line: str | bytes, name: str) -> dict[str, Any] | None:
+    """The row in a line of the file `name`; None if it is none."""
+    try:
+        row = loads(line)
+    except ValueError:
+        return None
+    return row if _is_row(row, ROW_SCHEMAS.get(name, {})) else None
 
 
 def _is_row(row: Any, schema: dict[str, Any]) -> bool:

@@ -1,0 +1,44 @@
+"""Weights & Biases. Without a server the run is recorded offline; `wandb sync FOLDER/wandb/offline-run-*` sends it
+later. With `server: https://api.wandb.ai`, or the URL of your own server, it is sent while it trains; the key is taken
+from WANDB_API_KEY or `wandb login`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("wandb",)
+
+
+class Run:
+    """A run of W&B. The x-axis of its charts is `step`, since W&B's own counter of steps cannot go back, as it would
+    have to for scores."""
+
+    def __init__(self, options: Any, folder: Path, known: str, settings: dict[str, Any]):
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        import wandb
+
+        self.run = wandb.init(
+            project=options.project,
+            name=options.run,
+            id=known or None,
+            resume="allow" if options.server else None,
+            config=settings,
+            dir=str(folder),
+            mode="online" if options.server else "offline",
+            settings=wandb.Settings(
+                **{"base_url": options.server} if options.server else {},
+                **{"console": "off", "silent": True, "save_code": False, "disable_git": True},
+                **{"x_disable_meta": True, "x_disable_stats": True, "x_save_requirements": False},
+            ),
+        )
+        self.id = self.run.id
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self.run.finish()
