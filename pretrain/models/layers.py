@@ -11,6 +11,7 @@ same dtype in every `parallel.mode`. Norms and layer scales return the dtype of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -247,3 +248,11 @@ class Block(nn.Module):
 
     def _transform(self, x: Tensor, shapes: Shapes, rotation: Rotation | None) -> Tensor:
         return self.ls2(self.mlp(self.norm2(x)))
+
+
+def apply_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The output of `Block`s, one after the other, for sequences x of one length: [B, N, D] → [B, N, D]."""
+    flat = x.flatten(0, 1)
+    for block in blocks:
+        flat = block(flat, [x.shape[:2]])
+    return flat.view(x.shape)

@@ -14,6 +14,7 @@ from pretrain.models.layers import Backbone, Block, Features, LayerNorm, Rotatio
 from pretrain.models.positions import Tables, interpolate_table, rope_angles, rope_change, rope_periods, sincos_table
 from pretrain.models.presets import ViT
 from pretrain.ops.init import trunc_normal
+from pretrain.ops.patchify import pick
 from pretrain.ops.pinned import to_device
 
 
@@ -148,7 +149,7 @@ class VisionTransformer(Backbone):
             patches = patches + table.to(patches.dtype)
             cls = cls + self.pos_embed[:, :1]
         if keep is not None:
-            patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, K, D]
+            patches = pick(patches, keep)  # [B, K, D]
         prefix = [cls.to(patches.dtype)] + ([self.registers.to(patches.dtype)] if self.registers is not None else [])
         tokens = torch.cat([p.expand(x.shape[0], -1, -1) for p in prefix] + [patches], dim=1)
         return tokens, grid, self._rotation(grid, keep, x.device) if self.cfg.positions == "rope" else None

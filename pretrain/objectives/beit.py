@@ -34,6 +34,7 @@ from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample
 from pretrain.objectives.options import JITTER, Options, check_each
 from pretrain.ops.codebook import nearest
 from pretrain.ops.init import trunc_normal
+from pretrain.ops.patchify import mask_at, pick
 from pretrain.ops.precision import wide
 
 
@@ -90,9 +91,8 @@ class BEiT(Objective):
         masked = batch["masked"]  # [B, M]
         with torch.no_grad():
             z = nearest(self.tokenizer(batch["visual"]).tokens, self.codebook)  # [B, N]
-        mask = torch.zeros_like(z, dtype=torch.bool).scatter(1, masked, True)  # [B, N]
-        tokens = self.backbone(batch["image"], mask=mask).tokens  # [B, N, D]
-        h = tokens.gather(1, masked.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # [B, M, D]
+        tokens = self.backbone(batch["image"], mask=mask_at(masked, z.shape[1])).tokens  # [B, N, D]
+        h = pick(tokens, masked)  # [B, M, D]
         logits = wide(self.head(h.flatten(0, 1)))  # [B·M, K]
         target = z.gather(1, masked).flatten()  # [B·M]
         return F.cross_entropy(logits, target), {"accuracy": (logits.argmax(1) == target).float().mean()}

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from common.config import option
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
-from pretrain.models.layers import Block, LayerNorm
+from pretrain.models.layers import Block, LayerNorm, apply_blocks
 from pretrain.models.positions import Tables, sincos_table
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
-from pretrain.ops.image_rows import side_by_side
+from pretrain.ops.image_rows import reconstructions
 from pretrain.ops.init import trunc_normal
-from pretrain.ops.patchify import complement, patchify, unpatchify
+from pretrain.ops.patchify import complement, patchify, pick
 
 
 @dataclass
@@ -72,8 +72,7 @@ class MAE(Objective):
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         prediction, dropped = self.reconstruct(batch["image"], batch["keep"])
-        target = self.target(batch["image"])  # [B, N, p·p·3]
-        target = target.gather(1, dropped.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+        target = pick(self.target(batch["image"]), dropped)  # [B, M, p·p·3]
         loss = (prediction.to(target.dtype) - target).square().mean()
         return loss, {}
 
@@ -87,11 +86,8 @@ class MAE(Objective):
         unseen = self.mask_token.to(seen.dtype) + positions[dropped].to(seen.dtype)  # [B, M, E]
         cls = self.embed(features.cls.unsqueeze(1))  # [B, 1, E]; the position of the class token is zero
         x = torch.cat([cls, seen, unseen], dim=1)  # [B, 1 + N, E] in any order, since positions have been added
-        b, n, _ = x.shape
-        flat = x.flatten(0, 1)
-        for block in self.blocks:
-            flat = block(flat, [(b, n)])
-        return self.predict(self.norm(flat.view(b, n, -1)[:, -dropped.shape[1] :])), dropped
+        x = apply_blocks(self.blocks, x)
+        return self.predict(self.norm(x[:, -dropped.shape[1] :])), dropped
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """The decoder's fixed positions [N, E], computed once for each grid and device."""
@@ -109,17 +105,12 @@ class MAE(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """uint8 [3, B·H, 3·W]: the image, what the encoder sees, and the image with predicted patches. Contrast is set
-        per row."""
+        """uint8 [3, B·H, 3·W]: the image, what the encoder sees, and the image with predicted patches."""
         images, keep = batch["image"][:6], batch["keep"][:6]
         size = self.backbone.patch_size
-        grid = (images.shape[-2] // size, images.shape[-1] // size)
-        pixels = patchify(images, size)
         prediction, dropped = self.reconstruct(images, keep)
-        prediction = prediction.to(pixels.dtype)
-        index = dropped.unsqueeze(-1).expand(-1, -1, pixels.shape[-1])
         if self.cfg.norm_pix:  # undo the normalisation with the true patch's mean and variance
-            true = pixels.gather(1, index)
-            prediction = prediction * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
-        seen, painted = (pixels.scatter(1, index, fill) for fill in (pixels.new_zeros(index.shape), prediction))
-        return {"reconstructions": side_by_side([unpatchify(x, size, grid) for x in (pixels, seen, painted)])}
+            true = pick(patchify(images, size), dropped)
+            prediction = prediction.to(true.dtype) * (true.var(-1, keepdim=True) + 1e-6).sqrt()
+            prediction = prediction + true.mean(-1, keepdim=True)
+        return {"reconstructions": reconstructions(images, dropped, prediction, size)}

@@ -1,6 +1,6 @@
-"""Convert images to patches and back, and find the patches that are not kept.
+"""Convert images to patches and back, and pick patches by their indices.
 
-Shapes: B images, C channels, N = h·w patches of p×p pixels, K patches that are kept.
+Shapes: B images, C channels, N = h·w patches of p×p pixels, K patches that are kept, M others, D features.
 """
 
 from __future__ import annotations
@@ -26,5 +26,15 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 
 def complement(keep: Tensor, count: int) -> Tensor:
     """The indices from 0 to `count` − 1 that are not in the same row of keep [B, K], sorted: [B, count − K]."""
-    kept = torch.zeros(len(keep), count, dtype=torch.uint8, device=keep.device).scatter(1, keep, 1)
+    kept = mask_at(keep, count).to(torch.uint8)
     return kept.argsort(dim=1, stable=True)[:, : count - keep.shape[1]]  # nonzero would need a host sync
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """The rows [B, M, D] of x [B, N, D] at `index` [B, M]."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def mask_at(index: Tensor, count: int) -> Tensor:
+    """bool [B, count], true at the indices in the same row of `index` [B, M]."""
+    return torch.zeros(len(index), count, dtype=torch.bool, device=index.device).scatter(1, index, True)
