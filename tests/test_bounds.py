@@ -128,12 +128,22 @@ def test_neighbours_of_koleo_are_fewer_than_what_a_forward_sees(tmp_path: Path):
         ("bert", "objective.masked=0.95", r"objective.masked = 0.95, objective.random = 0.1: .* at most 1"),
         ("t5", "objective.share=1", "objective.share = 1.0: must be above 0 and below 1"),
         ("t5", "objective.span=0.5", "objective.span = 0.5: must be 1 or more"),
+        (
+            "ijepa",
+            "objective.target_scale=[0.2, 0.15]",
+            r"objective.target_scale = \[0.2, 0.15\]: write two numbers, the",
+        ),
+        (
+            "ijepa",
+            "objective.context_scale=[0.8]",
+            r"objective.context_scale = \[0.8\]: write two numbers, the smaller one",
+        ),
         ("mae", "optim.layer_decay=0", "optim.layer_decay = 0.0: must be above 0 and at most 1"),
         ("mae", "optim.lr={value: 1.0, warmup: -1}", "optim.lr.warmup = -1.0: must be 0 or more"),
     ],
 )
 def test_limits_of_every_method(name: str, option: str, message: str):
-    model = {"mae": "vit_micro"}.get(name, f"{name}_micro")
+    model = {"bert": "bert_micro", "t5": "t5_micro"}.get(name, "vit_micro")
     with pytest.raises(ConfigError, match=f"command line: {message}"):
         recipe.load("demo", [f"objective={name}", f"model={model}", option])
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 
 from data_pipeline.order.permutation import hash_to_key, permute
+from data_pipeline.views.augmentations import generators
 
-MASK_RATIO_KEY = 3  # hashed into the key of the permutation, so that it differs from other keys of the seed
+# Numbers that are hashed into the keys of a step, so that these differ from each other and from other keys of the seed.
+MASK_RATIO_KEY, BLOCK_SIZE_KEY = 3, 12
+MAX_DRAWS = 20  # of the blocks of a sample, until enough patches lie in the context and in no target
+Range = tuple[float, float]
 
 
 def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, smallest: int = 4) -> np.ndarray:
@@ -94,3 +100,67 @@ def resize_mask(mask: np.ndarray, grid: tuple[int, int], target: tuple[int, int]
     contains its centre."""
     rows, columns = ((2 * np.arange(t) + 1) * g // (2 * t) for g, t in zip(grid, target, strict=True))
     return mask.reshape(-1, *grid)[:, rows[:, None], columns].reshape(len(mask), -1)
+
+
+def square_mask(grid: tuple[int, int], cells: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """bool [h · cells, w · cells] with `count` of the h × w squares of `cells` × `cells` patches set, drawn uniformly
+    (SimMIM, arXiv 2111.09886)."""
+    mask = np.zeros(grid[0] * grid[1], bool)
+    mask[rng.choice(mask.size, count, replace=False)] = True
+    return np.kron(mask.reshape(grid), np.ones((cells, cells), bool))
+
+
+def block_size(grid: tuple[int, int], share: Range, aspect: Range, rng: np.random.Generator) -> tuple[int, int]:
+    """(height, width) of a block with a share of the area of `grid` and a ratio of height to width that are drawn
+    uniformly from their ranges."""
+    area, ratio = grid[0] * grid[1] * rng.uniform(*share), rng.uniform(*aspect)
+    wanted = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    height, width = (min(max(1, round(side)), most) for side, most in zip(wanted, grid, strict=True))
+    return height, width
+
+
+@functools.lru_cache(64)
+def block_size_of_step(grid: tuple[int, int], share: Range, aspect: Range, seed: int, step: int) -> tuple[int, int]:
+    """The `block_size` that all samples of a step have. It depends on (seed, step) only, and is therefore the same in all
+    processes."""
+    return block_size(grid, share, aspect, generators((hash_to_key(seed, BLOCK_SIZE_KEY, step), 0))(0))
+
+
+def place_block(grid: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """bool [h, w] with a block of (height, width) at a uniformly drawn place."""
+    top, left = (int(rng.integers(0, most - side + 1)) for side, most in zip(size, grid, strict=True))
+    mask = np.zeros(grid, bool)
+    mask[top : top + size[0], left : left + size[1]] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class ContextAndTargets:
+    """The multi-block masks of I-JEPA (arXiv 2301.08243 §3, fig. 4) as indices of patches: {"context": int64 [K],
+    "targets": int64 [M, n]}.
+
+    The M targets are blocks that may overlap. The context is K patches of a large square block that lie in no target.
+    The size of the targets is drawn for each step, so that all samples of a step have the same n. In the published code
+    K is the smallest number of a GPU's batch, and depends on the number of GPUs; here it is fixed. Blocks are drawn
+    again while fewer than K patches are left; if they still are after MAX_DRAWS, patches outside of the large block are
+    taken, too, and in the end patches of targets.
+    """
+
+    grid: tuple[int, int]
+    count: int  # M
+    share: Range  # of a target's area in that of the grid
+    aspect: Range  # height of a target / width
+    context_area: Range  # the context block's share of the grid's area
+    context_patches: int  # K
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        size = block_size_of_step(self.grid, self.share, self.aspect, sample["seed"], sample["step"])
+        for _ in range(MAX_DRAWS):
+            targets = np.stack([place_block(self.grid, size, rng).reshape(-1) for _ in range(self.count)])
+            block = block_size(self.grid, self.context_area, (1.0, 1.0), rng)
+            inside, taken = place_block(self.grid, block, rng).reshape(-1), targets.any(0)
+            if (inside & ~taken).sum() >= self.context_patches:
+                break
+        preference = rng.random(len(taken)) + np.where(taken, 2, np.where(inside, 0, 1))
+        context = np.sort(preference.argsort()[: self.context_patches])
+        return {"context": context, "targets": np.stack([np.flatnonzero(target) for target in targets])}

@@ -107,6 +107,12 @@ def check_each(key: str, values: list[float], of: tuple[str, ...]) -> None:
         raise ValueError(f"objective.{key} = {values}: write {len(of)} numbers, for {', '.join(of)}")
 
 
+def check_range(key: str, values: list[float]) -> None:
+    """Raises ValueError unless the option holds the smallest and the largest value of a range."""
+    if len(values) != 2 or values[0] > values[1]:
+        raise ValueError(f"objective.{key} = {values}: write two numbers, the smaller one first")
+
+
 @dataclass
 class TwoViews(Options):
     """Two views of an image with the augmentations of BYOL (data_pipeline/views/two_views.py)."""

@@ -70,8 +70,20 @@ def small(name: str, shards: Path) -> list[str]:
 
 # objectives of which `make test` runs one recipe, and `make test-matrix` the others
 CATALOGUE = (
-    *("barlow_twins", "beit", "byol", "context_encoder", "dino", "jigsaw", "lejepa", "moco", "moco_v3", "rotnet"),
-    *("swav", "vicreg", "vqvae"),
+    *(
+        "barlow_twins",
+        "beit",
+        "byol",
+        "context_encoder",
+        "dino",
+        "ijepa",
+        "jigsaw",
+        "lejepa",
+        "moco",
+        "moco_v3",
+        "rotnet",
+    ),
+    *("simmim", "swav", "vicreg", "vqvae"),
 )
 SHOWN = [name for name in recipe.names() if recipe.load(name).objective.name not in CATALOGUE]
 

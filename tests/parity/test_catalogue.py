@@ -21,6 +21,7 @@ from pretrain.build import build_objective
 from pretrain.interchange import export
 from pretrain.models import presets
 from pretrain.models.build import build_model
+from pretrain.models.positions import sincos_table
 from pretrain.objectives import finder
 from pretrain.objectives.barlow_twins import cross_correlation
 from pretrain.objectives.base import Objective
@@ -42,6 +43,7 @@ from tests.parity.test_losses import (
     mean,
     naive_cross_entropy,
     naive_dino,
+    naive_patches,
     naive_sinkhorn,
     noise,
     normal,
@@ -62,7 +64,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "swav": {**SMALL, **CROPS, "prototypes": 7, "queue_size": 8, "queue_start": 1},
     "lejepa": {**SMALL, **CROPS, "normality_weight": 0.3, "directions": 5, "knots": 9},
     "dino": {**CROPS, "head_hidden": 12, "head_bottleneck": 6, "prototypes": 7, "momentum": Schedule(0.9)},
+    "ijepa": {"predictor_dim": 16, "predictor_depth": 2, "predictor_heads": 2, "momentum": Schedule(0.9)},
+    "simmim": {},
 }
+PATCHES: dict[str, dict[str, tuple[int, ...]]] = {  # shapes of the indices of patches, of methods that need a ViT
+    "ijepa": {"context": (6,), "targets": (3, 4)},
+    "simmim": {"masked": (6,)},
+}
+PAIRS = [(name, model) for name in OPTIONS for model in MODELS if model == "vit" or name not in PATCHES]
 
 
 def made(name: str, model: str = "vit", **options: Any) -> Objective:
@@ -81,7 +90,15 @@ def made(name: str, model: str = "vit", **options: Any) -> Objective:
 def batch_of(name: str, count: int = 4) -> dict[str, Tensor]:
     if "local_size" in OPTIONS[name]:
         return {"global": normal(count, 2, 3, 32, 32), "local": normal(count, 3, 3, 16, 16, seed=1)}
+    if name in PATCHES:
+        shapes = PATCHES[name].items()
+        return {"image": normal(count, 3, 32, 32)} | {key: patches(count, *shape) for key, shape in shapes}
     return {"image": normal(count, 2, 3, 32, 32)}
+
+
+def patches(*shape: int) -> Tensor:
+    """Indices [..., n] of patches of a grid of 4 × 4, different in each row of n."""
+    return normal(*shape[:-1], 16).argsort(-1)[..., : shape[-1]]
 
 
 def naive_head(head: nn.Sequential, rows: list[Tensor]) -> list[Tensor]:
@@ -225,6 +242,39 @@ def naive_dino_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return sum(naive_dino(s[0].view(count, 2, -1), s[1].view(count, 3, -1), p, 0.1))
 
 
+def naive_ijepa(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2301.08243, §3, image by image and block by block; distances of the code or of the paper."""
+    positions, terms = sincos_table(16, (4, 4)).double(), []
+    for image, context, blocks in zip(batch["image"], batch["context"], batch["targets"], strict=True):
+        with torch.no_grad():
+            y = [
+                (row - row.mean()) / (row.var(correction=0) + 1e-5).sqrt()
+                for row in model.target(image[None]).tokens[0]
+            ]
+        seen = model.backbone(image[None], keep=context[None]).tokens[0]
+        for places in blocks:
+            known = [model.embed(row) + positions[k] for row, k in zip(seen, context, strict=True)]
+            x = torch.stack([*known, *(model.mask_token + positions[k] for k in places)])
+            for block in model.blocks:
+                x = block(x, [(1, len(x))])
+            for row, k in zip(x[len(context) :], places, strict=True):
+                away = (model.predict(model.norm(row)) - y[k]).abs()
+                terms += away**2 if model.cfg.loss == "l2" else torch.where(away < 1, away**2 / 2, away - 0.5)
+    return mean(terms)
+
+
+def naive_simmim(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2111.09886, eq. 1, patch by patch."""
+    terms: list[Tensor] = []
+    for image, masked in zip(batch["image"], batch["masked"].tolist(), strict=True):
+        mask = torch.tensor([k in masked for k in range(16)])
+        tokens, pixels = model.backbone(image[None], mask=mask[None]).tokens[0], naive_patches(image, 8)
+        for k in range(16):
+            if mask[k]:
+                terms += (model.predict.weight @ tokens[k] + model.predict.bias - pixels[k]).abs()
+    return mean(terms)
+
+
 NAIVE: dict[str, Callable[..., Tensor]] = {
     "barlow_twins": naive_barlow_twins,
     "vicreg": naive_vicreg,
@@ -234,6 +284,8 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "swav": naive_swav,
     "dino": naive_dino_loss,
     "lejepa": naive_lejepa,
+    "ijepa": naive_ijepa,
+    "simmim": naive_simmim,
 }
 
 
@@ -292,6 +344,10 @@ def test_dinos_logits_are_cosines_at_first(unit: bool):
         torch.testing.assert_close(head(x), cosines)
 
 
+def test_ijepa_with_the_distance_of_the_paper():
+    agrees(made("ijepa", loss="l2"), batch_of("ijepa"), naive_ijepa)
+
+
 def test_moco_as_first_published():
     """v1: a head of one layer."""
     agrees(made("moco", head_hidden=None), batch_of("moco"), naive_moco)
@@ -300,8 +356,20 @@ def test_moco_as_first_published():
 @pytest.mark.parametrize(
     "name",
     [
-        *("barlow_twins", "beit", "byol", "context_encoder", "jigsaw", "mae", "moco", "moco_v3", "rotnet", "simclr"),
-        *("vicreg", "vqvae"),
+        *(
+            "barlow_twins",
+            "beit",
+            "byol",
+            "context_encoder",
+            "ijepa",
+            "jigsaw",
+            "mae",
+            "moco",
+            "moco_v3",
+            "rotnet",
+            "simclr",
+        ),
+        *("simmim", "vicreg", "vqvae"),
     ],
 )
 def test_methods_without_local_crops_have_no_norm_for_them(name: str, shards: Path, tmp_path: Path):
@@ -361,6 +429,21 @@ def test_the_teacher_of_a_resnet_normalises_by_its_own_batch(name: str, teacher:
     model.after_step(0)
     torch.testing.assert_close(norms[0].weight, 0.9 * weight + 0.1 * other.weight)
     assert torch.equal(norms[0].running_mean, own) and not torch.equal(other.running_mean, own)
+
+
+@pytest.mark.parametrize("name, teacher, student", [("ijepa", "target", "backbone")])
+def test_a_teacher_is_the_moving_average_of_its_student(name: str, teacher: str, student: str):
+    """Unless the step was skipped; and it stays in evaluation mode."""
+    model = made(name).train()
+    averaged, trained = getattr(model, teacher), getattr(model, student)
+    before = [value.clone() for value in averaged.parameters()]
+    for skipped in (1.0, 0.0):
+        model.skipped = torch.full((), skipped)
+        model.after_step(0)
+        share = 0.1 * (1 - skipped)
+        for value, old, new in zip(averaged.parameters(), before, trained.parameters(), strict=True):
+            torch.testing.assert_close(value, (1 - share) * old + share * new)
+    assert trained.training and not averaged.training and model.exports()["model"].backbone is averaged
 
 
 def test_dino_moves_its_centre():
@@ -506,6 +589,30 @@ def test_losses_equal_lightlys():
         return loss(list(outputs.unbind(1)), [*s_global.unbind(1), *s_local.unbind(1)], teacher_temp=0.0625)
 
     assert_same(lambda g, s: sum(dino_terms(as_it_is, g, s, p, 0.1)), dino, s_global, s_local)
+
+
+# ---------------------------------------------------------------- transformers
+def test_simmim_equals_transformers(monkeypatch: pytest.MonkeyPatch):
+    """The loss of its masked image modelling on our encoder's tokens; its decoder has the channel before the pixel."""
+    import transformers as hf
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    theirs = hf.ViTForMaskedImageModeling(hf.ViTConfig(**sizes, image_size=32, patch_size=8, encoder_stride=8)).double()
+    model, batch = made("simmim"), batch_of("simmim")
+    order = torch.arange(192).view(8, 8, 3).permute(2, 0, 1).flatten()
+    with torch.no_grad():
+        theirs.decoder[0].weight.copy_(model.predict.weight[order][..., None, None])
+        theirs.decoder[0].bias.copy_(model.predict.bias[order])
+
+    def encode(images: Tensor, bool_masked_pos: Tensor, **_: Any) -> Any:
+        features = model.backbone(images, mask=bool_masked_pos)
+        tokens = torch.cat([features.cls.unsqueeze(1), features.tokens], dim=1)
+        return hf.modeling_outputs.BaseModelOutputWithPooling(last_hidden_state=tokens)
+
+    monkeypatch.setattr(theirs.vit, "forward", encode)
+    mask = torch.zeros(4, 16).scatter(1, batch["masked"], 1.0).bool()
+    expected = theirs(batch["image"], bool_masked_pos=mask).loss
+    torch.testing.assert_close(model(batch, 0)[0], expected, rtol=1e-6, atol=0)  # which adds 1e-5 to the count
 
 
 # ---------------------------------------------------------------- two processes

@@ -268,8 +268,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
 }
 CHECKS |= {
     f"check_{name}_{model}": functools.partial(test_catalogue.check, name, model)
-    for name in test_catalogue.OPTIONS
-    for model in test_catalogue.MODELS
+    for name, model in test_catalogue.PAIRS
 }
 CHECKS |= {
     f"check_{name}_{model}": functools.partial(test_pretext.check, name, model) for name, model in test_pretext.PAIRS

@@ -22,7 +22,14 @@ from data_pipeline.parts.part import About
 from data_pipeline.views import augmentations, colors, device_color
 from data_pipeline.views.augmentations import MASKS, Augment, Params, center, crops, random_box, resize
 from data_pipeline.views.colors import LUMA, color_row
-from data_pipeline.views.masks import block_mask, masked_patches, resize_mask, stratified_ratio
+from data_pipeline.views.masks import (
+    ContextAndTargets,
+    block_mask,
+    masked_patches,
+    resize_mask,
+    square_mask,
+    stratified_ratio,
+)
 from pretrain.objectives.dinov2 import Config as DINOv2Config
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.objectives.mae import MAE
@@ -117,6 +124,78 @@ def test_block_masks_are_distributed_as_published(count: int):
     theirs = np.array([shape(naive_block_mask(14, count, plain)) for _ in range(600)])
     error = np.sqrt((ours.var(0) + theirs.var(0)) / 600)
     assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4 * error + 1e-9).all(), (ours.mean(0), theirs.mean(0), error)
+
+
+@pytest.mark.parametrize("grid, cells", [((4, 4), 1), ((2, 3), 2), ((7, 7), 2)])
+def test_square_masks(grid: tuple[int, int], cells: int):
+    """Whole squares, exactly as many as asked, each equally often."""
+    h, w = grid
+    often = np.zeros(grid)
+    for seed in range(400):
+        mask = square_mask(grid, cells, h * w // 2, np.random.default_rng(seed))
+        squares = mask.reshape(h, cells, w, cells).transpose(0, 2, 1, 3).reshape(h, w, -1)
+        assert mask.shape == (h * cells, w * cells) and np.array_equal(squares.all(-1), squares.any(-1))
+        assert squares.all(-1).sum() == h * w // 2
+        often += squares.all(-1) / 400
+    assert np.abs(often - (h * w // 2) / (h * w)).max() < 0.12
+
+
+def blocks_of(grid: tuple[int, int], targets: np.ndarray) -> list[tuple[int, int]]:
+    """(height, width) of target blocks [M, n]. Fails unless each is a full rectangle."""
+    rows, columns = targets // grid[1], targets % grid[1]
+    sizes = [(int(np.ptp(r)) + 1, int(np.ptp(c)) + 1) for r, c in zip(rows, columns, strict=True)]
+    assert all(len(set(t)) == len(t) == h * w for t, (h, w) in zip(targets.tolist(), sizes, strict=True))
+    return sizes
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (14, 14), (6, 12)])
+def test_context_and_targets(grid: tuple[int, int]):
+    """Targets of one size in a step, whose area and aspect stay in their ranges; a context of fixed size without them."""
+    patches, sizes = grid[0] * grid[1], set()
+    draw = ContextAndTargets(grid, 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), patches // 4)
+    for step in range(40):
+        samples = [draw({"seed": 5, "step": step}, generators(slot)(MASKS)) for slot in range(3)]
+        found = {size for one in samples for size in blocks_of(grid, one["targets"])}
+        assert len(found) == 1
+        sizes |= found
+        for one in samples:
+            context = one["context"]
+            assert (
+                len(context) == patches // 4
+                and (np.diff(context) > 0).all()
+                and 0 <= context[0] <= context[-1] < patches
+            )
+            assert not set(context) & set(one["targets"].flat) and one["targets"].shape[0] == 4
+        again = draw({"seed": 5, "step": step}, generators(2)(MASKS))
+        assert all(np.array_equal(again[key], samples[2][key]) for key in again)
+        assert not np.array_equal(samples[0]["targets"], samples[1]["targets"]) or grid == (4, 4)
+    assert len(sizes) > 2
+    for h, w in sizes:  # sides are rounded by up to one half
+        assert (h - 0.5) * (w - 0.5) <= 0.2 * patches and (h + 0.5) * (w + 0.5) >= 0.15 * patches
+        assert (h - 0.5) / (w + 0.5) <= 1.5 and (h + 0.5) / (w - 0.5) >= 0.75
+
+
+def test_targets_are_everywhere_and_contexts_lie_in_a_block():
+    """Opposite places are targets equally often; a context that fits into a block of half of the image lies in one."""
+    draw = ContextAndTargets((14, 14), 4, (0.15, 0.2), (0.75, 1.5), (0.5, 0.5), 20)
+    often = np.zeros(196)
+    for slot in range(2000):
+        one = draw({"seed": slot, "step": 0}, generators(slot)(MASKS))
+        np.add.at(often, one["targets"].reshape(-1), 1 / 2000)
+        assert max(np.ptp(one["context"] // 14), np.ptp(one["context"] % 14)) < 10
+    square = often.reshape(14, 14)
+    assert square.min() > 0.03 and np.abs(square - square[::-1, ::-1]).max() < 0.15
+
+
+def test_a_large_context_takes_further_patches():
+    """First those outside of its block, then those of the targets."""
+    sample = {"seed": 0, "step": 0}
+    for count in (30, 60, 64):
+        draw = ContextAndTargets((8, 8), 2, (0.2, 0.2), (1.0, 1.0), (0.3, 0.3), count)
+        one = draw(sample, generators()(MASKS))
+        free = 64 - len(set(one["targets"].flat))
+        assert len(set(one["context"])) == count
+        assert len(set(one["context"]) & set(one["targets"].flat)) == max(0, count - free)
 
 
 @pytest.mark.parametrize(
