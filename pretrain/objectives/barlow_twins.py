@@ -23,7 +23,7 @@ from data_pipeline.views.two_views import two_views
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import TwoViews
 from pretrain.ops.batch_moments import centred
-from pretrain.ops.gather import all_reduce
+from pretrain.ops.gather import products_over_batch
 from pretrain.ops.heads import MLPHead
 from pretrain.ops.self_distillation import health
 
@@ -73,6 +73,6 @@ def cross_correlation(a: Tensor, b: Tensor, eps: float = 1e-5) -> tuple[Tensor, 
     with torch.autocast(a.device.type, enabled=False):  # bf16 would round correlations to 1/256
         (a, variance_a, count), (b, variance_b, _) = centred(a), centred(b)
         a, b = a * (variance_a + eps).rsqrt(), b * (variance_b + eps).rsqrt()
-        c = all_reduce(a.T @ b) / count  # [P, P]
+        c = products_over_batch(a, b) / count  # [P, P]
         diagonal = c.diagonal()
         return (1 - diagonal).square().sum(), c.square().sum() - diagonal.square().sum()

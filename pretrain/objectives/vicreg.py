@@ -26,7 +26,7 @@ from data_pipeline.views.two_views import two_views
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import TwoViews
 from pretrain.ops.batch_moments import centred
-from pretrain.ops.gather import all_reduce
+from pretrain.ops.gather import products_over_batch
 from pretrain.ops.heads import MLPHead
 from pretrain.ops.precision import wide
 from pretrain.ops.self_distillation import health
@@ -81,6 +81,6 @@ def regularisers(z: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
     with torch.autocast(z.device.type, enabled=False):
         z, variance, count = centred(z)
         deviation = (variance * (count / (count - 1)) + eps).sqrt()  # [P]
-        covariance = all_reduce(z.T @ z) / (count - 1)  # [P, P]
+        covariance = products_over_batch(z, z) / (count - 1)  # [P, P]
         off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
         return F.relu(1 - deviation).mean(), off_diagonal / z.shape[1]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import kernels
 from pretrain.kernels import batch_norm
@@ -24,7 +25,7 @@ from pretrain.models.build import build_model
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.ops.contrastive import nt_xent
 from pretrain.ops.ema import ema_update, make_teacher
-from pretrain.ops.gather import gather, logsumexp_over_batch, sum_over_world, world
+from pretrain.ops.gather import gather, logsumexp_over_batch, products_over_batch, sum_over_world, world
 from pretrain.ops.gram import gram_loss
 from pretrain.ops.koleo import koleo
 from pretrain.ops.relations import relation_loss
@@ -54,6 +55,43 @@ def check_gather() -> Result:
     loss = ((everyone @ normal(3, 6, seed=1)) ** 3).sum() / 6  # the same on every process
     (gradient,) = torch.autograd.grad(loss, [x])
     return {"same": [everyone.detach(), loss.detach()], "rows": [gradient / world()[1]]}
+
+
+def check_products_over_batch() -> Result:
+    """Also of a matrix with itself. The loss is the same on every process."""
+    a, b = (mine(normal(6, n, seed=n)).requires_grad_() for n in (3, 4))
+    products = products_over_batch(a, b)
+    own = products_over_batch(a, a)
+    loss = ((products @ normal(4, 2)) ** 3).sum() + (own.square() * normal(3, 3)).sum()
+    return {
+        "same": [products.detach(), own.detach()],
+        "rows": [g / world()[1] for g in torch.autograd.grad(loss, [a, b])],
+    }
+
+
+def check_products_are_not_copied() -> Result:
+    """Forward and backward make no second tensor of the size of the matrix, apart from its gradient; the backward does
+    not all-reduce."""
+    a, b = (mine(normal(6, n, seed=n)).requires_grad_() for n in (50, 60))
+    grad, made = torch.ones(50, 60, dtype=torch.float64), list[str]()
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            out = op(*arguments, **(options or {}))
+            old = {x.data_ptr() for x in arguments if isinstance(x, Tensor)}
+            new = isinstance(out, Tensor) and out.numel() == 3000 and out.data_ptr() not in old
+            if new or "allreduce" in str(op):
+                made.append(str(op))
+            return out
+
+    with Made():
+        products = products_over_batch(a, b)
+    forward = sum("allreduce" not in op for op in made)
+    made.clear()
+    with Made():
+        products.backward(grad)
+    assert (forward, made) == (1, [])
+    return {"same": []}
 
 
 def check_gather_of_different_losses() -> Result:
