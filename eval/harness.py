@@ -56,6 +56,7 @@ class Model(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text: EOS, or BOS if the tokenizer has no EOS."""
         return self.prefix_token_id if self.vocabulary.eos is None else self.vocabulary.eos
 
     @property
@@ -69,10 +70,13 @@ class Model(TemplateLM):
         return first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        begin = self.bos and add_special_tokens is not False and self.vocabulary.bos is not None
-        return [*([self.vocabulary.bos] if begin else []), *self.tokens.encode(string, add_special_tokens=False).ids]  # type: ignore[list-item]
+        """The tokens of a text, after BOS if `self.bos` is true and `add_special_tokens` is not False."""
+        tokens = self.tokens.encode(string, add_special_tokens=False).ids
+        bos = self.vocabulary.bos
+        return [bos, *tokens] if self.bos and add_special_tokens is not False and bos is not None else tokens
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
+        """The scores of requests (key for the harness's cache or None, tokens of the context, tokens to score)."""
         scored = list(self._scores([(context, target) for _, context, target in requests]))
         for (key, *_), score in zip(requests, scored, strict=True):
             if key is not None:
@@ -100,14 +104,16 @@ class Model(TemplateLM):
                 raise UserError(
                     f"a task scores {len(target)} tokens at once, but the context of the model has {context}"
                 )
-        rows = [(given + target)[-context - 1 :] for given, target in pairs]
-        tokens = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.long)  # [B, T]
-        for n, row in enumerate(rows):
-            tokens[n, : len(row) - 1] = torch.tensor(row[:-1])
+        # The model reads all tokens of a text but the last, and at each of them predicts the next one.
+        texts = [(given + target)[-context - 1 :] for given, target in pairs]
+        tokens = torch.zeros(len(texts), max(map(len, texts)) - 1, dtype=torch.long)  # [B, T]
+        for n, text in enumerate(texts):
+            tokens[n, : len(text) - 1] = torch.tensor(text[:-1])
         hidden = self.model(tokens.to(self.device)).tokens  # [B, T, D]
         out = []
-        for n, (row, (_, target)) in enumerate(zip(rows, pairs, strict=True)):
-            logits = self.model.head(hidden[n, len(row) - 1 - len(target) : len(row) - 1])
+        for n, (text, (_, target)) in enumerate(zip(texts, pairs, strict=True)):
+            end = len(text) - 1
+            logits = self.model.head(hidden[n, end - len(target) : end])  # [scored tokens, vocabulary]
             targets = torch.tensor(target, device=self.device)
             log_likelihood = logits.log_softmax(-1).gather(1, targets.unsqueeze(1))
             out.append((float(log_likelihood.sum()), bool((logits.argmax(-1) == targets).all())))
@@ -128,23 +134,31 @@ class Model(TemplateLM):
         generated at a time, with a key-value cache."""
         out = []
         for context, options in (request.args for request in requests):
+            limit = min(int(options.get("max_gen_toks", 256)), self.model.context - 1)
+            temperature = float(options.get("temperature") or 0)
+            if not options.get("do_sample", temperature > 0):
+                temperature = 0.0  # greedy decoding
+            elif not temperature:
+                temperature = 1.0  # sampling without a given temperature
             until = options.get("until") or []
             until = [end for end in ([until] if isinstance(until, str) else until) if end]
-            limit = min(int(options.get("max_gen_toks", 256)), self.model.context - 1)
-            samples = options.get("do_sample", float(options.get("temperature") or 0) > 0)
-            sampling = generate.Sampling(limit, float(options.get("temperature") or 1) if samples else 0.0)
-            given = self.tok_encode(context)[-(self.model.context - limit) :] or [self.prefix_token_id]
-            text, ids = "", []
-            for token in generate.tokens(self.model, given, sampling, [self.eot_token_id], self.vocabulary.size):
-                ids.append(token)
-                text = self.tokens.decode(ids)
-                if any(end in text for end in until):
-                    break
-            for end in until:
-                text = text.partition(end)[0]
-            out.append(text)
-            self.cache_hook.add_partial("generate_until", (context, options), text)
+            out.append(self._continuation(context, generate.Sampling(limit, temperature), until))
+            self.cache_hook.add_partial("generate_until", (context, options), out[-1])
         return out
+
+    def _continuation(self, context: str, sampling: generate.Sampling, until: list[str]) -> str:
+        """The text that continues a context, up to the first of the strings `until`."""
+        room = self.model.context - sampling.tokens  # for tokens of the context, of which the last are used
+        given = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        text, ids = "", list[int]()
+        for token in generate.tokens(self.model, given, sampling, [self.eot_token_id], self.vocabulary.size):
+            ids.append(token)
+            text = self.tokens.decode(ids)
+            if any(end in text for end in until):
+                break
+        for end in until:
+            text = text.partition(end)[0]
+        return text
 
 
 def evaluate(

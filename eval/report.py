@@ -23,6 +23,7 @@ from data_pipeline.shards.samples import Samples
 from eval import knn, linear, pictures, report_text, results
 from eval.features import Encoder, open_encoder
 from eval.report_curves import curves
+from eval.report_style import STYLE
 from eval.report_text import section
 from pretrain import collapse_monitor
 from pretrain.interchange.export_formats import opened_by
@@ -38,49 +39,14 @@ MAX_TEST_IMAGES, MAX_GALLERY_IMAGES = 512, 1536
 EXPLANATIONS = {
     "knn": f"The {knn.Config().k} nearest gallery images by cosine similarity vote with weight exp(similarity /"
     f" {knn.Config().temperature}).",
-    "linear": f"One linear layer, {linear.Config().steps:,} steps; its learning rate is chosen on a held-out tenth of the"
-    " gallery.",
+    "linear": f"One linear layer, {linear.Config().steps:,} steps; its learning rate is chosen on a held-out tenth of"
+    " the gallery.",
 }
 CAPTIONS = {
     "reconstructions": "From left to right: the image, the patches that the encoder gets, and the image in which the"
     " masked patches are the model's predictions."
 }
 UNITS = {"image": "images", "tokens": "rows"}  # the word for samples, for each part that a model can read
-STYLE = """
-:root{--bg:#f6f7f9;--card:#fff;--ink:#171a21;--soft:#626b7a;--line:#e3e6ec;--s0:#4a4ee0;--s1:#d9772b;--grey:#98a1b0;--good:#14894e;--bad:#d23b3b}
-@media(prefers-color-scheme:dark){:root{--bg:#0f1116;--card:#181b22;--ink:#e8eaf0;--soft:#99a2b2;--line:#2a2f3a;--s0:#8d92ff;--s1:#f0a060;
---grey:#6b7484;--good:#3fc57f;--bad:#ff6f6f}} *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:auto;padding:36px 18px 64px} h1{font-size:2.1rem;line-height:1.2;margin:0 0
-.2em;overflow-wrap:anywhere} h2{font-size:1.3rem;margin:48px 0 4px}
-h3{font-size:.95rem;margin:0;display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1em} p{margin:.4em
-0;max-width:90ch} h3 span{font-weight:400} .soft,figcaption,small,dt,th,h3 span{color:var(--soft)}
-.soft{font-size:.92rem} .chip{display:inline-block;border-radius:9px;padding:1px
-10px;font-size:.85rem;font-weight:600;color:var(--card);background:var(--s1)} .done{background:var(--good)}
-.bad{background:var(--bad)} .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px
-16px;min-width:0}
-.grid{display:grid;gap:14px;margin-top:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--least)),1fr))}
-dd{margin:0;font-weight:600}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;margin:18px 0 0}
-dt,th{font-size:.82rem} table{border-collapse:collapse;width:100%;margin:10px 0 6px;font-variant-numeric:tabular-nums}
-th{font-weight:400;text-align:left} td,th{padding:5px 10px 5px 0} td:nth-child(2){width:62%}
-td:last-child,th:last-child{text-align:right;padding-right:0}
-.bar,i{display:block;height:8px;border-radius:4px;margin-top:2px;background:var(--line)}
-i{margin:0;background:var(--grey)} .pretrained i{background:var(--s0)} .pretrained th{color:var(--ink);font-weight:650}
-figure{margin:0;min-width:0} .up,.right figcaption{color:var(--good)} .down,.wrong figcaption{color:var(--bad)}
-.s0{color:var(--s0)} .s1{color:var(--s1)} svg{display:block;width:100%;margin-top:8px;font-size:12.5px}
-text{fill:var(--soft)} line{stroke:var(--line)} circle{fill:currentColor}
-polyline{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round} .raw{stroke-width:1;opacity:.28}
-.drawn{max-width:640px} img{display:block;width:100%;border-radius:6px} .drawn img,.mosaics
-img+img{image-rendering:pixelated} figcaption{font-size:.82rem;margin-top:3px}
-.mosaics{display:grid;gap:10px;margin-top:14px} .mosaics figcaption{grid-column:1/-1;margin-top:-6px} .near
-img{aspect-ratio:1;outline-offset:-2px} .near{display:grid;grid-template-columns:1.1fr
-repeat(6,1fr);gap:6px;padding:12px} .near figure:first-child{margin-right:8px} .near
-figcaption{font-size:.72rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis} .right img{outline:3px solid
-var(--good)} .wrong img{outline:3px solid var(--bad)} summary{cursor:pointer;font-weight:600} .lead{font-size:1.15rem}
-.next{margin-top:14px} .next p{font-size:.88rem} details{margin-top:14px} code{overflow-wrap:anywhere}
-pre{overflow:auto;font-size:.82rem}
-"""
 
 
 def write(run: str | Path) -> Path:
@@ -108,8 +74,10 @@ def write(run: str | Path) -> Path:
     parts += [_objective_pictures(run), _rerun_section(run)]
     partial = run / ".report.html"
     partial.write_text(
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(run.resolve().name)} · unlabeled</title><style>{STYLE}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(run.resolve().name)} · unlabeled</title><style>{STYLE}</style>"
         f"<main>{''.join(parts)}</main></html>\n",
         encoding="utf-8",
     )
@@ -122,12 +90,6 @@ def _header(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: 
     # The last line of the log that describes a start of the run.
     starts = re.findall(r" trained\), (\d+) samples, batch \d+, (.+?),", log)
     samples, precision = starts[-1] if starts else ("", recipe.precision)
-    # The speed in a row is the mean since the previous row with a speed.
-    with_speed = [i for i, row in enumerate(rows) if row.get("samples_per_second")]
-    seconds = sum(
-        (i - previous) * recipe.data.batch / rows[i]["samples_per_second"]
-        for previous, i in zip([-1, *with_speed], with_speed, strict=False)
-    )
     done = min(rows[-1]["step"] + 1, recipe.steps)
     facts = {
         "objective": recipe.objective.name,
@@ -136,7 +98,7 @@ def _header(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: 
         f"training {UNITS[recipe.model.reads]}": samples and f"{int(samples):,}",
         "steps × batch": f"{recipe.steps:,} × {recipe.data.batch:,}",
         "precision": precision,
-        "training time": _duration(seconds),
+        "training time": _duration(_training_seconds(rows, recipe.data.batch)),
     }
     listed = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items() if value)
     if done >= recipe.steps:
@@ -152,7 +114,18 @@ def _header(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: 
     )
 
 
+def _training_seconds(rows: list[dict], batch: int) -> float:
+    """The time that all steps took. `rows`: of metrics.jsonl, one for each step. The speed in a row is the mean over the
+    steps since the previous row with a speed."""
+    with_speed = [i for i, row in enumerate(rows) if row.get("samples_per_second")]
+    return sum(
+        (i - previous) * batch / rows[i]["samples_per_second"]
+        for previous, i in zip([-1, *with_speed], with_speed, strict=False)
+    )
+
+
 def _duration(seconds: float) -> str:
+    """Seconds as text, in seconds, minutes or hours."""
     minutes = seconds / 60
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -218,12 +191,15 @@ def _scores(recipe: Recipe, rows: list[dict]) -> str:
     ]
     if not cards:
         return ""
-    row = next(iter(next(iter(tables.values())).values()))
+    first_table = next(iter(tables.values()))
+    row = next(iter(first_table.values()))
     count, unit = row.get("count", 0), row.get("unit", "images")
-    gallery = f" with a gallery of {row.get('gallery_count', 0):,} labelled {unit}"
     raw = "bytes" if unit == "texts" else "pixels"
-    text = f"Test accuracy on {count:,} {unit}{gallery}. Encoders are frozen; raw {raw} and the untrained network are"
-    text += f" baselines. Balanced: the mean of the classes' accuracies. ±: the 95% interval for {count:,} test {unit}."
+    text = (
+        f"Test accuracy on {count:,} {unit} with a gallery of {row.get('gallery_count', 0):,} labelled {unit}. Encoders"
+        f" are frozen; raw {raw} and the untrained network are baselines. Balanced: the mean of the classes' accuracies."
+        f" ±: the 95% interval for {count:,} test {unit}."
+    )
     return section("Scores", text, *cards, columns="400px")
 
 
@@ -248,19 +224,22 @@ def _accuracies(table: dict[tuple[str, str], dict]) -> dict[str, float]:
 def _score_card(protocol: str, table: dict[tuple[str, str], dict]) -> str:
     """A card with the accuracies of all models by one protocol. `table`: {(model, metric): row}."""
     accuracies = _accuracies(table)
+    highest = max(*accuracies.values(), 1e-9)
     lines, gains = "", []
     for model, accuracy in accuracies.items():
-        balanced = table.get((model, "balanced_accuracy"), {}).get("value")
         count = max(1, table[model, "accuracy"].get("count", 0))
         error = 196 * math.sqrt(max(0.0, accuracy * (1 - accuracy)) / count)  # 1.96 standard errors, in points
-        bar = f'<span class="bar"><i style="width:{accuracy / max(*accuracies.values(), 1e-9):.1%}"></i></span>'
-        lines += f'<tr class="{model}"><th>{model}</th><td><b>{accuracy:.1%}</b> <small>± {error:.1f}</small>{bar}</td>'
-        lines += f"<td>{'' if balanced is None else f'{balanced:.1%}'}</td></tr>"
-        gain = 100 * (accuracies.get("pretrained", math.nan) - accuracy)
-        if model != "pretrained" and not math.isnan(gain):
-            gains.append(
-                f'<b class="{"up" if gain >= 0 else "down"}">{gain:+.1f}</b> points over {model}'.replace(">-", ">−")
-            )
+        bar = f'<span class="bar"><i style="width:{accuracy / highest:.1%}"></i></span>'
+        balanced = table.get((model, "balanced_accuracy"), {}).get("value")
+        lines += (
+            f'<tr class="{model}"><th>{model}</th>'
+            f"<td><b>{accuracy:.1%}</b> <small>± {error:.1f}</small>{bar}</td>"
+            f"<td>{'' if balanced is None else f'{balanced:.1%}'}</td></tr>"
+        )
+        if model != "pretrained" and "pretrained" in accuracies:
+            gain = 100 * (accuracies["pretrained"] - accuracy)
+            text = f"{gain:+.1f}".replace("-", "−")
+            gains.append(f'<b class="{"up" if gain >= 0 else "down"}">{text}</b> points over {model}')
     title = f"<h3>{'k-NN' if protocol == 'knn' else escape(protocol)}<span>{' · '.join(gains)}</span></h3>"
     rows = f"<table><tr><th></th><th>accuracy</th><th>balanced</th></tr>{lines}</table>"
     notes = "".join(f'<p class="down">{escape(note)}</p>' for note in results.notes([*table.values()]))
@@ -275,21 +254,37 @@ def _image_sections(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
     if last.channels != 3:
         return ""  # a web page can show only images of three channels
     gallery_shards = cfg.test_gallery or cfg.gallery
-    labelled = bool(cfg.test and gallery_shards)
-    train = recipe.data.train or recipe.data.mix[0].shards
-    samples = Samples(cfg.test if labelled else train)
-    gallery = Samples(gallery_shards) if labelled else samples
-    images, labels = pictures.load_some(samples, MAX_TEST_IMAGES, last.image_size)
-    labels = labels if labelled else [None] * len(images)
-    gallery_images, gallery_labels = images, labels
-    if labelled:
+    if cfg.test and gallery_shards:
+        images, labels = pictures.load_some(Samples(cfg.test), MAX_TEST_IMAGES, last.image_size)
+        gallery = Samples(gallery_shards)
         gallery_images, gallery_labels = pictures.load_some(gallery, MAX_GALLERY_IMAGES, last.image_size)
+        neighbours = _neighbour_section(last, images, labels, gallery_images, gallery_labels, len(gallery))
+    else:
+        train = Samples(recipe.data.train or recipe.data.mix[0].shards)
+        images, _ = pictures.load_some(train, MAX_TEST_IMAGES, last.image_size)
+        labels = [None] * len(images)
+        neighbours = _neighbour_section(last, images, labels, images, labels, len(train))
+    return _patch_section(images, labels, encoders) + neighbours
+
+
+def _neighbour_section(
+    encoder: Encoder,
+    images: np.ndarray,
+    labels: pictures.Labels,
+    gallery_images: np.ndarray,
+    gallery_labels: pictures.Labels,
+    gallery_count: int,
+) -> str:
+    """The section with some of the images and their nearest neighbours in the gallery, which may be the images
+    themselves. `gallery_count`: the number of images in the gallery, of which `gallery_images` are a part."""
     queries = list(dict.fromkeys(number for (number,) in pictures.spread(labels, 8, 1)))
-    similarity = pictures.similarity(last, images[queries], gallery_images)  # [Q, N]
-    if not labelled:  # an image is not its own neighbour
+    similarity = pictures.similarity(encoder, images[queries], gallery_images)  # [Q, N]
+    candidates = len(gallery_images)
+    if gallery_images is images:  # an image is not its own neighbour
         similarity[range(len(queries)), queries] = -2
+        candidates -= 1
     cards, verdicts = [], []
-    nearest = similarity.topk(min(6, len(gallery_images) - (not labelled))).indices.tolist()
+    nearest = similarity.topk(min(6, candidates)).indices.tolist()
     for query, neighbours in zip(queries, nearest, strict=True):
         thumbnails = _thumbnail(images[query], labels[query])
         for i in neighbours:
@@ -298,10 +293,10 @@ def _image_sections(recipe: Recipe, encoders: dict[int, Encoder]) -> str:
         cards.append(f'<div class="card near">{thumbnails}</div>')
     text = (
         "A query is on the left. Beside it are the six images whose pooled features have the largest cosine similarity"
+        f" to its features, among {len(gallery_images):,} of {gallery_count:,} gallery images."
     )
-    text += f" to its features, among {len(gallery_images):,} of {len(gallery):,} gallery images."
     text += f" {verdicts.count('right')} of {len(verdicts)} are of the query's class." if any(verdicts) else ""
-    return _patch_section(images, labels, encoders) + section("Nearest neighbours", text, *cards, columns="420px")
+    return section("Nearest neighbours", text, *cards, columns="420px")
 
 
 def _verdict(query: str | None, neighbour: str | None) -> str:
@@ -329,10 +324,9 @@ def _patch_section(images: np.ndarray, labels: pictures.Labels, encoders: dict[i
     cells = "".join(f"<b>{name}</b>" for name in columns)
     for i in range(len(mosaics)):
         cells += "".join(f'<img alt="mosaic {i + 1}, {name}" src="{urls[i]}">' for name, urls in columns.items())
-        classes = [
-            labels[group[0]] or "" for group in groups[4 * i : 4 * i + 4] if len({labels[n] for n in group}) == 1
-        ]
-        if len(classes) == 4 and all(classes):
+        rows = [{labels[number] for number in group} for group in groups[4 * i : 4 * i + 4]]  # labels in each row
+        classes = [label for row in rows if len(row) == 1 for label in row if label]
+        if len(classes) == 4:
             cells += f"<figcaption>rows: {escape(', '.join(classes))}</figcaption>"
     text = (
         "Each mosaic of 4 × 4 images is one input of the encoder. The first three principal components (PCA) of the"

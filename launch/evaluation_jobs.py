@@ -1,9 +1,13 @@
-"""Evaluate the exports of runs as jobs of their own, with the resources of another profile, while the runs train.
+"""Evaluate the exports of runs in Slurm jobs of their own, while the runs train. A profile of the cluster says which
+resources these jobs get.
 
-`launch.slurm` queues `watch_job` as a small job beside the training. It starts `python -m launch.evaluation_jobs FOLDER`,
-which watches the runs of a job's folder: it submits a job for each evaluation that is due, again if one fails, and ends
-when the runs have ended and nothing is due. It keeps what it has done in RUN/evaluations/NAME.json, so that it can be
-killed and started again at any time, anywhere where sbatch works. This module does not import torch.
+There are three kinds of jobs. The training job trains the runs of a folder. The watcher is a small job beside it, which
+`submit_watcher` queues: `watch_job` starts `python -m launch.evaluation_jobs FOLDER` in it. Whenever an evaluation of an
+export is due, the watcher submits an evaluation job, which runs `launch.watch`; a job that fails is submitted again, up
+to ATTEMPTS times. The watcher ends when the runs have ended and no evaluation is due.
+
+RUN/evaluations/NAME.json records what was submitted and how it ended, so that the watcher can be killed and started
+again at any time, on any machine that has sbatch. This module does not import torch.
 """
 
 from __future__ import annotations

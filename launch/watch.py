@@ -2,8 +2,11 @@
 an evaluation nor ends if an evaluation fails.
 
 `python -m launch.watch RUN` evaluates the exports that exist, and waits for further ones until its standard input is
-closed, which happens when the training has ended. `python -m launch.watch RUN MODEL STEP SPLIT IDENTITY` runs one evaluation,
-for a job of its own (`launch.evaluation_jobs`), unless the run has another identity than when the job was submitted.
+closed, which happens when the training has ended.
+
+`python -m launch.watch RUN MODEL STEP SPLIT IDENTITY` runs one evaluation; `launch.evaluation_jobs` submits this command
+as a job. IDENTITY is the identity of the run when the job was submitted; if the run has been overwritten since, the
+command ends with an error.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ from pretrain.signals import EXIT_UNSCORED
 SAMPLE_TOKENS = 100  # number of tokens that a language model generates for each prompt
 
 
-def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: object, device: str) -> None:
+def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: Any, device: str) -> None:
     """Run one evaluation on a device. Write its rows to results.jsonl, its scalars to TensorBoard at the step of the
     export, and the model card of the export. For a language model on val, also write generated texts to samples.jsonl.
+    `board`: the SummaryWriter of the run.
 
     Nothing is written if another process has completed this evaluation in the meantime.
     """
@@ -48,12 +52,12 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: o
         return
     if not baseline:
         for row in rows:
-            board.add_scalar(score_name(row), row["value"], step)  # type: ignore[attr-defined]
+            board.add_scalar(score_name(row), row["value"], step)
         for row in generated:
-            board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)  # type: ignore[attr-defined]
+            board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)
         if generated:
             results.append_new(run / "samples.jsonl", generated, ("step", "prompt", "text"))
-        board.flush()  # type: ignore[attr-defined]
+        board.flush()
     if rows:  # last: an evaluation of which there are rows is complete
         results.append_new(run / "results.jsonl", rows)
     if not baseline:

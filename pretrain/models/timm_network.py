@@ -25,8 +25,9 @@ class BatchNormAct(BatchNorm):
 
 
 class TimmNetwork(Backbone):
-    """Randomly initialised by timm; its batch norms become ours, over the samples of all ranks. `optim.layer_decay` and `optim.patch_embed_lr` do not apply, because its layers are
-    not known."""
+    """A network that timm builds and initialises. Its batch norms are replaced by ours, which normalise over the samples
+    of all ranks. `optim.layer_decay` and `optim.patch_embed_lr` have no effect on it, because timm does not say which
+    layer a parameter belongs to."""
 
     def __init__(self, cfg: Timm):
         super().__init__()
