@@ -56,7 +56,10 @@ def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Ob
             objective.parts = parts
             _check_queues(cfg, objective)
             if start:
-                objective.started(weights.load_run(objective, cfg.init.run) if cfg.init.run else set())
+                loaded = weights.load_run(objective, cfg.init.run) if cfg.init.run else set[str]()
+                if cfg.init.run and cfg.init.weights == "teacher":
+                    objective.start_from_teacher()
+                objective.started(loaded)
         except ValueError as error:
             raise ConfigError(str(error)) from None
     return objective

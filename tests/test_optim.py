@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from torch.distributed.tensor import distribute_tensor
 from common import build_config, config
 from common.errors import ConfigError
 from launch.local import environments, wait
+from pretrain.build import build_objective
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.objectives.dinov2 import Config, DINOv2
 from pretrain.ops.parameter_shards import whole
 from pretrain.optim import optimizers
-from pretrain.optim.groups import make_optimizer, parameter_groups, thaw
+from pretrain.optim.groups import clipped_together, make_optimizer, parameter_groups, thaw
 from pretrain.optim.lars import LARS
+from pretrain.parallel.engine import Engine
 from pretrain.recipes import parallel_checks
 from pretrain.recipes.sections import Optim
 from pretrain.train import train
@@ -32,10 +35,10 @@ from tests.faults import killer
 from tests.forked import Forked
 
 
-def objective() -> DINOv2:
+def objective(**options: Any) -> DINOv2:
     model = presets.ViT(image_size=32, patch_size=8, dim=32, depth=3, heads=4, registers=2, layer_scale=1e-5)
     torch.manual_seed(0)
-    cfg = Config(prototypes=8, head_hidden=16, head_bottleneck=4)
+    cfg = Config(prototypes=8, head_hidden=16, head_bottleneck=4, **options)
     return DINOv2(cfg, lambda **changes: build_model(model, **changes))
 
 
@@ -71,6 +74,58 @@ def test_every_parameter():
     assert found == {name: pytest.approx(pair) for name, pair in expected.items()}
     assert len(parameter_groups(model, Optim())) == 2  # without factors: decayed or not
 
+    found = rates(model.student, make_optimizer(model, Optim(decay_tokens=True)), 1.0, 0.1)
+    decayed = {name for name, (_, decay) in found.items() if decay}
+    tokens = {f"backbone.{name}" for name in ("cls_token", "registers", "mask_token", "pos_embed")}
+    assert decayed == {name for name, (_, decay) in expected.items() if decay} | tokens
+
+
+def test_the_trained_lengths_of_prototypes_decay_and_are_frozen_with_them():
+    model = objective(trained_lengths=True)
+    optimizer = make_optimizer(model, Optim(freeze_last_layer=3))
+    lengths = {model.student[head].lengths for head in ("dino_head", "ibot_head")}
+    groups = [group for group in optimizer.param_groups if lengths & {*group["params"]}]
+    assert [(group["wd_scale"], group["frozen"]) for group in groups] == [(1.0, 3)]
+
+
+@pytest.mark.parametrize("scope", ["global", "module"])
+def test_gradients_are_clipped_together_or_by_module(scope: str, shards: Path, tmp_path: Path):
+    """The first moments of AdamW hold the clipped gradients, which equal those of a loop. One of the modules is below
+    the limit; the norm that a step returns is that of all gradients before clipping."""
+    cfg = tiny_recipe("dinov2", shards, tmp_path, "optim.clip=2.0", f"optim.clip_scope={scope}")
+    objective = build_objective(cfg)
+    engine = Engine(objective, cfg, torch.device("cpu"))
+    sizes = {"backbone": 0.3, "dino_head": 1.0, "ibot_head": 1e-4}
+    gradients = {}
+    for number, (name, p) in enumerate(objective.student.named_parameters()):
+        drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        p.grad = gradients[name] = drawn * sizes[name.partition(".")[0]]
+    squares = dict.fromkeys(sizes, 0.0)
+    for name, gradient in gradients.items():
+        squares[name.partition(".")[0]] += float(gradient.double().square().sum())
+    total = sum(squares.values()) ** 0.5
+    norms = dict.fromkeys(sizes, total) if scope == "global" else {name: s**0.5 for name, s in squares.items()}
+    assert (min(norms.values()) < 2) == (scope == "module") and total > 2
+    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+    thaw(engine.optimizer, 0)
+    assert float(engine.step(0.01, 0.05)) == pytest.approx(total, rel=1e-6)
+    for name, p in objective.student.named_parameters():
+        clipped = gradients[name] * min(1.0, 2 / (norms[name.partition(".")[0]] + 1e-6))
+        torch.testing.assert_close(engine.optimizer.state[p]["exp_avg"], 0.1 * clipped, rtol=1e-5, atol=1e-9)
+
+
+def test_modules_that_are_clipped_by_themselves():
+    """Each backbone and each head, wherever they lie; the parameters of a module that has further modules belong to
+    it."""
+    body = build_model(presets.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=4))
+    tree = nn.ModuleDict({"students": nn.ModuleDict({"a": nn.ModuleDict({"backbone": body, "head": nn.Linear(2, 2)})})})
+    tree.add_module("list", nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))]))
+    tree.register_parameter("own", nn.Parameter(torch.zeros(1)))
+    names = clipped_together(tree, Optim(clip=1.0, clip_scope="module"))
+    assert {*names.values()} == {"", "students.a.backbone", "students.a.head", "list.0", "list.1"}
+    assert names[tree.get_parameter("own")] == "" and names[body.blocks[0].mlp.fc1.weight] == "students.a.backbone"
+    assert {*clipped_together(tree, Optim(clip=1.0)).values()} == {""}
+
 
 @pytest.mark.parametrize(
     "name, embed", [("convnext_micro", "downsample_layers.0.0.weight"), ("resnet_micro", "stem.0.0.weight")]
@@ -84,6 +139,10 @@ def test_convolutional_networks(name: str, embed: str):
     blocks = sum(options["depths"])
     assert found[embed] == pytest.approx((0.1 * 0.5 ** (blocks + 1), 1.0))
     assert sorted({lr for lr, _ in found.values()})[-1] == pytest.approx(0.5 if name == "resnet_micro" else 1)
+    transformers = Optim(layer_decay=0.5, patch_embed_lr=0.1, layer_decay_of="transformers")
+    assert {lr for lr, _ in rates(body, make_optimizer(body, transformers), 1.0, 1.0).values()} == {1.0}
+    vit = build_model(presets.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=4))
+    assert min(lr for lr, _ in rates(vit, make_optimizer(vit, transformers), 1.0, 1.0).values()) < 0.1
 
 
 def test_freezing():

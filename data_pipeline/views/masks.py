@@ -28,7 +28,7 @@ def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, smal
     largest = height * width / 2
     while (missing := count - int(mask.sum())) > 0:
         for _ in range(10):
-            area = rng.uniform(smallest, max(smallest, min(missing, largest)))
+            area = rng.uniform(*area_limits(smallest, min(missing, largest)))
             aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < h < height and 0 < w < width):
@@ -42,6 +42,13 @@ def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, smal
             free = np.flatnonzero(~mask.reshape(-1))
             mask.reshape(-1)[rng.choice(free, missing, replace=False)] = True
     return mask
+
+
+def area_limits(smallest: float, largest: float) -> tuple[float, float]:
+    """The limits between which the area of a rectangle is drawn, in patches. `largest`: the number of patches that are
+    still missing, at most half the grid. If it is less than `smallest`, it becomes the lower limit, as in BEiT's
+    code."""
+    return min(smallest, largest), max(smallest, largest)
 
 
 def central_region(size: int, side: int) -> np.ndarray:

@@ -18,15 +18,15 @@ from pretrain.interchange.weight_sources import checkpoint_tensors, find_source,
 from pretrain.interchange.weights import load_into
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone
+from pretrain.ops.heads import Lengths
 
 
-def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, bool]]:
+def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, Lengths]]:
     """{name of a head: arguments of `PrototypeHead`} for the heads of the teacher in a checkpoint. Raises UserError if
     it lacks one, or if `where` is not a checkpoint."""
     shapes = checkpoint_tensors(where)[1] if find_source(where).layout == "checkpoint" else {}
     objective = checkpoint_recipe(where)["objective"] if shapes else {}
-    unit_prototypes = bool(objective.get("unit_prototypes", True))
-    arguments = {}
+    arguments: dict[str, tuple[int, int, int, int, Lengths]] = {}
     for name in ("dino_head", "ibot_head"):
         prefix = f"teacher.{name}."
         if f"{prefix}prototypes" not in shapes:
@@ -35,7 +35,9 @@ def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, bool]]:
                 " or name a run of dinov2 or dinov3"
             )
         (hidden, inputs), (count, bottleneck) = shapes[f"{prefix}mlp.0.weight"], shapes[f"{prefix}prototypes"]
-        arguments[name] = (inputs, hidden, bottleneck, count, unit_prototypes)
+        lengths: Lengths = "one" if objective.get("unit_prototypes", True) else "free"
+        lengths = "trained" if f"{prefix}lengths" in shapes else lengths
+        arguments[name] = (inputs, hidden, bottleneck, count, lengths)
     return arguments
 
 

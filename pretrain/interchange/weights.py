@@ -37,7 +37,8 @@ def load_backbone(source: str | Path, **changes: Any) -> tuple[Backbone, dict[st
     """(the backbone that a source describes, in eval mode and with its weights; `Source.about`: mean, std, pool, step,
     …).
 
-    `changes`: arguments of `build_model` that replace its defaults.
+    `changes`: options of the model that replace those of the source, for example position_offset=0.1 for an official
+    DINOv2 file of a model without registers.
     """
     found = find_source(source)
     backbone = build_model(found.cfg, **changes)
@@ -124,7 +125,7 @@ def _adapt(state: State, ours: Any, theirs: Any, own: State) -> State:
         state |= {k: change(v) for k, v in state.items() if k.endswith("qkv.bias")}
     if "pos_embed" in state and "pos_embed" in own and state["pos_embed"].shape != own["pos_embed"].shape:
         side = ours.image_size // ours.patch_size
-        state["pos_embed"] = resize_table(state["pos_embed"], side, antialias=ours.registers > 0)
+        state["pos_embed"] = resize_table(state["pos_embed"], side, ours.registers > 0, ours.position_offset)
     return {k: v.to(own[k].dtype) if k in own else v for k, v in state.items()}
 
 
@@ -152,9 +153,9 @@ def load_run(objective: Objective, where: str) -> set[str]:
     record(checkpoint_source(where), "everything" + (f" but {', '.join(not_loaded)}" if not_loaded else ""), state)
     for key, value in state.items():
         if value.shape != own[key].shape:
-            backbone = cast(Any, objective.get_submodule(key.rpartition(".")[0]))
+            cfg = cast(Any, objective.get_submodule(key.rpartition(".")[0])).cfg
             side = math.isqrt(own[key].shape[1] - 1)
-            state[key] = resize_table(value, side, antialias=backbone.cfg.registers > 0)
+            state[key] = resize_table(value, side, cfg.registers > 0, cfg.position_offset)
     objective.load_state_dict(state, strict=False)
     return set(state)
 

@@ -50,6 +50,8 @@ class ConvBlock(nn.Module):
 
 
 class ConvolutionalNetwork(Backbone):
+    convolutional = True
+
     def __init__(self, cfg: ConvNeXt):
         super().__init__()
         if len(cfg.widths) != len(cfg.depths):

@@ -44,6 +44,7 @@ class Backbone(nn.Module):
     image_size: int
     patch_size: int  # pixels per token along one side
     whole_patches = False  # whether the sides of an input must be multiples of patch_size
+    convolutional = False  # whether it is a convolutional network (`optim.layer_decay_of`)
     loaded = False  # whether its weights were loaded (`init.backbone`), so that no others may be drawn
     training_only: tuple[str, ...] = ()  # options that an export turns off, with the sub-modules of the same names
 

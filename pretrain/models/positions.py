@@ -38,20 +38,26 @@ def sincos_table(dim: int, grid: tuple[int, int], device: torch.device | None = 
     return torch.cat([f for angle in angles for f in (angle.sin(), angle.cos())], dim=1).float()
 
 
-def interpolate_table(table: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
-    """A square position table [1, N, D] resized to another grid by bicubic interpolation: [1, h·w, D]. DINOv2's offset
-    of 0.1 is not used."""
+def interpolate_table(table: Tensor, grid: tuple[int, int], antialias: bool, offset: float = 0.0) -> Tensor:
+    """A square position table [1, N, D] resized to another grid by bicubic interpolation: [1, h·w, D].
+
+    `offset`: if it is not 0, the distance of two sampled points is not side / h, but side / (h + offset), and so for w,
+    as in DINOv2's code, which has an offset of 0.1 in its models without registers.
+    """
     side = math.isqrt(table.shape[1])
     if (side, side) == tuple(grid):
         return table
     square = table.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(square, size=tuple(grid), mode="bicubic", antialias=antialias, align_corners=False)
+    target: dict[str, Any] = {"size": tuple(grid)}
+    if offset:
+        target = {"scale_factor": tuple((n + offset) / side for n in grid)}
+    resized = F.interpolate(square, **target, mode="bicubic", antialias=antialias, align_corners=False)
     return resized.flatten(2).transpose(1, 2).to(table.dtype)
 
 
-def resize_table(table: Tensor, side: int, antialias: bool) -> Tensor:
+def resize_table(table: Tensor, side: int, antialias: bool, offset: float = 0.0) -> Tensor:
     """A position table [1, 1 + N, D], whose first entry is that of the class token, resized to [1, 1 + side², D]."""
-    return torch.cat([table[:, :1], interpolate_table(table[:, 1:], (side, side), antialias)], dim=1)
+    return torch.cat([table[:, :1], interpolate_table(table[:, 1:], (side, side), antialias, offset)], dim=1)
 
 
 def rope_periods(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:

@@ -40,6 +40,8 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNetwork(Backbone):
+    convolutional = True
+
     def __init__(self, cfg: ResNet):
         super().__init__()
         if len(cfg.widths) != len(cfg.depths):

@@ -145,7 +145,7 @@ class VisionTransformer(Backbone):
         cls = self.cls_token
         if self.cfg.positions != "rope":
             # antialias: as in transformers' Dinov2 with and without registers, so that exports agree at every size
-            table = interpolate_table(self.pos_embed[:, 1:], grid, antialias=self.cfg.registers > 0)
+            table = interpolate_table(self.pos_embed[:, 1:], grid, self.cfg.registers > 0, self.cfg.position_offset)
             patches = patches + table.to(patches.dtype)
             cls = cls + self.pos_embed[:, :1]
         if keep is not None:

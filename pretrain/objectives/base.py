@@ -18,6 +18,7 @@ from data_pipeline.parts.part import About, Part
 from data_pipeline.views.augmentations import Rng
 from pretrain.models.layers import Backbone
 from pretrain.ops.cross_entropy import IGNORED
+from pretrain.ops.ema import ema_update
 
 Batch = dict[str, Tensor]
 # One entry for each of the objective's parts, as the part's `decode` returns it, and: "id", "epoch", "seed", "step",
@@ -73,6 +74,8 @@ class Objective(nn.Module):
     # Prefixes of the names of tensors that may differ between this objective and the checkpoint of `init.run`: missing
     # or additional ones are no error.
     fresh: tuple[str, ...] = ()
+    # {name of a trained sub-module: name of the sub-module that is its moving average}, for `init.weights: teacher`
+    averaged: dict[str, str] = {}
     # Name of the exported sub-module, for checkpoints of earlier versions, which do not store it.
     encoder_name = "backbone"
 
@@ -106,6 +109,14 @@ class Objective(nn.Module):
 
         Raises ValueError if a tensor that the method needs was not loaded.
         """
+
+    def start_from_teacher(self) -> None:
+        """Copy the weights of each moving average to the sub-module that it averages (`init.weights: teacher`). Raises
+        ValueError if there is none."""
+        if not self.averaged:
+            raise ValueError("init.weights = teacher: this objective has no moving average; remove init.weights")
+        for trained, average in self.averaged.items():
+            ema_update(self.get_submodule(trained), self.get_submodule(average), momentum=0.0)
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, detached scalars to log)."""

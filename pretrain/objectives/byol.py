@@ -45,6 +45,7 @@ class Config(TwoViews):
 
 class BYOL(Objective):
     kept_in_eval = ("target",)  # no drop path
+    averaged = {"online": "target"}
     couples_batch = True  # by the batch norms of the heads
     least_batch = 2
 

@@ -15,7 +15,7 @@ Shapes: B images, G = 2 global and L local crops each, D width, K prototypes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +26,22 @@ from common.schedules import Schedule
 from data_pipeline.parts.part import About
 from data_pipeline.views.multicrop import MADE_OF, unmasked_crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import Crops, momentum, prototypes, temperature
+from pretrain.objectives.options import Crops, DINOHead, momentum, temperature
 from pretrain.ops.center import Center
 from pretrain.ops.ema import ema_update, make_teacher
-from pretrain.ops.heads import PrototypeHead
+from pretrain.ops.heads import Lengths, PrototypeHead
 from pretrain.ops.precision import wide
 from pretrain.ops.self_distillation import by_image, dino_terms, health
 
 
 @dataclass
-class Config(Crops):
+class Config(Crops, DINOHead):
     remedies = {
         "teacher_entropy": "lower objective.teacher_temperature or the number of prototypes",
         "feature_std": "raise objective.momentum",
         "rank": "raise objective.momentum",
     }
 
-    prototypes: int | Literal["auto"] = option(65536, low=1, auto=prototypes)  # K, the outputs of the head
-    head_hidden: int = option(2048, low=1)  # width of the head's hidden layers
-    head_bottleneck: int = option(256, low=1)  # width of the layer before the prototypes
     # prototypes of length 1; false: their lengths are 1 at first and trained, as the paper has it for its longest runs
     unit_prototypes: bool = True
     student_temperature: float = option(0.1, above=0)  # τ_s: the student's logits are divided by it before the softmax
@@ -57,26 +54,17 @@ class Config(Crops):
     center_momentum: float = option(0.9, low=0, high=1)  # m_c
     global_scale: float = option(0.4, above=0, high=1)  # smallest share of the image's area in a global crop
 
-    def assignments(self) -> int | None:
-        count = vars(self)["prototypes"]
-        return count if isinstance(count, int) else None
-
-    @classmethod
-    def tiny(cls) -> list[dict[str, Any]]:
-        heads = {"objective.prototypes": 64, "objective.head_hidden": 64, "objective.head_bottleneck": 32}
-        return [{**heads, "objective.local_size": 16, "objective.local_crops": 2}]
-
 
 class DINO(Objective):
     kept_in_eval = ("teacher",)  # no drop path, and positions without jitter
+    averaged = {"student": "teacher"}
     made_of = MADE_OF
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         body = backbone()
-        head = PrototypeHead(
-            body.embed_dim, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes, unit=cfg.unit_prototypes
-        )
+        lengths: Lengths = "one" if cfg.unit_prototypes else "free"
+        head = PrototypeHead(body.embed_dim, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes, lengths)
         if not cfg.unit_prototypes:  # as published: weight norm, whose trained lengths are 1 at first
             with torch.no_grad():
                 head.prototypes.copy_(F.normalize(head.prototypes, dim=-1))

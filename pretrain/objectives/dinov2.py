@@ -14,7 +14,7 @@ D width, K prototypes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from data_pipeline.views.multicrop import MADE_OF, multicrop
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import PrototypeHeads, momentum, temperature
 from pretrain.ops.ema import ema_update, make_teacher
-from pretrain.ops.heads import PrototypeHead, head_sizes
+from pretrain.ops.heads import Lengths, PrototypeHead, head_sizes
 from pretrain.ops.koleo import koleo
 from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term, select_patches
 from pretrain.ops.sinkhorn import sinkhorn
@@ -40,10 +40,17 @@ class Config(PrototypeHeads):
     momentum: Literal["auto"] | Schedule = option(
         lambda: Schedule(0.992, kind="cosine", final=1.0), low=0, high=1, auto=momentum
     )
+    # whether the prototypes have trained lengths, which are 1 at first, as published; false: their length is 1
+    trained_lengths: bool = False
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        return [{**super().tiny()[0], "objective.trained_lengths": True}]
 
 
 class DINOv2(Objective):
     kept_in_eval = ("teacher",)  # no drop path, and positions without jitter
+    averaged = {"student": "teacher"}
     couples_batch = True
     made_of = MADE_OF
     encoder_name = "teacher.backbone"
@@ -51,7 +58,11 @@ class DINOv2(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         body, (dino, ibot) = backbone(mask_token=True), head_sizes(cfg)
-        heads = {"dino_head": PrototypeHead(body.embed_dim, *dino), "ibot_head": PrototypeHead(body.embed_dim, *ibot)}
+        lengths: Lengths = "trained" if cfg.trained_lengths else "one"
+        heads = {
+            "dino_head": PrototypeHead(body.embed_dim, *dino, lengths),
+            "ibot_head": PrototypeHead(body.embed_dim, *ibot, lengths),
+        }
         self.student = nn.ModuleDict({"backbone": body, **heads})
         self.teacher = make_teacher(self.student).eval()
 

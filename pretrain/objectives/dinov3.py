@@ -31,7 +31,7 @@ from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import PrototypeHeads
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.gram import gram_loss, resize_map
-from pretrain.ops.heads import PrototypeHead, head_sizes
+from pretrain.ops.heads import Lengths, PrototypeHead, head_sizes
 from pretrain.ops.koleo import koleo
 from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term, select_patches
 from pretrain.ops.sinkhorn import sinkhorn
@@ -45,7 +45,7 @@ def twice(facts: Facts) -> int | None:
 
 @dataclass
 class Config(PrototypeHeads):
-    unit_prototypes: bool = False  # normalise prototypes to length 1, as DINOv2 does
+    unit_prototypes: bool = False  # whether prototypes are normalised to length 1
     # weight of the DINO loss on local crops; the weight of global crops is 1
     local_weight: Schedule = option(lambda: Schedule(1.0))
     koleo_neighbours: int = option(1, low=1)  # nearest neighbours that KoLeo uses
@@ -80,6 +80,7 @@ class Config(PrototypeHeads):
 
 class DINOv3(Objective):
     kept_in_eval = ("teacher", "gram")  # no drop path, and positions without jitter
+    averaged = {"student": "teacher"}
     couples_batch = True
     made_of = MADE_OF
     encoder_name = "teacher.backbone"
@@ -89,8 +90,8 @@ class DINOv3(Objective):
         super().__init__(cfg, backbone)
         body = backbone(mask_token=True)
         dino, ibot = head_sizes(cfg)
-        dino_head = PrototypeHead(body.embed_dim, *dino, unit=cfg.unit_prototypes)
-        ibot_head = PrototypeHead(body.embed_dim, *ibot, unit=cfg.unit_prototypes)
+        lengths: Lengths = "one" if cfg.unit_prototypes else "free"
+        dino_head, ibot_head = (PrototypeHead(body.embed_dim, *sizes, lengths) for sizes in (dino, ibot))
         self.student = nn.ModuleDict({"backbone": body, "dino_head": dino_head, "ibot_head": ibot_head})
         self.teacher = make_teacher(self.student).eval()
         self.gram = make_teacher(body).eval() if cfg.gram_teacher != "none" else None

@@ -65,6 +65,7 @@ class Config(TwoViews):
 
 class MoCo(Objective):
     kept_in_eval = ("key",)  # no drop path
+    averaged = {"query": "key"}
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

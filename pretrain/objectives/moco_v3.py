@@ -56,6 +56,7 @@ class Config(TwoViews):
 
 class MoCoV3(Objective):
     kept_in_eval = ("key",)  # no drop path
+    averaged = {"query": "key"}
     couples_batch = True
     least_batch = 2  # a single image has no negatives: its loss is 0
 

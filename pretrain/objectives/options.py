@@ -230,19 +230,13 @@ class SelfDistillation(MultiCrop):
 
 
 @dataclass
-class PrototypeHeads(SelfDistillation):
-    """Self-distillation with prototype heads that the run trains (DINOv2, DINOv3)."""
+class DINOHead(Options):
+    """The head of DINO, whose outputs are products with prototypes (`pretrain.ops.heads.PrototypeHead`)."""
 
     # K, the number of outputs of the DINO head
     prototypes: int | Literal["auto"] = option(65536, low=1, auto=(inherited, prototypes))
     head_hidden: int = option(2048, low=1)  # width of the head's hidden layers
     head_bottleneck: int = option(256, low=1)  # width of the layer before the prototypes
-    # number of outputs of the iBOT head; null: that of the DINO head
-    ibot_prototypes: int | None = option(None, low=1)
-    # width of the hidden layers of the iBOT head; null: that of the DINO head
-    ibot_hidden: int | None = option(None, low=1)
-    # width of the iBOT head's layer before the prototypes; null: that of the DINO head
-    ibot_bottleneck: int | None = option(None, low=1)
 
     def assignments(self) -> int | None:
         count = vars(self)["prototypes"]
@@ -252,3 +246,15 @@ class PrototypeHeads(SelfDistillation):
     def tiny(cls) -> list[dict[str, Any]]:
         heads = {"objective.prototypes": 64, "objective.head_hidden": 64, "objective.head_bottleneck": 32}
         return [{**heads, "objective.local_size": 16, "objective.local_crops": 2}]
+
+
+@dataclass
+class PrototypeHeads(SelfDistillation, DINOHead):
+    """Self-distillation with a DINO head and an iBOT head that the run trains (DINOv2, DINOv3)."""
+
+    # number of outputs of the iBOT head; null: that of the DINO head
+    ibot_prototypes: int | None = option(None, low=1)
+    # width of the hidden layers of the iBOT head; null: that of the DINO head
+    ibot_hidden: int | None = option(None, low=1)
+    # width of the iBOT head's layer before the prototypes; null: that of the DINO head
+    ibot_bottleneck: int | None = option(None, low=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.sync_norm import BatchNorm
+
+Lengths = Literal["one", "trained", "free"]  # of prototypes, see `PrototypeHead`
 
 
 class ProjectionHead(nn.Sequential):
@@ -68,19 +70,21 @@ class PrototypeHead(nn.Module):
     """DINO's head (arXiv 2104.14294): three linear layers with GELU to a bottleneck, L2 normalisation, and products
     with K prototypes.
 
-    With `unit`, prototypes are normalised, so that logits are cosines in [-1, 1]. Without, they keep their lengths, as
-    in DINOv3 (2508.10104), and logits are not bounded.
+    `lengths` of the prototypes: "one": they are normalised, so that logits are cosines in [-1, 1]; "trained": they are
+    normalised and multiplied by trained lengths, which are 1 at first (weight norm, 1602.07868), as in DINOv2
+    (2304.07193); "free": they are not normalised, as in DINOv3 (2508.10104).
     """
 
-    last_layer = "prototypes"  # the parameter that `optim.freeze_last_layer` freezes
+    last_layer = ("prototypes", "lengths")  # the parameters that `optim.freeze_last_layer` freezes
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, unit: bool = True):
+    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, lengths: Lengths = "one"):
         super().__init__()
-        self.unit = unit
+        self.normalised = lengths != "free"
         self.mlp = nn.Sequential(
             nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        self.lengths = nn.Parameter(torch.ones(prototypes, 1)) if lengths == "trained" else None
         self.apply(trunc_normal)
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
@@ -92,7 +96,8 @@ class PrototypeHead(nn.Module):
         never all in memory at the same time (`pretrain.ops.cross_entropy`).
         """
         x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
-        prototypes = F.normalize(self.prototypes, dim=-1) if self.unit else self.prototypes
+        prototypes = F.normalize(self.prototypes, dim=-1) if self.normalised else self.prototypes
+        prototypes = prototypes if self.lengths is None else self.lengths * prototypes
         return scores(x, prototypes, targets, temperature, row_weights)
 
 

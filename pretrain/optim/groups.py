@@ -13,10 +13,30 @@ from pretrain.optim.skippable import Skippable
 from pretrain.recipes.sections import Optim
 
 
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter has weight decay. Matrices and convolution kernels do; vectors (biases, norms, scales),
-    tokens and position tables do not."""
-    return parameter.ndim > 1 and not name.endswith(("_token", "registers", "pos_embed"))
+def decays(name: str, parameter: Tensor, tokens: bool) -> bool:
+    """Whether a parameter has weight decay. Matrices and convolution kernels do, vectors (biases, norms, scales) do
+    not, tokens and position tables do if `tokens` is true."""
+    return parameter.ndim > 1 and (tokens or not name.endswith(("_token", "registers", "pos_embed")))
+
+
+def clipped_together(module: nn.Module, cfg: Optim) -> dict[Tensor, str]:
+    """{trained parameter: name of the gradient that is clipped with one norm}. With `optim.clip_scope: global` the name
+    is "" for all of them. With `module` it is the dotted name of the outermost module that holds the parameter, where
+    the objective itself, a ModuleDict and a ModuleList are not counted: a backbone, or a head."""
+    names = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            names[parameter] = "" if cfg.clip_scope == "global" else _outermost_module(module, name)
+    return names
+
+
+def _outermost_module(module: nn.Module, name: str) -> str:
+    path = ""
+    for part in name.split(".")[:-1]:
+        path = f"{path}.{part}".lstrip(".")
+        if not isinstance(module.get_submodule(path), (nn.ModuleDict, nn.ModuleList)):
+            break
+    return path
 
 
 def parameter_groups(module: nn.Module, cfg: Optim) -> list[dict]:
@@ -25,7 +45,8 @@ def parameter_groups(module: nn.Module, cfg: Optim) -> list[dict]:
 
     In a backbone of n blocks, the learning-rate factor is layer_decay^(n − i) for block i (counted from 0),
     layer_decay^(n + 1) for the embedding, and 1 for all other parameters (BEiT, arXiv 2106.08254). The factor of the
-    patch embedding is also multiplied by patch_embed_lr (DINO). Parameters with requires_grad=False are left out.
+    patch embedding is also multiplied by patch_embed_lr (DINO). With `layer_decay_of: transformers`, both factors are 1
+    in convolutional networks. Parameters with requires_grad=False are left out.
     """
     backbones = {f"{name}." if name else "": m for name, m in module.named_modules() if isinstance(m, Backbone)}
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -62,10 +83,11 @@ def _rows_of_matrices(backbones: dict[str, Backbone]) -> dict[Tensor, tuple[int,
 
 
 def _last_layers(module: nn.Module) -> set[str]:
-    """Names of the parameters that `optim.freeze_last_layer` freezes. A head names its parameter in the attribute
-    `last_layer`."""
-    found = ((name, getattr(m, "last_layer", None)) for name, m in module.named_modules())
-    return {f"{name}.{last}".lstrip(".") for name, last in found if isinstance(last, str)}
+    """Names of the parameters that `optim.freeze_last_layer` freezes. A head names its parameter, or several, in the
+    attribute `last_layer`."""
+    found = ((name, getattr(m, "last_layer", ())) for name, m in module.named_modules())
+    each = ((name, (last,) if isinstance(last, str) else last) for name, last in found)
+    return {f"{name}.{last}".lstrip(".") for name, names in each for last in names}
 
 
 def _factors(
@@ -73,10 +95,12 @@ def _factors(
 ) -> tuple[float, float, int]:
     """(factor of the learning rate, factor of the weight decay, number of steps for which the parameter is frozen).
     `is_last_layer`: whether the parameter is the last layer of a head."""
-    decay = float(decays(name, parameter))
+    decay = float(decays(name, parameter, cfg.decay_tokens))
     prefix = next((prefix for prefix in backbones if name.startswith(prefix)), None)
     if prefix is None:
         return 1.0, decay, cfg.freeze_last_layer if is_last_layer else 0
+    if cfg.layer_decay_of == "transformers" and backbones[prefix].convolutional:
+        return 1.0, decay, cfg.freeze_backbone
     name_in_backbone = name.removeprefix(prefix)
     layer, last_layer = backbones[prefix].layer_of(name_in_backbone)
     scale = cfg.layer_decay ** (last_layer - layer)

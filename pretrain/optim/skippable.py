@@ -19,8 +19,8 @@ class Skippable(torch.optim.Optimizer):
     like it (`torch.zeros_like` of a DTensor is a DTensor). All other entries are scalars that are equal for all
     parameters, such as a step count.
 
-    A group's `lr` and `weight_decay` are set before each step. Groups also have `wd_scale`, 0 for biases, norms, tokens
-    and position tables.
+    A group's `lr` and `weight_decay` are set before each step. Groups also have `wd_scale`, 0 for parameters without
+    weight decay: biases, norms and, by default, tokens and position tables.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from common.errors import ConfigError
 from pretrain.objectives.base import Batch, Objective
 from pretrain.ops.parameter_shards import whole
-from pretrain.parallel.engine import COMPUTE, Engine, Judge
+from pretrain.parallel.engine import COMPUTE, Engine, Judge, clip_factor, total_norm
 from pretrain.recipes.recipe import Recipe
 
 AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights autocast casts to the compute dtype
@@ -74,6 +75,8 @@ class Zero(Engine):
         self.deepspeed = import_deepspeed(device)
         super().__init__(objective, recipe, device)
         self.names = {p: name for name, p in objective.named_parameters() if p.requires_grad}
+        self.deepspeed_clips = self.clip is not None and recipe.optim.clip_scope == "global"
+        group_names = self._divide_groups()
         # (options, names of the parameters) of each parameter group. They are recorded here, because
         # `deepspeed.initialize` replaces the parameters of the optimizer by one flat tensor per group.
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
@@ -89,11 +92,18 @@ class Zero(Engine):
         self.flat = (
             self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         )
+        self.flat_names = group_names  # names in `clipped_together`, one for each flat tensor
+        if self.stage == 3:  # DeepSpeed divides a large parameter group into several flat tensors
+            self.flat_names = [group_names[self.zero.sub_group_to_group_id[i]] for i in range(len(self.flat))]
+        self.norms: list[Tensor] = []  # gradient norm of each flat tensor in this step, over all ranks
+        self.updates = 0  # number of flat tensors that are updated, or whose update has begun, in this step
+        for method in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
+            setattr(self.zero, method, self._recorded(getattr(self.zero, method)))
         self._begin_states()
         self.mesh = dist.init_device_mesh(device.type, (self.world,), mesh_dim_names=("shard",))
         self.verdict: Tensor | None = None  # the result of `judge` in this step; None before it is called
         self.judge: Judge | None = None  # the argument `judge` of the current `step`
-        self.optimizer.register_step_pre_hook(lambda *_: self._judge_once())
+        self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
     def wrap(self) -> Any:
         self.deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
@@ -110,6 +120,30 @@ class Zero(Engine):
             return self.objective.to(self.device)
         _allocate(self.objective)
         return self.objective
+
+    def _divide_groups(self) -> list[str]:
+        """Divide the optimizer's parameter groups, so that the gradients of a group are clipped together. Returns the
+        name of each group in `clipped_together`."""
+        groups: list[dict[str, Any]] = []
+        names: list[str] = []
+        for group in self.optimizer.param_groups:
+            members: dict[str, list[Tensor]] = {}
+            for p in group["params"]:
+                members.setdefault(self.clipped_together[p], []).append(p)
+            groups += [{**group, "params": parameters} for parameters in members.values()]
+            names += members
+        self.optimizer.param_groups = groups
+        return names
+
+    def _recorded(self, norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A method of DeepSpeed that computes the gradient norm of one flat tensor, which also appends it to `norms`.
+        In each step, DeepSpeed calls it once for each flat tensor, in their order."""
+
+        def recorded(*arguments: Any, **options: Any) -> Tensor:
+            self.norms.append(norm_of(*arguments, **options))
+            return self.norms[-1]
+
+        return recorded
 
     def _shard_parameters(self) -> None:
         """Move the parameters to the device and shard them one by one, so that the whole objective is never on the
@@ -144,7 +178,7 @@ class Zero(Engine):
         return {
             "train_micro_batch_size_per_gpu": self.recipe.data.batch // (self.world * self.accumulate),
             "gradient_accumulation_steps": self.accumulate,
-            "gradient_clipping": self.clip or 0.0,
+            "gradient_clipping": self.clip if self.deepspeed_clips else 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -172,6 +206,7 @@ class Zero(Engine):
     def step(self, lr: float, weight_decay: float, judge: Judge | None = None) -> Tensor:
         self.set_rates(lr, weight_decay)
         self.verdict, self.judge = None, judge
+        self.norms, self.updates = [], 0
         self.module.step()
         norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device).reshape(())
         if self.verdict is None and judge:  # the norm is not finite, so DeepSpeed has not called the optimizer
@@ -179,10 +214,16 @@ class Zero(Engine):
         self.micro = 0
         return norm
 
-    def _judge_once(self) -> None:
+    def _before_update(self) -> None:
         """Hook before each `optimizer.step`, which DeepSpeed calls once per flat tensor. Before the first of these
         calls in a step, when the norm is known and no parameter has been updated, call `judge` to decide whether the
-        update is skipped."""
+        update is skipped. DeepSpeed clips by the norm of all gradients only; with `optim.clip_scope: module`, the
+        gradient of the flat tensor is clipped here."""
+        flat, name = self.flat[self.updates], self.flat_names[self.updates]
+        self.updates += 1
+        if self.clip is not None and not self.deepspeed_clips:
+            norm = total_norm([n for n, other in zip(self.norms, self.flat_names, strict=True) if other == name])
+            flat.grad.mul_(clip_factor(self.clip, norm).to(flat.device))
         if self.verdict is None and self.judge is not None:
             norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device).reshape(())
             self.verdict = self.judge(norm)

@@ -24,7 +24,7 @@ from common.errors import ConfigError
 from pretrain import kernels
 from pretrain.objectives.base import Batch, Objective
 from pretrain.ops.parameter_shards import local, whole_state
-from pretrain.optim.groups import make_optimizer
+from pretrain.optim.groups import clipped_together, make_optimizer
 from pretrain.parallel import blocks, processes
 from pretrain.parallel.device import set_tf32
 from pretrain.parallel.loss_scale import LossScale
@@ -57,6 +57,16 @@ def accumulation(recipe: Recipe, coupled: bool, world: int = 1) -> int:
     return count
 
 
+def clip_factor(limit: float, norm: Tensor) -> Tensor:
+    """The factor that scales a gradient of this norm down to `limit`, or 1: a scalar on the device of `norm`."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def total_norm(norms: list[Tensor]) -> Tensor:
+    """The norm of a gradient from the norms of its parts."""
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+
+
 class Engine:
     """One process, one device (`parallel.mode: single`)."""
 
@@ -74,6 +84,8 @@ class Engine:
         self.module = self.wrap()
         self.optimizer = make_optimizer(objective, recipe.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # {parameter: name of the gradient that is clipped with one norm}, see `optim.clip_scope`
+        self.clipped_together = clipped_together(objective, recipe.optim)
 
     def wrap(self) -> Any:
         """Move the objective to the device and wrap it for `parallel.mode`. Returns the module to call in its place."""
@@ -125,23 +137,31 @@ class Engine:
         `judge(norm)` returns a scalar on the device; 1.0 skips the update (the optimizer gets it as `found_inf`).
         """
         self.set_rates(lr, weight_decay)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        pieces = [local(g) for g in gradients]
-        self.scale.unscale(pieces)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        norm = norm.to(self.device)  # the norm of offloaded gradients is on the CPU
+        gradients: dict[str, list[Tensor]] = {}  # those that are clipped together
+        for p in self.parameters:
+            if p.grad is not None:
+                gradients.setdefault(self.clipped_together[p], []).append(p.grad)
+        pieces = {name: [local(g) for g in group] for name, group in gradients.items()}
+        self.scale.unscale([piece for group in pieces.values() for piece in group])
+        norms = {name: self._norm(group) for name, group in gradients.items()}
+        norm = total_norm(list(norms.values()))
         # a blocking copy with offload: the optimizer's own is asynchronous, and it would read the value before it is
         # there
         self.optimizer.found_inf = judge(norm).to(local(self.parameters[0]).device) if judge else None
         self.scale.adapt(norm)
         if self.clip is not None:
-            factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(pieces, factor.to(pieces[0].device))
+            for name, group in pieces.items():
+                torch._foreach_mul_(group, clip_factor(self.clip, norms[name]).to(group[0].device))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.micro = 0
         return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of gradients over all ranks, a scalar on the device. Collective with sharded gradients."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.to(self.device)  # the norm of offloaded gradients is on the CPU
 
     def set_rates(self, lr: float, weight_decay: float) -> None:
         for group in self.optimizer.param_groups:

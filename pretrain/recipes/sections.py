@@ -110,8 +110,8 @@ class Data(Section):
 
 @dataclass
 class Optim(Section):
-    """The optimizer and its schedules. Weight decay applies to matrices only: not to biases, norms, scales, tokens and
-    position tables."""
+    """The optimizer and its schedules. Weight decay applies to matrices, not to biases, norms and scales, and to tokens
+    and position tables only with `decay_tokens`."""
 
     shorthand = "name"
     # a file of pretrain/optim/: adamw; muon, for the matrices in blocks, with AdamW for all other parameters; lars
@@ -119,6 +119,9 @@ class Optim(Section):
     lr: Schedule = field(default_factory=lambda: Schedule(1e-3))  # learning rate
     # decay rate of the weights of matrices, decoupled from the gradient
     weight_decay: Schedule = field(default_factory=lambda: Schedule(0.05))
+    # whether class token, registers, mask token and position table have weight decay as well; true reproduces DINO,
+    # DINOv2 and DINOv3
+    decay_tokens: bool = False
     # decay of the running mean of gradients, for adamw and for the parameters that muon leaves to it
     beta1: float = only(0.9, "name", unless="lars", low=0, below=1)
     # decay of the running mean of squared gradients
@@ -128,12 +131,18 @@ class Optim(Section):
     momentum: float = only(0.95, "name", unless="adamw", low=0, below=1)  # momentum of muon and lars
     # trust coefficient of lars: the norm of an update relative to the norm of the weights, at a learning rate of 1
     trust: float = only(0.001, "name", "lars", above=0)
-    # the gradient is scaled down if the norm over all parameters exceeds this limit; null: no limit
+    # a gradient is scaled down if its norm exceeds this limit; null: no limit
     clip: float | None = option(None, above=0)
+    # which norm is limited: that of all gradients together, or of each module by itself, that is, of each backbone and
+    # of each head; module reproduces DINOv2 and DINOv3
+    clip_scope: Literal["global", "module"] = only("global", "clip", unless=None)
     # factor of the learning rate from one block to the one below it: that of block i of n is layer_decay^(n − i)
     layer_decay: float = option(1.0, above=0, high=1)
     # further factor of the learning rate of the patch embedding
     patch_embed_lr: float = option(1.0, low=0)
+    # backbones that have these two factors; transformers: all except convolutional networks, as in the distillation of
+    # DINOv3, whose ConvNeXts have one learning rate
+    layer_decay_of: Literal["all", "transformers"] = "all"
     freeze_last_layer: int = option(0, low=0)  # number of steps in which the last layers of heads are frozen
     # number of steps in which only the heads are trained, for a backbone that starts from given weights
     freeze_backbone: int = option(0, low=0)
@@ -151,6 +160,9 @@ class Init(Section):
     # weights of the whole objective, with teacher and heads: a run folder, RUN/checkpoints/STEP, or a URL; the
     # optimizer is initialised anew
     run: str = ""
+    # which weights of `init.run` the trained network starts from: its own, or those of its moving average (the EMA
+    # teacher)
+    weights: Literal["student", "teacher"] = only("student", "run", unless="")
 
 
 @dataclass

@@ -569,6 +569,26 @@ def test_stages_chain(shards: Path, tmp_path: Path):
         train(tiny_recipe("dinov3", shards, tmp_path / "gram", *options, "steps=4", "checkpoint=2")) == second
     )  # finished
 
+    # from the EMA teacher of that stage, which is then the student and the Gram teacher, too
+    objective = build_objective(
+        tiny_recipe("dinov3", shards, tmp_path / "x", *DINO, f"init.run={second}", "objective.gram_teacher=ema"),
+        start=True,
+    )
+    other = build_objective(
+        tiny_recipe(
+            "dinov3",
+            shards,
+            tmp_path / "x",
+            *[*DINO, f"init.run={second}", "init.weights=teacher", "objective.gram_teacher=ema"],
+        ),
+        start=True,
+    )
+    plain, taught = (one.student.state_dict() for one in (objective, other))
+    teacher, body = other.teacher.state_dict(), other.teacher["backbone"].state_dict()
+    assert all(torch.equal(value, teacher[key]) for key, value in taught.items())
+    assert all(torch.equal(value, body[key]) for key, value in other.gram.state_dict().items())
+    assert any(not torch.equal(value, teacher[key]) for key, value in plain.items())
+
     sizes = "objective.resolutions=[[32, 16, 64, 1], [48, 16, 48, 1], [64, 32, 96, 1]]"
     third = [
         *DINO,
@@ -666,6 +686,11 @@ def test_a_run_of_another_model_is_refused(shards: Path, tmp_path: Path):
         match=r"is a run of dinov2, and this one is of simclr; .*write init.backbone=\S+ in place of init.run",
     ):
         build_objective(tiny_recipe("simclr", shards, tmp_path / "x", *common), start=True)
+
+
+def test_a_method_without_a_moving_average_does_not_start_from_one(shards: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"init.weights = teacher: this objective has no moving average; remove"):
+        build_objective(tiny_recipe("mae", shards, tmp_path)).start_from_teacher()
 
 
 def test_continued_pretraining_from_a_backbone(shards: Path, tmp_path: Path):

@@ -239,18 +239,22 @@ def test_cross_entropy_rounds_products_alone_under_autocast():
         torch.testing.assert_close(cross_entropy(a, torch.eye(8), target, scale=10.0), plain, rtol=1e-5, atol=1e-7)
 
 
-def test_prototype_head():
-    head, x = noise(PrototypeHead(6, 8, 5, 7), 0).double(), normal(4, 6)
+@pytest.mark.parametrize("lengths", ["one", "trained", "free"])
+def test_prototype_head(lengths: str):
+    head, x = noise(PrototypeHead(6, 8, 5, 7, lengths), 0).double(), normal(4, 6)
+    factors = {"one": torch.ones(7), "trained": head.lengths, "free": head.prototypes.norm(dim=1)}[lengths]
 
     def naive(x: Tensor) -> Tensor:
         hidden = x
         for i in (0, 2, 4):
             hidden = hidden @ head.mlp[i].weight.T + head.mlp[i].bias
             hidden = hidden if i == 4 else hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        cosines = [
-            (row @ prototype) / (row.norm() * prototype.norm()) for row in hidden for prototype in head.prototypes
+        logits = [
+            factor * (row @ prototype) / (row.norm() * prototype.norm())
+            for row in hidden
+            for factor, prototype in zip(factors, head.prototypes, strict=True)
         ]
-        return torch.stack(cosines).view(4, 7)
+        return torch.stack(logits).view(4, 7)
 
     weights = normal(4, 7, seed=1)
     assert_same(lambda x: (head(x) * weights).sum(), lambda x: (naive(x) * weights).sum(), x)
@@ -260,9 +264,34 @@ def test_prototype_head():
     def terms(x: Tensor) -> Tensor:
         return sum(rows[i] * naive_cross_entropy(naive(x)[i], targets[i // 2], 0.1) for i in range(4))
 
-    assert_same(lambda x: head(x, targets, 0.1, rows), terms, x)
-    prototypes = [torch.autograd.grad(loss, head.prototypes)[0] for loss in (head(x, targets, 0.1, rows), terms(x))]
-    torch.testing.assert_close(*prototypes)
+    def loss(x: Tensor) -> Tensor:
+        return head(x, targets, 0.1, rows)
+
+    assert_same(loss, terms, x)
+    last = [p for p in (head.prototypes, head.lengths) if p is not None]
+    for ours, theirs in zip(*(torch.autograd.grad(f(x), last) for f in (loss, terms)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_prototypes_with_trained_lengths_are_torchs_weight_norm():
+    """Their lengths are 1 at first, and a step changes length and direction as it changes torch's."""
+    head = noise(PrototypeHead(6, 8, 5, 7, "trained"), 0).double()
+    assert torch.equal(PrototypeHead(6, 8, 5, 7, "trained").lengths, torch.ones(7, 1))
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 7, bias=False).double())
+    length, direction = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    with torch.no_grad():
+        length.copy_(head.lengths)
+        direction.copy_(head.prototypes)
+    x, weights = normal(4, 6), normal(4, 7, seed=1)
+    theirs = (layer(torch.nn.functional.normalize(head.mlp(x), dim=-1)) * weights).sum()
+    ours = (head(x) * weights).sum()
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(ours, [head.lengths, head.prototypes]),
+        torch.autograd.grad(theirs, [length, direction]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
 
 
 def test_patchify():

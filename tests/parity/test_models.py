@@ -25,7 +25,7 @@ from pretrain.interchange import export
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone, DropPath, Features
-from pretrain.models.positions import MAX_TABLES
+from pretrain.models.positions import MAX_TABLES, interpolate_table
 from pretrain.models.resnet import ResidualNetwork
 from pretrain.models.vit import VisionTransformer
 from pretrain.ops.sync_norm import BatchNorm
@@ -223,6 +223,44 @@ def test_plain_vit_from_transformers(hf, tmp_path: Path):
     assert_same_features(model(images()), theirs(images()).last_hidden_state, 0)
     x = images(48, 64)
     assert_same_features(model(x), theirs(x, interpolate_pos_encoding=True).last_hidden_state, 0)
+
+
+def naive_resize(table: np.ndarray, grid: tuple[int, int], offset: float) -> np.ndarray:
+    """The table [N, N, D] at other sizes: point i of n along a side reads the table at (i + 1/2) · N / (n + offset) −
+    1/2, by the cubic convolution of Keys with a = −0.75, whose points outside of the table are those of its border."""
+
+    def weight(x: float) -> float:
+        x = abs(x)
+        if x <= 1:
+            return 1.25 * x**3 - 2.25 * x**2 + 1
+        return -0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    side = len(table)
+    out = np.zeros((*grid, table.shape[2]))
+    for i, j in np.ndindex(*grid):
+        row, column = ((k + 0.5) * side / (n + offset) - 0.5 for k, n in zip((i, j), grid, strict=True))
+        for r in range(math.floor(row) - 1, math.floor(row) + 3):
+            for c in range(math.floor(column) - 1, math.floor(column) + 3):
+                there = table[min(max(r, 0), side - 1), min(max(c, 0), side - 1)]
+                out[i, j] += weight(row - r) * weight(column - c) * there
+    return out
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+def test_position_tables_at_other_sizes(offset: float):
+    """With an offset of 0.1 as DINOv2's code has it, and without as transformers has it, by formula; the model uses its
+    option."""
+    model = vit(position_offset=offset)  # 4 × 4 patches
+    table = model.pos_embed[:, 1:].detach()
+    for grid in [(4, 4), (6, 8), (3, 2), (7, 4)]:
+        expected = naive_resize(table[0].unflatten(0, (4, 4)).double().numpy(), grid, offset if grid != (4, 4) else 0)
+        found = interpolate_table(table, grid, False, offset)
+        np.testing.assert_allclose(found[0].unflatten(0, grid).numpy(), expected, atol=1e-5)
+    plain = vit()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(images()).tokens, plain(images()).tokens)
+        assert torch.equal(model(images(48, 64)).tokens, plain(images(48, 64)).tokens) == (offset == 0)
 
 
 def picture(height: int, width: int) -> np.ndarray:

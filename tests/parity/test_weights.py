@@ -345,6 +345,19 @@ def test_official_vit(tmp_path: Path, options: dict, wrap: str):
 
 
 @torch.no_grad()
+def test_official_positions_at_other_sizes(tmp_path: Path):
+    """An option of the reader: the offset of the official code, in the model and where a table is resized."""
+    model = vit(dim=128, heads=2)
+    torch.save(official.write(model.cfg, model.state_dict()), tmp_path / "weights.pth")
+    found, _ = weights.load_backbone(tmp_path / "weights.pth", position_offset=0.1)
+    assert torch.equal(found(images()).tokens, model(images()).tokens)
+    assert not torch.equal(found(images(48, 64)).tokens, model(images(48, 64)).tokens)
+    larger = build_model(model.cfg, image_size=48, position_offset=0.1).eval()
+    weights.load_into(larger, tmp_path / "weights.pth")
+    assert torch.equal(larger(images(48, 48)).tokens, found(images(48, 48)).tokens)
+
+
+@torch.no_grad()
 def test_official_convnext(tmp_path: Path):
     model = convnext()
     tensors = official.write(model.cfg, model.state_dict())
