@@ -146,7 +146,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "model.norm_eps": 1e-5,
         "model.rope_rescale": 2.0,
         "objective.loss": "prototypes",
-        "objective.koleo_group": 24,  # there, the images of a GPU: 40, 24 and 16
+        "objective.koleo_group": 16,  # there, the images of a GPU: 40, 24 and 16
         "objective.local_size": 112,
         "objective.flip": 0.0,
         "optim.beta1": 0.9,
