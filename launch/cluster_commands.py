@@ -73,12 +73,15 @@ def launch(
 
 
 def status(
-    folders: Annotated[Sequence[str], "FOLDER", "run folders, or folders of runs (default: runs)"] = ("runs",),
+    folders: Annotated[
+        Sequence[str], "FOLDER", "run folders, folders of runs, or URLs of checkpoints (default: runs)"
+    ] = ("runs",),
     *,
     watch: Annotated[bool, "show it again every few seconds"] = False,
     seconds: Annotated[float, "SECONDS", "with --watch, the time between two updates"] = 5.0,
 ) -> None:
-    """Show the state of runs: queue, steps, remaining time, speed, last checkpoint, last score, restarts."""
+    """Show the state of runs: queue, steps, remaining time, speed, last checkpoint, last score, restarts, evaluation
+    jobs. Of a URL it shows the newest checkpoint there."""
     from common.output import clear_screen
     from launch.status import runs_in, table
 
@@ -110,7 +113,7 @@ def logs(
 def stop(
     run: RunFolder,
     *,
-    now: Annotated[bool, "stop it at once, without a checkpoint"] = False,
+    now: Annotated[bool, "stop it at once, without a checkpoint, and cancel its evaluation jobs"] = False,
 ) -> None:
     """Stop a run after a checkpoint, on a cluster or on this machine. The command that started the run resumes it."""
     from launch.status import stop

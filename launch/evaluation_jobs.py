@@ -28,13 +28,15 @@ from common.line_file import LineFile
 from common.output import printable, say
 from eval import results
 from launch import batch_script, run_jobs, slurm_client, snapshot
+from launch.changed_lines import ChangedLines
 from launch.clusters import Cluster
 from launch.due_evaluations import due, name_of
+from launch.evaluation_states import WATCHER, record_files
 from launch.rank_records import END, read_record, record
 from pretrain.recipes.recipe import stored
 from pretrain.run_folder.marker import run_identity
 from pretrain.run_folder.run_lock import Lock, living_holder
-from pretrain.run_folder.written_files import EVALUATION_ENDS, EVALUATION_RECORDS, EVALUATIONS, RECIPE, matches
+from pretrain.run_folder.written_files import EVALUATION_ENDS, EVALUATIONS, RECIPE
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED
 from pretrain.trackers.tracking import Tracking
 
@@ -46,7 +48,6 @@ MAX_REFUSALS = 10  # in a row, after which an ended run's evaluations are record
 RESTARTS = 3  # how often a watcher that has died is started again in its job
 RESTART_SECONDS = 5.0  # before it is started again, as a file system may need time to recover
 GRACE_SECONDS = 5.0  # in which a watcher that is asked to end releases its locks; then it is killed
-WATCHER = "watch.json"  # file in the job's folder: the id of the watcher's job
 SMALL = {"nodes": 1, "gpus": 0, "processes": 1, "cpus": 1, "memory_gb": 2.0, "container": "", "mounts": []}  # watcher
 
 
@@ -79,16 +80,10 @@ def submit_watcher(folder: Path) -> list[str]:
 def _forget_ended(run: Path) -> None:
     """Delete the records of evaluations that have failed, or ended without a row, so that a new watcher starts them
     again."""
-    records, ends = _files(run, EVALUATION_RECORDS), _files(run, EVALUATION_ENDS)
+    records, ends = record_files(run), record_files(run, EVALUATION_ENDS)
     ended = {path.name.removesuffix(END) for path in ends}
     for path in [*(path for path in records if path.stem in ended or read_record(path).get("failed")), *ends]:
         path.unlink(missing_ok=True)
-
-
-def _files(run: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The files of a run that match one of the patterns of `written_files`; other files there are the user's."""
-    found = (run / EVALUATIONS).glob("*.json")
-    return sorted(path for path in found if any(matches((EVALUATIONS, path.name), (*p.split("/"),)) for p in patterns))
 
 
 def watch_job(folder: str) -> None:
@@ -140,7 +135,7 @@ class Watcher:
     def __init__(self, run: Path, folder: Path, cluster: Cluster):
         self.run, self.folder, self.cluster = run, folder, cluster
         self.records = run / EVALUATIONS
-        self.log = LineFile(run / "log.txt")
+        self.log, self.say_changed = LineFile(run / "log.txt"), ChangedLines(self.say)
         self.identity = ""  # of the run at the first look; a run that overwrites it has another one
         self.lock: Lock | None = None
         self.open: list[Evaluation] = []  # evaluations without rows that have not failed for good
@@ -243,7 +238,9 @@ class Watcher:
                 reason = end.get("reason") or f"job {known.get('id', name)} ended as {(states or ['UNKNOWN'])[-1]}"
                 if attempt >= ATTEMPTS:
                     return self._fail(one, f"{attempt} attempts failed; the last one: {reason}")
-                self.say(f"evaluation of {one.model} on {one.split} failed and is tried again: {reason}")
+                self.say_changed(
+                    one.name, f"evaluation of {one.model} on {one.split} failed and is tried again: {reason}"
+                )
         self._submit(one, attempt + 1)
 
     def _may_run(self, one: Evaluation, jobs: Jobs, asked: float) -> bool:
@@ -274,9 +271,8 @@ class Watcher:
             (job,) = batch_script.submit(executor, evaluation_job, *([str(value)] for value in arguments))
         except UserError as error:  # the record stays: an sbatch that has timed out may have queued the job
             self.refused_at, self.refusals = time.monotonic(), self.refusals + 1
-            if str(error) != self.refusal:
-                self.say(f"evaluation of {one.model} on {one.split} waits: {error}")
             self.refusal = str(error)
+            self.say_changed("sbatch", f"evaluations wait: {error}")
             return
         self.refusals = 0
         record(path, attempt=attempt, submitted=time.time(), id=job)
@@ -302,7 +298,7 @@ def watch(folder: Path) -> int:
     watchers = [Watcher(Path(run), folder, cluster) for run in job["runs"]]
     asked, training = 0.0, dict.fromkeys((one.run for one in watchers), True)
     jobs: Jobs = {}
-    left = True
+    say_changed, left = ChangedLines(say), True
     try:
         while left:
             if time.time() > asked + ASK_SECONDS:
@@ -317,7 +313,7 @@ def watch(folder: Path) -> int:
                 try:
                     left |= one.look(training[one.run], jobs, asked)
                 except (UserError, OSError) as error:  # the recipe is being written, the disk is full, …
-                    say(str(error))
+                    say_changed(str(one.run), str(error))
                     left = True
             if left:
                 time.sleep(POLL)
@@ -338,7 +334,7 @@ def _send_scores(run: Path) -> None:
 
 def failed(run: Path) -> list[str]:
     """The names of the evaluations of a run that have failed for good."""
-    return [path.stem for path in _files(run, EVALUATION_RECORDS) if read_record(path).get("failed")]
+    return [path.stem for path in record_files(run) if read_record(path).get("failed")]
 
 
 # ---------------------------------------------------------------- an evaluation's job

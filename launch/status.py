@@ -17,15 +17,17 @@ from common.output import columns
 from common.progress import duration
 from common.untrusted import loads
 from common.yaml_values import read_yaml
+from data_pipeline.storage.urls import is_local
 from eval.results import MAIN_METRICS
-from launch import slurm_client
+from launch import evaluation_states, slurm_client
 from launch.run_jobs import Queue, check_cluster, folder_of, in_queue, is_active, job_of, state_of
 from launch.run_tail import last_step, tail
 from launch.supervisor import STOP
-from pretrain.checkpoint.open_store import complete_checkpoints
+from pretrain.checkpoint.open_store import complete_checkpoints, open_checkpoint_store
 from pretrain.run_folder.run_lock import living_holder, machine_id
 from pretrain.run_folder.written_files import MARKER, RECIPE
 
+STORE_SECONDS = 10.0  # for which a request to a store is repeated
 HEAD = ("run", "state", "steps", "left", "samples/s", "MFU", "checkpoint", "last score", "restarts")
 
 
@@ -48,11 +50,15 @@ class Status:
         return list(vars(self).values())
 
 
-def runs_in(folders: Sequence[str]) -> list[Path]:
-    """The run folders among `folders` and directly inside them. Raises UserError for a folder that is not a run folder
-    and holds none."""
-    out = []
-    for folder in map(Path, folders):
+def runs_in(folders: Sequence[str]) -> list[Path | str]:
+    """The run folders among `folders` and directly inside them, and the URLs of checkpoints. Raises UserError for a
+    folder that is not a run folder and holds none."""
+    out: list[Path | str] = []
+    for name in folders:
+        if not is_local(name):
+            out.append(name)
+            continue
+        folder = Path(name.removeprefix("file://"))
         inside = [folder] if _is_run(folder) else sorted(path for path in folder.glob("*") if _is_run(path))
         if not inside:
             raise UserError(f"{folder}: is no run folder and holds none; name one, or a folder of runs such as runs/")
@@ -64,15 +70,33 @@ def _is_run(folder: Path) -> bool:
     return (folder / MARKER).is_file() or (folder / RECIPE).is_file()
 
 
-def table(runs: Sequence[Path]) -> list[str]:
-    """A line with the names of the columns, and a line for each run."""
+def table(runs: Sequence[Path | str]) -> list[str]:
+    """A line with the names of the columns, a line for each run folder or URL, and a line for each run with evaluation
+    jobs."""
+    folders = [run for run in runs if isinstance(run, Path)]
     notes, jobs = [], {}
     try:
-        jobs = in_queue(runs)
+        jobs = in_queue(folders)
     except UserError as error:  # the files of the runs can be read even if Slurm cannot be queried
         notes = [f"note: the queue cannot be read here; {error}"]
-    rows = [of(run, jobs).cells for run in runs]
-    return columns([list(HEAD), *rows], [16, 12, 12, 8, 10, 6, 11, 14]) + notes
+    rows = [(of(run, jobs) if isinstance(run, Path) else of_checkpoints(run)).cells for run in runs]
+    return columns([list(HEAD), *rows], [16, 12, 12, 8, 10, 6, 11, 14]) + evaluation_states.lines(folders) + notes
+
+
+def of_checkpoints(url: str) -> Status:
+    """The status of a run whose checkpoints are in a store: the newest of them says what is known there. Raises
+    UserError if there is none."""
+    store = open_checkpoint_store(url, STORE_SECONDS)
+    names = store.complete_names()
+    if not names:
+        raise UserError(
+            f"{url}: holds no checkpoint; a store has only the checkpoints of a run, so name its checkpoint.folder, or"
+            " the run folder on the disk where it trains"
+        )
+    newest = store.run_json(names[-1])
+    owner, steps, done = store.owner() or {}, newest["recipe"]["steps"], newest["step"]
+    state = f"checkpoints of {owner.get('folder') or 'an unknown run'}"
+    return Status(url, state, f"{done}/{steps}", "-", "-", "-", str(done), "-", "-")
 
 
 def of(run: Path, jobs: Queue) -> Status:
@@ -149,7 +173,7 @@ def stop(run: Path, now: bool) -> str:
         (folder / STOP).touch()  # prevents that the job requeues itself
         if now or job.state not in ("RUNNING", "SUSPENDED"):
             slurm_client.ask("scancel", name)
-            return f"{run}: job {name} is cancelled"
+            return f"{run}: job {name} is cancelled{_cancel_evaluations(run) if now else ''}"
         try:
             slurm_client.ask("scancel", "--batch", "--signal=USR2", name)
         except UserError as error:
@@ -164,6 +188,8 @@ def stop(run: Path, now: bool) -> str:
     check_cluster(run)
     holder = living_holder(run)
     if holder is None:
+        if now and job_of(run) and (also := _cancel_evaluations(run)):
+            return f"{run}: its training has ended{also}"
         raise UserError(f"{run}: no process trains it at present, and it is in no queue")
     if holder["machine"] != machine_id():
         raise UserError(f"{run}: is trained by process {holder['pid']} on {holder['host']}; stop it there")
@@ -173,6 +199,12 @@ def stop(run: Path, now: bool) -> str:
         raise UserError(f"{run}: process {holder['pid']} cannot be stopped ({error.strerror})") from None
     how = "is ended" if now else "ends after a checkpoint at the next step"
     return f"{run}: process {holder['pid']} {how}"
+
+
+def _cancel_evaluations(run: Path) -> str:
+    """Cancel the evaluation jobs of a run. Returns the end of a line about it, "" if there are none."""
+    ids = evaluation_states.cancel(run)
+    return f", and its evaluations: {'jobs' if len(ids) > 1 else 'job'} {', '.join(ids)}" if ids else ""
 
 
 def log_of(run: Path, rank: int | None) -> Path:

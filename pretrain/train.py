@@ -53,12 +53,8 @@ from pretrain.trackers.tracking import Tracking
 from pretrain.train_step import train_step
 from pretrain.validation import held_out_batches
 
-READ_LATER = (
-    "eval.",
-    "checkpoint.",
-    "init.",
-    "log.trackers",
-)  # of keys that are read after the first step, or by other processes
+# prefixes of keys that may be read only after the first step, or by other processes
+READ_LATER = ("eval.", "checkpoint.", "init.", "log.trackers")
 GC_STEPS = 100  # steps between two garbage collections, which all ranks run at the same step, so that no rank waits
 
 

@@ -139,6 +139,20 @@ def test_refusals_fail_no_evaluation_while_a_job_runs(scene: Scene):
     assert scene.record(second)["id"] == "7"
 
 
+def test_what_sbatch_says_again_and_again_is_logged_once(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    """And again when it says something else; the same for the failure before."""
+    monkeypatch.setattr(evaluation_jobs, "MAX_REFUSALS", 8)
+    record(scene.records / f"{NAME}.json", attempt=1, submitted=time.time() - 60, id="7")
+    record(scene.records / f"{NAME}.end.json", attempt=1, code=1, reason="no memory")
+    (scene.folder / "refusal").write_text("first")
+    when(lambda: scene.submitted >= 4, lambda: (scene.folder / "refusal").write_text("second"))
+    assert evaluation_jobs.watch(scene.job) == EXIT_UNSCORED
+    log = (scene.run / "log.txt").read_text()
+    assert log.count("is tried again: no memory") == 1
+    waits = [line for line in log.splitlines() if "evaluations wait: sbatch refuses the job: " in line]
+    assert len(waits) == 2 and "first" in waits[0] and "second" in waits[1]
+
+
 def test_a_job_that_sbatch_has_queued_although_it_timed_out_is_found(scene: Scene):
     (scene.folder / "refusal").write_text("Socket timed out on send/recv operation")
     scene.queue(NAME, attempt=1)

@@ -370,7 +370,38 @@ def test_evaluations_whose_jobs_sbatch_refuses_are_recorded_as_failed(
     assert evaluation_jobs.watch(job) == EXIT_UNSCORED and jobs_in_queue(cluster) == []
     assert evaluation_jobs.failed(run) == [f"pretrained-{STEPS}-val"]
     log = (run / "log.txt").read_text()
-    assert log.count("on val waits: sbatch refuses the job: ") == 1 and "on val failed: sbatch refuses the job: " in log
+    assert (
+        log.count("evaluations wait: sbatch refuses the job: ") == 1
+        and "on val failed: sbatch refuses the job: " in log
+    )
+
+
+@pytest.mark.matrix
+def test_a_run_is_stopped_at_once_with_its_evaluation_jobs(
+    cluster: SlurmCluster,
+    method: Path,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    """Two evaluations run, and take long."""
+    write_profile(tmp_path, monkeypatch, setup=['case "$SLURM_JOB_NAME" in *-val-*) sleep 600;; esac'])
+    scored = recipe(
+        method, shards, tmp_path / "run", *SCORED, f"eval.gallery={shards}", f"eval.val={shards}", "export=5"
+    )
+    job = Job(cluster, scored, evaluation="small", nodes=2, environment=["STEP_SECONDS=1"])
+    job.trains(7)
+
+    def shown() -> str:
+        call("status", job.run)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    both = r"evaluation jobs: 0 done; running: step 0 on val \(job \d+\), step 5 on val \(job \d+\)$"
+    cluster.wait(lambda: re.search(both, shown()), "both evaluations run")
+    call("stop", job.run, "--now")
+    assert re.search(r"is cancelled, and its evaluations: jobs \d+, \d+, \d+$", capsys.readouterr().out.strip())
+    cluster.wait(lambda: jobs_in_queue(cluster) == [], "all jobs have ended")
 
 
 @pytest.mark.matrix

@@ -3,6 +3,8 @@ a queue."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,18 +15,30 @@ import pytest
 from common import config
 from common.errors import UserError
 from launch import run_jobs, status
+from launch.rank_records import record
 from launch.run_tail import last_step
 from pretrain.checkpoint.open_store import complete_checkpoints
 from pretrain.signals import EXIT_STOPPED
 from pretrain.train import train
 from tests.conftest import call, tiny_recipe
 from tests.faults.test_kill import wait_for
+from tests.services import BUCKET, FaultProxy
 
 
 @pytest.fixture(scope="module")
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     return train(tiny_recipe("mae", shards, folder / "finished", "eval.pixels=false"))
+
+
+def commands_of_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    """Put scripts that stand for Slurm's commands into PATH; scancel writes what it was asked to FOLDER/asked."""
+    texts = {"scontrol": "echo ClusterName = here", "scancel": f"echo $* >> {folder}/asked", **texts}
+    (folder / "bin").mkdir()
+    for name, text in texts.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/bin:/usr/bin:/bin")
 
 
 def test_the_table_of_a_folder_of_runs(finished: Path, capsys: pytest.CaptureFixture):
@@ -79,13 +93,8 @@ def test_a_suspended_job_is_not_cancelled_without_a_checkpoint(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Slurm may refuse to signal it."""
-    texts = {"scontrol": "echo ClusterName = here", "squeue": "echo '7|SUSPENDED|None|n1|N/A'"}
-    texts["scancel"] = f"echo $* >> {tmp_path}/asked\n[ ! -e {tmp_path}/refuses ]"
-    (tmp_path / "bin").mkdir()
-    for name, text in texts.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    scancel = f"echo $* >> {tmp_path}/asked\n[ ! -e {tmp_path}/refuses ]"
+    commands_of_slurm(tmp_path, monkeypatch, squeue="echo '7|SUSPENDED|None|n1|N/A'", scancel=scancel)
     run_jobs.write_job(finished, tmp_path, 0, "7", "here")
     assert status.stop(finished, now=False).endswith("job 7 ends after a checkpoint at the next step")
     (tmp_path / "refuses").touch()
@@ -94,6 +103,53 @@ def test_a_suspended_job_is_not_cancelled_without_a_checkpoint(
     assert not (tmp_path / "0" / "stop").exists()
     assert (tmp_path / "asked").read_text() == "--batch --signal=USR2 7\n" * 2
     (finished / "job.json").unlink()
+
+
+def test_evaluation_jobs_are_shown_and_cancelled(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By step and state; tests/launch/test_slurm.py cancels real ones."""
+    run, folder = tmp_path / "run", tmp_path / "jobs" / "run-1"
+    shutil.copytree(finished, run)
+    (run / "evaluations").mkdir()
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps({"runs": [str(run)]}))
+    record(folder / "watch.json", id="90")
+    row = '{"model": "pretrained", "step": 2, "protocol": "knn", "split": "val", "metric": "accuracy", "value": 0.25}\n'
+    (run / "results.jsonl").write_text(row)
+    told = {"pretrained-2-val": {"id": "1"}, "pretrained-4-val": {"id": "2"}, "small-6-val": {"id": "3"}}
+    told |= {"pretrained-8-val": {}, "pretrained-8-test": {"id": "5", "failed": "3 attempts failed"}}
+    told |= {"pretrained-10-val": {"id": "6"}, "untrained-0-val": {"id": "7"}}
+    for name, values in told.items():
+        record(run / "evaluations" / f"{name}.json", attempt=1, submitted=0.0, **values)
+    record(run / "evaluations" / "pretrained-10-val.end.json", attempt=1, code=1, reason="no memory")
+    record(run / "evaluations" / "untrained-0-val.end.json", attempt=1, code=0, reason="")
+    queue = "\n".join(f"{n}|{state}|None|n1|N/A" for n, state in ((2, "RUNNING"), (3, "PENDING"), (90, "RUNNING")))
+    (tmp_path / "queue").write_text(queue + "\n")
+    commands_of_slurm(tmp_path, monkeypatch, squeue=f"cat {tmp_path}/queue")
+    run_jobs.write_job(run, folder, 0, "80", "here")
+    *_, line = status.table([run])
+    assert line == (
+        f"{run}: evaluation jobs: 2 done, the last one of step 2; failed: step 8 on test (3 attempts failed); running:"
+        " step 4 on val (job 2); queued: small step 6 on val (job 3); waits for sbatch: step 8 on val; will be tried"
+        " again: step 10 on val (job 6)"
+    )
+    with pytest.raises(UserError, match="no process trains it at present"):
+        status.stop(run, now=False)
+    assert status.stop(run, now=True) == f"{run}: its training has ended, and its evaluations: jobs 90, 2, 3"
+    assert (tmp_path / "asked").read_text().split("\n") == ["90", "2 3", ""]
+    assert not (run / "evaluations" / "pretrained-4-val.json").exists()
+    run_jobs.write_job(run, folder, 0, "80", "elsewhere")
+    assert "submitted: step 10 on val (job 6)" in status.table([run])[-1]
+
+
+def test_the_status_of_a_url(shards: Path, tmp_path: Path, proxy: FaultProxy, capsys: pytest.CaptureFixture):
+    """A store holds the checkpoints of a run, and no other file of it."""
+    run, url = tmp_path / "run", f"s3://{BUCKET}/status"
+    train(tiny_recipe("mae", shards, run, "eval.pixels=false", f"checkpoint.folder={url}", "steps=3"))
+    assert call("status", url) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row == [url, "checkpoints", "of", str(run), "3/3", "-", "-", "-", "3", "-", "-"]
+    with pytest.raises(UserError, match="holds no checkpoint; a store has only the checkpoints of a run"):
+        call("status", f"s3://{BUCKET}/elsewhere")
 
 
 @pytest.mark.slow
