@@ -23,7 +23,7 @@ def clipped_together(module: nn.Module, cfg: Optim) -> dict[Tensor, str]:
     """{trained parameter: name of the gradient that is clipped with one norm}. With `optim.clip_scope: global` the name
     is "" for all of them. With `module` it is the dotted name of the outermost module that holds the parameter, where
     the objective itself, a ModuleDict and a ModuleList are not counted: a backbone, or a head."""
-    names = {}
+    names: dict[Tensor, str] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             names[parameter] = "" if cfg.clip_scope == "global" else _outermost_module(module, name)
