@@ -1,4 +1,4 @@
-"""Features of labelled images from a frozen encoder. They are computed once for each set.
+"""Features of images from a frozen encoder.
 
 Protocols get an `Encoder` for an exported folder, or for raw pixels as a baseline. Shapes: N images, D features.
 """
@@ -6,7 +6,7 @@ Protocols get an `Encoder` for an exported folder, or for raw pixels as a baseli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from multiprocessing.pool import ThreadPool
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import Absent, Damaged, DataError, UserError
+from common.errors import DataError, UserError
 from data_pipeline.formats.decode_budget import Budget
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS
 from data_pipeline.parts.image import Image
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
-from eval.texts import Labelled, TextEncoder, bytes_of, name_of
+from eval import feature_cache
+from eval.feature_cache import Labelled
+from eval.texts import TextEncoder, bytes_of, name_of
 from pretrain.models.layers import Features
 from pretrain.parallel.device import pick_device
 
@@ -29,10 +31,13 @@ class Encoder:
     """A frozen backbone with its normalisation of pixels (`mean`, `std`) and its pooling.
 
     `backbone` is a `Backbone`, or any function from normalised images [B, C, S, S] to `Features`. `name`: the model's
-    name in result rows.
+    name in result rows; it also identifies a function in the cache of features, so that functions need different names.
+    `cache`: the folder of that cache; None: the user's (see `feature_cache.py`).
     """
 
     unit = "images"  # the word for samples in messages and results
+    batch = 64
+    members = IMAGE_MEMBERS
 
     def __init__(
         self,
@@ -49,6 +54,8 @@ class Encoder:
         self.part = Image(len(self.mean), mean=self.mean, std=self.std)
         self.channels = len(self.mean)
         self.device = pick_device(device, key="eval.device")
+        self.cache: Path | None = None
+        self._budget = Budget()
         if isinstance(backbone, torch.nn.Module):
             backbone.to(self.device).eval()
         self._labelled: dict[tuple[str, ...], Labelled] = {}
@@ -58,48 +65,38 @@ class Encoder:
         """Features of uint8 images [B, C, H, W], on the device."""
         return self.backbone(self.part.place(torch.from_numpy(images), self.device))
 
-    def pooled(self, images: np.ndarray) -> Tensor:
-        """One vector per image [B, D]: the class token, or the mean of the patches."""
-        features = self(images)
+    def pooled(self, images: np.ndarray | list[np.ndarray]) -> Tensor:
+        """One vector per image [B, D]: the class token, or the mean of the patches. fp32, on the CPU."""
+        features = self(np.stack(images) if isinstance(images, list) else images)
         return (features.cls if self.pool == "cls" else features.tokens.mean(1)).float().cpu()
 
-    def labelled(self, specs: Sequence[str], batch: int = 64) -> Labelled:
-        """Features and labels of all images in the shards, in order. Damaged images and samples without an image are
-        left out."""
+    def labelled(self, specs: Sequence[str]) -> Labelled:
+        """Features and classes of all labelled images in the shards, in order. Damaged images and samples without an
+        image are left out."""
         key = tuple(specs)
         if key not in self._labelled:
-            images, labels, left_out, absent = load_images(specs, self.image_size, self.channels)
-            features = torch.cat([self.pooled(images[i : i + batch]) for i in range(0, len(images), batch)])  # [N, D]
-            hashes = Samples(specs).hashes(IMAGE_MEMBERS)
-            self._labelled[key] = Labelled(features, labels, left_out, absent, hashes)
+            self._labelled[key] = feature_cache.labelled(self, specs, self.cache)
         return self._labelled[key]
 
+    # What `feature_cache.Source` asks for.
+    def check(self, specs: Sequence[str]) -> Samples:
+        return Samples(specs)
 
-def load_images(specs: Sequence[str], size: int, channels: int = 3) -> tuple[np.ndarray, list[str], int, int]:
-    """(center crops uint8 [N, channels, size, size], labels, number of damaged images, number of samples without an
-    image)."""
-    if not specs:
-        raise DataError(
-            "no labelled shards are named; write eval.gallery=… and eval.test=… (or gallery=… query=… for `unlabeled"
-            " eval`)"
-        )
-    samples, budget = Samples(specs), Budget()
+    @cached_property
+    def model_hash(self) -> str:
+        return feature_cache.model_hash(self.backbone) if isinstance(self.backbone, torch.nn.Module) else self.name
 
-    def read(number: int) -> tuple[np.ndarray, str] | Damaged:
-        try:
-            with budget.lease() as take:
-                return center(samples.image(number, channels, take), size), samples.label(number)
-        except Damaged as reason:
-            return reason
+    def fingerprint(self, samples: Samples) -> str:
+        decoding = [(each.manifest.pixels, each.manifest.classes) for each in samples.manifests]
+        return f"{self.model_hash} {self.pool} {self.image_size} {self.mean} {self.std} {samples.max_pixels} {decoding}"
 
-    with ThreadPool() as pool:
-        pairs = pool.map(read, range(len(samples)))
-    readable = [pair for pair in pairs if not isinstance(pair, Damaged)]
-    absent = sum(isinstance(pair, Absent) for pair in pairs)  # a kind of Damaged
-    damaged = len(pairs) - len(readable) - absent
-    if not readable:
-        raise DataError(f"{samples.names}: none of the {len(samples)} images can be read")
-    return np.stack([image for image, _ in readable]), [label for _, label in readable], damaged, absent
+    def read(self, samples: Samples, number: int) -> np.ndarray:
+        """The center crop of an image, uint8 [C, S, S]."""
+        with self._budget.lease() as take:
+            return center(samples.image(number, self.channels, take), self.image_size)
+
+    def label(self, samples: Samples, number: int) -> str:
+        return samples.label(number)
 
 
 def _pixels(images: Tensor) -> Features:

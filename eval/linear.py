@@ -16,11 +16,13 @@ from torch import Tensor
 
 from common.config import Section, option
 from common.errors import UserError
+from eval.feature_cache import FeatureRows, Standardized, chunks, statistics
 from eval.features import Encoder
 from eval.knn import accuracies
 from eval.texts import TextEncoder
 
-VERSION = 1
+VERSION = 2
+CHUNK = 1024  # rows whose logits are computed at once
 
 
 @dataclass
@@ -38,41 +40,60 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     if not cfg.rates:
         raise UserError("linear.rates = []: write one learning rate or more")
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
-    names = sorted(set(gallery_set.labels))
-    classes = torch.tensor([names.index(label) for label in gallery_set.labels])  # [N]
-    predicted, rate = classify(gallery_set.features, classes, query_set.features, len(names), cfg)
-    return accuracies(predicted, query_set.labels, names) | {"rate": rate}
+    predicted, rate = classify(
+        gallery_set.features, gallery_set.classes, query_set.features, len(gallery_set.names), cfg, encoder.device
+    )
+    return accuracies(predicted, query_set.classes, query_set.names, gallery_set.names) | {"rate": rate}
 
 
-def classify(gallery: Tensor, classes: Tensor, query: Tensor, count: int, cfg: Config) -> tuple[Tensor, float]:
-    """(class numbers [Q], the chosen learning rate) for query features [Q, D], from gallery features [N, D] with class
-    numbers [N] below `count`."""
+def classify(
+    gallery: FeatureRows | Tensor,
+    classes: Tensor,
+    query: FeatureRows | Tensor,
+    count: int,
+    cfg: Config,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, float]:
+    """(class numbers [Q] on the CPU, the chosen learning rate) for query features [Q, D], from gallery features [N, D]
+    with class numbers [N] below `count`."""
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(gallery), generator=generator)
     held_out = max(1, int(cfg.hold_out * len(gallery)))  # number of features
-    mean, std = gallery.mean(0), gallery.std(0) + 1e-6
-    gallery, query = (gallery - mean) / std, (query - mean) / std
-    weight, bias = train(gallery[order[held_out:]], classes[order[held_out:]], count, cfg, generator)
-    logits = (gallery[order[:held_out]] @ weight + bias).unflatten(1, (len(cfg.rates), count))  # [h, R, C]
-    scores = (logits.argmax(-1) == classes[order[:held_out]].unsqueeze(1)).float().mean(0)  # [R]
-    best = int(scores.argmax())
-    chosen = slice(best * count, (best + 1) * count)
-    return (query @ weight[:, chosen] + bias[chosen]).argmax(1), cfg.rates[best]
+    mean, std = statistics(gallery, device)
+    trained, chosen_on = order[held_out:], order[:held_out]
+    weight, bias = train(Standardized(gallery, mean, std, trained), classes[trained], count, cfg, generator, device)
+    correct = torch.zeros(len(cfg.rates), dtype=torch.long)
+    for first, x in chunks(Standardized(gallery, mean, std, chosen_on), CHUNK, device):
+        logits = (x @ weight + bias).unflatten(1, (len(cfg.rates), count))  # [chunk, R, C]
+        truth = classes[chosen_on[first : first + CHUNK]].to(device)
+        correct += (logits.argmax(-1) == truth.unsqueeze(1)).sum(0).cpu()
+    best = int(correct.argmax())
+    head = slice(best * count, (best + 1) * count)
+    logits_of = (x @ weight[:, head] + bias[head] for _, x in chunks(Standardized(query, mean, std), CHUNK, device))
+    return torch.cat([logits.argmax(1).cpu() for logits in logits_of]), cfg.rates[best]
 
 
-def train(x: Tensor, y: Tensor, count: int, cfg: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def train(
+    x: Standardized | Tensor,
+    y: Tensor,
+    count: int,
+    cfg: Config,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
     """Train R independent heads, one for each learning rate, on the same batches. Returns weight [D, R·C] and bias
     [R·C].
 
     `x`: features [N, D]; `y`: class numbers [N], below C = `count`.
     """
-    rates = torch.tensor(cfg.rates).repeat_interleave(count) * cfg.batch / 256  # [R·C]
-    weight = torch.randn(x.shape[1], count, generator=generator).mul(0.01).repeat(1, len(cfg.rates))
-    bias = torch.zeros(len(rates))
+    rates = (torch.tensor(cfg.rates).repeat_interleave(count) * cfg.batch / 256).to(device)  # [R·C]
+    weight = torch.randn(x.shape[1], count, generator=generator).mul(0.01).to(device).repeat(1, len(cfg.rates))
+    bias = torch.zeros(len(rates), device=device)
     momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for step in range(cfg.steps):
         chosen = torch.randint(len(x), (cfg.batch,), generator=generator)  # [B]
-        inputs, target = x[chosen], F.one_hot(y[chosen], count).float().unsqueeze(1)  # [B, D], [B, 1, C]
+        inputs = x[chosen].to(device)  # [B, D]
+        target = F.one_hot(y[chosen].to(device), count).float().unsqueeze(1)  # [B, 1, C]
         logits = (inputs @ weight + bias).unflatten(1, (len(cfg.rates), count))  # [B, R, C]
         error = ((logits.softmax(-1) - target) / cfg.batch).flatten(1)  # the gradient of the cross-entropy, [B, R·C]
         # A learning rate that is too high saturates the softmax. Without this, denormal numbers make the products 7

@@ -33,11 +33,13 @@ def evaluate(
     image_size: int | None = None,
     options: dict[str, dict[str, Any]] | None = None,
     device: str = "auto",
+    cache: str | Path | None = None,
 ) -> list[Row]:
     """A row for every metric of every protocol.
 
     `model`: an exported folder, "pixels" or "bytes". `options`: of protocols, as in {"knn": {"k": 20}}. `device`:
-    where features are computed; auto: the best one. The `note` of a row names problems of the data that make its score
+    where features and scores are computed; auto: the best one. `cache`: the folder in which features are kept; None:
+    the user's cache folder. The `note` of a row names problems of the data that make its score
     less meaningful. Raises DataError for data for which a score would be meaningless, and UserError for a protocol that
     does not fit the model.
     """
@@ -46,6 +48,7 @@ def evaluate(
     from eval.features import open_encoder  # imports torch
 
     encoder, facts = open_encoder(str(model), image_size, device)
+    encoder.cache = Path(cache) if cache else None
     rows: list[Row] = []
     for name in protocols:
         protocol = importlib.import_module(f"eval.{name}")
@@ -79,9 +82,10 @@ def _counts(encoder: Any, gallery: Sequence[str], query: Sequence[str], scores: 
         return {"gallery_count": 0, "count": int(scores.pop("bytes")), "left_out": 0, "passed_over": 0, "unit": "bytes"}
     gallery_set, query_set = encoder.labelled(list(gallery)), encoder.labelled(list(query))
     return {
-        "gallery_count": len(gallery_set.labels),
-        "count": len(query_set.labels),
+        "gallery_count": len(gallery_set),
+        "count": len(query_set),
         "left_out": gallery_set.left_out + query_set.left_out,
         "passed_over": gallery_set.passed_over + query_set.passed_over,
+        "unlabelled": gallery_set.unlabelled + query_set.unlabelled,
         "unit": encoder.unit,
     }

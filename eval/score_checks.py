@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from common.errors import DataError
-from eval.texts import Labelled
+from eval.feature_cache import PIECE, chunks
 
 MIN_QUERIES = 10  # with fewer, a single answer changes the accuracy by more than ten percentage points
 
@@ -21,10 +22,10 @@ def judge(encoder: Any, gallery: list[str], query: list[str], unit: str) -> str:
     """
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
     gallery_name, query_name = ", ".join(gallery), ", ".join(query)
-    classes, query_classes = sorted(set(gallery_set.labels)), sorted(set(query_set.labels))
+    classes, query_classes = gallery_set.names, query_set.names
     if len(classes) < 2:
         raise DataError(
-            f"{gallery_name}: its {len(gallery_set.labels)} {unit} are all of one class ({classes[0]}), so every answer"
+            f"{gallery_name}: its {len(gallery_set)} {unit} are all of one class ({classes[0]}), so every answer"
             " would be the same; name a gallery with two classes or more"
         )
     if not set(classes) & set(query_classes):
@@ -33,30 +34,27 @@ def judge(encoder: Any, gallery: list[str], query: list[str], unit: str) -> str:
             f" {_some(classes)}, so every answer would be wrong; name sets with the same classes"
         )
     for labelled in (gallery_set, query_set):
-        _check_finite(encoder, labelled, unit)
-    notes, count = [], len(query_set.labels)
+        if labelled.not_finite:
+            raise DataError(
+                f"{encoder.name}: its features of {labelled.not_finite} of {len(labelled)} {unit} are not finite; its"
+                " weights may not be finite, either"
+            )
+    notes, count = [], len(query_set)
     if shared := int(np.isin(query_set.hashes[query_set.hashes > 0], gallery_set.hashes).sum()):
         notes.append(f"{shared} of {np.count_nonzero(query_set.hashes)} query {unit} are in the gallery, too")
-    if unknown := sum(label not in set(classes) for label in query_set.labels):
+    lacking = set(query_classes) - set(classes)
+    is_unknown = torch.tensor([name in lacking for name in query_classes])  # [classes of the queries]
+    if unknown := int(is_unknown[query_set.classes].sum()):
         notes.append(f"{unknown} of {count} query {unit} are of classes that the gallery lacks, and count as wrong")
     if len(query_classes) == 1:
         notes.append(f"the query {unit} are all of one class ({query_classes[0]})")
     if count < MIN_QUERIES:
         noun = unit if count > 1 else unit[:-1]
         notes.append(f"only {count} query {noun}, so one answer is {100 / count:.0f} points")
-    if bool((gallery_set.features == gallery_set.features[0]).all()):
+    features = gallery_set.features
+    if all(bool((part == features[:1]).all()) for _, part in chunks(features, PIECE)):  # ends at the first difference
         notes.append(f"the features of all gallery {unit} are the same")
     return "; ".join(notes)
-
-
-def _check_finite(encoder: Any, labelled: Labelled, unit: str) -> None:
-    """Raises DataError if some features are NaN or infinite."""
-    not_finite = int((~labelled.features.isfinite().all(1)).sum())
-    if not_finite:
-        raise DataError(
-            f"{encoder.name}: its features of {not_finite} of {len(labelled.labels)} {unit} are not finite; its"
-            " weights may not be finite, either"
-        )
 
 
 def _some(names: list[str]) -> str:

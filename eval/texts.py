@@ -1,10 +1,10 @@
-"""Features of labelled texts from a frozen text model, an exported folder with its tokenizer. Shapes: N texts, D
+"""Features of texts from a frozen text model, an exported folder with its tokenizer. Shapes: N texts, D
 features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import Damaged, DataError
+from common.errors import Absent, Damaged, DataError
 from common.untrusted import loads
 from data_pipeline.build.sources.tables import LABEL_FIELDS
 from data_pipeline.shards.rows import Rows
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.vocabulary import Vocabulary
+from eval import feature_cache
+from eval.feature_cache import Labelled, Unlabelled
 from pretrain.models.text_layers import TextBackbone
 from pretrain.parallel.device import pick_device
-
-
-@dataclass
-class Labelled:
-    """Features [N, D] (fp32, on CPU) and label names of a set."""
-
-    features: Tensor
-    labels: list[str]
-    left_out: int  # number of damaged samples
-    passed_over: int  # number of samples without an image or a text
-    hashes: np.ndarray  # uint64, of the image or text of every sample of the set; 0 for samples without one
 
 
 class TextEncoder:
     """A frozen text model, with the tokenizer in `folder`. `name`: the model's name in result rows. `pool`: which
     feature represents a text, the class token ("cls") or the mean of its tokens ("mean").
 
-    `backbone` may also be a function from a text to features [D]; `folder` is None then.
+    `backbone` may also be a function from a text to features [D]; `folder` is None then, and `name` identifies the
+    function in the cache of features. `cache`: the folder of that cache; None: the user's (see `feature_cache.py`).
     """
 
     unit = "texts"  # the word for samples in messages and results
+    batch = 256  # texts are sorted by length inside it
+    members = ("txt",)
 
     def __init__(
         self,
@@ -53,27 +47,54 @@ class TextEncoder:
         self.backbone: Any = backbone
         self.name, self.folder, self.pool = name, folder, pool
         self.device = pick_device(device, key="eval.device")
+        self.cache: Path | None = None
         self._labelled: dict[tuple[str, ...], Labelled] = {}
         if folder is not None:
             self.backbone.to(self.device).eval()
             self.vocabulary = Vocabulary.read(str(folder))
 
-    def labelled(self, specs: Sequence[str], batch: int = 32) -> Labelled:
-        """Features and labels of all texts in the shards, in order. Damaged texts and samples without a text are left
-        out."""
+    def labelled(self, specs: Sequence[str]) -> Labelled:
+        """Features and classes of all labelled texts in the shards, in order. Damaged texts and samples without a text
+        or a class are left out."""
         key = tuple(specs)
         if key not in self._labelled:
-            texts, labels, left_out, absent = load_texts(specs)
-            if self.folder is not None:
-                features = self.pooled(texts, batch)
-            else:
-                features = torch.stack([self.backbone(text) for text in texts])
-            self._labelled[key] = Labelled(features, labels, left_out, absent, Samples(specs).hashes(("txt",)))
+            self._labelled[key] = feature_cache.labelled(self, specs, self.cache)
         return self._labelled[key]
 
+    # What `feature_cache.Source` asks for.
+    def check(self, specs: Sequence[str]) -> Samples:
+        samples = Samples(specs)
+        if "txt" not in samples.extensions:
+            present = ", ".join(f".{e}" for e in samples.extensions)
+            raise DataError(
+                f"{samples.names}: holds {present} and no .txt; make text shards with `unlabeled shards build`"
+            )
+        return samples
+
+    @cached_property
+    def model_hash(self) -> str:
+        if self.folder is None:
+            return self.name
+        return f"{feature_cache.model_hash(self.backbone)} {self.vocabulary.hash}"
+
+    def fingerprint(self, samples: Samples) -> str:
+        return f"{self.model_hash} {self.pool} {[each.manifest.classes for each in samples.manifests]}"
+
+    def read(self, samples: Samples, number: int) -> str:
+        return text_of(samples, number)
+
+    def label(self, samples: Samples, number: int) -> str:
+        return label_of(samples, number)
+
+    def pooled(self, texts: Sequence[str]) -> Tensor:
+        """One vector for each text [N, D], fp32, on the CPU."""
+        if self.folder is None:
+            return torch.stack([self.backbone(text) for text in texts])
+        return self._encoded(texts)
+
     @torch.inference_mode()
-    def pooled(self, texts: Sequence[str], batch: int = 32) -> Tensor:
-        """One vector for each text [N, D]. As in training, a text gets BOS and EOS, and is truncated to the model's
+    def _encoded(self, texts: Sequence[str], batch: int = 32) -> Tensor:
+        """The features of texts [N, D]. As in training, a text gets BOS and EOS, and is truncated to the model's
         context."""
         vocabulary, context = self.vocabulary, self.backbone.context
         tokenizer = vocabulary.tokenizer()
@@ -117,55 +138,34 @@ def name_of(facts: dict[str, Any]) -> str:
     return facts.get("student") or ("untrained" if facts.get("step") == 0 else "pretrained")
 
 
-def load_texts(specs: Sequence[str]) -> tuple[list[str], list[str], int, int]:
-    """(texts, labels, number of damaged texts, number of samples without a text) of labelled text shards.
-
-    The label is the first of the fields "label", "class", … of the .json member, or else the .cls member.
-    """
-    if not specs:
-        raise DataError(
-            "no labelled text shards are named; write eval.gallery=… and eval.test=… (or gallery=… query=… for"
-            " `unlabeled eval`)"
-        )
-    samples = Samples(specs)
-    if "txt" not in samples.extensions:
-        present = ", ".join(f".{e}" for e in samples.extensions)
-        raise DataError(f"{samples.names}: holds {present} and no .txt; make text shards with `unlabeled shards build`")
-    texts, labels, absent = [], [], 0
-    for number in range(len(samples)):
-        try:
-            members = samples.read(number, ("txt", "json"))
-            if "txt" not in members:
-                absent += 1
-                continue
-            text, row = members["txt"].decode(), loads(members.get("json", b"{}"))
-        except (Damaged, ValueError):  # ValueError: invalid UTF-8 or JSON
-            continue
-        if not isinstance(row, dict):
-            continue
-        texts.append(text)
-        labels.append(_label(samples, number, row))
-    if not texts:
-        raise DataError(f"{samples.names}: none of the {len(samples)} texts can be read")
-    return texts, labels, len(samples) - len(texts) - absent, absent
+def text_of(samples: Samples, number: int) -> str:
+    """The text of a sample. Raises Absent if it has none, and Damaged if it cannot be read."""
+    data = samples.read(number, ("txt",)).get("txt")
+    if data is None:
+        raise Absent("holds no .txt member")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise Damaged("its .txt member is not valid UTF-8") from None
 
 
 def label_of(samples: Samples, number: int) -> str:
-    """The label of a text: a field of the .json member, or else the .cls member.
+    """The label of a text: the first of the fields "label", "class", … of the .json member, or else the .cls member.
 
-    Raises DataError if it has no label, and Damaged if the label cannot be read.
+    Raises DataError if it has no label, Unlabelled if the label is null, and Damaged if it cannot be read.
     """
     try:
         row = loads(samples.read(number, ("json",)).get("json", b"{}"))
     except ValueError:
         raise Damaged("its .json member is not valid JSON") from None
-    return _label(samples, number, row if isinstance(row, dict) else {})
-
-
-def _label(samples: Samples, number: int, row: dict[str, Any]) -> str:
-    """The label of a text. `row`: the content of its .json member."""
+    if not isinstance(row, dict):
+        raise Damaged("its .json member is not an object")
     field = next((name for name in LABEL_FIELDS if name in row), None)
-    return samples.label(number) if field is None else str(row[field])
+    if field is None:
+        return samples.label(number)
+    if row[field] is None:
+        raise Unlabelled(f"its {field} is null")
+    return str(row[field])
 
 
 def bytes_of(text: str) -> Tensor:

@@ -26,6 +26,7 @@ class Request:
     query: list[str] = field(default_factory=list)  # shards on which it is scored
     image_size: int | None = None
     device: str = "auto"
+    cache: str | None = None  # folder in which features are kept; None: the user's cache folder
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # {protocol: {option: value}}
 
 
@@ -33,7 +34,7 @@ def evaluate(model: str, words: Sequence[str], out: str) -> None:
     """Score a model, print the rows of results, and append them to a .jsonl file.
 
     `words`: names of protocols (default knn), and options KEY=VALUE: gallery, query and image_size describe the data,
-    `device` is the device that computes features, and PROTOCOL.OPTION is an option of a protocol. `out`: the file of
+    `device` is the device that computes, `cache` is the folder in which features are kept, and PROTOCOL.OPTION is an option of a protocol. `out`: the file of
     the results; "" stands for results.jsonl of the run that the model belongs to, or no file if it belongs to no run.
     """
     names = [word for word in words if "=" not in word]
@@ -43,13 +44,23 @@ def evaluate(model: str, words: Sequence[str], out: str) -> None:
     run = run_of(model)
     if run is not None:
         cfg = stored(run).eval
-        request = Request(cfg.test_gallery or cfg.gallery, cfg.test, cfg.image_size, cfg.device)
+        request = Request(cfg.test_gallery or cfg.gallery, cfg.test, cfg.image_size, cfg.device, cfg.cache)
     _apply(request, (word for word in words if "=" in word))
-    gallery, query = ([_shards_of(spec) for spec in specs] for specs in (request.gallery, request.query))
-    # Without any option but the device, the result counts as the score of the run on its test split.
-    changed = any("=" in word and not word.startswith("device=") for word in words)
+    gallery, query = ([shards_of(spec) for spec in specs] for specs in (request.gallery, request.query))
+    # Without any option but device and cache, the result counts as the score of the run on its test split.
+    changed = any("=" in word and not word.startswith(("device=", "cache=")) for word in words)
     split = "custom" if run is None or changed else "test"
-    rows = score(model, names or ["knn"], gallery, query, split, request.image_size, request.options, request.device)
+    rows = score(
+        model,
+        names or ["knn"],
+        gallery,
+        query,
+        split,
+        request.image_size,
+        request.options,
+        request.device,
+        request.cache,
+    )
     say(*results.lines(rows))
     if target := out or (run and run / "results.jsonl"):
         results.append(Path(target), rows)
@@ -66,8 +77,8 @@ def _apply(request: Request, overrides: Iterable[str]) -> None:
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"image_size = {value!r}: write pixels, 1 or more")
             request.image_size = value
-        elif key == "device":
-            request.device = str(value)
+        elif key in ("device", "cache"):
+            setattr(request, key, str(value))
         elif key in ("gallery", "query"):
             specs = value if isinstance(value, list) else [value]
             if not all(isinstance(spec, str) for spec in specs):
@@ -75,11 +86,11 @@ def _apply(request: Request, overrides: Iterable[str]) -> None:
             setattr(request, key, specs)
         else:
             raise UserError(
-                f"{key!r}: no such option; write gallery=, query=, image_size=, device= or {PROTOCOLS[0]}.OPTION="
+                f"{key!r}: no such option; write gallery=, query=, image_size=, device=, cache= or {PROTOCOLS[0]}.OPTION="
             )
 
 
-def _shards_of(spec: str) -> str:
+def shards_of(spec: str) -> str:
     """`spec` if it names shards; if it is a folder of images, the folder of the shards that are built from it."""
     from data_pipeline.build import folder_cache
 

@@ -289,8 +289,9 @@ class Eval(Section):
     # protocols for the first and the last export, on test
     final: list[str] = field(default_factory=lambda: ["knn", "linear"])
     image_size: int | None = None  # side of the images in pixels; null: that of the model
-    # where features are computed: cpu, cuda, cuda:1, …; auto: cpu if the run trains on an accelerator, otherwise the
+    # where features and scores are computed: cpu, cuda, cuda:1, …; auto: cpu if the run trains on an accelerator, otherwise the
     # best device
     device: str = "auto"
+    cache: str | None = None  # folder in which extracted features are kept; null: ~/.cache/unlabeled/features
     pixels: bool = True  # score raw pixels (of text: bytes) as well, as a baseline
     prompts: list[str] = field(default_factory=list)  # texts that a language model continues at each export

@@ -21,6 +21,7 @@ from eval import knn, linear, results, score_checks
 from eval.features import Encoder, open_encoder
 from eval.run import evaluate
 from pretrain.metrics import Writer
+from pretrain.models.layers import Features
 from pretrain.run_folder.jsonl_rows import read_rows
 from tests.conftest import call, unlabeled
 from tests.tars import jpeg, write_tar
@@ -52,11 +53,17 @@ def test_knn_edge_cases():
     assert torch.equal(knn.classify(x[:5], y[:5], q, 200, 0.07), truth)  # k larger than the gallery
     shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
     assert (knn.classify(x, shuffled, q, 10, 0.07) == truth).float().mean() < 0.4
-    assert torch.equal(knn.classify(x, y, q, 10, 0.07, chunk=7), knn.classify(x, y, q, 10, 0.07, chunk=1000))
+    x, _ = clusters(spread=3.0)
+    q, _ = clusters(1, spread=3.0)
+    at_once = knn.nearest(x, q, 10)
+    for chunk, gallery_chunk in ((7, 1000), (1000, 8), (7, 16), (7, 3)):  # chunks of the gallery with fewer rows than k
+        in_parts = knn.nearest(x, q, 10, chunk, gallery_chunk)
+        torch.testing.assert_close(in_parts[0], at_once[0])
+        assert torch.equal(in_parts[1], at_once[1])
 
 
 def test_accuracies():
-    scores = knn.accuracies(torch.tensor([0, 0, 1, 1]), ["a", "a", "a", "c"], ["a", "b"])
+    scores = knn.accuracies(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 2]), ["a", "b", "c"], ["a", "b"])
     assert scores == {"accuracy": 0.5, "balanced_accuracy": pytest.approx((2 / 3 + 0) / 2)}
 
 
@@ -204,12 +211,20 @@ def test_meaningless_scores_are_refused(gallery: str, query: str, says: str, tmp
 
 def test_equal_and_infinite_features(tmp_path: Path):
     sets = [labelled_tar(tmp_path / "gallery", "aabb")], [labelled_tar(tmp_path / "query", "abababababab", 20)]
-    encoder, _ = open_encoder("pixels")
-    encoder.pooled = lambda images: torch.ones(len(images), 3)
-    assert score_checks.judge(encoder, *sets, "images") == "the features of all gallery images are the same"
-    encoder._labelled.clear()
-    encoder.pooled = lambda images: torch.full((len(images), 3), math.nan)
-    with pytest.raises(DataError, match="pixels: its features of 4 of 4 images are not finite"):
+
+    def constant(name: str, value: float) -> Encoder:
+        def features(images: torch.Tensor) -> Features:
+            vector = torch.full((len(images), 3), value)
+            return Features(vector, vector[:, None], vector[:, None, :0], (1, 1))
+
+        encoder = Encoder(features, name, 32, [0.5] * 3, [0.5] * 3)
+        encoder.cache = tmp_path / "cache"
+        return encoder
+
+    note = score_checks.judge(constant("ones", 1), *sets, "images")
+    assert note == "the features of all gallery images are the same"
+    encoder = constant("nans", math.nan)
+    with pytest.raises(DataError, match="nans: its features of 4 of 4 images are not finite"):
         score_checks.judge(encoder, *sets, "images")
 
 

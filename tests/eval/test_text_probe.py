@@ -12,9 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import DataError, UserError
 from data_pipeline.build.build_shards import build
+from data_pipeline.shards.samples import Samples
 from eval.features import open_encoder
 from eval.run import evaluate
-from eval.texts import bytes_of, load_texts
+from eval.texts import bytes_of, label_of, text_of
 from launch import watch
 from pretrain.parallel.device import scoring_device
 from pretrain.recipes.recipe import stored
@@ -81,10 +82,11 @@ def test_the_feature_of_a_text_is_the_mean_of_its_tokens(name: str, exports: dic
     """Each text alone, between BOS and EOS, truncated to 32 tokens, in the order of the shards."""
     encoder, _ = open_encoder(exports[name])
     found = encoder.labelled([str(labelled["test"])])
-    texts, labels, *missed = load_texts([str(labelled["test"])])
-    assert (
-        found.labels == labels and sorted(set(labels)) == ["code", "prose"] and missed == [0, 0] and len(texts) == 100
-    )
+    samples = Samples([str(labelled["test"])])
+    texts = [text_of(samples, n) for n in range(len(samples))]
+    labels = [label_of(samples, n) for n in range(len(samples))]
+    assert found.names == ["code", "prose"] and (found.left_out, found.passed_over, len(texts)) == (0, 0, 100)
+    assert [found.names[c] for c in found.classes] == labels
     tokenizer, vocabulary = encoder.vocabulary.tokenizer(), encoder.vocabulary
     texts.append("ship")
     mine = encoder.pooled([*texts[:5], "ship", ""])
@@ -151,4 +153,5 @@ def test_errors(exports: dict[str, str], labelled: dict[str, Path], shards: Path
         tmp_path / "bad" / "0.tar",
         [("a.txt", b"\xff\xfe"), ("a.cls", b"0"), ("b.txt", b"fine"), ("b.cls", b"1"), ("c.cls", b"0")],
     )
-    assert load_texts([str(tmp_path / "bad")]) == (["fine"], ["1"], 1, 1)
+    found = open_encoder("bytes")[0].labelled([str(tmp_path / "bad")])
+    assert (found.names, len(found), found.left_out, found.passed_over) == (["1"], 1, 1, 1)

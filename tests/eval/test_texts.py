@@ -17,7 +17,7 @@ from data_pipeline.shards.token_blocks import Blocks
 from eval import report, results
 from eval.features import open_encoder
 from eval.run import evaluate
-from eval.texts import load_texts
+from eval.texts import bytes_of
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.train import train
 from tests.conftest import tiny, tiny_recipe, tokens, unlabeled
@@ -178,7 +178,10 @@ def test_texts_whose_rows_cannot_be_read_are_left_out(tmp_path: Path):
     members = [(f"{n}.{kind}", data) for n, row in enumerate(rows) for kind, data in (("txt", b"sea"), ("json", row))]
     write_tar(tmp_path / "0.tar", members)
     index.write(tmp_path, quiet)
-    assert load_texts([str(tmp_path)]) == (["sea"], ["x"], 2, 0)
+    encoder, _ = open_encoder("bytes")
+    found = encoder.labelled([str(tmp_path)])
+    assert (found.names, found.classes.tolist(), found.left_out, found.passed_over) == (["x"], [0], 2, 0)
+    assert torch.equal(found.features[:], bytes_of("sea")[None])
 
 
 def test_a_text_run_is_scored_and_sampled_during_training(shards: Path, tmp_path: Path):

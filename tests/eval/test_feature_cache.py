@@ -1,0 +1,330 @@
+"""Features are extracted once, by any number of processes that may be killed, and are read in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import DataError
+from data_pipeline.build.build_shards import build
+from eval import feature_cache, knn, linear
+from eval.feature_cache import FeatureRows, Labelled
+from eval.features import Encoder, open_encoder
+from eval.run import evaluate
+from pretrain.interchange import export
+from pretrain.models import presets
+from pretrain.models.build import build_model
+from pretrain.models.layers import Features
+from tests.forked import Forked
+from tests.tars import jpeg, write_tar
+
+PIECE = 8  # samples, in these tests
+
+
+class Recorder:
+    """Mean and spread of an image's colours as its features. Appends the number of images of each call to a file."""
+
+    def __init__(self, log: Path, die_at: int = 0, seconds: float = 0.0):
+        self.log, self.die_at, self.seconds = log, die_at, seconds
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        with self.log.open("a") as file:
+            file.write(f"{len(images)}\n")
+        if len(self.log.read_text().split()) == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.seconds)
+        vector = torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)  # [B, 6]
+        return Features(vector, vector[:, None], vector[:, None, :0], (1, 1))
+
+
+def extract(
+    data: str, folder: Path, log: Path, die_at: int = 0, seconds: float = 0.0, wait_for: Path | None = None
+) -> Labelled:
+    """Extract features with small batches and pieces. `wait_for`: begin when this file exists, after writing
+    log.ready."""
+    feature_cache.PIECE = PIECE
+    while wait_for is not None and not wait_for.exists():
+        log.with_suffix(".ready").touch()
+        time.sleep(0.02)
+    encoder = Encoder(Recorder(log, die_at, seconds), "recorder", 16, [0.5] * 3, [0.5] * 3)
+    encoder.batch, encoder.cache = 4, folder
+    return encoder.labelled([data])
+
+
+def process(*args: Any) -> Forked:
+    """A process that extracts."""
+    return Forked(extract_only, *args)
+
+
+def extract_only(*args: Any) -> None:
+    extract(*args)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """36 samples in two shards: 33 images of three classes, two of which are damaged, and three samples without an
+    image."""
+    monkeypatch.setattr(feature_cache, "PIECE", PIECE)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for shard in range(2):
+        members = []
+        for n in range(18):
+            label = (f"{n:02d}.cls", b"abc"[n % 3 :][:1])
+            image = jpeg(18 * shard + n, 24)
+            missing = n == 5 or (shard and n == 9)
+            members += [label] if missing else [(f"{n:02d}.jpg", image[: 200 if n == 7 else None]), label]
+        write_tar(folder / f"{shard}.tar", members)
+    return str(folder)
+
+
+def test_each_feature_is_that_of_its_image_and_is_extracted_once(data: str, tmp_path: Path):
+    found = extract(data, tmp_path / "cache", tmp_path / "log")
+    assert (len(found), found.left_out, found.passed_over, found.unlabelled) == (31, 2, 3, 0)
+    assert sum(map(int, (tmp_path / "log").read_text().split())) == 31
+    encoder = Encoder(Recorder(tmp_path / "other"), "x", 16, [0.5] * 3, [0.5] * 3)
+    samples = encoder.check([data])
+    kept = [n for n in range(36) if n % 18 not in (5, 7) and n != 27]
+    expected = torch.cat([encoder.pooled([encoder.read(samples, n)]) for n in kept])
+    torch.testing.assert_close(found.features[:], expected)
+    assert [found.names[c] for c in found.classes] == ["abc"[n % 18 % 3] for n in kept]
+    chosen = torch.tensor([30, 0, 7, 7])
+    assert torch.equal(found.features[chosen], found.features[:][chosen])
+    assert torch.equal(found.features[6:9], found.features[:][6:9])
+
+    again = extract(data, tmp_path / "cache", tmp_path / "log")  # another encoder, as in another process
+    assert torch.equal(again.features[:], found.features[:]) and torch.equal(again.classes, found.classes)
+    assert (again.left_out, again.passed_over) == (2, 3)
+    assert sum(map(int, (tmp_path / "log").read_text().split())) == 31  # nothing was encoded again
+
+
+def test_a_killed_extraction_continues(data: str, tmp_path: Path):
+    assert process(data, tmp_path / "cache", tmp_path / "log", 6).wait(60) == -signal.SIGKILL
+    (target,) = (tmp_path / "cache").iterdir()
+    finished = sorted(path.name for path in target.glob("*.json"))
+    assert finished == ["0.json", "1.json"]
+    with (target / "features.npy").open("r+b") as file:  # a part of the next piece, half of which was written
+        file.seek(-20 * 24 + 12, os.SEEK_END)
+        file.write(b"\xff" * 12)
+    (target / ".2.json.77.partial").write_text('{"numbers": [')
+    found = extract(data, tmp_path / "cache", tmp_path / "log2")
+    whole = extract(data, tmp_path / "cache2", tmp_path / "log3")
+    assert torch.equal(found.features[:], whole.features[:]) and torch.equal(found.classes, whole.classes)
+    first = sum(len(json.loads((target / name).read_text())["numbers"]) for name in finished)
+    assert sum(map(int, (tmp_path / "log2").read_text().split())) == 31 - first
+
+
+def test_processes_share_the_pieces_of_a_set(data: str, tmp_path: Path):
+    logs = [tmp_path / f"log{n}" for n in range(2)]
+    open_encoder("pixels")[0].check([data])  # stores the index of the shards
+    started = [process(data, tmp_path / "cache", log, 0, 0.1, tmp_path / "go") for log in logs]
+    while not all(log.with_suffix(".ready").exists() for log in logs):
+        time.sleep(0.02)
+    (tmp_path / "go").touch()
+    assert [one.wait(60) for one in started] == [0, 0]
+    encoded = [sum(map(int, log.read_text().split())) for log in logs]
+    assert sum(encoded) == 31 and min(encoded) > 0, encoded
+    found = extract(data, tmp_path / "cache", tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+    assert torch.equal(found.features[:], extract(data, tmp_path / "alone", tmp_path / "log").features[:])
+
+
+def test_what_determines_the_features_is_in_the_key(data: str, tmp_path: Path, shards: Path):
+    cfg = presets.ViT(image_size=16, patch_size=8, dim=16, depth=1, heads=2)
+    cfg.name = "vit"
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        about = {"step": 1, "objective": "mae", "pool": "cls"}
+        export.write(tmp_path / f"model{seed}", build_model(cfg), about, [0.5] * 3, [0.25] * 3)
+        models.append(str(tmp_path / f"model{seed}"))
+    shutil.copytree(models[0], tmp_path / "copy")
+
+    def key(model: str, size: int = 16, data: str = data, **changes: str) -> str:
+        encoder, _ = open_encoder(model, size)
+        for name, value in changes.items():
+            setattr(encoder, name, value)
+        encoder.cache = tmp_path / "keys"
+        before = set(encoder.cache.iterdir()) if encoder.cache.is_dir() else set()
+        encoder.labelled([data])
+        return next((path.name for path in set(encoder.cache.iterdir()) - before), "known")
+
+    assert key(models[0]) != "known" and key(str(tmp_path / "copy")) == "known"
+    assert "known" not in (
+        key(models[1]),
+        key(models[0], 32),
+        key(models[0], pool="mean"),
+        key(models[0], 16, str(shards)),
+    )
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert key(models[0], data=str(moved)) == "known"
+
+
+def test_unused_sets_are_deleted_when_the_cache_is_full(tmp_path: Path):
+    sets = [tmp_path / f"{n:032x}" for n in range(4)]
+    for age, folder in enumerate(sets):
+        folder.mkdir()
+        (folder / "features.npy").write_bytes(b"x" * 40960)
+        (folder / ".lock").touch()
+        if age == 3:
+            (folder / "mine.txt").write_text("a file of the user")
+        os.utime(folder, (1000 - age, 1000 - age))
+    (tmp_path / "mine").mkdir()
+    holder = Forked(hold_lock, sets[3] / ".lock", tmp_path / "ready")
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    feature_cache.delete_oldest(tmp_path, 150_000, sets[0])
+    assert all((folder / "features.npy").exists() for folder in sets)
+    feature_cache.delete_oldest(tmp_path, 100_000, sets[0])
+    assert (sets[3] / "features.npy").exists() and not sets[2].exists()  # the oldest one is being extracted
+    holder.kill()
+    holder.wait(10)
+    feature_cache.delete_oldest(tmp_path, 50_000, sets[0])
+    assert [path.name for path in sets[3].iterdir()] == ["mine.txt"]
+    assert all((folder / "features.npy").exists() for folder in sets[:2]) and (tmp_path / "mine").exists()
+
+
+def hold_lock(path: Path, ready: Path) -> None:
+    import fcntl
+
+    file = os.open(path, os.O_RDWR)
+    fcntl.lockf(file, fcntl.LOCK_EX, 1, 5)
+    ready.touch()
+    time.sleep(60)
+
+
+def extract_to_full_disk(data: str, folder: Path, said: Path) -> None:
+    """With a limit for the size of a file, which has the effect of a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))  # bytes; the features have 992
+    try:
+        extract(data, folder, said.with_suffix(".log"))
+    except DataError as error:
+        said.write_text(str(error))
+
+
+def test_errors(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    open_encoder("pixels")[0].check([data])  # stores the index of the shards
+    assert Forked(extract_to_full_disk, data, tmp_path / "full", tmp_path / "said").wait(60) == 0
+    assert "features cannot be kept there (File too large); delete that folder, or set UNLABELED_CACHE=FOLDER" in (
+        (tmp_path / "said").read_text()
+    )
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"features cannot be kept there \(Not a directory\)"):
+        extract(data, tmp_path / "file", tmp_path / "log")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))
+    with pytest.raises(DataError, match=r"the features need 0\.0 GB, but 0\.0 GB are free there"):
+        extract(data, tmp_path / "small", tmp_path / "log")
+    monkeypatch.undo()
+    found = extract(data, tmp_path / "cache", tmp_path / "log")
+    assert len(found) == 31
+    (target,) = (tmp_path / "cache").iterdir()
+    (target / "1.json").write_text("{")
+    with pytest.raises(DataError, match=r"features cannot be kept there \(Expecting property name"):
+        extract(data, tmp_path / "cache", tmp_path / "log")
+
+
+def test_a_null_label_is_no_class(tmp_path: Path):
+    rows = [{"text": f"{word} {n}", "label": label} for n in range(6) for word, label in (("sea", "s"), ("wind", "w"))]
+    rows[3]["label"] = rows[7]["label"] = None
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build(tmp_path / "rows.jsonl", tmp_path / "shards")
+    found = open_encoder("bytes")[0].labelled([str(tmp_path / "shards")])
+    assert (found.names, len(found), found.unlabelled, found.left_out) == (["s", "w"], 10, 2, 0)
+    scores = evaluate("bytes", ["knn"], [str(tmp_path / "shards")], [str(tmp_path / "shards")])
+    assert scores[0]["unlabelled"] == 4 and scores[0]["count"] == 10
+    (tmp_path / "null.jsonl").write_text("\n".join(json.dumps(row | {"label": None}) for row in rows))
+    build(tmp_path / "null.jsonl", tmp_path / "null")
+    with pytest.raises(DataError, match="12 of them have the label null"):
+        evaluate("bytes", ["knn"], [str(tmp_path / "shards")], [str(tmp_path / "null")])
+
+
+# ---------------------------------------------------------------- memory
+def test_at_most_two_batches_are_in_memory():
+    lock, waiting, most = threading.Lock(), 0, 0
+
+    def read(number: int) -> int:
+        nonlocal waiting, most
+        with lock:
+            waiting += 1
+            most = max(most, waiting)
+        return number
+
+    seen: list[int] = []
+    for numbers, found in feature_cache.read_batches(read, range(100), 8):
+        assert list(numbers) == found
+        time.sleep(0.01)
+        seen += found
+        with lock:
+            waiting -= len(found)
+    assert seen == list(range(100)) and most <= 16
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Yields a list that afterwards holds the largest growth of this process's own memory in MB. Pages of mapped files
+    do not count, because the system can drop them."""
+
+    def own() -> float:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon"))
+
+    ended, out, begin, peak = threading.Event(), [], own(), 0.0
+
+    def look() -> None:
+        nonlocal peak
+        while not ended.wait(0.001):
+            peak = max(peak, own())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield out
+    finally:
+        ended.set()
+        thread.join()
+        out.append(peak - begin)
+
+
+ROWS, DIM, CLASSES = 40_000, 512, 40  # ImageNet's 1,281,167 × 1,024 × 1,000, with 1/64 of the bytes of its features
+
+
+def score_in_bounded_memory(folder: Path) -> None:
+    """k-NN and linear probe of features of 82 MB, with chunks that are 1/64 as large as the default."""
+    rng = np.random.default_rng(0)
+    classes = torch.arange(ROWS) % CLASSES
+    table = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (ROWS, DIM))
+    centers = rng.normal(size=(CLASSES, DIM)).astype(np.float32)
+    for first in range(0, ROWS, 4096):
+        part = classes[first : first + 4096].numpy()
+        table[first : first + 4096] = centers[part] + rng.normal(size=(len(part), DIM))
+    del table
+    rows = FeatureRows(folder / "features.npy", np.arange(ROWS))
+    query = FeatureRows(folder / "features.npy", np.arange(0, ROWS, 80))
+    linear.CHUNK, feature_cache.PIECE = 128, 1024
+    cfg = linear.Config(steps=20, batch=64, rates=[0.01, 0.1])
+    knn.classify(rows[:64], classes[:64], query[:9], 5, 0.07)  # what libraries allocate once
+    with peak_memory() as of_knn:
+        assert torch.equal(knn.classify(rows, classes, query, 10, 0.07, 128, 1024), classes[::80])
+    with peak_memory() as of_linear:
+        predicted, _ = linear.classify(rows, classes, query, CLASSES, cfg)
+    assert (predicted == classes[::80]).float().mean() > 0.9
+    (folder / "peaks").write_text(json.dumps([of_knn[0], of_linear[0]]))
+
+
+def test_scores_take_bounded_memory(tmp_path: Path):
+    assert Forked(score_in_bounded_memory, tmp_path).wait(120) == 0
+    of_knn, of_linear = json.loads((tmp_path / "peaks").read_text())
+    assert of_knn < 12 and of_linear < 24, (of_knn, of_linear)  # MB; the features have 82
