@@ -154,6 +154,7 @@ COMMANDS: Commands = {
     "logs": cluster_commands.logs,
     "stop": cluster_commands.stop,
     "eval": model_commands.evaluate,
+    "embed": model_commands.embed,
     "report": report,
     "export": model_commands.export,
     "generate": model_commands.generate,

@@ -1,4 +1,4 @@
-"""The commands for trained models: `unlabeled eval`, `harness`, `export`, `generate`, `snapshots` and `checkpoint …`,
+"""The commands for trained models: `unlabeled eval`, `embed`, `harness`, `export`, `generate`, `snapshots` and `checkpoint …`,
 one function for each (see `command_parser.py`).
 """
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from common import output
 from common.output import say
@@ -30,6 +30,30 @@ def evaluate(
     from launch.evaluate import evaluate
 
     evaluate(model, protocols, out)
+
+
+def embed(
+    model: Annotated[str, 'an exported folder (RUN/export/STEP), "pixels" or "bytes"'],
+    data: Annotated[HomePath, "shards, or a folder of images"],
+    out: Annotated[HomePath, "folder to write; the same command continues if it was interrupted"],
+    *,
+    output: Annotated[
+        Literal["auto", "cls", "mean", "patches"],
+        "the class token, the mean of the patches or tokens, or all patches; auto: as the model is scored",
+    ] = "auto",
+    format: Annotated[
+        Literal["npy", "parquet"], "npy writes arrays and their keys as .jsonl, parquet writes tables"
+    ] = "npy",
+    image_size: Annotated[int | None, "PIXELS", "side of the images (default: that of the model)"] = None,
+    device: Annotated[str, "NAME", "cpu, cuda, cuda:1, …; auto: the best one"] = "auto",
+) -> None:
+    """Write the features of all samples of a set, with their keys and in their order. Several processes that run this
+    command at the same time share the work."""
+    from eval.embed import embed
+    from launch.evaluate import shards_of
+
+    rows, left_out = embed(model, [shards_of(data)], Path(out), output, format, image_size, device)
+    say(f"{out}: the features of {rows:,} samples; {left_out:,} samples that cannot be read have none")
 
 
 def harness(
