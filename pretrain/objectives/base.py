@@ -62,7 +62,7 @@ class Objective(nn.Module):
     # (`is_coupled`). If so, gradient accumulation needs parallel.accumulate_coupled.
     couples_batch = False
     least_batch = 1  # smallest number of samples in one forward, over all ranks, for which the loss has a gradient
-    kept_in_eval: tuple[str, ...] = ()  # names of sub-modules that stay in evaluation mode in training, as teachers do
+    kept_in_eval: tuple[str, ...] = ()  # dotted names of sub-modules that stay in evaluation mode, as teachers do
     # A scalar on the device: 1 if the optimizer has skipped this step, so that `after_step` must change nothing.
     skipped: Tensor | None = None
     parts: dict[str, Part] = {"image": Image()}  # the members of a sample; the first one opens the datasets
@@ -99,7 +99,7 @@ class Objective(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for name, module in self.named_children():
+        for name, module in self.named_modules():
             if name in self.kept_in_eval:
                 module.eval()
         return self

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import option
 from common.errors import UserError
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
@@ -31,7 +30,7 @@ from pretrain.interchange import teachers
 from pretrain.interchange.weight_sources import further_tensors
 from pretrain.interchange.weights import load_into
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
-from pretrain.objectives.options import JITTER, Options, check_each
+from pretrain.objectives.options import MaskedBlocks
 from pretrain.ops.codebook import nearest
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.patchify import mask_at, pick
@@ -39,16 +38,8 @@ from pretrain.ops.precision import wide
 
 
 @dataclass
-class Config(Options):
+class Config(MaskedBlocks):
     visual_tokenizer: str = ""  # an export of a run of vqvae: RUN/export/STEP
-    mask_ratio: float = option(0.4, above=0, below=1)  # share of the patches that are masked
-    smallest_block: int = option(16, low=1)  # smallest number of patches in a block
-    crop_scale: float = option(0.08, above=0, high=1)  # smallest share of the image's area in a random crop
-    # strengths of the colour jitter: brightness, contrast, saturation, hue
-    jitter: list[float] = option(lambda: [0.4, 0.4, 0.4, 0.0], low=0)
-
-    def check(self) -> None:
-        check_each("jitter", self.jitter, JITTER)
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
@@ -74,9 +65,7 @@ class BEiT(Objective):
     @staticmethod
     def views(cfg: Config, about: About) -> View:
         side = about.image_size // about.patch_size
-        count = int(cfg.mask_ratio * side * side)  # M
-        if not count:
-            raise ValueError(f"objective.mask_ratio = {cfg.mask_ratio}: masks none of {side}×{side} patches")
+        count = cfg.masked_patches(side)  # M
         scale, jitter = (cfg.crop_scale, 1.0), tuple(cfg.jitter)
         sizes = {"image": about.image_size, "visual": side * teachers.patch_size_of(cfg.visual_tokenizer)}
         augments = {name: Augment(size, scale, jitter=jitter, jitter_p=1.0) for name, size in sizes.items()}

@@ -132,6 +132,27 @@ class TwoViews(Options):
             check_each(key, getattr(self, key), ("the first view", "the second view"))
 
 
+@dataclass
+class MaskedBlocks(Options):
+    """A crop with colour jitter and the block masks of BEiT (`block_mask` in data_pipeline/views/masks.py)."""
+
+    mask_ratio: float = option(0.4, above=0, below=1)  # share of the patches that are masked
+    smallest_block: int = option(16, low=1)  # smallest number of patches in a block
+    crop_scale: float = option(0.08, above=0, high=1)  # smallest share of the image's area in a random crop
+    # strengths of the colour jitter: brightness, contrast, saturation, hue
+    jitter: list[float] = option(lambda: [0.4, 0.4, 0.4, 0.0], low=0)
+
+    def check(self) -> None:
+        check_each("jitter", self.jitter, JITTER)
+
+    def masked_patches(self, side: int) -> int:
+        """The number of masked patches of an image of side × side. Raises ValueError if there are none."""
+        count = int(self.mask_ratio * side * side)
+        if not count:
+            raise ValueError(f"objective.mask_ratio = {self.mask_ratio}: masks none of {side}×{side} patches")
+        return count
+
+
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 

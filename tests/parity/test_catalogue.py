@@ -50,7 +50,7 @@ from tests.parity.test_losses import (
 )
 
 MODELS = {
-    "vit": presets.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=4),
+    "vit": presets.ViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4),
     "resnet": presets.ResNet(stem="small", widths=[8, 16], depths=[1, 1]),
 }
 SMALL: dict[str, Any] = {"head_hidden": 12, "head_outputs": 6}
@@ -66,10 +66,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dino": {**CROPS, "head_hidden": 12, "head_bottleneck": 6, "prototypes": 7, "momentum": Schedule(0.9)},
     "ijepa": {"predictor_dim": 16, "predictor_depth": 2, "predictor_heads": 2, "momentum": Schedule(0.9)},
     "simmim": {},
+    "data2vec": {"target_layers": 2, "momentum": Schedule(0.9)},
 }
 PATCHES: dict[str, dict[str, tuple[int, ...]]] = {  # shapes of the indices of patches, of methods that need a ViT
     "ijepa": {"context": (6,), "targets": (3, 4)},
     "simmim": {"masked": (6,)},
+    "data2vec": {"masked": (6,)},
 }
 PAIRS = [(name, model) for name in OPTIONS for model in MODELS if model == "vit" or name not in PATCHES]
 
@@ -78,13 +80,18 @@ def made(name: str, model: str = "vit", **options: Any) -> Objective:
     """An objective in float64 with noise on its weights: teachers are not their students, biases not 0."""
     cfg = importlib.import_module(f"pretrain.objectives.{name}").Config(**{**OPTIONS.get(name, {}), **options})
     torch.manual_seed(0)
-    objective = finder.find(name)(cfg, lambda **changes: build_model(MODELS[model], **changes))
+    objective: Any = finder.find(name)(cfg, lambda **changes: build_model(MODELS[model], **changes))
     for part in objective.modules():
         if isinstance(part, (BatchNorm, Center)):
             for buffer in part.buffers(recurse=False):
                 if buffer.is_floating_point():
                     buffer.add_(0.1 * torch.rand(buffer.shape))
-    return noise(objective, 1).double()
+    noise(objective, 1)
+    if name == "data2vec":  # the weights of its last norms do not change
+        for network in (objective.backbone, objective.teacher):
+            nn.init.ones_(network.norm.weight)
+            nn.init.zeros_(network.norm.bias)
+    return objective.double()
 
 
 def batch_of(name: str, count: int = 4) -> dict[str, Tensor]:
@@ -275,6 +282,27 @@ def naive_simmim(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return mean(terms)
 
 
+def naive_data2vec(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2202.03555, §3.3 and §3.4: the outputs of the teacher's blocks, caught as they are, normalised and averaged."""
+    terms, outputs = list[Tensor](), list[Tensor]()
+    hooks = [block.register_forward_hook(lambda *given: outputs.append(given[2])) for block in model.teacher.blocks]
+    for image, masked in zip(batch["image"], batch["masked"].tolist(), strict=True):
+        outputs.clear()
+        with torch.no_grad():
+            model.teacher(image[None])
+        mask = torch.tensor([k in masked for k in range(16)])
+        tokens = model.backbone(image[None], mask=mask[None]).tokens[0]
+        for k in masked:
+            rows = [output[1 + k] for output in outputs]  # after the class token
+            y = sum((row - row.mean()) / (row.var(correction=0) + 1e-6).sqrt() for row in rows) / len(rows)
+            away = (model.predict.weight @ tokens[k] + model.predict.bias - y).abs()
+            beta = model.cfg.quadratic_below
+            terms += torch.where(away <= beta, away**2 / (2 * beta), away - beta / 2)
+    for hook in hooks:
+        hook.remove()
+    return mean(terms)
+
+
 NAIVE: dict[str, Callable[..., Tensor]] = {
     "barlow_twins": naive_barlow_twins,
     "vicreg": naive_vicreg,
@@ -286,6 +314,7 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "lejepa": naive_lejepa,
     "ijepa": naive_ijepa,
     "simmim": naive_simmim,
+    "data2vec": naive_data2vec,
 }
 
 
@@ -342,6 +371,18 @@ def test_dinos_logits_are_cosines_at_first(unit: bool):
     for head in (model.student["head"], model.teacher["head"]):
         cosines = nn.functional.cosine_similarity(head.mlp(x).unsqueeze(1), head.prototypes.unsqueeze(0), dim=-1)
         torch.testing.assert_close(head(x), cosines)
+
+
+def test_ijepa_exports_its_target():
+    model: Any = made("ijepa")
+    assert model.exports()["model"].backbone is model.target
+
+
+def test_data2vec_trains_no_weights_of_the_last_norm():
+    model: Any = made("data2vec").train()
+    assert not model.backbone.norm.weight.requires_grad and not model.backbone.norm.training and model.backbone.training
+    with pytest.raises(ValueError, match=r"target_layers = 3: the model has 2 blocks; write objective.target_layers=2"):
+        made("data2vec", target_layers=3)
 
 
 def test_ijepa_with_the_distance_of_the_paper():
@@ -431,7 +472,9 @@ def test_the_teacher_of_a_resnet_normalises_by_its_own_batch(name: str, teacher:
     assert torch.equal(norms[0].running_mean, own) and not torch.equal(other.running_mean, own)
 
 
-@pytest.mark.parametrize("name, teacher, student", [("ijepa", "target", "backbone")])
+@pytest.mark.parametrize(
+    "name, teacher, student", [("ijepa", "target", "backbone"), ("data2vec", "teacher", "backbone")]
+)
 def test_a_teacher_is_the_moving_average_of_its_student(name: str, teacher: str, student: str):
     """Unless the step was skipped; and it stays in evaluation mode."""
     model = made(name).train()
@@ -443,7 +486,7 @@ def test_a_teacher_is_the_moving_average_of_its_student(name: str, teacher: str,
         share = 0.1 * (1 - skipped)
         for value, old, new in zip(averaged.parameters(), before, trained.parameters(), strict=True):
             torch.testing.assert_close(value, (1 - share) * old + share * new)
-    assert trained.training and not averaged.training and model.exports()["model"].backbone is averaged
+    assert trained.training and not averaged.training
 
 
 def test_dino_moves_its_centre():
