@@ -1,10 +1,6 @@
-"""One process of a run in a Slurm job: `srun … python -m launch.slurm_rank FOLDER RECIPE RUN` starts the trainer with
-the environment of torch.distributed, and records in FOLDER on which node it runs and with which code it has ended
-(`launch.rank_records`).
-
-If the first node of the job is lost, the supervisor is lost with it, and Slurm keeps the job running on the other
-nodes. Therefore the ranks read the supervisor's heartbeat, and requeue the job if it has ended. This module does not
-import torch.
+"""One process of a run in a Slurm job: `srun … python -m launch.slurm_rank FOLDER RECIPE` starts the trainer with the
+environment of torch.distributed, and records in FOLDER on which node it runs and with which code it has ended
+(`launch.rank_records`). This module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,14 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.child_signals import STOP_SIGNALS, signals_blocked
-from common.errors import UserError
-from common.line_file import LineFile
-from common.output import say
-from launch import slurm_client
-from launch.heartbeat import MISSED, Listener
 from launch.rank_records import END, has_failed, record
 
-HEARTBEAT = "heartbeat"  # name of the file that the supervisor writes, in the folder of the attempts
 POLL_SECONDS = 0.05  # time between two checks of the trainer
 
 
@@ -40,7 +30,7 @@ def distributed(slurm: Mapping[str, str]) -> dict[str, str]:
     return {**out, "WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks // nodes)}
 
 
-def run(folder: Path, recipe: str, run_folder: Path) -> int:
+def run(folder: Path, recipe: str) -> int:
     """Start the trainer, pass signals on to it, and return its exit code. After a failure this function does not
     return: the supervisor kills this process."""
     env = {"OMP_WAIT_POLICY": "passive", **os.environ, **distributed(os.environ)}
@@ -50,11 +40,7 @@ def run(folder: Path, recipe: str, run_folder: Path) -> int:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, frame: trainer.send_signal(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    begun = False
-    # the nodes wait for different times, because one request is enough: Slurm then ends all ranks
-    missed = MISSED + int(env["SLURM_NODEID"])
-    listener = Listener(folder.parent / HEARTBEAT, missed) if env["LOCAL_RANK"] == "0" else None
-    recorded = False
+    begun = recorded = False
     while True:
         code = trainer.poll()
         with contextlib.suppress(OSError):  # the disk is full: the next turn tries again
@@ -66,22 +52,8 @@ def run(folder: Path, recipe: str, run_folder: Path) -> int:
                 recorded = True
         if code is not None and recorded and not has_failed(code):
             return code
-        # after a failure, wait until the supervisor kills this process, or is lost itself
-        if listener is not None and listener.is_lost():
-            _requeue(env["SLURM_JOB_ID"], about["node"], run_folder)
-        time.sleep(POLL_SECONDS)
-
-
-def _requeue(job: str, node: str, run_folder: Path) -> None:
-    """Put the job back into the queue, because its supervisor is lost."""
-    line = f"{node} requeues the job, because the heartbeat of the supervisor has ended: the first node was lost"
-    say(line)
-    LineFile(run_folder / "log.txt").add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} job {job}: {line}\n")
-    try:
-        slurm_client.ask("scontrol", "requeue", job)
-    except UserError as error:  # the next call tries again
-        say(str(error))
+        time.sleep(POLL_SECONDS)  # after a failure, until the supervisor kills this process
 
 
 if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))
+    sys.exit(run(Path(sys.argv[1]), sys.argv[2]))

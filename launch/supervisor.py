@@ -27,12 +27,12 @@ from common.errors import ConfigError, UserError, run_main
 from common.line_file import LineFile
 from common.output import printable, say
 from eval.scoring import SCORED_ELSEWHERE
-from launch import batch_script, node_check, run_jobs, slurm_client
+from launch import batch_script, collective_check, node_check, run_jobs, slurm_client
 from launch.clusters import Cluster
 from launch.heartbeat import heartbeat
+from launch.heartbeat_guard import PLACES
 from launch.rank_records import Rank, cause, described, has_failed, ranks_of, read_new_ends, read_record, record
 from launch.run_tail import last_step, tail
-from launch.slurm_rank import HEARTBEAT
 from pretrain.objectives import finder
 from pretrain.recipes import parallel_checks
 from pretrain.recipes.recipe import Recipe, load
@@ -45,6 +45,7 @@ CONTAINER_CHECK_SECONDS = 600.0  # the same with a container, whose image may ha
 EXIT_REFUSED = 2  # exit code of a trainer that refuses to start until the user changes something
 STEP_ENDED = ("Invalid job id", "already completing")  # errors of scancel about a step that has ended
 LOG_LINES = 6  # number of lines from the log of a failed rank in the message about it
+HEARTBEAT = "heartbeat"  # name of the file that the supervisor writes, in the folder of the attempts
 STOP = "stop"  # name of the file in the job's folder with which `unlabeled stop` prevents that the job is requeued
 EXCLUDED_SECONDS = 86400.0  # time for which a requeued job excludes a node that failed the check
 
@@ -73,6 +74,7 @@ class Supervisor:
         begun = [int(path.name.rpartition("-")[2]) for path in self.folder.glob("attempt-*")]
         self.state["attempts"] = max([self.state["attempts"], *begun])  # state.json may have been lost
         self.signals: list[int] = []  # signals that have asked this job to stop
+        self.guard: subprocess.Popen | None = None
         self.failed_at: float | None = None  # time at which a rank failed; None when a step has been trained since
 
     def say(self, line: str) -> None:
@@ -132,6 +134,7 @@ class Supervisor:
         """The nodes for the next attempt: those that pass the check, in the largest number that divides the batch; []
         if they are too few."""
         listed = slurm_client.ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        self.start_guard(listed[1:])
         bad = self.check(listed)
         for node, reason in bad.items():
             self.say(f"{node} is left out: {reason}")
@@ -146,11 +149,23 @@ class Supervisor:
         self.say(f"{len(good)} of {len(listed)} nodes can be used, which is too few for nodes: {self.cluster.nodes}")
         return []
 
+    def start_guard(self, others: list[str]) -> None:
+        """Start the processes that requeue the job if this node is lost, unless they run already, on other nodes of the
+        job. They need no container: the Python that submitted the job is used."""
+        if self.guard is not None and self.guard.poll() is not None:
+            self.say(f"the processes that watch for the loss of this node have ended with code {self.guard.returncode}")
+            self.guard = None
+        if others and self.guard is None:
+            words = batch_script.srun(self.cluster.replace(container="", mounts=[]), others[:PLACES], 1, 1)
+            words += [sys.executable, "-P", "-m", "launch.heartbeat_guard", str(self.folder / HEARTBEAT), str(self.run)]
+            self.guard = subprocess.Popen(words)
+
     def check(self, nodes: list[str]) -> dict[str, str]:
         """{node: reason} for the nodes that cannot be used. All nodes are checked at the same time, each by a separate
-        step of `srun`."""
+        step of `srun`; a further step checks that they can compute together."""
         began, started = time.monotonic(), time.time()
         seconds = CONTAINER_CHECK_SECONDS if self.cluster.container else CHECK_SECONDS
+        together = self.start_collective_check(nodes, seconds)  # at the same time, as it takes longer
         words = [batch_script.python(self.cluster), "-P", "-m", "launch.node_check"]
         words += [str(self.run), str(self.cluster.gpus)]
         checks = {}
@@ -168,7 +183,45 @@ class Supervisor:
                 bad[node] = f"did not answer in {seconds:g} s"
             except ValueError:  # the output is not a report
                 bad[node] = batch_script.error_lines(errors) or "the check failed"
-        return bad | node_check.problems(reports, self.cluster.gpus, started, time.time())
+        bad |= node_check.problems(reports, self.cluster.gpus, started, time.time())
+        good = [node for node in nodes if node not in bad]
+        if together is not None and bad:  # they could not join
+            together.kill()
+            together.wait()
+            began, together = time.monotonic(), self.start_collective_check(good, seconds)
+        return bad | self.collective_problems(good, together, began + seconds)
+
+    def start_collective_check(self, nodes: list[str], seconds: float) -> subprocess.Popen | None:
+        """Start the check that nodes can compute together; None for a single node. Its processes end before `seconds`
+        have passed, unless they hang."""
+        if len(nodes) < 2:
+            return None
+        words = [*batch_script.srun(self.cluster, nodes, 1, 1), batch_script.python(self.cluster), "-P", "-m"]
+        words += ["launch.collective_check", str(self.cluster.gpus), str(0.8 * seconds)]
+        env = self.rendezvous(nodes) | {collective_check.NODES: ",".join(nodes)}
+        return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def collective_problems(self, nodes: list[str], check: subprocess.Popen | None, deadline: float) -> dict[str, str]:
+        """{node: reason} from the check that nodes can compute together."""
+        if check is None:
+            return {}
+        try:
+            out, errors = check.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:  # srun waits for a process that hangs, but rank 0 may have answered
+            check.kill()
+            out, errors = check.communicate()
+        with contextlib.suppress(ValueError):
+            found = json.loads(out)
+            if isinstance(found, dict):
+                return found
+        reason = batch_script.error_lines(errors) or "it did not answer"
+        return {nodes[0]: f"the check that the nodes can compute together failed: {reason}"}
+
+    @staticmethod
+    def rendezvous(nodes: list[str]) -> dict[str, str]:
+        """The environment in which the processes of a step on these nodes find each other."""
+        port = random.randrange(20000, 32000)  # below the ports that operating systems assign to clients
+        return {**os.environ, "MASTER_ADDR": address(nodes[0]), "MASTER_PORT": str(port)}
 
     # ---------------------------------------------------------------- one step of srun
     def attempt(self, nodes: list[str]) -> dict[int, Rank]:
@@ -183,10 +236,8 @@ class Supervisor:
         words = batch_script.srun(self.cluster, nodes, per_node, cores)
         words += [f"--output={self.folder}/rank-%t.log", "--open-mode=append"]
         words += [batch_script.python(self.cluster), "-P", "-m", "launch.slurm_rank"]
-        port = random.randrange(20000, 32000)  # below the ports that operating systems assign to clients
-        env = {**os.environ, "MASTER_ADDR": address(nodes[0]), "MASTER_PORT": str(port)}
-        env[SCORED_ELSEWHERE] = "1" if self.scored_elsewhere else ""
-        step = subprocess.Popen([*words, folder, self.recipe, self.run], env=env)
+        env = self.rendezvous(nodes) | {SCORED_ELSEWHERE: "1" if self.scored_elsewhere else ""}
+        step = subprocess.Popen([*words, folder, self.recipe], env=env)
         signalled, deadline, steps_before = False, None, last_step(self.run)
         ended: dict[str, Rank] = {}
         while step.poll() is None:

@@ -352,7 +352,7 @@ import sys
 from pathlib import Path
 from launch import slurm_rank
 sys.executable = "/bin/true"  # the trainer
-sys.exit(slurm_rank.run(Path(sys.argv[1]), "recipe.yaml", Path(sys.argv[1])))
+sys.exit(slurm_rank.run(Path(sys.argv[1]), "recipe.yaml"))
 """
 
 
@@ -360,7 +360,7 @@ def test_how_a_rank_has_ended_is_recorded_when_the_disk_has_space_again(tmp_path
     for name in ("rank-0.partial", "rank-0.end.partial"):
         (tmp_path / name).mkdir()  # as if the disk were full
     env = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
-    env |= {"SLURMD_NODENAME": "n1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
+    env |= {"SLURMD_NODENAME": "n1", "SLURM_STEP_ID": "0"}
     rank = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)], env={**os.environ, **env})
     with pytest.raises(subprocess.TimeoutExpired):
         rank.wait(1.5)

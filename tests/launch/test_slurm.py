@@ -492,6 +492,27 @@ def test_the_loss_of_the_first_node_requeues_the_job(
 
 
 @pytest.mark.matrix
+def test_the_loss_of_the_first_node_between_two_attempts_requeues_the_job(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    """A rank has died, and the nodes are checked again, which takes long on one of them: no rank runs."""
+    python, slow, checked = (tmp_path / name for name in ("python", "slow", "checked"))
+    condition = f'[ -e {slow} ] && [ "$3" = launch.node_check ] && [ "$SLURMD_NODENAME" = n2 ]'
+    python.write_text(f'#!/bin/sh\nif {condition}; then touch {checked}; sleep 20; fi\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2, python=str(python))
+    job.trains(12)
+    slow.touch()
+    os.kill(ranks_of(job.folder / "attempt-1")[1]["pid"], signal.SIGKILL)
+    cluster.wait(checked.exists, "the nodes are checked again")
+    cluster.kill_node("n1")
+    slow.unlink()
+    job.ends(seconds=400)
+    assert losses(job.run) == whole
+    assert "n2 requeues the job, because the heartbeat" in job.run_log and "2 processes on n2, n3" in job.run_log
+
+
+@pytest.mark.matrix
 def test_a_fixed_number_of_nodes_comes_from_the_queue_again(
     cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
 ):
@@ -517,6 +538,28 @@ def test_a_node_that_fails_the_check_is_left_out(
     job.ends()
     assert losses(job.run) == whole and job.state["attempts"] == 1
     assert "n2 is left out: no library" in job.run_log and "1 processes on n1" in job.run_log
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("exec sleep 600", "did not join the other nodes in "),
+        ("export GLOO_SOCKET_IFNAME=nothing0", "an all-reduce with the other nodes failed: "),
+    ],
+)
+def test_a_node_that_does_not_compute_with_the_others_is_left_out(
+    cluster: SlurmCluster, method: Path, shards: Path, tmp_path: Path, does: str, reason: str
+):
+    """It passes the checks of a single node."""
+    python = tmp_path / "python"
+    condition = '[ "$SLURMD_NODENAME" = n2 ] && [ "$3" = launch.collective_check ]'
+    python.write_text(f'#!/bin/sh\nif {condition}; then {does}; fi\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    job = Job(cluster, recipe(method, shards, tmp_path / "run", "steps=4"), nodes="1-2", python=str(python))
+    job.ends()
+    assert job.state["attempts"] == 1
+    assert f"n2 is left out: {reason}" in job.run_log and "1 processes on n1" in job.run_log
 
 
 @pytest.mark.matrix
