@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -41,6 +42,7 @@ from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED
 POLL_SECONDS = 0.5  # time between two checks of the ranks
 GRACE_SECONDS = 5.0  # time in which the other ranks may end after one has failed; then they are killed
 CHECK_SECONDS = 30.0  # time limit of the check of a node
+COLLECTIVE_SECONDS = 120.0  # time limit of the check of all nodes together, which imports torch
 CONTAINER_CHECK_SECONDS = 600.0  # the same with a container, whose image may have to be fetched first
 EXIT_REFUSED = 2  # exit code of a trainer that refuses to start until the user changes something
 STEP_ENDED = ("Invalid job id", "already completing")  # errors of scancel about a step that has ended
@@ -165,7 +167,8 @@ class Supervisor:
         step of `srun`; a further step checks that they can compute together."""
         began, started = time.monotonic(), time.time()
         seconds = CONTAINER_CHECK_SECONDS if self.cluster.container else CHECK_SECONDS
-        together = self.start_collective_check(nodes, seconds)  # at the same time, as it takes longer
+        limit = max(seconds, COLLECTIVE_SECONDS)
+        together = self.start_collective_check(nodes, limit)  # at the same time, as it takes longer
         words = [batch_script.python(self.cluster), "-P", "-m", "launch.node_check"]
         words += [str(self.run), str(self.cluster.gpus)]
         checks = {}
@@ -188,8 +191,8 @@ class Supervisor:
         if together is not None and bad:  # they could not join
             together.kill()
             together.wait()
-            began, together = time.monotonic(), self.start_collective_check(good, seconds)
-        return bad | self.collective_problems(good, together, began + seconds)
+            began, together = time.monotonic(), self.start_collective_check(good, limit)
+        return bad | self.collective_problems(good, together, began + limit)
 
     def start_collective_check(self, nodes: list[str], seconds: float) -> subprocess.Popen | None:
         """Start the check that nodes can compute together; None for a single node. Its processes end before `seconds`
@@ -205,15 +208,15 @@ class Supervisor:
         """{node: reason} from the check that nodes can compute together."""
         if check is None:
             return {}
-        try:
-            out, errors = check.communicate(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:  # srun waits for a process that hangs, but rank 0 may have answered
-            check.kill()
-            out, errors = check.communicate()
+        answered, _, _ = select.select([check.stdout], [], [], max(0.1, deadline - time.monotonic()))
+        answer = check.stdout.readline() if answered else ""  # of rank 0; srun still waits for processes that hang
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            check.wait(0 if answer != "{}\n" else GRACE_SECONDS)
+        check.kill()
+        _, errors = check.communicate()
         with contextlib.suppress(ValueError):
-            found = json.loads(out)
-            if isinstance(found, dict):
-                return found
+            found: dict[str, str] = json.loads(answer)
+            return found
         reason = batch_script.error_lines(errors) or "it did not answer"
         return {nodes[0]: f"the check that the nodes can compute together failed: {reason}"}
 
