@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from common.output import say
+from common.output import say, write
 from launch.argument_types import Overrides, RecipeName, RunFolder
 
 
@@ -15,7 +15,9 @@ def launch(
     recipe: RecipeName = "",
     overrides: Overrides = (),
     *,
-    on: Annotated[str, "CLUSTER", "a cluster of ~/.config/unlabeled/clusters.yaml (default: the only one there)"] = "",
+    on: Annotated[
+        str, "CLUSTER", "a cluster of ~/.config/unlabeled/clusters.yaml (default: the only one there), or kubernetes"
+    ] = "",
     nodes: Annotated[
         str | None, "N", "number of nodes, or a range such as 2-4: the job uses as many of them as it can get"
     ] = None,
@@ -45,7 +47,7 @@ def launch(
         "start a run for each value, for example seed=0,1,2; with several keys, for each combination of values",
     ] = (),
     at_a_time: Annotated[int, "N", "number of jobs of an array that may run at the same time (default: all)"] = 0,
-    dry_run: Annotated[bool, "print the batch script and submit nothing"] = False,
+    dry_run: Annotated[bool, "print the batch script, or the manifest, and submit nothing"] = False,
     init: Annotated[bool, "write a profile of this machine's cluster from the output of sinfo"] = False,
 ) -> int:
     """Train a recipe as a job on a Slurm cluster. Options replace those of the cluster's profile."""
@@ -63,9 +65,17 @@ def launch(
         **{"account": account, "constraint": constraint, "reservation": reservation, "exclude": exclude},
         "evaluation": evaluation,
     }
-    cluster = clusters.find(on, **given)
-    from launch import slurm
+    from launch import manifests, slurm
 
+    if on == manifests.NAME:
+        if not dry_run:
+            raise UserError(
+                f"--on {on}: write --dry-run > job.yaml, which prints the manifest, and kubectl apply -f job.yaml"
+            )
+        profile = manifests.profile(given)
+        write("---\n".join(manifests.text(one, profile) for one in slurm.recipes(recipe, overrides, array)))
+        return 0
+    cluster = clusters.find(on, **given)
     runs = slurm.recipes(recipe, overrides, array)
     lines = slurm.script(runs, cluster, at_a_time).splitlines() if dry_run else slurm.submit(runs, cluster, at_a_time)
     say(*lines)
