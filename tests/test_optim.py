@@ -88,6 +88,15 @@ def test_the_trained_lengths_of_prototypes_decay_and_are_frozen_with_them():
     assert [(group["wd_scale"], group["frozen"]) for group in groups] == [(1.0, 3)]
 
 
+def test_an_objective_scales_the_learning_rate_of_its_parts(shards: Path, tmp_path: Path):
+    """The discriminator of a context encoder learns at a tenth of the rate of encoder and decoder."""
+    model = build_objective(tiny_recipe("context_encoder", shards, tmp_path))
+    found = rates(model, make_optimizer(model, Optim()), 1.0, 0.1)
+    scales = {name: rate for name, (rate, _) in found.items()}
+    assert scales == {name: 0.1 if name.startswith("discriminator.") else 1.0 for name in scales}
+    assert set(scales.values()) == {0.1, 1.0}
+
+
 @pytest.mark.parametrize("scope", ["global", "module"])
 def test_gradients_are_clipped_together_or_by_module(scope: str, shards: Path, tmp_path: Path):
     """The first moments of AdamW hold the clipped gradients, which equal those of a loop. One of the modules is below

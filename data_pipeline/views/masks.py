@@ -58,11 +58,15 @@ def central_region(size: int, side: int) -> np.ndarray:
     return region
 
 
-def random_region(size: int, share: float, rng: np.random.Generator, grain: float = 16) -> np.ndarray:
+def random_region(size: int, share: float, rng: np.random.Generator, cells: float = 7.68) -> np.ndarray:
     """bool [size, size], true at exactly int(share · size²) pixels, which form connected shapes: those where a noise
-    with cells of `grain` pixels is lowest, as in the code published for arXiv 1604.07379."""
-    cells = math.ceil(size / grain) + 1
-    noise = cv2.resize(rng.random((cells, cells), np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+    is lowest that has `cells` cells along the region's side, and that is cut out at a random place of a larger one. In
+    the code published for arXiv 1604.07379, cells have 16.7 of 128 pixels, and the number of pixels varies by a fifth."""
+    count = math.ceil(cells) + 1
+    whole = math.ceil(count * size / cells)
+    noise = cv2.resize(rng.random((count, count), np.float32), (whole, whole), interpolation=cv2.INTER_CUBIC)
+    top, left = rng.integers(0, whole - size + 1, 2)
+    noise = noise[top : top + size, left : left + size]
     region = np.zeros(size * size, bool)
     region[noise.reshape(-1).argsort(kind="stable")[: int(share * size * size)]] = True
     return region.reshape(size, size)

@@ -74,6 +74,8 @@ class Objective(nn.Module):
     # Prefixes of the names of tensors that may differ between this objective and the checkpoint of `init.run`: missing
     # or additional ones are no error.
     fresh: tuple[str, ...] = ()
+    # {dotted name of a sub-module: factor of its learning rate}
+    lr_scales: dict[str, float] = {}
     # {name of a trained sub-module: name of the sub-module that is its moving average}, for `init.weights: teacher`
     averaged: dict[str, str] = {}
     # Name of the exported sub-module, for checkpoints of earlier versions, which do not store it.

@@ -1,16 +1,20 @@
 """Context encoder: a region of an image is predicted from its surroundings, L2 and adversarial (arXiv 1604.07379).
 
     x̂ = F((1 − M) ⊙ x): encoder, a fully connected layer in each channel, decoder; the dropped region M becomes 0
-    L_rec = mean over the region of w (x̂ − x)²,  w = 10 in its border that the encoder sees, else 1     (eq. 1, §4.1)
+    L_rec = mean over the region's pixels of w (x̂ − x)²,  w = 10 in the border of a centre, else 1      (eq. 1, §4.1)
     L_adv = max_D E[log D(x) + log(1 − D(x̂))], where D sees the region only                                    (eq. 2)
     L = λ_rec L_rec + λ_adv L_adv                                                                               (eq. 3)
 
-One backward trains both networks. The loss that is computed is λ_rec L_rec + L_D, L_D = −E[log D(x) + log(1 − D(x̂))],
-and the gradient of x̂ in L_D is multiplied by −λ_adv: the discriminator descends L_D, while encoder and decoder descend
-λ_rec L_rec − λ_adv L_D, which is eq. 3. The paper alternates instead: an update of D, then one of F against the new D.
-Here both are updated at the same time from the weights before the step, by one optimizer with one learning rate (there
-ten times as high for F as for D), one clipping and one schedule. The published code lets F maximise log D(x̂) in place
-of minimising log(1 − D(x̂)); both have the same fixed point, but the gradient of eq. 2 is smaller while D wins.
+The border of the dropped centre is predicted although the encoder sees it. As in the published code, which has no
+border around random regions, the sum is divided by the number of pixels, not by that of the weights.
+
+One backward trains both networks. Its gradients are those of λ_rec L_rec + L_D, L_D = −E[log D(x) + log(1 − D(x̂))],
+where the gradient of x̂ in L_D is multiplied by −λ_adv: the discriminator descends L_D, while encoder and decoder descend
+λ_rec L_rec − λ_adv L_D, which is eq. 3 and the value that is returned. The paper alternates instead: an update of D,
+then one of F against the new D. Here both are updated at the same time from the weights before the step, by one
+optimizer with one clipping and one schedule; the learning rate of D is a tenth of that of F, as published. The published
+code lets F maximise log D(x̂) in place of minimising log(1 − D(x̂)); both have the same fixed point, but the gradient of
+eq. 2 is smaller while D wins. With λ_adv = 0, as for the paper's features, there is no D.
 
 The decoder predicts the whole image, and losses use the region: the centre, or a random region of the same area. Its
 last layer is linear. D averages its last map, so that it takes any image size.
@@ -48,22 +52,26 @@ DROPPED, BORDER = 1, 2  # values of `region`; 0: context
 class Config(Options):
     # which region is dropped; the paper trains features with random ones
     dropped_region: Literal["center", "random"] = "random"
-    # side of the centre that is predicted, relative to the image's; its border is not dropped
+    # side of the predicted central square as a share of the image's side, border included
     center_share: float = only(0.5, "dropped_region", "center", above=0, below=1)
     # area of the dropped region, relative to the image's
     random_share: float = only(0.25, "dropped_region", "random", above=0, below=1)
-    border: int = option(7, low=0)  # pixels around the dropped region that are predicted, too
-    border_weight: float = option(10.0, low=0)  # weight of a pixel in this border
+    border: int = only(7, "dropped_region", "center", low=0)  # width of the predicted border that is not dropped
+    border_weight: float = only(10.0, "dropped_region", "center", low=0)  # weight of a pixel in this border
     reconstruction_weight: float = option(0.999, low=0)  # λ_rec
-    adversarial_weight: float = option(0.001, low=0)  # λ_adv
-    decoder_dim: int = option(512, low=1)  # width of the decoder's first map; each next one has half of it
-    discriminator_dim: int = option(64, low=1)  # width of the discriminator's first map; each next one has twice of it
+    adversarial_weight: float = option(0.001, low=0)  # λ_adv; 0: there is no discriminator
+    decoder_dim: int = option(512, low=1)  # width of the decoder's first map, halved in each further layer
+    # width of the discriminator's first map, doubled in each further layer, up to 8 times
+    discriminator_dim: int = only(64, "adversarial_weight", unless=0.0, low=1)
     crop_scale: float = option(0.2, above=0, high=1)  # smallest share of the image's area in a random crop
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
-        sizes = {"objective.decoder_dim": 32, "objective.discriminator_dim": 8, "objective.border": 2}
-        return [{**sizes, "objective.dropped_region": "random"}, {"objective.dropped_region": "center"}]
+        sizes = {"objective.decoder_dim": 32, "objective.discriminator_dim": 8}
+        return [
+            {**sizes, "objective.dropped_region": "random"},
+            {"objective.dropped_region": "center", "objective.border": 2},
+        ]
 
 
 class ChannelwiseLinear(nn.Module):
@@ -78,11 +86,13 @@ class ChannelwiseLinear(nn.Module):
 
 
 class ContextEncoder(Objective):
+    lr_scales = {"discriminator": 0.1}
+
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         self.backbone = backbone(local_cls_norm=False)  # there are no local crops
         size, patch, width = self.backbone.image_size, self.backbone.patch_size, self.backbone.embed_dim
-        channels = self.backbone.cfg.in_channels  # type: ignore[union-attr]
+        channels: int = self.backbone.cfg.in_channels  # type: ignore[union-attr, assignment]
         steps = doublings(patch, "pixels per patch")
         self.mix = ChannelwiseLinear(width, (size // patch) ** 2)
         self.decoder = nn.Sequential(
@@ -91,25 +101,32 @@ class ContextEncoder(Objective):
             nn.ReLU(),
             upsampling([max(1, cfg.decoder_dim >> n) for n in range(steps)] + [channels], norm=True),
         )
-        self.discriminator = discriminator(channels, size, cfg.discriminator_dim)
+        if cfg.adversarial_weight:
+            self.discriminator = discriminator(channels, size, cfg.discriminator_dim)
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:
         size = about.image_size
         augment = Augment(size, scale=(cfg.crop_scale, 1.0))
-        side = round(cfg.center_share * size) - 2 * cfg.border if cfg.dropped_region == "center" else size
-        if side < 1:
+        center = None  # uint8 [S, S], if it is what is dropped
+        if cfg.dropped_region == "center":
+            side = round(cfg.center_share * size) - 2 * cfg.border
+            if side < 1:
+                raise ValueError(
+                    f"objective.border = {cfg.border}: leaves nothing of the dropped centre; write a lower one"
+                )
+            dropped = central_region(size, side)
+            center = np.where(dropped, DROPPED, np.where(grown(dropped, cfg.border), BORDER, 0)).astype(np.uint8)
+        elif not int(cfg.random_share * size**2):
             raise ValueError(
-                f"objective.border = {cfg.border}: leaves nothing of the dropped centre; write a lower one"
+                f"objective.random_share = {cfg.random_share}: drops no pixel of {size}×{size}; write a higher one"
             )
 
         def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
-            if cfg.dropped_region == "center":
-                dropped = central_region(size, side)
-            else:
-                dropped = random_region(size, cfg.random_share, rng(MASKS))
-            region = np.where(dropped, DROPPED, np.where(grown(dropped, cfg.border), BORDER, 0)).astype(np.uint8)
-            return crops(sample, {"image": augment}, rng) | {"region": region}  # [S, S]
+            region = center
+            if region is None:
+                region = np.where(random_region(size, cfg.random_share, rng(MASKS)), DROPPED, 0).astype(np.uint8)
+            return crops(sample, {"image": augment}, rng) | {"region": region}
 
         return view
 
@@ -117,14 +134,18 @@ class ContextEncoder(Objective):
         images, region, cfg = batch["image"], batch["region"].unsqueeze(1), self.cfg  # [B, C, S, S], [B, 1, S, S]
         predicted = self.predict(images, region)
         inside = (region > 0).to(images.dtype)
-        weight = torch.where(region == BORDER, cfg.border_weight, inside)
+        weight = torch.where(region == BORDER, cfg.border_weight, inside) if cfg.dropped_region == "center" else inside
         error = (weight * (predicted - images).square()).sum((1, 2, 3)) / (inside.sum((1, 2, 3)) * images.shape[1])
         reconstruction = error.mean()
+        logs, loss = {"reconstruction": reconstruction.detach()}, cfg.reconstruction_weight * reconstruction
+        if not cfg.adversarial_weight:
+            return loss, logs
         real = wide(self.discriminator(inside * images))  # [B, 1], logits of D
         fake = wide(self.discriminator(reverse_gradient(inside * predicted, cfg.adversarial_weight)))
         discrimination = F.softplus(-real).mean() + F.softplus(fake).mean()  # −log D(x) − log(1 − D(x̂))
-        logs = {"reconstruction": reconstruction.detach(), "discriminator": discrimination.detach()}
-        return cfg.reconstruction_weight * reconstruction + discrimination, logs
+        logs["discriminator"] = discrimination.detach()
+        # the gradient of the discriminator's loss, but the value of eq. 3
+        return loss + discrimination - (1 + cfg.adversarial_weight) * discrimination.detach(), logs
 
     def predict(self, images: Tensor, region: Tensor) -> Tensor:
         """x̂ [B, C, S, S]."""

@@ -4,11 +4,13 @@
     loss = mean (x − g(z_q))² + β · mean (z_e − sg[z_q])²                                                  (eq. 3)
     the decoder's gradient of z_q is that of z_e (straight-through):  g gets z_e + sg[z_q − z_e]
 
-The likelihood of eq. 3 is that of a normal distribution with a fixed variance. Its term for the codebook is replaced by
-the moving averages of appendix A.1: each e_j is the mean of the z_e that were assigned to it. The paper says nothing
-about codes without use, of which there are many if the encoder's outputs were similar at first; `restart_below` replaces
-them by outputs of the encoder at random places. The encoder f is the recipe's model, and z_e are its tokens. The decoder
-is that of the paper: residual blocks, then transposed convolutions.
+The likelihood of eq. 3 is that of a normal distribution with a fixed variance. Its term for the codebook,
+‖sg[z_e] − z_q‖², is replaced by the moving averages of appendix A.1, which the paper describes but has not used for its
+experiments: each e_j is the mean of the z_e that were assigned to it. The paper says nothing about codes without use, of
+which there are many if the encoder's outputs were similar at first; `restart_below` replaces them by outputs of the
+encoder at random places. The encoder f is the recipe's model, and z_e are its tokens, with no further layer: those of a
+ResNet come from a ReLU, while the codes are drawn from a normal distribution at first. The decoder is that of the paper:
+residual blocks, then transposed convolutions.
 
 The export is the tokenizer: the encoder, with the codebook in tensors.safetensors. The objective `beit` reads it.
 
@@ -17,6 +19,7 @@ Shapes: B images, C channels, N = h·w places, D encoder width, K codes, E decod
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +33,9 @@ from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
-from pretrain.ops.codebook import Codebook, perplexity
+from pretrain.ops.codebook import Codebook
 from pretrain.ops.image_rows import side_by_side
+from pretrain.ops.patchify import pick
 from pretrain.ops.precision import wide
 from pretrain.ops.upsampling import doublings, upsampling
 
@@ -41,7 +45,7 @@ class Config(Options):
     codebook_size: int = option(512, low=2)  # K, the number of codes
     codebook_decay: float = option(0.99, low=0, below=1)  # γ of the moving averages of the codebook
     commitment_weight: float = option(0.25, low=0)  # β: of the distance between the encoder's outputs and their codes
-    # a code that was used less often than this share of the mean is replaced by an output of the encoder; 0: none is
+    # a code that was used less often than this share of the codes' mean is replaced by an output of the encoder; 0: none is
     restart_below: float = option(0.0, low=0, below=1)
     decoder_dim: int = option(256, low=1)  # E, width of the decoder
     decoder_depth: int = option(2, low=0)  # number of residual blocks of the decoder
@@ -53,7 +57,7 @@ class Config(Options):
         return [{**sizes, "objective.restart_below": 0.03}]
 
 
-class ResidualBlock(nn.Sequential):
+class DecoderBlock(nn.Sequential):
     """x + 1×1 convolution of a 3×3 convolution, each after a ReLU (§4.1)."""
 
     def __init__(self, dim: int):
@@ -68,11 +72,11 @@ class VQVAE(Objective):
         super().__init__(cfg, backbone)
         self.backbone = backbone(local_cls_norm=False)  # there are no local crops
         steps = doublings(self.backbone.patch_size, "pixels per token")
-        channels = self.backbone.cfg.in_channels  # type: ignore[union-attr]
+        channels: int = self.backbone.cfg.in_channels  # type: ignore[union-attr, assignment]
         self.codebook = Codebook(cfg.codebook_size, self.backbone.embed_dim)
         self.decoder = nn.Sequential(
             nn.Conv2d(self.backbone.embed_dim, cfg.decoder_dim, 3, padding=1),
-            *(ResidualBlock(cfg.decoder_dim) for _ in range(cfg.decoder_depth)),
+            *(DecoderBlock(cfg.decoder_dim) for _ in range(cfg.decoder_depth)),
             nn.ReLU(),
             upsampling([cfg.decoder_dim] * steps + [channels], norm=False),
         )
@@ -80,33 +84,35 @@ class VQVAE(Objective):
     @staticmethod
     def views(cfg: Config, about: About) -> View:
         augment = Augment(about.image_size, scale=(cfg.crop_scale, 1.0))
+        places = (about.image_size // about.patch_size) ** 2
 
         def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
-            # in [0, 1): which z_e of the image may replace a code without use
-            candidate = np.asarray(rng(MASKS).random(dtype=np.float32))
-            return crops(sample, {"image": augment}, rng) | {"candidate": candidate}
+            # n places of the image whose z_e may replace codes without use, so many that a batch has enough for all K
+            count, draw = min(places, math.ceil(cfg.codebook_size / sample["batch"])), rng(MASKS)
+            candidates = draw.choice(places, count, replace=False)  # int64 [n]
+            order = draw.integers(1 << 62, size=count)  # int64 [n]: random numbers; the lowest ones replace first
+            return crops(sample, {"image": augment}, rng) | {"candidates": candidates, "order": order}
 
         return view
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        restored, z, codes = self.reconstruct(batch["image"])
-        place = batch["candidate"] * z.shape[1]  # [B]: a random place, and another random number behind the point
-        index = place.long().clamp(0, z.shape[1] - 1).view(-1, 1, 1).expand(-1, 1, z.shape[-1])
-        self.codebook.hold(z.flatten(0, 1), codes.flatten(), z.gather(1, index).squeeze(1), place.frac(), step)
+        restored, z, codes, vectors = self.reconstruct(batch["image"])
+        candidates = pick(z, batch["candidates"]).flatten(0, 1)  # [B·n, D]
+        self.codebook.hold(z.flatten(0, 1), codes.flatten(), candidates, batch["order"].flatten(), step)
         reconstruction = F.mse_loss(restored, batch["image"])
-        commitment = F.mse_loss(z, self.codebook.vectors[codes])
+        commitment = F.mse_loss(z, vectors)
         logs = {"reconstruction": reconstruction.detach(), "commitment": commitment.detach()}
-        logs["perplexity"] = perplexity(codes, self.cfg.codebook_size)
+        logs["perplexity"] = self.codebook.perplexity()
         return reconstruction + self.cfg.commitment_weight * commitment, logs
 
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(restored images [B, C, H, W], z_e [B, N, D], codes [B, N])."""
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(restored images [B, C, H, W], z_e [B, N, D], codes [B, N], their vectors [B, N, D])."""
         features = self.backbone(images)
         z = wide(features.tokens)
         codes, vectors = self.codebook(z)
         z_q = z + (vectors - z).detach()  # the gradient goes straight through
         grid = z_q.transpose(1, 2).unflatten(2, features.grid)  # [B, D, h, w]
-        return wide(self.decoder(grid)), z, codes
+        return wide(self.decoder(grid)), z, codes, vectors
 
     def after_step(self, step: int) -> None:
         self.codebook.update(step, self.cfg.codebook_decay, self.cfg.restart_below, self.skipped)

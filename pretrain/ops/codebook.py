@@ -9,7 +9,7 @@ by a moving average (appendix A.1).
 Everything that changes is a buffer, so it is saved in checkpoints. It is equal on all ranks, and does not depend on the
 number of ranks and micro-batches.
 
-Shapes: R vectors, K codes, D features, P candidates.
+Shapes: R vectors, K codes, D features, P candidates of a micro-batch.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def hold(self, z: Tensor, codes: Tensor, candidates: Tensor, order: Tensor, step: int) -> None:
         """Keep what `update` needs of the vectors z [R, D] of a micro-batch and of their codes [R]. `candidates` [P, D]:
-        the vectors by which codes without use may be replaced, those with the lowest random numbers `order` [P] first.
-        What is still held from another step is dropped."""
+        the vectors by which codes without use may be replaced, those with the lowest random numbers `order` int64 [P]
+        first. What is still held from another step is dropped."""
         if step != self.step:
             self.held, self.step = [], step
-        z, candidates = z.to(self.totals.dtype), candidates.to(self.totals.dtype)
+        z, candidates = (x.detach().to(self.totals.dtype) for x in (z, candidates))
         counts = torch.zeros_like(self.usage).index_add_(0, codes, torch.ones_like(z[:, 0]))
         self.held.append((counts, torch.zeros_like(self.totals).index_add_(0, codes, z), candidates, order))
 
@@ -70,8 +70,9 @@ class Codebook(nn.Module):
         """N ← γ N + (1 − γ) n,  m ← γ m + (1 − γ) Σ z,  e ← m / N (appendix A.1), with γ = `decay` and the n vectors z
         of the global batch that were assigned to a code. Collective: every rank must call it.
 
-        Afterwards a code with N below `restart` times the mean count of a code in this step gets the next candidate as
-        its vector, as in Jukebox (arXiv 2005.00341, §3.1), and this limit as its N; 0: no code does. `skipped` is
+        If `restart` is above 0, each code whose N is below the limit, `restart` times the mean N, is then set to the
+        next candidate, as in Jukebox (arXiv 2005.00341, §3.1), and its N to the limit. No candidate replaces two codes:
+        if there are fewer candidates than such codes, the other codes are left for the next step. `skipped` is
         `Objective.skipped`, a scalar on the device: if it is 1, nothing changes. Raises RuntimeError if `hold` was not
         called in this step.
         """
@@ -85,22 +86,18 @@ class Codebook(nn.Module):
         known = (usage >= LEAST_USAGE).unsqueeze(1)
         vectors = torch.where(known, totals / usage.clamp_min(LEAST_USAGE).unsqueeze(1), self.vectors)
         if restart:
-            limit, new = restart * count.mean(), gather(torch.cat(candidates))
+            limit, new = restart * usage.mean(), gather(torch.cat(candidates))
             new = new[gather(torch.cat(order)).argsort()]
-            unused = usage < limit
-            new = new[(unused.cumsum(0) - 1).clamp_min(0) % len(new)]  # [K, D]: a candidate for each unused code
+            number = (usage < limit).cumsum(0) - 1  # [K]: of a code among those below the limit
+            unused = (usage < limit) & (number < len(new))
+            new = new[number.clamp(0, len(new) - 1)]  # [K, D]
             usage, unused = torch.where(unused, limit, usage), unused.unsqueeze(1)
             vectors, totals = torch.where(unused, new, vectors), torch.where(unused, limit * new, totals)
         for buffer, value in ((self.vectors, vectors), (self.usage, usage), (self.totals, totals)):
             buffer.copy_(value if skipped is None else torch.where(skipped > 0, buffer, value))
 
-
-@torch.no_grad()
-def perplexity(codes: Tensor, count: int) -> Tensor:
-    """exp of the entropy of the codes' shares in the global batch: the number of codes in use, from 1 to `count`.
-    Collective: every rank must call it."""
-    flat = codes.flatten()
-    shares = torch.zeros(count, device=codes.device).index_add_(0, flat, torch.ones(len(flat), device=codes.device))
-    shares = sum_over_world(shares)
-    shares = shares / shares.sum()
-    return (-(shares * shares.clamp_min(1e-12).log()).sum()).exp()
+    def perplexity(self) -> Tensor:
+        """exp of the entropy of the codes' shares in `usage`, a scalar from 1 to K: the number of codes in use. It is 1
+        before the first step."""
+        shares = self.usage / self.usage.sum().clamp_min(LEAST_USAGE)
+        return (-torch.special.xlogy(shares, shares).sum()).exp()

@@ -3,6 +3,8 @@ steps for which its parameters are frozen."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,8 @@ def parameter_groups(module: nn.Module, cfg: Optim) -> list[dict]:
     In a backbone of n blocks, the learning-rate factor is layer_decay^(n − i) for block i (counted from 0),
     layer_decay^(n + 1) for the embedding, and 1 for all other parameters (BEiT, arXiv 2106.08254). The factor of the
     patch embedding is also multiplied by patch_embed_lr (DINO). With `layer_decay_of: transformers`, both factors are 1
-    in convolutional networks. Parameters with requires_grad=False are left out.
+    in convolutional networks. The factor in a sub-module that `Objective.lr_scales` names is multiplied by the one
+    given there. Parameters with requires_grad=False are left out.
     """
     backbones = {f"{name}." if name else "": m for name, m in module.named_modules() if isinstance(m, Backbone)}
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -59,9 +62,12 @@ def parameter_groups(module: nn.Module, cfg: Optim) -> list[dict]:
             " write optim.freeze_last_layer=0"
         )
     groups: dict[tuple, list[nn.Parameter]] = {}
+    lr_scales: dict[str, float] = getattr(module, "lr_scales", {})
     for name, parameter in trained.items():
         options = tuple(group_options(matrix_rows.get(parameter)).items())
-        key = (*_factors(name, parameter, backbones, name in last_layers, cfg), options)
+        scale, decay, frozen = _factors(name, parameter, backbones, name in last_layers, cfg)
+        scale *= math.prod(factor for part, factor in lr_scales.items() if name.startswith(f"{part}."))
+        key = (scale, decay, frozen, options)
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": p, "lr_scale": scale, "wd_scale": decay, "scale": scale, "frozen": frozen, **dict(options)}

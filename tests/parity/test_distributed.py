@@ -311,6 +311,7 @@ CHECKS |= {
 CHECKS |= {
     f"check_{name}_{model}": functools.partial(test_pretext.check, name, model) for name, model in test_pretext.PAIRS
 }
+CHECKS["check_vqvae_without_restarts"] = functools.partial(test_pretext.check, "vqvae", "vit", restart_below=0.0)
 
 
 def run_checks(rank: int, folder: Path) -> None:

@@ -5,40 +5,47 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from data_pipeline.parts.part import About
 from pretrain.build import build_objective
 from pretrain.interchange import export
 from pretrain.interchange.weight_sources import further_tensors
 from pretrain.models import presets
 from pretrain.models.build import build_model
+from pretrain.objectives import context_encoder, finder
 from pretrain.objectives.base import Objective
-from pretrain.ops.codebook import Codebook, nearest, perplexity
+from pretrain.ops.codebook import Codebook, nearest
 from pretrain.ops.gather import world
 from pretrain.ops.reverse_gradient import reverse_gradient
 from pretrain.ops.sync_norm import BatchNorm
-from pretrain.ops.upsampling import doublings
+from pretrain.ops.upsampling import doublings, upsampling
 from pretrain.parallel.engine import Engine
 from pretrain.train import train
 from tests.conftest import tiny_recipe
 from tests.parity import test_catalogue
-from tests.parity.test_catalogue import agrees, encode, gradients
+from tests.parity.test_catalogue import agrees, encode, gradients, patches
 from tests.parity.test_losses import mean, naive_cross_entropy, normal
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rotnet": {},
     "jigsaw": {"permutations": 7, "tile_size": 16, "cell_size": 20, "tile_features": 5, "head_hidden": 6},
-    "vqvae": {"codebook_size": 6, "codebook_decay": 0.9, "restart_below": 0.5, "decoder_dim": 8, "decoder_depth": 1},
+    "vqvae": {"codebook_size": 6, "codebook_decay": 0.9, "restart_below": 0.85, "decoder_dim": 8, "decoder_depth": 1},
     "beit": {},
-    "context_encoder": {"decoder_dim": 8, "discriminator_dim": 4, "border_weight": 3.0, "adversarial_weight": 0.3},
+    "context_encoder": {
+        **{"dropped_region": "center", "border_weight": 3.0},
+        **{"decoder_dim": 8, "discriminator_dim": 4, "adversarial_weight": 0.3},
+    },
 }
 VIT_ONLY = {
     "beit": "a ResNet takes no masks",
@@ -75,7 +82,7 @@ def batch_of(name: str, count: int = 4) -> dict[str, Tensor]:
     if name == "jigsaw":
         return {"tiles": normal(count, 9, 3, 16, 16), "permutation": whole_numbers(7, count)}
     if name == "vqvae":
-        return {"image": image, "candidate": normal(count).sigmoid()}
+        return {"image": image, "candidates": patches(count, 2), "order": whole_numbers(1 << 62, count, 2)}
     if name == "beit":
         masked = normal(count, 16).argsort(1)[:, :6].sort(1).values
         return {"image": image, "visual": normal(count, 3, 16, 16, seed=1), "masked": masked}
@@ -190,7 +197,8 @@ def naive_context_encoder(model: Any, batch: dict[str, Tensor]) -> Tensor:
     of_real = mean([-d.sigmoid().log() for d in by_layer(model.discriminator, torch.stack(real)).flatten()])
     against = of_fakes(frozen, torch.stack(fake))
     loss = of_real + of_fakes(model.discriminator, torch.stack(fake).detach())
-    return 0.999 * mean(errors) + loss - 0.3 * (against - against.detach())
+    descended = 0.999 * mean(errors) + loss - 0.3 * against
+    return descended - descended.detach() + (0.999 * mean(errors) - 0.3 * loss).detach()  # the value is that of eq. 3
 
 
 NAIVE: dict[str, Callable[..., Tensor]] = {
@@ -204,7 +212,45 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("name", NAIVE)
 def test_it_computes_its_paper(name: str):
-    agrees(made(name), batch_of(name), NAIVE[name], constant=("visual", "candidate"))
+    agrees(made(name), batch_of(name), NAIVE[name], constant=("visual",))
+
+
+def test_context_encoders_without_discriminator():
+    """The mean error of the pixels of the region, all of which have the same weight if it is a random one."""
+    case = made("context_encoder", dropped_region="random", adversarial_weight=0.0).train()
+    batch = batch_of("context_encoder")
+    batch["region"] = (batch["region"] > 0).to(torch.uint8)
+    loss, logs = case(batch, 0)
+    predicted, inside = case.predict(batch["image"], batch["region"].unsqueeze(1)), batch["region"].bool()
+    errors = [((x - y)[:, m] ** 2).mean() for x, y, m in zip(batch["image"], predicted, inside, strict=True)]
+    assert set(logs) == {"reconstruction"} and not any("discriminator" in name for name, _ in case.named_modules())
+    torch.testing.assert_close(loss, 0.999 * mean(errors))
+
+
+def test_networks_are_the_published_ones():
+    """Of 128 pixels, as in the code published for 1604.07379: 4 × 4 convolutions of stride 2, batch norm except in
+    the first and last layer. The decoder of 1711.00937: two residual blocks, two transposed convolutions."""
+
+    def shapes(layers: nn.Module) -> list[tuple[int, ...]]:
+        kinds = (nn.Conv2d, nn.ConvTranspose2d)
+        return [
+            (x.in_channels, x.out_channels, *x.kernel_size[:1], *x.stride[:1])
+            for x in layers.modules()
+            if isinstance(x, kinds)
+        ]
+
+    judge = context_encoder.discriminator(3, 128, 64)
+    assert shapes(judge) == [(3, 64, 4, 2), (64, 128, 4, 2), (128, 256, 4, 2), (256, 512, 4, 2), (512, 512, 4, 2)]
+    assert [x.num_features for x in judge if isinstance(x, BatchNorm)] == [128, 256, 512, 512]
+    widths = upsampling([512, 256, 128, 64, 3], norm=True)
+    assert shapes(widths) == [(512, 256, 4, 2), (256, 128, 4, 2), (128, 64, 4, 2), (64, 3, 4, 2)]
+    assert [x.num_features for x in widths if isinstance(x, BatchNorm)] == [256, 128, 64]
+    assert widths(torch.zeros(2, 512, 3, 3)).shape == (2, 3, 48, 48)
+    decoder = made("vqvae", "resnet", decoder_dim=256, decoder_depth=2).decoder
+    blocks = [(256, 256, 3, 1), (256, 256, 1, 1)] * 2
+    assert shapes(decoder) == [(16, 256, 3, 1), *blocks, (256, 3, 4, 2)]
+    block, x = decoder[1], normal(1, 256, 4, 4)
+    torch.testing.assert_close(block(x), x + block[3](block[1](x.clamp(min=0)).clamp(min=0)))
 
 
 # ---------------------------------------------------------------- the codebook
@@ -219,7 +265,6 @@ def test_the_codebook_follows_by_moving_averages():
             assert codes.tolist() == [nearest_by_loop(x, vectors) for x in z]
             assert torch.equal(found, book.vectors[codes])
             book.hold(z, codes, z[:1], torch.zeros(1), step)
-        assert 1 < float(perplexity(torch.cat([book(z)[0] for z in halves]), 5)) <= 5
         codes = [nearest_by_loop(x, vectors) for x in torch.cat(halves)]
         for k in range(5):
             own = [x for x, code in zip(torch.cat(halves), codes, strict=True) if code == k]
@@ -232,6 +277,8 @@ def test_the_codebook_follows_by_moving_averages():
         book.held = held
         book.update(step, 0.9, 0.0, torch.zeros(()))
         torch.testing.assert_close(book.vectors, vectors)
+        shares = [count / sum(counts) for count in counts if count]
+        assert float(book.perplexity()) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
     with pytest.raises(RuntimeError, match=r"update\(2\) without a hold"):
         book.update(2, 0.9, 0.0)
 
@@ -240,11 +287,33 @@ def test_codes_without_use_are_replaced_in_order():
     book = Codebook(4, 2).double()
     book.vectors.copy_(torch.tensor([[9.0, 9.0], [0.0, 0.0], [9.0, -9.0], [-9.0, 9.0]]))
     z = 0.1 * normal(6, 2)
-    book.hold(z, book(z)[0], z[:2].flip(0), torch.tensor([0.7, 0.2]), 0)
+    book.hold(z, book(z)[0], z[:2].flip(0), torch.tensor([7, 2]), 0)
     book.update(0, 0.9, 0.2)
-    torch.testing.assert_close(book.vectors, torch.stack([z[0], z.mean(0), z[1], z[0]]))
-    torch.testing.assert_close(book.usage, torch.tensor([0.3, 0.6, 0.3, 0.3], dtype=torch.float64))
-    torch.testing.assert_close(book.totals[2], 0.3 * z[1])
+    torch.testing.assert_close(book.vectors, torch.stack([z[0], z.mean(0), z[1], torch.tensor([-9.0, 9.0]).double()]))
+    torch.testing.assert_close(book.usage, torch.tensor([0.03, 0.6, 0.03, 0], dtype=torch.float64))
+    torch.testing.assert_close(book.totals[2], 0.03 * z[1])
+
+
+def test_codes_that_are_used_evenly_are_kept():
+    """Also in the first steps, when their moving averages are still small; what is held has no graph."""
+    book = Codebook(8, 4).double()
+    z = book.vectors.repeat(3, 1).requires_grad_()
+    before = book.vectors.clone()
+    book.hold(z * 1.0, book(z)[0], z + 1, torch.arange(24), 0)
+    assert not any(x.requires_grad for x in book.held[0])
+    book.update(0, 0.99, 0.5)
+    torch.testing.assert_close(book.vectors, before)
+    assert float(book.perplexity()) == pytest.approx(8)
+
+
+def test_candidates_are_distinct_and_enough_for_all_codes():
+    cls, (config, _) = finder.find("vqvae"), finder.config_class("vqvae")
+    view = cls.views(config(codebook_size=30), About(image_size=32, patch_size=8))
+    image = np.zeros((40, 40, 3), np.uint8)
+    arrays = [view({"image": image, "batch": 4}, lambda k, n=n: np.random.default_rng([n, k])) for n in range(4)]
+    assert all(len(set(made["candidates"].tolist())) == 8 and max(made["candidates"]) < 16 for made in arrays)
+    order = np.concatenate([made["order"] for made in arrays])
+    assert order.dtype == np.int64 and len(set(order.tolist())) == 32 and order.max() > 1 << 53
 
 
 def test_codes_do_not_depend_on_autocast():
@@ -296,13 +365,18 @@ def test_a_decoder_doubles():
 
 
 # ---------------------------------------------------------------- two processes
-def check(name: str, model: str) -> dict[str, list[Tensor]]:
+def check(name: str, model: str, **options: Any) -> dict[str, list[Tensor]]:
     """The loss of this process's images, its gradients, and the buffers after the step: see test_distributed.py."""
-    objective, rank, ranks = made(name, model).train(), *world()
+    objective, rank, ranks = made(name, model, **options).train(), *world()
     part = {key: value.chunk(ranks)[rank] for key, value in batch_of(name).items()}
     loss, _ = objective(part, 0)
     found = gradients(objective, loss, [])
     objective.skipped = torch.zeros(())
     objective.after_step(0)
     buffers = [value.double() for value in objective.buffers()]
-    return {"mean": [loss.detach(), *found.values(), *buffers]}
+    if name == "vqvae":
+        usage = objective.codebook.usage
+        at_limit = int((usage == usage.min()).sum())  # the codes that were replaced
+        assert 1 < at_limit < len(usage) or not objective.cfg.restart_below, usage
+        buffers.append(objective.codebook.perplexity())
+    return {"mean": [loss.detach(), *found.values()], "same": buffers}

@@ -103,11 +103,19 @@ def test_regions_of_pixels():
     assert np.array_equal(grown(centre, 2), central_region(32, 16))
     region = random_region(64, 0.25, np.random.default_rng(0))
     assert region.sum() == 1024 and (region[1:] == region[:-1]).mean() > 0.9  # single pixels: 0.62
+    borders = {}  # between the region and the rest, in sides of the image: the same shapes at every size
+    for size in (64, 256):
+        regions = np.stack([random_region(size, 0.25, np.random.default_rng(seed)) for seed in range(40)])
+        borders[size] = (regions[:, 1:] != regions[:, :-1]).sum() / 40 / size
+    assert borders[64] == pytest.approx(borders[256], rel=0.1)
 
 
-@pytest.mark.parametrize("dropped", ["center", "random"])
-def test_context_encoders_region_has_a_border(dropped: str):
-    region = views_of("context_encoder", About(image_size=64, patch_size=8), dropped_region=dropped, border=3)["region"]
-    hole = region == 1
-    assert region.dtype == np.uint8 and np.array_equal(region > 0, grown(hole, 3))
-    assert hole.sum() == (26**2 if dropped == "center" else 1024)
+def test_only_the_dropped_centre_has_a_border():
+    about = About(image_size=224, patch_size=16)
+    region = views_of("context_encoder", about, dropped_region="center")["region"]
+    assert region.dtype == np.uint8 and np.array_equal(region > 0, grown(region == 1, 7))
+    assert (region > 0).sum() == 112**2 and (region == 1).sum() == 98**2
+    region = views_of("context_encoder", about, dropped_region="random")["region"]
+    assert region.dtype == np.uint8 and np.bincount(region.flatten()).tolist() == [3 * 224**2 // 4, 224**2 // 4]
+    with pytest.raises(ValueError, match=r"random_share = 1e-06: drops no pixel of 224×224; write a higher one"):
+        views_of("context_encoder", about, random_share=1e-6)
