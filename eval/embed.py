@@ -63,7 +63,8 @@ def embed(
         raise UserError(f"--output patches: {model} reads texts, whose numbers of tokens differ; write cls or mean")
     shape = _features(encoder, [_stand_in(encoder)], output).shape[1:]
     identity = f"{samples.id} {encoder.fingerprint(samples)}".encode()
-    about = {
+    part = max(1, min(PART_SAMPLES, PART_BYTES // (4 * int(np.prod(shape)))))  # samples
+    about: dict[str, Any] = {
         "id": xxhash.xxh3_128_hexdigest(identity),  # of model, preparation and data
         "model": model,
         "data": list(data),
@@ -71,17 +72,17 @@ def embed(
         "format": format,
         "shape": list(shape),
         "samples": len(samples),
-        "part": max(1, min(PART_SAMPLES, PART_BYTES // (4 * int(np.prod(shape))))),
+        "part": part,
     }
     with errors_about(out, "name another folder for the features"):
         _begin(out, about)
-    names = [f"part-{n:05d}" for n in range(-(-len(samples) // about["part"]))]
+    names = [f"part-{n:05d}" for n in range(-(-len(samples) // part))]
     done = sum((out / f"{name}{ENDINGS[format]}").is_file() for name in names)
     progress = Progress("embed", len(names), done)
 
     def work(name: str) -> None:
-        first = int(name.removeprefix("part-")) * about["part"]
-        numbers = range(first, min(len(samples), first + about["part"]))
+        first = int(name.removeprefix("part-")) * part
+        numbers = range(first, min(len(samples), first + part))
         _write_part(encoder, samples, numbers, out / name, output, format, shape)
         nonlocal done
         done += 1

@@ -73,6 +73,15 @@ class Source(Protocol):
         """Features [B, D], fp32 on the CPU, of several prepared samples."""
 
 
+class Rows(Protocol):
+    """Rows of features [N, D], fp32: a tensor, or a class that reads them when it is indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> Tensor: ...
+
+
 class FeatureRows:
     """Rows of a feature file, which are read by memory map: `rows[a:b]` and `rows[numbers]` are fp32 tensors on the
     CPU. A tensor [N, D] can stand in its place."""
@@ -80,7 +89,7 @@ class FeatureRows:
     def __init__(self, path: Path, numbers: np.ndarray):
         self._table = np.load(path, mmap_mode="r").view(np.ndarray)
         self._numbers = numbers  # [N], rows of the file
-        self.shape = (len(numbers), self._table.shape[1])
+        self.shape: tuple[int, ...] = (len(numbers), self._table.shape[1])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -107,15 +116,13 @@ class Labelled:
         return len(self.classes)
 
 
-def chunks(
-    rows: FeatureRows | Standardized | Tensor, size: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[int, Tensor]]:
+def chunks(rows: Rows, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
     """(number of the first row, fp32 features [≤ size, D] on the device) of consecutive rows."""
     for first in range(0, len(rows), size):
         yield first, rows[first : first + size].to(device)
 
 
-def statistics(rows: FeatureRows | Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def statistics(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """(mean, standard deviation + 1e-6) of the features, fp32 [D] on the device; sums are computed in fp64, in two
     passes."""
     mean = sum(part.double().sum(0) for _, part in chunks(rows, PIECE, device)) / len(rows)
@@ -123,22 +130,33 @@ def statistics(rows: FeatureRows | Tensor, device: torch.device | str = "cpu") -
     return mean.float(), (squares / max(1, len(rows) - 1)).sqrt().float() + 1e-6
 
 
-class Standardized:
-    """Rows of features, minus a mean and divided by a standard deviation, on the device of these when they are indexed.
+class Subset:
+    """Some rows of features, in a given order. `numbers`: long [n]."""
 
-    `subset`: numbers of the rows, long [n]; None: all rows.
-    """
-
-    def __init__(self, rows: FeatureRows | Tensor, mean: Tensor, std: Tensor, subset: Tensor | None = None):
-        self._rows, self._mean, self._std, self._subset = rows, mean, std, subset
-        self.shape = (len(rows) if subset is None else len(subset), rows.shape[1])
+    def __init__(self, rows: Rows, numbers: Tensor):
+        self._rows, self._numbers = rows, numbers
+        self.shape = (len(numbers), rows.shape[1])
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        chosen = rows if self._subset is None else self._subset[rows]
-        return (self._rows[chosen].to(self._mean.device) - self._mean) / self._std
+        return self._rows[self._numbers[rows]]
+
+
+class Standardized:
+    """Rows of features, minus a mean and divided by a standard deviation, on the device of these when they are
+    indexed."""
+
+    def __init__(self, rows: Rows, mean: Tensor, std: Tensor):
+        self._rows, self._mean, self._std = rows, mean, std
+        self.shape = tuple(rows.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return (self._rows[rows].to(self._mean.device) - self._mean) / self._std
 
 
 def labelled(encoder: Source, specs: Sequence[str], folder: Path | None = None) -> Labelled:

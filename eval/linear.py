@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.config import Section, option
 from common.errors import UserError
-from eval.feature_cache import FeatureRows, Standardized, chunks, statistics
+from eval.feature_cache import FeatureRows, Rows, Standardized, Subset, chunks, statistics
 from eval.features import Encoder
 from eval.knn import accuracies
 from eval.texts import TextEncoder
@@ -60,10 +60,11 @@ def classify(
     order = torch.randperm(len(gallery), generator=generator)
     held_out = max(1, int(cfg.hold_out * len(gallery)))  # number of features
     mean, std = statistics(gallery, device)
+    rows = Standardized(gallery, mean, std)
     trained, chosen_on = order[held_out:], order[:held_out]
-    weight, bias = train(Standardized(gallery, mean, std, trained), classes[trained], count, cfg, generator, device)
+    weight, bias = train(Subset(rows, trained), classes[trained], count, cfg, generator, device)
     correct = torch.zeros(len(cfg.rates), dtype=torch.long)
-    for first, x in chunks(Standardized(gallery, mean, std, chosen_on), CHUNK, device):
+    for first, x in chunks(Subset(rows, chosen_on), CHUNK, device):
         logits = (x @ weight + bias).unflatten(1, (len(cfg.rates), count))  # [chunk, R, C]
         truth = classes[chosen_on[first : first + CHUNK]].to(device)
         correct += (logits.argmax(-1) == truth.unsqueeze(1)).sum(0).cpu()
@@ -74,7 +75,7 @@ def classify(
 
 
 def train(
-    x: Standardized | Tensor,
+    x: Rows,
     y: Tensor,
     count: int,
     cfg: Config,

@@ -13,7 +13,7 @@ from common import build_config
 from common.errors import UserError, nearest
 from eval.results import Row
 
-PROTOCOLS = ("knn", "linear", "bits_per_byte")
+PROTOCOLS = ("knn", "linear", "logistic", "fewshot", "bits_per_byte")
 TEXT = ("bits_per_byte",)  # protocols for language models; the others score features of labelled images or texts
 
 

@@ -1,0 +1,113 @@
+"""Logistic regression on frozen features, as DINOv2 and DINOv3 report it (arXiv 2304.07193, 2508.10104).
+
+    min over W, b of   ½ ‖W‖² + C · Σ cross-entropy(x W + b, y)
+
+It is solved by L-BFGS with a strong Wolfe line search, in fp64, on all features at once, which are read in chunks. C is
+chosen on a held-out part of the gallery, never on the query set; the regression is then solved on the whole gallery.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.config import Section, option
+from common.errors import UserError
+from eval.feature_cache import FeatureRows, Rows, Subset, chunks
+from eval.features import Encoder
+from eval.knn import accuracies
+from eval.texts import TextEncoder
+
+VERSION = 1
+CHUNK = 4096  # rows on the device at once
+
+
+@dataclass
+class Config(Section):
+    # values of C, from which one is chosen; DINOv2 tries 45 from 1e-6 to 1e5
+    costs: list[float] = option(lambda: [10.0**n for n in range(-6, 6)], above=0)
+    hold_out: float = option(0.1, above=0, below=1)  # share of the gallery on which C is chosen
+    iterations: int = option(1000, low=1)  # at most, for each C
+    tolerance: float = option(1e-6, above=0)  # largest component of the gradient of the mean loss at which it ends
+    seed: int = 0  # of the choice of the held-out part
+
+
+def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
+    """{"accuracy", "balanced_accuracy", "cost": the C with the best accuracy on the held-out part}."""
+    if not cfg.costs:
+        raise UserError("logistic.costs = []: write one value of C or more")
+    gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
+    features, classes, count = gallery_set.features, gallery_set.classes, len(gallery_set.names)
+    cost = choose_cost(features, classes, count, cfg, encoder.device)
+    weight, bias = fit(features, classes, count, cost, cfg, encoder.device)
+    predicted = predict(query_set.features, weight, bias)
+    return accuracies(predicted, query_set.classes, query_set.names, gallery_set.names) | {"cost": cost}
+
+
+def choose_cost(
+    x: FeatureRows | Tensor, y: Tensor, count: int, cfg: Config, device: torch.device | str = "cpu"
+) -> float:
+    """The C whose solution on one part of the features has the best accuracy on the other, held-out part."""
+    if len(cfg.costs) == 1:
+        return cfg.costs[0]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed))
+    held_out = max(1, int(cfg.hold_out * len(x)))  # number of features
+    chosen, rest = order[:held_out], order[held_out:]
+    start, correct = None, {}
+    for cost in sorted(cfg.costs):  # each solution is the start of the next one
+        start = fit(Subset(x, rest), y[rest], count, cost, cfg, device, start)
+        correct[cost] = int((predict(Subset(x, chosen), *start) == y[chosen]).sum())
+    return max(correct, key=correct.__getitem__)
+
+
+def fit(
+    x: Rows,
+    y: Tensor,
+    count: int,
+    cost: float,
+    cfg: Config,
+    device: torch.device | str = "cpu",
+    start: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(weight [D, C], bias [C]), fp64 on the device, of the regression on features [N, D] with class numbers [N] below
+    C = `count`. `start`: a weight and a bias near the solution."""
+    zeros = torch.zeros(x.shape[1] + 1, count, dtype=torch.float64, device=device)
+    weights = zeros if start is None else torch.cat([start[0], start[1][None]])  # [D + 1, C], the bias last
+    weights = weights.clone().requires_grad_()
+    solver = torch.optim.LBFGS(
+        [weights],
+        max_iter=cfg.iterations,
+        max_eval=2 * cfg.iterations,
+        tolerance_grad=cfg.tolerance,
+        tolerance_change=0,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    @torch.no_grad()
+    def closure() -> Tensor:
+        """The objective divided by C · N, and its gradient."""
+        weight, bias = weights[:-1], weights[-1]
+        loss = weight.square().sum() / (2 * cost * len(x))
+        gradient = torch.cat([weight / (cost * len(x)), zeros[:1]])
+        for first, part in chunks(x, CHUNK, device):
+            inputs, target = part.double(), y[first : first + CHUNK].to(device)  # [n, D], [n]
+            log_p = (inputs @ weight + bias).log_softmax(-1)  # [n, C]
+            loss += F.nll_loss(log_p, target, reduction="sum") / len(x)
+            error = (log_p.exp() - F.one_hot(target, count)) / len(x)
+            gradient[:-1] += inputs.T @ error
+            gradient[-1] += error.sum(0)
+        weights.grad = gradient
+        return loss
+
+    solver.step(closure)
+    return weights.detach()[:-1], weights.detach()[-1]
+
+
+def predict(x: Rows, weight: Tensor, bias: Tensor) -> Tensor:
+    """Class numbers [N], on the CPU, of features [N, D]."""
+    logits = (part.double() @ weight + bias for _, part in chunks(x, CHUNK, weight.device))
+    return torch.cat([each.argmax(1).cpu() for each in logits])
