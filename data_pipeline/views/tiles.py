@@ -7,25 +7,24 @@ import functools
 
 import numpy as np
 
-MOST_TILES = 9  # whose orders, 362,880, fit into memory and can be compared in milliseconds
+MOST_TILES = 9  # all 9! = 362,880 orders are held in memory
 
 
 def tiles(image: np.ndarray, side: int, size: int, shift: int, rng: np.random.Generator) -> np.ndarray:
-    """[side², C, size, size], row-major: from each of side × side cells of an image [C, S, S] one tile of `size` pixels
-    at a random place in the cell, so that there is a random gap between neighbours.
+    """[side², C, size, size], row-major: from each of side × side cells of an image [C, S, S], without a margin of
+    `shift` pixels, one tile of `size` pixels at a random place in the cell, so that there is a random gap between
+    neighbours.
 
-    In each tile, each channel is moved by up to `shift` pixels along both axes, as far as the image reaches. Otherwise
-    the chromatic aberration of a lens would tell where in the image a tile was. Raises ValueError for tiles that are
-    larger than a cell.
+    In each tile, each channel is moved by up to `shift` pixels along both axes. Otherwise the chromatic aberration of a
+    lens would tell where in the image a tile was. Raises ValueError for tiles that are larger than a cell.
     """
-    channels, pixels = len(image), image.shape[-1]
+    channels, pixels = len(image), image.shape[-1] - 2 * shift
     cell = pixels // side
     if size > cell:
         raise ValueError(f"tiles of {size} pixels are larger than the cells of {cell} pixels in an image of {pixels}")
     corners = cell * np.stack(np.divmod(np.arange(side * side), side), axis=1)  # [side², 2]: top, left
     corners += rng.integers(0, cell - size + 1, corners.shape)
-    moved = corners[:, None] + rng.integers(-shift, shift + 1, (side * side, channels, 2))
-    moved = moved.clip(0, pixels - size)  # [side², C, 2]
+    moved = corners[:, None] + rng.integers(0, 2 * shift + 1, (side * side, channels, 2))  # [side², C, 2]
     return np.stack(
         [
             np.stack([image[c, top : top + size, left : left + size] for c, (top, left) in enumerate(places)])

@@ -1,13 +1,13 @@
 """BEiT: a ViT predicts the visual tokens of masked patches, which a frozen tokenizer has made (arXiv 2106.08254).
 
     z = tokenizer(image): one of K visual tokens for each of N patches                                        (§2.1)
-    M: at least 16 patches in each of several blocks, 40 % of the N patches in all               (§2.3, algorithm 1)
+    M: at least 16 patches in each of several blocks, up to 40 % of the N patches in all         (§2.3, algorithm 1)
     loss = −1/|M| Σ_{i ∈ M} log softmax(W h_i + b)_{z_i},  h = encoder(image with mask tokens at M)         (eqs. 1, 2)
 
 The tokenizer is an export of the objective `vqvae`: an encoder and a codebook. It sees the same crop as the ViT, at the
 size at which it has one token for each patch: with patches of 16 pixels, a tokenizer of 8 pixels per token sees half of
 the size, as in the paper. The paper's tokenizer is that of DALL-E, with 8,192 tokens. Every image has exactly the same
-number of masked patches; where the last block would not fit, single patches are masked.
+number of masked patches: if ten blocks in a row do not fit, single patches are masked, where BEiT's code stops.
 
 Shapes: B images, N patches, M masked ones of each image, D encoder width, K visual tokens.
 """

@@ -7,7 +7,7 @@
 The encoder f and the layer r (fc6 of the paper) see one tile at a time; only the layers above them (fc7, fc8) compare
 tiles. The set of permutations is chosen by maximal Hamming distance (algorithm 1). Against shortcuts (§4.2) tiles have
 gaps, each channel of each tile gets mean 0 and standard deviation 1, each channel is moved by a random number of
-pixels, and a share of the images is grey. There is no dropout.
+pixels, and a share of the images is grey; all channels of a grey tile are moved together. There is no dropout.
 
 Shapes: B images, T = 9 tiles each, D encoder width, F features of a tile, P permutations, t pixels of a tile's side.
 """
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from common.config import option
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
+from data_pipeline.views.colors import grayscale
 from data_pipeline.views.tiles import permutation_set, tiles
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
@@ -40,7 +41,7 @@ class Config(Options):
     cell_size: int = option(75, low=1)  # side of a cell in pixels; the gap between tiles is on average the difference
     tile_features: int = option(512, low=1)  # F, width of the layer that sees one tile
     head_hidden: int = option(4096, low=1)  # width of the hidden layer that sees all tiles
-    # smallest share of the image's area in a random crop; the published crop of 225 from 256 pixels has 0.77
+    # smallest share of the image's area in a random crop; the paper crops 225 pixels of an image whose short side has 256
     crop_scale: float = option(0.77, above=0, high=1)
     gray_share: float = option(0.3, low=0, high=1)  # share of the images that are grey
     channel_shift: int = option(2, low=0)  # largest number of pixels by which a channel of a tile is moved
@@ -75,17 +76,19 @@ class Jigsaw(Objective):
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:
-        augment = Augment(SIDE * cfg.cell_size, scale=(cfg.crop_scale, 1.0), flip=0.0, gray=cfg.gray_share)
+        size = SIDE * cfg.cell_size + 2 * cfg.channel_shift
+        augment = Augment(size, scale=(cfg.crop_scale, 1.0), flip=0.0)
         orders = permutation_set(cfg.permutations, TILES)
 
         def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
-            made = crops(sample, {"image": augment}, rng)
-            draw = rng(MASKS)
-            number = draw.integers(len(orders))
-            cut = tiles(made["image"], SIDE, cfg.tile_size, cfg.channel_shift, draw)[orders[number]]  # [T, C, t, t]
-            # parameters of colour operations that run on the device, one row for each tile
-            color = {"tiles.color": np.stack([made["image.color"]] * TILES)} if "image.color" in made else {}
-            return {"tiles": cut, "permutation": np.asarray(number), **color}
+            image = crops(sample, {"image": augment}, rng)["image"]
+            channels, draw = len(image), rng(MASKS)
+            number, gray = draw.integers(len(orders)), draw.random() < cfg.gray_share
+            if gray and channels == 3:
+                image = grayscale(np.ascontiguousarray(image.transpose(1, 2, 0)))[None]  # one channel
+            cut = tiles(image, SIDE, cfg.tile_size, cfg.channel_shift, draw)[orders[number]]
+            cut = np.repeat(cut, channels // cut.shape[1], axis=1)  # [T, C, t, t]
+            return {"tiles": cut, "permutation": np.asarray(number)}
 
         return view
 

@@ -32,7 +32,7 @@ TURNS = 4
 
 @dataclass
 class Config(Options):
-    # smallest share of the image's area in a random crop; the published crop of 224 from 256 pixels has 0.77
+    # smallest share of the image's area in a random crop; the paper crops 224 pixels of an image whose short side has 256
     crop_scale: float = option(0.77, above=0, high=1)
     flip: float = option(0.5, low=0, high=1)  # probability of a horizontal flip, before the rotations
 

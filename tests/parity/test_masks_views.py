@@ -86,13 +86,13 @@ def test_block_mask_is_made_of_blocks_everywhere():
     assert np.array_equal(*same)
 
 
-def naive_block_mask(side: int, count: int, rng: random.Random) -> np.ndarray:
+def naive_block_mask(side: int, count: int, smallest: int, rng: random.Random) -> np.ndarray:
     """The published procedure, cell by cell: blocks until ten attempts in a row fail, then single cells."""
     on: set[tuple[int, int]] = set()
     while len(on) < count:
         added = False
         for _ in range(10):
-            area = rng.uniform(4, min(count - len(on), side * side / 2))  # the second may be the smaller one
+            area = rng.uniform(smallest, min(count - len(on), side * side / 2))  # the second may be the smaller one
             aspect = 0.3 * (1 / 0.09) ** rng.random()
             h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
             if 0 < h < side and 0 < w < side:
@@ -108,8 +108,8 @@ def naive_block_mask(side: int, count: int, rng: random.Random) -> np.ndarray:
     return np.array([[(i, j) in on for j in range(side)] for i in range(side)])
 
 
-@pytest.mark.parametrize("count", [2, 3, 19, 60, 98])
-def test_block_masks_are_distributed_as_published(count: int):
+@pytest.mark.parametrize("count, smallest", [(2, 4), (3, 4), (19, 4), (60, 4), (98, 4), (75, 16)])
+def test_block_masks_are_distributed_as_published(count: int, smallest: int):
     """Borders between masked and other cells, masked cells without masked neighbours, and the extent of a mask:
     means over 600 masks."""
 
@@ -120,8 +120,8 @@ def test_block_masks_are_distributed_as_published(count: int):
         return [(4 - near)[mask].sum(), (mask & (near == 0)).sum(), rows.std(), columns.std()]
 
     rng, plain = np.random.default_rng(0), random.Random(1)
-    ours = np.array([shape(block_mask((14, 14), count, rng)) for _ in range(600)])
-    theirs = np.array([shape(naive_block_mask(14, count, plain)) for _ in range(600)])
+    ours = np.array([shape(block_mask((14, 14), count, rng, smallest)) for _ in range(600)])
+    theirs = np.array([shape(naive_block_mask(14, count, smallest, plain)) for _ in range(600)])
     error = np.sqrt((ours.var(0) + theirs.var(0)) / 600)
     assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4 * error + 1e-9).all(), (ours.mean(0), theirs.mean(0), error)
 

@@ -41,23 +41,24 @@ def test_rotnet_turns_counter_clockwise():
 
 def test_tiles_lie_in_their_cells_with_gaps():
     """The pixels of the image are their own coordinates: the first channel is the row, the second the column."""
-    rows, columns = np.meshgrid(np.arange(60), np.arange(60), indexing="ij")
+    rows, columns = np.meshgrid(np.arange(64), np.arange(64), indexing="ij")  # 3 cells of 20, and a margin of 2
     image = np.stack([rows, columns, rows]).astype(np.uint8)
     corners = []
-    for number in range(50):
+    for number in range(300):
         cut = puzzles.tiles(image, 3, 16, 2, np.random.default_rng(number)).astype(int)
         assert cut.shape == (9, 3, 16, 16)
         top, left, other = (cut[:, channel, 0, 0] for channel in range(3))
         assert np.array_equal(cut[:, 0], top[:, None, None] + np.arange(16)[:, None] + np.zeros((1, 16), int))
         assert np.array_equal(cut[:, 1], left[:, None, None] + np.arange(16) + np.zeros((16, 1), int))
         corners.append([top - np.arange(9) // 3 * 20, left - np.arange(9) % 3 * 20, other - top])
-    found = np.array(corners)  # [50, 3, 9]
-    assert found[:, :2].min() >= -2 and found[:, :2].max() <= 4 + 2  # cells of 20, channels moved by up to 2
-    assert set(found[:, 0].flatten()) >= set(range(5)) and set(found[:, 2].flatten()) == set(range(-4, 5))
-    still = puzzles.tiles(image, 3, 16, 0, np.random.default_rng(0))
+    found = np.array(corners)  # [300, 3, 9]
+    for tile in range(9):  # up to 4 pixels of room in the cell, channels moved by 0 to 4: the same for every tile
+        assert set(found[:, 0, tile]) == set(found[:, 1, tile]) == set(range(9))
+        assert set(found[:, 2, tile]) == set(range(-4, 5))
+    still = puzzles.tiles(image[:, :60, :60], 3, 16, 0, np.random.default_rng(0))
     assert np.array_equal(still[:, 0], still[:, 2])
     with pytest.raises(ValueError, match="tiles of 21 pixels are larger than the cells of 20"):
-        puzzles.tiles(image, 3, 21, 0, np.random.default_rng(0))
+        puzzles.tiles(image, 3, 21, 2, np.random.default_rng(0))
 
 
 def test_permutations_are_far_from_one_another():
@@ -83,6 +84,20 @@ def test_jigsaw_shuffles_by_the_permutation_that_it_names():
     made = views_of("jigsaw", ABOUT, image, crop_scale=1.0, channel_shift=0, gray_share=0.0, **sizes)
     origin = made["tiles"].reshape(9, -1).mean(1) / 20
     assert np.array_equal(origin.round(), puzzles.permutation_set(40, 9)[made["permutation"]])
+
+
+@pytest.mark.parametrize("color", ["exact", "fused", "device"])
+def test_grey_puzzles_have_equal_channels(color: str):
+    """Also where each channel of a tile is moved; colours of other images differ."""
+    about, sizes = About(image_size=32, patch_size=8), {"tile_size": 16, "cell_size": 20, "permutations": 5}
+    image = np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8)
+    cls, config = finder.find("jigsaw"), finder.config_class("jigsaw")[0]
+    for share in (0.0, 1.0):
+        view = cls.views(config(gray_share=share, **sizes), about)
+        made = view({"image": image, "color": color}, generators)
+        same = [np.array_equal(tile[0], tile[1]) and np.array_equal(tile[0], tile[2]) for tile in made["tiles"]]
+        assert set(made) == {"tiles", "permutation"} and made["tiles"].shape == (9, 3, 16, 16)
+        assert same == [bool(share)] * 9
 
 
 def test_beit_masks_blocks_and_shows_the_tokenizer_the_same_crop(tmp_path: Path):
