@@ -79,6 +79,21 @@ def test_few_shots_classify_clusters(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(moved, truth)
 
 
+def test_few_shots_of_classes_of_unequal_size_need_the_bias():
+    """Compared with numpy's least squares on standardised features and the constant feature."""
+    x, y = clusters(spread=3.0)
+    chosen = (y < 2) & (torch.arange(300) % 30 < 21) | (y == 2)
+    x, y = x[chosen][20:120].double(), y[chosen][20:120]
+    q, _ = clusters(1, spread=3.0)
+    mean, std = x.numpy().mean(0), x.numpy().std(0, ddof=1)
+    rows, queries = (np.c_[(each.numpy() - mean) / std, np.full(len(each), 100.0)] for each in (x, q.double()))
+    stacked = np.r_[rows, 32.0 * np.eye(17)], np.r_[2.0 * np.eye(3)[y] - 1, np.zeros((17, 3))]
+    expected = (queries @ np.linalg.lstsq(*stacked, rcond=None)[0]).argmax(1)
+    assert (fewshot.classify(x.float(), y, q, 3, 1024.0).numpy() == expected).all()
+    without = (queries[:, :-1] @ np.linalg.lstsq(stacked[0][:, :-1], stacked[1], rcond=None)[0]).argmax(1)
+    assert (without != expected).any()
+
+
 def test_rows(shards: Path):
     options = {"fewshot": {"shots": [1, 3, 99], "seeds": 2}, "logistic": {"costs": [1e-3, 1e-2]}}
     rows = evaluate("pixels", ["fewshot", "logistic"], [str(shards)], [str(shards)], options=options)
