@@ -208,6 +208,7 @@ class Supervisor:
         """{node: reason} from the check that nodes can compute together."""
         if check is None:
             return {}
+        assert check.stdout is not None
         answered, _, _ = select.select([check.stdout], [], [], max(0.1, deadline - time.monotonic()))
         answer = check.stdout.readline() if answered else ""  # of rank 0; srun still waits for processes that hang
         with contextlib.suppress(subprocess.TimeoutExpired):
