@@ -31,7 +31,7 @@ def export(run: Path, recipe: Recipe, target: Path | None, step: int | None, als
     saved_step = int(name)
     place = target or run / "export" / str(saved_step)
     for encoder, folder in exports.folders(place, objective).items() if target else ():
-        if folder.exists() and not exports.holds(folder, objective.exports()[encoder].backbone, saved_step):
+        if folder.exists() and not exports.holds(folder, objective.exports()[encoder], saved_step):
             raise UserError(f"{folder}: exists and is not this export; name another folder, or delete it")
     tokenizer = run / "tokenizer.json"
     folders = exports.save(place, objective, recipe, saved_step, None, tokenizer if tokenizer.is_file() else None, run)

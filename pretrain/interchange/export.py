@@ -20,8 +20,9 @@ from pretrain.interchange import model_card, weights
 from pretrain.interchange.layouts import tokenizer_files as tokenizers
 from pretrain.interchange.layouts import transformers
 from pretrain.interchange.layouts.transformers import State
+from pretrain.interchange.weight_sources import further_tensors
 from pretrain.models.layers import Backbone
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Exported, Objective
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.written_files import EXPORT_FILES, EXPORT_TENSORS, make_empty_folder
 
@@ -69,7 +70,7 @@ def write(
         processor = _processor(encoder.image_size, mean, std)
         (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     stored = weights.tensors_of(partial)
-    changed = [k for k, v in state.items() if k not in stored or not torch.equal(stored[k], v.to(stored[k].dtype))]
+    changed = _different(state, stored) + (_different(further, further_tensors(partial)) if further else [])
     if changed:
         raise RuntimeError(f"{folder}: tensors of the export differ from those of the model: {', '.join(changed[:5])}")
     if not folder.is_dir():
@@ -79,6 +80,11 @@ def write(
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(folder / path.name)
     partial.rmdir()
+
+
+def _different(state: State, stored: State) -> list[str]:
+    """The names of the tensors that are missing in `stored` or differ there, after conversion to its dtype."""
+    return [k for k, v in state.items() if k not in stored or not torch.equal(stored[k], v.cpu().to(stored[k].dtype))]
 
 
 def _processor(size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
@@ -125,7 +131,8 @@ def save(
     for name, target in targets.items():
         about = {"step": step, "objective": recipe.objective.name, "pool": exported[name].pool}
         about |= {"student": name} if name != "model" else {}
-        if not (target / "config.json").is_file():
+        files = ["config.json", *([EXPORT_TENSORS] if exported[name].tensors else [])]
+        if not all((target / file).is_file() for file in files):
             encoder = exported[name].backbone
             mean, std = (recipe.data.mean, recipe.data.std) if encoder.cfg.reads == "image" else (None, None)
             state = states[name] if states else None
@@ -134,19 +141,20 @@ def save(
     return sorted(targets.values(), key=lambda target: target != folder)
 
 
-def holds(folder: Path, encoder: Backbone, step: int) -> bool:
-    """Whether a folder holds the export of this encoder, with the same weights, at this step."""
+def holds(folder: Path, exported: Exported, step: int) -> bool:
+    """Whether a folder holds the export of this encoder, with the same weights and further tensors, at this step."""
     if not (folder / "config.json").is_file():
         return False
     try:
         loaded, about = load(folder)
+        further = further_tensors(folder) if exported.tensors else {}
     except UserError:
         return False
-    stored, own = loaded.state_dict(), encoder.state_dict()
+    stored, own = loaded.state_dict(), exported.backbone.state_dict()
     same_weights = all(
         k in own and v.shape == own[k].shape and torch.equal(v, own[k].to(v.dtype)) for k, v in stored.items()
     )
-    return same_weights and about["step"] == step
+    return same_weights and not _different(exported.tensors, further) and about["step"] == step
 
 
 def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:

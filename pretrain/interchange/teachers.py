@@ -67,6 +67,14 @@ def build_like(where: str) -> Backbone:
     return build_model(find_source(where).cfg)
 
 
+def check_reads(what: str, body: Backbone, model: Backbone) -> None:
+    """Raises ValueError for a network whose input differs from that of the recipe's model."""
+    found, channels = (getattr(network.cfg, "in_channels", None) for network in (body, model))
+    if found != channels:
+        reads = "text" if found is None else f"images of {found} channels"
+        raise ValueError(f"{what}: reads {reads}, but model.in_channels = {channels}; name one that reads as many")
+
+
 def patch_size_of(where: str) -> int:
     """The number of pixels per token along one side, for the backbone in a source."""
     with torch.device("meta"):

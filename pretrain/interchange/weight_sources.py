@@ -223,6 +223,8 @@ def further_tensors(where: str | Path) -> dict[str, torch.Tensor]:
     """The tensors that an export holds in addition to its backbone (`Exported.tensors`), on the CPU. Raises UserError
     if it holds none."""
     path = Path(where) / EXPORT_TENSORS
+    if not path.parent.is_dir():
+        raise UserError(f"{where}: no such folder")
     if not path.is_file():
         raise UserError(f"{where}: is no export with further tensors ({EXPORT_TENSORS} is missing)")
     return _read_weight_file(path)

@@ -56,6 +56,7 @@ class BEiT(Objective):
         self.backbone = backbone(mask_token=True, local_cls_norm=False)
         codebook = codebook_of(cfg.visual_tokenizer)
         self.tokenizer = teachers.build_like(cfg.visual_tokenizer)
+        teachers.check_reads(f"objective.visual_tokenizer = {cfg.visual_tokenizer}", self.tokenizer, self.backbone)
         load_into(self.tokenizer, cfg.visual_tokenizer)
         self.tokenizer.requires_grad_(False).eval()
         self.register_buffer("codebook", codebook)  # [K, width of the tokenizer]
@@ -96,6 +97,9 @@ def codebook_of(where: str) -> Tensor:
     if not where:
         raise ValueError(f"objective.visual_tokenizer is empty; {advice}")
     try:
-        return further_tensors(where)["codebook"]
-    except (UserError, KeyError):
-        raise UserError(f"objective.visual_tokenizer = {where}: holds no codebook; {advice}") from None
+        found = further_tensors(where)
+    except UserError as error:
+        raise UserError(f"objective.visual_tokenizer: {error}; {advice}") from None
+    if "codebook" not in found:
+        raise UserError(f"objective.visual_tokenizer = {where}: holds no codebook; {advice}")
+    return found["codebook"]

@@ -96,17 +96,10 @@ class Distillation(Objective):
             with named_generator(name):
                 bodies[name] = build()
                 self.students[name] = student(bodies[name])
-            self.check_reads(f"objective.students: {name}", bodies[name])
+            teachers.check_reads(f"objective.students: {name}", bodies[name], bodies["model"])
             self.check_sizes(name, bodies[name])
-        self.check_reads(f"objective.teacher = {cfg.teacher}", teacher)
+        teachers.check_reads(f"objective.teacher = {cfg.teacher}", teacher, bodies["model"])
         self.averages = nn.ModuleDict({name: make_teacher(body).eval() for name, body in bodies.items()})
-
-    def check_reads(self, what: str, body: Backbone) -> None:
-        """Raises ValueError for a network whose input differs from that of the recipe's model."""
-        found, channels = (getattr(b.cfg, "in_channels", None) for b in (body, self.students["model"]["backbone"]))
-        if found != channels:
-            reads = "text" if found is None else f"images of {found} channels"
-            raise ValueError(f"{what}: reads {reads}, but model.in_channels = {channels}; name one that reads as many")
 
     def check_sizes(self, name: str, student: Backbone) -> None:
         """Raises ValueError for crops that a student's patches or cells do not tile."""

@@ -181,10 +181,11 @@ class Engine:
         every rank must call it."""
         training = self.objective.training
         self.objective.eval()
-        with self.autocast():
-            pictures = self.objective.pictures(batch)
-        self.objective.train(training)
-        return pictures
+        try:
+            with self.autocast():
+                return self.objective.pictures(batch)
+        finally:
+            self.objective.train(training)
 
     def encoder_states(self) -> dict[str, dict[str, Tensor]]:
         """{export's name: the encoder's full state dict in main memory} on rank 0, empty dicts elsewhere. Collective:

@@ -14,23 +14,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
 from data_pipeline.parts.part import About
 from pretrain.build import build_objective
+from pretrain.checkpoint.load import load_model
+from pretrain.checkpoint.open_store import run_store
+from pretrain.checkpoint.store import checkpoint_name
 from pretrain.interchange import export
 from pretrain.interchange.weight_sources import further_tensors
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.objectives import context_encoder, finder
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Exported, Objective
 from pretrain.ops.codebook import Codebook, nearest
 from pretrain.ops.gather import world
 from pretrain.ops.reverse_gradient import reverse_gradient
 from pretrain.ops.sync_norm import BatchNorm
 from pretrain.ops.upsampling import doublings, upsampling
 from pretrain.parallel.engine import Engine
+from pretrain.recipes.recipe import Recipe
 from pretrain.train import train
 from tests.conftest import tiny_recipe
 from tests.parity import test_catalogue
@@ -60,14 +65,14 @@ def made(name: str, model: str = "vit", **options: Any) -> Objective:
         return test_catalogue.made(name, model, **{**OPTIONS[name], **named, **options})
 
 
-def write_tokenizer(folder: Path) -> str:
+def write_tokenizer(folder: Path, in_channels: int = 3) -> str:
     """An export of an encoder of 4 pixels per token, with a codebook of 9 vectors."""
-    cfg = presets.ViT(image_size=16, patch_size=4, dim=16, depth=1, heads=2)
+    cfg = presets.ViT(image_size=16, patch_size=4, dim=16, depth=1, heads=2, in_channels=in_channels)
     cfg.name = "vit"
     torch.manual_seed(3)
     body, codebook = build_model(cfg), torch.randn(9, 16)
     about = {"step": 1, "objective": "vqvae", "pool": "mean"}
-    export.write(folder / "1", body, about, [0.5] * 3, [0.25] * 3, further={"codebook": codebook})
+    export.write(folder / "1", body, about, [0.5] * in_channels, [0.25] * in_channels, further={"codebook": codebook})
     return str(folder / "1")
 
 
@@ -323,21 +328,72 @@ def test_codes_do_not_depend_on_autocast():
         assert torch.equal(nearest(z, vectors), expected)
 
 
-def test_the_tokenizer_is_exported_with_its_codebook(shards: Path, tmp_path: Path):
-    run = train(tiny_recipe("vqvae", shards, tmp_path / "run", "steps=2"))
+@pytest.fixture(scope="module")
+def tokenizer(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe, Any]:
+    """A run of vqvae of two steps, its recipe, and the objective with its last weights."""
+    cfg = tiny_recipe("vqvae", shards, tmp_path_factory.mktemp("tokenizer") / "run", "steps=2")
+    run, trained = train(cfg), build_objective(cfg)
+    load_model(run_store(run, cfg), checkpoint_name(2), trained)
+    return run, cfg, trained
+
+
+def test_the_tokenizer_is_exported_with_its_codebook(tokenizer: tuple[Path, Recipe, Any], tmp_path: Path):
+    run, cfg, trained = tokenizer
     codebooks = [further_tensors(run / "export" / step)["codebook"] for step in ("0", "2")]
     assert codebooks[1].shape == (32, 32) and not torch.equal(*codebooks)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(1 <= row["perplexity"] <= 32 for row in rows)
+    (folder,) = export.save(tmp_path / "2", trained, cfg, 2, run=run)
+    one = trained.exports()["model"]
+    assert export.holds(folder, one, 2)
+    assert not export.holds(folder, Exported(one.backbone, "mean", {"codebook": codebooks[0]}), 2)
+    (folder / "tensors.safetensors").unlink()
+    assert not export.holds(folder, one, 2)
+    export.save(folder, trained, cfg, 2, run=run)
+    assert export.holds(folder, one, 2)
 
 
-@pytest.mark.parametrize("given, says", [("", "is empty"), ("{export}", "holds no codebook")])
-def test_beit_needs_a_tokenizer(given: str, says: str, tmp_path: Path):
-    where = write_tokenizer(tmp_path) if given else ""
-    if given:
-        Path(where, "tensors.safetensors").unlink()
+@pytest.mark.parametrize(
+    "broken, says",
+    [
+        ("not given", "visual_tokenizer is empty"),
+        ("no folder", "no such folder"),
+        ("no file", r"tensors\.safetensors is missing\)"),
+        ("damaged", r"tensors\.safetensors: cannot be read \(.*\)"),
+        ("another tensor", "holds no codebook"),
+    ],
+)
+def test_beit_needs_a_tokenizer(broken: str, says: str, tmp_path: Path):
+    where = write_tokenizer(tmp_path) if broken != "not given" else ""
+    file = Path(where, "tensors.safetensors")
+    if broken == "no folder":
+        where += "0"
+    elif broken == "no file":
+        file.unlink()
+    elif broken == "damaged":
+        file.write_bytes(b"0")
+    elif broken == "another tensor":
+        save_file({"other": torch.zeros(1)}, file)
     with pytest.raises((ValueError, UserError), match=f"{says}; write an export of a run of vqvae"):
         made("beit", visual_tokenizer=where)
+
+
+def test_beits_tokenizer_reads_as_many_channels(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"visual_tokenizer = .*: reads images of 1 channels, but model\.in_channels = 3"
+    ):
+        made("beit", visual_tokenizer=write_tokenizer(tmp_path, in_channels=1))
+
+
+def test_beit_predicts_the_codes_that_a_trained_tokenizer_assigns(
+    tokenizer: tuple[Path, Recipe, Any], shards: Path, tmp_path: Path
+):
+    run, _, trained = tokenizer
+    named = f"objective.visual_tokenizer={run / 'export' / '2'}"
+    beit: Any = build_objective(tiny_recipe("beit", shards, tmp_path / "other", named), start=True).double().train()
+    x = normal(3, 3, trained.backbone.image_size, trained.backbone.image_size)
+    expected = copy.deepcopy(trained).double().eval().reconstruct(x)[2]
+    assert torch.equal(nearest(beit.tokenizer(x).tokens, beit.codebook), expected) and len(expected.unique()) > 1
 
 
 def test_pictures_change_nothing(shards: Path, tmp_path: Path):
@@ -348,6 +404,9 @@ def test_pictures_change_nothing(shards: Path, tmp_path: Path):
     (picture,) = case.pictures(batch_of("context_encoder") | {"image": normal(4, 3, 32, 32).float()}).values()
     assert picture.shape == (3, 4 * 32, 3 * 32) and case.objective.training and case.objective.decoder.training
     assert all(torch.equal(value, before[key]) for key, value in case.objective.state_dict().items())
+    with pytest.raises(KeyError):
+        case.pictures({})
+    assert case.objective.training and case.objective.decoder.training
 
 
 # ---------------------------------------------------------------- other operations
