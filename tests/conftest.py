@@ -4,6 +4,7 @@ as a folder of two classes and as shards."""
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 import launch.cli
+from data_pipeline.build import demo_images
 from data_pipeline.build.build_shards import build
 from launch import command_parser
 from pretrain import contract
@@ -119,6 +121,20 @@ def sampled(names: Iterable[str], *chosen: str) -> list[Any]:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The cache of indices, features and shards is a folder of this session, so that no test reads what another version
+    of the code has cached. The downloads of the demo are those of the user's cache."""
+    users = Path(os.environ.get("UNLABELED_CACHE") or Path.home() / ".cache" / "unlabeled")
+    folder = tmp_path_factory.mktemp("cache")
+    for name in (demo_images.PACKAGE, "demo-text"):
+        (users / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(users / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNLABELED_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")
