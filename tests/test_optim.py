@@ -24,7 +24,7 @@ from pretrain.models.build import build_model
 from pretrain.objectives.dinov2 import Config, DINOv2
 from pretrain.ops.parameter_shards import whole
 from pretrain.optim import optimizers
-from pretrain.optim.groups import clipped_together, make_optimizer, parameter_groups, thaw
+from pretrain.optim.groups import clip_groups, make_optimizer, parameter_groups, thaw
 from pretrain.optim.lars import LARS
 from pretrain.parallel.engine import Engine
 from pretrain.recipes import parallel_checks
@@ -130,10 +130,10 @@ def test_modules_that_are_clipped_by_themselves():
     tree = nn.ModuleDict({"students": nn.ModuleDict({"a": nn.ModuleDict({"backbone": body, "head": nn.Linear(2, 2)})})})
     tree.add_module("list", nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))]))
     tree.register_parameter("own", nn.Parameter(torch.zeros(1)))
-    names = clipped_together(tree, Optim(clip=1.0, clip_scope="module"))
+    names = clip_groups(tree, Optim(clip=1.0, clip_scope="module"))
     assert {*names.values()} == {"", "students.a.backbone", "students.a.head", "list.0", "list.1"}
     assert names[tree.get_parameter("own")] == "" and names[body.blocks[0].mlp.fc1.weight] == "students.a.backbone"
-    assert {*clipped_together(tree, Optim(clip=1.0)).values()} == {""}
+    assert {*clip_groups(tree, Optim(clip=1.0)).values()} == {""}
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ def decays(name: str, parameter: Tensor, tokens: bool) -> bool:
     return parameter.ndim > 1 and (tokens or not name.endswith(("_token", "registers", "pos_embed")))
 
 
-def clipped_together(module: nn.Module, cfg: Optim) -> dict[Tensor, str]:
-    """{trained parameter: name of the gradient that is clipped with one norm}. With `optim.clip_scope: global` the name
-    is "" for all of them. With `module` it is the dotted name of the outermost module that holds the parameter, where
-    the objective itself, a ModuleDict and a ModuleList are not counted: a backbone, or a head."""
+def clip_groups(module: nn.Module, cfg: Optim) -> dict[Tensor, str]:
+    """{trained parameter: its clipping group; the gradients of a group share one norm}. With `optim.clip_scope: global`
+    the group is "" for all of them. With `module` it is the dotted name of the outermost module that holds the
+    parameter, where the objective itself, a ModuleDict and a ModuleList are not counted: a backbone, or a head."""
     names: dict[Tensor, str] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -76,12 +76,13 @@ class Zero(Engine):
         super().__init__(objective, recipe, device)
         self.names = {p: name for name, p in objective.named_parameters() if p.requires_grad}
         self.deepspeed_clips = self.clip is not None and recipe.optim.clip_scope == "global"
-        group_names = self._divide_groups()
-        # (options, names of the parameters) of each parameter group. They are recorded here, because
-        # `deepspeed.initialize` replaces the parameters of the optimizer by one flat tensor per group.
+        # (options, names of the parameters) of each parameter group, as in the other modes, for checkpoints. They are
+        # recorded here, because the groups are divided below, and `deepspeed.initialize` replaces the parameters of the
+        # optimizer by one flat tensor per group.
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         members = [[self.names[p] for p in g["params"]] for g in self.optimizer.param_groups]
         self.groups = list(zip(options, members, strict=True))
+        self.flat_clip_groups = self._divide_groups()  # the clipping group of each flat tensor
         if self.stage == 3:
             self._shard_parameters()
         self.module, *_ = self.deepspeed.initialize(
@@ -92,9 +93,9 @@ class Zero(Engine):
         self.flat = (
             self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         )
-        self.flat_names = group_names  # names in `clipped_together`, one for each flat tensor
         if self.stage == 3:  # DeepSpeed divides a large parameter group into several flat tensors
-            self.flat_names = [group_names[self.zero.sub_group_to_group_id[i]] for i in range(len(self.flat))]
+            group_of = self.zero.sub_group_to_group_id
+            self.flat_clip_groups = [self.flat_clip_groups[group_of[i]] for i in range(len(self.flat))]
         self.norms: list[Tensor] = []  # gradient norm of each flat tensor in this step, over all ranks
         self.updates = 0  # number of flat tensors that are updated, or whose update has begun, in this step
         for method in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
@@ -122,14 +123,14 @@ class Zero(Engine):
         return self.objective
 
     def _divide_groups(self) -> list[str]:
-        """Divide the optimizer's parameter groups, so that the gradients of a group are clipped together. Returns the
-        name of each group in `clipped_together`."""
+        """Divide the optimizer's parameter groups by clipping group (`clip_groups`). Returns the clipping group of each
+        parameter group."""
         groups: list[dict[str, Any]] = []
         names: list[str] = []
         for group in self.optimizer.param_groups:
             members: dict[str, list[Tensor]] = {}
             for p in group["params"]:
-                members.setdefault(self.clipped_together[p], []).append(p)
+                members.setdefault(self.clip_groups[p], []).append(p)
             groups += [{**group, "params": parameters} for parameters in members.values()]
             names += members
         self.optimizer.param_groups = groups
@@ -219,10 +220,10 @@ class Zero(Engine):
         calls in a step, when the norm is known and no parameter has been updated, call `judge` to decide whether the
         update is skipped. DeepSpeed clips by the norm of all gradients only; with `optim.clip_scope: module`, the
         gradient of the flat tensor is clipped here."""
-        flat, name = self.flat[self.updates], self.flat_names[self.updates]
+        flat, name = self.flat[self.updates], self.flat_clip_groups[self.updates]
         self.updates += 1
         if self.clip is not None and not self.deepspeed_clips:
-            norm = total_norm([n for n, other in zip(self.norms, self.flat_names, strict=True) if other == name])
+            norm = total_norm([n for n, other in zip(self.norms, self.flat_clip_groups, strict=True) if other == name])
             flat.grad.mul_(clip_factor(self.clip, norm).to(flat.device))
         if self.verdict is None and self.judge is not None:
             norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device).reshape(())

@@ -24,7 +24,7 @@ from common.errors import ConfigError
 from pretrain import kernels
 from pretrain.objectives.base import Batch, Objective
 from pretrain.ops.parameter_shards import local, whole_state
-from pretrain.optim.groups import clipped_together, make_optimizer
+from pretrain.optim.groups import clip_groups, make_optimizer
 from pretrain.parallel import blocks, processes
 from pretrain.parallel.device import set_tf32
 from pretrain.parallel.loss_scale import LossScale
@@ -84,8 +84,8 @@ class Engine:
         self.module = self.wrap()
         self.optimizer = make_optimizer(objective, recipe.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # {parameter: name of the gradient that is clipped with one norm}, see `optim.clip_scope`
-        self.clipped_together = clipped_together(objective, recipe.optim)
+        # {parameter: its clipping group; the gradients of a group share one norm}, see `optim.clip_scope`
+        self.clip_groups = clip_groups(objective, recipe.optim)
 
     def wrap(self) -> Any:
         """Move the objective to the device and wrap it for `parallel.mode`. Returns the module to call in its place."""
@@ -137,10 +137,10 @@ class Engine:
         `judge(norm)` returns a scalar on the device; 1.0 skips the update (the optimizer gets it as `found_inf`).
         """
         self.set_rates(lr, weight_decay)
-        gradients: dict[str, list[Tensor]] = {}  # those that are clipped together
+        gradients: dict[str, list[Tensor]] = {}  # of each clipping group
         for p in self.parameters:
             if p.grad is not None:
-                gradients.setdefault(self.clipped_together[p], []).append(p.grad)
+                gradients.setdefault(self.clip_groups[p], []).append(p.grad)
         pieces = {name: [local(g) for g in group] for name, group in gradients.items()}
         self.scale.unscale([piece for group in pieces.values() for piece in group])
         norms = {name: self._norm(group) for name, group in gradients.items()}
