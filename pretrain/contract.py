@@ -185,6 +185,27 @@ def after_step_respects_skipped(case: Case) -> Iterator[str]:
         yield f"{_few(changed)} moved in a skipped step; pass `self.skipped` to ema_update, or to the push of a queue"
 
 
+def moving_averages_are_named(case: Case) -> Iterator[str]:
+    """Every frozen network that `after_step` changes is named in `averaged`, so that a run can start from it."""
+    frozen = {name: p for name, p in case.objective.named_parameters() if not p.requires_grad}
+    before = {name: p.clone() for name, p in frozen.items()}
+    case.objective(case.batch, 0)
+    with torch.no_grad():
+        for parameter in case.objective.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    case.objective.after_step(0)
+    named = tuple(f"{name}." for name in case.objective.averaged.values())
+    moved = [name for name, p in frozen.items() if not torch.equal(p, before[name]) and not name.startswith(named)]
+    if moved:
+        yield (
+            f"{_few(moved)} moves in `after_step`; write averaged = {{TRAINED: AVERAGE}} with the names of the trained"
+            " sub-module and of its moving average"
+        )
+    if named:
+        case.objective.start_from_teacher()  # raises an error if a name is wrong, or if the two differ
+
+
 def state_is_complete(case: Case) -> Iterator[str]:
     """Everything that `after_step` changes is in the state dict, so that a resumed run gives the same results."""
     other = case.rebuilt()
@@ -247,6 +268,7 @@ CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     frozen_networks_stay_in_evaluation_mode,
     modules_are_called,
     after_step_respects_skipped,
+    moving_averages_are_named,
     state_is_complete,
     couples_batch_is_correct,
     exports_are_backbones,

@@ -80,6 +80,14 @@ def test_every_parameter():
     assert decayed == {name for name, (_, decay) in expected.items() if decay} | tokens
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+def test_mask_tokens_of_a_predictor_decay_as_those_of_a_backbone(tokens: bool, shards: Path, tmp_path: Path):
+    """I-JEPA's is a vector."""
+    model = build_objective(tiny_recipe("ijepa", shards, tmp_path))
+    found = rates(model, make_optimizer(model, Optim(decay_tokens=tokens)), 1.0, 0.1)
+    assert {found[name][1] for name in ("mask_token", "backbone.cls_token")} == {0.1 if tokens else 0.0}
+
+
 def test_the_trained_lengths_of_prototypes_decay_and_are_frozen_with_them():
     model = objective(trained_lengths=True)
     optimizer = make_optimizer(model, Optim(freeze_last_layer=3))

@@ -178,6 +178,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "objective.head_bottleneck": 384,
         "objective.ibot_bottleneck": 256,
         "objective.trained_lengths": True,
+        "model.position_offset": 0.1,
         "optim.beta1": 0.9,
         "optim.beta2": 0.999,
         "optim.clip": 3.0,

@@ -44,11 +44,11 @@ def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, smal
     return mask
 
 
-def area_limits(smallest: float, largest: float) -> tuple[float, float]:
-    """The limits between which the area of a rectangle is drawn, in patches. `largest`: the number of patches that are
-    still missing, at most half the grid. If it is less than `smallest`, it becomes the lower limit, as in BEiT's
+def area_limits(smallest: float, available: float) -> tuple[float, float]:
+    """The limits between which the area of a rectangle is drawn, in patches. `available`: the number of patches that
+    are still missing, at most half the grid. If it is less than `smallest`, it is the lower limit, as in BEiT's
     code."""
-    return min(smallest, largest), max(smallest, largest)
+    return min(smallest, available), max(smallest, available)
 
 
 def central_region(size: int, side: int) -> np.ndarray:

@@ -53,8 +53,8 @@ class ViT(Model):
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: w3(silu(w1 x) · w2 x) (arXiv 2002.05202)
     # learned and sincos: a table that is added to the tokens; rope: rotations of queries and keys
     positions: Literal["learned", "sincos", "rope"] = "learned"
-    # added to the sides of the patch grid where the scale of a resized position table is computed; 0.1 reproduces the
-    # released DINOv2 models without registers at image sizes other than 518. transformers and timm have 0
+    # a table of side N is resized to n with scale (n + position_offset) / N; 0.1 reproduces the released DINOv2 models
+    # without registers at image sizes other than 518. transformers and timm have 0
     position_offset: float = only(0.0, "positions", unless="rope", low=0, below=1)
     # approximately the longest period of a rotation, in coordinates from -1 to 1
     rope_base: float = only(100.0, "positions", "rope", above=0)

@@ -53,6 +53,7 @@ class Config(MaskedBlocks):
 
 class Data2Vec(Objective):
     kept_in_eval = ("teacher", "backbone.norm")  # no drop path; frozen
+    averaged = {"backbone": "teacher"}
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

@@ -100,6 +100,7 @@ class Distillation(Objective):
             self.check_sizes(name, bodies[name])
         teachers.check_reads(f"objective.teacher = {cfg.teacher}", teacher, bodies["model"])
         self.averages = nn.ModuleDict({name: make_teacher(body).eval() for name, body in bodies.items()})
+        self.averaged = {f"students.{name}.backbone": f"averages.{name}" for name in bodies}
 
     def check_sizes(self, name: str, student: Backbone) -> None:
         """Raises ValueError for crops that a student's patches or cells do not tile."""

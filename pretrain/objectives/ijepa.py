@@ -72,6 +72,7 @@ class Config(Options):
 
 class IJEPA(Objective):
     kept_in_eval = ("target",)  # no drop path
+    averaged = {"backbone": "target"}
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
@@ -108,27 +109,29 @@ class IJEPA(Objective):
         return view
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        images, context, places = batch["image"], batch["context"], batch["targets"]  # [B, 3, H, W], [B, K], [B, M, n]
+        images, context, target_index = batch["image"], batch["context"], batch["targets"]  # [B, …], [B, K], [B, M, n]
         with torch.no_grad():
             encoded = wide(self.target(images).tokens)  # [B, N, D]
-            targets = pick(F.layer_norm(encoded, encoded.shape[-1:]), places.flatten(1))  # [B, M·n, D]
+            targets = pick(F.layer_norm(encoded, encoded.shape[-1:]), target_index.flatten(1))  # [B, M·n, D]
         features = self.backbone(images, keep=context)
-        prediction = self.predicted(features.tokens, context, places, features.grid)  # [B, M·n, D]
+        prediction = self.predicted(features.tokens, context, target_index, features.grid)  # [B, M·n, D]
         distance = F.smooth_l1_loss if self.cfg.loss == "smooth_l1" else F.mse_loss
         return distance(prediction.to(targets.dtype), targets), health(encoded.mean(1))
 
-    def predicted(self, seen: Tensor, context: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The predictions [B, M·n, D] for the patches `places` [B, M, n], from the encoded patches `seen` [B, K, D] at
-        `context` [B, K]."""
+    def predicted(self, encoded: Tensor, context: Tensor, target_index: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The predictions [B, M·n, D] for the patches `target_index` [B, M, n], from the encoded patches `encoded`
+        [B, K, D] at `context` [B, K]."""
         positions = self._positions.of(
-            (grid, seen.device), lambda: sincos_table(self.cfg.predictor_dim, grid, seen.device)
+            (grid, encoded.device), lambda: sincos_table(self.cfg.predictor_dim, grid, encoded.device)
         )
-        blocks, patches = places.shape[1:]
-        known = self.embed(seen)
-        known = known + positions[context].to(known.dtype)  # [B, K, E]
-        asked = self.mask_token.to(known.dtype) + positions[places].to(known.dtype)  # [B, M, n, E]
-        known = known.unsqueeze(1).expand(-1, blocks, -1, -1)  # [B, M, K, E]
-        x = torch.cat([known, asked], dim=2).flatten(0, 1)  # [B·M, K + n, E]: a block does not see the other ones
+        blocks, patches = target_index.shape[1:]
+        context_tokens = self.embed(encoded)
+        dtype = context_tokens.dtype
+        context_tokens = context_tokens + positions[context].to(dtype)  # [B, K, E]
+        context_tokens = context_tokens.unsqueeze(1).expand(-1, blocks, -1, -1)  # [B, M, K, E]
+        mask_tokens = self.mask_token.to(dtype) + positions[target_index].to(dtype)  # [B, M, n, E]
+        # [B·M, K + n, E]: a block does not see the other ones
+        x = torch.cat([context_tokens, mask_tokens], dim=2).flatten(0, 1)
         x = apply_blocks(self.blocks, x)[:, -patches:]
         return self.predict(self.norm(x)).unflatten(0, (-1, blocks)).flatten(1, 2)
 

@@ -16,9 +16,9 @@ from pretrain.recipes.sections import Optim
 
 
 def decays(name: str, parameter: Tensor, tokens: bool) -> bool:
-    """Whether a parameter has weight decay. Matrices and convolution kernels do, vectors (biases, norms, scales) do
-    not, tokens and position tables do if `tokens` is true."""
-    return parameter.ndim > 1 and (tokens or not name.endswith(("_token", "registers", "pos_embed")))
+    """Whether a parameter has weight decay. Tokens and position tables do if `tokens` is true. Of all others, matrices
+    and convolution kernels do, vectors (biases, norms, scales) do not."""
+    return tokens if name.endswith(("_token", "registers", "pos_embed")) else parameter.ndim > 1
 
 
 def clip_groups(module: nn.Module, cfg: Optim) -> dict[Tensor, str]:

@@ -4,7 +4,7 @@ learning rate that is adapted to each tensor.
     u = g + wd·w;   λ = trust · ‖w‖ / ‖u‖, or 1 where either norm is 0;   v ← μ v + lr·λ·u;   w ← w − v
 
 g is the gradient, wd the weight decay, μ the momentum, and w and u are whole tensors. Parameters without weight decay
-(biases, norms, tokens, position tables) have λ = 1. Published values for a ResNet-50: SimCLR has lr = 0.3 · batch /
+(biases and norms; tokens and position tables unless `optim.decay_tokens` is true) have λ = 1. Published values for a ResNet-50: SimCLR has lr = 0.3 · batch /
 256, momentum 0.9, weight decay 1e-6 and trust 0.001; BYOL has lr = 0.2 · batch / 256 and weight decay 1.5e-6. Both have
 10 epochs of warm-up, followed by a cosine decay.
 """

@@ -120,7 +120,7 @@ class Optim(Section):
     # decay rate of the weights of matrices, decoupled from the gradient
     weight_decay: Schedule = field(default_factory=lambda: Schedule(0.05))
     # whether class token, registers, mask token and position table have weight decay as well; true reproduces DINO,
-    # DINOv2 and DINOv3
+    # DINOv2, DINOv3 and I-JEPA
     decay_tokens: bool = False
     # decay of the running mean of gradients, for adamw and for the parameters that muon leaves to it
     beta1: float = only(0.9, "name", unless="lars", low=0, below=1)

@@ -27,6 +27,7 @@ class Config(Options):
 
 class Momentum(Objective):
     kept_in_eval = ("teacher",)
+    averaged = {"student": "teacher"}
 
     def __init__(self, cfg, backbone):
         super().__init__(cfg, backbone)

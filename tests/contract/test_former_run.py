@@ -34,7 +34,7 @@ def rows(run: Path) -> list[dict]:
 def test_it_goes_on_from_its_checkpoint(former: Path, monkeypatch: pytest.MonkeyPatch):
     """Order of samples, views, optimizer state and teacher are restored: the steps after the checkpoint have the
     losses that the former version computed. Its last rectangles of a mask had an area of 4 or more."""
-    monkeypatch.setattr(masks, "area_limits", lambda smallest, largest: (smallest, max(smallest, largest)))
+    monkeypatch.setattr(masks, "area_limits", lambda smallest, available: (smallest, max(smallest, available)))
     before, exported = rows(former), load_export(former / "export" / "4")[0].state_dict()
     shutil.rmtree(former / "export" / "4")
     run = train(load("run"))

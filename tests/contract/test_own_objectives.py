@@ -121,6 +121,7 @@ BROKEN = {  # what is changed in a file of OWN -> the check that finds it
         "head is not called in `forward`",
     ),
     "moves": ("queue", "self.cfg.momentum, self.skipped)", "self.cfg.momentum)", "moved in a skipped step"),
+    "average": ("queue", '    averaged = {"student": "teacher"}\n', "", "moves in `after_step`"),
     "memory": ("queue", "        self.queue = Queue", "        self.count = 0\n        self.queue = Queue", ""),
     "coupled": (
         "labels",

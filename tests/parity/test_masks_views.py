@@ -25,6 +25,7 @@ from data_pipeline.views.colors import LUMA, color_row
 from data_pipeline.views.masks import (
     ContextAndTargets,
     block_mask,
+    block_size,
     masked_patches,
     resize_mask,
     square_mask,
@@ -173,6 +174,14 @@ def test_context_and_targets(grid: tuple[int, int]):
     for h, w in sizes:  # sides are rounded by up to one half
         assert (h - 0.5) * (w - 0.5) <= 0.2 * patches and (h + 0.5) * (w + 0.5) >= 0.15 * patches
         assert (h - 0.5) / (w + 0.5) <= 1.5 and (h + 0.5) / (w - 0.5) >= 0.75
+
+
+def test_the_aspect_of_a_block_is_its_height_over_its_width():
+    """On a grid so large that rounding does not hide it. The mean width / height would be 0.92."""
+    rng = np.random.default_rng(0)
+    heights, widths = np.array([block_size((60, 60), (0.15, 0.2), (0.75, 1.5), rng) for _ in range(500)]).T
+    assert (heights / widths).mean() == pytest.approx(1.125, abs=0.04)
+    assert (heights * widths).mean() / 3600 == pytest.approx(0.175, abs=0.004)
 
 
 def test_targets_are_everywhere_and_contexts_lie_in_a_block():
