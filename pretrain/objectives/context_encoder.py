@@ -93,7 +93,7 @@ class ContextEncoder(Objective):
         self.backbone = backbone(local_cls_norm=False)  # there are no local crops
         size, patch, width = self.backbone.image_size, self.backbone.patch_size, self.backbone.embed_dim
         channels: int = self.backbone.cfg.in_channels  # type: ignore[union-attr, assignment]
-        steps = doublings(patch, "pixels per patch")
+        steps = doublings(patch, "model.patch_size")
         self.mix = ChannelwiseLinear(width, (size // patch) ** 2)
         self.decoder = nn.Sequential(
             nn.Conv2d(width, cfg.decoder_dim, 1, bias=False),  # across channels

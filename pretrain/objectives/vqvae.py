@@ -71,7 +71,7 @@ class VQVAE(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         self.backbone = backbone(local_cls_norm=False)  # there are no local crops
-        steps = doublings(self.backbone.patch_size, "pixels per token")
+        steps = doublings(self.backbone.patch_size, "model.patch_size")
         channels: int = self.backbone.cfg.in_channels  # type: ignore[union-attr, assignment]
         self.codebook = Codebook(cfg.codebook_size, self.backbone.embed_dim)
         self.decoder = nn.Sequential(

@@ -10,12 +10,12 @@ from torch import nn
 from pretrain.ops.sync_norm import BatchNorm
 
 
-def doublings(factor: int, what: str) -> int:
-    """n, where `factor` = 2ⁿ and n is at least 1. Raises ValueError for another factor; `what`: its name for the
-    message."""
+def doublings(factor: int, key: str) -> int:
+    """n, where `factor` = 2ⁿ and n is at least 1. Raises ValueError for another factor; `key`: its name in a recipe."""
     count = factor.bit_length() - 1
     if factor < 2 or factor != 2**count:
-        raise ValueError(f"{what} = {factor}: this decoder doubles maps, so it must be 2, 4, 8, 16, …")
+        near = f"{2**count} or {2 ** (count + 1)}" if factor > 2 else "2"
+        raise ValueError(f"{key} = {factor}: the decoder doubles maps; write {near}")
     return count
 
 

@@ -76,11 +76,12 @@ PATCHES: dict[str, dict[str, tuple[int, ...]]] = {  # shapes of the indices of p
 PAIRS = [(name, model) for name in OPTIONS for model in MODELS if model == "vit" or name not in PATCHES]
 
 
-def made(name: str, model: str = "vit", **options: Any) -> Objective:
+def made(name: str, model: str | presets.Model = "vit", **options: Any) -> Objective:
     """An objective in float64 with noise on its weights: teachers are not their students, biases not 0."""
     cfg = importlib.import_module(f"pretrain.objectives.{name}").Config(**{**OPTIONS.get(name, {}), **options})
     torch.manual_seed(0)
-    objective: Any = finder.find(name)(cfg, lambda **changes: build_model(MODELS[model], **changes))
+    section = MODELS[model] if isinstance(model, str) else model
+    objective: Any = finder.find(name)(cfg, lambda **changes: build_model(section, **changes))
     for part in objective.modules():
         if isinstance(part, (BatchNorm, Center)):
             for buffer in part.buffers(recurse=False):

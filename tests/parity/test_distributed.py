@@ -311,6 +311,9 @@ CHECKS |= {
 CHECKS |= {
     f"check_{name}_{model}": functools.partial(test_pretext.check, name, model) for name, model in test_pretext.PAIRS
 }
+CHECKS["check_context_encoder_resnet"] = functools.partial(
+    test_pretext.check, "context_encoder", test_pretext.SMALL_MAP, 64
+)
 CHECKS["check_vqvae_without_restarts"] = functools.partial(test_pretext.check, "vqvae", "vit", restart_below=0.0)
 
 

@@ -52,14 +52,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"decoder_dim": 8, "discriminator_dim": 4, "adversarial_weight": 0.3},
     },
 }
-VIT_ONLY = {
-    "beit": "a ResNet takes no masks",
-    "context_encoder": "the layer within a channel is too large for the map of a small stem",
-}
+# A layer within each channel has a weight for every pair of places, of which MODELS["resnet"] has too many.
+SMALL_MAP = presets.ResNet(stem="small", widths=[4, 4, 4, 8], depths=[1, 1, 1, 1])
+VIT_ONLY = ("beit", "context_encoder")  # of MODELS
 PAIRS = [(name, model) for name in OPTIONS for model in test_catalogue.MODELS if model == "vit" or name not in VIT_ONLY]
 
 
-def made(name: str, model: str = "vit", **options: Any) -> Objective:
+def made(name: str, model: str | presets.Model = "vit", **options: Any) -> Objective:
     with tempfile.TemporaryDirectory() as folder:
         named = {"visual_tokenizer": write_tokenizer(Path(folder))} if name == "beit" else {}
         return test_catalogue.made(name, model, **{**OPTIONS[name], **named, **options})
@@ -80,8 +79,8 @@ def whole_numbers(limit: int, *shape: int) -> Tensor:
     return torch.randint(limit, shape, generator=torch.Generator().manual_seed(0))
 
 
-def batch_of(name: str, count: int = 4) -> dict[str, Tensor]:
-    image = normal(count, 3, 32, 32)
+def batch_of(name: str, count: int = 4, size: int = 32) -> dict[str, Tensor]:
+    image = normal(count, 3, size, size)
     if name == "rotnet":
         return {"image": normal(count, 4, 3, 32, 32)}
     if name == "jigsaw":
@@ -91,7 +90,7 @@ def batch_of(name: str, count: int = 4) -> dict[str, Tensor]:
     if name == "beit":
         masked = normal(count, 16).argsort(1)[:, :6].sort(1).values
         return {"image": image, "visual": normal(count, 3, 16, 16, seed=1), "masked": masked}
-    return {"image": image, "region": (3 * normal(count, 32, 32, seed=2).sigmoid()).to(torch.uint8)}
+    return {"image": image, "region": (3 * normal(count, size, size, seed=2).sigmoid()).to(torch.uint8)}
 
 
 def one_hot(index: int, count: int) -> Tensor:
@@ -184,7 +183,8 @@ def naive_context_encoder(model: Any, batch: dict[str, Tensor]) -> Tensor:
     for image, region in zip(batch["image"], batch["region"], strict=True):
         tokens = model.backbone((image * (region != 1))[None]).tokens[0]  # [N, D]
         mixed = torch.stack([tokens[:, d] @ model.mix.weight[d] for d in range(tokens.shape[1])])
-        maps.append(mixed.view(-1, 4, 4))
+        side = round(len(tokens) ** 0.5)
+        maps.append(mixed.view(-1, side, side))
     predicted = by_layer(model.decoder, torch.stack(maps))
     errors, real, fake = [], [], []
     for x, y, region in zip(batch["image"], predicted, batch["region"], strict=True):
@@ -218,6 +218,12 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("name", NAIVE)
 def test_it_computes_its_paper(name: str):
     agrees(made(name), batch_of(name), NAIVE[name], constant=("visual",))
+
+
+def test_context_encoders_of_a_resnet_compute_their_paper():
+    case = made("context_encoder", SMALL_MAP)
+    case.get_submodule("backbone").eval()  # the formula encodes image by image
+    agrees(case, batch_of("context_encoder", 2, 64), naive_context_encoder)
 
 
 def test_context_encoders_without_discriminator():
@@ -418,16 +424,17 @@ def test_reversed_gradient():
 
 
 def test_a_decoder_doubles():
-    assert [doublings(n, "patch") for n in (2, 8, 16)] == [1, 3, 4]
-    with pytest.raises(ValueError, match="patch = 14: this decoder doubles maps"):
-        doublings(14, "patch")
+    assert [doublings(n, "model.patch_size") for n in (2, 8, 16)] == [1, 3, 4]
+    for wrong, right in ((14, "8 or 16"), (1, "2")):
+        with pytest.raises(ValueError, match=rf"model\.patch_size = {wrong}: the decoder doubles maps; write {right}$"):
+            doublings(wrong, "model.patch_size")
 
 
 # ---------------------------------------------------------------- two processes
-def check(name: str, model: str, **options: Any) -> dict[str, list[Tensor]]:
+def check(name: str, model: str | presets.Model, size: int = 32, **options: Any) -> dict[str, list[Tensor]]:
     """The loss of this process's images, its gradients, and the buffers after the step: see test_distributed.py."""
     objective, rank, ranks = made(name, model, **options).train(), *world()
-    part = {key: value.chunk(ranks)[rank] for key, value in batch_of(name).items()}
+    part = {key: value.chunk(ranks)[rank] for key, value in batch_of(name, size=size).items()}
     loss, _ = objective(part, 0)
     found = gradients(objective, loss, [])
     objective.skipped = torch.zeros(())
