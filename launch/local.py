@@ -83,6 +83,7 @@ def train(recipe: Recipe, processes: int = 1) -> int:
             shared = {LOCK_TOKEN_VARIABLE: lock.token, LAUNCHER_VARIABLE: str(os.getpid())}
             trainers = [_start_module("pretrain.train", run, **shared, **ranks) for ranks in environments(processes)]
         except Stopped:
+            tracking.ends_as(trackers.STOPPED)
             say(f"{recipe.run}: {STOPPED_EARLY}", file=sys.stderr)
             return EXIT_STOPPED
 
@@ -93,12 +94,14 @@ def train(recipe: Recipe, processes: int = 1) -> int:
         stop.on_signal(pass_on)
         code = wait(trainers)
         if code:
+            tracking.ends_as(trackers.STOPPED if code == EXIT_STOPPED else trackers.FAILED)
             scoring.kill()
             return code
         try:
             with stop.interruptible():
                 problem = scoring.finish()
         except Stopped:
+            tracking.ends_as(trackers.STOPPED)
             scoring.kill()
             return EXIT_STOPPED
     if problem:

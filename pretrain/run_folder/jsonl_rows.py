@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,25 +43,35 @@ def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class NewRows:
-    """The rows that are appended to a .jsonl file, and those of a file that has replaced it: a resumed run replaces
-    metrics.jsonl by its beginning."""
+    """Reads rows as they are appended. If the file was replaced (a resumed run truncates metrics.jsonl), reading starts
+    again at its first row."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.replaced = False  # whether the last `read` began at the first row of a file
+        self.replaced = False  # whether the last `read` has begun at the first row of a file
         self._file: IO[bytes] | None = None
         self._part = b""  # a line whose end has not been written yet
 
-    def read(self) -> list[dict[str, Any]]:
-        """The rows since the last call; those that `read_rows` skips are left out."""
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Iterates over the rows since the last call, without keeping them in memory; those that `read_rows` skips are
+        left out. `replaced` is set before the first row."""
         self.replaced = False
-        try:
+        with contextlib.suppress(OSError):  # it does not exist yet
             if self._file is None or os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino:
                 self._file, self._part, self.replaced = open_binary(self.path), b"", True
-            *lines, self._part = (self._part + self._file.read()).split(b"\n")
-        except OSError:  # it does not exist yet
-            return []
-        return [row for line in lines if (row := _row(line, self.path.name)) is not None]
+        return self._rows()
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        try:
+            for line in self._file or ():
+                self._part += line
+                if not line.endswith(b"\n"):
+                    return
+                whole, self._part = self._part, b""
+                if (row := _row(whole, self.path.name)) is not None:
+                    yield row
+        except OSError:  # of a network file system; the next call reads on
+            return
 
 
 def _row(line: str | bytes, name: str) -> dict[str, Any] | None:

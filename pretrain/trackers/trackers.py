@@ -17,6 +17,12 @@ from typing import Any, Protocol
 from common.errors import UserError
 
 FOLDER = Path(__file__).parent
+MAX_VALUES = 1000  # that are sent together; MLflow allows no more in a request
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # how a run has ended
+
+
+class UnknownRun(Exception):
+    """The tracker does not have the run with the given id (any longer)."""
 
 
 class OpenRun(Protocol):
@@ -24,18 +30,25 @@ class OpenRun(Protocol):
 
     id: str  # with which the tracker continues the run later
 
-    def __init__(self, options: Any, folder: Path, known: str, settings: dict[str, Any]) -> None:
-        """Open the run that has the id `known`, or a new one if it is "".
+    def __init__(self, options: Any, folder: Path, run_id: str) -> None:
+        """Open the run that has the id `run_id`, or a new one if it is "". Raises UnknownRun if there is no such run:
+        then a new one is opened, which gets everything from the first step on.
 
         `options`: an entry of `log.trackers`; nothing may be sent anywhere if its `server` is "". `folder`: where local
-        files belong; it exists. `settings`: the values of the recipe, by dotted key.
+        files belong; it exists.
         """
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Add the values of a step. Scores come later than metrics of later steps."""
+    def add_settings(self, settings: dict[str, Any]) -> None:
+        """Add the values of the recipe, by dotted key. This is called once after the run was opened. An error is
+        logged, and the run goes on."""
 
-    def close(self) -> None:
-        """Write everything that is waiting, and mark the run as ended."""
+    def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        """Add the values of some steps, at most MAX_VALUES together unless a single row has more. They count as sent
+        when this returns, although the package may only have queued them. Scores come later than metrics of later
+        steps."""
+
+    def close(self, outcome: str) -> None:
+        """Write everything that is waiting, and mark the run as ended: FINISHED, STOPPED or FAILED."""
 
 
 def names() -> list[str]:

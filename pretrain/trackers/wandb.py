@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pretrain.trackers.trackers import FINISHED, STOPPED
+
 PACKAGES = ("wandb",)
 
 
@@ -15,16 +17,16 @@ class Run:
     """A run of W&B. The x-axis of its charts is `step`, since W&B's own counter of steps cannot go back, as it would
     have to for scores."""
 
-    def __init__(self, options: Any, folder: Path, known: str, settings: dict[str, Any]):
+    def __init__(self, options: Any, folder: Path, run_id: str):
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
 
         self.run = wandb.init(
             project=options.project,
             name=options.run,
-            id=known or None,
+            id=run_id or None,
             resume="allow" if options.server else None,
-            config=settings,
+            reinit="finish_previous",  # after an error; by default wandb would return the run that has failed
             dir=str(folder),
             mode="online" if options.server else "offline",
             settings=wandb.Settings(
@@ -37,8 +39,14 @@ class Run:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.run.log({**values, "step": step})
+    def add_settings(self, settings: dict[str, Any]) -> None:
+        self.run.config.update(settings, allow_val_change=True)
 
-    def close(self) -> None:
-        self.run.finish()
+    def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        for step, values in rows:
+            self.run.log({**values, "step": step})
+
+    def close(self, outcome: str) -> None:
+        if outcome == STOPPED:
+            self.run.mark_preempting()  # W&B then shows it as preempted, not as failed
+        self.run.finish(exit_code=0 if outcome == FINISHED else 1)
