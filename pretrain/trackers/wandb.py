@@ -5,6 +5,7 @@ from WANDB_API_KEY or `wandb login`."""
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ class Run:
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
 
+        if wandb.run is not None:  # that has failed; its folder, which is named after the second, must not be reused
+            time.sleep(1.0)
         self.run = wandb.init(
             project=options.project,
             name=options.run,

@@ -248,6 +248,7 @@ def test_wandb_opens_a_run_again_after_an_error(tracked: Path):
     """In the same process. Whatever the outcome, what was logged is in its files."""
     module, options = trackers.find("wandb"), load(tracked).log.trackers[0].replace(server="", run="mine")
     first = module.Run(options, tracked, "")
+    first.add_settings({"objective.name": "mae"})
     first.log([(1, {"loss": 0.5})])
     second = module.Run(options, tracked, first.id)
     second.log([(2, {"loss": 0.25})])
@@ -256,6 +257,8 @@ def test_wandb_opens_a_run_again_after_an_error(tracked: Path):
     files = sorted((tracked / "wandb").glob("offline-run-*/*.wandb"))
     records = [record for path in files for record in wandb_records(path)]
     assert sum(record.HasField("history") for record in records) == 2
+    (config,) = (record.config for record in records if record.HasField("config"))
+    assert [(item.key, item.value_json) for item in config.update] == [("objective.name", '"mae"')]
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0, 1]
     assert sum(record.HasField("preempting") for record in records) == 1
 
