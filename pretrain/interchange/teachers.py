@@ -35,8 +35,8 @@ def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, Lengths]]:
                 " or name a run of dinov2 or dinov3"
             )
         (hidden, inputs), (count, bottleneck) = shapes[f"{prefix}mlp.0.weight"], shapes[f"{prefix}prototypes"]
-        lengths: Lengths = "one" if objective.get("unit_prototypes", True) else "free"
-        lengths = "trained" if f"{prefix}lengths" in shapes else lengths
+        lengths: Lengths = "unit" if objective.get("unit_prototypes", True) else "unnormalised"
+        lengths = "weight_norm" if f"{prefix}lengths" in shapes else lengths
         arguments[name] = (inputs, hidden, bottleneck, count, lengths)
     return arguments
 

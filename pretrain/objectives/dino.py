@@ -26,7 +26,7 @@ from common.schedules import Schedule
 from data_pipeline.parts.part import About
 from data_pipeline.views.multicrop import MADE_OF, unmasked_crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import Crops, DINOHead, momentum, temperature
+from pretrain.objectives.options import Crops, DINOHeadOptions, momentum, temperature
 from pretrain.ops.center import Center
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import Lengths, PrototypeHead
@@ -35,14 +35,15 @@ from pretrain.ops.self_distillation import by_image, dino_terms, health
 
 
 @dataclass
-class Config(Crops, DINOHead):
+class Config(Crops, DINOHeadOptions):
     remedies = {
         "teacher_entropy": "lower objective.teacher_temperature or the number of prototypes",
         "feature_std": "raise objective.momentum",
         "rank": "raise objective.momentum",
     }
 
-    # prototypes of length 1; false: their lengths are 1 at first and trained, as the paper has it for its longest runs
+    # prototypes of length 1; false: they are not normalised, and have length 1 at first. In its longest runs, the
+    # published code trains lengths and directions separately (weight norm)
     unit_prototypes: bool = True
     student_temperature: float = option(0.1, above=0)  # τ_s: the student's logits are divided by it before the softmax
     # τ_t, the same for the teacher's logits
@@ -63,9 +64,9 @@ class DINO(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         body = backbone()
-        lengths: Lengths = "one" if cfg.unit_prototypes else "free"
+        lengths: Lengths = "unit" if cfg.unit_prototypes else "unnormalised"
         head = PrototypeHead(body.embed_dim, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes, lengths)
-        if not cfg.unit_prototypes:  # as published: weight norm, whose trained lengths are 1 at first
+        if not cfg.unit_prototypes:  # the published lengths are 1 at first, too
             with torch.no_grad():
                 head.prototypes.copy_(F.normalize(head.prototypes, dim=-1))
         self.student = nn.ModuleDict({"backbone": body, "head": head})

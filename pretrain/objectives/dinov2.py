@@ -58,7 +58,7 @@ class DINOv2(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         body, (dino, ibot) = backbone(mask_token=True), head_sizes(cfg)
-        lengths: Lengths = "trained" if cfg.trained_lengths else "one"
+        lengths: Lengths = "weight_norm" if cfg.trained_lengths else "unit"
         heads = {
             "dino_head": PrototypeHead(body.embed_dim, *dino, lengths),
             "ibot_head": PrototypeHead(body.embed_dim, *ibot, lengths),

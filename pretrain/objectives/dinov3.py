@@ -90,7 +90,7 @@ class DINOv3(Objective):
         super().__init__(cfg, backbone)
         body = backbone(mask_token=True)
         dino, ibot = head_sizes(cfg)
-        lengths: Lengths = "one" if cfg.unit_prototypes else "free"
+        lengths: Lengths = "unit" if cfg.unit_prototypes else "unnormalised"
         dino_head, ibot_head = (PrototypeHead(body.embed_dim, *sizes, lengths) for sizes in (dino, ibot))
         self.student = nn.ModuleDict({"backbone": body, "dino_head": dino_head, "ibot_head": ibot_head})
         self.teacher = make_teacher(self.student).eval()

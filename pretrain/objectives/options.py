@@ -251,7 +251,7 @@ class SelfDistillation(MultiCrop):
 
 
 @dataclass
-class DINOHead(Options):
+class DINOHeadOptions(Options):
     """The head of DINO, whose outputs are products with prototypes (`pretrain.ops.heads.PrototypeHead`)."""
 
     # K, the number of outputs of the DINO head
@@ -270,7 +270,7 @@ class DINOHead(Options):
 
 
 @dataclass
-class PrototypeHeads(SelfDistillation, DINOHead):
+class PrototypeHeads(SelfDistillation, DINOHeadOptions):
     """Self-distillation with a DINO head and an iBOT head that the run trains (DINOv2, DINOv3)."""
 
     # number of outputs of the iBOT head; null: that of the DINO head

@@ -13,7 +13,7 @@ from pretrain.ops.cross_entropy import cross_entropy
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.sync_norm import BatchNorm
 
-Lengths = Literal["one", "trained", "free"]  # of prototypes, see `PrototypeHead`
+Lengths = Literal["unit", "weight_norm", "unnormalised"]  # of prototypes, see `PrototypeHead`
 
 
 class ProjectionHead(nn.Sequential):
@@ -70,21 +70,21 @@ class PrototypeHead(nn.Module):
     """DINO's head (arXiv 2104.14294): three linear layers with GELU to a bottleneck, L2 normalisation, and products
     with K prototypes.
 
-    `lengths` of the prototypes: "one": they are normalised, so that logits are cosines in [-1, 1]; "trained": they are
-    normalised and multiplied by trained lengths, which are 1 at first (weight norm, 1602.07868), as in DINOv2
-    (2304.07193); "free": they are not normalised, as in DINOv3 (2508.10104).
+    `lengths` of the prototypes: "unit": they are normalised, so that logits are cosines in [-1, 1]; "weight_norm": they
+    are normalised and multiplied by trained lengths, which are 1 at first (1602.07868), as in DINOv2 (2304.07193);
+    "unnormalised": as in DINOv3 (2508.10104).
     """
 
     last_layer = ("prototypes", "lengths")  # the parameters that `optim.freeze_last_layer` freezes
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, lengths: Lengths = "one"):
+    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, lengths: Lengths = "unit"):
         super().__init__()
-        self.normalised = lengths != "free"
+        self.normalised = lengths != "unnormalised"
         self.mlp = nn.Sequential(
             nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-        self.lengths = nn.Parameter(torch.ones(prototypes, 1)) if lengths == "trained" else None
+        self.lengths = nn.Parameter(torch.ones(prototypes, 1)) if lengths == "weight_norm" else None
         self.apply(trunc_normal)
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 

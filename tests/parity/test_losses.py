@@ -239,10 +239,14 @@ def test_cross_entropy_rounds_products_alone_under_autocast():
         torch.testing.assert_close(cross_entropy(a, torch.eye(8), target, scale=10.0), plain, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("lengths", ["one", "trained", "free"])
+@pytest.mark.parametrize("lengths", ["unit", "weight_norm", "unnormalised"])
 def test_prototype_head(lengths: str):
     head, x = noise(PrototypeHead(6, 8, 5, 7, lengths), 0).double(), normal(4, 6)
-    factors = {"one": torch.ones(7), "trained": head.lengths, "free": head.prototypes.norm(dim=1)}[lengths]
+    factors = {
+        "unit": torch.ones(7),
+        "weight_norm": head.lengths,
+        "unnormalised": head.prototypes.norm(dim=1),
+    }[lengths]
 
     def naive(x: Tensor) -> Tensor:
         hidden = x
@@ -275,8 +279,8 @@ def test_prototype_head(lengths: str):
 
 def test_prototypes_with_trained_lengths_are_torchs_weight_norm():
     """Their lengths are 1 at first, and a step changes length and direction as it changes torch's."""
-    head = noise(PrototypeHead(6, 8, 5, 7, "trained"), 0).double()
-    assert torch.equal(PrototypeHead(6, 8, 5, 7, "trained").lengths, torch.ones(7, 1))
+    head = noise(PrototypeHead(6, 8, 5, 7, "weight_norm"), 0).double()
+    assert torch.equal(PrototypeHead(6, 8, 5, 7, "weight_norm").lengths, torch.ones(7, 1))
     layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 7, bias=False).double())
     length, direction = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
     with torch.no_grad():
