@@ -30,6 +30,9 @@ everywhere = pytest.mark.parametrize("name", NAMES)
 # What takes long runs for one objective of each property: moco has a queue, byol a teacher with batch norms of its own.
 FIRST = ("bert", "byol", "dinov2", "dinov3", "distillation", "gpt", "mae", "moco", "simclr", "t5")
 by_property = pytest.mark.parametrize("name", sampled(NAMES, *FIRST))
+# Puzzles of two orders, without what hides the places of the tiles: 60 steps are too few for others.
+EASY_PUZZLES = ["permutations=2", "crop_scale=1", "cell_size=16", "channel_shift=0", "gray_share=0"]
+EASIER = {"jigsaw": [f"objective.{option}" for option in EASY_PUZZLES]}
 
 
 def setup(name: str, shards: Path, run: Path, *overrides: str):
@@ -93,7 +96,7 @@ def test_learns(name: str, shards: Path, tmp_path: Path):
     full queue. Where a method also logs how far the student is from targets that move, or how far an image is from what
     is restored while an adversary learns, that quantity counts.
     """
-    cfg = tiny_recipe(name, shards, tmp_path / "run", "steps=60", "optim.lr=3e-3", "log=10")
+    cfg = tiny_recipe(name, shards, tmp_path / "run", "steps=60", "optim.lr=3e-3", "log=10", *EASIER.get(name, []))
     queues = [module for module in build_objective(cfg).modules() if isinstance(module, Queue)]
     first = max([len(queue.rows) // cfg.data.batch for queue in queues], default=0)
     rows = [json.loads(line) for line in (train(cfg) / "metrics.jsonl").read_text().splitlines()]
