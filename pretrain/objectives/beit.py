@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -32,6 +31,7 @@ from pretrain.interchange.weights import load_into
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import MaskedBlocks
 from pretrain.ops.codebook import nearest
+from pretrain.ops.cross_entropy import classification
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.patchify import mask_at, pick
 from pretrain.ops.precision import wide
@@ -85,7 +85,7 @@ class BEiT(Objective):
         h = pick(tokens, masked)  # [B, M, D]
         logits = wide(self.head(h.flatten(0, 1)))  # [B·M, K]
         target = z.gather(1, masked).flatten()  # [B·M]
-        return F.cross_entropy(logits, target), {"accuracy": (logits.argmax(1) == target).float().mean()}
+        return classification(logits, target)
 
     def exports(self) -> dict[str, Exported]:
         return {"model": Exported(self.backbone, "mean")}  # no loss trains the class token directly

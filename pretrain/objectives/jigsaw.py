@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import option
@@ -28,6 +27,7 @@ from data_pipeline.views.colors import grayscale
 from data_pipeline.views.tiles import permutation_set, tiles
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
+from pretrain.ops.cross_entropy import classification
 from pretrain.ops.precision import wide
 
 SIDE = 3  # tiles along a side
@@ -97,7 +97,7 @@ class Jigsaw(Objective):
         each = self.tile_head(features).unflatten(0, (-1, TILES))  # [B, T, F]
         logits = wide(self.head(each.flatten(1)))  # [B, P]
         target = batch["permutation"]  # [B]
-        return F.cross_entropy(logits, target), {"accuracy": (logits.argmax(1) == target).float().mean()}
+        return classification(logits, target)
 
     def exports(self) -> dict[str, Exported]:
         return {"model": Exported(self.backbone)}

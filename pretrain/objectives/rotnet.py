@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import option
@@ -24,6 +23,7 @@ from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import Augment, Rng, crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
+from pretrain.ops.cross_entropy import classification
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.precision import wide
 
@@ -58,7 +58,7 @@ class RotNet(Objective):
         images = batch["image"]
         logits = wide(self.head(self.backbone(images.flatten(0, 1)).cls))  # [B·4, 4]
         turns = torch.arange(TURNS, device=images.device).repeat(len(images))  # [B·4]
-        return F.cross_entropy(logits, turns), {"accuracy": (logits.argmax(1) == turns).float().mean()}
+        return classification(logits, turns)
 
     def exports(self) -> dict[str, Exported]:
         return {"model": Exported(self.backbone)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops.precision import wide
@@ -16,6 +17,12 @@ from pretrain.ops.precision import wide
 IGNORED = -100  # a row with this target does not count
 CHUNKS_PER_BYTE = 2  # chunks per byte of a logit; many chunks cost time, since each adds to the full weight gradient
 MAX_CHUNK_LOGITS = 1 << 27  # largest number of logits in a chunk
+
+
+def classification(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(mean cross-entropy, {"accuracy": share of the rows whose highest logit is that of the target}) of logits [N, V],
+    in fp32 or wider, and targets int64 [N]."""
+    return F.cross_entropy(logits, targets), {"accuracy": (logits.argmax(1) == targets).float().mean()}
 
 
 class _Options(NamedTuple):
