@@ -5,10 +5,12 @@ The folder OUT holds one file of features for each part, which is a number of co
     part-00000.npy          float32 [n, D], or [n, P, D] for patches
     part-00000.jsonl        {"shard": …, "key": …} of each row. It is written after the features are on the disk
     part-00000.parquet      in place of both: the columns shard, key and features (a fixed-size list of D or P·D floats)
+    _part-00000.damaged     the numbers of damaged samples in the part, if there are any
     _embed.json             what was embedded: model, data, output, the shape of a row, samples in a part
 
 Rows have the order of the shards. Damaged samples, and samples without an image or a text, have no row. An interrupted
-command continues with the parts that are missing, and processes that embed the same set into one folder share them.
+command continues with the parts that are missing, and processes that embed the same set into one folder share them. A
+part is written again if a sample that was damaged can be read now.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,8 @@ import xxhash
 from common.errors import Damaged, DataError, UserError
 from common.progress import Progress
 from data_pipeline.shards.samples import Samples
-from eval.feature_cache import errors_about, read_batches, share_work, write_whole
+from eval.feature_cache import any_readable, is_damaged, read_batches
+from eval.feature_files import errors_about, share_work, write_whole
 from eval.features import Encoder, open_encoder
 from eval.texts import TextEncoder
 
@@ -77,7 +81,15 @@ def embed(
     with errors_about(out, "name another folder for the features"):
         _begin(out, about)
     names = [f"part-{n:05d}" for n in range(-(-len(samples) // part))]
-    done = sum((out / f"{name}{ENDINGS[format]}").is_file() for name in names)
+    read = partial(_read, encoder, samples)
+
+    def is_done(name: str) -> bool:
+        if not (out / f"{name}{ENDINGS[format]}").is_file():
+            return False
+        damaged = out / f"_{name}.damaged"
+        return not damaged.is_file() or not any_readable(read, json.loads(damaged.read_text()))
+
+    done = sum(is_done(name) for name in names)
     progress = Progress("embed", len(names), done)
 
     def work(name: str) -> None:
@@ -88,7 +100,7 @@ def embed(
         done += 1
         progress.update(done, "parts")
 
-    share_work(out, names, ENDINGS[format], work)
+    share_work(out, names, is_done, work)
     progress.close()
     rows = sum(_rows(out / f"{name}{ENDINGS[format]}") for name in names)
     return rows, len(samples) - rows
@@ -110,6 +122,14 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
         raise UserError(f"{out}: holds features of {differences}; name a new folder")
 
 
+def _read(encoder: Encoder | TextEncoder, samples: Samples, number: int) -> tuple[Any, tuple[str, str]] | Damaged:
+    """(prepared sample, (shard, key)), or why it cannot be used."""
+    try:
+        return encoder.read(samples, number), samples.name(number)
+    except Damaged as reason:
+        return reason
+
+
 def _write_part(
     encoder: Encoder | TextEncoder,
     samples: Samples,
@@ -120,16 +140,11 @@ def _write_part(
     shape: tuple[int, ...],
 ) -> None:
     """Write the features and the keys of consecutive samples."""
-
-    def read(number: int) -> tuple[Any, tuple[str, str]] | Damaged:
-        try:
-            return encoder.read(samples, number), samples.name(number)
-        except Damaged as reason:
-            return reason
-
     keys: list[tuple[str, str]] = []  # (shard, key)
+    damaged: list[int] = []
     parts = [np.zeros((0, *shape), np.float32)]
-    for _, found in read_batches(read, numbers, encoder.batch):
+    for of_batch, found in read_batches(partial(_read, encoder, samples), numbers, encoder.batch):
+        damaged += [number for number, one in zip(of_batch, found, strict=True) if is_damaged(one)]
         usable = [one for one in found if not isinstance(one, Damaged)]
         if usable:
             parts.append(_features(encoder, [one for one, _ in usable], output))
@@ -138,7 +153,12 @@ def _write_part(
     if len(keys) and not np.isfinite(features).all():
         count = int((~np.isfinite(features.reshape(len(features), -1)).all(1)).sum())
         raise DataError(f"{encoder.name}: its features of {count} of {len(keys)} {encoder.unit} are not finite")
+    list_of_damaged = path.with_name(f"_{path.name}.damaged")
     with errors_about(path.parent, "name a folder on a larger disk; the same command there starts anew"):
+        path.with_suffix(ENDINGS[format]).unlink(missing_ok=True)  # of an earlier command, with fewer samples
+        list_of_damaged.unlink(missing_ok=True)
+        if damaged:
+            write_whole(list_of_damaged, json.dumps(damaged).encode())
         if format == "parquet":
             write_whole(path.with_suffix(".parquet"), _parquet(features, keys))
             return

@@ -3,27 +3,29 @@
 The features of a set are a folder FOLDER/KEY. KEY is a hash of everything that determines them: the weights and the
 options of the model, how its output is pooled, how samples are prepared, and every byte of the shards. It holds
 
-    features.npy    float32 [S, D], one row for each sample of the shards; rows of samples that were left out are 0
+    features.npy    float32 [S, D], one row for each sample of the shards; rows of samples that were left out are 0.
+                    It ends with a random id of the file
     N.json          the record of piece N, which is PIECE consecutive samples: which of them have features, their
-                    classes, and how many were left out. It is written after the rows of the piece are on the disk.
+                    classes, which were damaged, and how many were left out; and the id of the file that has the rows.
+                    It is written after the rows of the piece are on the disk
     .lock           byte N is locked by the process that extracts piece N
+    .use            locked (shared) by the processes that write or read the set; deletion needs an exclusive lock
 
 Only pieces with a record are used, so an interrupted extraction continues with the piece that it was in. Several
-processes that extract the same set, for example one for each GPU, share its pieces.
+processes that extract the same set, for example one for each GPU, share its pieces. KEY does not depend on the device:
+features from a CPU and from a GPU differ by rounding only, and pieces of both can be in one set.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import shutil
-import time
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,17 +38,16 @@ from common import config
 from common.errors import Absent, Damaged, DataError
 from data_pipeline.shards.samples import Samples
 from data_pipeline.storage.urls import cache_folder
+from eval.feature_files import Table, Use, delete_set, errors_about, share_work, table_id, write_whole
 
-VERSION = 1  # of the features; is increased by every change that can affect them, and is part of KEY
+VERSION = 2  # of the features; is increased by every change that can affect them, and is part of KEY
 PIECE = 4096  # samples
-MAX_BYTES = 64 * 2**30  # of all sets in the user's cache; those that were used least recently are deleted
-CACHE_ADVICE = "delete that folder, or set UNLABELED_CACHE=FOLDER to a folder with more space"
-LOCK = ".lock"
-POLL_SECONDS = 0.2  # between looks at pieces that other processes extract
+TABLE = "features.npy"
+MAX_BYTES = 64 * 2**30  # of all sets in the user's cache, see `make_room`
 
 
 class Unlabelled(Damaged):
-    """A sample whose label is null: it belongs to no class."""
+    """A sample that belongs to no class: its label is null, or it has none although others have."""
 
 
 class Source(Protocol):
@@ -108,9 +109,11 @@ class Labelled:
     names: list[str]  # of the classes that occur, sorted
     left_out: int  # number of damaged samples
     passed_over: int  # number of samples without an image or a text
-    unlabelled: int  # number of samples whose label is null
+    unlabelled: int  # number of samples without a label
     not_finite: int  # number of samples whose features are NaN or infinite
     hashes: np.ndarray  # uint64, of the image or text of every sample of the set; 0 for samples without one
+    folder: Path  # that holds the features
+    use: Use | None = None  # keeps the folder from deletion by other processes
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -172,82 +175,138 @@ def labelled(encoder: Source, specs: Sequence[str], folder: Path | None = None) 
     samples = encoder.check(specs)
     key = xxhash.xxh3_128_hexdigest(f"{VERSION} {PIECE} {samples.id} {encoder.fingerprint(samples)}".encode())
     target = (folder or cache_folder("features")) / key
-    _extract(encoder, samples, target, None if folder else MAX_BYTES)
     with errors_about(target):
-        records = [json.loads((target / f"{piece}.json").read_text()) for piece in range(_pieces(samples))]
-        return _assembled(encoder, samples, target, records)
+        use = Use(target)
+    for _ in range(2):
+        _extract(encoder, samples, target, sys.maxsize if folder else MAX_BYTES)
+        hashes = samples.hashes(encoder.members)
+        with errors_about(target):
+            records = [_record(target, str(piece)) for piece in range(_pieces(samples))]
+            if None not in records:
+                found = _assembled(encoder, samples, target, records, hashes, use)
+                if {record["table"] for record in records} <= {"", table_id(target / TABLE)}:  # it is still that table
+                    return found
+    raise DataError(f"{target}: its files were deleted while they were used; run the command again")
 
 
-@contextlib.contextmanager
-def errors_about(folder: Path, advice: str = CACHE_ADVICE) -> Iterator[None]:
-    """Turn the error of a file that cannot be written or is damaged into a DataError with an advice. Only for code that
-    does nothing but use files of this folder."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{folder}: features cannot be kept there ({reason}); {advice}") from None
+def delete(sets: dict[tuple[str, ...], Labelled]) -> None:
+    """Empty this dictionary, and delete the files of its sets that no other process uses."""
+    folders = []
+    while sets:
+        _, each = sets.popitem()
+        folders.append(each.folder)
+        each.use = None
+    for folder in folders:
+        delete_set(folder)
 
 
 def _pieces(samples: Samples) -> int:
     return -(-len(samples) // PIECE)
 
 
-def _assembled(encoder: Source, samples: Samples, target: Path, records: list[dict[str, Any]]) -> Labelled:
+def _record(target: Path, piece: str) -> dict[str, Any] | None:
+    """The record of a piece, or None if there is none, or if its rows are in a table that does not exist any more."""
+    try:
+        record = json.loads((target / f"{piece}.json").read_text())
+    except FileNotFoundError:
+        return None
+    return record if record["table"] in ("", table_id(target / TABLE)) else None
+
+
+def _assembled(
+    encoder: Source, samples: Samples, target: Path, records: list[Any], hashes: np.ndarray, use: Use
+) -> Labelled:
     """The set that the records of all pieces describe."""
-    total = {key: sum(record[key] for record in records) for key in ("damaged", "absent", "unlabelled", "not_finite")}
+    total = {key: sum(record[key] for record in records) for key in ("absent", "unlabelled", "not_finite")}
     numbers = np.concatenate([np.array(record["numbers"], np.int64) for record in records])
     if not len(numbers):
-        why = f"; {total['unlabelled']} of them have the label null" if total["unlabelled"] else ""
+        why = f"; {total['unlabelled']} of them have no label" if total["unlabelled"] else ""
         raise DataError(f"{samples.names}: none of the {len(samples)} {encoder.unit} can be read and has a label{why}")
     names = sorted({name for record in records for name in record["names"]})
     index = {name: n for n, name in enumerate(names)}
     classes = [np.array([index[name] for name in record["names"]], np.int64)[record["classes"]] for record in records]
     return Labelled(
-        FeatureRows(target / "features.npy", numbers),
+        FeatureRows(target / TABLE, numbers),
         torch.from_numpy(np.concatenate(classes)),
         names,
-        total["damaged"],
+        sum(len(record["damaged"]) for record in records),
         total["absent"],
         total["unlabelled"],
         total["not_finite"],
-        samples.hashes(encoder.members),
+        hashes,
+        target,
+        use,
     )
 
 
 # ---------------------------------------------------------------- extraction
-def _extract(encoder: Source, samples: Samples, target: Path, max_bytes: int | None) -> None:
-    """Extract all pieces that have no record."""
+def _extract(encoder: Source, samples: Samples, target: Path, max_bytes: int) -> None:
+    """Extract all pieces that have no record, and those with damaged samples that can be read now."""
+
+    def is_done(piece: str) -> bool:
+        with errors_about(target):
+            record = _record(target, piece)
+        return record is not None and not any_readable(partial(_read, encoder, samples), record["damaged"])
+
     names = [str(piece) for piece in range(_pieces(samples))]
+    missing = [name for name in names if not is_done(name)]
     with errors_about(target):
-        is_complete = all((target / f"{name}.json").is_file() for name in names)
-        target.mkdir(parents=True, exist_ok=True)
-        if max_bytes is not None and not is_complete:
-            delete_oldest(target.parent, max_bytes, target)
-        os.utime(target)  # the set is used now
-    if not is_complete:
-        share_work(target, names, ".json", lambda name: _extract_piece(encoder, samples, target, int(name)))
-
-
-def _extract_piece(encoder: Source, samples: Samples, target: Path, piece: int) -> None:
-    """Write the rows of one piece, and then its record."""
-    record: dict[str, Any] = {"numbers": [], "classes": [], "damaged": 0, "absent": 0, "unlabelled": 0, "not_finite": 0}
-    names: dict[str, int] = {}
-
-    def read(number: int) -> tuple[Any, str] | Damaged:
         try:
-            return encoder.read(samples, number), encoder.label(samples, number)
-        except Damaged as reason:
-            return reason
+            os.utime(target)  # the set is used now
+        except OSError:  # a complete set may be one that the user may only read
+            if missing:
+                raise
+    share_work(target, names, is_done, lambda name: _extract_piece(encoder, samples, target, int(name), max_bytes))
 
+
+def _read(encoder: Source, samples: Samples, number: int) -> tuple[Any, str] | Damaged:
+    """(prepared sample, label), or why it cannot be used."""
+    try:
+        return encoder.read(samples, number), encoder.label(samples, number)
+    except Damaged as reason:
+        return reason
+
+
+def label_of(samples: Samples, number: int) -> str:
+    """The label of a sample by its .cls member. Raises Unlabelled if it has none, but other samples of the set have, and
+    DataError if no sample has one."""
+    if "cls" in samples.extensions and not samples.has(number, "cls"):
+        raise Unlabelled("holds no .cls member")
+    return samples.label(number)
+
+
+def any_readable(read: Callable[[int], Any], damaged: Sequence[int]) -> bool:
+    """Whether `read` returns something else than a damaged sample now for one of the samples that were damaged, which
+    errors of storage can have been the cause of."""
+    return any(not is_damaged(read(number)) for number in damaged)
+
+
+def is_damaged(found: Any) -> bool:
+    """Whether this is the reason why a sample cannot be used, and it may be another one at the next attempt."""
+    return isinstance(found, Damaged) and not isinstance(found, (Absent, Unlabelled))
+
+
+def _extract_piece(encoder: Source, samples: Samples, target: Path, piece: int, max_bytes: int) -> None:
+    """Write the rows of one piece, and then its record."""
+    record: dict[str, Any] = {
+        "numbers": [],
+        "classes": [],
+        "damaged": [],
+        "absent": 0,
+        "unlabelled": 0,
+        "not_finite": 0,
+    }
+    names: dict[str, int] = {}
     table = None
     for numbers, found in read_batches(
-        read, range(piece * PIECE, min(len(samples), (piece + 1) * PIECE)), encoder.batch
+        partial(_read, encoder, samples), range(piece * PIECE, min(len(samples), (piece + 1) * PIECE)), encoder.batch
     ):
         usable = []
         for number, one in zip(numbers, found, strict=True):
-            if isinstance(one, Damaged):
-                record[{Absent: "absent", Unlabelled: "unlabelled"}.get(type(one), "damaged")] += 1
+            if is_damaged(one):
+                record["damaged"].append(number)
+            elif isinstance(one, Damaged):
+                record["absent" if isinstance(one, Absent) else "unlabelled"] += 1
             else:
                 usable.append(one[0])
                 record["numbers"].append(number)
@@ -259,47 +318,13 @@ def _extract_piece(encoder: Source, samples: Samples, target: Path, piece: int) 
         rows = np.zeros((len(found), features.shape[1]), np.float32)  # [B, D]
         rows[[not isinstance(one, Damaged) for one in found]] = features.numpy()
         with errors_about(target):
-            table = table or Table(target / "features.npy", (len(samples), rows.shape[1]))
+            table = table or Table(target / TABLE, (len(samples), rows.shape[1]), max_bytes)
             table.write(numbers[0], rows)
     with errors_about(target):
         if table is not None:
             table.close()
-        write_whole(target / f"{piece}.json", json.dumps(record | {"names": list(names)}).encode())
-
-
-class Table:
-    """A .npy file of float32 [S, D], opened for writing rows; created if no process has created it yet.
-
-    Rows are written by system calls, because a write to mapped memory ends the process if the disk is full.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, int]):
-        if not path.is_file():
-            need, free = 4 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
-            if need > free:
-                raise DataError(
-                    f"{path.parent}: the features need {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there; set"
-                    " UNLABELED_CACHE=FOLDER to a folder on a larger disk"
-                )
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            np.lib.format.open_memmap(partial, "w+", np.float32, shape)  # a sparse file
-            with contextlib.suppress(FileExistsError):
-                os.link(partial, path)  # unlike a rename, this replaces no file of another process
-            partial.unlink()
-        self._row_bytes, self._offset = 4 * shape[1], path.stat().st_size - 4 * shape[0] * shape[1]
-        self._file = os.open(path, os.O_WRONLY)
-
-    def write(self, first: int, rows: np.ndarray) -> None:
-        """Write consecutive rows [n, D] from row `first`."""
-        data, at = memoryview(rows).cast("B"), self._offset + first * self._row_bytes
-        while len(data):
-            written = os.pwrite(self._file, data, at)
-            data, at = data[written:], at + written
-
-    def close(self) -> None:
-        """Close the file once all rows are on the disk."""
-        os.fsync(self._file)
-        os.close(self._file)
+        record |= {"table": table.id if table else "", "names": list(names)}
+        write_whole(target / f"{piece}.json", json.dumps(record).encode())
 
 
 def read_batches(
@@ -307,78 +332,19 @@ def read_batches(
 ) -> Iterator[tuple[Sequence[int], list[Any]]]:
     """(numbers, what `read` returns for each) of consecutive batches. Threads read the next batch while the caller uses
     one, so at most two batches are in memory."""
-    with ThreadPool() as pool:
-        waiting: deque[tuple[Sequence[int], Any]] = deque()
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        waiting: deque[tuple[Sequence[int], list[Future[Any]]]] = deque()
         for first in range(0, len(numbers), batch):
             part = numbers[first : first + batch]
-            waiting.append((part, pool.map_async(read, part)))
+            waiting.append((part, [pool.submit(read, number) for number in part]))
             if len(waiting) > 1:
-                part, result = waiting.popleft()
-                yield part, result.get()
-        for part, result in waiting:
-            yield part, result.get()
-
-
-def share_work(folder: Path, names: Iterable[str], ending: str, work: Callable[[str], None]) -> None:
-    """Call `work(name)`, which writes the file name + ending, for every name that has no such file yet.
-
-    Processes that do this in the same folder share the names: each takes one that no living process works on, and
-    returns when all files exist. On a file system without locks each process does all of them.
-    """
-    names = list(names)
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        while missing := [(n, name) for n, name in enumerate(names) if not (folder / f"{name}{ending}").is_file()]:
-            has_worked = False
-            for n, name in missing:
-                try:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, n)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    pass  # no locks here
-                if not (folder / f"{name}{ending}").is_file():
-                    work(name)
-                    has_worked = True
-                with contextlib.suppress(OSError):
-                    fcntl.lockf(lock, fcntl.LOCK_UN, 1, n)
-            if not has_worked:
-                time.sleep(POLL_SECONDS)
+                part, results = waiting.popleft()
+                yield part, [each.result() for each in results]
+        for part, results in waiting:
+            yield part, [each.result() for each in results]
     finally:
-        os.close(lock)
-
-
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that exists only once all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def delete_oldest(folder: Path, max_bytes: int, keep: Path) -> None:
-    """Delete the sets that were used least recently, until all sets in the folder take at most `max_bytes`. Sets that a
-    process extracts are kept; a process that has opened a set can go on reading it."""
-    sets = [path for path in folder.iterdir() if len(path.name) == 32 and (path / LOCK).is_file() and path != keep]
-    sizes = {path: sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in sets}
-    for path in sorted(sets, key=lambda path: path.stat().st_mtime):
-        if sum(sizes.values()) <= max_bytes:
-            return
-        lock = os.open(path / LOCK, os.O_RDWR)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        finally:
-            os.close(lock)
-        for file in path.iterdir():
-            if file.suffix in (".json", ".npy", ".partial") or file.name == LOCK:
-                file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a file of the user's is in it
-            path.rmdir()
-        del sizes[path]
+        pool.shutdown(cancel_futures=True)
 
 
 def model_hash(model: nn.Module) -> str:

@@ -72,11 +72,15 @@ class Encoder:
 
     def labelled(self, specs: Sequence[str]) -> Labelled:
         """Features and classes of all labelled images in the shards, in order. Damaged images and samples without an
-        image are left out."""
+        image or a label are left out."""
         key = tuple(specs)
         if key not in self._labelled:
             self._labelled[key] = feature_cache.labelled(self, specs, self.cache)
         return self._labelled[key]
+
+    def delete_features(self) -> None:
+        """Delete the cached features of this model that no other process uses."""
+        feature_cache.delete(self._labelled)
 
     # What `feature_cache.Source` asks for.
     def check(self, specs: Sequence[str]) -> Samples:
@@ -96,7 +100,7 @@ class Encoder:
             return center(samples.image(number, self.channels, take), self.image_size)
 
     def label(self, samples: Samples, number: int) -> str:
-        return samples.label(number)
+        return feature_cache.label_of(samples, number)
 
 
 def _pixels(images: Tensor) -> Features:

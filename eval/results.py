@@ -15,8 +15,8 @@ from common.errors import UserError
 from pretrain.run_folder.jsonl_rows import read_rows
 
 # Keys: model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out (number of
-# damaged samples), passed_over (number of samples without an image or a text), unlabelled (number of samples whose label
-# is null), seconds, and note if there is a remark.
+# damaged samples), passed_over (number of samples without an image or a text), unlabelled (number of samples without a
+# label), seconds, and note if there is a remark.
 Row = dict[str, Any]
 
 KEY = ("model", "step", "protocol", "split", "metric")  # of a row: which score it is
@@ -124,7 +124,7 @@ def notes(rows: list[Row]) -> list[str]:
         if absent:
             parts.append(f"{absent} samples without {unit} were skipped")
         if unlabelled:
-            parts.append(f"{unlabelled} {unit} whose label is null were skipped")
+            parts.append(f"{unlabelled} {unit} without a label were skipped")
         if parts:
             out.append(f"of gallery and query, {' and '.join(parts)}")
     return [f"note: {note}" for note in dict.fromkeys(out)]

@@ -34,13 +34,14 @@ def evaluate(
     options: dict[str, dict[str, Any]] | None = None,
     device: str = "auto",
     cache: str | Path | None = None,
+    keep_features: bool = True,
 ) -> list[Row]:
     """A row for every metric of every protocol.
 
     `model`: an exported folder, "pixels" or "bytes". `options`: of protocols, as in {"knn": {"k": 20}}. `device`:
     where features and scores are computed; auto: the best one. `cache`: the folder in which features are kept; None:
-    the user's cache folder. The `note` of a row names problems of the data that make its score
-    less meaningful. Raises DataError for data for which a score would be meaningless, and UserError for a protocol that
+    the user's cache folder. `keep_features`: otherwise they are deleted when all scores are known. The `note` of a row
+    names problems of the data that make its score less meaningful. Raises DataError for data for which a score would be meaningless, and UserError for a protocol that
     does not fit the model.
     """
     check([*protocols, *(options or {})])
@@ -73,6 +74,8 @@ def evaluate(
             head | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds}
             for metric, value in scores.items()
         ]
+    if not keep_features:
+        encoder.delete_features()
     return rows
 
 

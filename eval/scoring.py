@@ -56,13 +56,14 @@ def _errors_about(key: str) -> Iterator[None]:
 
 def _check_labels(recipe: Recipe, key: str, shards: Sequence[str], min_classes: int) -> None:
     """Raises UserError if shards have labels of fewer than `min_classes` classes."""
+    from eval import feature_cache
     from eval.texts import label_of
 
     with _errors_about(f"eval.{key}"):
         if not shards:
             raise DataError("is empty, but k-NN and linear probe need labelled shards; name some")
         samples = Samples(shards)
-        read_label = {"image": Samples.label, "tokens": label_of}[recipe.model.reads]
+        read_label = {"image": feature_cache.label_of, "tokens": label_of}[recipe.model.reads]
         if read_label is label_of and "txt" not in samples.extensions:
             raise DataError(f"{samples.names}: holds no .txt, so no labelled texts")
         found: set[str] = set()

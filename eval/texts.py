@@ -61,6 +61,10 @@ class TextEncoder:
             self._labelled[key] = feature_cache.labelled(self, specs, self.cache)
         return self._labelled[key]
 
+    def delete_features(self) -> None:
+        """Delete the cached features of this model that no other process uses."""
+        feature_cache.delete(self._labelled)
+
     # What `feature_cache.Source` asks for.
     def check(self, specs: Sequence[str]) -> Samples:
         samples = Samples(specs)
@@ -152,7 +156,8 @@ def text_of(samples: Samples, number: int) -> str:
 def label_of(samples: Samples, number: int) -> str:
     """The label of a text: the first of the fields "label", "class", … of the .json member, or else the .cls member.
 
-    Raises DataError if it has no label, Unlabelled if the label is null, and Damaged if it cannot be read.
+    Raises Unlabelled if the label is null, or if it has no label, but other samples of the set have a .cls member;
+    DataError if it has no label otherwise, and Damaged if it cannot be read.
     """
     try:
         row = loads(samples.read(number, ("json",)).get("json", b"{}"))
@@ -162,7 +167,7 @@ def label_of(samples: Samples, number: int) -> str:
         raise Damaged("its .json member is not an object")
     field = next((name for name in LABEL_FIELDS if name in row), None)
     if field is None:
-        return samples.label(number)
+        return feature_cache.label_of(samples, number)
     if row[field] is None:
         raise Unlabelled(f"its {field} is null")
     return str(row[field])

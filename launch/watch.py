@@ -45,7 +45,11 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: A
     names = cfg.periodic if split == "val" else cfg.final
     baseline = model in BASELINES
     names = [name for name in names if not baseline or name not in TEXT]
-    rows = evaluate(model, names, gallery, query, split, cfg.image_size, device=device, cache=cfg.cache)
+    # A run has many exports, and the features of each need gigabytes: kept are those of the first and the last one.
+    keep = baseline or step in (0, recipe.steps)
+    rows = evaluate(
+        model, names, gallery, query, split, cfg.image_size, device=device, cache=cfg.cache, keep_features=keep
+    )
     generated = samples(Path(model), step, cfg.prompts) if not baseline and split == "val" and cfg.prompts else []
     _check_identity(run, identity)
     if rows and not results.new_rows(run / "results.jsonl", rows):

@@ -195,6 +195,11 @@ class Samples:
                     raise
         raise AssertionError
 
+    def has(self, number: int, extension: str) -> bool:
+        """Whether the sample has a member of this extension, by the index."""
+        (piece,) = self.pieces(number, 1)
+        return any(piece.records[0, column]["offset"] > 0 for column in self.columns([extension]))
+
     def columns(self, extensions: Iterable[str]) -> list[int]:
         """The columns of these extensions in the records, without unknown ones."""
         wanted = set(extensions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from common.errors import UserError
+from common.errors import Damaged, UserError
 from data_pipeline.build.build_shards import build
 from eval import embed
 from eval.features import Encoder, open_encoder
@@ -27,18 +28,24 @@ PART = 4  # samples, in these tests
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """22 samples in two shards: 20 images, one of which is damaged, and two samples without an image."""
+def data(images: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(embed, "PART_SAMPLES", PART)
-    (tmp_path / "data").mkdir()
+    return str(images)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 samples in two shards: 20 images, one of which is damaged, and two samples without an image. All tests share
+    them, because their index takes seconds."""
+    folder = tmp_path_factory.mktemp("data")
     for shard in range(2):
         members = []
         for n in range(11):
             image = jpeg(11 * shard + n, 40)
             damaged = shard == 0 and n == 6
             members.append((f"{n:02d}.txt", b"word") if n == 5 else (f"{n:02d}.jpg", image[: 200 if damaged else None]))
-        write_tar(tmp_path / "data" / f"{shard}.tar", members)
-    return str(tmp_path / "data")
+        write_tar(folder / f"{shard}.tar", members)
+    return folder
 
 
 def read(out: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
@@ -119,6 +126,28 @@ def test_killed_and_shared(data: str, tmp_path: Path):
     assert embed.embed("pixels", [data], tmp_path / "out") == (19, 3)
 
 
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_samples_that_could_not_be_read_once_are_read_again(
+    format: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plain = Encoder.read
+
+    def failing(self: Encoder, samples: Any, number: int) -> np.ndarray:
+        if number == 9:
+            raise Damaged("an error of the storage")
+        return plain(self, samples, number)
+
+    monkeypatch.setattr(Encoder, "read", failing)
+    assert embed.embed("pixels", [data], tmp_path / "out", format=format) == (18, 4)
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.damaged"))] == [
+        "_part-00001.damaged",
+        "_part-00002.damaged",
+    ]
+    monkeypatch.setattr(Encoder, "read", plain)
+    assert embed.embed("pixels", [data], tmp_path / "out", format=format) == (19, 3)
+    assert [path.name for path in (tmp_path / "out").glob("*.damaged")] == ["_part-00001.damaged"]
+
+
 def test_texts(tmp_path: Path, shards: Path):
     rows = "".join(json.dumps({"text": f"{word} {n}", "label": None}) + "\n" for n in range(5) for word in ("a", "bb"))
     (tmp_path / "rows.jsonl").write_text(rows)
@@ -137,12 +166,11 @@ def test_another_folder_is_refused(data: str, tmp_path: Path, shards: Path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match=r"holds features of samples 22, not 48; name a new"):
         embed.embed("pixels", [str(shards)], out)
-    (tmp_path / "data" / "1.tar").rename(tmp_path / "data" / "2.tar")  # the order of two shards
-    (tmp_path / "data" / "0.tar").rename(tmp_path / "data" / "3.tar")
+    for old, new in (("1.tar", "2.tar"), ("0.tar", "3.tar")):  # the order of two shards
+        (tmp_path / "swapped").mkdir(exist_ok=True)
+        shutil.copy(Path(data) / old, tmp_path / "swapped" / new)
     with pytest.raises(UserError, match=r"holds features of another model, image size or other data; name a new"):
-        embed.embed("pixels", [data], out)
-    (tmp_path / "data" / "2.tar").rename(tmp_path / "data" / "1.tar")
-    (tmp_path / "data" / "3.tar").rename(tmp_path / "data" / "0.tar")
+        embed.embed("pixels", [str(tmp_path / "swapped")], out)
     with pytest.raises(UserError, match=r"holds features of .*format npy, not parquet"):
         embed.embed("pixels", [data], out, format="parquet")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -18,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import DataError
+from common.errors import Damaged, DataError
 from data_pipeline.build.build_shards import build
-from eval import feature_cache, knn, linear
+from eval import feature_cache, feature_files, knn, linear
 from eval.feature_cache import FeatureRows, Labelled
 from eval.features import Encoder, open_encoder
 from eval.run import evaluate
@@ -74,12 +75,16 @@ def extract_only(*args: Any) -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """36 samples in two shards: 33 images of three classes, two of which are damaged, and three samples without an
-    image."""
+def data(images: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(feature_cache, "PIECE", PIECE)
-    folder = tmp_path / "data"
-    folder.mkdir()
+    return str(images)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 samples in two shards: 33 images of three classes, two of which are damaged, and three samples without an
+    image. All tests share them, because their index takes seconds."""
+    folder = tmp_path_factory.mktemp("data")
     for shard in range(2):
         members = []
         for n in range(18):
@@ -88,7 +93,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             missing = n == 5 or (shard and n == 9)
             members += [label] if missing else [(f"{n:02d}.jpg", image[: 200 if n == 7 else None]), label]
         write_tar(folder / f"{shard}.tar", members)
-    return str(folder)
+    return folder
 
 
 def test_each_feature_is_that_of_its_image_and_is_extracted_once(data: str, tmp_path: Path):
@@ -117,12 +122,14 @@ def test_a_killed_extraction_continues(data: str, tmp_path: Path):
     finished = sorted(path.name for path in target.glob("*.json"))
     assert finished == ["0.json", "1.json"]
     with (target / "features.npy").open("r+b") as file:  # a part of the next piece, half of which was written
-        file.seek(-20 * 24 + 12, os.SEEK_END)
+        file.seek(-16 - 20 * 24 + 12, os.SEEK_END)  # before the id
         file.write(b"\xff" * 12)
-    (target / ".2.json.77.partial").write_text('{"numbers": [')
+    for piece in (1, 2):
+        (target / f".{piece}.json.77.partial").write_text('{"numbers": [')
     found = extract(data, tmp_path / "cache", tmp_path / "log2")
     whole = extract(data, tmp_path / "cache2", tmp_path / "log3")
     assert torch.equal(found.features[:], whole.features[:]) and torch.equal(found.classes, whole.classes)
+    assert [path.name for path in target.glob(".*.partial")] == [".1.json.77.partial"]
     first = sum(len(json.loads((target / name).read_text())["numbers"]) for name in finished)
     assert sum(map(int, (tmp_path / "log2").read_text().split())) == 31 - first
 
@@ -173,42 +180,146 @@ def test_what_determines_the_features_is_in_the_key(data: str, tmp_path: Path, s
     assert key(models[0], data=str(moved)) == "known"
 
 
-def test_unused_sets_are_deleted_when_the_cache_is_full(tmp_path: Path):
-    sets = [tmp_path / f"{n:032x}" for n in range(4)]
+def test_rows_of_a_lost_file_are_extracted_again(data: str, tmp_path: Path):
+    first = extract(data, tmp_path / "cache", tmp_path / "log").features[:].clone()
+    (target,) = (tmp_path / "cache").iterdir()
+    (target / "features.npy").unlink()  # by a cleaner of old files; the records are still there
+    (target / "4.json").unlink()
+    assert torch.equal(extract(data, tmp_path / "cache", tmp_path / "log").features[:], first)
+
+    replaced = Recorder(tmp_path / "log2")
+    plain, deleted = feature_cache.write_whole, []
+
+    def delete_before_the_record(path: Path, content: bytes) -> None:
+        if not deleted:
+            deleted.append(path)
+            (path.parent / "features.npy").unlink()
+        plain(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_cache, "write_whole", delete_before_the_record)
+        encoder = Encoder(replaced, "recorder", 16, [0.5] * 3, [0.5] * 3)
+        encoder.cache = tmp_path / "other"
+        assert torch.equal(encoder.labelled([data]).features[:], first) and deleted
+
+
+def test_samples_that_could_not_be_read_once_are_read_again(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read = Encoder.read
+
+    def failing(self: Encoder, samples: Any, number: int) -> np.ndarray:
+        if number == 20:
+            raise Damaged("an error of the storage")
+        return read(self, samples, number)
+
+    monkeypatch.setattr(Encoder, "read", failing)
+    found = extract(data, tmp_path / "cache", tmp_path / "log")
+    assert (len(found), found.left_out) == (30, 3)
+    monkeypatch.setattr(Encoder, "read", read)
+    again = extract(data, tmp_path / "cache", tmp_path / "log2")
+    assert (len(again), again.left_out) == (31, 2)
+    assert sum(map(int, (tmp_path / "log2").read_text().split())) == 7  # of one piece
+    assert torch.equal(again.features[:], extract(data, tmp_path / "whole", tmp_path / "log3").features[:])
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[Path]:
+    """Four sets of 40 kB, the oldest one last."""
+    sets = [tmp_path / "sets" / f"{n:032x}" for n in range(4)]
     for age, folder in enumerate(sets):
-        folder.mkdir()
-        (folder / "features.npy").write_bytes(b"x" * 40960)
+        folder.mkdir(parents=True)
+        (folder / "features.npy").write_bytes(b"x" * 40_000)
         (folder / ".lock").touch()
         if age == 3:
             (folder / "mine.txt").write_text("a file of the user")
         os.utime(folder, (1000 - age, 1000 - age))
-    (tmp_path / "mine").mkdir()
-    holder = Forked(hold_lock, sets[3] / ".lock", tmp_path / "ready")
-    while not (tmp_path / "ready").exists():
+    (tmp_path / "sets" / "mine").mkdir()
+    return sets
+
+
+def test_unused_sets_are_deleted_when_the_cache_is_full(sets: list[Path]):
+    own = sets[0]
+    holder = Forked(use_set, sets[3], own.parent / "ready")
+    while not (own.parent / "ready").exists():
         time.sleep(0.02)
-    feature_cache.delete_oldest(tmp_path, 150_000, sets[0])
+    os.utime(sets[3], (900, 900))
+    feature_files.make_room(own, 40_000, 0, 161_000)
     assert all((folder / "features.npy").exists() for folder in sets)
-    feature_cache.delete_oldest(tmp_path, 100_000, sets[0])
-    assert (sets[3] / "features.npy").exists() and not sets[2].exists()  # the oldest one is being extracted
+    feature_files.make_room(own, 80_000, 0, 161_000)  # the new set counts
+    assert (sets[3] / "features.npy").exists() and not sets[2].exists()  # the oldest one is being used
     holder.kill()
     holder.wait(10)
-    feature_cache.delete_oldest(tmp_path, 50_000, sets[0])
+    feature_files.make_room(own, 40_000, 0, 81_000)
     assert [path.name for path in sets[3].iterdir()] == ["mine.txt"]
-    assert all((folder / "features.npy").exists() for folder in sets[:2]) and (tmp_path / "mine").exists()
+    assert all((folder / "features.npy").exists() for folder in sets[:2]) and (own.parent / "mine").exists()
 
 
-def hold_lock(path: Path, ready: Path) -> None:
-    import fcntl
-
-    file = os.open(path, os.O_RDWR)
-    fcntl.lockf(file, fcntl.LOCK_EX, 1, 5)
+def use_set(folder: Path, ready: Path) -> None:
+    use = feature_files.Use(folder)
     ready.touch()
     time.sleep(60)
+    del use
+
+
+def test_unused_sets_are_deleted_before_the_disk_is_full(sets: list[Path], monkeypatch: pytest.MonkeyPatch):
+    def usage(path: Path) -> Any:
+        used = sum(file.stat().st_size for file in sets[0].parent.glob("*/features.npy"))
+        return shutil._ntuple_diskusage(1_000_000, 760_000 + used, 240_000 - used)
+
+    monkeypatch.setattr(feature_files.shutil, "disk_usage", usage)  # 80,000 bytes are free; the reserve is 50,000
+    feature_files.make_room(sets[0], 70_000, 30_000, 1_000_000)
+    assert all(folder.exists() for folder in sets)
+    feature_files.make_room(sets[0], 80_000, 40_000, 1_000_000)
+    assert [(folder / "features.npy").exists() for folder in sets] == [True, True, True, False]
+    feature_files.make_room(sets[0], 200_000, 0, 1_000_000)  # all sets may take 250,000 bytes, a quarter of the disk
+    assert [(folder / "features.npy").exists() for folder in sets] == [True, True, False, False]
+
+
+def test_a_file_system_without_locks(sets: list[Path], monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(feature_files.fcntl, "flock", fail)
+    use = feature_files.Use(sets[3])
+    os.utime(sets[2])
+    assert not feature_files.delete_set(sets[2]) and feature_files.delete_set(sets[1])  # by the time of their last use
+    del use
+
+
+def test_a_set_is_not_deleted_while_it_is_used(data: str, tmp_path: Path):
+    found = extract(data, tmp_path / "cache", tmp_path / "log")
+    assert not feature_files.delete_set(found.folder) and (found.folder / "features.npy").exists()
+    sets = {(data,): found}
+    feature_cache.delete(sets)
+    assert not sets
+    assert not found.folder.exists()
+    assert not feature_files.delete_set(found.folder)  # another process has deleted it
+    stale = feature_files.Use(found.folder)
+    (found.folder / ".use").unlink()  # as another process does that has the lock
+    again = feature_files.Use(found.folder)
+    assert not feature_files.delete_set(found.folder)
+    del again
+    assert feature_files.delete_set(found.folder)
+    del stale
+
+
+def test_a_complete_set_may_be_read_only(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    extract(data, tmp_path / "cache", tmp_path / "log")
+    plain = os.open
+
+    def refuse(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def only_read(path: Any, flags: int, *args: Any) -> int:
+        return refuse() if flags & os.O_ACCMODE else plain(path, flags, *args)
+
+    monkeypatch.setattr(os, "utime", refuse)  # the tests may run as root, who may write everywhere
+    monkeypatch.setattr(feature_files.os, "open", only_read)
+    assert len(extract(data, tmp_path / "cache", tmp_path / "log")) == 31
 
 
 def extract_to_full_disk(data: str, folder: Path, said: Path) -> None:
     """With a limit for the size of a file, which has the effect of a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))  # bytes; the features have 992
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))  # bytes; the file of features has 1,008
     try:
         extract(data, folder, said.with_suffix(".log"))
     except DataError as error:
@@ -247,8 +358,20 @@ def test_a_null_label_is_no_class(tmp_path: Path):
     assert scores[0]["unlabelled"] == 4 and scores[0]["count"] == 10
     (tmp_path / "null.jsonl").write_text("\n".join(json.dumps(row | {"label": None}) for row in rows))
     build(tmp_path / "null.jsonl", tmp_path / "null")
-    with pytest.raises(DataError, match="12 of them have the label null"):
+    with pytest.raises(DataError, match="12 of them have no label"):
         evaluate("bytes", ["knn"], [str(tmp_path / "shards")], [str(tmp_path / "null")])
+
+
+def test_an_image_without_a_label_is_left_out_if_others_have_one(tmp_path: Path):
+    members = [(f"{n}.jpg", jpeg(n)) for n in range(4)]
+    write_tar(
+        tmp_path / "some.tar", [each for n, image in enumerate(members) for each in (image, (f"{n}.cls", b"a"))][:-1]
+    )
+    found = open_encoder("pixels")[0].labelled([str(tmp_path / "some.tar")])
+    assert (len(found), found.unlabelled, found.left_out) == (3, 1, 0)
+    write_tar(tmp_path / "none.tar", members)
+    with pytest.raises(DataError, match=r"none.tar: 0 has no .cls member, so it has no label to score with"):
+        open_encoder("pixels")[0].labelled([str(tmp_path / "none.tar")])
 
 
 # ---------------------------------------------------------------- memory

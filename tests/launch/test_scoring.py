@@ -66,12 +66,17 @@ def test_tokens_of_another_tokenizer_are_refused(shards: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_train_scores_as_the_command_does(shards: Path, tmp_path: Path):
-    run = train(scored(shards, tmp_path / "run"))
+    cache = tmp_path / "features"
+    run = train(scored(shards, tmp_path / "run", "export=1", f"eval.val={shards}", f"eval.cache={cache}"))
     rows = read_rows(run / "results.jsonl")
-    assert {(row["model"], row["step"], row["protocol"]) for row in rows} == {
-        ("untrained", 0, "knn"),
-        ("pretrained", 2, "knn"),
+    assert {(row["model"], row["step"], row["protocol"], row["split"]) for row in rows} == {
+        ("untrained", 0, "knn", "val"),
+        ("untrained", 0, "knn", "test"),
+        ("pretrained", 1, "knn", "val"),
+        ("pretrained", 2, "knn", "val"),
+        ("pretrained", 2, "knn", "test"),
     }
+    assert len(list(cache.iterdir())) == 2  # of the first and the last export
     (run / "results.jsonl").unlink()
     shutil.copytree(shards, tmp_path / "shards")
     cfg = scored(shards, run, f"eval.test={tmp_path / 'shards'}")
