@@ -193,9 +193,9 @@ class Sender:
                 if self.failures < REFUSALS or time.monotonic() > self.ending.deadline:
                     raise
                 continue
-            for refused, error in refusals:
+            for refused, reason in refusals:
                 names = ", ".join(refused.values)
-                self.say(f"refuses {names} of step {refused.step}, which is left out: {_described(error)}")
+                self.say(f"refuses {names} of step {refused.step}, which is left out: {_described(reason)}")
             self._remove(len(refusals) + 1)
             self.one_by_one, self.failures = max(0, self.one_by_one - len(refusals) - 1), 0
             return
