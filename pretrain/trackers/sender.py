@@ -183,7 +183,7 @@ class Sender:
     def _send_alone(self, tracker: trackers.OpenRun) -> None:
         """Send the first entry. If the tracker, which could be opened, has refused it REFUSALS times, leave it out as
         soon as a later entry is accepted."""
-        refusals = []
+        refusals: list[tuple[Entry, BaseException]] = []
         for entry in itertools.islice(self.waiting, MAX_PROBES):
             try:
                 tracker.log([(entry.step, entry.values)])
