@@ -29,9 +29,9 @@ from PIL import Image
 from data_pipeline.build.build_shards import build
 from launch import slurm
 from launch.clusters import Cluster
+from launch.file_tails import last_step
+from launch.job_of_run import job_of
 from launch.rank_records import ranks_of
-from launch.run_jobs import job_of
-from launch.run_tail import last_step
 from pretrain.contract import VIT
 from pretrain.recipes.recipe import load
 from tests.slurm import SlurmCluster, missing

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from common.schedules import Schedule
 from data_pipeline.build import demo_text
 from data_pipeline.build.tokenize_text import tokenize
-from data_pipeline.shards.rows import IGNORED, Rows
+from data_pipeline.shards.token_rows import IGNORED, Rows
 from eval.bits_per_byte import batch as rows_of
 from eval.run import evaluate
 from pretrain.build import build_objective, build_stream, open_samples

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from data_pipeline.build.demo_text import make
-from data_pipeline.shards.rows import Packing, Rows
 from data_pipeline.shards.token_blocks import Blocks
+from data_pipeline.shards.token_rows import Packing, Rows
 from data_pipeline.stream.stream import Stream
 
 BATCH = 16

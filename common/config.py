@@ -156,7 +156,7 @@ def option(
     return dataclasses.field(default=default, metadata=merged)
 
 
-def only(default: Any, key: str, *values: Any, unless: Any = None, **more: Any) -> Any:
+def option_if(default: Any, key: str, *values: Any, unless: Any = None, **more: Any) -> Any:
     """A field that has an effect only if the field `key` of the same section has one of `values`, or, without `values`,
     any value but `unless`.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from common.config import Facts, Section, only, option
+from common.config import Facts, Section, option, option_if
 
 
 def warmup(facts: Facts) -> float:
@@ -35,13 +35,15 @@ class Schedule(Section):
     value: float | Literal["auto"]
     # the curve after the warm-up; wsd: constant, with a decay at the end
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    start: float = only(0.0, "warmup", unless=0)  # value at the beginning of the warm-up
-    final: float = only(0.0, "kind", "linear", "cosine", "wsd")  # value at the last step
+    start: float = option_if(0.0, "warmup", unless=0)  # value at the beginning of the warm-up
+    final: float = option_if(0.0, "kind", "linear", "cosine", "wsd")  # value at the last step
     # number of steps of the linear warm-up from `start` to `value`; below 1: a share of the run
     warmup: float | Literal["auto"] = option(0.0, low=0, auto=warmup)
-    decay: float = only(0.2, "kind", "wsd", low=0)  # wsd: number of steps of the decay; below 1: a share of the run
+    decay: float = option_if(
+        0.2, "kind", "wsd", low=0
+    )  # wsd: number of steps of the decay; below 1: a share of the run
     # wsd: the shape of the decay; 1-sqrt: 1 minus the square root of the share that is over
-    shape: Literal["linear", "1-sqrt"] = only("linear", "kind", "wsd")
+    shape: Literal["linear", "1-sqrt"] = option_if("linear", "kind", "wsd")
     steps: int | None = None  # number of steps of the schedule; null: those of the run
     # true: the schedule comes close to `start` and `final`, but no step has these values (which may be 0)
     open: bool = False

@@ -23,9 +23,9 @@ import torch
 
 from common.config import Section, option
 from common.errors import Damaged, UserError
-from data_pipeline.shards.rows import IGNORED, Rows, targets_of
+from data_pipeline.shards.token_rows import IGNORED, Rows, targets_of
 from data_pipeline.shards.vocabulary import is_byte_level
-from eval.texts import TextEncoder
+from eval.text_features import TextEncoder
 from pretrain.models.presets import Decoder
 
 VERSION = 1

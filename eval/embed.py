@@ -31,7 +31,7 @@ from data_pipeline.shards.samples import Samples
 from eval.feature_cache import any_readable, is_damaged, read_batches
 from eval.feature_files import errors_about, share_work, write_whole
 from eval.features import Encoder, open_encoder
-from eval.texts import TextEncoder
+from eval.text_features import TextEncoder
 
 ABOUT = "_embed.json"  # readers of parquet folders ignore files that begin with "_" or "."
 OUTPUTS = ("cls", "mean", "patches")

@@ -22,7 +22,7 @@ from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
 from eval import feature_cache
 from eval.feature_cache import Labelled
-from eval.texts import TextEncoder, bytes_of, name_of
+from eval.text_features import TextEncoder, bytes_of, name_of
 from pretrain.models.layers import Features
 from pretrain.parallel.device import pick_device
 

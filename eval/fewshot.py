@@ -21,7 +21,7 @@ from common.errors import UserError
 from eval.feature_cache import FeatureRows, Standardized, chunks, statistics
 from eval.features import Encoder
 from eval.knn import accuracies
-from eval.texts import TextEncoder
+from eval.text_features import TextEncoder
 
 VERSION = 1
 CHUNK = 4096  # queries on the device at once

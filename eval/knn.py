@@ -15,7 +15,7 @@ from torch import Tensor
 from common.config import Section, option
 from eval.feature_cache import FeatureRows, chunks
 from eval.features import Encoder
-from eval.texts import TextEncoder
+from eval.text_features import TextEncoder
 
 VERSION = 1  # is increased by every change that can affect scores
 GALLERY_CHUNK = 1 << 16  # rows on the device at once

@@ -19,7 +19,7 @@ from common.errors import UserError
 from eval.feature_cache import FeatureRows, Rows, Standardized, Subset, chunks, statistics
 from eval.features import Encoder
 from eval.knn import accuracies
-from eval.texts import TextEncoder
+from eval.text_features import TextEncoder
 
 VERSION = 2
 CHUNK = 1024  # rows whose logits are computed at once

@@ -112,7 +112,7 @@ def logs(
 ) -> None:
     """Show the end of a run's log."""
     from launch import status
-    from launch.run_tail import tail
+    from launch.file_tails import tail
 
     path = status.log_of(Path(run), rank)
     say(*tail(path, lines))

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from common import build_config
+from common.appended_lines import LineFile
 from common.errors import UserError, run_main
-from common.line_file import LineFile
 from common.output import printable, say
 from eval import results
-from launch import batch_script, run_jobs, slurm_client, snapshot
+from launch import batch_script, code_snapshot, job_of_run, slurm_client
 from launch.changed_lines import ChangedLines
 from launch.clusters import Cluster
 from launch.due_evaluations import due, name_of
@@ -56,7 +56,7 @@ def submit_watcher(folder: Path) -> list[str]:
     """Queue a watcher for the runs of a job's folder if their exports are evaluated by jobs, and none is in the queue.
     Returns lines that say what was done."""
     try:
-        job = run_jobs.read_folder(folder)
+        job = job_of_run.read_folder(folder)
     except UserError as error:
         return [f"exports are not evaluated: {error}"]
     if not job.get("evaluation"):
@@ -67,7 +67,7 @@ def submit_watcher(folder: Path) -> list[str]:
     for run in job["runs"]:
         _forget_ended(Path(run))
     cluster: Cluster = build_config.build(Cluster, job["evaluation"], {})
-    code = snapshot.write(folder.parent)
+    code = code_snapshot.write(folder.parent)
     try:
         executor = batch_script.executor(f"{folder.name}-watch", folder, code, cluster.replace(**SMALL))
         (name,) = batch_script.submit(executor, watch_job, [str(folder)])
@@ -264,7 +264,7 @@ class Watcher:
         arguments = (self.folder, self.run, self.identity, one.model, one.step, one.split, attempt)
         try:
             executor = batch_script.executor(
-                name, logs, snapshot.write(self.folder.parent), of_evaluation(self.cluster)
+                name, logs, code_snapshot.write(self.folder.parent), of_evaluation(self.cluster)
             )
             (self.records / f"{one.name}{END}").unlink(missing_ok=True)
             record(path, attempt=attempt, submitted=time.time())  # first, so that it is never submitted twice
@@ -291,7 +291,7 @@ def of_evaluation(cluster: Cluster) -> Cluster:
 def watch(folder: Path) -> int:
     """Watch the runs of a job's folder until they have ended and are evaluated. Returns EXIT_UNSCORED if an evaluation
     failed for good, otherwise 0."""
-    job = run_jobs.read_folder(folder)
+    job = job_of_run.read_folder(folder)
     if not job.get("evaluation"):
         raise UserError(f"{folder}: has no profile for evaluation jobs; launch the runs with --evaluation NAME")
     cluster: Cluster = build_config.build(Cluster, job["evaluation"], {})
@@ -304,7 +304,7 @@ def watch(folder: Path) -> int:
             if time.time() > asked + ASK_SECONDS:
                 with contextlib.suppress(UserError, OSError):  # the controller or the file system does not answer
                     now = time.time()
-                    queue = run_jobs.in_queue([*training])
+                    queue = job_of_run.in_queue([*training])
                     training = {run: run in queue or living_holder(run) is not None for run in training}
                     jobs = slurm_client.states_of(name for one in watchers for name in one.names())
                     asked = now
@@ -345,7 +345,7 @@ def evaluation_job(folder: str, run: str, identity: str, model: str, step: str, 
     `identity`: of the run, when the job was submitted.
     """
     one = Evaluation(model, int(step), split)
-    job = run_jobs.read_folder(Path(folder))
+    job = job_of_run.read_folder(Path(folder))
     cluster: Cluster = build_config.build(Cluster, job["evaluation"], {})
     nodes = slurm_client.ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     words = batch_script.srun(cluster, nodes, 1, batch_script.cores_of_job())

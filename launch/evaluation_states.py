@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import UserError
 from eval import results
-from launch import run_jobs, slurm_client
+from launch import job_of_run, slurm_client
 from launch.rank_records import END, read_record
 from pretrain.run_folder.written_files import EVALUATION_RECORDS, EVALUATIONS, matches
 
@@ -95,7 +95,7 @@ def lines(runs: Sequence[Path]) -> list[str]:
 def _queue(run: Path, jobs: Sequence[Job]) -> Queue:
     """The jobs that Slurm knows; None on a machine without Slurm, or of another cluster."""
     try:
-        if run_jobs.job_of(run).get("cluster") == slurm_client.cluster_name():
+        if job_of_run.job_of(run).get("cluster") == slurm_client.cluster_name():
             return slurm_client.jobs(job.id for job in jobs if job.id)
     except UserError:
         pass
@@ -126,7 +126,7 @@ def cancel(run: Path) -> list[str]:
 
 def _watcher(run: Path) -> str:
     """The id of the job that watches this run and no other one that is in the queue; "" if there is none."""
-    job = run_jobs.job_of(run)
+    job = job_of_run.job_of(run)
     if not job:
         return ""
     folder = Path(job["folder"])
@@ -134,5 +134,5 @@ def _watcher(run: Path) -> str:
     known = slurm_client.jobs([name]).get(name) if name else None
     if known is None or known.state not in slurm_client.ACTIVE:
         return ""
-    others = [Path(other) for other in run_jobs.read_folder(folder)["runs"] if Path(other) != run.resolve()]
-    return "" if run_jobs.in_queue(others) else name
+    others = [Path(other) for other in job_of_run.read_folder(folder)["runs"] if Path(other) != run.resolve()]
+    return "" if job_of_run.in_queue(others) else name

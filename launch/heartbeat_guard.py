@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from common.appended_lines import LineFile
 from common.errors import UserError
-from common.line_file import LineFile
 from common.output import say
 from launch import slurm_client
 from launch.heartbeat import MISSED, PERIOD, Listener

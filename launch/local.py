@@ -13,7 +13,7 @@ from pathlib import Path
 from common.child_signals import signals_blocked
 from common.errors import UserError
 from common.output import say
-from eval.scoring import Scoring, check
+from eval.periodic_scoring import Scoring, check
 from pretrain import image_folders
 from pretrain.recipes import parallel_checks
 from pretrain.recipes.recipe import Recipe

@@ -139,7 +139,7 @@ def snapshots(
     from pretrain.recipes.recipe import stored
 
     data = stored(Path(run)).data
-    from eval.snapshots import compare, table
+    from eval.gram_teachers import compare, table
 
     specs = list(shards) or data.train or [shard for source in data.mix for shard in source.shards]
     say(*table(compare(Path(run), specs, images), Path(run)).split("\n"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.output import say
-from launch import snapshot
+from launch import code_snapshot
 
 MB = 16  # size of the test file that is written to the run folder and read again
 MIN_MB_PER_SECOND = 2.0  # speed of writing and reading the test file; a healthy file system is far faster
@@ -31,7 +31,7 @@ Report = Mapping[str, Any]
 
 def make_report(run: Path, gpus: int) -> dict[str, Any]:
     """A report on this node: versions, a hash of the code, clock, GPUs, and speed and free space of the run folder."""
-    out: dict[str, Any] = {"clock": time.time(), "python": platform.python_version(), "code": snapshot.code_hash()}
+    out: dict[str, Any] = {"clock": time.time(), "python": platform.python_version(), "code": code_snapshot.code_hash()}
     out |= {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from data_pipeline.shards.rows import IGNORED
+from data_pipeline.shards.token_rows import IGNORED
 from launch.preview import small
 from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.recipes.recipe import Recipe

@@ -22,8 +22,8 @@ from common.child_signals import signals_blocked
 from common.errors import ConfigError, UserError
 from common.output import say
 from common.yaml_values import parse_override
-from eval import scoring
-from launch import batch_script, clusters, evaluation_jobs, run_jobs, slurm_client, snapshot
+from eval import periodic_scoring
+from launch import batch_script, clusters, code_snapshot, evaluation_jobs, job_of_run, slurm_client
 from launch.clusters import Cluster
 from launch.local import provide
 from launch.supervisor import check_world, hash_of, supervise
@@ -81,8 +81,8 @@ def submit(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> list
         batch_script.cores_per_node(evaluation_jobs.of_evaluation(evaluation))
     with batch_script.private_files(), _one_at_a_time(Path(runs[0].run).parent / JOBS):
         for recipe in runs:
-            run_jobs.check_cluster(Path(recipe.run))
-        already = run_jobs.in_queue([Path(recipe.run) for recipe in runs])
+            job_of_run.check_cluster(Path(recipe.run))
+        already = job_of_run.in_queue([Path(recipe.run) for recipe in runs])
         lines = [
             f"{run}: is queued already, as job {name} ({one.state.lower()}{f', {one.reason}' if one.reason != 'None' else ''});"
             f" `unlabeled stop {run}` takes it back"
@@ -90,7 +90,7 @@ def submit(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> list
         ]
         if new := [recipe for recipe in runs if Path(recipe.run) not in already]:
             lines += _submit(new, cluster, evaluation, parallel_jobs)
-        folders = {run_jobs.job_of(Path(recipe.run))["folder"] for recipe in runs}
+        folders = {job_of_run.job_of(Path(recipe.run))["folder"] for recipe in runs}
         return lines + [line for folder in sorted(folders) for line in evaluation_jobs.submit_watcher(Path(folder))]
 
 
@@ -98,7 +98,7 @@ def _submit(new: list[Recipe], cluster: Cluster, evaluation: Cluster | None, par
     """`submit` for runs that are in no queue."""
     for recipe in new:
         provide(recipe)
-        scoring.check(recipe)
+        periodic_scoring.check(recipe)
         if not cluster.container:
             trackers.check(tracker.name for tracker in recipe.log.trackers)
         say(*recipe.derived)
@@ -109,7 +109,7 @@ def _submit(new: list[Recipe], cluster: Cluster, evaluation: Cluster | None, par
         with signals_blocked():  # also in sbatch: Ctrl-C counts once RUN/job.json says which job was queued
             jobs = batch_script.submit(executor, supervise, [str(folder)] * len(new), range(len(new)))
             for number, (recipe, name) in enumerate(zip(new, jobs, strict=True)):
-                run_jobs.write_job(Path(recipe.run), folder, number, name, here)
+                job_of_run.write_job(Path(recipe.run), folder, number, name, here)
     except UserError:  # nothing is queued, or a job of which nobody would know
         with contextlib.suppress(UserError):  # the first error counts
             if jobs:
@@ -130,7 +130,7 @@ def _write_folder(
     new: list[Recipe], folder: Path, cluster: Cluster, evaluation: Cluster | None, parallel_jobs: int
 ) -> Any:
     """Write a job's folder, and prepare the run folders. Returns the executor that submits the job."""
-    code = snapshot.write(folder.parent)
+    code = code_snapshot.write(folder.parent)
     executor = batch_script.executor(Path(new[0].run).name, folder, code, cluster, parallel_jobs)
     if any(recipe.overwrite for recipe in new):  # before anything of the run is deleted
         batch_script.check(executor, len(new), folder)
@@ -141,7 +141,7 @@ def _write_folder(
     about = {"runs": [recipe.run for recipe in new], "cluster": config.to_dict(cluster)}
     about["methods"] = {recipe.objective.name: hash_of(recipe.objective.name) for recipe in new}
     about["evaluation"] = config.to_dict(evaluation) if evaluation is not None else None
-    (folder / run_jobs.JOBS_FILE).write_text(json.dumps(about, indent=1) + "\n")
+    (folder / job_of_run.JOBS_FILE).write_text(json.dumps(about, indent=1) + "\n")
     return executor
 
 
@@ -149,7 +149,7 @@ def script(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> str:
     """The batch script that `submit` would submit."""
     _check(runs, cluster)
     folder = _folder(runs)
-    code = folder.parent / f"code-{snapshot.code_hash()}"
+    code = folder.parent / f"code-{code_snapshot.code_hash()}"
     return batch_script.text(
         batch_script.executor(Path(runs[0].run).name, folder, code, cluster, parallel_jobs), len(runs)
     )

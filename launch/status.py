@@ -20,8 +20,8 @@ from common.yaml_values import read_yaml
 from data_pipeline.storage.urls import is_local
 from eval.results import MAIN_METRICS
 from launch import evaluation_states, slurm_client
-from launch.run_jobs import Queue, check_cluster, folder_of, in_queue, is_active, job_of, state_of
-from launch.run_tail import last_step, tail
+from launch.file_tails import last_step, tail
+from launch.job_of_run import Queue, check_cluster, folder_of, in_queue, is_active, job_of, state_of
 from launch.supervisor import STOP
 from pretrain.checkpoint.open_store import complete_checkpoints, open_checkpoint_store
 from pretrain.run_folder.run_lock import living_holder, machine_id

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from common import build_config
+from common.appended_lines import LineFile
 from common.errors import ConfigError, UserError, run_main
-from common.line_file import LineFile
 from common.output import printable, say
-from eval.scoring import SCORED_ELSEWHERE
-from launch import batch_script, collective_check, node_check, run_jobs, slurm_client
+from eval.periodic_scoring import SCORED_ELSEWHERE
+from launch import batch_script, collective_check, job_of_run, node_check, slurm_client
 from launch.clusters import Cluster
+from launch.file_tails import last_step, tail
 from launch.heartbeat import heartbeat
 from launch.heartbeat_guard import PLACES
 from launch.rank_records import Rank, cause, described, has_failed, ranks_of, read_new_ends, read_record, record
-from launch.run_tail import last_step, tail
 from pretrain.objectives import finder
 from pretrain.recipes import parallel_checks
 from pretrain.recipes.recipe import Recipe, load
@@ -61,7 +61,7 @@ class Supervisor:
     """Trains one run of a job. Its methods are in the order in which they are called."""
 
     def __init__(self, folder: Path, number: int):
-        job = run_jobs.read_folder(folder)
+        job = job_of_run.read_folder(folder)
         self.cluster: Cluster = build_config.build(Cluster, job["cluster"], {})
         self.methods: dict[str, str] = job["methods"]
         self.scored_elsewhere = job.get("evaluation") is not None

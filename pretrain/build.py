@@ -21,7 +21,7 @@ from data_pipeline.stream.damage_log import DamageLog
 from data_pipeline.stream.stream import Reading, Stream, default_workers, to_device
 from data_pipeline.stream.worker import collated
 from data_pipeline.stream.worker_processes import start_method
-from pretrain.interchange import loaded_weights, weights
+from pretrain.interchange import load_record, weights
 from pretrain.interchange.teachers import checkpoint_recipe
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone
@@ -46,7 +46,7 @@ def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Ob
     torch.manual_seed(cfg.seed)
     start = start and not empty
     with (
-        contextlib.nullcontext() if start else loaded_weights.skip_loading(),
+        contextlib.nullcontext() if start else load_record.skip_loading(),
         torch.device("meta") if empty else contextlib.nullcontext(),
     ):
         try:
@@ -59,7 +59,7 @@ def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Ob
                 loaded = weights.load_run(objective, cfg.init.run) if cfg.init.run else set[str]()
                 if cfg.init.run and cfg.init.weights == "teacher":
                     objective.start_from_teacher()
-                objective.started(loaded)
+                objective.before_first_step(loaded)
         except ValueError as error:
             raise ConfigError(str(error)) from None
     return objective
@@ -159,7 +159,7 @@ def build_stream(
 
 def placed(objective: Objective, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A batch of the objective's stream, copied to the device by the `place` of its parts (dtype, normalisation)."""
-    return to_device(batch, device, objective.parts, objective.made_of)
+    return to_device(batch, device, objective.parts, objective.part_of)
 
 
 # ---------------------------------------------------------------- the data of the objective

@@ -239,7 +239,7 @@ def couples_batch_is_correct(case: Case) -> Iterator[str]:
         difference = float((gradients[0] - gradients[1]).abs().max())
         yield (
             f"gradients of micro-batches differ from those of the batch by {difference:.2g};"
-            " write couples_batch = True, or `counted`"
+            " write couples_batch = True, or `target_name`"
         )
 
 

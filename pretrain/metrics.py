@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.appended_lines import LineFile
 from common.errors import UserError
-from common.line_file import LineFile
 from common.progress import Progress
 from data_pipeline.storage.urls import write_atomically
 from data_pipeline.stream.stream import Stream

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from common import output
-from common.line_file import LineFile
+from common.appended_lines import LineFile
 from data_pipeline.stream.stream import Stream
 from pretrain.interchange import export
 from pretrain.objectives.base import Objective

@@ -25,7 +25,7 @@ from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.store import Store
 from pretrain.estimate import plan
 from pretrain.estimate.hardware import peak
-from pretrain.interchange import loaded_weights
+from pretrain.interchange import load_record
 from pretrain.interchange.teachers import checkpoint_recipe
 from pretrain.objectives.base import Objective
 from pretrain.optim.skip_steps import Guard
@@ -88,10 +88,10 @@ def measure_precision(cfg: Recipe, run: Path, objective: Objective, stream: Stre
 def build_and_log_objective(cfg: Recipe, start: bool, say: Log) -> Objective:
     """The recipe's objective. With `start`, the weights that the recipe names are loaded, and their source is
     logged."""
-    with loaded_weights.record_loading() as loaded:
+    with load_record.record_loading() as loaded:
         objective = processes.on_every_rank(lambda: build_objective(cfg, start=start, empty=fsdp2.starts_empty(cfg)))
     pixels = vars(cfg.data)  # `vars` does not mark the keys as read: a mean in a recipe for text must remain an error
-    for line in [*loaded_weights.report_loaded(loaded, pixels["mean"], pixels["std"]), *frozen_parts(cfg, objective)]:
+    for line in [*load_record.report_loaded(loaded, pixels["mean"], pixels["std"]), *frozen_parts(cfg, objective)]:
         say(line)
     return objective
 

@@ -3,7 +3,7 @@ torch.
 
 Before the first step such a signal ends the process at once, because there is nothing to save. Later it is recorded,
 and the loop ends after the current step and a checkpoint. Only a wait for data is interrupted; with several ranks all
-of them then skip the step (`pretrain.train_step`).
+of them then skip the step (`pretrain.loop_step`).
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from pretrain import collapse_monitor, run_startup
 from pretrain.build import build_stream, open_samples, placed
 from pretrain.checkpoint.load import checkpoint_to_resume
 from pretrain.checkpoint.save import Saver
+from pretrain.loop_step import train_step
 from pretrain.metrics import Writer
 from pretrain.objectives import finder
 from pretrain.optim.skip_steps import Guard
@@ -50,7 +51,6 @@ from pretrain.run_log import Log, data_summary, finished_line
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED, Stop, Stopped
 from pretrain.trackers import trackers
 from pretrain.trackers.tracking import Tracking
-from pretrain.train_step import train_step
 from pretrain.validation import held_out_batches
 
 # prefixes of keys that may be read only after the first step, or by other processes
@@ -80,12 +80,12 @@ def train(cfg: Recipe) -> Path:
 
 def _train_and_score(cfg: Recipe) -> tuple[Path, str]:
     """Train, and score in a second process. Returns (run folder, "" or why scores are missing)."""
-    from eval import scoring  # a slow import, which only this process needs
+    from eval import periodic_scoring  # a slow import, which only this process needs
 
-    scorer = scoring.Scoring(cfg)
+    scorer = periodic_scoring.Scoring(cfg)
 
     def check() -> None:
-        scoring.check(cfg)
+        periodic_scoring.check(cfg)
         trackers.check(tracking.names)
 
     def start(folder: Path) -> None:

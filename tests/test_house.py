@@ -16,7 +16,7 @@ SERVANTS = {  # files outside of these that serve certain methods
     "data_pipeline/views/multicrop.py": "makes the views that `MultiCrop` of pretrain/objectives/options.py describes",
     "data_pipeline/views/two_views.py": "makes the views that `TwoViews` there describes",
     "pretrain/interchange/teachers.py": "opens the teacher and the students of a distillation",
-    "eval/snapshots.py": "the command that chooses a Gram teacher",
+    "eval/gram_teachers.py": "the command that chooses a Gram teacher",
 }
 COMMON_WORDS = {  # options whose names mean something else, too
     **dict.fromkeys(("blur", "color", "flip", "jitter", "solarize"), "kinds of augmentation, in data_pipeline/views/"),
@@ -47,7 +47,7 @@ FLOORS = [  # from the ground up; the longest path that leads a file's name deci
         "pretrain/objectives/options.py",
         "pretrain/objectives/__init__.py",
     ],
-    ["pretrain/optim/optimizers.py", "pretrain/optim/skippable.py", "pretrain/optim/__init__.py"],
+    ["pretrain/optim/optimizers.py", "pretrain/optim/skippable_optimizer.py", "pretrain/optim/__init__.py"],
     ["pretrain/trackers/trackers.py", "pretrain/trackers/__init__.py"],
     ["pretrain/recipes/"],
     ["pretrain/parallel/processes.py", "pretrain/parallel/timeouts.py", "pretrain/parallel/__init__.py"],
@@ -71,7 +71,7 @@ FLOORS = [  # from the ground up; the longest path that leads a file's name deci
     ["eval/"],
     [
         "pretrain/train.py",
-        "pretrain/train_step.py",
+        "pretrain/loop_step.py",
         "pretrain/validation.py",
         "pretrain/run_exports.py",
         "pretrain/run_log.py",

@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import create_mask
 from common.errors import ConfigError
 from pretrain import kernels
 from pretrain.build import build_objective
-from pretrain.kernels import flex_attention, norms, packed_attention, rotary, trial
-from pretrain.kernels.trial import Call
+from pretrain.kernels import flex_attention, kernel_checks, norms, packed_attention, rotary
+from pretrain.kernels.kernel_checks import Call
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.models.layers import LayerNorm, PackedAttention, Rotary
@@ -220,16 +220,16 @@ def test_what_a_model_asks_of_a_library_is_tried(library: str, name: str, monkey
     """With the model's heads, widths, groups, masks and windows; a library that computes one of them wrongly is
     detected."""
     preset, options = NETWORKS[name]
-    calls = trial.calls_of(network(preset, **options))
+    calls = kernel_checks.calls_of(network(preset, **options))
     assert calls == CALLS[name]
     table = dict(kernels.attention_kernels(library))
-    assert trial.difference(table, calls, CPU, torch.float32) < 1e-4
+    assert kernel_checks.difference(table, calls, CPU, torch.float32) < 1e-4
     wrong = dict(table)
     for plain, kind in ((MaskedAttention, "forward"), (PackedAttention, "_packed")):
         right = getattr(table[plain], kind)
         spoilt = {kind: lambda self, *args, right=right, **options: 1.1 * right(self, *args, **options)}
         wrong[plain] = type("Wrong", (table[plain],), spoilt)
-    assert trial.difference(wrong, calls, CPU, torch.float32) > kernels.MAX_DIFFERENCE
+    assert kernel_checks.difference(wrong, calls, CPU, torch.float32) > kernels.MAX_DIFFERENCE
 
 
 LARGE = {
@@ -242,11 +242,11 @@ LARGE = {
 def test_rounding_is_not_taken_for_a_fault(library: str, name: str):
     """Gradients of a group's keys are sums over its heads, and T5 does not scale its scores. NaN is a fault."""
     table = dict(kernels.attention_kernels(library))
-    assert trial.difference(table, LARGE[name], CPU, torch.bfloat16) < kernels.MAX_DIFFERENCE / 3
+    assert kernel_checks.difference(table, LARGE[name], CPU, torch.bfloat16) < kernels.MAX_DIFFERENCE / 3
     forward = table[MaskedAttention].forward
     nan = {"forward": lambda self, *args, **options: forward(self, *args, **options) * torch.nan}
     table[MaskedAttention] = type("Nan", (table[MaskedAttention],), nan)
-    assert trial.difference(table, LARGE[name], CPU, torch.bfloat16) == torch.inf
+    assert kernel_checks.difference(table, LARGE[name], CPU, torch.bfloat16) == torch.inf
 
 
 def test_windows_without_documents(library: str):

@@ -22,13 +22,13 @@ from pretrain import contract, host_syncs, kernels
 from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.host_syncs import ALLOWED, DEVICE, HostSyncs, fake_device, of_steps
 from pretrain.kernels import flex_attention, packed_attention
+from pretrain.loop_step import train_step
 from pretrain.metrics import Clock, Writer
 from pretrain.objectives import finder
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel import processes
 from pretrain.parallel.engine import Engine
 from pretrain.signals import Stop
-from pretrain.train_step import train_step
 from tests.conftest import folder_of, tiny_recipe
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from common.errors import DataError
 from common.process_pool import Work
 from common.progress import Progress
 from common.untrusted import is_number, loads, schema_error
-from data_pipeline.build.sources.tree import as_data_error
+from data_pipeline.build.sources.source_files import as_data_error
 from data_pipeline.shards.manifest import MANIFEST, Manifest, load_manifest
 from data_pipeline.storage.urls import is_local, open_store, write_atomically
 

@@ -20,8 +20,8 @@ from common import output
 from common.errors import DataError
 from data_pipeline.build.build_shards import build
 from data_pipeline.build.sources import Options
-from data_pipeline.build.sources.files import Images
-from data_pipeline.build.sources.tree import Tree
+from data_pipeline.build.sources.media_folders import Images
+from data_pipeline.build.sources.source_files import Tree
 from data_pipeline.formats.image_formats import MAX_PIXELS
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.storage.urls import FOLDER_SHARDS, cache_folder, exclusive, is_local

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from common.errors import Damaged, DataError
 from common.untrusted import open_binary
-from data_pipeline.build.sources.files import first_frame
+from data_pipeline.build.sources.media_folders import first_frame
 from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS, IMAGES
 from data_pipeline.shards.members import VIDEOS, LeftOut

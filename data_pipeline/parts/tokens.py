@@ -14,7 +14,7 @@ import numpy as np
 from common.errors import ConfigError
 from data_pipeline.parts.part import About, Part
 from data_pipeline.shards.dataset import Dataset
-from data_pipeline.shards.rows import Packing, Rows
+from data_pipeline.shards.token_rows import Packing, Rows
 from data_pipeline.shards.vocabulary import Vocabulary
 
 VOCABULARY_MULTIPLE = 64  # error messages suggest a multiple of this as vocab_size, for fast matrix products

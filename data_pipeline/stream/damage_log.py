@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.appended_lines import LineFile
 from common.errors import DataError
-from common.line_file import LineFile
 from common.untrusted import loads, schema_error
 
 if TYPE_CHECKING:
-    from data_pipeline.shards.rows import Rows
     from data_pipeline.shards.samples import Samples
+    from data_pipeline.shards.token_rows import Rows
 
 MIN_ALLOWED_DAMAGED = 10  # so many damaged samples are allowed even in a small dataset
 

@@ -35,8 +35,8 @@ from common import child_signals
 from common.errors import DataError
 from data_pipeline.order.schedule import Phase
 from data_pipeline.shards.dataset import Piece, make_plan
-from data_pipeline.shards.rows import Rows
 from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.token_rows import Rows
 from data_pipeline.storage.cache import Cache
 from data_pipeline.storage.ranges import RangeReader
 from data_pipeline.stream.prefetch_client import HEAD, NAME, READ, REPLY, receive

@@ -343,11 +343,11 @@ def to_device(
     batch: Mapping[str, Tensor],
     device: torch.device,
     parts: Mapping[str, Part],
-    made_of: Mapping[str, str] | None = None,
+    part_of: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Move a batch to the device. A tensor that was made from a part is moved by `Part.place`; any other is copied.
 
-    The part of the tensor "KEY" is parts["KEY"], or parts[made_of["KEY"]] if `made_of` has the key. If the batch has
+    The part of the tensor "KEY" is parts["KEY"], or parts[part_of["KEY"]] if `part_of` has the key. If the batch has
     "KEY", its entries "KEY.name" are not moved on their own, but passed to the part's `place` as the argument `name`.
     """
     out = {}
@@ -356,6 +356,6 @@ def to_device(
         if dot and owner in batch:
             continue
         extras = {name.removeprefix(f"{key}."): extra for name, extra in batch.items() if name.startswith(f"{key}.")}
-        part = parts.get((made_of or {}).get(key, key))
+        part = parts.get((part_of or {}).get(key, key))
         out[key] = part.place(value, device, **extras) if part else value.to(device, non_blocking=True)
     return out

@@ -21,7 +21,7 @@ from data_pipeline.views.masks import block_mask, masked_patches, resize_mask, s
 
 GLOBAL = 2  # number of global crops
 STEP_KIND_KEY = 11  # hashed into the random number of a step, so that it differs from other keys of the seed
-MADE_OF = {"global": "image", "local": "image", "gram": "image"}  # the part that each entry is made of
+PART_OF = {"global": "image", "local": "image", "gram": "image"}  # the part that each entry is made of
 Sizes = tuple[int, int, int]  # pixels of a global, a local and a Gram crop; 0: none
 
 

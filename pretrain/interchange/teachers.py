@@ -13,7 +13,7 @@ from common import yaml_values
 from common.errors import UserError
 from pretrain.checkpoint.dcp_format import fill
 from pretrain.checkpoint.tools import locate
-from pretrain.interchange.loaded_weights import is_loading
+from pretrain.interchange.load_record import is_loading
 from pretrain.interchange.weight_sources import checkpoint_tensors, find_source, model_config
 from pretrain.interchange.weights import load_into
 from pretrain.models.build import build_model

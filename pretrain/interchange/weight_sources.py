@@ -21,7 +21,7 @@ from pretrain.checkpoint.tools import locate, names_checkpoint
 from pretrain.interchange.layouts import official, timm, transformers, transformers_config
 from pretrain.interchange.layouts.fields import read as read_fields
 from pretrain.interchange.layouts.transformers import State
-from pretrain.interchange.loaded_weights import skip_loading
+from pretrain.interchange.load_record import skip_loading
 from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.objectives import finder

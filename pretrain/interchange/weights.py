@@ -21,7 +21,7 @@ from pretrain.checkpoint.dcp_format import fill
 from pretrain.checkpoint.tools import locate
 from pretrain.interchange.compatible_options import describe_differences, incompatible_options
 from pretrain.interchange.layouts.transformers import State, with_key_bias, without_key_bias
-from pretrain.interchange.loaded_weights import is_loading, record, skip_loading
+from pretrain.interchange.load_record import is_loading, record, skip_loading
 from pretrain.interchange.weight_sources import Source, checkpoint_source, checkpoint_tensors, find_source
 from pretrain.models import presets
 from pretrain.models.build import build_model
@@ -135,13 +135,13 @@ def load_run(objective: Objective, where: str) -> set[str]:
 
     A position table of another size is resized to the objective's, for a training stage at higher resolution.
     Raises UserError that names every tensor that is missing, unexpected or of another shape. Tensors whose names begin
-    with one of `objective.fresh` may be missing or unexpected.
+    with one of `objective.reinitialized` may be missing or unexpected.
     """
     reader, stored = checkpoint_tensors(where)
     own = objective.state_dict()
     fitting = {k: v for k, v in own.items() if k in stored and _fits(k, v, stored[k])}
-    problems = [f"missing {k}" for k in own if k not in stored and not k.startswith(objective.fresh)]
-    problems += [f"unexpected {k}" for k in stored if k not in own and not k.startswith(objective.fresh)]
+    problems = [f"missing {k}" for k in own if k not in stored and not k.startswith(objective.reinitialized)]
+    problems += [f"unexpected {k}" for k in stored if k not in own and not k.startswith(objective.reinitialized)]
     problems += [
         f"{k} is {list(stored[k])}, here {list(v.shape)}" for k, v in own.items() if k in stored and k not in fitting
     ]

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError
-from pretrain.kernels import batch_norm, norms, trial
-from pretrain.kernels.trial import Call, calls_of
+from pretrain.kernels import batch_norm, kernel_checks, norms
+from pretrain.kernels.kernel_checks import Call, calls_of
 from pretrain.models.layers import LayerNorm, PackedAttention, Rotary
 from pretrain.models.t5 import RelativeBias
 from pretrain.models.text_layers import MaskedAttention, Masks
@@ -144,4 +144,4 @@ def _trial(name: str, device: torch.device, dtype: torch.dtype, calls: tuple[Cal
         from pretrain.kernels import rotary
 
         return rotary.trial(device, dtype)
-    return trial.difference(attention_kernels(name), calls, device, dtype)
+    return kernel_checks.difference(attention_kernels(name), calls, device, dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from common.config import Facts, Section, only, option
+from common.config import Facts, Section, option, option_if
 from common.errors import ConfigError, nearest
 
 # Limits of options, so that values from a damaged file do not make a network that takes all memory.
@@ -55,15 +55,17 @@ class ViT(Model):
     positions: Literal["learned", "sincos", "rope"] = "learned"
     # a table of side N is resized to n with scale (n + position_offset) / N; 0.1 reproduces the released DINOv2 models
     # without registers at image sizes other than 518. transformers and timm have 0
-    position_offset: float = only(0.0, "positions", unless="rope", low=0, below=1)
+    position_offset: float = option_if(0.0, "positions", unless="rope", low=0, below=1)
     # approximately the longest period of a rotation, in coordinates from -1 to 1
-    rope_base: float = only(100.0, "positions", "rope", above=0)
+    rope_base: float = option_if(100.0, "positions", "rope", above=0)
     # training only: coordinates are multiplied by a random factor in [1/this, this], drawn for each block and image
     # size; null: no factor
-    rope_rescale: float | None = only(None, "positions", "rope")
-    rope_jitter: float | None = only(None, "positions", "rope")  # the same with an independent factor for each axis
+    rope_rescale: float | None = option_if(None, "positions", "rope")
+    rope_jitter: float | None = option_if(
+        None, "positions", "rope"
+    )  # the same with an independent factor for each axis
     # training only: the largest random shift of the coordinates
-    rope_shift: float | None = only(None, "positions", "rope")
+    rope_shift: float | None = option_if(None, "positions", "rope")
     # number of register tokens, which no loss uses (arXiv 2309.16588)
     registers: int = option(0, low=0)
     layer_scale: float | None = None  # initial value of LayerScale; null: none

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pretrain.models.layers import Backbone, Block, Features, LayerNorm, Rotation, Shapes
 from pretrain.models.positions import Tables, interpolate_table, rope_angles, rope_change, rope_periods, sincos_table
 from pretrain.models.presets import ViT
+from pretrain.ops.host_to_device import to_device
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.patchify import pick
-from pretrain.ops.pinned import to_device
 
 
 def _check(cfg: ViT) -> None:

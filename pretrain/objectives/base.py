@@ -66,14 +66,14 @@ class Objective(nn.Module):
     # A scalar on the device: 1 if the optimizer has skipped this step, so that `after_step` must change nothing.
     skipped: Tensor | None = None
     parts: dict[str, Part] = {"image": Image()}  # the members of a sample; the first one opens the datasets
-    made_of: dict[str, str] = {}  # {tensor of the batch: the part from which it is made}, if their names differ
+    part_of: dict[str, str] = {}  # {tensor of the batch: the part from which it is made}, if their names differ
     validates = False  # whether the loss on held-out data (`eval.val`) is logged during training
     # Name of the tensor of the batch that holds the targets; −100 stands for no target. If given, the loss is the mean
     # over the targets of the global batch.
-    counted: str | None = None
+    target_name: str | None = None
     # Prefixes of the names of tensors that may differ between this objective and the checkpoint of `init.run`: missing
     # or additional ones are no error.
-    fresh: tuple[str, ...] = ()
+    reinitialized: tuple[str, ...] = ()
     # {dotted name of a sub-module: factor of its learning rate}
     lr_scales: dict[str, float] = {}
     # {name of a trained sub-module: name of the sub-module that is its moving average}, for `init.weights: teacher`
@@ -106,7 +106,7 @@ class Objective(nn.Module):
                 module.eval()
         return self
 
-    def started(self, loaded: set[str]) -> None:
+    def before_first_step(self, loaded: set[str]) -> None:
         """Called before the first step of a new run. `loaded`: names of the tensors that were loaded from `init.run`.
 
         Raises ValueError if a tensor that the method needs was not loaded.
@@ -140,7 +140,7 @@ class Objective(nn.Module):
 
     def count(self, batch: Batch) -> Tensor:
         """The number of targets of a micro-batch, a scalar."""
-        return (batch[self.counted or "targets"] != IGNORED).sum()
+        return (batch[self.target_name or "targets"] != IGNORED).sum()
 
     def after_step(self, step: int) -> None:
         """Called after the optimizer's step, for example to update a teacher or a queue. If `self.skipped` is 1, it

@@ -47,7 +47,7 @@ class Config(MaskedBlocks):
 
 
 class BEiT(Objective):
-    made_of = {"visual": "image"}
+    part_of = {"visual": "image"}
     kept_in_eval = ("tokenizer",)
     codebook: Tensor
 

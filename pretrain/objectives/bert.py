@@ -46,7 +46,7 @@ class Config(Options):
 class BERT(Objective):
     parts = {"tokens": Tokens()}
     validates = True
-    counted = "targets"
+    target_name = "targets"
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

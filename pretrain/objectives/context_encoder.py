@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import only, option
+from common.config import option, option_if
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
 from data_pipeline.views.masks import central_region, grown, random_region
@@ -53,16 +53,16 @@ class Config(Options):
     # which region is dropped; the paper trains features with random ones
     dropped_region: Literal["center", "random"] = "random"
     # side of the predicted central square as a share of the image's side, border included
-    center_share: float = only(0.5, "dropped_region", "center", above=0, below=1)
+    center_share: float = option_if(0.5, "dropped_region", "center", above=0, below=1)
     # area of the dropped region, relative to the image's
-    random_share: float = only(0.25, "dropped_region", "random", above=0, below=1)
-    border: int = only(7, "dropped_region", "center", low=0)  # width of the predicted border that is not dropped
-    border_weight: float = only(10.0, "dropped_region", "center", low=0)  # weight of a pixel in this border
+    random_share: float = option_if(0.25, "dropped_region", "random", above=0, below=1)
+    border: int = option_if(7, "dropped_region", "center", low=0)  # width of the predicted border that is not dropped
+    border_weight: float = option_if(10.0, "dropped_region", "center", low=0)  # weight of a pixel in this border
     reconstruction_weight: float = option(0.999, low=0)  # λ_rec
     adversarial_weight: float = option(0.001, low=0)  # λ_adv; 0: there is no discriminator
     decoder_dim: int = option(512, low=1)  # width of the decoder's first map, halved in each further layer
     # width of the discriminator's first map, doubled in each further layer, up to 8 times
-    discriminator_dim: int = only(64, "adversarial_weight", unless=0.0, low=1)
+    discriminator_dim: int = option_if(64, "adversarial_weight", unless=0.0, low=1)
     crop_scale: float = option(0.2, above=0, high=1)  # smallest share of the image's area in a random crop
 
     @classmethod

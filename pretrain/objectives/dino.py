@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.config import option
 from common.schedules import Schedule
 from data_pipeline.parts.part import About
-from data_pipeline.views.multicrop import MADE_OF, unmasked_crops
+from data_pipeline.views.multicrop import PART_OF, unmasked_crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import Crops, DINOHeadOptions, momentum, temperature
 from pretrain.ops.center import Center
@@ -59,7 +59,7 @@ class Config(Crops, DINOHeadOptions):
 class DINO(Objective):
     kept_in_eval = ("teacher",)  # no drop path, and positions without jitter
     averaged = {"student": "teacher"}
-    made_of = MADE_OF
+    part_of = PART_OF
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common.config import option
 from common.schedules import Schedule
 from data_pipeline.parts.part import About
-from data_pipeline.views.multicrop import MADE_OF, multicrop
+from data_pipeline.views.multicrop import PART_OF, multicrop
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import PrototypeHeads, momentum, temperature
 from pretrain.ops.ema import ema_update, make_teacher
@@ -52,7 +52,7 @@ class DINOv2(Objective):
     kept_in_eval = ("teacher",)  # no drop path, and positions without jitter
     averaged = {"student": "teacher"}
     couples_batch = True
-    made_of = MADE_OF
+    part_of = PART_OF
     encoder_name = "teacher.backbone"
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:

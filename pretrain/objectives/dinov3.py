@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.config import Facts, only, option
+from common.config import Facts, option, option_if
 from common.schedules import Schedule
 from data_pipeline.parts.part import About
-from data_pipeline.views.multicrop import MADE_OF, multicrop
+from data_pipeline.views.multicrop import PART_OF, multicrop
 from pretrain.interchange import weights
 from pretrain.models.layers import Features
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
@@ -53,19 +53,21 @@ class Config(PrototypeHeads):
     # the start)
     gram_teacher: str = "none"
     # weight of the Gram loss, which keeps the similarities of patches near the Gram teacher's
-    gram_weight: Schedule = only(lambda: Schedule(2.0), "gram_teacher", unless="none")
+    gram_weight: Schedule = option_if(lambda: Schedule(2.0), "gram_teacher", unless="none")
     # side in pixels of the global crops that the Gram teacher gets
-    gram_size: int | Literal["auto"] = only(
+    gram_size: int | Literal["auto"] = option_if(
         "auto", "gram_teacher", unless="none", former_default=512, low=1, auto=twice
     )
-    gram_every: int = only(10000, "gram_teacher", unless="none", low=1)  # steps between updates of the Gram teacher
-    gram_updates: int = only(3, "gram_teacher", unless="none", low=0)  # largest number of these updates
+    gram_every: int = option_if(
+        10000, "gram_teacher", unless="none", low=1
+    )  # steps between updates of the Gram teacher
+    gram_updates: int = option_if(3, "gram_teacher", unless="none", low=0)  # largest number of these updates
     # patches whose similarities are compared
-    gram_tokens: Literal["all", "masked", "unmasked"] = only("all", "gram_teacher", unless="none")
+    gram_tokens: Literal["all", "masked", "unmasked"] = option_if("all", "gram_teacher", unless="none")
     # similarities below 0: keep them, clip them to 0, or clip them where the Gram teacher's are negative
-    gram_negatives: Literal["keep", "clip", "clip_teacher"] = only("keep", "gram_teacher", unless="none")
+    gram_negatives: Literal["keep", "clip", "clip_teacher"] = option_if("keep", "gram_teacher", unless="none")
     # false: compare patches across all images of the batch
-    gram_per_image: bool = only(True, "gram_teacher", unless="none")
+    gram_per_image: bool = option_if(True, "gram_teacher", unless="none")
     # rows of [global, local, Gram pixels, weight]; each step draws one row
     resolutions: list[list[float]] = option(list)
 
@@ -82,9 +84,9 @@ class DINOv3(Objective):
     kept_in_eval = ("teacher", "gram")  # no drop path, and positions without jitter
     averaged = {"student": "teacher"}
     couples_batch = True
-    made_of = MADE_OF
+    part_of = PART_OF
     encoder_name = "teacher.backbone"
-    fresh = ("gram.",)
+    reinitialized = ("gram.",)
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
@@ -98,7 +100,7 @@ class DINOv3(Objective):
         if cfg.gram_teacher not in ("none", "ema", "init"):
             weights.load_into(self.gram, cfg.gram_teacher)
 
-    def started(self, loaded: set[str]) -> None:
+    def before_first_step(self, loaded: set[str]) -> None:
         if self.cfg.gram_teacher == "init" and not any(key.startswith("gram.") for key in loaded):
             raise ValueError(
                 "objective.gram_teacher = 'init': init.run names no checkpoint that holds a Gram teacher;"

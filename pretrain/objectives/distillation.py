@@ -20,21 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import only, option
+from common.config import option, option_if
 from common.schedules import Schedule
 from data_pipeline.parts.part import About
-from data_pipeline.views.multicrop import MADE_OF, multicrop
+from data_pipeline.views.multicrop import PART_OF, multicrop
 from pretrain.interchange import teachers
 from pretrain.models.layers import Backbone, Features
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import SelfDistillation, momentum, temperature
-from pretrain.ops.align import align_map, standardise
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import PrototypeHead
 from pretrain.ops.koleo import koleo
 from pretrain.ops.randomness import named_generator
-from pretrain.ops.relations import relation_loss
+from pretrain.ops.resize_features import align_map, standardise
 from pretrain.ops.self_distillation import by_image, dino_terms, health, ibot_term, select_patches
+from pretrain.ops.similarity_distillation import relation_loss
 from pretrain.ops.sinkhorn import sinkhorn
 
 
@@ -46,16 +46,18 @@ class Config(SelfDistillation):
     momentum: Literal["auto"] | Schedule = option(
         lambda: Schedule(0.994, kind="cosine", final=1.0), low=0, high=1, auto=momentum
     )
-    student_temperature: float = only(0.1, "loss", "prototypes", above=0)
-    teacher_temperature: Literal["auto"] | Schedule = only(
+    student_temperature: float = option_if(0.1, "loss", "prototypes", above=0)
+    teacher_temperature: Literal["auto"] | Schedule = option_if(
         lambda: Schedule(0.07, start=0.04, warmup=0.1), "loss", "prototypes", above=0, auto=temperature
     )
-    ibot_weight: float = only(1.0, "loss", "prototypes")
-    koleo_weight: float = only(0.1, "loss", "prototypes")
-    koleo_group: int | None = only(None, "loss", "prototypes", low=2)
-    patch_weight: float = only(1.0, "loss", "features")  # weight of the loss on patches; that on class tokens has 1
-    relation_weight: float = only(1.0, "loss", "features")  # weight of the loss on similarities between crops (KL)
-    relation_temperature: float = only(0.1, "loss", "features", above=0)  # τ
+    ibot_weight: float = option_if(1.0, "loss", "prototypes")
+    koleo_weight: float = option_if(0.1, "loss", "prototypes")
+    koleo_group: int | None = option_if(None, "loss", "prototypes", low=2)
+    patch_weight: float = option_if(
+        1.0, "loss", "features"
+    )  # weight of the loss on patches; that on class tokens has 1
+    relation_weight: float = option_if(1.0, "loss", "features")  # weight of the loss on similarities between crops (KL)
+    relation_temperature: float = option_if(0.1, "loss", "features", above=0)  # τ
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
@@ -67,7 +69,7 @@ class Config(SelfDistillation):
 class Distillation(Objective):
     kept_in_eval = ("teacher", "averages")
     couples_batch = True
-    made_of = MADE_OF
+    part_of = PART_OF
     encoder_name = "averages.model"
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:

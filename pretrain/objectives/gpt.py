@@ -18,7 +18,7 @@ from torch import Tensor
 from common.config import option
 from data_pipeline.parts.part import About
 from data_pipeline.parts.tokens import Tokens
-from data_pipeline.shards.rows import targets_of
+from data_pipeline.shards.token_rows import targets_of
 from data_pipeline.views.augmentations import Rng
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
@@ -37,7 +37,7 @@ class Config(Options):
 class GPT(Objective):
     parts = {"tokens": Tokens()}
     validates = True
-    counted = "targets"
+    target_name = "targets"
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

@@ -59,7 +59,7 @@ class Config(Options):
 
 
 class Jigsaw(Objective):
-    made_of = {"tiles": "image"}
+    part_of = {"tiles": "image"}
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from common.config import option
 from data_pipeline.parts.part import About
-from data_pipeline.views.multicrop import MADE_OF, unmasked_crops
+from data_pipeline.views.multicrop import PART_OF, unmasked_crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import Crops
 from pretrain.ops.gather import all_reduce, world
 from pretrain.ops.heads import MLPHead
-from pretrain.ops.pinned import to_device
+from pretrain.ops.host_to_device import to_device
 from pretrain.ops.precision import wide
 from pretrain.ops.self_distillation import by_image, health
 
@@ -60,7 +60,7 @@ class Config(Crops):
 class LeJEPA(Objective):
     couples_batch = True
     least_batch = 2
-    made_of = MADE_OF
+    part_of = PART_OF
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

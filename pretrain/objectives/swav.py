@@ -22,9 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.config import Facts, only, option
+from common.config import Facts, option, option_if
 from data_pipeline.parts.part import About
-from data_pipeline.views.multicrop import MADE_OF, unmasked_crops
+from data_pipeline.views.multicrop import PART_OF, unmasked_crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import Crops
 from pretrain.ops.gather import world
@@ -52,7 +52,7 @@ class Config(Crops):
     # Q, the images of earlier batches with which assignments are made: a multiple of data.batch; 0: none
     queue_size: int = option(0, low=0)
     # step from which the queue is used; it holds random vectors until queue_size / data.batch steps are over
-    queue_start: int = only(0, "queue_size", unless=0, low=0)
+    queue_start: int = option_if(0, "queue_size", unless=0, low=0)
     local_crops: int = option(6, low=0)  # local crops of each image, in addition to two global ones
     global_scale: float = option(0.14, above=0, high=1)  # smallest share of the image's area in a global crop
     # probability of a blur in the first global crop, the second one, and local crops
@@ -71,7 +71,7 @@ class Config(Crops):
 class SwAV(Objective):
     couples_batch = True
     least_batch = 2
-    made_of = MADE_OF
+    part_of = PART_OF
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

@@ -39,7 +39,7 @@ class Config(Options):
 class T5(Objective):
     parts = {"tokens": Tokens()}
     validates = True
-    counted = "targets"
+    target_name = "targets"
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.optim.skippable import Skippable
+from pretrain.optim.skippable_optimizer import Skippable
 from pretrain.recipes.sections import Optim
 
 

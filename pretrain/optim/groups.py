@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.errors import ConfigError
 from pretrain.models.layers import Backbone
 from pretrain.optim import optimizers
-from pretrain.optim.skippable import Skippable
+from pretrain.optim.skippable_optimizer import Skippable
 from pretrain.recipes.sections import Optim
 
 

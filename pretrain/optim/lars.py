@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pretrain.ops.parameter_shards import local
-from pretrain.optim.skippable import Skippable
+from pretrain.optim.skippable_optimizer import Skippable
 from pretrain.recipes.sections import Optim
 
 

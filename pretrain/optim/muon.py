@@ -20,7 +20,7 @@ from common.errors import ConfigError
 from pretrain.ops.matrix_exchange import Layout, Round, Shape, assign, rounds_of
 from pretrain.ops.parameter_shards import local
 from pretrain.optim.adamw import AdamW
-from pretrain.optim.skippable import Skippable
+from pretrain.optim.skippable_optimizer import Skippable
 from pretrain.recipes.sections import Optim
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pretrain.optim.skippable import Skippable
+    from pretrain.optim.skippable_optimizer import Skippable
 
 FOLDER = Path(__file__).parent
 
@@ -31,7 +31,7 @@ def find(name: str) -> ModuleType:
 
 def optimizer_class(name: str) -> type[Skippable]:
     """The class that the optimizer's file defines."""
-    from pretrain.optim.skippable import Skippable
+    from pretrain.optim.skippable_optimizer import Skippable
 
     module = find(name)
     defined_here = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)

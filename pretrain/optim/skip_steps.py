@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.appended_lines import LineFile
 from common.errors import UserError
-from common.line_file import LineFile
 from data_pipeline.stream.stream import Stream
 from pretrain.parallel import processes
 from pretrain.recipes.sections import Skip

@@ -112,11 +112,11 @@ class Engine:
     def micro_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The micro-batches of a step.
 
-        If the number of targets varies (`Objective.counted`), all micro-batches are fetched first, and each gets
+        If the number of targets varies (`Objective.target_name`), all micro-batches are fetched first, and each gets
         "count": the mean number of targets over micro-batches and ranks. The mean of the micro-batches' losses is then
         the mean over the targets of the global batch.
         """
-        if self.objective.counted is None:
+        if self.objective.target_name is None:
             yield from batches
             return
         held = list(batches)

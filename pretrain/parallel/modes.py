@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pretrain import kernels
-from pretrain.kernels.trial import calls_of
+from pretrain.kernels.kernel_checks import calls_of
 from pretrain.objectives.base import Objective
 from pretrain.parallel import processes
 from pretrain.parallel.engine import COMPUTE, DDP, Engine

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from common.config import Section, only, option
+from common.config import Section, option, option_if
 from common.schedules import Schedule
 from pretrain.optim import optimizers
 from pretrain.trackers import trackers
@@ -123,19 +123,19 @@ class Optim(Section):
     # DINOv2, DINOv3 and I-JEPA
     decay_tokens: bool = False
     # decay of the running mean of gradients, for adamw and for the parameters that muon leaves to it
-    beta1: float = only(0.9, "name", unless="lars", low=0, below=1)
+    beta1: float = option_if(0.9, "name", unless="lars", low=0, below=1)
     # decay of the running mean of squared gradients
-    beta2: float = only(0.999, "name", unless="lars", low=0, below=1)
+    beta2: float = option_if(0.999, "name", unless="lars", low=0, below=1)
     # added to the root of the mean of squared gradients, by which an update is divided
-    eps: float = only(1e-8, "name", unless="lars", low=0)
-    momentum: float = only(0.95, "name", unless="adamw", low=0, below=1)  # momentum of muon and lars
+    eps: float = option_if(1e-8, "name", unless="lars", low=0)
+    momentum: float = option_if(0.95, "name", unless="adamw", low=0, below=1)  # momentum of muon and lars
     # trust coefficient of lars: the norm of an update relative to the norm of the weights, at a learning rate of 1
-    trust: float = only(0.001, "name", "lars", above=0)
+    trust: float = option_if(0.001, "name", "lars", above=0)
     # a gradient is scaled down if its norm exceeds this limit; null: no limit
     clip: float | None = option(None, above=0)
     # which norm is limited: that of all gradients together, or of each module by itself, that is, of each backbone and
     # of each head; module reproduces DINOv2 and DINOv3
-    clip_scope: Literal["global", "module"] = only("global", "clip", unless=None)
+    clip_scope: Literal["global", "module"] = option_if("global", "clip", unless=None)
     # factor of the learning rate from one block to the one below it: that of block i of n is layer_decay^(n − i)
     layer_decay: float = option(1.0, above=0, high=1)
     # further factor of the learning rate of the patch embedding
@@ -162,7 +162,7 @@ class Init(Section):
     run: str = ""
     # which weights of `init.run` the trained network starts from: its own, or those of its moving average (the EMA
     # teacher)
-    weights: Literal["student", "teacher"] = only("student", "run", unless="")
+    weights: Literal["student", "teacher"] = option_if("student", "run", unless="")
 
 
 @dataclass
@@ -174,9 +174,9 @@ class Parallel(Section):
     # of DeepSpeed
     mode: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
     # fsdp2: number of replicas of the model, each of which is sharded over a group of processes (HSDP)
-    replicate: int = only(1, "mode", "fsdp2", low=1)
+    replicate: int = option_if(1, "mode", "fsdp2", low=1)
     # fsdp2: whether a frozen teacher, which never changes, is sharded, or replicated in each process
-    frozen: Literal["sharded", "replicated"] = only("sharded", "mode", "fsdp2")
+    frozen: Literal["sharded", "replicated"] = option_if("sharded", "mode", "fsdp2")
     # which activations of transformer blocks are recomputed in the backward pass; selective: all except the results of
     # matrix products and attention
     recompute: Literal["none", "selective", "full"] = "none"
@@ -186,7 +186,7 @@ class Parallel(Section):
     # available
     attention: Literal["auto", "sdpa", "xformers", "varlen", "flex"] = "auto"
     # fsdp2: whether parameters, gradients and optimizer states are kept in host memory; zero: the optimizer states only
-    offload: bool = only(False, "mode", "fsdp2", "zero1", "zero2", "zero3")
+    offload: bool = option_if(False, "mode", "fsdp2", "zero1", "zero2", "zero3")
     # seconds that a process waits for the others after the first step, plus `data.fetch.retry_seconds` if shards are
     # remote; before the first step it waits half an hour
     timeout: float = option(300.0, above=0)

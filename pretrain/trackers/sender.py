@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import child_signals, config
+from common.appended_lines import LineFile
 from common.errors import DataError, UserError, run_main
-from common.line_file import LineFile
 from common.output import printable
 from common.untrusted import loads, read_text
 from common.yaml_values import leaves

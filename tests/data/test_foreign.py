@@ -16,7 +16,7 @@ import pytest
 from common import untrusted
 from common.errors import Damaged, DataError, is_bug, nearest
 from data_pipeline.build.sources import tables, text_files
-from data_pipeline.build.sources.tree import as_data_error
+from data_pipeline.build.sources.source_files import as_data_error
 from data_pipeline.shards import index
 from data_pipeline.shards.manifest import parse_manifest
 from data_pipeline.shards.samples import Samples

@@ -19,8 +19,8 @@ from data_pipeline.parts.label import Label
 from data_pipeline.parts.part import About, Part
 from data_pipeline.parts.tokens import Tokens
 from data_pipeline.shards import index
-from data_pipeline.shards.rows import Rows
 from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.token_rows import Rows
 from data_pipeline.stream.stream import Stream, to_device
 from pretrain.build import open_samples, parts_of
 from pretrain.recipes.recipe import load
@@ -111,7 +111,7 @@ def test_tensors_are_placed_by_the_part_that_they_are_made_from():
     assert out["label"].dtype == torch.int64 and out["mask"].dtype == torch.bool
     assert (
         to_device(batch, CPU, parts)["global"].dtype == torch.uint8
-    )  # without `made_of`, it is not known to be an image
+    )  # without `part_of`, it is not known to be an image
 
 
 @dataclass

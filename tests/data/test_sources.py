@@ -23,10 +23,10 @@ from PIL import Image
 from common.errors import Damaged, DataError
 from data_pipeline.build import stats
 from data_pipeline.build.build_shards import describe
-from data_pipeline.build.sources import frames, text_files
+from data_pipeline.build.sources import text_files, video_frames
 from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, safe_name, to_json
+from data_pipeline.build.sources.source_files import Tree
 from data_pipeline.build.sources.text_files import Text
-from data_pipeline.build.sources.tree import Tree
 from data_pipeline.shards import index
 from data_pipeline.shards.members import MEMBER_NAME
 from data_pipeline.shards.samples import Samples
@@ -491,7 +491,7 @@ def test_frames_of_videos_are_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
         some[read[3]["__key__"]] == read[3]["jpg"] and some[read[8]["__key__"]] == read[8]["jpg"]
     )  # a key contains the time
     with monkeypatch.context() as patch:  # a video without seeking: decoded from its beginning, with the same result
-        patch.setattr(frames, "_frames_from", lambda *_: (_ for _ in ()).throw(Damaged("no")))
+        patch.setattr(video_frames, "_frames_from", lambda *_: (_ for _ in ()).throw(Damaged("no")))
         make(source, tmp_path / "slow", 0.02, frames_every=0.3)
     assert {sample["__key__"]: sample["jpg"] for sample in samples_of(tmp_path / "slow")} == some
     plain = tmp_path / "plain"  # without labels: shards that we built do not get labels from the folders in their keys

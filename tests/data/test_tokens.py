@@ -29,9 +29,9 @@ from data_pipeline.order.schedule import Phase
 from data_pipeline.shards import index
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.packing import best_fit
-from data_pipeline.shards.rows import Rows, targets_of
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_blocks import Blocks
+from data_pipeline.shards.token_rows import Rows, targets_of
 from data_pipeline.shards.vocabulary import Vocabulary, with_template
 from data_pipeline.stream.damage_log import DamageLog
 from data_pipeline.stream.stream import Reading, Stream

@@ -10,9 +10,9 @@ import numpy as np
 
 from data_pipeline.build.tokenize_text import tokenize
 from data_pipeline.shards import index
-from data_pipeline.shards.rows import Rows
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_blocks import Blocks
+from data_pipeline.shards.token_rows import Rows
 from tests.data.building import quiet
 from tests.tars import write_tar
 

@@ -19,7 +19,7 @@ from common.errors import Damaged, UserError
 from data_pipeline.build.build_shards import build
 from eval import embed
 from eval.features import Encoder, open_encoder
-from eval.texts import bytes_of
+from eval.text_features import bytes_of
 from tests.conftest import call, teacher
 from tests.forked import Forked
 from tests.tars import jpeg, write_tar

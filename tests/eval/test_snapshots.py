@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from eval.features import Encoder
-from eval.snapshots import compare, load, statistics, table
+from eval.gram_teachers import compare, load, statistics, table
 from launch import command_parser
 from launch.cli import parser
 from pretrain.models.layers import Features

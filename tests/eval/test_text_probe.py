@@ -15,7 +15,7 @@ from data_pipeline.build.build_shards import build
 from data_pipeline.shards.samples import Samples
 from eval.features import open_encoder
 from eval.run import evaluate
-from eval.texts import bytes_of, label_of, text_of
+from eval.text_features import bytes_of, label_of, text_of
 from launch import watch
 from pretrain.parallel.device import scoring_device
 from pretrain.recipes.recipe import stored

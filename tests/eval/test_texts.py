@@ -17,7 +17,7 @@ from data_pipeline.shards.token_blocks import Blocks
 from eval import report, results
 from eval.features import open_encoder
 from eval.run import evaluate
-from eval.texts import bytes_of
+from eval.text_features import bytes_of
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.train import train
 from tests.conftest import tiny, tiny_recipe, tokens, unlabeled

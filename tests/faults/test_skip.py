@@ -16,6 +16,7 @@ from common.errors import UserError
 from data_pipeline.stream.stream import Stream
 from pretrain import train as training
 from pretrain.build import build_objective, build_stream, open_samples
+from pretrain.loop_step import train_step
 from pretrain.metrics import Clock
 from pretrain.objectives import finder
 from pretrain.optim.skip_steps import WINDOW, Guard
@@ -24,7 +25,6 @@ from pretrain.parallel.processes import Agreement
 from pretrain.recipes.recipe import Recipe, load
 from pretrain.recipes.sections import Skip
 from pretrain.signals import Stop
-from pretrain.train_step import train_step
 from tests.conftest import tiny_recipe
 from tests.services import FaultProxy, ObjectStore
 

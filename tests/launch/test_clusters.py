@@ -28,7 +28,7 @@ from launch import (
     supervisor,
 )
 from launch.clusters import Cluster
-from launch.run_tail import last_step, tail
+from launch.file_tails import last_step, tail
 from launch.slurm_rank import distributed
 from pretrain.recipes.recipe import load
 from tests import slurm as slurm_of_tests
@@ -213,7 +213,7 @@ def test_a_job_that_cannot_be_cancelled_does_not_hide_the_first_error(tmp_path: 
     """If RUN/job.json cannot be written, the job that was queued is taken back."""
     for name in ("provide", "_write_folder"):
         monkeypatch.setattr(slurm, name, lambda *_: None)
-    monkeypatch.setattr(slurm.scoring, "check", lambda recipe: None)
+    monkeypatch.setattr(slurm.periodic_scoring, "check", lambda recipe: None)
     monkeypatch.setattr(slurm.batch_script, "submit", lambda *_: ["7"])
     monkeypatch.setattr(slurm.slurm_client, "cluster_name", lambda: "here")
     asked: list[tuple[str, ...]] = []
@@ -223,7 +223,7 @@ def test_a_job_that_cannot_be_cancelled_does_not_hide_the_first_error(tmp_path: 
         raise UserError("the controller is down" if words[0] == "scancel" else "the disk is full")
 
     monkeypatch.setattr(slurm.slurm_client, "ask", fails)
-    monkeypatch.setattr(slurm.run_jobs, "write_job", fails)
+    monkeypatch.setattr(slurm.job_of_run, "write_job", fails)
     with pytest.raises(UserError, match="the disk is full"):
         slurm._submit([load("demo", [f"run={tmp_path}/run"])], Cluster(), None, 0)
     assert asked[-1] == ("scancel", "7") and [*(tmp_path / "jobs").iterdir()] == []

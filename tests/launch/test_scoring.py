@@ -17,7 +17,7 @@ import pytest
 from common import config
 from common.errors import UserError
 from data_pipeline.build.build_shards import build
-from eval.scoring import MAX_RESTARTS, check
+from eval.periodic_scoring import MAX_RESTARTS, check
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.signals import EXIT_UNSCORED
 from pretrain.train import train

@@ -19,11 +19,11 @@ import pytest
 from common import config
 from common.errors import UserError
 from eval import results
-from launch import batch_script, clusters, evaluation_jobs, run_jobs, slurm, status
+from launch import batch_script, clusters, evaluation_jobs, job_of_run, slurm, status
 from launch.clusters import Cluster
+from launch.file_tails import last_step
+from launch.job_of_run import job_of
 from launch.rank_records import ranks_of
-from launch.run_jobs import job_of
-from launch.run_tail import last_step
 from pretrain.checkpoint.open_store import complete_checkpoints
 from pretrain.recipes.recipe import Recipe, load
 from pretrain.run_folder.jsonl_rows import read_rows
@@ -258,7 +258,7 @@ def test_a_job_belongs_to_one_run_of_one_cluster(
 ):
     run, copy = tmp_path / "run", tmp_path / "copy"
     shutil.copytree(finished, run)
-    run_jobs.write_job(run, tmp_path / "jobs" / "run-1", 0, "1", "elsewhere")
+    job_of_run.write_job(run, tmp_path / "jobs" / "run-1", 0, "1", "elsewhere")
     with pytest.raises(
         UserError, match=r"is trained by job 1 of the cluster elsewhere, and this machine belongs to local"
     ):

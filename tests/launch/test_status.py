@@ -14,9 +14,9 @@ import pytest
 
 from common import config
 from common.errors import UserError
-from launch import run_jobs, status
+from launch import job_of_run, status
+from launch.file_tails import last_step
 from launch.rank_records import record
-from launch.run_tail import last_step
 from pretrain.checkpoint.open_store import complete_checkpoints
 from pretrain.signals import EXIT_STOPPED
 from pretrain.train import train
@@ -82,7 +82,7 @@ def test_the_end_of_a_log(finished: Path, capsys: pytest.CaptureFixture):
 def test_runs_of_a_cluster_where_there_is_no_slurm(finished: Path, monkeypatch: pytest.MonkeyPatch):
     """For example on a workstation that has the same disk."""
     job = finished / "job.json"
-    run_jobs.write_job(finished, Path("/jobs/x"), 0, "7", "local")
+    job_of_run.write_job(finished, Path("/jobs/x"), 0, "7", "local")
     monkeypatch.setenv("PATH", "")
     *_, row, note = status.table([finished])
     assert " finished " in row and note.startswith("note: the queue cannot be read here; scontrol")
@@ -95,7 +95,7 @@ def test_a_suspended_job_is_not_cancelled_without_a_checkpoint(
     """Slurm may refuse to signal it."""
     scancel = f"echo $* >> {tmp_path}/asked\n[ ! -e {tmp_path}/refuses ]"
     commands_of_slurm(tmp_path, monkeypatch, squeue="echo '7|SUSPENDED|None|n1|N/A'", scancel=scancel)
-    run_jobs.write_job(finished, tmp_path, 0, "7", "here")
+    job_of_run.write_job(finished, tmp_path, 0, "7", "here")
     assert status.stop(finished, now=False).endswith("job 7 ends after a checkpoint at the next step")
     (tmp_path / "refuses").touch()
     with pytest.raises(UserError, match=r"job 7 is suspended and cannot save a checkpoint .*; repeat the command"):
@@ -125,7 +125,7 @@ def test_evaluation_jobs_are_shown_and_cancelled(finished: Path, tmp_path: Path,
     queue = "\n".join(f"{n}|{state}|None|n1|N/A" for n, state in ((2, "RUNNING"), (3, "PENDING"), (90, "RUNNING")))
     (tmp_path / "queue").write_text(queue + "\n")
     commands_of_slurm(tmp_path, monkeypatch, squeue=f"cat {tmp_path}/queue")
-    run_jobs.write_job(run, folder, 0, "80", "here")
+    job_of_run.write_job(run, folder, 0, "80", "here")
     *_, line = status.table([run])
     assert line == (
         f"{run}: evaluation jobs: 2 done, the last one of step 2; failed: step 8 on test (3 attempts failed); running:"
@@ -137,7 +137,7 @@ def test_evaluation_jobs_are_shown_and_cancelled(finished: Path, tmp_path: Path,
     assert status.stop(run, now=True) == f"{run}: its training has ended, and its evaluations: jobs 90, 2, 3"
     assert (tmp_path / "asked").read_text().split("\n") == ["90", "2 3", ""]
     assert not (run / "evaluations" / "pretrained-4-val.json").exists()
-    run_jobs.write_job(run, folder, 0, "80", "elsewhere")
+    job_of_run.write_job(run, folder, 0, "80", "elsewhere")
     assert "submitted: step 10 on val (job 6)" in status.table([run])[-1]
 
 

@@ -18,8 +18,8 @@ from common.progress import Progress
 from data_pipeline.build import demo_text
 from data_pipeline.parts.part import About
 from data_pipeline.shards.manifest import load_manifest
-from data_pipeline.shards.rows import Rows
 from data_pipeline.shards.token_blocks import Blocks
+from data_pipeline.shards.token_rows import Rows
 from data_pipeline.stream.stream import Stream, default_workers
 from launch import local
 from launch.preview_text import lines, preview

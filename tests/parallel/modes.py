@@ -49,8 +49,8 @@ def batches(cfg: Recipe, shards: Path, count: int) -> list[Whole]:
     out = [Whole(placed(model, next(stream), torch.device("cpu"))) for _ in range(count)]
     for batch in out:
         batch.views = make
-    for number, batch in enumerate(out if model.counted else ()):
-        targets = batch[model.counted]
+    for number, batch in enumerate(out if model.target_name else ()):
+        targets = batch[model.target_name]
         for row in range(BATCH):  # so that the number of targets differs by process and by micro-batch
             targets[row, : (row + number) * targets.shape[1] // (3 * BATCH)] = IGNORED
     return out

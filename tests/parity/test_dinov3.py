@@ -257,7 +257,7 @@ def test_schedules_are_followed():
 def test_gram_teacher_follows_a_few_times():
     model = dinov3(gram_teacher="ema", gram_every=2, gram_updates=2)
     noise(model.teacher, 1)
-    model.started(set())
+    model.before_first_step(set())
     weight = lambda: model.gram.blocks[0].mlp.fc1.weight.clone()  # noqa: E731
     assert torch.equal(weight(), model.teacher["backbone"].blocks[0].mlp.fc1.weight)
     changed, before = [], weight()

@@ -20,9 +20,9 @@ from pretrain.interchange.export_formats import opened_by, release
 from pretrain.interchange.weight_sources import model_config
 from pretrain.models import presets, timm_network
 from pretrain.models.build import build_model
-from pretrain.ops.align import align_map, standardise
 from pretrain.ops.randomness import named_generator
-from pretrain.ops.relations import relation_loss
+from pretrain.ops.resize_features import align_map, standardise
+from pretrain.ops.similarity_distillation import relation_loss
 from pretrain.ops.sync_norm import BatchNorm
 from pretrain.train import train
 from tests.conftest import tiny_recipe, variants

@@ -28,7 +28,7 @@ from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.gather import gather, logsumexp_over_batch, products_over_batch, sum_over_world, world
 from pretrain.ops.gram import gram_loss
 from pretrain.ops.koleo import koleo
-from pretrain.ops.relations import relation_loss
+from pretrain.ops.similarity_distillation import relation_loss
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.ops.sync_norm import BatchNorm
 from tests.parity import test_catalogue, test_pretext

@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from data_pipeline.parts.part import About
-from data_pipeline.shards.rows import next_tokens
+from data_pipeline.shards.token_rows import next_tokens
 from data_pipeline.shards.vocabulary import Vocabulary
 from pretrain.interchange import export
 from pretrain.models import presets

@@ -22,7 +22,7 @@ from pretrain.checkpoint.integrity import run_json_digest
 from pretrain.checkpoint.tools import locate
 from pretrain.interchange import export, weight_sources, weights
 from pretrain.interchange.layouts import official, timm
-from pretrain.interchange.loaded_weights import record_loading, report_loaded, skip_loading
+from pretrain.interchange.load_record import record_loading, report_loaded, skip_loading
 from pretrain.interchange.weight_sources import find_source
 from pretrain.models import presets
 from pretrain.models.build import build_model

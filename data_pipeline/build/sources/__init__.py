@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import fields
 
 from common.errors import DataError, nearest
-from data_pipeline.build.sources.files import Images, Videos
-from data_pipeline.build.sources.frames import Frames, check_every
+from data_pipeline.build.sources.media_folders import Images, Videos
 from data_pipeline.build.sources.parquet import ParquetImages, Table
 from data_pipeline.build.sources.source import Options, Source, check_bits, check_max_pixels
+from data_pipeline.build.sources.source_files import Tree
 from data_pipeline.build.sources.tables import ImageText, json_row, names_images, read_rows
 from data_pipeline.build.sources.tars import Tars, TarSubset
 from data_pipeline.build.sources.text_files import CONVERT, Text
-from data_pipeline.build.sources.tree import Tree
+from data_pipeline.build.sources.video_frames import Frames, check_every
 from data_pipeline.shards.members import MAX_MEMBER_BYTES
 from data_pipeline.storage.urls import compressed_tar_hint
 

@@ -19,8 +19,8 @@ from data_pipeline.build.sources.source import (
     text_member,
     to_json,
 )
+from data_pipeline.build.sources.source_files import File, Tree, reason_of
 from data_pipeline.build.sources.tables import IMAGE_FIELDS, LABEL_FIELDS, choose_field
-from data_pipeline.build.sources.tree import File, Tree, reason_of
 
 ROWS_AT_ONCE = 32  # rows in memory
 _MAGIC_BYTES = {

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from common.errors import DataError
-from data_pipeline.build.sources.tree import File, Tree
+from data_pipeline.build.sources.source_files import File, Tree
 from data_pipeline.formats.image_formats import JPEG, MAX_PIXELS, MAX_PIXELS_LIMIT
 
 # Longest name within a key. With the sample's number and an extension, the name of a member stays below 100 bytes,

@@ -20,7 +20,7 @@ from data_pipeline.build.sources.source import (
     text_member,
     to_json,
 )
-from data_pipeline.build.sources.tree import READ_ERRORS, File, Tree, extension, reason_of
+from data_pipeline.build.sources.source_files import READ_ERRORS, File, Tree, extension, reason_of
 from data_pipeline.formats.image_formats import IMAGES
 
 LISTS = ("csv", "tsv", "jsonl", "json")

@@ -15,7 +15,7 @@ import xxhash
 from common.errors import DataError
 from common.untrusted import open_tar
 from data_pipeline.build.sources.source import IMAGE_OPTIONS, SPLIT, Block, Entry, Source, class_order, member_of
-from data_pipeline.build.sources.tree import File, Tree, reason_of
+from data_pipeline.build.sources.source_files import File, Tree, reason_of
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.members import (
     DOTS_ADVICE,

@@ -16,8 +16,8 @@ from common.errors import Damaged, DataError
 from common.untrusted import lines
 from data_pipeline.build.sources.parquet import Table, Unreadable, survey
 from data_pipeline.build.sources.source import Block, Entry, Source, stem, text_member, to_json
+from data_pipeline.build.sources.source_files import READ_ERRORS, File, extension, reason_of
 from data_pipeline.build.sources.tables import choose_field, has_field, json_array, json_row, pop_field
-from data_pipeline.build.sources.tree import READ_ERRORS, File, extension, reason_of
 from data_pipeline.formats.image_formats import IMAGES
 from data_pipeline.shards.members import MAX_MEMBER_BYTES, VIDEOS
 

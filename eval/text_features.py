@@ -15,8 +15,8 @@ from torch import Tensor
 from common.errors import Absent, Damaged, DataError
 from common.untrusted import loads
 from data_pipeline.build.sources.tables import LABEL_FIELDS
-from data_pipeline.shards.rows import Rows
 from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.token_rows import Rows
 from data_pipeline.shards.vocabulary import Vocabulary
 from eval import feature_cache
 from eval.feature_cache import Labelled, Unlabelled

@@ -14,8 +14,8 @@ from pathlib import Path
 from common.child_signals import signal_name, signals_blocked
 from common.errors import Damaged, DataError, UserError
 from common.output import say
-from data_pipeline.shards.rows import Rows
 from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.token_rows import Rows
 from eval.run import TEXT
 from eval.run import check as check_names
 from pretrain.recipes.recipe import Recipe
@@ -57,7 +57,7 @@ def _errors_about(key: str) -> Iterator[None]:
 def _check_labels(recipe: Recipe, key: str, shards: Sequence[str], min_classes: int) -> None:
     """Raises UserError if shards have labels of fewer than `min_classes` classes."""
     from eval import feature_cache
-    from eval.texts import label_of
+    from eval.text_features import label_of
 
     with _errors_about(f"eval.{key}"):
         if not shards:

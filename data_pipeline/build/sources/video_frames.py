@@ -21,9 +21,9 @@ import xxhash
 from PIL import Image
 
 from common.errors import Damaged, DataError
-from data_pipeline.build.sources.files import Images, Videos, av_failure, checked, need_av, stream_of
+from data_pipeline.build.sources.media_folders import Images, Videos, av_failure, checked, need_av, stream_of
 from data_pipeline.build.sources.source import Block, Entry, Options, safe_name, to_json
-from data_pipeline.build.sources.tree import READ_ERRORS, Tree, reason_of
+from data_pipeline.build.sources.source_files import READ_ERRORS, Tree, reason_of
 
 DEFAULT_INTERVAL = 1.0  # seconds
 MIN_INTERVAL = 0.001  # seconds; keys state the time of a frame in milliseconds

@@ -20,8 +20,8 @@ from data_pipeline.build.sources.source import (
     stem,
     to_json,
 )
+from data_pipeline.build.sources.source_files import File, extension, reason_of
 from data_pipeline.build.sources.tables import Labels
-from data_pipeline.build.sources.tree import File, extension, reason_of
 from data_pipeline.formats.image_formats import IMAGES, MAX_PIXELS
 from data_pipeline.shards.members import VIDEOS
 
