@@ -48,6 +48,8 @@ class Cluster(Section):
     # seconds before the time limit at which the run saves a checkpoint and requeues its job
     signal_delay: int = option(120, low=1)
     max_restarts: int = option(3, low=0)  # largest number of restarts in a row without a trained step between them
+    # seconds in which all nodes have to join and to complete an all-reduce before each attempt, once they run torch
+    check_seconds: float = option(120.0, low=1)
     # profile for the jobs that evaluate exports, on the same cluster; empty: they are evaluated beside the training
     evaluation: str = ""
     partition: str = ""

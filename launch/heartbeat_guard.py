@@ -1,5 +1,5 @@
-"""Requeue a Slurm job whose supervisor is lost: `srun … python -m launch.heartbeat_guard HEARTBEAT RUN` runs on nodes of
-the job other than the first one, from its start to its end.
+"""Requeue a Slurm job whose supervisor is lost: `srun … python -m launch.heartbeat_guard HEARTBEAT RUN NUMBER` runs on a
+node of the job other than the first one, from its start to its end (`launch.guards` starts it).
 
 If the first node of a job is lost, the supervisor is lost with it, and Slurm keeps the job running on the other nodes,
 also between two attempts, when no rank runs there. This module does not import torch.
@@ -18,13 +18,12 @@ from common.output import say
 from launch import slurm_client
 from launch.heartbeat import MISSED, PERIOD, Listener
 
-PLACES = 3  # number of nodes with a guard: one is enough, unless its node is lost, too
 
-
-def guard(heartbeat: Path, run_folder: Path) -> None:
-    """Read the heartbeat, and requeue the job whenever it has ended. Slurm ends this process with the job."""
+def guard(heartbeat: Path, run_folder: Path, number: int) -> None:
+    """Read the heartbeat, and requeue the job whenever it has ended. Slurm ends this process with the job. `number`: of
+    this guard, from 0."""
     # the guards wait for different times, because one request is enough: Slurm then ends the others
-    listener = Listener(heartbeat, MISSED + int(os.environ["SLURM_PROCID"]))
+    listener = Listener(heartbeat, MISSED + number)
     while True:
         if listener.is_lost():
             _requeue(os.environ["SLURM_JOB_ID"], os.environ["SLURMD_NODENAME"], run_folder)
@@ -42,4 +41,4 @@ def _requeue(job: str, node: str, run_folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    guard(Path(sys.argv[1]), Path(sys.argv[2]))
+    guard(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import random
-import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,12 +24,13 @@ from common.appended_lines import LineFile
 from common.errors import ConfigError, UserError, run_main
 from common.output import printable, say
 from eval.periodic_scoring import SCORED_ELSEWHERE
-from launch import batch_script, collective_check, job_of_run, node_check, slurm_client
+from launch import batch_script, job_of_run, rendezvous, slurm_client
 from launch.clusters import Cluster
 from launch.file_tails import last_step, tail
+from launch.guards import Guards
 from launch.heartbeat import heartbeat
-from launch.heartbeat_guard import PLACES
 from launch.rank_records import Rank, cause, described, has_failed, ranks_of, read_new_ends, read_record, record
+from launch.usable_nodes import NodeChecks
 from pretrain.objectives import finder
 from pretrain.recipes import parallel_checks
 from pretrain.recipes.recipe import Recipe, load
@@ -41,9 +38,6 @@ from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED
 
 POLL_SECONDS = 0.5  # time between two checks of the ranks
 GRACE_SECONDS = 5.0  # time in which the other ranks may end after one has failed; then they are killed
-CHECK_SECONDS = 30.0  # time limit of the check of a node
-COLLECTIVE_SECONDS = 120.0  # time limit of the check of all nodes together, which imports torch
-CONTAINER_CHECK_SECONDS = 600.0  # the same with a container, whose image may have to be fetched first
 EXIT_REFUSED = 2  # exit code of a trainer that refuses to start until the user changes something
 STEP_ENDED = ("Invalid job id", "already completing")  # errors of scancel about a step that has ended
 LOG_LINES = 6  # number of lines from the log of a failed rank in the message about it
@@ -76,7 +70,8 @@ class Supervisor:
         begun = [int(path.name.rpartition("-")[2]) for path in self.folder.glob("attempt-*")]
         self.state["attempts"] = max([self.state["attempts"], *begun])  # state.json may have been lost
         self.signals: list[int] = []  # signals that have asked this job to stop
-        self.guard: subprocess.Popen | None = None
+        self.guards = Guards(self.cluster, self.folder / HEARTBEAT, self.run, self.say)
+        self.checks = NodeChecks(self.cluster, self.run, self.folder, self.say, self.should_stop)
         self.failed_at: float | None = None  # time at which a rank failed; None when a step has been trained since
 
     def say(self, line: str) -> None:
@@ -136,13 +131,14 @@ class Supervisor:
         """The nodes for the next attempt: those that pass the check, in the largest number that divides the batch; []
         if they are too few."""
         listed = slurm_client.ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-        self.start_guard(listed[1:])
-        bad = self.check(listed)
+        self.guards.use(listed[1:])  # also while the nodes are checked
+        bad = self.checks.problems(listed)
         for node, reason in bad.items():
             self.say(f"{node} is left out: {reason}")
         good = [node for node in listed if node not in bad]
         if good:  # a problem of all nodes is not the fault of a node
             self.update_state(bad_nodes=self.state["bad_nodes"] | dict.fromkeys(bad, time.time()))
+        self.guards.use([node for node in good if node != listed[0]])
         recipe = load(self.recipe)
         for count in range(min(len(good), self.cluster.max_nodes), self.cluster.min_nodes - 1, -1):
             with contextlib.suppress(UserError):
@@ -150,82 +146,6 @@ class Supervisor:
                 return good[:count]
         self.say(f"{len(good)} of {len(listed)} nodes can be used, which is too few for nodes: {self.cluster.nodes}")
         return []
-
-    def start_guard(self, others: list[str]) -> None:
-        """Start the processes that requeue the job if this node is lost, unless they run already, on other nodes of the
-        job. They need no container: the Python that submitted the job is used."""
-        if self.guard is not None and self.guard.poll() is not None:
-            self.say(f"the processes that watch for the loss of this node have ended with code {self.guard.returncode}")
-            self.guard = None
-        if others and self.guard is None:
-            words = batch_script.srun(self.cluster.replace(container="", mounts=[]), others[:PLACES], 1, 1)
-            words += [sys.executable, "-P", "-m", "launch.heartbeat_guard", str(self.folder / HEARTBEAT), str(self.run)]
-            self.guard = subprocess.Popen(words)
-
-    def check(self, nodes: list[str]) -> dict[str, str]:
-        """{node: reason} for the nodes that cannot be used. All nodes are checked at the same time, each by a separate
-        step of `srun`; a further step checks that they can compute together."""
-        began, started = time.monotonic(), time.time()
-        seconds = CONTAINER_CHECK_SECONDS if self.cluster.container else CHECK_SECONDS
-        limit = max(seconds, COLLECTIVE_SECONDS)
-        together = self.start_collective_check(nodes, limit)  # at the same time, as it takes longer
-        words = [batch_script.python(self.cluster), "-P", "-m", "launch.node_check"]
-        words += [str(self.run), str(self.cluster.gpus)]
-        checks = {}
-        for node in nodes:
-            step = [*batch_script.srun(self.cluster, [node], 1, 1), *words]
-            checks[node] = subprocess.Popen(step, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        reports, bad = {}, {}
-        for node, process in checks.items():
-            errors = ""
-            try:
-                out, errors = process.communicate(timeout=max(0.1, began + seconds - time.monotonic()))
-                reports[node] = json.loads(out)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                bad[node] = f"did not answer in {seconds:g} s"
-            except ValueError:  # the output is not a report
-                bad[node] = batch_script.error_lines(errors) or "the check failed"
-        bad |= node_check.problems(reports, self.cluster.gpus, started, time.time())
-        good = [node for node in nodes if node not in bad]
-        if together is not None and bad:  # they could not join
-            together.kill()
-            together.wait()
-            began, together = time.monotonic(), self.start_collective_check(good, limit)
-        return bad | self.collective_problems(good, together, began + limit)
-
-    def start_collective_check(self, nodes: list[str], seconds: float) -> subprocess.Popen | None:
-        """Start the check that nodes can compute together; None for a single node. Its processes end before `seconds`
-        have passed, unless they hang."""
-        if len(nodes) < 2:
-            return None
-        words = [*batch_script.srun(self.cluster, nodes, 1, 1), batch_script.python(self.cluster), "-P", "-m"]
-        words += ["launch.collective_check", str(self.cluster.gpus), str(0.8 * seconds)]
-        env = self.rendezvous(nodes) | {collective_check.NODES: ",".join(nodes)}
-        return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def collective_problems(self, nodes: list[str], check: subprocess.Popen | None, deadline: float) -> dict[str, str]:
-        """{node: reason} from the check that nodes can compute together."""
-        if check is None:
-            return {}
-        assert check.stdout is not None
-        answered, _, _ = select.select([check.stdout], [], [], max(0.1, deadline - time.monotonic()))
-        answer = check.stdout.readline() if answered else ""  # of rank 0; srun still waits for processes that hang
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            check.wait(0 if answer != "{}\n" else GRACE_SECONDS)
-        check.kill()
-        _, errors = check.communicate()
-        with contextlib.suppress(ValueError):
-            found: dict[str, str] = json.loads(answer)
-            return found
-        reason = batch_script.error_lines(errors) or "it did not answer"
-        return {nodes[0]: f"the check that the nodes can compute together failed: {reason}"}
-
-    @staticmethod
-    def rendezvous(nodes: list[str]) -> dict[str, str]:
-        """The environment in which the processes of a step on these nodes find each other."""
-        port = random.randrange(20000, 32000)  # below the ports that operating systems assign to clients
-        return {**os.environ, "MASTER_ADDR": address(nodes[0]), "MASTER_PORT": str(port)}
 
     # ---------------------------------------------------------------- one step of srun
     def attempt(self, nodes: list[str]) -> dict[int, Rank]:
@@ -240,7 +160,7 @@ class Supervisor:
         words = batch_script.srun(self.cluster, nodes, per_node, cores)
         words += [f"--output={self.folder}/rank-%t.log", "--open-mode=append"]
         words += [batch_script.python(self.cluster), "-P", "-m", "launch.slurm_rank"]
-        env = self.rendezvous(nodes) | {SCORED_ELSEWHERE: "1" if self.scored_elsewhere else ""}
+        env = rendezvous.environment(nodes[0]) | {SCORED_ELSEWHERE: "1" if self.scored_elsewhere else ""}
         step = subprocess.Popen([*words, folder, self.recipe], env=env)
         signalled, deadline, steps_before = False, None, last_step(self.run)
         ended: dict[str, Rank] = {}
@@ -248,6 +168,7 @@ class Supervisor:
             if self.signals and not signalled:
                 step.send_signal(signal.SIGUSR2)  # srun passes it on to all ranks
                 signalled = True
+            self.guards.renew()
             read_new_ends(folder, ended)
             if deadline is None and any(has_failed(rank["code"]) for rank in ended.values()):
                 deadline = time.monotonic() + GRACE_SECONDS
@@ -384,13 +305,3 @@ def hash_of(objective: str) -> str:
         return hashlib.sha256(Path(objective).read_bytes()).hexdigest()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-
-
-def address(node: str) -> str:
-    """The address of a node for the other nodes: its name if that can be resolved, otherwise its address in Slurm."""
-    try:
-        socket.getaddrinfo(node, None)
-        return node
-    except OSError:
-        words = slurm_client.ask("scontrol", "--oneliner", "show", "node", node).split()
-        return next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), node)

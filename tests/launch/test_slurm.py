@@ -556,8 +556,9 @@ def test_a_node_that_does_not_compute_with_the_others_is_left_out(
     condition = '[ "$SLURMD_NODENAME" = n2 ] && [ "$3" = launch.collective_check ]'
     python.write_text(f'#!/bin/sh\nif {condition}; then {does}; fi\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    job = Job(cluster, recipe(method, shards, tmp_path / "run", "steps=4"), nodes="1-2", python=str(python))
-    job.ends()
+    options = {"nodes": "1-2", "python": str(python), "check_seconds": 20.0}
+    job = Job(cluster, recipe(method, shards, tmp_path / "run", "steps=4"), **options)
+    job.ends(seconds=400)
     assert job.state["attempts"] == 1
     assert f"n2 is left out: {reason}" in job.run_log and "1 processes on n1" in job.run_log
 
