@@ -125,12 +125,14 @@ def chunks(rows: Rows, size: int, device: torch.device | str = "cpu") -> Iterato
         yield first, rows[first : first + size].to(device)
 
 
-def statistics(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(mean, standard deviation + 1e-6) of the features, fp32 [D] on the device; sums are computed in fp64, in two
-    passes."""
+def statistics(
+    rows: Rows, device: torch.device | str = "cpu", correction: int = 1, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation + epsilon) of the features, fp32 [D] on the device; sums are computed in fp64, in two
+    passes. The variance is the sum of squares divided by N − `correction`."""
     mean = sum(part.double().sum(0) for _, part in chunks(rows, PIECE, device)) / len(rows)
     squares = sum((part.double() - mean).square().sum(0) for _, part in chunks(rows, PIECE, device))
-    return mean.float(), (squares / max(1, len(rows) - 1)).sqrt().float() + 1e-6
+    return mean.float(), (squares / max(1, len(rows) - correction)).sqrt().float() + epsilon
 
 
 class Subset:

@@ -1,7 +1,7 @@
 """Few-shot classification: ridge regression on a few labelled samples of each class, for several random choices.
 
-As in big_vision (`evaluators/fewshot_lsr.py`): features are standardised with the statistics of the chosen samples, a
-constant feature stands for the bias, and the targets are 1 for the class of a sample and −1 for the others:
+As in big_vision (`evaluators/fewshot_lsr.py`): features are standardised with the statistics of the chosen samples
+(their biased standard deviation + 1e-5), a constant feature stands for the bias, and the targets are 1 for the class of a sample and −1 for the others:
 
     W = argmin ‖X W − Y‖² + λ ‖W‖²
 
@@ -23,7 +23,7 @@ from eval.features import Encoder
 from eval.knn import accuracies
 from eval.text_features import TextEncoder
 
-VERSION = 1
+VERSION = 2
 CHUNK = 4096  # queries on the device at once
 CONSTANT = 100.0  # the feature that stands for the bias; large, so that the penalty hardly affects the bias
 
@@ -37,7 +37,7 @@ class Config(Section):
 
 def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"accuracy_N", "std_N": mean and standard deviation over the seeds with N shots; "accuracy": the mean with the
-    most shots}. A class with fewer samples gives all of them; numbers of shots that no class has are left out.
+    most shots; "shots": their number}. A class with fewer samples gives all of them; numbers of shots that no class has are left out.
     """
     if not cfg.shots:
         raise UserError("fewshot.shots = []: write one number of samples or more")
@@ -61,7 +61,7 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
             found.append(accuracies(predicted, query_set.classes, query_set.names, gallery_set.names)["accuracy"])
         values = torch.tensor(found, dtype=torch.float64)
         scores |= {f"accuracy_{n}": values.mean().item(), f"std_{n}": values.std(correction=0).item()}
-    return scores | {"accuracy": scores[f"accuracy_{shots[-1]}"]}
+    return scores | {"accuracy": scores[f"accuracy_{shots[-1]}"], "shots": shots[-1]}
 
 
 def choose(classes: Tensor, shots: int, seed: int) -> Tensor:
@@ -77,7 +77,7 @@ def choose(classes: Tensor, shots: int, seed: int) -> Tensor:
 def classify(x: Tensor, y: Tensor, query: FeatureRows | Tensor, count: int, penalty: float) -> Tensor:
     """Class numbers [Q], on the CPU, for query features [Q, D], from features [n, D] with class numbers [n] below
     `count`."""
-    mean, std = statistics(x, x.device)
+    mean, std = statistics(x, x.device, correction=0, epsilon=1e-5)
     weight = solve(with_constant(Standardized(x, mean, std)[:]), 2.0 * F.one_hot(y, count) - 1, penalty)
     parts = chunks(Standardized(query, mean, std), CHUNK, x.device)
     return torch.cat([(with_constant(part) @ weight).argmax(1).cpu() for _, part in parts])

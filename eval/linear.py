@@ -19,10 +19,12 @@ from common.errors import UserError
 from eval.feature_cache import FeatureRows, Rows, Standardized, Subset, chunks, statistics
 from eval.features import Encoder
 from eval.knn import accuracies
+from eval.score_checks import is_at_edge
 from eval.text_features import TextEncoder
 
 VERSION = 2
 CHUNK = 1024  # rows whose logits are computed at once
+REMARKS = {"at_edge": "the best linear.rates value is at the end of the grid; add values beyond it"}
 
 
 @dataclass
@@ -36,14 +38,18 @@ class Config(Section):
 
 
 def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
-    """{"accuracy", "balanced_accuracy", "rate": the learning rate with the best accuracy on the held-out part}."""
+    """{"accuracy", "balanced_accuracy", "rate": the learning rate with the best accuracy on the held-out part,
+    "at_edge": 1 if this remark of REMARKS applies}."""
     if not cfg.rates:
         raise UserError("linear.rates = []: write one learning rate or more")
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
-    predicted, rate = classify(
+    predicted, rate, at_edge = classify(
         gallery_set.features, gallery_set.classes, query_set.features, len(gallery_set.names), cfg, encoder.device
     )
-    return accuracies(predicted, query_set.classes, query_set.names, gallery_set.names) | {"rate": rate}
+    return accuracies(predicted, query_set.classes, query_set.names, gallery_set.names) | {
+        "rate": rate,
+        "at_edge": at_edge,
+    }
 
 
 def classify(
@@ -53,15 +59,15 @@ def classify(
     count: int,
     cfg: Config,
     device: torch.device | str = "cpu",
-) -> tuple[Tensor, float]:
-    """(class numbers [Q] on the CPU, the chosen learning rate) for query features [Q, D], from gallery features [N, D]
-    with class numbers [N] below `count`."""
+) -> tuple[Tensor, float, bool]:
+    """(class numbers [Q] on the CPU, the chosen learning rate, whether it is at the edge of the grid) for query features
+    [Q, D], from gallery features [N, D] with class numbers [N] below `count`."""
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(gallery), generator=generator)
     held_out = max(1, int(cfg.hold_out * len(gallery)))  # number of features
     mean, std = statistics(gallery, device)
     rows = Standardized(gallery, mean, std)
-    trained, chosen_on = order[held_out:], order[:held_out]
+    trained, chosen_on = order[held_out:], order[:held_out].sort().values
     weight, bias = train(Subset(rows, trained), classes[trained], count, cfg, generator, device)
     correct = torch.zeros(len(cfg.rates), dtype=torch.long)
     for first, x in chunks(Subset(rows, chosen_on), CHUNK, device):
@@ -71,7 +77,8 @@ def classify(
     best = int(correct.argmax())
     head = slice(best * count, (best + 1) * count)
     logits_of = (x @ weight[:, head] + bias[head] for _, x in chunks(Standardized(query, mean, std), CHUNK, device))
-    return torch.cat([logits.argmax(1).cpu() for logits in logits_of]), cfg.rates[best]
+    by_rate = [int(n) for _, n in sorted(zip(cfg.rates, correct.tolist(), strict=True))]
+    return torch.cat([logits.argmax(1).cpu() for logits in logits_of]), cfg.rates[best], is_at_edge(by_rate)
 
 
 def train(

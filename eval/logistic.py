@@ -9,6 +9,7 @@ chosen on a held-out part of the gallery, never on the query set; the regression
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,15 @@ from common.errors import UserError
 from eval.feature_cache import FeatureRows, Rows, Subset, chunks
 from eval.features import Encoder
 from eval.knn import accuracies
+from eval.score_checks import is_at_edge
 from eval.text_features import TextEncoder
 
 VERSION = 1
 CHUNK = 4096  # rows on the device at once
+REMARKS = {
+    "not_converged": "logistic ended before its gradient was below its tolerance; raise logistic.iterations",
+    "at_edge": "the best logistic.costs value is at the end of the grid; add values beyond it",
+}
 
 
 @dataclass
@@ -36,31 +42,41 @@ class Config(Section):
 
 
 def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
-    """{"accuracy", "balanced_accuracy", "cost": the C with the best accuracy on the held-out part}."""
+    """{"accuracy", "balanced_accuracy", "cost": the C with the best accuracy on the held-out part, and the names of
+    REMARKS: 1 if the remark applies}."""
     if not cfg.costs:
         raise UserError("logistic.costs = []: write one value of C or more")
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
     features, classes, count = gallery_set.features, gallery_set.classes, len(gallery_set.names)
-    cost = choose_cost(features, classes, count, cfg, encoder.device)
-    weight, bias = fit(features, classes, count, cost, cfg, encoder.device)
+    cost, at_edge = choose_cost(features, classes, count, cfg, encoder.device)
+    weight, bias, gradient = fit(features, classes, count, cost, cfg, encoder.device)
     predicted = predict(query_set.features, weight, bias)
-    return accuracies(predicted, query_set.classes, query_set.names, gallery_set.names) | {"cost": cost}
+    scores = accuracies(predicted, query_set.classes, query_set.names, gallery_set.names)
+    return scores | {"cost": cost, "not_converged": gradient > cfg.tolerance, "at_edge": at_edge}
 
 
 def choose_cost(
     x: FeatureRows | Tensor, y: Tensor, count: int, cfg: Config, device: torch.device | str = "cpu"
-) -> float:
-    """The C whose solution on one part of the features has the best accuracy on the other, held-out part."""
+) -> tuple[float, bool]:
+    """(the C whose solution on one part of the features has the best accuracy on the other, held-out part; whether it
+    is at the edge of the grid)."""
     if len(cfg.costs) == 1:
-        return cfg.costs[0]
+        return cfg.costs[0], False
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed))
     held_out = max(1, int(cfg.hold_out * len(x)))  # number of features
-    chosen, rest = order[:held_out], order[held_out:]
-    start, correct = None, {}
+    chosen, rest = order[:held_out].sort().values, order[held_out:].sort().values  # read in the order of the file
+    start: Solution | None = None
+    correct: dict[float, int] = {}
     for cost in sorted(cfg.costs):  # each solution is the start of the next one
         start = fit(Subset(x, rest), y[rest], count, cost, cfg, device, start)
-        correct[cost] = int((predict(Subset(x, chosen), *start) == y[chosen]).sum())
-    return max(correct, key=correct.__getitem__)
+        correct[cost] = int((predict(Subset(x, chosen), start.weight, start.bias) == y[chosen]).sum())
+    return max(correct, key=correct.__getitem__), is_at_edge(list(correct.values()))
+
+
+class Solution(NamedTuple):
+    weight: Tensor  # [D, C], fp64 on the device
+    bias: Tensor  # [C]
+    gradient: float  # largest component of the gradient of the mean loss
 
 
 def fit(
@@ -70,12 +86,11 @@ def fit(
     cost: float,
     cfg: Config,
     device: torch.device | str = "cpu",
-    start: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(weight [D, C], bias [C]), fp64 on the device, of the regression on features [N, D] with class numbers [N] below
-    C = `count`. `start`: a weight and a bias near the solution."""
+    start: Solution | None = None,
+) -> Solution:
+    """The regression on features [N, D] with class numbers [N] below C = `count`. `start`: one near the solution."""
     zeros = torch.zeros(x.shape[1] + 1, count, dtype=torch.float64, device=device)
-    weights = zeros if start is None else torch.cat([start[0], start[1][None]])  # [D + 1, C], the bias last
+    weights = zeros if start is None else torch.cat([start.weight, start.bias[None]])  # [D + 1, C], the bias last
     weights = weights.clone().requires_grad_()
     solver = torch.optim.LBFGS(
         [weights],
@@ -104,7 +119,8 @@ def fit(
         return loss
 
     solver.step(closure)
-    return weights.detach()[:-1], weights.detach()[-1]
+    closure()  # the solver's last evaluation need not be that of the weights which it returns
+    return Solution(weights.detach()[:-1], weights.detach()[-1], float(weights.grad.abs().max()))
 
 
 def predict(x: Rows, weight: Tensor, bias: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ def evaluate(
         start = time.perf_counter()
         note = "" if name in TEXT else score_checks.judge(encoder, list(gallery), list(query), encoder.unit)
         scores = protocol.run(encoder, list(gallery), list(query), cfg)
+        remarks = [text for key, text in getattr(protocol, "REMARKS", {}).items() if scores.pop(key)]
+        note = "; ".join(each for each in (note, *remarks) if each)
         head = {
             "model": encoder.name,
             "step": facts["step"],

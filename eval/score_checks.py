@@ -3,6 +3,7 @@ are noted beside the score."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,12 @@ def judge(encoder: Any, gallery: list[str], query: list[str], unit: str) -> str:
     if all(bool((part == features[:1]).all()) for _, part in chunks(features, PIECE)):  # ends at the first difference
         notes.append(f"the features of all gallery {unit} are the same")
     return "; ".join(notes)
+
+
+def is_at_edge(scores: Sequence[float]) -> bool:
+    """Whether the first or the last value of a sorted grid of at least three has a better score than all others, so
+    that a value beyond the grid may be better still."""
+    return len(scores) > 2 and max(scores) > max(scores[1:-1])
 
 
 def _some(names: list[str]) -> str:

@@ -442,7 +442,7 @@ def score_in_bounded_memory(folder: Path) -> None:
     with peak_memory() as of_knn:
         assert torch.equal(knn.classify(rows, classes, query, 10, 0.07, 128, 1024), classes[::80])
     with peak_memory() as of_linear:
-        predicted, _ = linear.classify(rows, classes, query, CLASSES, cfg)
+        predicted, *_ = linear.classify(rows, classes, query, CLASSES, cfg)
     assert (predicted == classes[::80]).float().mean() > 0.9
     (folder / "peaks").write_text(json.dumps([of_knn[0], of_linear[0]]))
 

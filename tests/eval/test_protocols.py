@@ -70,7 +70,7 @@ def test_accuracies():
 def test_linear_reaches_logistic_regression():
     x, y = clusters(spread=3.0)
     q, truth = clusters(1, spread=3.0)
-    predicted, rate = linear.classify(
+    predicted, rate, _ = linear.classify(
         x * 100 + 7, y, q * 100 + 7, 5, linear.Config()
     )  # scale and offset have no effect
     theirs = LogisticRegression(max_iter=1000).fit(x, y).score(q, truth)
