@@ -19,12 +19,12 @@ from common.errors import UserError
 from launch import (
     batch_script,
     clusters,
+    code_snapshot,
     heartbeat,
     node_check,
     rank_records,
     slurm,
     slurm_client,
-    snapshot,
     supervisor,
 )
 from launch.clusters import Cluster
@@ -161,7 +161,7 @@ def test_the_batch_script_holds_all_options(profiles: Path, tmp_path: Path, caps
     assert "wckey" not in "".join(lines)
     setup = lines.index("module load cuda")
     assert lines[setup + 1] == "export NCCL_DEBUG='WARN, please'"
-    assert lines[setup + 2].startswith(f"export PYTHONPATH={tmp_path}/jobs/code-{snapshot.code_hash()}$")
+    assert lines[setup + 2].startswith(f"export PYTHONPATH={tmp_path}/jobs/code-{code_snapshot.code_hash()}$")
     assert lines[setup - 1] == "trap '' USR2"
     assert lines[-1] == f"exec {shlex.quote(sys.executable)} -u -m submitit.core._submit '{folder}'"
     assert not folder.parent.exists()  # nothing was written
@@ -243,19 +243,19 @@ def test_only_the_owner_can_change_what_a_job_executes(tmp_path: Path):
 
 # ---------------------------------------------------------------- the snapshot of the code
 def test_a_snapshot_runs_and_does_not_follow_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    code = snapshot.write(tmp_path)
-    assert snapshot.write(tmp_path) == code and [path.name for path in tmp_path.iterdir()] == [code.name]
+    code = code_snapshot.write(tmp_path)
+    assert code_snapshot.write(tmp_path) == code and [path.name for path in tmp_path.iterdir()] == [code.name]
     env = {**os.environ, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
     program = (
         "import common, launch.cli; from pretrain.recipes.recipe import load; load('demo'); print(common.__file__)"
     )
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == str(code / "common" / "__init__.py"), done.stderr
-    monkeypatch.setattr(snapshot, "ROOT", code)
-    before = snapshot.code_hash()
+    monkeypatch.setattr(code_snapshot, "ROOT", code)
+    before = code_snapshot.code_hash()
     assert code.name == f"code-{before}"
     (code / "pretrain" / "recipes" / "demo.yaml").write_text("steps: 1\n")
-    assert snapshot.code_hash() != before
+    assert code_snapshot.code_hash() != before
 
 
 # ---------------------------------------------------------------- what Slurm's commands say
