@@ -31,7 +31,7 @@ from launch import batch_script, code_snapshot, job_of_run, slurm_client
 from launch.changed_lines import ChangedLines
 from launch.clusters import Cluster
 from launch.due_evaluations import due, name_of
-from launch.evaluation_states import WATCHER, record_files
+from launch.evaluation_states import WATCHER, cancel_jobs, is_cancelled, record_files
 from launch.rank_records import END, read_record, record
 from pretrain.recipes.recipe import stored
 from pretrain.run_folder.marker import run_identity
@@ -159,6 +159,13 @@ class Watcher:
             self.release()  # for the watcher of the new run
             return False
         self.identity = identity
+        if is_cancelled(self.run):
+            if self.lock is not None:  # a job may have been submitted while the others were cancelled
+                cancel_jobs(self.run)
+                self.say("evaluations are cancelled; `unlabeled launch` with the same recipe continues them")
+            self.open = []
+            self.release()
+            return False
         if not self._locked():
             return training
         self.open = self._find_open()

@@ -3,6 +3,7 @@ rows of results.jsonl and squeue. This module does not import torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from common.errors import UserError
 from eval import results
 from launch import job_of_run, slurm_client
 from launch.rank_records import END, read_record
-from pretrain.run_folder.written_files import EVALUATION_RECORDS, EVALUATIONS, matches
+from pretrain.run_folder.written_files import CANCELLED, EVALUATION_RECORDS, EVALUATIONS, matches
 
 WATCHER = "watch.json"  # file in the job's folder: the id of the watcher's job
 MAX_NAMED = 6  # evaluations of one state that are listed
@@ -109,19 +110,49 @@ def _named(jobs: Sequence[Job]) -> str:
 
 def cancel(run: Path) -> list[str]:
     """Cancel the jobs that evaluate a run's exports, and the watcher that submits them, unless it also watches another
-    run that trains. Their records are deleted, so that the evaluations begin anew when the run is continued. Returns
-    the ids of the jobs."""
+    run that trains. A file says so to that watcher, which then submits no more until `resume`. Returns the ids of the
+    jobs."""
+    job = job_of_run.job_of(run)
+    if job and read_record(Path(job["folder"]) / job_of_run.JOBS_FILE).get("evaluation"):
+        (run / EVALUATIONS).mkdir(exist_ok=True)
+        (run / EVALUATIONS / CANCELLED).touch()
     watcher = _watcher(run)
-    if watcher:  # first, so that it submits no more
-        slurm_client.ask("scancel", watcher)
+    if watcher:
+        _cancel([watcher])
+    return [*filter(None, [watcher]), *cancel_jobs(run)]
+
+
+def cancel_jobs(run: Path) -> list[str]:
+    """Cancel the jobs that evaluate a run's exports, and delete their records, so that the evaluations begin anew when
+    the run is continued. Returns the ids of the jobs."""
     jobs = jobs_of(run)
     queue = slurm_client.jobs(job.id for job in jobs if job.id)
     active = [job for job in jobs if job.id in queue and queue[job.id].state in slurm_client.ACTIVE]
     if active:
-        slurm_client.ask("scancel", *(job.id for job in active))
+        _cancel([job.id for job in active])
     for job in active:
         job.path.unlink(missing_ok=True)
-    return [*filter(None, [watcher]), *(job.id for job in active)]
+    return [job.id for job in active]
+
+
+def is_cancelled(run: Path) -> bool:
+    """Whether the evaluations of a run are cancelled."""
+    folder = run / EVALUATIONS
+    return folder.is_dir() and CANCELLED in os.listdir(folder)  # looks at the disk anew, unlike `exists`
+
+
+def resume(run: Path) -> None:
+    """Let exports of a run be evaluated again."""
+    (run / EVALUATIONS / CANCELLED).unlink(missing_ok=True)
+
+
+def _cancel(ids: Sequence[str]) -> None:
+    """Cancel jobs. Raises UserError if one of them goes on; scancel also fails for jobs that have just ended."""
+    try:
+        slurm_client.ask("scancel", *ids)
+    except UserError:
+        if any(job.state in ("RUNNING", *slurm_client.WAITING) for job in slurm_client.jobs(ids).values()):
+            raise
 
 
 def _watcher(run: Path) -> str:

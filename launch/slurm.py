@@ -23,7 +23,7 @@ from common.errors import ConfigError, UserError
 from common.output import say
 from common.yaml_values import parse_override
 from eval import periodic_scoring
-from launch import batch_script, clusters, code_snapshot, evaluation_jobs, job_of_run, slurm_client
+from launch import batch_script, clusters, code_snapshot, evaluation_jobs, evaluation_states, job_of_run, slurm_client
 from launch.clusters import Cluster
 from launch.local import provide
 from launch.supervisor import check_world, hash_of, supervise
@@ -90,6 +90,8 @@ def submit(runs: list[Recipe], cluster: Cluster, parallel_jobs: int = 0) -> list
         ]
         if new := [recipe for recipe in runs if Path(recipe.run) not in already]:
             lines += _submit(new, cluster, evaluation, parallel_jobs)
+        for recipe in runs:
+            evaluation_states.resume(Path(recipe.run))
         folders = {job_of_run.job_of(Path(recipe.run))["folder"] for recipe in runs}
         return lines + [line for folder in sorted(folders) for line in evaluation_jobs.submit_watcher(Path(folder))]
 

@@ -173,7 +173,8 @@ def stop(run: Path, now: bool) -> str:
         (folder / STOP).touch()  # prevents that the job requeues itself
         if now or job.state not in ("RUNNING", "SUSPENDED"):
             slurm_client.ask("scancel", name)
-            return f"{run}: job {name} is cancelled{_cancel_evaluations(run) if now else ''}"
+            done = f"{run}: job {name} is cancelled"
+            return f"{done}{_cancel_evaluations(run, done) if now else ''}"
         try:
             slurm_client.ask("scancel", "--batch", "--signal=USR2", name)
         except UserError as error:
@@ -188,8 +189,9 @@ def stop(run: Path, now: bool) -> str:
     check_cluster(run)
     holder = living_holder(run)
     if holder is None:
-        if now and job_of(run) and (also := _cancel_evaluations(run)):
-            return f"{run}: its training has ended{also}"
+        done = f"{run}: its training has ended"
+        if now and job_of(run) and (also := _cancel_evaluations(run, done)):
+            return f"{done}{also}"
         raise UserError(f"{run}: no process trains it at present, and it is in no queue")
     if holder["machine"] != machine_id():
         raise UserError(f"{run}: is trained by process {holder['pid']} on {holder['host']}; stop it there")
@@ -201,9 +203,13 @@ def stop(run: Path, now: bool) -> str:
     return f"{run}: process {holder['pid']} {how}"
 
 
-def _cancel_evaluations(run: Path) -> str:
-    """Cancel the evaluation jobs of a run. Returns the end of a line about it, "" if there are none."""
-    ids = evaluation_states.cancel(run)
+def _cancel_evaluations(run: Path, done: str) -> str:
+    """Cancel the evaluation jobs of a run. Returns the end of a line about it, "" if there are none. Raises UserError if
+    they go on, which begins with what has been done."""
+    try:
+        ids = evaluation_states.cancel(run)
+    except UserError as error:
+        raise UserError(f"{done}, but not all of its evaluations ({error}); repeat the command") from None
     return f", and its evaluations: {'jobs' if len(ids) > 1 else 'job'} {', '.join(ids)}" if ids else ""
 
 

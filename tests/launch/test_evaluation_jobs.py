@@ -18,7 +18,7 @@ import pytest
 
 from common import config
 from common.errors import UserError
-from launch import evaluation_jobs, watch
+from launch import evaluation_jobs, evaluation_states, job_of_run, status, watch
 from launch.clusters import Cluster
 from launch.rank_records import read_record, record
 from pretrain.recipes.recipe import load
@@ -208,6 +208,31 @@ def test_a_watcher_that_another_one_has_replaced_submits_nothing(scene: Scene):
     watcher.lock.taken_over = True
     assert watcher.look(True, {}, 0.0) and scene.submitted == 0
     watcher.release()
+
+
+def test_evaluations_that_were_cancelled_are_not_submitted_again(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    """By the watcher, which goes on for another run of the same array, until the run is launched again."""
+    job_of_run.write_job(scene.run, scene.job, 0, "80", "here")
+    watcher = evaluation_jobs.Watcher(scene.run, scene.job, Cluster(cpus=1))
+    assert watcher.look(True, {}, 0.0) and scene.submitted == 1
+    queue, cancel = scene.folder / "queue", scene.folder / "bin" / "scancel"
+    queue.write_text("7|RUNNING|None|n1|N/A\n")
+    cancel.write_text("#!/bin/sh\necho scancel: error: the controller is down >&2\nexit 1\n")
+    cancel.chmod(0o755)
+    with pytest.raises(
+        UserError, match=r"^job 80 is cancelled, but not all of its evaluations \(scancel 7: failed: .*down"
+    ):
+        status._cancel_evaluations(scene.run, "job 80 is cancelled")
+    cancel.write_text(f"#!/bin/sh\nrm {queue}\necho scancel: error: Kill job error: Invalid job id >&2\nexit 1\n")
+    assert evaluation_states.cancel(scene.run) == ["7"]  # it has ended in the meantime
+    assert not watcher.look(True, {}, 0.0) and not watcher.look(True, {}, 0.0) and scene.submitted == 1
+    assert living_holder(scene.records) is None and watcher.names() == []
+    evaluation_states.resume(scene.run)
+    assert watcher.look(True, {}, 0.0) and scene.submitted == 2
+    watcher.release()
+    evaluation_states.cancel(scene.run)
+    delete_files(scene.run, RUN_FILES)
+    assert not scene.records.exists()
 
 
 def test_a_line_of_the_log_is_masked(scene: Scene):
