@@ -29,7 +29,7 @@ from common.errors import Damaged, DataError, UserError
 from common.progress import Progress
 from data_pipeline.shards.samples import Samples
 from eval.feature_cache import any_readable, is_damaged, read_batches
-from eval.feature_files import errors_about, share_work, write_whole
+from eval.feature_files import errors_about, remembered, share_work, write_whole
 from eval.features import Encoder, open_encoder
 from eval.text_features import TextEncoder
 
@@ -83,6 +83,7 @@ def embed(
     names = [f"part-{n:05d}" for n in range(-(-len(samples) // part))]
     read = partial(_read, encoder, samples)
 
+    @remembered
     def is_done(name: str) -> bool:
         if not (out / f"{name}{ENDINGS[format]}").is_file():
             return False

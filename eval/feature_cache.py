@@ -38,11 +38,12 @@ from common import config
 from common.errors import Absent, Damaged, DataError
 from data_pipeline.shards.samples import Samples
 from data_pipeline.storage.urls import cache_folder
-from eval.feature_files import Table, Use, delete_set, errors_about, share_work, table_id, write_whole
+from eval.feature_files import Table, Use, delete_set, errors_about, remembered, share_work, table_id, write_whole
 
 VERSION = 2  # of the features; is increased by every change that can affect them, and is part of KEY
 PIECE = 4096  # samples
 TABLE = "features.npy"
+RETRIES = 64  # damaged samples that are read again together
 MAX_BYTES = 64 * 2**30  # of all sets in the user's cache, see `make_room`
 
 
@@ -245,6 +246,7 @@ def _assembled(
 def _extract(encoder: Source, samples: Samples, target: Path, max_bytes: int) -> None:
     """Extract all pieces that have no record, and those with damaged samples that can be read now."""
 
+    @remembered
     def is_done(piece: str) -> bool:
         with errors_about(target):
             record = _record(target, piece)
@@ -280,7 +282,7 @@ def label_of(samples: Samples, number: int) -> str:
 def any_readable(read: Callable[[int], Any], damaged: Sequence[int]) -> bool:
     """Whether `read` returns something else than a damaged sample now for one of the samples that were damaged, which
     errors of storage can have been the cause of."""
-    return any(not is_damaged(read(number)) for number in damaged)
+    return any(not is_damaged(one) for _, found in read_batches(read, damaged, RETRIES) for one in found)
 
 
 def is_damaged(found: Any) -> bool:

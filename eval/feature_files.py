@@ -145,6 +145,18 @@ def share_work(folder: Path, names: Iterable[str], is_done: Callable[[str], bool
         os.close(lock)
 
 
+def remembered(is_done: Callable[[str], bool]) -> Callable[[str], bool]:
+    """The same function, which is not called again for a name that is done."""
+    done: set[str] = set()
+
+    def ask(name: str) -> bool:
+        if name not in done and is_done(name):
+            done.add(name)
+        return name in done
+
+    return ask
+
+
 def _work_alone(
     folder: Path, lock: int, n: int, name: str, is_done: Callable[[str], bool], work: Callable[[str], None]
 ) -> bool:

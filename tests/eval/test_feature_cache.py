@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -293,13 +294,31 @@ def test_a_set_is_not_deleted_while_it_is_used(data: str, tmp_path: Path):
     assert not sets
     assert not found.folder.exists()
     assert not feature_files.delete_set(found.folder)  # another process has deleted it
-    stale = feature_files.Use(found.folder)
-    (found.folder / ".use").unlink()  # as another process does that has the lock
-    again = feature_files.Use(found.folder)
-    assert not feature_files.delete_set(found.folder)
-    del again
-    assert feature_files.delete_set(found.folder)
-    del stale
+
+
+def test_a_set_can_be_opened_while_it_is_deleted(tmp_path: Path):
+    folder = tmp_path / f"{7:032x}"
+    folder.mkdir()
+    deleter = os.open(folder / ".use", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(deleter, fcntl.LOCK_EX)
+    inode, uses = os.fstat(deleter).st_ino, []
+    thread = threading.Thread(target=lambda: uses.append(feature_files.Use(folder)))
+    thread.start()
+    while sum(is_inode(int(file), inode) for file in os.listdir("/proc/self/fd")) < 2:  # it waits for the lock
+        time.sleep(0.01)
+    (folder / ".use").unlink()
+    folder.rmdir()
+    os.close(deleter)
+    thread.join(60)
+    assert not feature_files.delete_set(folder)
+    uses.clear()
+    assert feature_files.delete_set(folder) and not folder.exists()
+
+
+def is_inode(file: int, inode: int) -> bool:
+    with contextlib.suppress(OSError):  # closed since
+        return os.fstat(file).st_ino == inode
+    return False
 
 
 def test_a_complete_set_may_be_read_only(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
