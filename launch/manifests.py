@@ -5,6 +5,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 
 from common import config
 from common.errors import ConfigError, UserError
-from launch import clusters
+from launch import clusters, pod_rank
 from launch.clusters import Cluster
 from launch.supervisor import check_world
 from pretrain.recipes.recipe import Recipe
@@ -22,10 +23,19 @@ from pretrain.run_folder.prepare import check_data
 NAME = "kubernetes"  # of the profile
 PORT = 29500
 FOLDER = "/etc/unlabeled"  # in the container, with recipe.yaml
-COMMAND = ["python", "-m", "torch.distributed.run", "-m", "pretrain.train", f"{FOLDER}/recipe.yaml"]
+# the first pod is the meeting point, which torchrun does not recognize by all names of a pod
+HOST = '[ "$JOB_COMPLETION_INDEX" = 0 ] && host=1 || host=0; export PET_RDZV_CONF="$PET_RDZV_CONF,is_host=$host"; exec "$@"'
+COMMAND = ["sh", "-c", HOST, "sh"]  # and the Python of the image
+ARGUMENTS = ["-m", "torch.distributed.run", "-m", "launch.pod_rank", f"{FOLDER}/recipe.yaml"]
 GRACE_SECONDS = 120  # from SIGTERM to SIGKILL, in which the run saves a checkpoint
-SLURM_ONLY = ("partition", "qos", "account", "constraint", "reservation", "exclude", "sbatch", "setup", "evaluation")
-MAX_NAME = 40  # characters of a name; Kubernetes adds the number of the pod, and allows 63
+SHUTDOWN_SECONDS = 110  # of them, for the trainers; torchrun kills them after that
+JOIN_SECONDS = 86400  # time for which a pod waits for the others, whose nodes may have to be started
+CONNECT_SECONDS = 600  # time for which it waits for the first pod to listen
+SLURM_ONLY = (
+    *("partition", "qos", "account", "constraint", "reservation", "exclude", "sbatch", "setup", "evaluation"),
+    *("hours", "signal_delay", "check_seconds"),
+)
+MAX_NAME = 40  # characters of a name without its hash; Kubernetes adds the number of the pod, and allows 63
 
 
 def profile(options: dict[str, Any]) -> Cluster:
@@ -55,9 +65,10 @@ def text(recipe: Recipe, cluster: Cluster) -> str:
     container = {
         "name": "train",
         "image": cluster.container,
-        "command": COMMAND,
+        "command": [*COMMAND, cluster.python or "python", *ARGUMENTS],
         "env": [
-            {"name": key, "value": value} for key, value in _environment(name, cluster, f"{name}-0.{name}").items()
+            {"name": key, "value": _Quoted(value)}
+            for key, value in _environment(name, cluster, f"{name}-0.{name}").items()
         ],
         # keys of stores and trackers: kubectl create secret generic unlabeled --from-literal=NAME=VALUE
         "envFrom": [{"secretRef": {"name": "unlabeled", "optional": True}}],
@@ -75,6 +86,7 @@ def text(recipe: Recipe, cluster: Cluster) -> str:
     job: dict[str, Any] = {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
     preempted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
     job |= {"backoffLimit": nodes * cluster.max_restarts, "podFailurePolicy": {"rules": [preempted]}}
+    job["successPolicy"] = {"rules": [{"succeededIndexes": "0"}]}  # of rank 0, which ends last
     job["template"] = {"spec": pod}
     service = {"clusterIP": "None", "selector": {"job-name": name}, "publishNotReadyAddresses": True}
     documents = [
@@ -96,7 +108,7 @@ def _checked(recipe: Recipe, cluster: Cluster) -> tuple[str, dict[str, str]]:
     check_world(recipe, cluster.max_nodes * cluster.processes_per_node)
     if cluster.min_nodes != cluster.max_nodes:
         raise ConfigError(f"nodes = {cluster.nodes}: a manifest has a fixed number; write --nodes {cluster.max_nodes}")
-    if found := [key for key in SLURM_ONLY if getattr(cluster, key)]:
+    if found := [key for key in SLURM_ONLY if getattr(cluster, key) != getattr(Cluster(), key)]:
         raise ConfigError(f"{found[0]} = {getattr(cluster, found[0])!r}: has no meaning on Kubernetes; take it out")
     if not cluster.container:
         raise ConfigError(
@@ -112,15 +124,30 @@ def _checked(recipe: Recipe, cluster: Cluster) -> tuple[str, dict[str, str]]:
             f"run = {run}: is in none of the volumes that all hosts share ({listed}); write run=/FOLDER/NAME, and"
             " mounts: [CLAIM:/FOLDER] in the profile"
         )
-    return re.sub(r"[^a-z0-9]+", "-", Path(run).name.lower()).strip("-")[:MAX_NAME] or "run", volumes
+    return _name(run), volumes
+
+
+def _name(run: str) -> str:
+    """The name of a run's objects: a DNS label that begins with a letter, different for each run folder."""
+    words = re.sub(r"[^a-z0-9]+", "-", Path(run).name.lower())[:MAX_NAME].strip("-")
+    if not words[:1].isalpha():
+        words = f"run-{words}".strip("-")
+    return f"{words}-{hashlib.sha256(run.encode()).hexdigest()[:6]}"
 
 
 def _environment(name: str, cluster: Cluster, first_host: str) -> dict[str, str]:
     """The variables of the processes: those of torchrun, and the profile's own."""
     out = {"PET_NNODES": str(cluster.max_nodes), "PET_NPROC_PER_NODE": str(cluster.processes_per_node)}
     out |= {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"{first_host}:{PORT}", "PET_RDZV_ID": name}
-    out |= {"PET_MAX_RESTARTS": str(cluster.max_restarts), "PYTHONSAFEPATH": "1"}
+    out |= {"PET_RDZV_CONF": f"join_timeout={JOIN_SECONDS},read_timeout={CONNECT_SECONDS}"}
+    # torchrun also counts restarts after the eviction of a pod; `launch.pod_rank` counts those without a step
+    out |= {"PET_MAX_RESTARTS": "1000000", pod_rank.MAX_RESTARTS: str(cluster.max_restarts)}
+    out |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), "PYTHONSAFEPATH": "1"}
     return out | {key: value for key, _, value in (entry.partition("=") for entry in cluster.environment)}
+
+
+class _Quoted(str):
+    """A text that is written in quotes: Kubernetes takes 1e7 for a number, and PyYAML does not."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -133,4 +160,7 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(
     str,
     lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None),
+)
+_Dumper.add_representer(
+    _Quoted, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style='"')
 )

@@ -20,9 +20,7 @@ FORMER_RECIPE = ".recipe.before.yaml"  # copy of recipe.yaml before a command ch
 EVALUATIONS = "evaluations"  # folder with what launch/evaluation_jobs.py has done, one file for each evaluation
 EVALUATION_RECORDS = tuple(f"{EVALUATIONS}/*-#-{split}.json" for split in ("val", "test"))
 EVALUATION_ENDS = tuple(f"{EVALUATIONS}/*-#-{split}.end.json" for split in ("val", "test"))
-CANCELLED = (
-    "cancelled"  # file there: `unlabeled stop --now` has cancelled the evaluations until the run is launched again
-)
+CANCELLED = "cancelled"  # file there: the evaluations are cancelled until the run is launched again
 TRACKERS = "trackers"  # folder with a folder for each tracker, see pretrain/trackers/sender.py
 TRACKER_STATE = "state.json"  # file there; what trackers store is the user's
 JOB = "job.json"  # the job of a cluster that trains the run, see launch/slurm.py
