@@ -184,8 +184,9 @@ def labelled(encoder: Source, specs: Sequence[str], folder: Path | None = None) 
         _extract(encoder, samples, target, sys.maxsize if folder else MAX_BYTES)
         hashes = samples.hashes(encoder.members)
         with errors_about(target):
-            records = [_record(target, str(piece)) for piece in range(_pieces(samples))]
-            if None not in records:
+            found_records = [_record(target, str(piece)) for piece in range(_pieces(samples))]
+            records = [record for record in found_records if record is not None]
+            if len(records) == len(found_records):
                 found = _assembled(encoder, samples, target, records, hashes, use)
                 if {record["table"] for record in records} <= {"", table_id(target / TABLE)}:  # it is still that table
                     return found
@@ -217,7 +218,7 @@ def _record(target: Path, piece: str) -> dict[str, Any] | None:
 
 
 def _assembled(
-    encoder: Source, samples: Samples, target: Path, records: list[Any], hashes: np.ndarray, use: Use
+    encoder: Source, samples: Samples, target: Path, records: list[dict[str, Any]], hashes: np.ndarray, use: Use
 ) -> Labelled:
     """The set that the records of all pieces describe."""
     total = {key: sum(record[key] for record in records) for key in ("absent", "unlabelled", "not_finite")}
