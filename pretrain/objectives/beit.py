@@ -59,7 +59,8 @@ class BEiT(Objective):
         teachers.check_reads(f"objective.visual_tokenizer = {cfg.visual_tokenizer}", self.tokenizer, self.backbone)
         load_into(self.tokenizer, cfg.visual_tokenizer)
         self.tokenizer.requires_grad_(False).eval()
-        self.register_buffer("codebook", codebook)  # [K, width of the tokenizer]
+        # [K, width of the tokenizer]; a new tensor, which is on the meta device while the objective is built without memory
+        self.register_buffer("codebook", torch.empty(codebook.shape, dtype=codebook.dtype).copy_(codebook))
         self.head = nn.Linear(self.backbone.embed_dim, len(codebook))
         trunc_normal(self.head)
 
