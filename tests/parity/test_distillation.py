@@ -257,7 +257,7 @@ def test_a_teachers_heads_are_those_of_its_run(shards: Path, tmp_path: Path, uni
     for name in ("dino_head", "ibot_head"):
         expected, student = source.teacher[name](x), model.students["model"][name]
         assert torch.equal(model.teacher[name](x), expected)
-        assert student(x).shape == expected.shape and student.unit == (unit == "true")
+        assert student(x).shape == expected.shape and student.normalised == (unit == "true")
 
 
 def test_a_teacher_of_any_kind(shards: Path, tmp_path: Path):
