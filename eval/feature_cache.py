@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,12 +52,30 @@ class Unlabelled(Damaged):
 
 
 class Source(Protocol):
-    """What the extraction needs of an encoder: `Encoder` or `TextEncoder`."""
+    """Base class of `Encoder` and `TextEncoder`: what the extraction needs of an encoder, and the sets whose features
+    it has."""
 
     name: str
-    unit: str
+    unit: str  # the word for samples in messages and results
     batch: int  # samples that are encoded together
     members: Sequence[str]  # extensions of the member that is encoded
+    cache: Path | None = None  # the folder of the cache; None: the user's
+
+    def labelled(self, specs: Sequence[str]) -> Labelled:
+        """Features and classes of all labelled samples in the shards, in order. Damaged samples and those without an
+        image or a text, or without a label, are left out."""
+        key = tuple(specs)
+        if key not in self._sets:
+            self._sets[key] = labelled(self, specs, self.cache)
+        return self._sets[key]
+
+    def delete_features(self) -> None:
+        """Delete the cached features of this encoder that no other process uses."""
+        delete(self._sets)
+
+    @cached_property
+    def _sets(self) -> dict[tuple[str, ...], Labelled]:
+        return {}
 
     def fingerprint(self, samples: Samples) -> str:
         """A text that differs if the features of a sample may differ."""

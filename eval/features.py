@@ -21,13 +21,12 @@ from data_pipeline.parts.image import Image
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
 from eval import feature_cache
-from eval.feature_cache import Labelled
 from eval.text_features import TextEncoder, bytes_of, name_of
 from pretrain.models.layers import Features
 from pretrain.parallel.device import pick_device
 
 
-class Encoder:
+class Encoder(feature_cache.Source):
     """A frozen backbone with its normalisation of pixels (`mean`, `std`) and its pooling.
 
     `backbone` is a `Backbone`, or any function from normalised images [B, C, S, S] to `Features`. `name`: the model's
@@ -35,7 +34,7 @@ class Encoder:
     `cache`: the folder of that cache; None: the user's (see `feature_cache.py`).
     """
 
-    unit = "images"  # the word for samples in messages and results
+    unit = "images"
     batch = 64
     members = IMAGE_MEMBERS
 
@@ -54,11 +53,9 @@ class Encoder:
         self.part = Image(len(self.mean), mean=self.mean, std=self.std)
         self.channels = len(self.mean)
         self.device = pick_device(device, key="eval.device")
-        self.cache: Path | None = None
         self._budget = Budget()
         if isinstance(backbone, torch.nn.Module):
             backbone.to(self.device).eval()
-        self._labelled: dict[tuple[str, ...], Labelled] = {}
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Features:
@@ -70,19 +67,6 @@ class Encoder:
         features = self(np.stack(images) if isinstance(images, list) else images)
         return (features.cls if self.pool == "cls" else features.tokens.mean(1)).float().cpu()
 
-    def labelled(self, specs: Sequence[str]) -> Labelled:
-        """Features and classes of all labelled images in the shards, in order. Damaged images and samples without an
-        image or a label are left out."""
-        key = tuple(specs)
-        if key not in self._labelled:
-            self._labelled[key] = feature_cache.labelled(self, specs, self.cache)
-        return self._labelled[key]
-
-    def delete_features(self) -> None:
-        """Delete the cached features of this model that no other process uses."""
-        feature_cache.delete(self._labelled)
-
-    # What `feature_cache.Source` asks for.
     def check(self, specs: Sequence[str]) -> Samples:
         return Samples(specs)
 

@@ -19,12 +19,12 @@ from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
 from data_pipeline.shards.vocabulary import Vocabulary
 from eval import feature_cache
-from eval.feature_cache import Labelled, Unlabelled
+from eval.feature_cache import Unlabelled
 from pretrain.models.text_layers import TextBackbone
 from pretrain.parallel.device import pick_device
 
 
-class TextEncoder:
+class TextEncoder(feature_cache.Source):
     """A frozen text model, with the tokenizer in `folder`. `name`: the model's name in result rows. `pool`: which
     feature represents a text, the class token ("cls") or the mean of its tokens ("mean").
 
@@ -32,7 +32,7 @@ class TextEncoder:
     function in the cache of features. `cache`: the folder of that cache; None: the user's (see `feature_cache.py`).
     """
 
-    unit = "texts"  # the word for samples in messages and results
+    unit = "texts"
     batch = 256  # texts are sorted by length inside it
     members = ("txt",)
 
@@ -47,25 +47,10 @@ class TextEncoder:
         self.backbone: Any = backbone
         self.name, self.folder, self.pool = name, folder, pool
         self.device = pick_device(device, key="eval.device")
-        self.cache: Path | None = None
-        self._labelled: dict[tuple[str, ...], Labelled] = {}
         if folder is not None:
             self.backbone.to(self.device).eval()
             self.vocabulary = Vocabulary.read(str(folder))
 
-    def labelled(self, specs: Sequence[str]) -> Labelled:
-        """Features and classes of all labelled texts in the shards, in order. Damaged texts and samples without a text
-        or a class are left out."""
-        key = tuple(specs)
-        if key not in self._labelled:
-            self._labelled[key] = feature_cache.labelled(self, specs, self.cache)
-        return self._labelled[key]
-
-    def delete_features(self) -> None:
-        """Delete the cached features of this model that no other process uses."""
-        feature_cache.delete(self._labelled)
-
-    # What `feature_cache.Source` asks for.
     def check(self, specs: Sequence[str]) -> Samples:
         samples = Samples(specs)
         if "txt" not in samples.extensions:
