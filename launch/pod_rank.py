@@ -52,7 +52,7 @@ def train() -> int:
     except SystemExit as end:
         if end.code != EXIT_UNSCORED:
             raise
-        say(f"{run}: is trained, but not completely scored; `unlabeled evaluate` computes the scores")
+        say(f"{run}: is trained, but not completely scored; `unlabeled eval {run}/export/STEP` computes the scores")
     return 0
 
 

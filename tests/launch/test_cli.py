@@ -14,7 +14,20 @@ from pathlib import Path
 import pytest
 
 from common import config
+from launch.commands import COMMANDS
 from tests.conftest import tiny_recipe, trainer, unlabeled
+
+
+def test_messages_and_docstrings_name_commands_that_exist():
+    root = Path(__file__).parents[2]
+    files = [
+        path
+        for folder in ("common", "data_pipeline", "pretrain", "eval", "launch")
+        for path in root.glob(f"{folder}/**/*.py")
+    ]
+    named = {(path.name, word) for path in files for word in re.findall(r"`unlabeled ([a-z][a-z-]*)", path.read_text())}
+    assert len(named) > 50
+    assert not {(file, word) for file, word in named if word not in COMMANDS}
 
 
 def startup_ratio(*args: str) -> float:
