@@ -28,6 +28,8 @@ from data_pipeline.shards.vocabulary import is_byte_level
 from eval.text_features import TextEncoder
 from pretrain.models.presets import Decoder
 
+NEEDS = "tokens"
+UNIT = "bytes"
 VERSION = 1
 MAX_UNKNOWN_SHARE = 0.001  # of the tokens, for those that stand for text that the tokenizer does not know
 
@@ -41,7 +43,7 @@ class Config(Section):
 
 
 def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg: Config) -> dict[str, float]:
-    """{"bits_per_byte", "bits_per_token", "unigram", "bytes"}, and "unknown_share" if it is not 0.
+    """{"bits_per_byte", "bits_per_token", "unigram", "count": number of bytes}, and "unknown_share" if it is not 0.
 
     "unigram": the bits per byte with the token frequencies of the text itself, a baseline without any context.
     """
@@ -82,7 +84,7 @@ def run(encoder: TextEncoder, gallery: Sequence[str], query: Sequence[str], cfg:
         "bits_per_token": bits / int(counts.sum()),
         "unigram": unigram / size,
         **({"unknown_share": unknown} if unknown else {}),
-        "bytes": float(size),
+        "count": float(size),
     }
 
 

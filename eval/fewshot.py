@@ -23,6 +23,7 @@ from eval.features import Encoder
 from eval.knn import accuracies
 from eval.text_features import TextEncoder
 
+NEEDS = "labels"
 VERSION = 2
 CHUNK = 4096  # queries on the device at once
 CONSTANT = 100.0  # the feature that stands for the bias; large, so that the penalty hardly affects the bias

@@ -17,6 +17,7 @@ from eval.feature_cache import FeatureRows, chunks
 from eval.features import Encoder
 from eval.text_features import TextEncoder
 
+NEEDS = "labels"
 VERSION = 1  # is increased by every change that can affect scores
 GALLERY_CHUNK = 1 << 16  # rows on the device at once
 QUERY_BLOCK = 1 << 17  # queries for which the gallery is read once

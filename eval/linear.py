@@ -22,6 +22,7 @@ from eval.knn import accuracies
 from eval.score_checks import is_at_edge
 from eval.text_features import TextEncoder
 
+NEEDS = "labels"
 VERSION = 2
 CHUNK = 1024  # rows whose logits are computed at once
 REMARKS = {"at_edge": "the best linear.rates value is at the end of the grid; add values beyond it"}

@@ -23,6 +23,7 @@ from eval.knn import accuracies
 from eval.score_checks import is_at_edge
 from eval.text_features import TextEncoder
 
+NEEDS = "labels"
 VERSION = 1
 CHUNK = 4096  # rows on the device at once
 REMARKS = {

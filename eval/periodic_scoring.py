@@ -16,8 +16,7 @@ from common.errors import Damaged, DataError, UserError
 from common.output import say
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
-from eval.run import TEXT
-from eval.run import check as check_names
+from eval.protocol_finder import LABELS, TOKENS, needs
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import check_data
 from pretrain.signals import EXIT_UNSCORED
@@ -36,10 +35,10 @@ def check(recipe: Recipe) -> None:
         if not (shards := getattr(cfg, query)):
             continue
         with _errors_about(f"eval.{key}"):
-            check_names(names)
-        if any(name in TEXT for name in names):
+            needed = {needs(name) for name in names}
+        if TOKENS in needed:
             _check_tokens(recipe, query, shards)
-        if any(name not in TEXT for name in names):
+        if LABELS in needed:
             gallery = "test_gallery" if query == "test" and cfg.test_gallery else "gallery"
             _check_labels(recipe, query, shards, 1)
             _check_labels(recipe, gallery, getattr(cfg, gallery), 2)
@@ -88,7 +87,7 @@ def _check_tokens(recipe: Recipe, key: str, shards: Sequence[str]) -> None:
     """Raises UserError if shards are not token sets, or were made with another tokenizer than the training data."""
     with _errors_about(f"eval.{key}"):
         if recipe.model.reads != "tokens":
-            raise DataError(f"{', '.join(TEXT)} scores language models, but the model of this recipe reads images")
+            raise DataError("bits_per_byte scores language models, but the model of this recipe reads images")
         data = recipe.data
         train_shards = [shard for source in data.mix for shard in source.shards[:1]] or data.train
         scored, trained = Rows(shards, 1), Rows(train_shards[:1], 1)

@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from common import build_config
-from common.errors import UserError, nearest
+from common.errors import UserError
+from eval.protocol_finder import LABELS, TOKENS, needs, protocols
 from eval.results import Row
 
-PROTOCOLS = ("knn", "linear", "logistic", "fewshot", "bits_per_byte")
-TEXT = ("bits_per_byte",)  # protocols for language models; the others score features of labelled images or texts
+COUNTS = ("gallery_count", "count", "left_out", "passed_over", "unlabelled")  # numbers of samples in a row
 
 
-def check(protocols: Sequence[str]) -> None:
+def check(names: Sequence[str]) -> None:
     """Raises UserError for a name that is not the name of a protocol."""
-    for name in protocols:
-        if name not in PROTOCOLS:
-            raise UserError(f"{name!r}: no such protocol; {nearest(name, PROTOCOLS)}")
+    for name in names:
+        needs(name)
 
 
 def evaluate(
     model: str | Path,
-    protocols: Sequence[str],
+    names: Sequence[str],
     gallery: Sequence[str],
     query: Sequence[str],
     split: str = "test",
@@ -41,24 +40,25 @@ def evaluate(
     `model`: an exported folder, "pixels" or "bytes". `options`: of protocols, as in {"knn": {"k": 20}}. `device`:
     where features and scores are computed; auto: the best one. `cache`: the folder in which features are kept; None:
     the user's cache folder. `keep_features`: otherwise they are deleted when all scores are known. The `note` of a row
-    names problems of the data that make its score less meaningful. Raises DataError for data for which a score would be meaningless, and UserError for a protocol that
-    does not fit the model.
+    names problems of the data that make its score less meaningful. Raises DataError for data for which a score would be
+    meaningless, and UserError for a protocol that does not fit the model.
     """
-    check([*protocols, *(options or {})])
+    check([*names, *(options or {})])
     from eval import score_checks
     from eval.features import open_encoder  # imports torch
 
     encoder, facts = open_encoder(str(model), image_size, device)
     encoder.cache = Path(cache) if cache else None
     rows: list[Row] = []
-    for name in protocols:
+    for name in names:
         protocol = importlib.import_module(f"eval.{name}")
         cfg = build_config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
-        if name in TEXT and encoder.unit != "texts":
-            others = " or ".join(other for other in PROTOCOLS if other not in TEXT)
-            raise UserError(f"{model}: reads images, which {name} does not score; choose {others}")
+        if needs(name) != LABELS and (encoder.unit == "texts") != (needs(name) == TOKENS):
+            others = " or ".join(other for other, needed in protocols().items() if needed == LABELS)
+            raise UserError(f"{model}: reads {encoder.unit}, which {name} does not score; choose {others}")
         start = time.perf_counter()
-        note = "" if name in TEXT else score_checks.judge(encoder, list(gallery), list(query), encoder.unit)
+        is_labelled = needs(name) == LABELS
+        note = score_checks.judge(encoder, list(gallery), list(query), encoder.unit) if is_labelled else ""
         scores = protocol.run(encoder, list(gallery), list(query), cfg)
         remarks = [text for key, text in getattr(protocol, "REMARKS", {}).items() if scores.pop(key)]
         note = "; ".join(each for each in (note, *remarks) if each)
@@ -69,7 +69,8 @@ def evaluate(
             "version": protocol.VERSION,
             "split": split,
         }
-        data = {"gallery": list(gallery), "query": list(query), **_counts(encoder, gallery, query, scores)}
+        counts = _labelled_counts(encoder, gallery, query) if is_labelled else _own_counts(protocol, encoder, scores)
+        data = {"gallery": list(gallery), "query": list(query), **counts}
         data |= {"note": note} if note else {}
         seconds = round(time.perf_counter() - start, 2)
         rows += [
@@ -81,10 +82,8 @@ def evaluate(
     return rows
 
 
-def _counts(encoder: Any, gallery: Sequence[str], query: Sequence[str], scores: dict[str, float]) -> dict[str, Any]:
+def _labelled_counts(encoder: Any, gallery: Sequence[str], query: Sequence[str]) -> dict[str, Any]:
     """The numbers of samples that were scored and that were not, and the word for samples ("unit")."""
-    if "bytes" in scores:
-        return {"gallery_count": 0, "count": int(scores.pop("bytes")), "left_out": 0, "passed_over": 0, "unit": "bytes"}
     gallery_set, query_set = encoder.labelled(list(gallery)), encoder.labelled(list(query))
     return {
         "gallery_count": len(gallery_set),
@@ -94,3 +93,10 @@ def _counts(encoder: Any, gallery: Sequence[str], query: Sequence[str], scores: 
         "unlabelled": gallery_set.unlabelled + query_set.unlabelled,
         "unit": encoder.unit,
     }
+
+
+def _own_counts(protocol: Any, encoder: Any, scores: dict[str, float]) -> dict[str, Any]:
+    """The same from a protocol that reads its samples itself: `run` returns those of COUNTS that are not 0 among its
+    scores. `UNIT` of a protocol is the word for what it counts."""
+    counts: dict[str, Any] = {name: int(scores.pop(name, 0)) for name in COUNTS}
+    return counts | {"unit": getattr(protocol, "UNIT", encoder.unit)}

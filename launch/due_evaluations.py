@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eval.run import TEXT
+from eval.protocol_finder import LABELS, needs
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.export_folders import exports, student_exports
 
@@ -15,7 +15,7 @@ def due(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
     """(model, step, split) of all evaluations of a run. Each export is evaluated on val. The baseline (pixels or bytes)
     and the exports of step 0 and of the last step are evaluated on test."""
     cfg, out = recipe.eval, []
-    if cfg.test and cfg.pixels and any(name not in TEXT for name in cfg.final):
+    if cfg.test and cfg.pixels and any(needs(name) == LABELS for name in cfg.final):
         out.append((BASELINE[recipe.model.reads], 0, "test"))
     for step, folder in [
         *exports(run).items(),

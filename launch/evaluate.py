@@ -12,7 +12,8 @@ from common import yaml_values
 from common.errors import UserError
 from common.output import say
 from eval import results
-from eval.run import PROTOCOLS, check
+from eval.protocol_finder import protocols
+from eval.run import check
 from eval.run import evaluate as score
 from pretrain.recipes.recipe import expand_paths, stored
 from pretrain.run_folder.export_folders import run_of
@@ -34,8 +35,8 @@ def evaluate(model: str, words: Sequence[str], out: str) -> None:
     """Score a model, print the rows of results, and append them to a .jsonl file.
 
     `words`: names of protocols (default knn), and options KEY=VALUE: gallery, query and image_size describe the data,
-    `device` is the device that computes, `cache` is the folder in which features are kept, and PROTOCOL.OPTION is an option of a protocol. `out`: the file of
-    the results; "" stands for results.jsonl of the run that the model belongs to, or no file if it belongs to no run.
+    `device` is the device that computes, `cache` is the folder in which features are kept, and PROTOCOL.OPTION is an
+    option of a protocol. `out`: the file of the results; "" stands for results.jsonl of the run that the model belongs to, or no file if it belongs to no run.
     """
     names = [word for word in words if "=" not in word]
     check(names)
@@ -71,7 +72,7 @@ def _apply(request: Request, overrides: Iterable[str]) -> None:
     for key, value in map(yaml_values.parse_override, overrides):
         value = expand_paths(value, "", key)
         protocol, _, option = key.partition(".")
-        if option and protocol in PROTOCOLS:
+        if option and protocol in protocols():
             request.options.setdefault(protocol, {})[option] = value
         elif key == "image_size":
             if value is not None and (type(value) is not int or value < 1):
@@ -86,7 +87,7 @@ def _apply(request: Request, overrides: Iterable[str]) -> None:
             setattr(request, key, specs)
         else:
             raise UserError(
-                f"{key!r}: no such option; write gallery=, query=, image_size=, device=, cache= or {PROTOCOLS[0]}.OPTION="
+                f"{key!r}: no such option; write gallery=, query=, image_size=, device=, cache= or PROTOCOL.OPTION=, as in knn.k=20"
             )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from common import output
 from common.output import say
+from eval.protocol_finder import protocols as all_protocols
 from launch.argument_types import NO_FILE, ResultsFile, RunFolder
 from launch.command_parser import HomePath
 
@@ -20,7 +21,9 @@ CheckpointPath = Annotated[str, "RUN/checkpoints/STEP, a URL, or a run folder, w
 def evaluate(
     model: Annotated[str, 'an exported folder (RUN/export/STEP), "pixels" or "bytes"'],
     protocols: Annotated[
-        Sequence[str], "PROTOCOL|key=value", "names of protocols, such as knn and linear, and options such as knn.k=20"
+        Sequence[str],
+        "PROTOCOL|key=value",
+        f"names of protocols ({', '.join(all_protocols())}; default: knn), and options such as knn.k=20",
     ] = (),
     *,
     out: ResultsFile = NO_FILE,

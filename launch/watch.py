@@ -22,7 +22,8 @@ from common import child_signals
 from common.errors import UserError, run_main
 from common.output import say
 from eval import results
-from eval.run import TEXT, evaluate
+from eval.protocol_finder import LABELS, needs
+from eval.run import evaluate
 from launch.due_evaluations import due, name_of
 from pretrain.interchange import model_card
 from pretrain.recipes.recipe import Recipe, stored
@@ -44,7 +45,7 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: A
     gallery, query = (cfg.gallery, cfg.val) if split == "val" else (cfg.test_gallery or cfg.gallery, cfg.test)
     names = cfg.periodic if split == "val" else cfg.final
     baseline = model in BASELINES
-    names = [name for name in names if not baseline or name not in TEXT]
+    names = [name for name in names if not baseline or needs(name) == LABELS]
     # A run has many exports, and the features of each need gigabytes: kept are those of the first and the last one.
     keep = baseline or step in (0, recipe.steps)
     rows = evaluate(

@@ -1,0 +1,34 @@
+"""Finds protocols by name: a protocol is a file of this folder that states what its data must hold, `NEEDS = "labels"`.
+
+Such a file also has a docstring, `VERSION`, a `Config` and `run(encoder, gallery, query, cfg)`; there is no registry.
+The files are read and not imported, so that the command line can list them without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+from common.errors import UserError, nearest
+
+LABELS = "labels"  # what a protocol needs that classifies labelled samples, of any kind
+TOKENS = "tokens"  # what a protocol for language models needs: a token set
+FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def protocols() -> dict[str, str]:
+    """{name of a protocol: what the samples must hold}, by name."""
+    out = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        if found := re.search(r'^NEEDS = "(\w+)"', path.read_text(), re.MULTILINE):
+            out[path.stem] = found[1]
+    return out
+
+
+def needs(name: str) -> str:
+    """What the samples of a protocol must hold. Raises UserError for a name that is not the name of a protocol."""
+    if name not in protocols():
+        raise UserError(f"{name!r}: no such protocol; {nearest(name, protocols())}")
+    return protocols()[name]
