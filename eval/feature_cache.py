@@ -60,11 +60,13 @@ class Source(Protocol):
     batch: int  # samples that are encoded together
     members: Sequence[str]  # extensions of the member that is encoded
     cache: Path | None = None  # the folder of the cache; None: the user's
+    max_layers = 0  # number of last blocks of which it can give class tokens; 0: it gives one vector for each sample
+    layers = 0  # of these, the number whose class tokens are stored, beside the mean of the patches; 0: one vector
 
     def labelled(self, specs: Sequence[str]) -> Labelled:
         """Features and classes of all labelled samples in the shards, in order. Damaged samples and those without an
         image or a text, or without a label, are left out."""
-        key = tuple(specs)
+        key = (*specs, str(self.layers))
         if key not in self._sets:
             self._sets[key] = labelled(self, specs, self.cache)
         return self._sets[key]
@@ -92,6 +94,14 @@ class Source(Protocol):
     def pooled(self, inputs: Any) -> Tensor:
         """Features [B, D], fp32 on the CPU, of several prepared samples."""
 
+    def stored(self, inputs: Any) -> Tensor:
+        """What is stored of several prepared samples, fp32 on the CPU; `pooled_columns` of it are their features."""
+        return self.pooled(inputs)
+
+    @property
+    def pooled_columns(self) -> slice:
+        return slice(None)
+
 
 class Rows(Protocol):
     """Rows of features [N, D], fp32: a tensor, or a class that reads them when it is indexed."""
@@ -103,13 +113,17 @@ class Rows(Protocol):
 
 
 class FeatureRows:
-    """Rows of a feature file, which are read by memory map: `rows[a:b]` and `rows[numbers]` are fp32 tensors on the
-    CPU. A tensor [N, D] can stand in its place."""
+    """Rows of a feature file, or some columns of them, which are read by memory map: `rows[a:b]` and `rows[numbers]` are
+    fp32 tensors on the CPU. A tensor [N, D] can stand in its place."""
 
-    def __init__(self, path: Path, numbers: np.ndarray):
-        self._table = np.load(path, mmap_mode="r").view(np.ndarray)
-        self._numbers = numbers  # [N], rows of the file
+    def __init__(self, path: Path, numbers: np.ndarray, columns: slice = slice(None)):
+        self._path, self._numbers = path, numbers  # [N], rows of the file
+        self._table = np.load(path, mmap_mode="r").view(np.ndarray)[:, columns]  # a view
         self.shape: tuple[int, ...] = (len(numbers), self._table.shape[1])
+
+    def whole(self) -> FeatureRows:
+        """The same rows with all columns of the file."""
+        return FeatureRows(self._path, self._numbers)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -136,6 +150,10 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def stored(self) -> FeatureRows | Tensor:
+        """All that is stored of each sample, see `Source.stored`."""
+        return self.features.whole() if isinstance(self.features, FeatureRows) else self.features
 
 
 def chunks(rows: Rows, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
@@ -248,7 +266,7 @@ def _assembled(
     index = {name: n for n, name in enumerate(names)}
     classes = [np.array([index[name] for name in record["names"]], np.int64)[record["classes"]] for record in records]
     return Labelled(
-        FeatureRows(target / TABLE, numbers),
+        FeatureRows(target / TABLE, numbers, encoder.pooled_columns),
         torch.from_numpy(np.concatenate(classes)),
         names,
         sum(len(record["damaged"]) for record in records),
@@ -336,7 +354,7 @@ def _extract_piece(encoder: Source, samples: Samples, target: Path, piece: int, 
                 record["classes"].append(names.setdefault(one[1], len(names)))
         if not usable:
             continue
-        features = encoder.pooled(usable)  # [b, D]
+        features = encoder.stored(usable)  # [b, D]
         record["not_finite"] += int((~features.isfinite().all(1)).sum())
         rows = np.zeros((len(found), features.shape[1]), np.float32)  # [B, D]
         rows[[not isinstance(one, Damaged) for one in found]] = features.numpy()

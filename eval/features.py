@@ -67,6 +67,34 @@ class Encoder(feature_cache.Source):
         features = self(np.stack(images) if isinstance(images, list) else images)
         return (features.cls if self.pool == "cls" else features.tokens.mean(1)).float().cpu()
 
+    @property
+    def max_layers(self) -> int:  # type: ignore[override]
+        return getattr(self.backbone, "max_layers", 0)
+
+    @torch.inference_mode()
+    def stored(self, inputs: Any) -> Tensor:
+        """If `layers` is set, the class tokens of as many last blocks, those of the last one first, and the mean of the
+        last block's patches: [B, (layers + 1)·D]. Otherwise `pooled`."""
+        if not self.layers:
+            return self.pooled(inputs)
+        images = self.part.place(torch.from_numpy(np.stack(inputs)), self.device)
+        features = self.backbone(images, layers=self.layers)
+        width = features.cls.shape[1] // self.layers
+        blocks = features.cls.split(width, 1)  # the last block is the last one
+        return torch.cat([*blocks[::-1], features.tokens[..., -width:].mean(1)], 1).float().cpu()
+
+    def columns(self, layers: int, mean: bool) -> Tensor:
+        """The columns of a stored row that hold the class tokens of the last `layers` blocks and, if `mean`, the mean of
+        the patches."""
+        width = self.backbone.embed_dim
+        return torch.cat([torch.arange(layers * width), self.layers * width + torch.arange(width * mean)])
+
+    @property
+    def pooled_columns(self) -> slice:
+        width = self.backbone.embed_dim if self.layers else 0
+        first = self.layers * width if self.pool == "mean" else 0
+        return slice(first, first + width) if self.layers else slice(None)
+
     def check(self, specs: Sequence[str]) -> Samples:
         return Samples(specs)
 
@@ -76,7 +104,8 @@ class Encoder(feature_cache.Source):
 
     def fingerprint(self, samples: Samples) -> str:
         decoding = [(each.manifest.pixels, each.manifest.classes) for each in samples.manifests]
-        return f"{self.model_hash} {self.pool} {self.image_size} {self.mean} {self.std} {samples.max_pixels} {decoding}"
+        kept = f"last {self.layers}" if self.layers else self.pool
+        return f"{self.model_hash} {kept} {self.image_size} {self.mean} {self.std} {samples.max_pixels} {decoding}"
 
     def read(self, samples: Samples, number: int) -> np.ndarray:
         """The center crop of an image, uint8 [C, S, S]."""

@@ -49,10 +49,18 @@ def evaluate(
 
     encoder, facts = open_encoder(str(model), image_size, device)
     encoder.cache = Path(cache) if cache else None
+    chosen = [(name, importlib.import_module(f"eval.{name}")) for name in names]
+    cfgs = [
+        build_config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
+        for name, protocol in chosen
+    ]
+    # One extraction stores what all of the protocols read.
+    layers = [
+        protocol.layers(cfg) for (_, protocol), cfg in zip(chosen, cfgs, strict=True) if hasattr(protocol, "layers")
+    ]
+    encoder.layers = min(max(layers, default=0), encoder.max_layers)
     rows: list[Row] = []
-    for name in names:
-        protocol = importlib.import_module(f"eval.{name}")
-        cfg = build_config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
+    for (name, protocol), cfg in zip(chosen, cfgs, strict=True):
         if needs(name) != LABELS and (encoder.unit == "texts") != (needs(name) == TOKENS):
             others = " or ".join(other for other, needed in protocols().items() if needed == LABELS)
             raise UserError(f"{model}: reads {encoder.unit}, which {name} does not score; choose {others}")

@@ -43,6 +43,7 @@ class Backbone(nn.Module):
     embed_dim: int
     image_size: int
     patch_size: int  # pixels per token along one side
+    max_layers = 1  # the largest value of `layers`
     whole_patches = False  # whether the sides of an input must be multiples of patch_size
     convolutional = False  # whether it is a convolutional network (`optim.layer_decay_of`)
     loaded = False  # whether its weights were loaded (`init.backbone`), so that no others may be drawn

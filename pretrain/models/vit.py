@@ -43,7 +43,7 @@ class VisionTransformer(Backbone):
         _check(cfg)
         self.cfg = cfg
         self.embed_dim, self.image_size, self.patch_size = cfg.dim, cfg.image_size, cfg.patch_size
-        self.prefix = 1 + cfg.registers
+        self.prefix, self.max_layers = 1 + cfg.registers, cfg.depth
         side = cfg.image_size // cfg.patch_size
         self.patch_embed = nn.Conv2d(cfg.in_channels, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))

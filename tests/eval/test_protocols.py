@@ -21,7 +21,9 @@ from eval import knn, linear, results, score_checks
 from eval.features import Encoder, open_encoder
 from eval.run import evaluate
 from pretrain.metrics import Writer
+from pretrain.models.build import build_model
 from pretrain.models.layers import Features
+from pretrain.models.presets import ViT
 from pretrain.run_folder.jsonl_rows import read_rows
 from tests.conftest import call, unlabeled
 from tests.tars import jpeg, write_tar
@@ -81,16 +83,16 @@ def test_linear_heads_do_not_depend_on_each_other():
     x, y = clusters()
     together = linear.train(
         x, y, 5, linear.Config(steps=50, rates=[0.01, 0.1, 10.0]), torch.Generator().manual_seed(0)
-    )[0]
+    )[0][0]
     for i, rate in enumerate([0.01, 0.1, 10.0]):
-        alone = linear.train(x, y, 5, linear.Config(steps=50, rates=[rate]), torch.Generator().manual_seed(0))[0]
+        ((alone, _),) = linear.train(x, y, 5, linear.Config(steps=50, rates=[rate]), torch.Generator().manual_seed(0))
         torch.testing.assert_close(together[:, 5 * i : 5 * i + 5], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_gradient_equals_autograd():
     x, y = clusters()
     cfg = linear.Config(steps=1, batch=300, rates=[0.5])
-    weight, bias = linear.train(x, y, 5, cfg, torch.Generator().manual_seed(3))
+    ((weight, bias),) = linear.train(x, y, 5, cfg, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     w = (torch.randn(16, 5, generator=generator) * 0.01).requires_grad_()
     b = torch.zeros(5, requires_grad=True)
@@ -99,6 +101,65 @@ def test_linear_gradient_equals_autograd():
     lr = 0.5 * 300 / 256
     torch.testing.assert_close(weight, w.detach() - lr * w.grad)
     torch.testing.assert_close(bias, b.detach() - lr * b.grad)
+
+
+def test_linear_inputs_do_not_depend_on_each_other():
+    x, y = clusters()
+    cfg, columns = linear.Config(steps=50, rates=[0.1, 1.0]), [torch.arange(4), torch.tensor([2, 9, 15])]
+    inputs = [linear.Inputs(1, False, each) for each in columns]
+    together = linear.train(x, y, 5, cfg, torch.Generator().manual_seed(0), "cpu", inputs)
+    for head, each in zip(together, inputs, strict=True):
+        (alone,) = linear.train(x, y, 5, cfg, torch.Generator().manual_seed(0), "cpu", [each])
+        torch.testing.assert_close(head, alone)
+    assert [tuple(weight.shape) for weight, _ in together] == [(4, 10), (3, 10)]
+
+
+def test_the_best_input_is_chosen():
+    """Only some columns tell the classes apart. They are found on the held-out part, and on given samples."""
+    x, y = clusters(spread=3.0)
+    q, truth = clusters(1, spread=3.0)
+    noise = [torch.randn(300, 64, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
+    x, q = torch.cat([noise[0], x], 1), torch.cat([noise[1], q], 1)
+    inputs = [linear.Inputs(1, False, torch.arange(64)), linear.Inputs(0, True, torch.arange(64, 80))]
+    alone = linear.fit(x[:, 64:], y, 5, linear.Config(steps=300))
+    for select_on in (None, (q, truth)):
+        probe = linear.fit(x, y, 5, linear.Config(steps=300), "cpu", inputs, select_on)
+        assert probe.inputs.mean and (probe.predict(q) == truth).float().mean() > 0.6
+        if select_on is None:
+            assert (probe.predict(q) == alone.predict(q[:, 64:])).float().mean() > 0.9
+
+
+def test_inputs_of_the_grid_are_stored_by_one_extraction(shards: Path, tmp_path: Path):
+    backbone = build_model(ViT(dim=32, depth=3, heads=2, image_size=32, patch_size=8)).eval()
+    encoder = Encoder(backbone, "vit", 32, [0.5] * 3, [0.5] * 3)
+    encoder.cache, encoder.layers = tmp_path, 3
+    found = encoder.labelled([str(shards)])
+    batch = np.stack([encoder.read(encoder.check([str(shards)]), n) for n in range(5)])
+    with torch.inference_mode():
+        placed = encoder.part.place(torch.from_numpy(batch), encoder.device)
+        outputs, last = backbone(placed, layers=3), backbone(placed)
+    assert found.stored()[:5].shape == (5, 4 * 32)
+    for columns, expected in (
+        (encoder.columns(1, False), last.cls),
+        (encoder.columns(3, False), outputs.cls.unflatten(1, (3, 32)).flip(1).flatten(1)),
+        (encoder.columns(0, True), last.tokens.mean(1)),
+        (encoder.columns(2, True), torch.cat([last.cls, outputs.cls[:, 32:64], last.tokens.mean(1)], 1)),
+    ):
+        torch.testing.assert_close(found.stored()[:5][:, columns], expected)
+    torch.testing.assert_close(found.features[:5], last.cls)
+    encoder.pool = "mean"
+    assert torch.equal(Encoder.labelled(encoder, [str(shards)]).features[:5], found.features[:5])  # opened before
+    encoder._sets.clear()
+    torch.testing.assert_close(encoder.labelled([str(shards)]).features[:5], last.tokens.mean(1))
+    assert len(list(tmp_path.iterdir())) == 1  # one set of features for both kinds of pooling
+    grid = linear.inputs_of(encoder, linear.Config(layers=[1, 2, 7, 8]))
+    assert [(each.layers, each.mean) for each in grid] == [
+        *((n, False) for n in (1, 2, 3)),
+        (0, True),
+        *((n, True) for n in (1, 2, 3)),
+    ]
+    encoder.layers = 0
+    assert linear.inputs_of(encoder, linear.Config()) == []
 
 
 def test_pixels_and_rows(shards: Path, tmp_path: Path):
@@ -235,6 +296,8 @@ def test_equal_and_infinite_features(tmp_path: Path):
         ("knn.temperature=0", "knn.temperature = 0.0: must be above 0"),
         ("linear.steps=0", "linear.steps = 0: must be 1 or more"),
         ("linear.rates=[]", "linear.rates = []: write one"),
+        ("linear.layers=[]", "linear.layers = []: write one"),
+        ("linear.pooling=[max]", "linear.pooling[0] = 'max': expected one of cls, mean, cls+mean"),
         ("linear.rates=[0.1, -1]", "linear.rates[1] = -1.0: must be above 0"),
         ("linear.hold_out=1", "linear.hold_out = 1.0: must be above 0 and below 1"),
         ("image_size=big", "image_size = 'big': write pixels"),
