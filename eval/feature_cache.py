@@ -60,8 +60,8 @@ class Source(Protocol):
     batch: int  # samples that are encoded together
     members: Sequence[str]  # extensions of the member that is encoded
     cache: Path | None = None  # the folder of the cache; None: the user's
-    max_layers = 0  # number of last blocks of which it can give class tokens; 0: it gives one vector for each sample
-    layers = 0  # of these, the number whose class tokens are stored, beside the mean of the patches; 0: one vector
+    max_layers: int = 0  # number of last blocks of which it can give class tokens; 0: it gives one vector for each sample
+    layers: int = 0  # of these, the number whose class tokens are stored, beside the mean of the patches; 0: one vector
 
     def labelled(self, specs: Sequence[str]) -> Labelled:
         """Features and classes of all labelled samples in the shards, in order. Damaged samples and those without an
