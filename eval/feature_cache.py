@@ -60,7 +60,7 @@ class Source(Protocol):
     batch: int  # samples that are encoded together
     members: Sequence[str]  # extensions of the member that is encoded
     cache: Path | None = None  # the folder of the cache; None: the user's
-    max_layers: int = 0  # number of last blocks of which it can give class tokens; 0: it gives one vector for each sample
+    max_layers: int = 0  # number of last blocks whose class tokens it can give; 0: it gives one vector for each sample
     layers: int = 0  # of these, the number whose class tokens are stored, beside the mean of the patches; 0: one vector
 
     def labelled(self, specs: Sequence[str]) -> Labelled:
