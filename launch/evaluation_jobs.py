@@ -38,6 +38,7 @@ from pretrain.run_folder.marker import run_identity
 from pretrain.run_folder.run_lock import Lock, living_holder
 from pretrain.run_folder.written_files import EVALUATION_ENDS, EVALUATIONS, RECIPE
 from pretrain.signals import EXIT_STOPPED, EXIT_UNSCORED
+from pretrain.trackers.trackers import UNCHANGED
 from pretrain.trackers.tracking import Tracking
 
 ATTEMPTS = 3  # of an evaluation, after which it is recorded as failed
@@ -337,6 +338,7 @@ def _send_scores(run: Path) -> None:
     """Send to the run's trackers the scores that have come since its training ended."""
     with Tracking(stored(run)) as tracking:
         tracking.start(run)
+        tracking.ends_as(UNCHANGED)
 
 
 def failed(run: Path) -> list[str]:

@@ -134,9 +134,9 @@ class Saver:
 
     # ------------------------------------------------ writing
     def _try_with_retries(self, name: str, state: dict[str, Any], run_json: dict[str, Any]) -> str | None:
-        """Write and publish a checkpoint, with repeated attempts for `checkpoint.retry_seconds`, and then delete old
-        ones."""
-        deadline, tries = time.monotonic() + self.cfg.retry_seconds, 0
+        """Write and publish a checkpoint, and then delete old ones. A failed attempt is repeated until
+        `checkpoint.retry_seconds` have passed since the first failure."""
+        first_failure, tries = 0.0, 0
         while True:
             problem = self._try_once(name, state, run_json)
             tries += 1
@@ -145,7 +145,9 @@ class Saver:
                 self._delete_old(name)
                 return None
             problem = f"{self.store.path(name)}: cannot write the checkpoint ({problem}); the one before it is kept"
-            if self._on_rank_0(lambda: time.monotonic() >= deadline):
+            now = self._on_rank_0(time.monotonic)
+            first_failure = first_failure or now
+            if now >= first_failure + self.cfg.retry_seconds:
                 if self.rank == 0:
                     self.say(f"{problem}; tried {tries} times")
                 return problem

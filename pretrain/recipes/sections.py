@@ -214,7 +214,8 @@ class Checkpoint(Section):
     resume: int | str = "latest"
     # what the run does if a checkpoint cannot be written within `retry_seconds`
     on_error: Literal["stop", "continue"] = "stop"
-    retry_seconds: float = option(60.0, low=0)  # seconds in which a failed write is tried again
+    # seconds after the first failed attempt in which a write is tried again
+    retry_seconds: float = option(60.0, low=0)
 
 
 @dataclass

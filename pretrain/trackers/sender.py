@@ -108,14 +108,14 @@ class Sender:
         self.waiting: deque[Entry] = deque()
 
     def _new_state(self) -> dict[str, Any]:
-        """{"run", "id", "step", "scores"}: identity of the run, its id in the tracker, the last step and the number of
-        rows of results.jsonl that were sent."""
-        return {"run": self.identity, "id": "", "step": -1, "scores": 0}
+        """{"run", "id", "step", "scores", "outcome"}: identity of the run, its id in the tracker, the last step and the
+        number of rows of results.jsonl that were sent, and how the run has ended."""
+        return {"run": self.identity, "id": "", "step": -1, "scores": 0, "outcome": trackers.FINISHED}
 
     def _read_state(self) -> dict[str, Any]:
         new = self._new_state()
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = loads(read_text(self.folder / TRACKER_STATE))
+            found = new | loads(read_text(self.folder / TRACKER_STATE))  # earlier versions stored no outcome
             if {key: type(found[key]) for key in new} == {key: type(new[key]) for key in new}:
                 return found if found["run"] == self.identity else new
         return new
@@ -246,10 +246,12 @@ class Sender:
         self.read()
         for _ in range(1 + REFUSALS):
             self.send(now=True)
+        if self.ending.outcome != trackers.UNCHANGED:
+            self.state["outcome"] = self.ending.outcome
         self._write_state()
         try:
             if self.tracker is not None:
-                self.tracker.close(self.ending.outcome)
+                self.tracker.close(self.state["outcome"])
         except (Exception, SystemExit) as error:
             self.say(_described(error))
             self.failed = True

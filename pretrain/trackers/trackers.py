@@ -19,6 +19,7 @@ from common.errors import UserError
 FOLDER = Path(__file__).parent
 MAX_VALUES = 1000  # that are sent together; MLflow allows no more in a request
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # how a run has ended
+UNCHANGED = "unchanged"  # scores were sent after the end of the run
 
 
 class UnknownRun(Exception):

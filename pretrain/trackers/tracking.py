@@ -15,7 +15,7 @@ from common.child_signals import signals_blocked
 from common.output import say
 from pretrain.recipes.recipe import Recipe
 from pretrain.signals import Stopped
-from pretrain.trackers.trackers import FAILED, FINISHED, STOPPED
+from pretrain.trackers.trackers import FAILED, FINISHED, STOPPED, UNCHANGED
 
 SENDER = "pretrain.trackers.sender"  # the module that a process runs
 FINISH_SECONDS = 60.0  # for what is left when a run has finished
@@ -47,7 +47,8 @@ class Tracking:
                 self._report(name, f"the process that sends to it cannot be started ({error.strerror or error})")
 
     def ends_as(self, outcome: str) -> None:
-        """Tell how the run has ended (FINISHED, STOPPED or FAILED), if no exception leaves the context to tell it."""
+        """Tell how the run has ended (FINISHED, STOPPED or FAILED, or UNCHANGED if it had ended before), if no exception
+        leaves the context to tell it."""
         self._outcome = outcome
 
     def __enter__(self) -> Tracking:
@@ -57,7 +58,7 @@ class Tracking:
         """Let the processes send what is left. One that does not end in time is killed, with its child processes."""
         stopped = kind is not None and issubclass(kind, Stopped | KeyboardInterrupt)
         outcome = self._outcome or (FINISHED if kind is None else STOPPED if stopped else FAILED)
-        seconds = FINISH_SECONDS if outcome == FINISHED else ABORT_SECONDS
+        seconds = FINISH_SECONDS if outcome in (FINISHED, UNCHANGED) else ABORT_SECONDS
         deadline = time.monotonic() + seconds
         try:
             for process in self._processes.values():

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
-from launch import local
+from launch import evaluation_jobs, local
 from pretrain.recipes.recipe import load
 from pretrain.run_folder.prepare import prepare
 from pretrain.signals import EXIT_STOPPED
@@ -112,6 +112,16 @@ def test_a_process_whose_parent_was_killed(run: Path, monkeypatch: pytest.Monkey
     assert one.returncode == sender.EXIT_UNSENT
 
 
+def test_scores_that_come_after_the_end_do_not_change_how_the_run_has_ended(run: Path):
+    with process(run) as one:
+        one.stdin.write(b"failed 60\n")
+    score = {"model": "export/29", "step": 29, "split": "val", "protocol": "knn", "metric": "accuracy", "value": 0.5}
+    (run / "results.jsonl").write_text(json.dumps(score) + "\n")
+    evaluation_jobs._send_scores(run)
+    *_, before, sent, after = stored(run)
+    assert before == after == {"outcome": "failed"} and sent["step"] == 29
+
+
 @pytest.mark.parametrize(("exit_code", "outcome"), [(EXIT_STOPPED, "stopped"), (3, "failed")])
 def test_a_launcher_whose_trainers_do_not_finish(
     run: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int, outcome: str
@@ -196,7 +206,7 @@ def test_an_overwritten_run_is_a_new_run_of_the_tracker(run: Path, shards: Path)
     told = {"run": "another", "id": "7", "step": 3, "scores": 1}
     (one.folder / "state.json").write_text(json.dumps(told))
     one = in_process(run)
-    assert one.state == {"run": one.identity, "id": "", "step": -1, "scores": 0}
+    assert one.state == {"run": one.identity, "id": "", "step": -1, "scores": 0, "outcome": "finished"}
     prepare(tiny_recipe("mae", shards, run, *WORDS, "overwrite=true"))
     assert not (run / "trackers").exists()
     os.makedirs(one.folder)
