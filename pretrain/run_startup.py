@@ -3,6 +3,7 @@ checkpoint."""
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -96,12 +97,14 @@ def build_and_log_objective(cfg: Recipe, start: bool, say: Log) -> Objective:
     return objective
 
 
-def store_data_files(samples: Sequence[Dataset], run: Path) -> None:
+def store_data_files(samples: Sequence[Dataset], objective: Objective, run: Path) -> None:
     """Store in the run folder what later stages need from the data: the manifest of each dataset, and the tokenizer,
     which is copied into exports."""
     processes.on_rank_0(lambda: store_manifests(samples, run / "data"))
-    if (vocabulary := samples[0].vocabulary) is not None:
-        processes.on_rank_0(lambda: write_folder(str(run), vocabulary))
+    known = [samples[0].vocabulary, *(part.vocabulary for part in objective.parts.values())]
+    for vocabulary in known:
+        if vocabulary is not None:
+            processes.on_rank_0(functools.partial(write_folder, str(run), vocabulary))
 
 
 def resume(

@@ -181,7 +181,7 @@ def _train(
     engine = build_engine(objective, cfg, device)
     for line in engine.notes:
         say(line)
-    run_startup.store_data_files(samples, folder)
+    run_startup.store_data_files(samples, objective, folder)
     guard = Guard(objective, cfg.skip, device)
     saver = Saver(folder, cfg, say)
     first = run_startup.resume(folder, found, saver, engine, stream, guard, say)

@@ -21,6 +21,7 @@ from PIL import Image
 import launch.cli
 from data_pipeline.build import demo_images
 from data_pipeline.build.build_shards import build
+from data_pipeline.parts.caption import Caption
 from launch import command_parser
 from pretrain import contract
 from pretrain.interchange import export
@@ -194,7 +195,7 @@ def forget_connections() -> None:
 def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
     """A recipe of any objective that trains in seconds."""
     data = [
-        f"data.train={tokens(shards.parent) if reads_text(name) else shards}",
+        *data_of(name, shards),
         "data.batch=16",
         "data.workers=0",
         "steps=8",
@@ -205,6 +206,36 @@ def tiny_recipe(name: str, shards: Path, run: Path, *overrides: str) -> Recipe:
         "log.flops=false",
     ]
     return load("demo", [f"objective={name}", *tiny(name, shards), *data, "optim.lr=1e-3", *overrides])
+
+
+def data_of(name: str, shards: Path) -> list[str]:
+    """The overrides that name data with the parts of an objective."""
+    parts = finder.find(name).parts
+    if any(isinstance(part, Caption) for part in parts.values()):
+        return [f"data.train={captioned(shards)}", f"data.tokenizer={tokens(shards.parent)}"]
+    return [f"data.train={tokens(shards.parent) if reads_text(name) else shards}"]
+
+
+def captioned(shards: Path) -> Path:
+    """The samples of the shards, each with a caption that names its class and describes the sample."""
+    from data_pipeline.shards import index
+    from data_pipeline.shards.samples import Samples
+    from tests.tars import write_tar
+
+    target = shards.parent / "captioned"
+    if not target.is_dir():
+        samples, members = Samples([str(shards)]), []
+        for number in range(len(samples)):
+            text = f"a photo of a {samples.label(number)}, part {number % 7}"
+            for extension, data in samples.read(number).items():
+                members.append((f"{number:03d}.{extension}", data))
+            members.append((f"{number:03d}.txt", text.encode()))
+        partial = shards.parent / "captioned.partial"
+        partial.mkdir()
+        write_tar(partial / "000000.tar", members)
+        index.write(partial, lambda line: None, extra={"classes": samples.merged().classes})
+        partial.rename(target)
+    return target
 
 
 def reads_text(name: str) -> bool:

@@ -22,7 +22,7 @@ COMMON_WORDS = {  # options whose names mean something else, too
     **dict.fromkeys(("blur", "color", "flip", "jitter", "solarize"), "kinds of augmentation, in data_pipeline/views/"),
     **dict.fromkeys(("momentum", "decoder_depth", "temperature"), "options of an optimizer, a model, a protocol"),
     "teacher": "the frozen networks of a plan",
-    **dict.fromkeys(("share", "span", "random", "masked", "loss"), "words of the language"),
+    **dict.fromkeys(("share", "span", "random", "masked", "loss", "text"), "words of the language"),
     "z_loss": "an argument of the chunked cross-entropy, which models of text hand on",
 }
 LONGEST_METHOD = 200  # lines

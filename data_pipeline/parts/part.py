@@ -78,6 +78,12 @@ class Part:
                 )
 
     @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The vocabulary of the tokenizer that the part itself opens, which is stored with the run; None if it opens
+        none."""
+        return None
+
+    @property
     def noun(self) -> str:
         """The word for this part in messages."""
         return type(self).__name__.lower()

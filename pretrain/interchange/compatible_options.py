@@ -12,13 +12,14 @@ from pretrain.models import presets
 SHAPE_OPTIONS = (
     *("dim", "depth", "widths", "depths", "decoder_depth", "vocab_size", "head_dim", "mlp_width", "mlp_ratio"),
     *("context", "segments", "in_channels", "registers", "layer_scale", "qkv_bias", "bias"),
+    *("pooling", "embed_norm"),
 )
 # Options of a decoder that have an effect only if `rope_factor` is not 1.
 ROPE_SCALING_OPTIONS = ("rope_low", "rope_high", "rope_context")
 # Options that determine how a model computes with its tensors.
 COMPUTATION_OPTIONS = (
     *("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem", "architecture", "kv_heads"),
-    *("norm", "qk_norm", "windows", "softcap", "tied", "buckets", "max_distance", "rope_factor"),
+    *("norm", "qk_norm", "windows", "softcap", "tied", "buckets", "max_distance", "rope_factor", "bidirectional"),
     *ROPE_SCALING_OPTIONS,
 )
 

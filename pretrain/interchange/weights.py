@@ -154,7 +154,7 @@ def load_run(objective: Objective, where: str) -> set[str]:
     for key, value in state.items():
         if value.shape != own[key].shape:
             cfg = cast(Any, objective.get_submodule(key.rpartition(".")[0])).cfg
-            side = math.isqrt(own[key].shape[1] - 1)
+            side = math.isqrt(own[key].shape[1])  # with or without an entry of the class token
             state[key] = resize_table(value, side, cfg.registers > 0, cfg.position_offset)
     objective.load_state_dict(state, strict=False)
     return set(state)

@@ -27,7 +27,9 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin of each token's angles, [T, 1, d
 class Features(NamedTuple):
     """The output of every backbone. With `layers=n` the outputs of the last n blocks are concatenated along D."""
 
-    cls: Tensor  # [B, D]: class token; the pooled map of a convolutional network; the last token of a causal decoder
+    # [B, D]: class token; an attention pool of the patches; the pooled map of a convolutional network; the last token of
+    # a decoder
+    cls: Tensor
     tokens: Tensor  # [B, N, D]: patches in row-major order, or tokens of text
     registers: Tensor  # [B, R, D]; R may be 0
     grid: tuple[int, ...]  # (h, w) of the full input, even if only some patches were kept; (N,) for text
@@ -143,14 +145,22 @@ class Attention(nn.Module):
         return self.proj(self.attend(q, k, v, shapes).flatten(1))
 
 
+def gelu(x: Tensor, kind: str = "gelu") -> Tensor:
+    """GELU (arXiv 1606.08415): exact, by its tanh formula ("gelu_tanh"), or x · sigmoid(1.702 x) ("quick_gelu")."""
+    if kind == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, kind: str = "gelu"):
         super().__init__()
+        self.kind = kind
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x), self.kind))
 
 
 class SwiGLU(nn.Module):
@@ -164,6 +174,28 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class AttentionPool(nn.Module):
+    """One feature of all tokens [B, N, D] → [B, D]: a learned query attends to them, and a residual MLP follows (MAP,
+    arXiv 2106.04560 appendix B, 1810.00825)."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, mlp: str, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.query_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = LayerNorm(dim, eps)
+        self.mlp = Mlp(dim, hidden, mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(self.query_token.to(x.dtype)).expand(len(x), -1, -1)  # [B, 1, D]
+        parts = [query, *self.key_value(x).chunk(2, dim=-1)]
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # [B, H, 1 or N, d]
+        pooled = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # [B, 1, D]
+        return (pooled + self.mlp(self.norm(pooled))).squeeze(1)
 
 
 class LayerScale(nn.Module):
@@ -236,7 +268,8 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads, qkv_bias, key_bias)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.norm2 = LayerNorm(dim, norm_eps)
-        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(dim * mlp_ratio + 1e-6))
+        hidden = int(dim * mlp_ratio + 1e-6)
+        self.mlp = SwiGLU(dim, hidden) if mlp == "swiglu" else Mlp(dim, hidden, mlp)
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 

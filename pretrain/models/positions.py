@@ -56,8 +56,10 @@ def interpolate_table(table: Tensor, grid: tuple[int, int], antialias: bool, off
 
 
 def resize_table(table: Tensor, side: int, antialias: bool, offset: float = 0.0) -> Tensor:
-    """A position table [1, 1 + N, D], whose first entry is that of the class token, resized to [1, 1 + side², D]."""
-    return torch.cat([table[:, :1], interpolate_table(table[:, 1:], (side, side), antialias, offset)], dim=1)
+    """A position table [1, 1 + N, D], whose first entry is that of the class token, or [1, N, D] without one, resized to
+    side² patches; N is a square."""
+    first = table.shape[1] - math.isqrt(table.shape[1]) ** 2  # 1 with a class token, else 0
+    return torch.cat([table[:, :first], interpolate_table(table[:, first:], (side, side), antialias, offset)], dim=1)
 
 
 def rope_periods(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:

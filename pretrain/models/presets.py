@@ -50,7 +50,9 @@ class ViT(Model):
     depth: int = option(12, **DEPTH)  # number of blocks
     heads: int = option(6, **SIZE)  # number of attention heads, each of width dim / heads
     mlp_ratio: float = option(4.0, above=0, high=1000)  # hidden width of a block's MLP, relative to dim
-    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: w3(silu(w1 x) · w2 x) (arXiv 2002.05202)
+    # activation of the MLPs. gelu_tanh: GELU by its tanh formula, as in SigLIP; quick_gelu: x · sigmoid(1.702 x), as in
+    # CLIP; swiglu: w3(silu(w1 x) · w2 x) (arXiv 2002.05202)
+    mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
     # learned and sincos: a table that is added to the tokens; rope: rotations of queries and keys
     positions: Literal["learned", "sincos", "rope"] = "learned"
     # a table of side N is resized to n with scale (n + position_offset) / N; 0.1 reproduces the released DINOv2 models
@@ -66,6 +68,10 @@ class ViT(Model):
     )  # the same with an independent factor for each axis
     # training only: the largest random shift of the coordinates
     rope_shift: float | None = option_if(None, "positions", "rope")
+    # token: a class token; attention: no class token, a learned query attends to the patches in its place (SigLIP's
+    # head, arXiv 2106.04560 appendix B)
+    pooling: Literal["token", "attention"] = "token"
+    embed_norm: bool = False  # whether the tokens are normalised before the first block, as in CLIP
     # number of register tokens, which no loss uses (arXiv 2309.16588)
     registers: int = option(0, low=0)
     layer_scale: float | None = None  # initial value of LayerScale; null: none
@@ -139,7 +145,8 @@ class Decoder(Model):
     # number of heads of keys and values, each of which serves heads / kv_heads query heads (arXiv 2305.13245); null: as
     # many as query heads
     kv_heads: int | None = option(None, **SIZE)
-    mlp: Literal["swiglu", "relu2", "gelu", "gelu_tanh"] = "swiglu"  # relu2: relu(x)² (arXiv 2109.08668)
+    # relu2: relu(x)² (arXiv 2109.08668); quick_gelu: x · sigmoid(1.702 x), as in CLIP
+    mlp: Literal["swiglu", "relu2", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
     # hidden width of a block's MLP; auto: with swiglu 8/3 · dim, rounded up to a multiple of 64, otherwise 4 · dim
     mlp_width: int | Literal["auto"] = option("auto", **SIZE)
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
@@ -160,6 +167,8 @@ class Decoder(Model):
     windows: list[int] = field(default_factory=list)
     tied: bool = False  # whether the head uses the weights of the embedding
     softcap: float | None = None  # logits become softcap · tanh(logits / softcap); null: unchanged
+    # whether a token also attends to later ones, as in the text model of SigLIP, which writes no text
+    bidirectional: bool = False
     # initial weights; muon: those of nanochat, with a standard deviation of 0.8 in the embedding, and zeros in the last
     # layers of attention and MLP
     init: Literal["normal", "muon"] = "normal"
@@ -244,6 +253,10 @@ def _dinov2(dim: int, depth: int, heads: int, **more: Any) -> tuple[type[ViT], d
     return _vit(dim, depth, heads, **{"image_size": 518, "patch_size": 14, "layer_scale": 1e-5, **more})
 
 
+# The text models of CLIP (arXiv 2103.00020) and SigLIP (2303.15343). Their head, which no loss uses, has no weights of
+# its own.
+_CLIP_TEXT = {"norm": "layer", "bias": True, "positions": "learned", "mlp": "gelu", "tied": True}
+_SIGLIP_TEXT = {**_CLIP_TEXT, "bidirectional": True, "norm_eps": 1e-6, "mlp": "gelu_tanh"}
 _GPT2 = {"norm": "layer", "bias": True, "positions": "learned", "mlp": "gelu_tanh", "tied": True}
 
 
@@ -301,6 +314,11 @@ PRESETS: dict[str, tuple[type[Model], dict]] = {
     "gpt": (Decoder, {"qk_norm": True}),
     "gpt_micro": (Decoder, {"qk_norm": True, "dim": 64, "depth": 2, "heads": 4, "vocab_size": 512, "context": 64}),
     "gpt2_124m": (Decoder, {**_GPT2, "dim": 768, "depth": 12, "heads": 12, "vocab_size": 50257}),
+    "clip_text": (Decoder, {**_CLIP_TEXT, "dim": 512, "depth": 12, "heads": 8, "vocab_size": 49408, "context": 77}),
+    "siglip_text": (
+        Decoder,
+        {**_SIGLIP_TEXT, "dim": 768, "depth": 12, "heads": 12, "vocab_size": 32000, "context": 64},
+    ),
     "llama_160m": _llama(768, 12, 12, 3072, vocab_size=32000, context=2048, norm_eps=1e-6),
     "llama_1b": _llama3(2048, 16, 32, 8192, tied=True),
     "llama_8b": _llama3(4096, 32, 32, 14336),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.layers import LayerNorm
+from pretrain.models.layers import LayerNorm, gelu
 from pretrain.ops.precision import wide
 
 
@@ -40,7 +40,8 @@ class FusedLinear(nn.Linear):
 
 class Mlp(nn.Module):
     """down(act(up x)); for swiglu and geglu (arXiv 2002.05202): down(act(gate x) · up x), where one matrix product
-    computes both gate x and up x. `width`: the hidden width; `kind`: swiglu, geglu, relu2, relu, gelu_tanh or gelu."""
+    computes both gate x and up x. `width`: the hidden width; `kind`: swiglu, geglu, relu2, relu, gelu_tanh, quick_gelu or
+    gelu."""
 
     def __init__(self, dim: int, width: int, kind: str, bias: bool):
         super().__init__()
@@ -58,4 +59,4 @@ class Mlp(nn.Module):
             return self.down(F.relu(x).square())
         if self.kind == "relu":
             return self.down(F.relu(x))
-        return self.down(F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+        return self.down(gelu(x, self.kind))

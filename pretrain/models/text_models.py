@@ -46,8 +46,6 @@ class DecoderBlock(nn.Module):
 
 
 class DecoderTransformer(TextBackbone):
-    causal = True
-
     def __init__(self, cfg: Decoder):
         super().__init__()
         dim, _, _, self.head_dim, _ = decoder_sizes(cfg)
@@ -56,6 +54,7 @@ class DecoderTransformer(TextBackbone):
         if any(window < 0 for window in cfg.windows):
             raise ValueError(f"model.windows = {cfg.windows}: numbers of tokens, or 0 for all")
         self.cfg, self.embed_dim, self.context, self.vocab_size = cfg, dim, cfg.context, cfg.vocab_size
+        self.causal = not cfg.bidirectional
         self.embed = nn.Embedding(cfg.vocab_size, dim)
         self.position_embed = nn.Embedding(cfg.context, dim) if cfg.positions == "learned" else None
         windows = [cfg.windows[i % len(cfg.windows)] if cfg.windows else 0 for i in range(cfg.depth)]
@@ -118,7 +117,7 @@ class DecoderTransformer(TextBackbone):
         rotation = None
         if self.rope_base is not None:
             rotation = rotary_tables(positions, self.head_dim, self.rope_base, self.rope_scaling)
-        return Scope(b, t, rotation, masks, causal=not seen), positions
+        return Scope(b, t, rotation, masks, causal=self.causal and not seen), positions
 
 
 class EncoderBlock(nn.Module):

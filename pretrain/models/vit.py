@@ -1,8 +1,9 @@
 """Vision transformer (arXiv 2010.11929) with learned, sin-cos or rotary positions, registers (2309.16588), masks, and
 dropped patches.
 
-Token order: class token, registers, patches row-major. Shapes: B images, N patches, K kept patches, R registers, D
-features, d the width of an attention head, P = 1 + R, L blocks, T tokens of all inputs.
+Token order: class token, registers, patches row-major. With `pooling: attention` there is no class token. Shapes: B
+images, N patches, K kept patches, R registers, D features, d the width of an attention head, P = 1 + R (without a class
+token R), L blocks, T tokens of all inputs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.layers import Backbone, Block, Features, LayerNorm, Rotation, Shapes
+from pretrain.models.layers import AttentionPool, Backbone, Block, Features, LayerNorm, Rotation, Shapes
 from pretrain.models.positions import Tables, interpolate_table, rope_angles, rope_change, rope_periods, sincos_table
 from pretrain.models.presets import ViT
 from pretrain.ops.host_to_device import to_device
@@ -26,6 +27,12 @@ def _check(cfg: ViT) -> None:
             raise ValueError(
                 f"model.{whole} = {size} must be a multiple of model.{part} = {unit}; write model.{whole}={fitting}"
             )
+    if cfg.mlp == "swiglu" and cfg.pooling == "attention":
+        raise ValueError(
+            "model.mlp = swiglu: the head of model.pooling = attention has no such MLP; write model.mlp=gelu"
+        )
+    if cfg.local_cls_norm and cfg.pooling == "attention":
+        raise ValueError("model.local_cls_norm = true: needs the class token of model.pooling = token")
     if cfg.positions != "rope":
         return
     for key, least in (("rope_shift", 0), ("rope_jitter", 1), ("rope_rescale", 1)):
@@ -43,23 +50,28 @@ class VisionTransformer(Backbone):
         _check(cfg)
         self.cfg = cfg
         self.embed_dim, self.image_size, self.patch_size = cfg.dim, cfg.image_size, cfg.patch_size
-        self.prefix, self.max_layers = 1 + cfg.registers, cfg.depth
+        has_class_token = cfg.pooling == "token"
+        self.prefix, self.max_layers = int(has_class_token) + cfg.registers, cfg.depth
         side = cfg.image_size // cfg.patch_size
         self.patch_embed = nn.Conv2d(cfg.in_channels, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim)) if has_class_token else None
         self.registers = nn.Parameter(torch.zeros(1, cfg.registers, cfg.dim)) if cfg.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, cfg.dim)) if cfg.mask_token else None
         if cfg.positions == "learned":
-            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, cfg.dim))
+            self.pos_embed = nn.Parameter(torch.zeros(1, has_class_token + side * side, cfg.dim))
         elif cfg.positions == "sincos":
-            table = torch.cat([torch.zeros(1, cfg.dim), sincos_table(cfg.dim, (side, side))])
+            table = torch.cat([torch.zeros(int(has_class_token), cfg.dim), sincos_table(cfg.dim, (side, side))])
             self.register_buffer("pos_embed", table.unsqueeze(0))
         else:  # the periods are no buffer, which would be rounded to bf16 with the weights and change features by 1e-3
             rope_periods(cfg.dim // cfg.heads, cfg.rope_base)
         options = (cfg.mlp_ratio, cfg.mlp, cfg.qkv_bias, cfg.layer_scale, cfg.drop_path, cfg.norm_eps, cfg.key_bias)
+        self.embed_norm = LayerNorm(cfg.dim, cfg.norm_eps) if cfg.embed_norm else None
         self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, *options) for _ in range(cfg.depth))
         self.norm = LayerNorm(cfg.dim, cfg.norm_eps)
         self.local_cls_norm = LayerNorm(cfg.dim, cfg.norm_eps) if cfg.local_cls_norm else None
+        hidden = int(cfg.dim * cfg.mlp_ratio + 1e-6)
+        pool = None if has_class_token else AttentionPool(cfg.dim, cfg.heads, hidden, cfg.mlp, cfg.norm_eps)
+        self.attention_pool = pool
         self._rotations, self._periods = Tables(), Tables()  # by grid and device; by device
         self._initialise()
 
@@ -68,7 +80,9 @@ class VisionTransformer(Backbone):
         bound = (self.cfg.in_channels * self.patch_size**2) ** -0.5
         nn.init.uniform_(self.patch_embed.weight, -bound, bound)
         nn.init.zeros_(self.patch_embed.bias)
-        for token in (self.cls_token, self.registers, self.pos_embed if self.cfg.positions == "learned" else None):
+        query = self.attention_pool.query_token if self.attention_pool is not None else None
+        table = self.pos_embed if self.cfg.positions == "learned" else None
+        for token in (self.cls_token, self.registers, query, table):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
 
@@ -79,7 +93,8 @@ class VisionTransformer(Backbone):
         part, _, rest = name.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) + 1, len(self.blocks) + 1
-        return (len(self.blocks) + 1 if part in ("norm", "local_cls_norm") else 0), len(self.blocks) + 1
+        is_last = part in ("norm", "local_cls_norm", "attention_pool")
+        return (len(self.blocks) + 1 if is_last else 0), len(self.blocks) + 1
 
     def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
         """See `Backbone`. `mask` and `keep` are lists (None where an input has none) when x is a list.
@@ -99,11 +114,18 @@ class VisionTransformer(Backbone):
             flat = block(flat, shapes, rotations[i] if rotations else None)
             if i >= len(self.blocks) - layers:
                 outputs.append(self._normed(flat, shapes))
-        parts = [torch.cat(same, dim=-1) if layers > 1 else same[0] for same in zip(*outputs, strict=True)]
         return [
-            Features(part[:, 0], part[:, self.prefix :], part[:, 1 : self.prefix], grid)
-            for part, (_, grid, _) in zip(parts, embedded, strict=True)
+            self._features(same, grid) for same, (_, grid, _) in zip(zip(*outputs, strict=True), embedded, strict=True)
         ]
+
+    def _features(self, outputs: tuple[Tensor, ...], grid: tuple[int, int]) -> Features:
+        """The features of one input from its tokens [B, P + N, D] after each of the last layers."""
+        part = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        if self.attention_pool is None:
+            return Features(part[:, 0], part[:, self.prefix :], part[:, 1 : self.prefix], grid)
+        pooled = [self.attention_pool(tokens[:, self.prefix :]) for tokens in outputs]
+        cls = torch.cat(pooled, dim=-1) if len(pooled) > 1 else pooled[0]
+        return Features(cls, part[:, self.prefix :], part[:, : self.prefix], grid)
 
     def _normed(self, flat: Tensor, shapes: Shapes) -> list[Tensor]:
         """Apply the last norm to the packed tokens [T, D]. Returns [B, P + N, D] for each input."""
@@ -145,13 +167,16 @@ class VisionTransformer(Backbone):
         cls = self.cls_token
         if self.cfg.positions != "rope":
             # antialias: as in transformers' Dinov2 with and without registers, so that exports agree at every size
-            table = interpolate_table(self.pos_embed[:, 1:], grid, self.cfg.registers > 0, self.cfg.position_offset)
+            table = self.pos_embed if cls is None else self.pos_embed[:, 1:]
+            table = interpolate_table(table, grid, self.cfg.registers > 0, self.cfg.position_offset)
             patches = patches + table.to(patches.dtype)
-            cls = cls + self.pos_embed[:, :1]
+            cls = None if cls is None else cls + self.pos_embed[:, :1]
         if keep is not None:
             patches = pick(patches, keep)  # [B, K, D]
-        prefix = [cls.to(patches.dtype)] + ([self.registers.to(patches.dtype)] if self.registers is not None else [])
+        prefix = [token.to(patches.dtype) for token in (cls, self.registers) if token is not None]
         tokens = torch.cat([p.expand(x.shape[0], -1, -1) for p in prefix] + [patches], dim=1)
+        if self.embed_norm is not None:
+            tokens = self.embed_norm(tokens)
         return tokens, grid, self._rotation(grid, keep, x.device) if self.cfg.positions == "rope" else None
 
     def _rotation(self, grid: tuple[int, int], keep: Tensor | None, device: torch.device) -> Rotation:

@@ -42,6 +42,8 @@ class GPT(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         self.backbone: Any = backbone()
+        if not self.backbone.causal:
+            raise ValueError("model.bidirectional = true: tokens would see the ones to predict; remove it")
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

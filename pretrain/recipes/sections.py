@@ -97,9 +97,13 @@ class Data(Section):
     bad_share: float = option(1e-4, low=0)
     bad_shard_share: float = option(0.01, low=0)  # the same share for a single shard
     fetch: Fetch = field(default_factory=Fetch)
-    # text: number of tokens in a row, T; null: model.context, or 64 for captions
+    # text: number of tokens in a row, T; null: model.context, or for captions the number of the method (clip: 77,
+    # siglip: 64)
     length: int | None = option(None, low=1)
     tokenizer: str = ""  # captions: a tokenizer.json, or a folder that contains one; local or any URL
+    # captions: the field of the .json members that holds the caption, or a list of captions, of which one is drawn each
+    # time; "": the .txt members
+    captions: str = ""
     # text: split cuts the concatenated documents into rows; best_fit puts whole documents into rows where they fit
     packing: Literal["split", "best_fit"] = "split"
     document_mask: bool = True  # text: whether tokens attend to and predict tokens of their own document only

@@ -10,7 +10,7 @@ from pretrain.contract import TEXT
 from pretrain.estimate import plan
 from pretrain.recipes import recipe
 from pretrain.train import train
-from tests.conftest import TINY, sampled, teacher_run, tiny, tiny_recipe, tokens
+from tests.conftest import TINY, data_of, sampled, teacher_run, tiny, tiny_recipe
 
 HEADS = ["objective.prototypes=64", "objective.head_hidden=64", "objective.head_bottleneck=32"]
 IBOT = ["objective.ibot_prototypes=32", "objective.ibot_hidden=48", "objective.ibot_bottleneck=16"]
@@ -53,7 +53,7 @@ def reduced(name: str, shards: Path) -> list[str]:
         ]
     group = ["objective.koleo_group=8"] if name == "dinov2_vitl14" else []
     own = tiny(recipe.load(name).objective.name, shards)
-    return [*(option for option in own if option.startswith("objective.")), *group]
+    return [*(option for option in own if option.startswith(("objective.", "data."))), *group]
 
 
 def small(name: str, shards: Path) -> list[str]:
@@ -91,8 +91,7 @@ SHOWN = [name for name in recipe.names() if recipe.load(name).objective.name not
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(recipe.names(), *SHOWN, "byol_resnet50"))
 def test_recipe_trains_two_steps(name: str, shards: Path, tmp_path: Path):
-    text = recipe.load(name).model.reads == "tokens"
-    data = [f"data.train={tokens(shards.parent) if text else shards}", "steps=2", f"run={tmp_path / 'run'}"]
+    data = [*data_of(recipe.load(name).objective.name, shards), "steps=2", f"run={tmp_path / 'run'}"]
     cfg = recipe.load(name, [*small(name, shards), *data])
     run = train(cfg)
     assert (run / "export" / "2" / "model.safetensors").is_file()

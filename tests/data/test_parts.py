@@ -13,7 +13,7 @@ import torch
 
 from common.errors import Absent, ConfigError, Damaged, DataError
 from data_pipeline.build.build_shards import build
-from data_pipeline.parts.caption import Caption, token_row
+from data_pipeline.parts.caption import Caption, CaptionTokens, token_row
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.label import Label
 from data_pipeline.parts.part import About, Part
@@ -23,6 +23,7 @@ from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
 from data_pipeline.stream.stream import Stream, to_device
 from pretrain.build import open_samples, parts_of
+from pretrain.models.presets import Decoder
 from pretrain.recipes.recipe import load
 from tests.conftest import tokens, unlabeled
 from tests.data.building import quiet
@@ -78,7 +79,7 @@ def test_a_caption_becomes_a_row_of_tokens(shards: Path):
     part = Caption(tokenizer=str(tokens(shards.parent)), length=12)
     about = About(**part.about(None, None))
     vocabulary = about.vocabulary
-    assert vocabulary is not None and about.length == 12 and Caption().about(None, None)["vocabulary"] is None
+    assert vocabulary is not None and about.length == 12 and Caption().about([], None)["vocabulary"] is None
     tokenizer = vocabulary.tokenizer()
     ids = tokenizer.encode("the sea", add_special_tokens=False).ids
     framed = [
@@ -89,6 +90,48 @@ def test_a_caption_becomes_a_row_of_tokens(shards: Path):
     assert token_row("the sea", about, tokenizer).tolist() == framed + [-1] * (12 - len(framed))
     long = token_row("the sea " * 50, about, tokenizer)
     assert len(long) == 12 and (long >= 0).all() and long[-1] == vocabulary.eos
+
+
+def test_captions_of_a_field_of_which_one_is_drawn(shards: Path, tmp_path: Path):
+    rows = [b'{"c": ["one", "two"]}', b'{"c": "three"}', b'{"d": 1}', b'{"c": [1]}', b"{"]
+    members = [m for n, row in enumerate(rows) for m in ((f"{n}.jpg", jpeg(n)), (f"{n}.json", row))]
+    write_tar(tmp_path / "a.tar", members)
+    data = load("demo", [f"data.tokenizer={tokens(shards.parent)}", "data.length=8", "data.captions=c"]).data
+    samples, part = Samples([str(tmp_path)]), Caption().configured(data, None)
+    assert read(samples, 0, {"text": part})["text"] == ["one", "two"]
+    assert read(samples, 1, {"text": part})["text"] == "three"
+    with pytest.raises(Absent, match=r"has no field 'c' with a caption in its .json member; its fields: d"):
+        read(samples, 2, {"text": part})
+    for number, says in ((3, "'c' is neither a text nor a list of texts"), (4, "is not valid JSON")):
+        with pytest.raises(Damaged, match=says):
+            read(samples, number, {"text": part})
+    part.check([samples], None)
+    with pytest.raises(ConfigError, match=r"data.captions = e: none of the first 5 samples of .* its fields: c"):
+        Caption(field="e", extensions=("json",)).check([samples], None)
+    about = About(**part.about([samples], None))
+    make = CaptionTokens(about, Decoder(vocab_size=512, context=8), "objective.text")
+    drawn = {tuple(make(["one", "two"], np.random.default_rng(n))["tokens"]) for n in range(20)}
+    tokenizer = about.vocabulary.tokenizer()  # type: ignore[union-attr]
+    expected = [token_row(word, about, tokenizer) for word in ("one", "two")]
+    assert drawn == {tuple(np.where(row < 0, make.pad, row)) for row in expected}
+    last = make("one", np.random.default_rng(0))["last"]
+    assert expected[0][last] == about.vocabulary.eos  # type: ignore[union-attr]
+
+
+def test_captions_that_do_not_fit_the_text_model(shards: Path):
+    part = Caption(tokenizer=str(tokens(shards.parent)), length=12)
+    about = About(**part.about([], None))
+    size = about.vocabulary.size  # type: ignore[union-attr]
+    for given, vocab_size, context, says in (
+        (About(**Caption().about([], None)), 512, 12, "data.tokenizer is empty"),
+        (about, size - 1, 12, rf"text.vocab_size = {size - 1}: .* has {size} tokens; write text.vocab_size=512"),
+        (about, 512, 11, "data.length = 12: is more than text.context = 11; write data.length=11"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            CaptionTokens(given, Decoder(vocab_size=vocab_size, context=context), "text")
+    stand_in = CaptionTokens(About(**Caption(length=12).about(None, None)), Decoder(vocab_size=256, context=12), "text")
+    row = stand_in("a b c", np.random.default_rng(0))
+    assert row["tokens"].max() < 256 and row["last"] == 4
 
 
 def test_rows_of_tokens_have_the_length_of_the_recipe(shards: Path):

@@ -40,9 +40,21 @@ LARS = {"optim.name": "lars", "optim.trust": 1.0}  # so large that a wrong norm 
 # One objective for each property: byol has a teacher with batch norms of its own, moco a queue, simclr couples the batch and has batch norm, dinov3 has an averaged teacher, Sinkhorn and Gram anchoring, gpt a count of
 # targets that differs by process and tied weights, distillation a frozen teacher, mae buffers, vqvae a codebook, context_encoder convolutions and a discriminator with a learning rate of its own.
 IN_CI: dict[str, tuple[str, ...]] = {
-    "single": ("mae", "simclr", "dinov3", "gpt", "distillation", "byol", "moco", "vqvae", "context_encoder"),
-    "ddp2": ("simclr", "dinov3", "gpt", "distillation", "byol"),
-    "fsdp2": ("simclr", "dinov3", "gpt", "distillation", "mae", "moco", "vqvae", "context_encoder"),
+    "single": (
+        "mae",
+        "clip",
+        "siglip",
+        "simclr",
+        "dinov3",
+        "gpt",
+        "distillation",
+        "byol",
+        "moco",
+        "vqvae",
+        "context_encoder",
+    ),
+    "ddp2": ("simclr", "dinov3", "gpt", "distillation", "byol", "siglip"),
+    "fsdp2": ("clip", "simclr", "dinov3", "gpt", "distillation", "mae", "moco", "vqvae", "context_encoder"),
     "fsdp2-alone": ("dinov3",),
     "hsdp2x2": ("dinov3",),
     "zero1": ("gpt",),

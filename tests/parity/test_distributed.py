@@ -31,7 +31,7 @@ from pretrain.ops.koleo import koleo
 from pretrain.ops.similarity_distillation import relation_loss
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.ops.sync_norm import BatchNorm
-from tests.parity import test_catalogue, test_pretext
+from tests.parity import test_catalogue, test_image_text, test_pretext
 from tests.parity.test_dinov3 import batch_of, dinov3
 from tests.parity.test_losses import dinov2, dinov2_batch, normal, places_of
 
@@ -314,6 +314,9 @@ CHECKS |= {
 CHECKS["check_context_encoder_resnet"] = functools.partial(
     test_pretext.check, "context_encoder", test_pretext.SMALL_MAP, 64
 )
+CHECKS |= {
+    f"check_{kind}_pairs": functools.partial(test_image_text.check_pairs, kind) for kind in ("softmax", "sigmoid")
+}
 CHECKS["check_vqvae_without_restarts"] = functools.partial(test_pretext.check, "vqvae", "vit", restart_below=0.0)
 
 

@@ -29,6 +29,11 @@ def write(cfg: Any, state: State, mean: list[float], std: list[float]) -> tuple[
         tensors = {_convnext_key(key): value for key, value in state.items()}
         side = cfg.image_size
     elif isinstance(cfg, presets.ViT):
+        if cfg.pooling == "attention" or cfg.embed_norm or cfg.mlp not in ("gelu", "swiglu"):
+            raise UserError(
+                f"model.pooling = {cfg.pooling}, model.embed_norm = {cfg.embed_norm}, model.mlp = {cfg.mlp}: cannot be"
+                " written for timm; this layout has class tokens, no such norm, and the MLPs gelu and swiglu"
+            )
         architecture, arguments = (_rotary_model if cfg.positions == "rope" else _plain_model)(cfg)
         tensors, side = _vit_tensors(cfg, state), cfg.image_size
     else:

@@ -3,7 +3,8 @@ which version 5 reads, too).
 
 A ViT with rotary positions becomes a `dinov3_vit`, any other ViT a `dinov2` (with registers: `dinov2_with_registers`),
 a ConvNeXt a `dinov3_convnext`, and a ResNet with the ImageNet stem a `resnet`. A model without layer scales is written
-with layer scales of one. `vit` and the encoder of `vit_mae` can be read but not written. Text models are in
+with layer scales of one. `vit` and the encoder of `vit_mae` can be read but not written. A ViT with the options of CLIP
+or SigLIP that these classes do not have keeps our names, and its `model_type` is `unlabeled_vit`. Text models are in
 `transformers_text.py`.
 """
 
@@ -29,6 +30,8 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
     if transformers_text.is_text(cfg):
         return transformers_text.write(cfg, state)
     if isinstance(cfg, presets.ViT):
+        if has_own_layout(cfg):
+            return {"model_type": "unlabeled_vit", "architectures": ["VisionTransformer"]}, dict(state)
         return vit_to_transformers(cfg, state)
     if isinstance(cfg, presets.Timm):  # a network of timm, whose create_model("local-dir:FOLDER") opens the folder, too
         fields = {"model_type": "timm_wrapper", "architecture": cfg.architecture, "num_classes": 0}
@@ -44,7 +47,7 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
     if transformers_text.is_text(cfg):
         return transformers_text.read(cfg, tensors, kind)
     if isinstance(cfg, presets.ViT):
-        return vit_from_transformers(cfg, tensors, kind)
+        return dict(tensors) if has_own_layout(cfg) else vit_from_transformers(cfg, tensors, kind)
     if isinstance(cfg, presets.Timm):
         return {f"network.{k}": v for k, v in tensors.items()}
     if isinstance(cfg, presets.ConvNeXt):
@@ -57,6 +60,15 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
 
 
 # ---------------------------------------------------------------- ViT
+def has_own_layout(cfg: presets.ViT) -> bool:
+    """Whether none of transformers' classes for a ViT alone computes this one."""
+    return cfg.pooling == "attention" or cfg.embed_norm
+
+
+# {our name of an MLP: transformers' name of its activation}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "swiglu": "silu"}
+
+
 def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(fields of config.json, [(our name, transformers' name)] of the tensors, without .weight and .bias).
 
@@ -91,17 +103,16 @@ def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]
         ("blocks.{i}.ls2.gamma", f"{block}.layer_scale2.lambda1"),
     ]
     if rope:
-        mlp = {
-            "gelu": {"fc1": "up_proj", "fc2": "down_proj"},
-            "swiglu": {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"},
-        }[cfg.mlp]
+        mlp = {"fc1": "up_proj", "fc2": "down_proj"}
+        if cfg.mlp == "swiglu":
+            mlp = {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"}
         fields |= {
             "model_type": "dinov3_vit",
             "architectures": ["DINOv3ViTModel"],
             "num_register_tokens": cfg.registers,
         }
         fields |= {"rope_theta": cfg.rope_base, "intermediate_size": hidden, "use_gated_mlp": cfg.mlp == "swiglu"}
-        fields |= {"hidden_act": "silu" if cfg.mlp == "swiglu" else "gelu", "mlp_bias": True, "proj_bias": True}
+        fields |= {"hidden_act": ACTIVATIONS[cfg.mlp], "mlp_bias": True, "proj_bias": True}
         fields |= dict.fromkeys(("query_bias", "value_bias"), cfg.qkv_bias) | {
             "key_bias": cfg.qkv_bias and cfg.key_bias
         }
@@ -111,12 +122,12 @@ def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]
             "pos_embed_rescale": cfg.rope_rescale,
         }
     else:
-        mlp = {
-            "gelu": {"fc1": "fc1", "fc2": "fc2"},
-            "swiglu": {"w1": "weights_in[0]", "w2": "weights_in[1]", "w3": "weights_out"},
-        }[cfg.mlp]
+        mlp = {"fc1": "fc1", "fc2": "fc2"}
+        if cfg.mlp == "swiglu":
+            mlp = {"w1": "weights_in[0]", "w2": "weights_in[1]", "w3": "weights_out"}
         kind = ("dinov2_with_registers", "Dinov2WithRegistersModel") if cfg.registers else ("dinov2", "Dinov2Model")
-        fields |= {"model_type": kind[0], "architectures": [kind[1]], "qkv_bias": cfg.qkv_bias, "hidden_act": "gelu"}
+        fields |= {"model_type": kind[0], "architectures": [kind[1]], "qkv_bias": cfg.qkv_bias}
+        fields["hidden_act"] = ACTIVATIONS[cfg.mlp] if cfg.mlp != "swiglu" else "gelu"
         fields |= {"use_swiglu_ffn": cfg.mlp == "swiglu", "mlp_ratio": ratio}
         fields |= {"num_register_tokens": cfg.registers} if cfg.registers else {"use_mask_token": cfg.mask_token}
     names += [(f"blocks.{{i}}.mlp.{a}", f"{block}.mlp.{b}") for a, b in mlp.items()]
@@ -130,7 +141,7 @@ def _mlp_width(cfg: presets.ViT) -> tuple[int, int]:
     ratio, hidden = 1, int(cfg.dim * cfg.mlp_ratio + 1e-6)
     if cfg.positions == "rope":
         return ratio, hidden
-    while (width := cfg.dim * ratio if cfg.mlp == "gelu" else (cfg.dim * ratio * 2 // 3 + 7) // 8 * 8) < hidden:
+    while (width := cfg.dim * ratio if cfg.mlp != "swiglu" else (cfg.dim * ratio * 2 // 3 + 7) // 8 * 8) < hidden:
         ratio += 1
     return ratio, width
 

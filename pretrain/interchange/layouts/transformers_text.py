@@ -50,10 +50,12 @@ def kind_of(cfg: Any) -> tuple[str, str]:
     windows = {w for w in cfg.windows if w}
     if cfg.softcap is not None:
         return OWN, f"model.softcap = {cfg.softcap}"
+    if cfg.bidirectional:
+        return OWN, "model.bidirectional = true"
     if cfg.positions == "learned":
         unsupported = {  # {option: whether its value is one that the class does not have}
             "norm": cfg.norm != "layer",
-            "mlp": not cfg.mlp.startswith("gelu"),
+            "mlp": "gelu" not in cfg.mlp,
             "bias": not cfg.bias,
             "qk_norm": cfg.qk_norm,
             "windows": bool(windows),
@@ -292,7 +294,7 @@ def _gpt2(cfg: presets.Decoder) -> dict[str, Any]:
         "n_layer": cfg.depth,
         "n_head": heads,
         "n_inner": width,
-        "activation_function": "gelu_new" if cfg.mlp == "gelu_tanh" else "gelu",
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(cfg.mlp, cfg.mlp),
         "layer_norm_epsilon": cfg.norm_eps,
         "tie_word_embeddings": cfg.tied,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),

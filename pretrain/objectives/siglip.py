@@ -1,0 +1,87 @@
+"""SigLIP: whether an image and a caption belong together, decided for each pair of the batch (arXiv 2303.15343).
+
+    x = f(image) / ‖·‖;   y = (W g(caption) + c) / ‖·‖
+    loss = −1/B Σᵢⱼ log sigmoid(zᵢⱼ (t xᵢ yⱼᵀ + b)),   zᵢⱼ = 1 for i = j, else −1;  t = exp(logit_scale), b learned
+
+f is the recipe's model; as published, a ViT with an attention pool in place of the class token (`model.pooling`). g is
+a bidirectional transformer over all T places, padding included, whose feature is that of the last place. Other than a
+softmax, the loss needs no sum over the batch: each rank compares its images with the captions of one rank at a time.
+`patch_drop` and `locked` are those of FLIP (2212.00794) and LiT (2111.07991).
+
+Shapes: B images, each with a caption of T tokens, D width of the embeddings and of the image model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import Section, option
+from data_pipeline.parts.caption import Caption, CaptionTokens
+from data_pipeline.parts.image import Image
+from data_pipeline.parts.part import About
+from data_pipeline.views.augmentations import Augment
+from data_pipeline.views.image_text import ImageText
+from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
+from pretrain.objectives.options import Options, network
+from pretrain.ops.contrastive import sigmoid_pairs
+from pretrain.ops.init import trunc_normal
+from pretrain.ops.precision import unit
+
+
+@dataclass
+class Config(Options):
+    text: Section = network("siglip_text")  # the model that reads captions
+    initial_scale: float = option(10.0, above=0)  # t at the beginning
+    initial_bias: float = -10.0  # b at the beginning, when almost all pairs are no partners
+    crop_scale: float = option(0.9, above=0, high=1)  # smallest share of the image's area in a random crop
+    flip: float = option(0.0, low=0, high=1)  # probability of a horizontal flip
+    # share of the patches that the image model does not see, new ones in each epoch
+    patch_drop: float = option(0.0, low=0, below=1)
+    locked: bool = False  # whether the image model is not trained; `init.backbone` names its weights
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        text = {"name": "siglip_text", "dim": 32, "depth": 2, "heads": 2, "vocab_size": 512, "context": 24}
+        first = {"data.length": 24, "objective.text": text, "model.pooling": "attention"}
+        return [first, {"objective.patch_drop": 0.5}]
+
+
+class SigLIP(Objective):
+    couples_batch = True
+    parts = {"image": Image(), "text": Caption(length=64)}
+
+    def __init__(self, cfg: Config, backbone: Builder) -> None:
+        super().__init__(cfg, backbone)
+        self.image, self.text = backbone(local_cls_norm=False), backbone("text")
+        self.text_projection = nn.Linear(self.text.embed_dim, self.image.embed_dim)
+        trunc_normal(self.text_projection)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(cfg.initial_scale)))
+        self.logit_bias = nn.Parameter(torch.full((1,), cfg.initial_bias))
+        if cfg.locked:
+            self.image.requires_grad_(False)
+            self.kept_in_eval = ("image",)
+
+    @staticmethod
+    def views(cfg: Config, about: About) -> View:
+        tokens = CaptionTokens(about, cfg.text, "objective.text")
+        augment = Augment(about.image_size, scale=(cfg.crop_scale, 1.0), flip=cfg.flip)
+        return ImageText(augment, about.patch_size, tokens, cfg.patch_drop)
+
+    def before_first_step(self, loaded: set[str]) -> None:
+        if self.cfg.locked and not (self.image.loaded or any(name.startswith("image.") for name in loaded)):
+            raise ValueError("objective.locked = true: the image model has random weights; write init.backbone=FOLDER")
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image = self.image(batch["image"], keep=batch.get("keep")).cls  # [B, D]
+        text = self.text(batch["tokens"]).tokens[:, -1]  # [B, width of the text model]
+        scale, bias = self.logit_scale.exp(), self.logit_bias
+        loss = sigmoid_pairs(unit(image), unit(self.text_projection(text)), scale, bias)
+        return loss, {"scale": scale.detach().squeeze(0), "bias": bias.detach().squeeze(0)}
+
+    def exports(self) -> dict[str, Exported]:
+        return {"model": Exported(self.image)}
