@@ -29,6 +29,7 @@ from pretrain.models import presets
 from pretrain.models.build import build_model
 from pretrain.objectives import finder
 from pretrain.recipes.recipe import Recipe, load
+from tests.data.sounds import recordings
 from tests.forked import Forked
 from tests.services import FaultProxy, ObjectStore, environment
 
@@ -213,6 +214,8 @@ def data_of(name: str, shards: Path) -> list[str]:
     parts = finder.find(name).parts
     if any(isinstance(part, Caption) for part in parts.values()):
         return [f"data.train={captioned(shards)}", f"data.tokenizer={tokens(shards.parent)}"]
+    if any("flac" in part.extensions for part in parts.values()):
+        return [f"data.train={recordings(shards.parent)}"]
     return [f"data.train={tokens(shards.parent) if reads_text(name) else shards}"]
 
 

@@ -38,6 +38,10 @@ class About:
     vocabulary: Vocabulary | None = None
     document_mask: bool = False  # whether tokens attend to and predict tokens of their own document only
     classes: tuple[str, ...] = ()  # the names of the labels, by number
+    sample_rate: int = 0  # of waveforms, in Hz
+    samples: int = 0  # of a cut waveform
+    mels: int = 0  # bands of log-mel features
+    stack: int = 0  # log-mel frames of a token
 
 
 @dataclass
@@ -90,6 +94,11 @@ class Part:
 
     def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
         """The fields of `About` that this part can set. `datasets` is None for `unlabeled plan`, which has no data."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What the config.json of an export states about this part, so that the model can be used without the recipe
+        (the key `unlabeled` there)."""
         return {}
 
     def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> Any:

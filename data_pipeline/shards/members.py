@@ -16,7 +16,18 @@ from common.errors import DataError
 from data_pipeline.formats.image_formats import IMAGES
 
 VIDEOS = ("mp4", "webm", "mkv", "avi", "mov")
-INDEXED_EXTENSIONS = (*IMAGES, "npy", *VIDEOS, "cls", "json", "txt", "docs", "tokens")  # always indexed, in this order
+AUDIO = ("flac", "wav", "opus", "ogg", "mp3")
+INDEXED_EXTENSIONS = (
+    *IMAGES,
+    "npy",
+    *VIDEOS,
+    *AUDIO,
+    "cls",
+    "json",
+    "txt",
+    "docs",
+    "tokens",
+)  # always indexed, in this order
 CONTENT_EXTENSIONS = tuple(e for e in INDEXED_EXTENSIONS if e not in ("cls", "json"))  # without annotations
 MAX_MEMBER_BYTES = 256 << 20
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # key and ending, as webdataset splits them: at the first dot

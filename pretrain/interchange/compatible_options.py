@@ -13,6 +13,7 @@ SHAPE_OPTIONS = (
     *("dim", "depth", "widths", "depths", "decoder_depth", "vocab_size", "head_dim", "mlp_width", "mlp_ratio"),
     *("context", "segments", "in_channels", "registers", "layer_scale", "qkv_bias", "bias"),
     *("pooling", "embed_norm"),
+    *("mels", "stack", "kernel", "left", "right"),
 )
 # Options of a decoder that have an effect only if `rope_factor` is not 1.
 ROPE_SCALING_OPTIONS = ("rope_low", "rope_high", "rope_context")
@@ -60,7 +61,7 @@ def _effective_options(cfg: Any) -> dict[str, Any]:
         windows = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.depth)] if any(cfg.windows) else []
         options |= {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "mlp_width": width}
         options |= {"windows": windows, "context": cfg.context if cfg.positions == "learned" else None}
-    elif isinstance(cfg, presets.TextEncoder):
+    elif isinstance(cfg, (presets.TextEncoder, presets.Conformer)):
         options["mlp_width"] = 4 * cfg.dim if cfg.mlp_width == "auto" else cfg.mlp_width
     elif isinstance(cfg, presets.EncoderDecoder):
         options |= {"decoder_depth": cfg.decoder_depth or cfg.depth, "context": None}

@@ -69,6 +69,8 @@ def write(
     if cfg.reads == "image":
         processor = _processor(encoder.image_size, mean, std)
         (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    if cfg.reads == "audio" and (extractor := transformers.feature_extractor(cfg, about.get("audio", {}))):
+        (partial / "preprocessor_config.json").write_text(json.dumps(extractor, indent=1) + "\n")
     stored = weights.tensors_of(partial)
     changed = _different(state, stored) + (_different(further, further_tensors(partial)) if further else [])
     if changed:
@@ -131,6 +133,8 @@ def save(
     for name, target in targets.items():
         about = {"step": step, "objective": recipe.objective.name, "pool": exported[name].pool}
         about |= {"student": name} if name != "model" else {}
+        for part in objective.parts.values():
+            about |= part.facts()
         files = ["config.json", *([EXPORT_TENSORS] if exported[name].tensors else [])]
         if not all((target / file).is_file() for file in files):
             encoder = exported[name].backbone

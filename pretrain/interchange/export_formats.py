@@ -101,10 +101,9 @@ class Failed(UserError):
 
 
 def _write_format(folder: Path, partial: Path, encoder: Backbone, about: dict, name: str) -> str:
-    """Write an image backbone in one format, compare its outputs, and move it to its place. Returns the line about
-    it."""
-    size = encoder.image_size
-    images = torch.randn(2, encoder.cfg.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    """Write a backbone of images or audio in one format, compare its outputs, and move it to its place. Returns the line
+    about it."""
+    images = encoder.example()
     with torch.no_grad():
         ours = PlainOutputs(encoder)(images)
         where, theirs = FORMATS[name](folder, partial, encoder, about, images)
@@ -203,6 +202,8 @@ def _transformers(
     if any(info.values()):
         raise UserError(f"{folder}: the tensors are not those that transformers' class has: {info}")
     last = model.eval()(images).last_hidden_state
+    if isinstance(encoder.cfg, presets.Conformer):
+        return str(folder), (last.mean(1), last)
     if isinstance(encoder.cfg, presets.ResNet):
         tokens = last.flatten(2).transpose(1, 2)
         return str(folder), (tokens.mean(1), tokens)

@@ -11,6 +11,7 @@ from common import yaml_values
 from common.errors import UserError
 from common.output import printable
 from common.untrusted import schema_error
+from pretrain.interchange.layouts import transformers_audio
 from pretrain.interchange.layouts.transformers_text import CLASSES, OWN
 from pretrain.run_folder.export_folders import run_of
 from pretrain.run_folder.jsonl_rows import read_rows
@@ -50,14 +51,11 @@ def _head(fields: dict[str, Any]) -> list[str]:
         more = ""
     else:
         summary = "A backbone trained without labels by `unlabeled`."
-        pool = about.get("pool", "cls")
-        more = (
-            f" Pixels: mean {about['mean']}, std {about['std']} after division by 255; features are pooled by {pool}."
-        )
+        more = f" {_input(about)} Features are pooled by {about.get('pool', 'cls')}."
     return [
         "---",
         f"library_name: {'timm' if 'architecture' in fields else library}",
-        f"tags: [self-supervised, {task or 'image-feature-extraction'}]",
+        f"tags: [self-supervised, {task or ('audio' if 'audio' in about else 'image-feature-extraction')}]",
         "---",
         f"# {name}, step {about.get('step')}",
         "",
@@ -65,6 +63,17 @@ def _head(fields: dict[str, Any]) -> list[str]:
         f"Options: {options}.{more}",
         "",
     ]
+
+
+def _input(about: dict[str, Any]) -> str:
+    """A sentence on how the input of the model was made in training."""
+    if "audio" not in about:
+        return f"Pixels: mean {about['mean']}, std {about['std']} after division by 255."
+    audio = about["audio"]
+    return (
+        f"Input: log-mel features with {audio['mels']} bands of audio at {audio['sample_rate']} Hz, of up to"
+        f" {audio['seconds']:g} s."
+    )
 
 
 def _text_task(fields: dict[str, Any]) -> str:
@@ -86,6 +95,14 @@ def _use(fields: dict[str, Any]) -> list[str]:
         return [
             "    from pretrain.interchange.weights import load_backbone",
             "    encoder, about = load_backbone(FOLDER)",
+            "",
+        ]
+    if fields["model_type"] == transformers_audio.KIND:
+        return [
+            "    from transformers import AutoFeatureExtractor, AutoModel",
+            "    extractor, model = AutoFeatureExtractor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()",
+            '    inputs = extractor(waveform, sampling_rate=16000, return_tensors="pt")  # from -1 to 1, mono',
+            "    features = model(**inputs).last_hidden_state",
             "",
         ]
     if "architecture" in fields:

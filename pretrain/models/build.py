@@ -12,11 +12,13 @@ from pretrain.models.layers import Backbone
 
 NETWORKS = {
     presets.ViT: "vit.VisionTransformer",
+    presets.SpectrogramViT: "vit.VisionTransformer",
     presets.ConvNeXt: "convnext.ConvolutionalNetwork",
     presets.ResNet: "resnet.ResidualNetwork",
     presets.Timm: "timm_network.TimmNetwork",
     presets.Decoder: "text_models.DecoderTransformer",
     presets.TextEncoder: "text_models.EncoderTransformer",
+    presets.Conformer: "conformer.ConformerNetwork",
     presets.EncoderDecoder: "t5.EncoderDecoderTransformer",
 }
 

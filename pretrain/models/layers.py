@@ -55,6 +55,11 @@ class Backbone(nn.Module):
         """The model's fields of `data_pipeline.parts.part.About`, which an objective's views get."""
         return {"image_size": self.image_size, "patch_size": self.patch_size}
 
+    def example(self) -> Tensor:
+        """A random input of two samples."""
+        size: int = self.image_size
+        return torch.randn(2, self.cfg.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+
     def shard_units(self) -> list[nn.Module]:
         """The modules that a sharded engine wraps, children before parents."""
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """The options of each family of backbones, and named sizes of them.
 
-A family is a dataclass: `ViT`, `ConvNeXt`, `ResNet`, `Timm`; `Decoder`, `TextEncoder` and `EncoderDecoder` for text.
+A family is a dataclass: `ViT`, `ConvNeXt`, `ResNet`, `Timm`; `Decoder`, `TextEncoder` and `EncoderDecoder` for text;
+`SpectrogramViT` and `Conformer` for audio.
 `PRESETS` has the names that a recipe can give as `model`. This module does not import torch; `build.py` builds
 networks.
 """
@@ -82,6 +83,21 @@ class ViT(Model):
     norm_eps: float = option(1e-6, above=0)  # added to the variance in LayerNorm
     local_cls_norm: bool = False  # training only: whether class tokens of local crops have a separate final norm
     mask_token: bool = False  # whether there is a token that replaces masked patches; objectives set this themselves
+
+
+@dataclass
+class SpectrogramViT(ViT):
+    """A ViT that reads log-mel spectrograms as images of one channel, with `image_size` mel bands from top to bottom and
+    time from left to right. With rope, recordings may have any length."""
+
+    reads = "audio"
+    image_size: int = option(128, **PIXELS)  # number of mel bands, a multiple of the patch
+    in_channels: int = option(1, low=1, high=1)  # a spectrogram has one channel
+    positions: Literal["learned", "sincos", "rope"] = "rope"  # tables are made for a square, and resized
+
+    @property
+    def mels(self) -> int:
+        return self.image_size
 
 
 @dataclass
@@ -211,6 +227,25 @@ class EncoderDecoder(Model):
     tied: bool = True  # whether the head uses the weights of the embedding; its logits are then scaled by dim^-1/2
 
 
+@dataclass
+class Conformer(Model):
+    """Conformer (arXiv 2005.08100) on log-mel features, in the form of w2v-BERT 2.0."""
+
+    reads = "audio"
+    mels: int = option(80, **SIZE)  # number of mel bands of a frame; a frame begins every 10 ms
+    stack: int = option(4, **SIZE)  # number of consecutive frames that make a token
+    dim: int = option(512, **SIZE)  # width of a token
+    depth: int = option(12, **DEPTH)  # number of blocks
+    heads: int = option(8, **SIZE)  # number of attention heads, each of width dim / heads
+    # hidden width of the two feed-forward layers of a block; auto: 4 · dim
+    mlp_width: int | Literal["auto"] = option("auto", **SIZE)
+    kernel: int = option(31, **SIZE)  # number of tokens that the depthwise convolution sees: this one and earlier ones
+    # attention distinguishes the distance of tokens up to `left` tokens before and `right` after this one
+    left: int = option(64, low=0, high=1 << 20)
+    right: int = option(8, low=0, high=1 << 20)
+    norm_eps: float = option(1e-5, above=0)  # added to the variance in LayerNorm
+
+
 def decoder_sizes(cfg: Decoder) -> tuple[int, int, int, int, int]:
     """(dim, heads, kv_heads, head_dim, mlp_width) of a decoder, with every `auto` replaced.
 
@@ -328,6 +363,15 @@ PRESETS: dict[str, tuple[type[Model], dict]] = {
     "t5_base": _t5(768, 12, 12, 3072),
     "t5_v1_1_small": _t5(512, 8, 6, 1024, **_V1_1),
     "t5_v1_1_base": _t5(768, 12, 12, 2048, **_V1_1),
+    "spectrogram_vit": (SpectrogramViT, {}),
+    "spectrogram_vit_micro": (SpectrogramViT, {"dim": 96, "depth": 3, "heads": 3, "image_size": 64, "patch_size": 8}),
+    "spectrogram_vit_base": (SpectrogramViT, {"dim": 768, "depth": 12, "heads": 12}),
+    "conformer": (Conformer, {}),
+    "conformer_micro": (Conformer, {"dim": 64, "depth": 2, "heads": 4, "kernel": 15}),
+    "conformer_small": (Conformer, {"dim": 256, "depth": 16, "heads": 4}),
+    "conformer_large": (Conformer, {"dim": 512, "depth": 17, "heads": 8}),
+    "conformer_xl": (Conformer, {"dim": 1024, "depth": 24, "heads": 8, "kernel": 5}),
+    "w2v_bert_2": (Conformer, {"stack": 2, "dim": 1024, "depth": 24, "heads": 16}),
     "t5_micro": _t5(64, 2, 4, 128, head_dim=16, vocab_size=512, context=64),
 }
 

@@ -22,24 +22,15 @@ from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
 from pretrain.models.layers import Block, LayerNorm, apply_blocks
 from pretrain.models.positions import Tables, sincos_table
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
-from pretrain.objectives.options import Options
+from pretrain.objectives.options import MaskedAutoencoder
 from pretrain.ops.image_rows import reconstructions
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.patchify import complement, patchify, pick
 
 
 @dataclass
-class Config(Options):
-    mask_ratio: float = option(0.75, above=0, below=1)  # share of the patches that the encoder does not see
-    decoder_dim: int = option(512, low=1)  # width of the decoder
-    decoder_depth: int = option(8, low=1)  # number of blocks of the decoder
-    decoder_heads: int = option(16, low=1)  # number of attention heads in each of these blocks
-    norm_pix: bool = True  # whether the pixels to predict are normalised per patch
+class Config(MaskedAutoencoder):
     crop_scale: float = option(0.2, above=0, high=1)  # smallest share of the image's area in a random crop
-
-    @classmethod
-    def tiny(cls) -> list[dict[str, Any]]:
-        return [{"objective.decoder_dim": 32, "objective.decoder_depth": 1, "objective.decoder_heads": 2}]
 
 
 class MAE(Objective):

@@ -153,6 +153,21 @@ class MaskedBlocks(Options):
         return count
 
 
+@dataclass
+class MaskedAutoencoder(Options):
+    """A ViT that encodes some patches of its input, and a decoder that predicts the others."""
+
+    mask_ratio: float = option(0.75, above=0, below=1)  # share of the patches that the encoder does not see
+    decoder_dim: int = option(512, low=1)  # width of the decoder
+    decoder_depth: int = option(8, low=1)  # number of blocks of the decoder
+    decoder_heads: int = option(16, low=1)  # number of attention heads in each of these blocks
+    norm_pix: bool = True  # whether the pixels to predict are normalised per patch
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        return [{"objective.decoder_dim": 32, "objective.decoder_depth": 1, "objective.decoder_heads": 2}]
+
+
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 

@@ -107,6 +107,9 @@ class Data(Section):
     # text: split cuts the concatenated documents into rows; best_fit puts whole documents into rows where they fit
     packing: Literal["split", "best_fit"] = "split"
     document_mask: bool = True  # text: whether tokens attend to and predict tokens of their own document only
+    sample_rate: int = option(16000, low=1000, high=1_000_000)  # audio: Hz to which recordings are resampled
+    # audio: seconds of a cut, which is drawn from a longer recording; a shorter recording is padded
+    seconds: float = option(10.0, above=0, high=3600)
     # mean of the training pixels on a scale from 0 to 1, one for each of model.in_channels; the default is ImageNet's
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # standard deviation of the same pixels

@@ -14,7 +14,7 @@ SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"),
     *("max_position_embeddings", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "d_model", "d_kv", "d_ff"),
     *("num_layers", "num_heads", "type_vocab_size", "max_window_layers", "relative_attention_num_buckets"),
-    "relative_attention_max_distance",
+    *("relative_attention_max_distance", "feature_projection_input_dim", "conv_depthwise_kernel_size"),
 )
 # Whole numbers of 1 or more, or null.
 NULLABLE_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "num_decoder_layers", "sliding_window")
@@ -35,6 +35,7 @@ ROPE = (
 OUR_FIELDS = {
     "model": {"name": str},
     **NORMALISATION,
+    "?audio": {"sample_rate": int, "seconds": float, "mels": int, **NORMALISATION},
     **{"?pool": str, "?step": (int, None), "?objective": (str, None), "?student": str},
 }
 SCHEMA: dict[str, Any] = {  # see `schema_error`; further fields are allowed
@@ -43,7 +44,8 @@ SCHEMA: dict[str, Any] = {  # see `schema_error`; further fields are allowed
     **{"?depths": [int], "?hidden_sizes": [int], "?layer_types": ([str], None)},
     **{"?rope_parameters": ROPE, "?rope_scaling": ROPE},
     **{"?eos_token_id": (int, [int], None), "?bos_token_id": (int, None), "?decoder_start_token_id": (int, None)},
-    **{f"?{name}": int for name in SIZES},
+    **{f"?{name}": int for name in (*SIZES, "left_max_position_embeddings", "right_max_position_embeddings")},
+    **{"?hidden_act": str, "?position_embeddings_type": (str, None), "?add_adapter": bool},
     **{f"?{name}": (int, None) for name in NULLABLE_SIZES},
     **{f"?{name}": (float, None) for name in NUMBERS},
 }

@@ -5,7 +5,7 @@ A ViT with rotary positions becomes a `dinov3_vit`, any other ViT a `dinov2` (wi
 a ConvNeXt a `dinov3_convnext`, and a ResNet with the ImageNet stem a `resnet`. A model without layer scales is written
 with layer scales of one. `vit` and the encoder of `vit_mae` can be read but not written. A ViT with the options of CLIP
 or SigLIP that these classes do not have keeps our names, and its `model_type` is `unlabeled_vit`. Text models are in
-`transformers_text.py`.
+`transformers_text.py`, models of audio in `transformers_audio.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from pretrain.interchange.layouts import transformers_text
+from pretrain.interchange.layouts import transformers_audio, transformers_text
 from pretrain.models import presets
 from pretrain.models.build import build_model
 
@@ -29,6 +29,8 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors) of our state dict."""
     if transformers_text.is_text(cfg):
         return transformers_text.write(cfg, state)
+    if isinstance(cfg, presets.Conformer):
+        return transformers_audio.write(cfg, state)
     if isinstance(cfg, presets.ViT):
         if has_own_layout(cfg):
             return {"model_type": "unlabeled_vit", "architectures": ["VisionTransformer"]}, dict(state)
@@ -46,6 +48,8 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
     the model_type `kind`."""
     if transformers_text.is_text(cfg):
         return transformers_text.read(cfg, tensors, kind)
+    if isinstance(cfg, presets.Conformer):
+        return transformers_audio.read(cfg, tensors)
     if isinstance(cfg, presets.ViT):
         return dict(tensors) if has_own_layout(cfg) else vit_from_transformers(cfg, tensors, kind)
     if isinstance(cfg, presets.Timm):
@@ -57,6 +61,14 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
         return tensors
     our_names = {_resnet_key(cfg, key): key for key in build_model(cfg).state_dict()}
     return {our_names.get(key, key): value for key, value in tensors.items()}
+
+
+def feature_extractor(cfg: Any, audio: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of preprocessor_config.json for a model of audio; None if transformers has no extractor that computes
+    its input. `audio`: `Part.facts` of the part."""
+    if isinstance(cfg, presets.Conformer):
+        return transformers_audio.extractor(cfg, audio.get("sample_rate", transformers_audio.RATE))
+    return None
 
 
 # ---------------------------------------------------------------- ViT

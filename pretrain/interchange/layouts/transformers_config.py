@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.errors import UserError
-from pretrain.interchange.layouts import transformers_text_config
+from pretrain.interchange.layouts import transformers_audio, transformers_text_config
 from pretrain.interchange.layouts.transformers_text import CLASSES
 
 
@@ -33,9 +33,12 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
             "block": "bottleneck" if bottleneck else "basic",
             "in_channels": fields.get("num_channels", 3),
         }
+    if kind == transformers_audio.KIND:
+        return transformers_audio.describe(fields, where)
     if kind not in ("dinov3_vit", "dinov2", "dinov2_with_registers", "vit", "vit_mae"):
         known = (
-            f"dinov3_vit, dinov3_convnext, dinov2, dinov2_with_registers, vit, vit_mae, resnet, {', '.join(CLASSES)}"
+            f"dinov3_vit, dinov3_convnext, dinov2, dinov2_with_registers, vit, vit_mae, resnet,"
+            f" {transformers_audio.KIND}, {', '.join(CLASSES)}"
         )
         raise UserError(f"{where}: model_type = {kind!r} cannot be read; the types that can be read are {known}")
     return "vit", _describe_vit(kind, fields, where)
