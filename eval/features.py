@@ -21,6 +21,7 @@ from data_pipeline.parts.image import Image
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
 from eval import feature_cache
+from eval.audio_features import AudioEncoder, LogMelPart, log_mel_statistics, open_audio_encoder
 from eval.text_features import TextEncoder, bytes_of, name_of
 from pretrain.models.layers import Features
 from pretrain.parallel.device import pick_device
@@ -123,13 +124,17 @@ def _pixels(images: Tensor) -> Features:
 
 
 def open_encoder(model: str, image_size: int | None = None, device: str = "auto") -> tuple[Any, dict[str, Any]]:
-    """(an `Encoder` or `TextEncoder`, facts about it: step, pool, …) for an exported folder or a baseline.
+    """(an `Encoder`, `TextEncoder` or `AudioEncoder`, facts about it: step, pool, …) for an exported folder or a
+    baseline.
 
-    The baselines are "pixels", the pixels of an image of side 32, and "bytes", the byte frequencies of a text.
+    The baselines are "pixels", the pixels of an image of side 32, "bytes", the byte frequencies of a text, and
+    "log_mel", the mean and the deviation of each mel band of a recording.
     `device`: cpu, cuda, cuda:1, …, or auto, the best one.
     """
     if model == "bytes":
         return TextEncoder(bytes_of, "bytes", device=device), {"step": 0}
+    if model == "log_mel":
+        return AudioEncoder(log_mel_statistics, "log_mel", LogMelPart(), device=device), {"step": 0}
     if model == "pixels":
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
         return Encoder(_pixels, "pixels", 32, mean, std, device=device), {"step": 0}
@@ -139,8 +144,12 @@ def open_encoder(model: str, image_size: int | None = None, device: str = "auto"
     name = name_of(facts)
     if backbone.cfg.reads == "tokens":
         return TextEncoder(backbone, name, Path(model), facts.get("pool", "mean"), device), facts
+    if backbone.cfg.reads == "audio":
+        return open_audio_encoder(backbone, facts, name, device), facts
     if backbone.cfg.reads != "image":
-        raise UserError(f"{model}: reads {backbone.cfg.reads}, but the protocols score models that read images or text")
+        raise UserError(
+            f"{model}: reads {backbone.cfg.reads}, but the protocols score models that read images, text or audio"
+        )
     mean, std, channels = facts["mean"], facts["std"], backbone.cfg.in_channels
     if not all(values and len(values) == channels for values in (mean, std)):
         raise DataError(

@@ -62,7 +62,7 @@ def _check_labels(recipe: Recipe, key: str, shards: Sequence[str], min_classes: 
         if not shards:
             raise DataError("is empty, but k-NN and linear probe need labelled shards; name some")
         samples = Samples(shards)
-        read_label = {"image": feature_cache.label_of, "tokens": label_of}[recipe.model.reads]
+        read_label = label_of if recipe.model.reads == "tokens" else feature_cache.label_of
         if read_label is label_of and "txt" not in samples.extensions:
             raise DataError(f"{samples.names}: holds no .txt, so no labelled texts")
         found: set[str] = set()

@@ -33,7 +33,7 @@ from pretrain.recipes.recipe import Recipe, stored
 from pretrain.run_folder.export_folders import exports
 from pretrain.run_folder.jsonl_rows import read_rows
 
-MODELS = ("pixels", "bytes", "untrained", "pretrained")
+MODELS = ("pixels", "bytes", "log_mel", "untrained", "pretrained")
 # The report uses at most so many test and gallery images, evenly spaced over the sets.
 MAX_TEST_IMAGES, MAX_GALLERY_IMAGES = 512, 1536
 EXPLANATIONS = {
@@ -46,7 +46,11 @@ CAPTIONS = {
     "reconstructions": "From left to right: the image, the patches that the encoder gets, and the image in which the"
     " masked patches are the model's predictions."
 }
-UNITS = {"image": "images", "tokens": "rows"}  # the word for samples, for each part that a model can read
+UNITS = {
+    "image": "images",
+    "tokens": "rows",
+    "audio": "recordings",
+}  # the word for samples, for each part that a model can read
 
 
 def write(run: str | Path) -> Path:
@@ -149,7 +153,10 @@ def _summary(recipe: Recipe, rows: list[dict]) -> str:
 
 def _score_sentence(protocol: str, accuracies: dict[str, float], row: dict) -> str:
     """The accuracy of the pretrained model, and its gains over the baselines. `accuracies`: by model."""
-    baselines = {"untrained": "the untrained network", "pixels": "raw pixels", "bytes": "raw bytes"}
+    baselines = {
+        **{"untrained": "the untrained network", "pixels": "raw pixels", "bytes": "raw bytes"},
+        "log_mel": "log-mel statistics",
+    }
     comparisons = []
     for model, name in baselines.items():
         gain = 100 * (accuracies["pretrained"] - accuracies.get(model, math.nan))
@@ -176,7 +183,7 @@ def _next_steps(run: Path, recipe: Recipe, done: int) -> str:
         steps.append(("generate text", f'unlabeled generate {name} "PROMPT"'))
     steps.append(("export the weights", f"unlabeled export {name} FOLDER"))
     steps.append(("use it in Python", opened_by(Path(folder))[1].removeprefix("open it with ")))
-    if not recipe.eval.test and recipe.model.reads == "image":
+    if not recipe.eval.test and recipe.model.reads != "tokens":
         steps.append(("score the exports of the next run", "eval.gallery=SHARDS eval.val=SHARDS eval.test=SHARDS"))
     listed = "".join(f"<p><small>{title}</small><br><code>{escape(command)}</code></p>" for title, command in steps)
     return f'<div class="card next"><h3>What to do next</h3>{listed}</div>'
@@ -194,10 +201,10 @@ def _scores(recipe: Recipe, rows: list[dict]) -> str:
     first_table = next(iter(tables.values()))
     row = next(iter(first_table.values()))
     count, unit = row.get("count", 0), row.get("unit", "images")
-    raw = "bytes" if unit == "texts" else "pixels"
+    raw = {"texts": "raw bytes", "recordings": "log-mel statistics"}.get(unit, "raw pixels")
     text = (
         f"Test accuracy on {count:,} {unit} with a gallery of {row.get('gallery_count', 0):,} labelled {unit}. Encoders"
-        f" are frozen; raw {raw} and the untrained network are baselines. Balanced: the mean of the classes' accuracies."
+        f" are frozen; {raw} and the untrained network are baselines. Balanced: the mean of the classes' accuracies."
         f" ±: the 95% interval for {count:,} test {unit}."
     )
     return section("Scores", text, *cards, columns="400px")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from eval import pictures
 from eval.report_text import section
+from pretrain.run_folder.scalars import BASELINES
 
 MAX_VALUE = 1e30  # larger values are not drawn
 ACCURACIES = ("accuracy", "balanced_accuracy")
@@ -45,11 +46,7 @@ def curves(rows: list[dict], scores: list[dict]) -> str:
     charts = [pictures.chart("loss", {"": series("loss")})]
     bits = [r for r in scores if (r.get("split"), r["metric"]) == ("val", "bits_per_byte")]
     charts.append(pictures.chart("bits per byte on val", {"": series("value", bits)}, points=True))
-    val = [
-        r
-        for r in scores
-        if r.get("split") == "val" and r["model"] not in ("pixels", "bytes") and r["metric"] in ACCURACIES
-    ]
+    val = [r for r in scores if r.get("split") == "val" and r["model"] not in BASELINES and r["metric"] in ACCURACIES]
     for protocol in dict.fromkeys(r["protocol"] for r in val):
         of_protocol = [r for r in val if r["protocol"] == protocol]
         lines = {m.partition("_")[0]: series("value", [r for r in of_protocol if r["metric"] == m]) for m in ACCURACIES}

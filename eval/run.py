@@ -37,7 +37,7 @@ def evaluate(
 ) -> list[Row]:
     """A row for every metric of every protocol.
 
-    `model`: an exported folder, "pixels" or "bytes". `options`: of protocols, as in {"knn": {"k": 20}}. `device`:
+    `model`: an exported folder, "pixels", "bytes" or "log_mel". `options`: of protocols, as in {"knn": {"k": 20}}. `device`:
     where features and scores are computed; auto: the best one. `cache`: the folder in which features are kept; None:
     the user's cache folder. `keep_features`: otherwise they are deleted when all scores are known. The `note` of a row
     names problems of the data that make its score less meaningful. Raises DataError for data for which a score would be

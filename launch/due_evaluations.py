@@ -8,12 +8,13 @@ from eval.protocol_finder import LABELS, needs
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.export_folders import exports, student_exports
 
-BASELINE = {"image": "pixels", "tokens": "bytes"}  # {part that a model reads: baseline, whose features need no model}
+# {part that a model reads: baseline, whose features need no model}
+BASELINE = {"image": "pixels", "tokens": "bytes", "audio": "log_mel"}
 
 
 def due(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
-    """(model, step, split) of all evaluations of a run. Each export is evaluated on val. The baseline (pixels or bytes)
-    and the exports of step 0 and of the last step are evaluated on test."""
+    """(model, step, split) of all evaluations of a run. Each export is evaluated on val. The baseline (pixels, bytes or
+    log_mel) and the exports of step 0 and of the last step are evaluated on test."""
     cfg, out = recipe.eval, []
     if cfg.test and cfg.pixels and any(needs(name) == LABELS for name in cfg.final):
         out.append((BASELINE[recipe.model.reads], 0, "test"))
@@ -34,4 +35,4 @@ def name_of(model: str) -> str:
     path = Path(model)
     if path.parent.name not in ("", ".", "export"):
         return path.parent.name
-    return {"pixels": "pixels", "bytes": "bytes", "0": "untrained"}.get(path.name, "pretrained")
+    return {**{name: name for name in BASELINE.values()}, "0": "untrained"}.get(path.name, "pretrained")

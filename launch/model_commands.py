@@ -19,7 +19,7 @@ CheckpointPath = Annotated[str, "RUN/checkpoints/STEP, a URL, or a run folder, w
 
 
 def evaluate(
-    model: Annotated[str, 'an exported folder (RUN/export/STEP), "pixels" or "bytes"'],
+    model: Annotated[str, 'an exported folder (RUN/export/STEP), "pixels", "bytes" or "log_mel"'],
     protocols: Annotated[
         Sequence[str],
         "PROTOCOL|key=value",
@@ -36,7 +36,7 @@ def evaluate(
 
 
 def embed(
-    model: Annotated[str, 'an exported folder (RUN/export/STEP), "pixels" or "bytes"'],
+    model: Annotated[str, 'an exported folder (RUN/export/STEP), "pixels", "bytes" or "log_mel"'],
     data: Annotated[HomePath, "shards, or a folder of images"],
     out: Annotated[HomePath, "folder to write; the same command continues if it was interrupted"],
     *,

@@ -28,7 +28,7 @@ def build(
     kind: Annotated[
         str,
         "KIND",
-        "images, videos, frames, text, image-text, parquet or webdataset (default: detected from the names of the"
+        "images, videos, frames, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
         " files); for a folder that holds only videos, `images` stands for their frames",
     ] = "",
     labels: Annotated[HomePath, "FILE", ".csv, .tsv or .jsonl file with a path and a label for each image"] = NO_FILE,
@@ -50,10 +50,15 @@ def build(
         "store frames of videos as images, as JPEG of quality 95: the first frame of every interval of this length"
         " (default 1)",
     ] = None,
+    seconds: Annotated[
+        float | None,
+        "N",
+        "audio: cut recordings that are longer than this into equal pieces, which are stored as mono 16-bit FLAC",
+    ] = None,
     shard_mb: ShardMb = 256.0,
     workers: Workers = 0,
 ) -> None:
-    """Write images, videos, text, parquet files, tables or other shards as WebDataset shards. Samples that cannot be
+    """Write images, videos, audio, text, parquet files, tables or other shards as WebDataset shards. Samples that cannot be
     used are left out and listed. A build that was stopped continues when the same command is given again."""
     from data_pipeline.build.build_shards import build, describe
     from data_pipeline.build.sources import Options
@@ -68,6 +73,7 @@ def build(
         as_stored,
         _unescaped(separator),
         frames_every=frames_every,
+        seconds=seconds,
         max_pixels=max_pixels,
     )
     summary = build(source, target, shard_mb, kind=kind, options=options, workers=workers)
@@ -85,7 +91,7 @@ def index(
     bits: Bits = 0,
     as_stored: AsStored = False,
     members: Annotated[
-        Sequence[str], "EXTENSION", "further extensions to index, for a part that you have written, for example flac"
+        Sequence[str], "EXTENSION", "further extensions to index, for a part that you have written, for example seg"
     ] = (),
 ) -> None:
     """Write an index beside shards that other tools have made."""
@@ -208,6 +214,12 @@ def preview(
             *preview_text.preview(resolved, rows),
             "‹…› is a token that the model does not predict; ⟦a→b⟧ is a masked token: it reads a and predicts b",
         )
+        return
+    if resolved.model.reads == "audio":
+        from launch import preview_audio
+
+        path = preview_audio.preview(resolved, out, rows)
+        say(f"{path}: spectrograms of {rows} cuts; what {resolved.objective.name} masks is dark")
         return
     from launch.preview import preview
 

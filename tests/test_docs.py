@@ -24,6 +24,7 @@ from pretrain.recipes import recipe
 from tests.conftest import TINY, sampled, tiny_recipe
 from tests.contract.own_objectives import OWN
 from tests.contract.test_recipes import small
+from tests.data.sounds import tone, wav
 from tests.data.texts import prose, write_texts
 from tests.forked import Forked
 
@@ -39,6 +40,7 @@ LANGUAGES = ("sh", "python", "yaml", "text")
 GIVEN = {  # what lies in a page's folder before its first command; the home folder is the same
     "README.md": ("photos", "labelled", "texts"),
     "AGENTS.md": ("my/method.py",),
+    "docs/audio.md": ("spoken/train", "spoken/test"),
     "docs/data.md": ("photos",),
     "docs/dinov3.md": ("shards",),
     "docs/evaluation.md": ("shards", "labelled"),
@@ -284,6 +286,11 @@ def provide(what: str, photos: Path, shards: Path) -> None:
         case "labelled":
             for split in ("train", "val", "test"):
                 shutil.copytree(shards, path / split)
+        case "spoken/train" | "spoken/test":
+            for n in range(24):
+                word = path / ("high" if n % 2 else "low")
+                word.mkdir(parents=True, exist_ok=True)
+                (word / f"{n}.wav").write_bytes(wav(tone(800 if n % 2 else 200, 0.3 + 0.1 * n)))
         case "texts":
             path.mkdir()
             for n in range(60):

@@ -37,8 +37,9 @@ from data_pipeline.build.sources.source_files import reason_of
 from data_pipeline.build.stats import Pixels, classes_line
 from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, IMAGES
+from data_pipeline.formats.waveforms import decode
 from data_pipeline.shards import index
-from data_pipeline.shards.members import CONTENT_EXTENSIONS, MAX_MEMBER_BYTES, VIDEOS
+from data_pipeline.shards.members import AUDIO, CONTENT_EXTENSIONS, MAX_MEMBER_BYTES, VIDEOS
 from data_pipeline.storage.urls import is_local, stamp
 
 FORMAT = 2  # format of stored plans and task results; a stopped build with another format is not resumed
@@ -46,6 +47,7 @@ FORMAT = 2  # format of stored plans and task results; a stopped build with anot
 MAX_ENDINGS = 50
 # Default values of keys that the summaries of older versions lack.
 MISSING_IN_OLD_SUMMARIES: dict[str, Any] = {"examples": {}, "pixels": {}, "remarks": {}, "bare": []}
+CHECK_RATE = 8000  # Hz at which recordings are decoded to find those that cannot be used
 TAR_END = 10240  # largest number of zero bytes at the end of a tar
 
 
@@ -249,7 +251,7 @@ def _numbered(source: Source, task: dict[str, Any]) -> Iterator[tuple[int, Entry
 
 
 def check(members: dict[str, bytes], options: Options) -> tuple[str, list[ImageFacts]]:
-    """Decode the images and videos of a sample: (why it cannot be used, or "" if it can; facts about its images)."""
+    """Decode the images, videos and recordings of a sample: (why it cannot be used, or "" if it can; facts about its images)."""
     facts: list[ImageFacts] = []
     # An array is decoded as an image only if the sample has no other content.
     decode_arrays = not any(extension in CONTENT_EXTENSIONS and extension != ARRAY for extension in members)
@@ -261,6 +263,8 @@ def check(members: dict[str, bytes], options: Options) -> tuple[str, list[ImageF
                 facts.append(inspect(data, extension, options.bits, options.as_stored, options.max_pixels))
             elif extension in VIDEOS:
                 video_facts(data)
+            elif extension in AUDIO:
+                decode(data, CHECK_RATE)
         except Damaged as damage:
             return str(damage), facts
     return "", facts

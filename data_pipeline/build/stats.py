@@ -21,10 +21,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from common.errors import Damaged, DataError
 from common.untrusted import open_binary
+from data_pipeline.build import audio_stats
 from data_pipeline.build.sources.media_folders import first_frame
 from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS, IMAGES
-from data_pipeline.shards.members import VIDEOS, LeftOut
+from data_pipeline.shards.members import AUDIO, VIDEOS, LeftOut
 from data_pipeline.shards.samples import Samples
 
 MAX_DECODED_IMAGES = 1000  # of `gather`
@@ -55,7 +56,9 @@ class Stats:
     tokens: list[dict[str, Any]] = field(default_factory=list)  # the manifest entries of token sets
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # bytes of each sample
     images: list[tuple[int, int, str]] = field(default_factory=list)  # (width, height, mode) of decoded images
-    damaged: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of images that cannot be decoded
+    recordings: list[tuple[float, int]] = field(default_factory=list)  # (seconds, sample rate) of decoded recordings
+    # (key, reason) of images and recordings that cannot be decoded
+    damaged: list[tuple[str, str]] = field(default_factory=list)
 
 
 def spread_over(total: int, count: int) -> list[int]:
@@ -82,15 +85,17 @@ def gather(url: str | Path, max_decoded: int = MAX_DECODED_IMAGES) -> Stats:
                 totals[extension] += int(member_sizes[:, column].sum())
     out.sizes = np.concatenate(sizes)
     out.members, out.member_bytes = dict(counts), dict(totals)
-    if set(samples.extensions) & set(IMAGES):
+    if set(samples.extensions) & {*IMAGES, *AUDIO}:
         for number in spread_over(len(samples), max_decoded):
             _inspect_sample(samples, number, out)
     return out
 
 
 def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
-    """Decode the images of a sample, and add them to `out.images` or `out.damaged`."""
+    """Decode the images and recordings of a sample, and add them to `out.images`, `out.recordings` or `out.damaged`."""
     try:
+        for data in samples.read(number, AUDIO).values():
+            out.recordings.append(audio_stats.length_of(data))
         for extension, data in samples.read(number, IMAGES).items():
             image = samples.encoded(number, data, extension)
             height, width = image.shape
@@ -216,12 +221,17 @@ def describe(stats: Stats) -> list[str]:
     out += ["", "bytes per sample", *histogram(stats.sizes, _bytes)]
     if stats.images or stats.damaged:
         out += ["", *_describe_images(stats)]
+    if stats.recordings:
+        lengths = np.array([seconds for seconds, _ in stats.recordings])
+        out += ["", *audio_stats.describe(stats.recordings), "seconds", *histogram(lengths, lambda v: f"{v:.2f}")]
     return out
 
 
 def _describe_images(stats: Stats) -> Iterator[str]:
-    decoded = len(stats.images) + len(stats.damaged)
-    yield f"{decoded} images decoded, evenly spread over the set: {len(stats.damaged)} damaged"
+    decoded, noun = len(stats.images) + len(stats.recordings) + len(stats.damaged), "images"
+    if stats.recordings:
+        noun = "images and recordings" if stats.images else "recordings"
+    yield f"{decoded} {noun} decoded, evenly spread over the set: {len(stats.damaged)} damaged"
     for key, reason in stats.damaged[:MAX_LISTED_DAMAGED]:
         yield f"  {key}: {reason}"
     if len(stats.damaged) > MAX_LISTED_DAMAGED:
@@ -267,7 +277,7 @@ def _bytes(count: float) -> str:
 # ---------------------------------------------------------------- thumbnails
 def sheet(url: str | Path, target: str | Path) -> Path:
     """Write an image with thumbnails of up to COLUMNS × ROWS samples, evenly spread over the set: images, first
-    frames of videos, or beginnings of texts, with key and label.
+    frames of videos, spectrograms, or beginnings of texts, with key and label.
 
     If a sample cannot be decoded, its thumbnail is the reason on red. The extension of `target` determines the format.
     """
@@ -327,8 +337,10 @@ def _tile(samples: Samples, number: int, font: _Font) -> Image.Image:
     try:
         members = samples.read(number)
         for extension, data in members.items():
-            if extension in (*IMAGES, *VIDEOS):
-                if extension in IMAGES:
+            if extension in (*IMAGES, *VIDEOS, *AUDIO):
+                if extension in AUDIO:
+                    pixels = audio_stats.spectrogram(data)
+                elif extension in IMAGES:
                     image = samples.encoded(number, data, extension)
                     pixels = image.pixels(shrink=max(image.shape) / (2 * TILE))
                 else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from common.errors import Damaged, DataError
 
@@ -16,7 +16,7 @@ def need_av() -> Any:
         import av
     except ImportError:
         raise DataError(
-            "the package av, which reads videos and audio, is not installed; pip install 'unlabeled[video]'"
+            "the package av, which reads videos and audio, is not installed; pip install 'unlabeled[video]' or 'unlabeled[audio]'"
         ) from None
     return av
 
@@ -27,15 +27,16 @@ def av_failure(error: Exception) -> str:
 
 
 @contextmanager
-def open_av(data: bytes) -> Iterator[Any]:
-    """The open file (av.container.InputContainer) whose bytes are `data`. Raises `Damaged`, also for PyAV's errors in
-    the context."""
+def open_av(source: bytes | IO[bytes]) -> Iterator[Any]:
+    """A media file (av.container.InputContainer) in the given bytes, or in an open file. Raises `Damaged`, also for
+    PyAV's errors in the context."""
     av = need_av()
-    if not data:
+    if source == b"":
         raise Damaged("is empty: 0 bytes")
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         # FFmpeg may use no protocol, so that a file that is a playlist cannot make it open other files or URLs.
-        with av.open(io.BytesIO(data), options={"protocol_whitelist": ""}, metadata_errors="replace") as file:
-            yield file
+        with av.open(file, options={"protocol_whitelist": ""}, metadata_errors="replace") as media:
+            yield media
     except (av.error.FFmpegError, ValueError) as error:
         raise Damaged(av_failure(error)) from None

@@ -8,6 +8,10 @@ of every member, detects it.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from typing import IO
+
 import numpy as np
 
 from common.errors import Damaged
@@ -33,36 +37,66 @@ class Recording:
 
 def decode(data: bytes, rate: int) -> np.ndarray:
     """The samples of a recording, mixed to mono and resampled to `rate` Hz: int16 [T]. Raises `Damaged`."""
-    av = need_av()
-    if data[:4] == b"RIFF":
-        stated = int.from_bytes(data[4:8], "little")
-        if len(data) < stated + 8 < UNKNOWN_WAV_SIZE:
-            raise Damaged(f"ends after {len(data)} bytes, but its header states {stated + 8}")
     parts, count = [], 0
-    with open_av(data) as file:
+    for _, samples in pieces(data, rate):
+        parts.append(samples)
+        count += len(samples)
+        if count > MAX_SECONDS * rate:
+            raise Damaged(
+                f"is longer than {MAX_SECONDS:g} s; `unlabeled shards build --kind audio --seconds N` cuts recordings"
+                " into pieces"
+            )
+    return np.concatenate(parts)
+
+
+def pieces(source: bytes | IO[bytes], rate: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    """(rate, samples int16 [t]) of consecutive pieces of a recording, mixed to mono and resampled to `rate` Hz; 0: the
+    rate of the file. Raises `Damaged`, also if there are no samples."""
+    av = need_av()
+    _check_wav_size(source)
+    count = 0
+    with open_av(source) as file:
         if not file.streams.audio:
             raise Damaged("holds no audio stream")
         stream = file.streams.audio[0]
         if stream.codec_context is None:
             raise Damaged("has a codec that PyAV does not know")
         stream.codec_context.thread_count = 1
+        rate = rate or stream.codec_context.sample_rate
         resampler = av.AudioResampler(format="s16", layout="mono", rate=rate)
-
-        def keep(frame: object) -> None:
-            nonlocal count
-            for resampled in resampler.resample(frame):
-                parts.append(resampled.to_ndarray()[0])
-                count += len(parts[-1])
-            if count > MAX_SECONDS * rate:
-                raise Damaged(
-                    f"is longer than {MAX_SECONDS:g} s; `unlabeled shards build --kind audio` cuts recordings into"
-                    " pieces"
-                )
-
         for frame in file.decode(stream):
-            keep(frame)
-        if parts:
-            keep(None)  # what the resampler still holds
+            for resampled in resampler.resample(frame):
+                count += resampled.samples
+                yield rate, resampled.to_ndarray()[0]
+        if count:
+            for resampled in resampler.resample(None):  # what the resampler still holds
+                yield rate, resampled.to_ndarray()[0]
     if not count:
         raise Damaged("holds no samples")
-    return np.concatenate(parts)
+
+
+def _check_wav_size(source: bytes | IO[bytes]) -> None:
+    """Raises `Damaged` for a WAV file that is shorter than its header states, which FFmpeg accepts."""
+    if isinstance(source, bytes):
+        head, size = source[:8], len(source)
+    else:
+        head, size = source.read(8), source.seek(0, io.SEEK_END)
+        source.seek(0)
+    stated = int.from_bytes(head[4:8], "little") + 8
+    if head[:4] == b"RIFF" and size < stated < UNKNOWN_WAV_SIZE:
+        raise Damaged(f"ends after {size} bytes, but its header states {stated}")
+
+
+def flac(samples: np.ndarray, rate: int) -> bytes:
+    """The samples int16 [T] as a FLAC file, without loss."""
+    av, out = need_av(), io.BytesIO()
+    with av.open(out, "w", format="flac") as file:
+        stream = file.add_stream("flac", rate=rate, layout="mono")
+        stream.codec_context.format = "s16"
+        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler("s16", "mono", rate, frame_size=stream.codec_context.frame_size)
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            file.mux(stream.encode(part))
+        file.mux(stream.encode(None))
+    return out.getvalue()

@@ -35,6 +35,10 @@ class Audio(Part):
     _constants: dict[torch.device, Constants] = field(default_factory=dict, init=False, repr=False, compare=False)
     extensions = AUDIO
 
+    @property
+    def noun(self) -> str:
+        return "recording"
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_constants": {}}  # a data worker, which gets a copy, has no device
 

@@ -70,9 +70,10 @@ def _input(about: dict[str, Any]) -> str:
     if "audio" not in about:
         return f"Pixels: mean {about['mean']}, std {about['std']} after division by 255."
     audio = about["audio"]
+    scaled = f" of mean {audio['mean'][0]:g}, std {audio['std'][0]:g}" if "mean" in audio else ""
     return (
-        f"Input: log-mel features with {audio['mels']} bands of audio at {audio['sample_rate']} Hz, of up to"
-        f" {audio['seconds']:g} s."
+        f"Input: log-mel features{scaled} (Kaldi's fbank of 16-bit samples) with {audio['mels']} bands of audio at"
+        f" {audio['sample_rate']} Hz, in training of {audio['seconds']:g} s."
     )
 
 

@@ -38,7 +38,7 @@ from pretrain.ops.precision import unit, wide
 @dataclass
 class Config(Options):
     codebooks: int = option(1, low=1)  # number of quantizers, each with a head that predicts its codes
-    codes: int = option(8192, low=2)  # number of codes of a codebook
+    codebook_size: int = option(8192, low=2)  # number of codes of a codebook
     code_dim: int = option(16, low=1)  # width of a code
     mask_probability: float = option(0.01, above=0, high=1)  # probability that a masked span begins at a frame
     mask_frames: int = option(40, low=1)  # length of a span in frames of 10 ms
@@ -47,7 +47,7 @@ class Config(Options):
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
         sizes = {"model.dim": 32, "model.depth": 2, "model.heads": 2, "model.mels": 16, "model.kernel": 7}
-        spans = {"objective.codes": 64, "objective.mask_probability": 0.03, "objective.mask_frames": 16}
+        spans = {"objective.codebook_size": 64, "objective.mask_probability": 0.03, "objective.mask_frames": 16}
         return [{"model": "conformer", **sizes, **spans, "data.seconds": 0.64}, {"objective.codebooks": 2}]
 
 
@@ -79,8 +79,10 @@ class BESTRQ(Objective):
         self.backbone: Any = backbone()
         self.stack = self.backbone.cfg.stack
         width = self.stack * self.backbone.cfg.mels
-        self.quantizer = Quantizer(cfg.codebooks, cfg.codes, width, cfg.code_dim)
-        self.heads = nn.ModuleList(Head(self.backbone.embed_dim, cfg.codes, bias=True) for _ in range(cfg.codebooks))
+        self.quantizer = Quantizer(cfg.codebooks, cfg.codebook_size, width, cfg.code_dim)
+        self.heads = nn.ModuleList(
+            Head(self.backbone.embed_dim, cfg.codebook_size, bias=True) for _ in range(cfg.codebooks)
+        )
         initialise(self.heads, 1)
 
     @staticmethod

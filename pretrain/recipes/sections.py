@@ -301,5 +301,5 @@ class Eval(Section):
     # best device
     device: str = "auto"
     cache: str | None = None  # folder in which extracted features are kept; null: ~/.cache/unlabeled/features
-    pixels: bool = True  # score raw pixels (of text: bytes) as well, as a baseline
+    pixels: bool = True  # score raw pixels (of text: bytes, of audio: log-mel statistics) as well, as a baseline
     prompts: list[str] = field(default_factory=list)  # texts that a language model continues at each export

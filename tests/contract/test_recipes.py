@@ -60,6 +60,9 @@ def small(name: str, shards: Path) -> list[str]:
     """Overrides with which a recipe trains in seconds on a CPU, but for its data, its run folder and its steps."""
     given = recipe.load(name)
     own = [*TINY, *reduced(name, shards)]
+    if given.model.reads == "audio":
+        own = [option for option in tiny(given.objective.name, shards) if not option.startswith("model=")]
+        own += ["parallel.mode=single"]
     if given.model.reads == "tokens":
         own = [*TEXT, "threads=1", "precision=fp32", "parallel.mode=single"]
         own += ["parallel.recompute=none", "parallel.compile=false", "eval.val=[]", "eval.test=[]"]
@@ -71,8 +74,10 @@ def small(name: str, shards: Path) -> list[str]:
 # objectives of which `make test` runs one recipe, and `make test-matrix` the others
 CATALOGUE = (
     *(
+        "audio_mae",
         "barlow_twins",
         "beit",
+        "bestrq",
         "byol",
         "context_encoder",
         "dino",
@@ -89,7 +94,7 @@ SHOWN = [name for name in recipe.names() if recipe.load(name).objective.name not
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sampled(recipe.names(), *SHOWN, "byol_resnet50"))
+@pytest.mark.parametrize("name", sampled(recipe.names(), *SHOWN, "byol_resnet50", "bestrq_cpu"))
 def test_recipe_trains_two_steps(name: str, shards: Path, tmp_path: Path):
     data = [*data_of(recipe.load(name).objective.name, shards), "steps=2", f"run={tmp_path / 'run'}"]
     cfg = recipe.load(name, [*small(name, shards), *data])

@@ -106,7 +106,7 @@ def test_a_waveform_gives_the_same_features_in_transformers(tmp_path: Path):
         found = ours(part.place(torch.from_numpy(samples)[None], torch.device("cpu"), frames=frames)).tokens
     assert found.shape == expected.shape and torch.allclose(found, expected, atol=2e-3)
     card = (folder / "README.md").read_text()
-    assert "log-mel features with 8 bands of audio at 16000 Hz" in card and "AutoFeatureExtractor" in card
+    assert "with 8 bands of audio at 16000 Hz" in card and "AutoFeatureExtractor" in card
     assert not (written(tmp_path / "2", ours, sample_rate=8000) / "preprocessor_config.json").exists()
 
 
@@ -115,6 +115,26 @@ def test_an_export_is_opened_again_in_every_format(tmp_path: Path):
     assert len(lines) == 2 and all("opened again" in line for line in lines)
     with pytest.raises(UserError, match="has ViTs and ConvNeXts only"):
         export_formats.release(tmp_path / "1", ["official"])
+
+
+@pytest.mark.parametrize("positions", ["rope", "sincos"])
+def test_a_vit_on_spectrograms_is_opened_by_transformers(positions: str, tmp_path: Path):
+    """For spectrograms of any length, and its card names how they are made."""
+    cfg = presets.SpectrogramViT(image_size=32, patch_size=8, dim=32, depth=2, heads=2, positions=positions)
+    cfg.name = "spectrogram_vit"
+    torch.manual_seed(0)
+    ours = build_model(cfg).eval()
+    folder = written(tmp_path / "1", ours, mels=32, mean=[16.5], std=[9.1])
+    theirs = AutoModel.from_pretrained(folder).eval()
+    again, about = weights.load_backbone(folder)
+    for columns in (4, 7):
+        x = torch.randn(2, 1, 32, 8 * columns)
+        with torch.no_grad():
+            features, found = ours(x), theirs(x).last_hidden_state
+            assert features.grid == (4, columns) and torch.equal(again(x).tokens, features.tokens)
+        assert torch.allclose(found[:, 1:], features.tokens, atol=1e-4)
+    assert about["audio"] == {"sample_rate": 16000, "seconds": 2.0, "mels": 32, "mean": [16.5], "std": [9.1]}
+    assert "mean 16.5, std 9.1" in (folder / "README.md").read_text()
 
 
 def test_weights_of_transformers_are_read(tmp_path: Path):
@@ -143,7 +163,7 @@ def test_weights_of_transformers_are_read(tmp_path: Path):
 
 # ---------------------------------------------------------------- the loss
 def made(**options: Any) -> Any:
-    cfg = bestrq.Config(**{"codes": 13, "code_dim": 5, "codebooks": 2, **options})
+    cfg = bestrq.Config(**{"codebook_size": 13, "code_dim": 5, "codebooks": 2, **options})
     torch.manual_seed(0)
     return bestrq.BESTRQ(cfg, lambda **changes: conformer(**changes)).double()
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from common.errors import DataError, nearest
 from data_pipeline.build.sources.media_folders import Images, Videos
 from data_pipeline.build.sources.parquet import ParquetImages, Table
+from data_pipeline.build.sources.recordings import Recordings, check_seconds, names_recordings
 from data_pipeline.build.sources.source import Options, Source, check_bits, check_max_pixels
 from data_pipeline.build.sources.source_files import Tree
 from data_pipeline.build.sources.tables import ImageText, json_row, names_images, read_rows
@@ -17,7 +18,9 @@ from data_pipeline.build.sources.video_frames import Frames, check_every
 from data_pipeline.shards.members import MAX_MEMBER_BYTES
 from data_pipeline.storage.urls import compressed_tar_hint
 
-KINDS: dict[str, type[Source]] = {k.kind: k for k in (Images, Videos, Frames, Text, ImageText, ParquetImages, Tars)}
+KINDS: dict[str, type[Source]] = {
+    k.kind: k for k in (Images, Videos, Frames, Recordings, Text, ImageText, ParquetImages, Tars)
+}
 _ALL_KINDS = {**KINDS, TarSubset.kind: TarSubset}  # with the one that only `shards split` uses
 
 
@@ -33,6 +36,7 @@ def find_source(kind: str, url: str, options: Options, limit: int) -> Source:
     check_bits(options.bits)
     check_max_pixels(options.max_pixels)
     check_every(options)
+    check_seconds(options)
     tree, kind_given = Tree(url), bool(kind)
     if kind in ("", Images.kind) and (options.frames_every is not None or (kind and _only_videos(tree))):
         kind = Frames.kind
@@ -65,7 +69,9 @@ def detect(tree: Tree, options: Options) -> str:
     files = tree.files
     if not files:
         raise DataError(f"{tree.url}: is an empty folder")
-    files_of = {kind.kind: [f for f in files if kind.takes(f)] for kind in (Images, Videos, ParquetImages, Tars)}
+    files_of = {
+        kind.kind: [f for f in files if kind.takes(f)] for kind in (Images, Videos, Recordings, ParquetImages, Tars)
+    }
     files_of["jsonl"] = [f for f in files if f.extension == "jsonl"]
     if files_of[Tars.kind]:  # tables beside shards are annotations of them
         del files_of["jsonl"], files_of[ParquetImages.kind]
@@ -76,6 +82,10 @@ def detect(tree: Tree, options: Options) -> str:
             for kind, endings in ((Text.kind, ("txt",)), (ImageText.kind, ("csv", "tsv")))
             if (some := [f for f in files if f.extension in endings])
         }
+    if ImageText.kind in found:
+        table = next(f for f in files if f.extension in ("csv", "tsv"))
+        _, first_row = next(read_rows(tree, table.path), (0, {}))
+        found = {Recordings.kind: found[ImageText.kind]} if names_recordings(first_row) else found
     if not found and (lists := [f for f in files if f.extension == "json"]):
         _, first_row = next(read_rows(tree, lists[0].path), (0, {}))
         found = {ImageText.kind if names_images(first_row) else Text.kind: len(lists)}
@@ -94,7 +104,7 @@ def detect(tree: Tree, options: Options) -> str:
                     command = f"zcat {path} | {command.replace(f' < {path}', '')}"
                 raise DataError(f"{tree.url}: holds .{kind} files, which this command converts to text: {command}")
         raise DataError(
-            f"{tree.url}: holds no source of shards (its files have {endings}); those are images, videos, "
+            f"{tree.url}: holds no source of shards (its files have {endings}); those are images, videos, recordings, "
             ".jsonl, .json, .txt, .parquet, .tar, and .csv or .tsv lists of image and text; --kind text takes any"
             " text file"
             f"{compressed_tar_hint(files[0].path)}"
@@ -110,6 +120,8 @@ def _by_content(tree: Tree, kind: str, path: str, options: Options) -> str:
                 row, _ = json_row(file.readline(MAX_MEMBER_BYTES))
         except OSError:
             return Text.kind
+        if names_recordings(row):
+            return Recordings.kind
         return ImageText.kind if options.image_field or names_images(row) else Text.kind
     if kind == ParquetImages.kind:
         try:
