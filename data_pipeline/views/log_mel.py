@@ -58,8 +58,11 @@ def constants(rate: int, bands: int, device: torch.device) -> Constants:
     size = round(WINDOW * rate)
     bins = (1 << (size - 1).bit_length()) // 2 + 1  # of a transform of the next power of two
     window, filters = np.hanning(size) ** 0.85, filter_bank(rate, bands, bins)
-    tensors = (torch.from_numpy(array).float().to(device) for array in (window, filters))
-    return Constants(*tensors, round(HOP * rate))
+    return Constants(_placed(window, device), _placed(filters, device), round(HOP * rate))
+
+
+def _placed(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).float().to(device)
 
 
 def log_mel(waveforms: Tensor, made: Constants) -> Tensor:

@@ -73,11 +73,12 @@ class Quantizer(nn.Module):
 class BESTRQ(Objective):
     parts = {"audio": Audio()}
     target_name = "targets"
+    backbone: Any
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
-        self.backbone: Any = backbone()
-        self.stack = self.backbone.cfg.stack
+        self.backbone = backbone()
+        self.stack: int = self.backbone.cfg.stack
         width = self.stack * self.backbone.cfg.mels
         self.quantizer = Quantizer(cfg.codebooks, cfg.codebook_size, width, cfg.code_dim)
         self.heads = nn.ModuleList(
@@ -108,7 +109,7 @@ class BESTRQ(Objective):
             noise[masked] = cfg.noise_std * generator.standard_normal((masked.sum(), noise.shape[1]), np.float32)
             return {
                 "audio": audio,  # int16 [S]
-                "audio.frames": np.int64(frames),
+                "audio.frames": np.array(frames),
                 "valid": valid,  # [U]
                 "noise": noise,  # [U, F]
                 "targets": np.where(masked, 0, IGNORED),  # [U]: the quantizer sets the codes of masked groups
