@@ -85,7 +85,9 @@ def test_invalid_sources_targets_and_options_are_refused(tmp_path: Path):
     (tmp_path / "full" / "x").write_text("x")
     with pytest.raises(DataError, match="exists already"):
         make(empty, tmp_path / "full")
-    with pytest.raises(DataError, match="--kind pictures: no such kind of source; known: frames, image-text, images"):
+    with pytest.raises(
+        DataError, match="--kind pictures: no such kind of source; known: audio, frames, image-text, images"
+    ):
         make(empty, tmp_path / "out", kind="pictures")
     with pytest.raises(
         DataError, match="--lines has no effect on a folder of images, only on sources of the kinds text"

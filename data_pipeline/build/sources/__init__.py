@@ -82,10 +82,9 @@ def detect(tree: Tree, options: Options) -> str:
             for kind, endings in ((Text.kind, ("txt",)), (ImageText.kind, ("csv", "tsv")))
             if (some := [f for f in files if f.extension in endings])
         }
-    if ImageText.kind in found:
-        table = next(f for f in files if f.extension in ("csv", "tsv"))
-        _, first_row = next(read_rows(tree, table.path), (0, {}))
-        found = {Recordings.kind: found[ImageText.kind]} if names_recordings(first_row) else found
+    if tree.single_file and files[0].extension in ("csv", "tsv"):
+        _, first_row = next(read_rows(tree, files[0].path), (0, {}))
+        found = {Recordings.kind: 1} if names_recordings(first_row) else found
     if not found and (lists := [f for f in files if f.extension == "json"]):
         _, first_row = next(read_rows(tree, lists[0].path), (0, {}))
         found = {ImageText.kind if names_images(first_row) else Text.kind: len(lists)}
@@ -120,7 +119,7 @@ def _by_content(tree: Tree, kind: str, path: str, options: Options) -> str:
                 row, _ = json_row(file.readline(MAX_MEMBER_BYTES))
         except OSError:
             return Text.kind
-        if names_recordings(row):
+        if tree.single_file and names_recordings(row):
             return Recordings.kind
         return ImageText.kind if options.image_field or names_images(row) else Text.kind
     if kind == ParquetImages.kind:
