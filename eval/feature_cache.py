@@ -117,19 +117,19 @@ class FeatureRows:
     fp32 tensors on the CPU. A tensor [N, D] can stand in its place."""
 
     def __init__(self, path: Path, numbers: np.ndarray, columns: slice = slice(None)):
-        self._path, self._numbers = path, numbers  # [N], rows of the file
+        self._path, self.numbers = path, numbers  # [N], rows of the file, which are the numbers of the samples
         self._table = np.load(path, mmap_mode="r").view(np.ndarray)[:, columns]  # a view
         self.shape: tuple[int, ...] = (len(numbers), self._table.shape[1])
 
     def whole(self) -> FeatureRows:
         """The same rows with all columns of the file."""
-        return FeatureRows(self._path, self._numbers)
+        return FeatureRows(self._path, self.numbers)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        numbers = self._numbers[rows if isinstance(rows, slice) else rows.numpy()]
+        numbers = self.numbers[rows if isinstance(rows, slice) else rows.numpy()]
         return torch.from_numpy(self._table[numbers])
 
 
@@ -150,6 +150,12 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each sample in its set [N]."""
+        assert isinstance(self.features, FeatureRows)
+        return self.features.numbers
 
     def stored(self) -> FeatureRows | Tensor:
         """All that is stored of each sample, see `Source.stored`."""

@@ -54,7 +54,7 @@ class Encoder(feature_cache.Source):
         self.part = Image(len(self.mean), mean=self.mean, std=self.std)
         self.channels = len(self.mean)
         self.device = pick_device(device, key="eval.device")
-        self._budget = Budget()
+        self.budget = Budget()
         if isinstance(backbone, torch.nn.Module):
             backbone.to(self.device).eval()
 
@@ -67,6 +67,11 @@ class Encoder(feature_cache.Source):
         """One vector per image [B, D]: the class token, or the mean of the patches. fp32, on the CPU."""
         features = self(np.stack(images) if isinstance(images, list) else images)
         return (features.cls if self.pool == "cls" else features.tokens.mean(1)).float().cpu()
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along one side of a patch; 1 for a function."""
+        return getattr(self.backbone, "patch_size", 1)
 
     @property
     def max_layers(self) -> int:  # type: ignore[override]
@@ -110,8 +115,13 @@ class Encoder(feature_cache.Source):
 
     def read(self, samples: Samples, number: int) -> np.ndarray:
         """The center crop of an image, uint8 [C, S, S]."""
-        with self._budget.lease() as take:
+        with self.budget.lease() as take:
             return center(samples.image(number, self.channels, take), self.image_size)
+
+    def image(self, samples: Samples, number: int) -> np.ndarray:
+        """A whole image, uint8 [H, W, C]."""
+        with self.budget.lease() as take:
+            return samples.image(number, self.channels, take)
 
     def label(self, samples: Samples, number: int) -> str:
         return feature_cache.label_of(samples, number)

@@ -21,7 +21,12 @@ Row = dict[str, Any]
 
 KEY = ("model", "step", "protocol", "split", "metric")  # of a row: which score it is
 
-MAIN_METRICS = {"accuracy": "{:.1%}", "bits_per_byte": "{:.3f}"}  # {the main metric of a protocol: its number format}
+MAIN_METRICS = {  # {the main metric of a protocol: its number format}
+    "accuracy": "{:.1%}",
+    "bits_per_byte": "{:.3f}",
+    "miou": "{:.1%}",
+    "rmse": "{:.3f}",
+}
 
 
 def append(path: Path, rows: list[Row]) -> None:

@@ -1,0 +1,159 @@
+"""Images with a map beside each: a mask of classes or a depth map, which is another member of the sample.
+
+    0000007.jpg  0000007.mask.png     a PNG of class numbers, 8 or 16 bits (or .npy, integers [H, W])
+    0000007.jpg  0000007.depth.png    a 16-bit PNG in units of `scale` metres (or .npy, floats [H, W] in metres)
+
+Shapes: H × W pixels of an image, C channels, S the side of a window.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+import cv2
+import numpy as np
+
+from common.errors import Absent, Damaged, DataError
+from data_pipeline.formats.image_formats import IMAGE_MEMBERS, errors_as_damage
+from data_pipeline.formats.pillow_images import open_image
+from data_pipeline.shards.samples import Samples
+from data_pipeline.views.augmentations import Rng, resize
+from eval.feature_cache import read_batches
+from eval.features import Encoder
+
+MASKS = ("mask.png", "seg.png", "mask.npy", "seg.npy")  # endings by which masks are found, the first one that is there
+DEPTHS = ("depth.png", "depth.npy")
+IGNORED = -1  # class of pixels that are not scored
+IMAGES = tuple(e for e in IMAGE_MEMBERS if e not in ("png", "npy"))
+
+
+class Pairs:
+    """The samples of shards that have an image and a map.
+
+    `member`: the ending of the map; "": the first one of `endings`, or else png or npy beside an image of another
+    format. `key`: of the option that names it. Raises DataError if no sample has both.
+    """
+
+    def __init__(self, encoder: Encoder, specs: Sequence[str], member: str, endings: Sequence[str], key: str):
+        protocol = key.partition(".")[0]
+        if not specs:
+            raise DataError(f"no shards are named for {protocol}; write gallery=… and query=…")
+        self.encoder = encoder
+        self.samples = Samples(specs, further=[member] if member else endings)
+        present = self.samples.extensions
+        others = [e for e in ("png", "npy") if e in present and set(IMAGES) & {*present}]
+        found = [member] if member in present else [] if member else [e for e in (*endings, *others) if e in present]
+        if not found:
+            raise DataError(
+                f"{self.samples.names}: holds {', '.join(f'.{e}' for e in present)}, and no map for {protocol}; put"
+                f" NAME.{member or endings[0]} beside NAME.jpg, or write {key}=ENDING. Shards that have an index already"
+                f" need `unlabeled shards index FOLDER --members {member or endings[0]}`"
+            )
+        self.member = found[0]
+        self.images = [e for e in IMAGE_MEMBERS if e in present and e != self.member]
+        self.numbers = self._numbers()
+        if not len(self.numbers):
+            raise DataError(f"{self.samples.names}: no sample holds both an image and a .{self.member}")
+        self.passed_over = len(self.samples) - len(self.numbers)
+        self.damaged: set[int] = set()  # numbers of the samples that could not be read
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def _numbers(self) -> np.ndarray:
+        """The numbers of the samples that have both, by the index."""
+        has_both = np.zeros(len(self.samples), bool)
+        (map_column,), image_columns = self.samples.columns([self.member]), self.samples.columns(self.images)
+        for piece in self.samples.pieces(0, len(self.samples)):
+            there = piece.records["offset"] > 0  # [n, extensions]
+            part = slice(piece.first, piece.first + len(there))
+            has_both[part] = there[:, map_column] & there[:, image_columns].any(1)
+        return np.flatnonzero(has_both)
+
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(image uint8 [H, W, C], map [H, W]) of a sample. Raises Damaged."""
+        members = self.samples.read(int(number), [*self.images, self.member])
+        extension = next((e for e in self.images if e in members), None)
+        if extension is None:
+            raise Absent("holds no image")
+        encoded = self.samples.encoded(int(number), members[extension], extension, self.encoder.channels)
+        with self.encoder.budget.lease() as take:
+            encoded.reserve = take
+            image = encoded.pixels()
+        values = read_map(members[self.member], self.member)
+        if values.shape != image.shape[:2]:
+            raise Damaged(f"its .{self.member} has {values.shape} pixels, but its image {image.shape[:2]}")
+        return image, values
+
+    def read_all(
+        self, numbers: Sequence[int] | np.ndarray, batch: int
+    ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+        """Consecutive batches of what `read` returns, without the damaged samples, which are recorded."""
+        for of_batch, found in read_batches(self._read_or_reason, numbers, batch):  # type: ignore[arg-type]
+            self.damaged |= {int(n) for n, one in zip(of_batch, found, strict=True) if isinstance(one, Damaged)}
+            yield [one for one in found if not isinstance(one, Damaged)]
+
+    def _read_or_reason(self, number: int) -> tuple[np.ndarray, np.ndarray] | Damaged:
+        try:
+            return self.read(number)
+        except Damaged as reason:
+            return reason
+
+
+def read_map(data: bytes, ending: str) -> np.ndarray:
+    """The numbers [H, W] in a PNG of one channel or a palette, or in a .npy file. Raises Damaged."""
+    if ending.rpartition(".")[2] == "npy":
+        with errors_as_damage():
+            values = np.load(io.BytesIO(data), allow_pickle=False)
+        if values.ndim != 2 or values.dtype.kind not in "uif":
+            raise Damaged(f"its map holds {values.dtype} {list(values.shape)}, but numbers [H, W] are read")
+        return values
+    with open_image(data) as image, errors_as_damage():
+        image.load()
+        mode, values = image.mode, np.asarray(image)
+    if mode not in ("1", "L", "P", "I", "I;16"):
+        raise Damaged(f"its map is a picture of {mode}, but one channel, or a palette, of numbers is read")
+    return values.astype(np.int32)
+
+
+# ---------------------------------------------------------------- views
+def resized(image: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """An image (bicubic, antialiased) and its map (nearest) resized to `shape`."""
+    values = values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
+    return resize(image, shape), cv2.resize(values, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def short_side(image: np.ndarray, size: int) -> tuple[int, int]:
+    """(height, width) of an image whose short side is resized to `size`."""
+    height, width = image.shape[:2]
+    factor = size / min(height, width)
+    return max(size, round(height * factor)), max(size, round(width * factor))
+
+
+def random_crop(
+    image: np.ndarray, values: np.ndarray, size: tuple[int, int], zoom: tuple[float, float], fill: float, rng: Rng
+) -> tuple[np.ndarray, np.ndarray]:
+    """A training view: the image is scaled so that its short side is the shorter one of `size` times a factor in `zoom`;
+    a random crop of `size` is taken, and flipped with probability 0.5. Where the scaled image is smaller, the crop is
+    padded, with `fill` in the map. Returns (uint8 [C, *size], map [*size])."""
+    factor, top, left, flip = rng(0).random(4)
+    target = short_side(image, max(1, round(min(size) * (zoom[0] + (zoom[1] - zoom[0]) * factor))))
+    image, values = resized(image, values, target)
+    missing = [max(0, wanted - present) for wanted, present in zip(size, image.shape, strict=False)]
+    if any(missing):
+        image = np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)))
+        values = np.pad(values, ((0, missing[0]), (0, missing[1])), constant_values=fill)
+    y, x = (int(u * (have - want + 1)) for u, have, want in zip((top, left), image.shape, size, strict=False))
+    image, values = image[y : y + size[0], x : x + size[1]], values[y : y + size[0], x : x + size[1]]
+    if flip < 0.5:
+        image, values = image[:, ::-1], values[:, ::-1]
+    return np.ascontiguousarray(image.transpose(2, 0, 1)), np.ascontiguousarray(values)
+
+
+def whole_patches(size: int, patch: int, key: str) -> int:
+    """`size`, if it is a multiple of the patch size. Raises DataError with the nearest one."""
+    if size % patch:
+        nearest = max(1, round(size / patch)) * patch
+        raise DataError(f"{key} = {size}: must be a multiple of the model's patch size {patch}; write {key}={nearest}")
+    return size

@@ -1,0 +1,264 @@
+"""Segmentation, patch k-NN and depth: metrics against torchmetrics and hand-made examples, sliding windows, losses and
+schedules against formulas, and scores on drawn scenes whose classes and depths are known."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from common.errors import DataError, UserError
+from eval import dense_data, depth, patch_knn, segmentation
+from eval.dense_data import Pairs
+from eval.features import Encoder
+from eval.run import evaluate
+from pretrain.models.layers import Features
+from tests.tars import jpeg, write_tar
+
+COLORS = np.array([[30, 30, 30], [220, 40, 40], [40, 220, 40], [40, 40, 220]], np.uint8)  # of the classes
+
+
+class Patches(torch.nn.Module):
+    """The mean colour of each patch of 4 × 4 pixels, as features."""
+
+    embed_dim, image_size, patch_size, max_layers = 3, 32, 4, 1
+
+    def forward(self, x: Tensor) -> Features:
+        maps = F.avg_pool2d(x, 4)
+        tokens = maps.flatten(2).transpose(1, 2)
+        return Features(tokens.mean(1), tokens, tokens[:, :0], (maps.shape[-2], maps.shape[-1]))
+
+
+def patches(cache: Path) -> Encoder:
+    encoder = Encoder(Patches(), "patches", 32, [0.5] * 3, [0.5] * 3)
+    encoder.cache = cache
+    return encoder
+
+
+def png(values: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "PNG")
+    return out.getvalue()
+
+
+def npy(values: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, values)
+    return out.getvalue()
+
+
+def scenes(path: Path, count: int, seed: int, further: list[tuple[str, bytes]] = []) -> str:  # noqa: B006
+    """Shards of images of 32 × 48 pixels with two rectangles, their masks, and depths: 1, 2, 3 and 4 metres for the
+    classes."""
+    rng, members = np.random.default_rng(seed), list(further)
+    for n in range(count):
+        mask = np.zeros((32, 48), np.uint8)
+        for _ in range(2):
+            top, left = 4 * rng.integers(0, 5), 4 * rng.integers(0, 8)
+            mask[top : top + 16, left : left + 16] = rng.integers(1, 4)
+        mask[:2] = 255  # not scored
+        image = COLORS[np.where(mask == 255, 0, mask)]
+        metres = np.where(mask == 255, 0, 1000 * (mask.astype(np.uint16) + 1)).astype(np.uint16)
+        key = f"{seed}-{n:03d}"
+        members += [(f"{key}.webp", _webp(image)), (f"{key}.mask.png", png(mask)), (f"{key}.depth.png", png(metres))]
+    write_tar(path, members)
+    return str(path)
+
+
+def _webp(image: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "WEBP", lossless=True)
+    return out.getvalue()
+
+
+# ---------------------------------------------------------------- metrics
+def test_miou_equals_torchmetrics():
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.integers(0, 4, (5, 20, 30)), torch.from_numpy(rng.integers(0, 5, (5, 20, 30)))
+    predicted[predicted == 3] = 1  # class 3 is never predicted, class 4 never true, class 5 neither
+    truth[rng.random(truth.shape) < 0.2] = 255
+    theirs = MulticlassJaccardIndex(6, average="macro", ignore_index=255)
+    theirs.update(predicted, torch.from_numpy(truth))
+    confusion = sum(
+        segmentation.confusion_of(p, segmentation.class_map(t, segmentation.Config()), 6)
+        for p, t in zip(predicted, truth, strict=True)
+    )
+    assert segmentation.scores(confusion)["miou"] == pytest.approx(float(theirs.compute()), abs=1e-6)
+    by_hand = torch.tensor([[2, 1, 0], [0, 3, 0], [1, 0, 0]])  # unions 4, 4, 1
+    scores = segmentation.scores(by_hand)
+    assert scores == {"miou": pytest.approx((2 / 4 + 3 / 4 + 0) / 3), "pixel_accuracy": pytest.approx(5 / 7)}
+
+
+def test_class_numbers():
+    values = np.array([[0, 1, 2, 255]])
+    assert segmentation.class_map(values, segmentation.Config()).tolist() == [[0, 1, 2, -1]]
+    assert segmentation.class_map(values, segmentation.Config(zero_is_void=True)).tolist() == [[-1, 0, 1, -1]]
+    assert segmentation.class_map(values, segmentation.Config(ignore=[1])).tolist() == [[0, -1, 2, 255]]
+
+
+def test_windows_cover_every_pixel():
+    image = np.random.default_rng(0).random((3, 21, 34), np.float32)
+    found = segmentation.slide(lambda windows: torch.from_numpy(windows), image, 16, 5)
+    torch.testing.assert_close(found, torch.from_numpy(image))
+    constant = segmentation.slide(lambda windows: torch.full((len(windows), 2, 4, 4), 7.0), image, 16, 16)
+    assert constant.shape == (2, 21, 34) and torch.equal(constant, torch.full_like(constant, 7.0))
+    assert segmentation._starts(683, 512, 341) == [0, 171] and segmentation._starts(512, 512, 341) == [0]
+    assert segmentation._starts(1000, 512, 341) == [0, 341, 488]
+    logits = torch.randn(40, 5, 6)
+    whole = F.interpolate(logits[None], size=(11, 9), mode="bilinear")[0].argmax(0)
+    assert torch.equal(segmentation.upsampled_argmax(logits, (11, 9)), whole)
+
+
+def test_the_label_of_a_patch_is_its_most_frequent_class():
+    values = torch.tensor([[[0, 1, 2, 2], [1, 1, -1, 2], [-1, -1, 0, 1], [-1, 2, 1, 0]]])
+    assert patch_knn.majority(values, (2, 2), 3).tolist() == [[1, 2, -1, 0]]
+
+
+def test_depth_metrics_by_hand():
+    found = depth.errors(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[2.0, 3.0, 0.0]]))
+    assert found["rmse"] == pytest.approx(0.5**0.5) and found["abs_rel"] == pytest.approx(0.25)
+    assert (found["delta1"], found["delta2"], found["delta3"]) == (0.5, 0.5, 0.5)
+    assert found["log10"] == pytest.approx(math.log10(2) / 2)
+    assert found["silog"] == pytest.approx(100 * (math.log(2) ** 2 / 2 - math.log(2) ** 2 / 4) ** 0.5)
+
+
+def test_depth_bins_and_loss():
+    cfg = depth.Config()
+    logits = torch.zeros(1, depth.BINS, 2, 1)
+    logits[0, 100, 0], logits[0, 255, 1] = 1e7, 1e7
+    expected = torch.linspace(0.001, 10, 256)[[100, 255]]
+    torch.testing.assert_close(depth.depth_of(logits, cfg).flatten(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(depth.depth_of(logits * 0, cfg)[0, 0, 0, 0], torch.tensor(5.0005))
+    truth, predicted = torch.rand(50).double() * 5 + 0.1, torch.rand(50).double() * 5 + 0.1
+    assert float(depth.sig_loss(truth, truth)) < 1e-5
+    g = (np.log(predicted.numpy() + 0.001) - np.log(truth.numpy() + 0.001)).astype(np.float64)
+    assert float(depth.sig_loss(predicted, truth)) == pytest.approx((g.var(ddof=1) + 0.15 * g.mean() ** 2) ** 0.5)
+    assert float(depth.sig_loss(predicted, truth, True)) == pytest.approx(0.15**0.5 * abs(g.mean()))
+
+
+def test_one_cycle_equals_torch():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        3e-4,
+        90,
+        pct_start=1 / 3,
+        div_factor=25,
+        final_div_factor=1000,
+        base_momentum=0.85,
+        max_momentum=0.95,
+    )
+    for step in range(90):
+        group = optimizer.param_groups[0]
+        assert depth.one_cycle(step, 90, 3e-4) == pytest.approx((group["lr"], group["betas"][0]), rel=1e-6)
+        optimizer.step()
+        if step < 89:
+            theirs.step()
+
+
+# ---------------------------------------------------------------- views
+def test_image_and_map_stay_aligned():
+    values = np.random.default_rng(0).integers(0, 200, (40, 60)).astype(np.int32)
+    image = np.repeat(values.astype(np.uint8)[..., None], 3, 2)
+    flips = set()
+    for seed in range(6):
+        draws = [np.random.default_rng([seed, k]) for k in range(2)]
+        out, cropped = dense_data.random_crop(image, values, (24, 40), (40 / 24, 40 / 24), -1, draws.__getitem__)
+        assert out.shape == (3, 24, 40) and np.array_equal(out[0], cropped)
+        flips.add(bool((np.diff(cropped[0]) == 0).any()))
+    padded, mask = dense_data.random_crop(image, values, (24, 40), (0.5, 0.5), -1, draws.__getitem__)
+    assert padded.shape == (3, 24, 40) and (mask == -1).any() and not padded[:, mask == -1].any()
+    assert (
+        len({np.random.default_rng([seed, 0]).random(4)[3] < 0.5 for seed in range(6)}) == 2
+    )  # with and without a flip
+
+
+def test_maps_are_read_as_they_are_stored():
+    sixteen = np.array([[0, 1], [40_000, 65_535]], np.uint16)
+    assert dense_data.read_map(png(sixteen), "depth.png").tolist() == sixteen.tolist()
+    palette = Image.fromarray(np.array([[3, 7]], np.uint8)).convert("P")
+    out = io.BytesIO()
+    palette.save(out, "PNG")
+    assert dense_data.read_map(out.getvalue(), "png").shape == (1, 2)
+    assert dense_data.read_map(npy(np.array([[0.5, 2]], np.float16)), "depth.npy").tolist() == [[0.5, 2]]
+    with pytest.raises(dense_data.Damaged, match="its map is a picture of RGB"):
+        dense_data.read_map(jpeg(), "png")
+    with pytest.raises(dense_data.Damaged, match=r"its map holds float64 \[2\]"):
+        dense_data.read_map(npy(np.zeros(2)), "npy")
+
+
+# ---------------------------------------------------------------- scores
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    folder = tmp_path_factory.mktemp("rooms")
+    odd = [
+        ("a.webp", _webp(np.zeros((8, 8, 3), np.uint8))),  # no map
+        ("b.webp", _webp(np.zeros((8, 8, 3), np.uint8))),
+        *((f"b.{kind}.png", png(np.zeros((9, 9), np.uint8))) for kind in ("mask", "depth")),  # of another size
+    ]
+    return [scenes(folder / "train.tar", 20, 1)], [scenes(folder / "test.tar", 8, 2, odd)]
+
+
+def test_segmentation_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path):
+    cfg = segmentation.Config(steps=150, rate=5e-2, batch=8, size=32)
+    scores = segmentation.run(patches(tmp_path), *rooms, cfg)
+    assert scores["miou"] > 0.9 and scores["pixel_accuracy"] > 0.95
+    counts = {key: scores[key] for key in ("classes", "size", "gallery_count", "count", "left_out", "passed_over")}
+    assert counts == {"classes": 4, "size": 32, "gallery_count": 20, "count": 8, "left_out": 1, "passed_over": 1}
+
+
+def test_patch_knn_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path):
+    """All patches lie inside one class, so the nearest ones give every pixel its class."""
+    scores = patch_knn.run(patches(tmp_path), *rooms, patch_knn.Config(size=32, batch=3))
+    assert scores["miou"] > 0.8 and scores["k"] in (1, 3, 10, 30) and scores["count"] == 8
+    few = patch_knn.run(patches(tmp_path), *rooms, patch_knn.Config(size=32, patches=60, k=[3]))
+    assert 0.3 < few["miou"] <= scores["miou"] + 0.02 and few["k"] == 3
+
+
+def test_depth_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path):
+    cfg = depth.Config(steps=200, rate=3e-2, batch=8, farthest=5.0)
+    scores = depth.run(patches(tmp_path), *rooms, cfg)
+    assert scores["rmse"] < 0.45 and scores["delta1"] > 0.8 and scores["count"] == 8 and scores["left_out"] == 1
+    assert depth.metres(np.array([[500, 20_000]], np.uint16), cfg).tolist() == [[0.5, 0]]
+    assert depth.metres(np.array([[1.5, np.nan, 0]], np.float16), cfg).tolist() == [[1.5, 0, 0]]
+
+
+def test_rows(rooms: tuple[list[str], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("eval.features.open_encoder", lambda *_: (patches(tmp_path), {"step": 3}))
+    rows = evaluate("any", ["patch_knn"], *rooms)
+    (row,) = (row for row in rows if row["metric"] == "miou")
+    assert (row["count"], row["unit"], row["gallery_count"], row["passed_over"]) == (8, "images", 20, 1)
+    with pytest.raises(UserError, match="bytes: reads texts, which depth does not score; choose"):
+        monkeypatch.undo()
+        evaluate("bytes", ["depth"], *rooms)
+
+
+def test_errors(rooms: tuple[list[str], list[str]], shards: Path, tmp_path: Path):
+    encoder = patches(tmp_path)
+    for name, says in (
+        ("segmentation.member", "and no map for segmentation; put NAME.mask.png beside NAME.jpg"),
+        ("depth.member", "and no map for depth"),
+    ):
+        endings = dense_data.MASKS if "seg" in name else dense_data.DEPTHS
+        with pytest.raises(DataError, match=re.escape(says)):
+            Pairs(encoder, [str(shards)], "", endings, name)
+    with pytest.raises(DataError, match="no shards are named for depth"):
+        Pairs(encoder, [], "", dense_data.DEPTHS, "depth.member")
+    with pytest.raises(
+        DataError, match=re.escape("segmentation.size = 30: must be a multiple of the model's patch size 4")
+    ):
+        segmentation.run(encoder, *rooms, segmentation.Config(size=30))
+    with pytest.raises(DataError, match=re.escape("segmentation.classes = 2: the masks hold larger class numbers")):
+        segmentation.run(encoder, *rooms, segmentation.Config(size=32, classes=2, steps=3))
+    with pytest.raises(DataError, match="no depth is between depth"):
+        depth.run(encoder, *rooms, depth.Config(steps=1, nearest=6))
