@@ -120,12 +120,11 @@ def fit(
     """
     size, grid = encoder.image_size, _grid(cfg)
     dim = tokens_of(encoder, np.zeros((1, encoder.channels, size, size), np.uint8))[0].shape[-1]
-    heads = nn.ModuleList(AttentiveHead(dim, count, cfg.heads, cfg.blocks) for _ in grid)
-    for head in heads:  # all begin with the same weights
+    each = [AttentiveHead(dim, count, cfg.heads, cfg.blocks) for _ in grid]
+    for head in each:  # all begin with the same weights
         head.initialise(torch.Generator().manual_seed(cfg.seed))
-    heads.to(encoder.device)
-    groups = []
-    for head, (_, decay) in zip(heads, grid, strict=True):
+    heads, groups = nn.ModuleList(each).to(encoder.device), []
+    for head, (_, decay) in zip(each, grid, strict=True):
         vectors = [p for p in head.parameters() if p.ndim == 1]
         groups.append({"params": [p for p in head.parameters() if p.ndim > 1], "weight_decay": decay})
         groups.append({"params": vectors, "weight_decay": 0.0})

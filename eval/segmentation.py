@@ -172,17 +172,17 @@ def slide(predict: Any, image: np.ndarray, size: int, stride: int, batch: int = 
     """
     _, height, width = image.shape
     corners = [(y, x) for y in _starts(height, size, stride) for x in _starts(width, size, stride)]
-    total, count = None, None
+    sums: list[Tensor] = []  # [K, H, W], once K is known
+    count = torch.zeros(height, width)
     for first in range(0, len(corners), batch):
         some = corners[first : first + batch]
         windows = np.stack([image[:, y : y + size, x : x + size] for y, x in some])
         maps = F.interpolate(predict(windows), size=windows.shape[-2:], mode="bilinear", align_corners=False)
-        if total is None:
-            total, count = maps.new_zeros(maps.shape[1], height, width), maps.new_zeros(height, width)
+        sums = sums or [maps.new_zeros(maps.shape[1], height, width)]
         for (y, x), one in zip(some, maps, strict=True):
-            total[:, y : y + size, x : x + size] += one
+            sums[0][:, y : y + size, x : x + size] += one
             count[y : y + size, x : x + size] += 1
-    return total / count
+    return sums[0] / count.to(sums[0].device)
 
 
 def _starts(length: int, size: int, stride: int) -> list[int]:
