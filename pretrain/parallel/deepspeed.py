@@ -212,6 +212,9 @@ class Zero(Engine):
         norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=self.device).reshape(())
         if self.verdict is None and judge:  # the norm is not finite, so DeepSpeed has not called the optimizer
             judge(norm)
+            if self.stage < 3 and self.recipe.parallel.offload:
+                # With offload, DeepSpeed 0.19 does not clear these buffers, which it has for models that are not fp32.
+                self.zero.averaged_gradients.clear()
         self.micro = 0
         return norm
 
