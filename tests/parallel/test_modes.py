@@ -122,17 +122,17 @@ def cases(*modes: str) -> pytest.MarkDecorator:
     )
 
 
-def close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, weights: float, logs: float = 0.0) -> None:
-    for key, allowed in (
-        ("loss", tolerance),
-        ("validated", tolerance),
-        ("norm", tolerance),
-        ("logs", logs or tolerance),
-    ):
-        torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=allowed, atol=allowed / 10)
+def close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, weights: float) -> None:
+    for key in ("loss", "validated", "norm", "logs"):
+        expected = torch.tensor(theirs[key])
+        torch.testing.assert_close(torch.tensor(ours[key]), expected, rtol=tolerance, atol=tolerance / 10)
+    close_weights(ours, theirs, weights)
+
+
+def close_weights(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
     assert ours["weights"].keys() == theirs["weights"].keys()
     name, away = max(distances(ours, theirs).items(), key=lambda item: item[1])
-    assert away < weights, f"{name}: {away}"
+    assert away < tolerance, f"{name}: {away}"
 
 
 def distances(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
@@ -171,19 +171,31 @@ def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: 
 @pytest.mark.slow
 @cases(*[m for m in MODES if "bf16" in m and m != "single-bf16"])
 def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
-    """Losses agree to 1 % over all steps. Weights agree to 5 %, or to twice the distance between bf16 and fp32 on
-    one process. Logged values agree to 2 %, because KoLeo's distances between the features of an untrained network
-    are a fifth of the features, so that rounding weighs more. Batch norm in a head divides the almost equal features of
-    an untrained network by their small spread, and so magnifies rounding: two runs in bf16 differ after the first
-    update, and only loss and gradient norm of the first step agree, to 5 %."""
-    alone = found("single-bf16")[0][name]
-    rounding = max(distances(alone, found("single")[0][name]).values())
-    for process in found(mode):
-        if any(key.endswith("running_var") for key in alone["weights"]):
-            for key in ("loss", "norm"):
-                assert process[name][key][0] == pytest.approx(alone[key][0], rel=5e-2)
-        else:
-            close(process[name], alone, 1e-2, max(5e-2, 2 * rounding), logs=2e-2)
+    """The measure is the distance between bf16 and fp32 on one process. Losses and gradient norms agree to 1 %, or to
+    three times that distance, and weights to 5 %, or to twice the distance; FSDP2 rounds the weights, too. Logged
+    values agree to 2 %, or to three times the distance, or to one of the 16 samples, of which some are shares.
+
+    Batch norm in a head divides the almost equal features of an untrained network by their small spread, and so
+    magnifies rounding: two runs in bf16 differ after the first update, and only loss and gradient norm of the first
+    step agree, to 5 %, or to three times the distance."""
+    alone, exact = found("single-bf16")[0][name], found("single")[0][name]
+    has_batch_norm = any(key.endswith("running_var") for key in alone["weights"])
+    steps = 1 if has_batch_norm else modes.STEPS
+
+    def agree(ours: dict[str, Any], key: str, tolerance: float, atol: float = 0.0) -> None:
+        values, bf16, fp32 = (torch.tensor(one[key][:steps]).double() for one in (ours, alone, exact))
+        rounding = (bf16 - fp32).abs().amax(0)  # the largest of all steps
+        allowed = (tolerance * bf16.abs()).clamp_min(atol).maximum(3 * rounding)
+        assert ((values - bf16).abs() <= allowed).all(), f"{key}: {values} is not {bf16} ± {allowed}"
+
+    for ours in (process[name] for process in found(mode)):
+        for key in ("loss", "norm"):
+            agree(ours, key, 5e-2 if has_batch_norm else 1e-2)
+        if not has_batch_norm:
+            if alone["validated"]:
+                agree(ours, "validated", 1e-2)
+            agree(ours, "logs", 2e-2, atol=1 / (modes.BATCH * modes.ACCUMULATE) + 1e-6)
+            close_weights(ours, alone, max(5e-2, 2 * max(distances(alone, exact).values())))
 
 
 @pytest.mark.slow
