@@ -75,6 +75,9 @@ class AudioEncoder(feature_cache.Source):
         waveform = waveform[first : first + self.part.samples]
         return waveform, frame_count(len(waveform), self.part.sample_rate)
 
+    def stand_in(self) -> Input:
+        return np.zeros(self.part.samples, np.int16), self.part.frames
+
     def label(self, samples: Samples, number: int) -> str:
         return feature_cache.label_of(samples, number)
 
@@ -103,7 +106,8 @@ def open_audio_encoder(backbone: Any, facts: dict[str, Any], name: str, device: 
 
     def encode(x: Tensor, frames: Tensor) -> Features:
         groups = torch.arange(group_count(x.shape[1], cfg.stack), device=x.device)
-        return backbone(x, valid=groups < ((frames + 1) // cfg.stack).unsqueeze(1))
+        out = backbone(x, valid=groups < ((frames + 1) // cfg.stack).unsqueeze(1))
+        return out._replace(tokens=out.cls.unsqueeze(1))  # the mean of its tokens, without padding
 
     return AudioEncoder(encode, name, Audio(**audio), pool, backbone, device)
 

@@ -28,10 +28,9 @@ import xxhash
 from common.errors import Damaged, DataError, UserError
 from common.progress import Progress
 from data_pipeline.shards.samples import Samples
-from eval.feature_cache import any_readable, is_damaged, read_batches
+from eval.feature_cache import Source, any_readable, is_damaged, read_batches
 from eval.feature_files import errors_about, remembered, share_work, write_whole
-from eval.features import Encoder, open_encoder
-from eval.text_features import TextEncoder
+from eval.features import open_encoder
 
 ABOUT = "_embed.json"  # readers of parquet folders ignore files that begin with "_" or "."
 OUTPUTS = ("cls", "mean", "patches")
@@ -51,7 +50,7 @@ def embed(
 ) -> tuple[int, int]:
     """Write the features of all samples to a folder. Returns (rows, samples that were left out).
 
-    `model`: an exported folder, "pixels" or "bytes". `output`: the class token ("cls"), the mean of the patches or
+    `model`: an exported folder, "pixels", "bytes" or "log_mel". `output`: the class token ("cls"), the mean of the patches or
     tokens ("mean"), "patches", or that by which the model is scored ("auto"). `format`: "npy" or "parquet". Raises
     UserError for a folder that holds something else.
     """
@@ -64,8 +63,10 @@ def embed(
     if output != "patches":
         encoder.pool = encoder.pool if output == "auto" else output
     elif encoder.unit != "images":
-        raise UserError(f"--output patches: {model} reads texts, whose numbers of tokens differ; write cls or mean")
-    shape = _features(encoder, [_stand_in(encoder)], output).shape[1:]
+        raise UserError(
+            f"--output patches: {model} reads {encoder.unit}, whose numbers of tokens differ; write cls or mean"
+        )
+    shape = _features(encoder, [encoder.stand_in()], output).shape[1:]
     identity = f"{samples.id} {encoder.fingerprint(samples)}".encode()
     part = max(1, min(PART_SAMPLES, PART_BYTES // (4 * int(np.prod(shape)))))  # samples
     about: dict[str, Any] = {
@@ -123,7 +124,7 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
         raise UserError(f"{out}: holds features of {differences}; name a new folder")
 
 
-def _read(encoder: Encoder | TextEncoder, samples: Samples, number: int) -> tuple[Any, tuple[str, str]] | Damaged:
+def _read(encoder: Source, samples: Samples, number: int) -> tuple[Any, tuple[str, str]] | Damaged:
     """(prepared sample, (shard, key)), or why it cannot be used."""
     try:
         return encoder.read(samples, number), samples.name(number)
@@ -132,7 +133,7 @@ def _read(encoder: Encoder | TextEncoder, samples: Samples, number: int) -> tupl
 
 
 def _write_part(
-    encoder: Encoder | TextEncoder,
+    encoder: Source,
     samples: Samples,
     numbers: Sequence[int],
     path: Path,
@@ -170,18 +171,11 @@ def _write_part(
         write_whole(path.with_suffix(".jsonl"), "".join(lines).encode())
 
 
-def _features(encoder: Encoder | TextEncoder, inputs: list[Any], output: str) -> np.ndarray:
+def _features(encoder: Source, inputs: list[Any], output: str) -> np.ndarray:
     """fp32 [B, D], or patches [B, P, D], of samples that `encoder.read` has prepared."""
     if output == "patches":
         return encoder(np.stack(inputs)).tokens.float().cpu().numpy()  # type: ignore[operator]
     return encoder.pooled(inputs).numpy()
-
-
-def _stand_in(encoder: Encoder | TextEncoder) -> Any:
-    """An input with no content, from which the shape of the features is found."""
-    if isinstance(encoder, TextEncoder):
-        return ""
-    return np.zeros((encoder.channels, encoder.image_size, encoder.image_size), np.uint8)
 
 
 def _printable(name: str) -> str:

@@ -88,6 +88,9 @@ class Source(Protocol):
     def read(self, samples: Samples, number: int) -> Any:
         """One sample, prepared for `pooled`. Raises Damaged."""
 
+    def stand_in(self) -> Any:
+        """A prepared sample without content, from which the shape of the features is found."""
+
     def label(self, samples: Samples, number: int) -> str:
         """Raises Unlabelled, Damaged, or DataError if no label is there."""
 

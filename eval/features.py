@@ -123,6 +123,9 @@ class Encoder(feature_cache.Source):
         with self.budget.lease() as take:
             return samples.image(number, self.channels, take)
 
+    def stand_in(self) -> np.ndarray:
+        return np.zeros((self.channels, self.image_size, self.image_size), np.uint8)
+
     def label(self, samples: Samples, number: int) -> str:
         return feature_cache.label_of(samples, number)
 

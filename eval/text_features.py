@@ -72,6 +72,9 @@ class TextEncoder(feature_cache.Source):
     def read(self, samples: Samples, number: int) -> str:
         return text_of(samples, number)
 
+    def stand_in(self) -> str:
+        return ""
+
     def label(self, samples: Samples, number: int) -> str:
         return label_of(samples, number)
 

@@ -75,8 +75,12 @@ class Audio(Part):
         """Waveforms int16 [B, S] → log-mel features fp32 [B, T, M], normalised.
 
         extras["frames"] [B]: the number of frames of each recording; the frames after these are padding, and become 0.
+        Without it, all frames count.
         """
-        return log_mel.normalized(self.features(tensor, device), extras["frames"].to(device, non_blocking=True))
+        features = self.features(tensor, device)
+        if "frames" not in extras:
+            return log_mel.normalized(features, torch.full((len(features),), features.shape[1], device=device))
+        return log_mel.normalized(features, extras["frames"].to(device, non_blocking=True))
 
     def features(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Waveforms int16 [B, S] → log-mel features fp32 [B, T, M], as they are."""

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 from data_pipeline.parts.audio import Audio
 from data_pipeline.shards.samples import Samples
+from eval import report
+from eval.embed import embed
 from eval.features import open_encoder
 from eval.run import evaluate
 from pretrain.interchange import export
 from pretrain.models import presets
 from pretrain.models.build import build_model
+from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.train import train
+from tests.conftest import tiny_recipe
 from tests.data.sounds import tone, wav
 from tests.tars import write_tar
 
@@ -80,7 +85,32 @@ def test_features_do_not_depend_on_the_batch_nor_on_padding(notes: Path, tmp_pat
     assert len(encoder.read(samples, long)[0]) == 16000  # the middle of a longer one
 
 
+def test_recordings_are_embedded(notes: Path, tmp_path: Path):
+    """The mean of the tokens does not include padding either."""
+    model = exported(tmp_path, "conformer")
+    for output in ("cls", "mean"):
+        assert embed(str(model), [str(notes)], tmp_path / output, output) == (24, 1)
+    cls, mean = (np.load(tmp_path / output / "part-00000.npy") for output in ("cls", "mean"))
+    assert cls.shape == (24, 32) and np.array_equal(cls, mean)
+    with pytest.raises(UserError, match="reads recordings, whose numbers of tokens differ; write cls or mean"):
+        embed(str(model), [str(notes)], tmp_path / "patches", "patches")
+
+
 def test_shards_without_recordings_are_refused(shards: Path):
     encoder, _ = open_encoder("log_mel")
     with pytest.raises(DataError, match=r"holds \.jpg.* and no recording; members are read"):
         encoder.check([str(shards)])
+
+
+def test_a_run_is_scored_and_reported(notes: Path, tmp_path: Path):
+    sets = [f"eval.{name}=[{notes}]" for name in ("gallery", "val", "test")]
+    more = [*sets, "eval.final=[knn]", f"eval.cache={tmp_path / 'cache'}", "steps=2"]
+    run = train(tiny_recipe("bestrq", notes, tmp_path / "run", *more))
+    rows = read_rows(run / "results.jsonl")
+    assert {(row["model"], row["split"]) for row in rows} == {
+        *(("untrained", split) for split in ("val", "test")),
+        *(("pretrained", split) for split in ("val", "test")),
+        ("log_mel", "test"),
+    }
+    page = report.write(run).read_text()
+    assert "24 recordings" in page and "log-mel statistics and the untrained network are baselines" in page

@@ -38,7 +38,8 @@ MODES: dict[str, tuple[str, int, dict[str, Any]]] = {
 ALONE = ("single", "single-bf16")
 LARS = {"optim.name": "lars", "optim.trust": 1.0}  # so large that a wrong norm shows after four steps
 # One objective for each property: byol has a teacher with batch norms of its own, moco a queue, simclr couples the batch and has batch norm, dinov3 has an averaged teacher, Sinkhorn and Gram anchoring, gpt a count of
-# targets that differs by process and tied weights, distillation a frozen teacher, mae buffers, vqvae a codebook, context_encoder convolutions and a discriminator with a learning rate of its own.
+# targets that differs by process and tied weights, distillation a frozen teacher, mae buffers, vqvae a codebook, context_encoder convolutions and a discriminator with a learning rate of its own, bestrq
+# relative positions and depthwise convolutions.
 IN_CI: dict[str, tuple[str, ...]] = {
     "single": (
         "mae",
@@ -52,6 +53,7 @@ IN_CI: dict[str, tuple[str, ...]] = {
         "moco",
         "vqvae",
         "context_encoder",
+        "bestrq",
     ),
     "ddp2": ("simclr", "dinov3", "gpt", "distillation", "byol", "siglip"),
     "fsdp2": ("clip", "simclr", "dinov3", "gpt", "distillation", "mae", "moco", "vqvae", "context_encoder"),
@@ -59,7 +61,7 @@ IN_CI: dict[str, tuple[str, ...]] = {
     "hsdp2x2": ("dinov3",),
     "zero1": ("gpt",),
     "zero2": ("simclr",),
-    "zero3": ("dinov3", "gpt", "vqvae", "context_encoder"),
+    "zero3": ("dinov3", "gpt", "vqvae", "context_encoder", "bestrq"),
     "recompute": ("dinov3",),
     "selective": ("mae",),
     "fsdp2-offload": ("dinov3",),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel, Wav2Vec2BertConfig, Wav2Vec2BertModel
 
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from data_pipeline.parts.audio import Audio
 from data_pipeline.parts.part import About
-from pretrain.build import build_objective
+from pretrain.build import build_objective, noise_batch, placed
 from pretrain.interchange import export, export_formats, model_card, weights
 from pretrain.models import presets
 from pretrain.models.build import build_model
@@ -282,3 +282,32 @@ def test_the_quantizer_is_drawn_from_the_seed(shards: Path, tmp_path: Path):
         one, two, three = (m.get_submodule("quantizer").get_buffer(name) for m in (first, again, other))
         assert torch.equal(one, two) and not torch.equal(one, three)
     assert "arXiv" in finder.purpose("bestrq")
+
+
+# ---------------------------------------------------------------- the masked autoencoder
+def test_audio_mae_predicts_the_patches_of_a_spectrogram(shards: Path, tmp_path: Path):
+    """From the waveforms of a batch to the loss, patch by patch; a spectrogram is wider than high."""
+    cfg = tiny_recipe("audio_mae", shards, tmp_path / "run", "model.image_size=16", "data.seconds=0.5")
+    model: Any = build_objective(cfg)
+    host = noise_batch(cfg, model, 3)
+    batch = placed(model, host, torch.device("cpu"))
+    features = Audio(seconds=0.5, mels=16).features(host["image"], torch.device("cpu"))
+    image = ((features[:, :48] - 13) / 6).transpose(1, 2)  # 48 of 48.5 frames: 6 patches of 8
+    assert batch["image"].shape == (3, 1, 16, 48) and torch.allclose(batch["image"][:, 0], image)
+    assert host["keep"].shape == (3, 2)  # of 2 rows and 6 columns, a fifth
+    prediction, dropped = model.reconstruct(batch["image"], batch["keep"])
+    assert {*dropped[0].tolist()} == {*range(12)} - {*batch["keep"][0].tolist()}
+    terms = []
+    for picture, guesses, places in zip(image, prediction, dropped, strict=True):
+        for guess, place in zip(guesses, places.tolist(), strict=True):
+            row, column = divmod(place, 6)
+            patch = picture[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].reshape(-1)
+            patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+            terms.append((guess - patch).square().mean())
+    assert model(batch, 0)[0].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+    for wrong, says in (
+        ("data.mean=[1, 2, 3]", "a spectrogram has one channel, so write one value"),
+        ("model.patch_size=16", "data.seconds = 0.1: is shorter than a patch of the model"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            build_objective(tiny_recipe("audio_mae", shards, tmp_path / "run", "data.seconds=0.1", wrong))
