@@ -1,6 +1,6 @@
 """Audio: what the data pipeline adds to decoding, and how well BEST-RQ and Audio-MAE learn words that unseen voices speak.
 
-    python benchmarks/audio.py FOLDER [--parts decode words] [--seeds 3]
+    python benchmarks/audio.py FOLDER [--parts decode words] [--seeds 3] [--objectives bestrq audio_mae]
 
     multimodal.audio.share_of_decode       recordings per second of the worker's work (decode, resample, cut, mask) /
                                            those of PyAV alone, which decodes and resamples; one thread, interleaved
@@ -65,7 +65,7 @@ def spoken(folder: Path) -> tuple[Path, Path]:
     return folder / "gallery", folder / "query"
 
 
-def words(folder: Path, seeds: int) -> None:
+def words(folder: Path, seeds: int, objectives: list[str]) -> None:
     gallery, query = spoken(folder)
     sets, protocols = ([str(gallery)], [str(query)]), ["knn", "logistic"]
 
@@ -74,13 +74,13 @@ def words(folder: Path, seeds: int) -> None:
         return {row["protocol"]: row["value"] for row in rows if row["metric"] == "accuracy"}
 
     floor = scores("log_mel")
-    for name, recipe in RECIPES.items():
+    for name in objectives:
         found: dict[str, list[dict[str, float]]] = {"pretrained": [], "untrained": []}
         for seed in range(seeds):
             run = folder / "runs" / f"{name}{seed}"
             shutil.rmtree(run, ignore_errors=True)
             options = [f"data.train={gallery}", f"run={run}", f"seed={seed}", "data.workers=0", "threads=1"]
-            cfg = load(recipe, [*options, "precision=fp32", "device=cpu", "log={every: 100, flops: false}"])
+            cfg = load(RECIPES[name], [*options, "precision=fp32", "device=cpu", "log={every: 100, flops: false}"])
             train(cfg)
             found["pretrained"].append(scores(run / "export" / str(cfg.steps)))
             found["untrained"].append(scores(run / "export" / "0"))
@@ -99,8 +99,10 @@ def pyav_alone(data: bytes) -> None:
     import av
 
     with av.open(io.BytesIO(data)) as file:
+        stream = file.streams.audio[0]
+        stream.codec_context.thread_count = 1
         resampler = av.AudioResampler(format="s16", layout="mono", rate=16000)
-        for frame in file.decode(file.streams.audio[0]):
+        for frame in file.decode(stream):
             for each in resampler.resample(frame):
                 each.to_ndarray()
 
@@ -133,9 +135,10 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", nargs="+", default=["decode", "words"], choices=["decode", "words"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--objectives", nargs="+", default=list(RECIPES), choices=RECIPES)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "decode" in args.parts:
         decoding()
     if "words" in args.parts:
-        words(args.folder, args.seeds)
+        words(args.folder, args.seeds, args.objectives)
