@@ -61,7 +61,7 @@ def evaluate(
     encoder.layers = min(max(layers, default=0), encoder.max_layers)
     rows: list[Row] = []
     for (name, protocol), cfg in zip(chosen, cfgs, strict=True):
-        if needs(name) != LABELS and (encoder.unit == "texts") != (needs(name) == TOKENS):
+        if needs(name) != LABELS and encoder.unit != ("texts" if needs(name) == TOKENS else "images"):
             others = " or ".join(other for other, needed in protocols().items() if needed == LABELS)
             raise UserError(f"{model}: reads {encoder.unit}, which {name} does not score; choose {others}")
         start = time.perf_counter()

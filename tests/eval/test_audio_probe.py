@@ -96,6 +96,12 @@ def test_recordings_are_embedded(notes: Path, tmp_path: Path):
         embed(str(model), [str(notes)], tmp_path / "patches", "patches")
 
 
+@pytest.mark.parametrize("name", ["segmentation", "depth", "bits_per_byte", "attentive"])
+def test_protocols_for_other_samples_are_refused(name: str, notes: Path):
+    with pytest.raises(UserError, match="log_mel: reads recordings, which|log_mel: attentive scores models that"):
+        evaluate("log_mel", [name], [str(notes)], [str(notes)])
+
+
 def test_shards_without_recordings_are_refused(shards: Path):
     encoder, _ = open_encoder("log_mel")
     with pytest.raises(DataError, match=r"holds \.jpg.* and no recording; members are read"):
