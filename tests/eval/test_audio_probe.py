@@ -98,7 +98,7 @@ def test_recordings_are_embedded(notes: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["segmentation", "depth", "bits_per_byte", "attentive"])
 def test_protocols_for_other_samples_are_refused(name: str, notes: Path):
-    with pytest.raises(UserError, match="log_mel: reads recordings, which|log_mel: attentive scores models that"):
+    with pytest.raises(UserError, match=r"log_mel: reads recordings, which|log_mel: attentive scores models that"):
         evaluate("log_mel", [name], [str(notes)], [str(notes)])
 
 
