@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common import config
 from pretrain.contract import TEXT
 from pretrain.estimate import plan
 from pretrain.recipes import recipe
@@ -52,8 +53,16 @@ def reduced(name: str, shards: Path) -> list[str]:
             "objective.local_size=32",
         ]
     group = ["objective.koleo_group=8"] if name == "dinov2_vitl14" else []
-    own = tiny(recipe.load(name).objective.name, shards)
-    return [*(option for option in own if option.startswith(("objective.", "data."))), *group]
+    given = recipe.load(name).objective
+    own = tiny(given.name, shards)
+    return [*(o for o in own if o.startswith("data.") or (o.startswith("objective.") and is_used(o, given))), *group]
+
+
+def is_used(override: str, section: config.Section) -> bool:
+    """Whether the option of an override has an effect with the other options of the section."""
+    field = config.fields(type(section)).get(override.partition("=")[0].removeprefix("objective."))
+    chooser, allowed, excluded = field.metadata.get("only", ("", (), None)) if field else ("", (), None)
+    return not chooser or config.has_effect(getattr(section, chooser), allowed, excluded)
 
 
 def small(name: str, shards: Path) -> list[str]:
