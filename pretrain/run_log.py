@@ -55,7 +55,7 @@ def data_summary(run: Path, stream: Stream, first: int, end: int, unit: str) -> 
     damaged = len({name for _, bad in per_rank for name in bad})
     parts = [f"{run}: trained on {trained} {unit} in the steps from {first} to {end}"]
     if unit == "samples":
-        parts.append(f"samples without an image were skipped {sum(absent for absent, _ in per_rank)} times")
+        parts.append(f"samples that lack a part were skipped {sum(absent for absent, _ in per_rank)} times")
     listed = f", all listed in {run / 'damaged'}" if damaged else ""
     parts.append(f"{damaged} {'was' if damaged == 1 else 'were'} damaged and replaced by neighbours{listed}")
     return "; ".join(parts)

@@ -92,5 +92,5 @@ def test_a_backbone_is_continued_on_two_processes(model: str, shards: Path, tmp_
         for name in ("one", "two")
     )
     assert one == two and one.endswith(
-        "samples without an image were skipped 0 times; 0 were damaged and replaced by neighbours"
+        "samples that lack a part were skipped 0 times; 0 were damaged and replaced by neighbours"
     )

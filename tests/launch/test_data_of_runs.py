@@ -127,7 +127,7 @@ def test_damaged_samples_of_a_run_are_listed_in_its_folder(tmp_path: Path):
     said = (run / "log.txt").read_text()
     assert "damaged sample left out: 005 in" in said
     assert (
-        f"{run}: trained on 128 samples in the steps from 0 to 8; samples without an image were skipped 7 times;"
+        f"{run}: trained on 128 samples in the steps from 0 to 8; samples that lack a part were skipped 7 times;"
         f" 1 was damaged and replaced by neighbours, all listed in {run / 'damaged'}"
     ) in said  # 40 samples three times, and the first 8 once more
 
