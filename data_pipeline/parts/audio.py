@@ -71,6 +71,9 @@ class Audio(Part):
         length = int(rng.integers(self.samples // 2, 2 * self.samples))
         return {name: rng.normal(0, 3000, length).astype(np.int16)}
 
+    def placed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return *shape[:-1], log_mel.frame_count(shape[-1], self.sample_rate), self.mels
+
     def place(self, tensor: Tensor, device: torch.device, **extras: Tensor) -> Tensor:
         """Waveforms int16 [B, S] → log-mel features fp32 [B, T, M], normalised.
 
@@ -119,6 +122,9 @@ class Spectrogram(Audio):
     def facts(self) -> dict[str, Any]:
         audio = super().facts()["audio"]
         return {"audio": audio | {"mean": [self.mean], "std": [self.std]}}
+
+    def placed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return *shape[:-1], 1, self.mels, self.frames
 
     def place(self, tensor: Tensor, device: torch.device, **extras: Tensor) -> Tensor:
         """Waveforms int16 [B, S] → (log-mel features − mean) / std, fp32 [B, 1, M, T], with time from left to right."""

@@ -117,6 +117,10 @@ class Part:
         """The entries {name: value, …} of a random sample, which replaces real data in plans and tests."""
         raise NotImplementedError
 
+    def placed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a sample's tensor after `place`, for plans, which place nothing. `shape`: that before it."""
+        return shape
+
     def place(self, tensor: Tensor, device: torch.device, **extras: Tensor) -> Tensor:
         """Copy a tensor of a batch to the device, without a host sync.
 

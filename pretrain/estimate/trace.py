@@ -226,7 +226,14 @@ def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
     samples = noise_samples(cfg, objective, different)
     batch, real = dict[str, Tensor](), dict[str, np.ndarray]()
     for key, value in samples[0].items():
-        if value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating):
+        owner, dot, _ = key.rpartition(".")
+        if dot and owner in samples[0]:  # an extra of `Part.place`, which is not in a placed batch
+            continue
+        part = objective.parts.get(objective.part_of.get(key, key))
+        shape = value.shape if part is None else part.placed_shape(value.shape)
+        if shape != value.shape:
+            batch[key] = torch.empty(count, *shape)
+        elif value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating):
             batch[key] = torch.empty(count, *value.shape)
         else:
             real[key] = np.stack([samples[i % different][key] for i in range(count)])

@@ -12,7 +12,7 @@ from transformers import SeamlessM4TFeatureExtractor
 from common.errors import ConfigError, Damaged
 from data_pipeline.formats import waveforms
 from data_pipeline.formats.waveforms import Recording, decode
-from data_pipeline.parts.audio import Audio, cut
+from data_pipeline.parts.audio import Audio, Spectrogram, cut
 from data_pipeline.parts.part import About
 from data_pipeline.stream.stream import to_device
 from data_pipeline.views import log_mel
@@ -127,5 +127,9 @@ def test_audio_states_its_sizes_and_stands_in(tmp_path: Path):
     part = Audio(sample_rate=8000, seconds=2, mels=20)
     about = About(**part.about(None, None))
     assert (about.sample_rate, about.samples, about.mels, part.frames) == (8000, 16000, 20, 198)
+    assert part.placed_shape((16000,)) == (198, 20)
+    image = Spectrogram(sample_rate=8000, seconds=2, mels=24, patch=8)
+    placed = image.place(torch.zeros(3, 16000, dtype=torch.int16), CPU)
+    assert image.placed_shape((16000,)) == placed.shape[1:] == (1, 24, 192)
     made = part.stand_in("audio", np.random.default_rng(0), about)["audio"]
     assert made.dtype == np.int16 and 8000 <= len(made) < 32000
