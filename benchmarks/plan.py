@@ -8,10 +8,12 @@ Figures, for every objective in a separate process on the CPU:
     plan.memory.O.heap             largest growth of the resident set with the allocator of a training / with a memory
                                    mapping for each tensor
 
+The recipe of an objective is that of its tests (`Config.tiny`) with a larger model (`LARGE`).
+
 With a memory mapping for each tensor (glibc's MALLOC_MMAP_THRESHOLD_), freed tensors are returned to the system, so
 that the resident set is the memory in use. The first figures are measured in this way. A training keeps freed memory
 for later tensors, which is faster, but leaves gaps that no tensor fits; the last figure shows the difference. Before
-memory is measured, a small model of the same objective is trained, so that libraries and their buffers are loaded. The
+memory is measured, the recipe of the tests itself is trained, so that libraries and their buffers are loaded. The
 largest resident set since then is Linux's VmHWM.
 """
 
@@ -19,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -36,10 +40,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
+from data_pipeline.build.build_shards import build
+from pretrain import contract
 from pretrain.build import build_objective, noise_batch, placed
 from pretrain.estimate import plan
-from pretrain.interchange import export
-from pretrain.models.build import build_model
 from pretrain.objectives import finder
 from pretrain.objectives.base import Objective
 from pretrain.parallel import processes
@@ -49,46 +53,45 @@ from pretrain.recipes.recipe import Recipe, load
 CPU = torch.device("cpu")
 # settings of glibc with which each tensor has a memory mapping
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-MODEL = ["model.dim=512", "model.depth=6", "model.heads=8", "parallel.micro_batch=null"]
-SMALL = ["model.dim=64", "model.depth=1", "model.heads=2", "parallel.micro_batch=null", "data.batch=2"]
-BACKBONES = {"gpt": "gpt_micro", "bert": "bert_micro", "t5": "t5_micro"}  # vit for other objectives
-BATCH = {"mae": 16, "dinov2": 4}  # images; 8 for other objectives
+# sizes of the model that is measured, as far as its family has these options
+LARGE = {"dim": 512, "depth": 6, "heads": 8, "widths": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+BATCH = 32  # samples; the queues of the tests' recipes have as many rows
 PROCESSES = {"single": 1, "ddp": 2, "fsdp2": 2}
-OPTIONS = {"dinov2": ["objective.prototypes=4096"]}
-SMALL_OPTIONS = {
-    "mae": ["objective.decoder_depth=1"],
-    "dinov2": ["objective.prototypes=64", "objective.head_hidden=64"],
-}
 
 
-def recipe(name: str, mode: str, precision: str, *more: str) -> Recipe:
-    common = [
-        f"objective={name}",
-        f"model={BACKBONES.get(name, 'vit')}",
-        "device=cpu",
-        f"parallel.mode={mode}",
-        f"precision={precision}",
-    ]
-    if name == "distillation":
-        common += ["objective.loss=features", f"objective.teacher={teacher()}"]
-    if name == "t5":
-        common += ["data.document_mask=false"]
-    return load("demo", [*common, *more])
+def recipe_of_tests(name: str) -> list[str]:
+    """The overrides with which the tests train an objective."""
+    return [f"objective={name}", *contract.tiny(name, folder_of)[0]]
+
+
+def folder_of(kind: str) -> str:
+    """The folder that stands for a placeholder of `Config.tiny`: a small export or run, made as in the tests."""
+    from tests import conftest
+
+    with contextlib.redirect_stdout(sys.stderr):
+        shards = temporary_folder() / "shards"
+        if not shards.is_dir():
+            build(conftest.write_photos(temporary_folder() / "photos"), shards)
+        return conftest.folder_of(kind, shards)
 
 
 @functools.cache
-def teacher() -> Path:
-    """Export an untrained network, the teacher of a distillation."""
+def temporary_folder() -> Path:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    export.write(
-        Path(folder.name) / "teacher",
-        build_model(load("demo", ["model=vit", *MODEL]).model),
-        {"pool": "cls"},
-        [0.5] * 3,
-        [0.25] * 3,
-    )
-    return Path(folder.name) / "teacher"
+    return Path(folder.name)
+
+
+def small(overrides: list[str], mode: str, precision: str) -> Recipe:
+    common = ["device=cpu", f"parallel.mode={mode}", f"precision={precision}", f"data.batch={BATCH}"]
+    return load("demo", [*overrides, *common])
+
+
+def large(overrides: list[str], mode: str, precision: str) -> Recipe:
+    """The same with a larger model."""
+    options = {field.name for field in dataclasses.fields(small(overrides, mode, precision).model)}
+    sizes = [f"model.{key}={value}" for key, value in LARGE.items() if key in options]
+    return small([*overrides, *sizes], mode, precision)
 
 
 def batch_of(cfg: Recipe, model: Objective) -> dict[str, Tensor]:
@@ -113,28 +116,25 @@ def resident(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def measure(name: str, mode: str, precision: str, heap: bool) -> int:
+def measure(overrides: list[str], mode: str, precision: str, heap: bool) -> int:
     """The largest growth of the resident set of this process in bytes. `heap`: keep freed memory, as a training
     does."""
     torch.set_num_threads(1)
     processes.start(mode, CPU)
-    train(recipe(name, mode, precision, *SMALL, *SMALL_OPTIONS.get(name, [])), steps=2)
+    train(small(overrides, mode, precision), steps=2)
     gc.collect()
     if heap:
         keep_freed_memory()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    train(full_recipe(name, mode, precision), steps=3)
+    train(large(overrides, mode, precision), steps=3)
     return resident("VmHWM") - before
 
 
-def full_recipe(name: str, mode: str, precision: str) -> Recipe:
-    return recipe(name, mode, precision, *MODEL, *OPTIONS.get(name, []), f"data.batch={BATCH.get(name, 8)}")
-
-
-def measured(name: str, mode: str, precision: str, heap: bool = False) -> int:
+def measured(overrides: list[str], mode: str, precision: str, heap: bool = False) -> int:
     """`measure` in a new process, or in the first of two."""
-    command = [sys.executable, "-W", "ignore", __file__, "--measure", name, "--modes", mode, "--precision", precision]
+    command = [sys.executable, "-W", "ignore", __file__, "--modes", mode, "--precision", precision]
+    command += [*(["--heap"] * heap), "--measure", *overrides]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -143,10 +143,10 @@ def measured(name: str, mode: str, precision: str, heap: bool = False) -> int:
         group = {"RANK": str(rank), "WORLD_SIZE": str(PROCESSES[mode])}
         group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
         env = os.environ | group | ({} if heap else MAPPED)
-        ranks.append(subprocess.Popen([*command, *(["--heap"] * heap)], env=env, stdout=subprocess.PIPE))
+        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE))
     answers = [process.communicate()[0] for process in ranks]
     if any(process.returncode for process in ranks):
-        raise SystemExit(f"{name} with {mode} did not train; its error is above")
+        raise SystemExit(f"{overrides[0]} with {mode} did not train; its error is above")
     return int(answers[0].split()[-1])
 
 
@@ -163,7 +163,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(PROCESSES), choices=list(PROCESSES))
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--heap", action="store_true", help="also measure with the allocator of a training")
-    parser.add_argument("--measure", metavar="OBJECTIVE", help="print the bytes of this process only (used internally)")
+    help_of_measure = "print the bytes of this process for a recipe only (used internally)"
+    parser.add_argument("--measure", nargs="+", metavar="OVERRIDE", help=help_of_measure)
     options = parser.parse_args()
     if options.measure:
         print(measure(options.measure, options.modes[0], options.precision, options.heap))
@@ -174,14 +175,15 @@ def main() -> None:
 
 
 def compare(name: str, mode: str, precision: str, heap: bool) -> None:
-    planned = plan.trace(full_recipe(name, mode, precision), PROCESSES[mode]).peak
-    used = measured(name, mode, precision)
+    overrides = recipe_of_tests(name)
+    planned = plan.trace(large(overrides, mode, precision), PROCESSES[mode]).peak
+    used = measured(overrides, mode, precision)
     line = f"{name} {mode} {precision}: {planned / 2**20:.0f} MiB planned, {used / 2**20:.0f} MiB measured"
     print(line, file=sys.stderr, flush=True)
-    what = f"resident set, {name}, {precision}, batch {BATCH.get(name, 8)}, {mode} on {PROCESSES[mode]} CPU processes"
+    what = f"resident set, {name}, {precision}, batch {BATCH}, {mode} on {PROCESSES[mode]} CPU processes"
     emit("plan.memory." + ("" if mode == "single" else f"{mode}.") + "versus_measured", planned / used, "×", what)
     if heap and mode == "single":
-        heap_used = measured(name, mode, precision, heap=True)
+        heap_used = measured(overrides, mode, precision, heap=True)
         emit(f"plan.memory.{name}.heap", heap_used / used, "×", "the same with a memory mapping for each tensor")
 
 

@@ -13,9 +13,9 @@ class Progress:
     """`update(done, text)` prints done/total, the text, and the remaining time. `extra`: seconds of other work to add
     to the remaining time."""
 
-    def __init__(self, name: str, total: int, done: int = 0, stream: TextIO = sys.stdout):
-        self.name, self.total, self.stream = name, total, stream
-        self.live = stream.isatty()
+    def __init__(self, name: str, total: int, done: int = 0, stream: TextIO | None = None):
+        self.name, self.total, self.stream = name, total, stream or sys.stdout
+        self.live = self.stream.isatty()
         self.began = time.monotonic()
         self.pace: tuple[float, int] | None = None  # (time, done) at the first update, which excludes the start-up
         self.printed_at = -float("inf")

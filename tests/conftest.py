@@ -142,12 +142,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 crops of 64×64 pixels: china/*.jpg and flower/*.jpg."""
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+def write_photos(folder: Path) -> Path:
+    """Write these crops to a folder."""
     from sklearn.datasets import load_sample_image
 
-    folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for name in ("china", "flower"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
         picture = load_sample_image(f"{name}.jpg")
         for i in range(24):
             top, left = rng.integers(0, picture.shape[0] - 64), rng.integers(0, picture.shape[1] - 64)

@@ -25,7 +25,7 @@ from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.written_files import FLOPS, RECIPE
 
 if TYPE_CHECKING:
-    from pretrain.estimate.trace import Unit
+    from pretrain.estimate.trace import Trace, Unit
 
 WHOLE = {"parameters": 1.0, "casts": 1.0, "gradients": 1.0, "optimizer": 1.0, "teacher": 1.0, "activations": 1.0}
 FP32_BYTES = 4  # bytes of an element of a parameter, and of each tensor of its optimizer state
@@ -103,7 +103,7 @@ def trace(cfg: Recipe, processes: int | None = None) -> Plan:
         processes,
         {name: size for name, size in memory.items() if size},
         {name: int(sizes[name] * share[name]) for name in offloaded if sizes[name]},
-        traffic(cfg, found.units, processes, accumulate, found.collectives, found.exchanged),
+        traffic(cfg, found, processes, accumulate),
     )
 
 
@@ -193,21 +193,21 @@ def _kept(trained: int) -> int:
     return min(trained, ZERO_REUSE // 2)
 
 
-def traffic(
-    cfg: Recipe, units: list[Unit], processes: int, accumulate: int, of_objective: dict[str, int], exchanged: int
-) -> dict[str, int]:
-    """{kind of collective: bytes per step of the full tensors}. `of_objective`: bytes of the objective's collectives
-    per micro-batch; `exchanged`: fp32 bytes of the matrices that the optimizer exchanges between ranks.
+def traffic(cfg: Recipe, found: Trace, processes: int, accumulate: int) -> dict[str, int]:
+    """{kind of collective: bytes per step of the full tensors}.
 
     In a ring of n processes, each sends (n − 1) / n of these bytes for an all-gather or reduce-scatter, and twice that
     for an all-reduce.
     """
-    mode, trained = cfg.parallel.mode, sum(u.trained for u in units)
-    out = {name: accumulate * size for name, size in of_objective.items()}
+    mode, units = cfg.parallel.mode, found.units
+    trained = sum(u.trained for u in units)
+    out = {name: accumulate * size for name, size in found.collectives.items()}
 
     def add(name: str, size: int) -> None:
         out[name] = out.get(name, 0) + size
 
+    for name, size in found.after_step.items():
+        add(name, size)
     if mode == "ddp":
         add("all-reduce", FP32_BYTES * trained)
     elif mode == "fsdp2":
@@ -230,7 +230,7 @@ def traffic(
         gathers = 2 * trained - _kept(trained) + frozen
         add("all-gather", accumulate * round(_zero3_width(cfg, units) * gathers))
         add("reduce-scatter", accumulate * FP32_BYTES * trained)
-    matrices = exchanged // FP32_BYTES * (FP32_BYTES if cfg.device == "cpu" else 2)  # Muon's, in bf16 on a GPU
+    matrices = found.exchanged // FP32_BYTES * (FP32_BYTES if cfg.device == "cpu" else 2)  # Muon's, in bf16 on a GPU
     if matrices and mode == "fsdp2":  # rows are sent to the rank that computes, and back
         add("all-to-all", 2 * matrices)
     elif matrices:

@@ -74,7 +74,9 @@ class Trace:
     units: list[Unit]
     flops: int
     memory: dict[str, int]  # {category: bytes} when their sum, weighted by the `share` of each category (`run`), peaks
-    collectives: dict[str, int] = field(default_factory=dict)  # {kind: bytes} of the objective's collectives
+    # {kind: bytes} of the objective's collectives: in forward and backward of a micro-batch, and after a step
+    collectives: dict[str, int] = field(default_factory=dict)
+    after_step: dict[str, int] = field(default_factory=dict)
     # fp32 bytes of the matrices that the optimizer (Muon) sends to all ranks if each rank has all parameters
     exchanged: int = 0
     coupled: bool = False  # `Objective.is_coupled`
@@ -111,6 +113,11 @@ class _Real(TorchDispatchMode):
             size = sum(t.nbytes for t in tree_leaves(args[place]) if isinstance(t, Tensor))
             self.collectives[name] = self.collectives.get(name, 0) + size
         return args[0], FakeWork().boxed()
+
+    def take(self) -> dict[str, int]:
+        """The bytes of the collectives since the last call, by kind."""
+        taken, self.collectives = self.collectives, {}
+        return taken
 
 
 def _true_indices(mask: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -273,7 +280,7 @@ def run(cfg: Recipe, micro: int, accumulate: int, processes: int, share: dict[st
     memory, real = Memory(share), _Real()
     with _trace_environment(processes), FakeTensorMode(allow_non_fake_inputs=True), real, memory:
         try:
-            return _run(cfg, micro, _enough_micro_batches(accumulate), memory, real)
+            return _run(cfg, micro, accumulate, memory, real)
         except (RuntimeError, NotImplementedError) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
@@ -305,30 +312,34 @@ def _run(cfg: Recipe, micro: int, accumulate: int, memory: Memory, real: _Real) 
         p.register_post_accumulate_grad_hook(lambda p: memory.mark([p.grad], "gradients"))
     units = _units(objective)
     batch = example(cfg, objective, micro)
+    traced = _enough_micro_batches(accumulate)
     for _ in range(2):  # in the second step, the optimizer has its state
         memory.reset_peak()
-        real.collectives = {}
+        real.take()
         for unit in units:
             unit.calls = 0
         flops = 0
-        for _ in range(accumulate):
+        for _ in range(traced):
             with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                 with torch.autocast("cpu", COMPUTE[cfg.precision], enabled=cfg.precision != "fp32"):
                     loss, _ = objective(batch, 0)
-                (loss / accumulate).backward()
+                (loss / traced).backward()
             del loss
             flops = counter.get_total_flops()
         torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        of_objective = dict(real.collectives)
+        of_loss = real.take()
         optimizer.step()
+        exchanged = real.take().get("all-gather", 0)
         memory.mark((v for state in optimizer.state.values() for v in state.values()), "optimizer")
         optimizer.zero_grad(set_to_none=True)
         objective.after_step(0)
+        of_update = real.take()
     for unit in units:
-        unit.calls //= accumulate
-    exchanged = real.collectives.get("all-gather", 0) - of_objective.get("all-gather", 0)
-    of_objective = {name: size // accumulate for name, size in of_objective.items()}
-    return Trace(units, flops, memory.at_peak, of_objective, exchanged, objective.is_coupled())
+        unit.calls //= traced
+    of_loss = {name: size // traced for name, size in of_loss.items()}
+    # After a step, rows of all samples are gathered, but what is all-reduced are sums over the samples.
+    rows = {name: size * accumulate // traced for name, size in of_update.items() if name != "all-reduce"}
+    return Trace(units, flops, memory.at_peak, of_loss, of_update | rows, exchanged, objective.is_coupled())
 
 
 def _units(objective: Objective) -> list[Unit]:

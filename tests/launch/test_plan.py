@@ -3,12 +3,10 @@ and it refuses recipes that it cannot plan."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,14 +33,10 @@ NAMES = finder.names()
 ROOT = Path(__file__).parents[2]
 
 
-def tiny(name: str, *overrides: str) -> Recipe:
-    own = overrides_of(name, _folder() / "shards")
+def tiny(name: str, *overrides: str, shards: Path = Path("/nowhere")) -> Recipe:
+    """`shards`: for an objective that needs a run or an export."""
+    own = overrides_of(name, shards)
     return load("demo", [f"objective={name}", *own, "data.batch=16", "device=cpu", *overrides])
-
-
-@functools.cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp())
 
 
 # ---------------------------------------------------------------- memory
@@ -248,12 +242,23 @@ def test_what_the_loss_gathers_counts():
     assert found.collectives["all-gather"] == found.collectives["reduce-scatter"] == 2 * 16 * 32 * 4
 
 
+def test_rows_of_a_queue_are_gathered_once_a_step():
+    """Those of all micro-batches together, whose number the trace reduces. The features are gathered in forward, for
+    the logs."""
+    common = ["data.batch=32", "parallel.mode=ddp", "objective.head_outputs=16"]
+    found = [
+        plan.trace(tiny("moco", *common, f"parallel.micro_batch={micro}"), 2).collectives["all-gather"]
+        for micro in (16, 4, 2)
+    ]
+    assert found == [4 * 32 * (16 + 32)] * 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sampled(NAMES, "mae", "dinov3", "gpt"))
-def test_traffic_is_that_of_the_engine(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Compared with the collectives that the real FSDP2 engine calls in a step, without memory and without other
-    processes."""
-    cfg = tiny(name, "parallel.mode=fsdp2")
+@pytest.mark.parametrize("name", sampled(NAMES, "mae", "dinov3", "gpt", "moco"))
+def test_traffic_is_that_of_the_engine(name: str, shards: Path, monkeypatch: pytest.MonkeyPatch):
+    """Compared with the collectives that the real FSDP2 engine calls in a step, and those of `after_step`, without
+    memory and without other processes."""
+    cfg = tiny(name, "parallel.mode=fsdp2", shards=shards)
     planned = plan.trace(cfg, 2).collectives
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
@@ -267,6 +272,7 @@ def test_traffic_is_that_of_the_engine(name: str, monkeypatch: pytest.MonkeyPatc
             batch = trace.example(cfg, engine.objective, 8)
             with engine.microbatch(last=True):
                 engine.backward(engine.forward(batch, 0)[0])
+            engine.objective.after_step(0)
     finally:
         dist.destroy_process_group()
     assert planned.keys() == seen.collectives.keys()
