@@ -221,8 +221,7 @@ def labelled(encoder: Source, specs: Sequence[str], folder: Path | None = None) 
             " eval.test=… (or gallery=… query=… for `unlabeled eval`)"
         )
     samples = encoder.check(specs)
-    key = xxhash.xxh3_128_hexdigest(f"{VERSION} {PIECE} {samples.id} {encoder.fingerprint(samples)}".encode())
-    target = (folder or cache_folder("features")) / key
+    target = _target(encoder, samples, folder)
     with errors_about(target):
         use = Use(target)
     for _ in range(2):
@@ -236,6 +235,21 @@ def labelled(encoder: Source, specs: Sequence[str], folder: Path | None = None) 
                 if {record["table"] for record in records} <= {"", table_id(target / TABLE)}:  # it is still that table
                     return found
     raise DataError(f"{target}: its files were deleted while they were used; run the command again")
+
+
+def missing(encoder: Source, samples: Samples, folder: Path | None) -> int:
+    """The number of samples whose features an extraction would have to compute. Writes nothing."""
+    target = _target(encoder, samples, folder)
+    if not target.is_dir():
+        return len(samples)
+    lacking = [piece for piece in range(_pieces(samples)) if _record(target, str(piece)) is None]
+    return sum(min(len(samples), (piece + 1) * PIECE) - piece * PIECE for piece in lacking)
+
+
+def _target(encoder: Source, samples: Samples, folder: Path | None) -> Path:
+    """The folder of a set's features."""
+    key = xxhash.xxh3_128_hexdigest(f"{VERSION} {PIECE} {samples.id} {encoder.fingerprint(samples)}".encode())
+    return (folder or cache_folder("features")) / key
 
 
 def delete(sets: dict[tuple[str, ...], Labelled]) -> None:

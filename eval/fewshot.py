@@ -65,6 +65,14 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     return scores | {"accuracy": scores[f"accuracy_{shots[-1]}"], "shots": shots[-1]}
 
 
+def cost(cfg: Config, gallery: int, query: int, dim: int, classes: int, layers: int = 0) -> tuple[float, float]:
+    """(bytes on the device, floating-point operations), see `score_plan`."""
+    rows = min(gallery, max(cfg.shots, default=1) * classes)
+    small, operations = min(rows, dim), 2.0 * cfg.seeds * len(cfg.shots) * dim
+    size = 28.0 * rows * dim + 16.0 * small**2 + 12.0 * CHUNK * (dim + classes)
+    return size, operations * (rows * small + query * classes)
+
+
 def choose(classes: Tensor, shots: int, seed: int) -> Tensor:
     """The numbers of `shots` random samples of each class, or of all its samples if it has fewer, from class numbers
     [N], in ascending order."""

@@ -38,6 +38,13 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     return accuracies(predicted, query_set.classes, query_set.names, gallery_set.names)
 
 
+def cost(cfg: Config, gallery: int, query: int, dim: int, classes: int, layers: int = 0) -> tuple[float, float]:
+    """(bytes on the device, floating-point operations), see `score_plan`."""
+    similarities = 2 * 4 * 1024 * min(gallery, GALLERY_CHUNK)
+    features = 2 * 4 * dim * (min(gallery, GALLERY_CHUNK) + min(query, QUERY_BLOCK))
+    return similarities + features + 36.0 * cfg.k * min(query, QUERY_BLOCK), 2.0 * gallery * query * dim
+
+
 def classify(
     gallery: FeatureRows | Tensor,
     classes: Tensor,

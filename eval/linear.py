@@ -104,6 +104,18 @@ def inputs_of(encoder: Encoder | TextEncoder, cfg: Config) -> list[Inputs]:
     return list(found.values())
 
 
+def cost(cfg: Config, gallery: int, query: int, dim: int, classes: int, layers: int = 0) -> tuple[float, float]:
+    """(bytes on the device, floating-point operations), see `score_plan`. `layers`: of `Encoder`."""
+    pooled = [
+        (0 if pooling == "mean" else min(n, layers), pooling != "cls") for pooling in cfg.pooling for n in cfg.layers
+    ]
+    widths = [dim * (n + mean) for n, mean in {*pooled}] if layers else [dim]
+    outputs = len(cfg.rates) * classes
+    heads = 2 * sum(widths) + 2 * max(widths)  # weights and momenta; gradients and updates of one input
+    samples = cfg.batch * (dim * (layers + 1) + 3 * outputs) + CHUNK * (dim * (layers + 1) + outputs)
+    return 4.0 * (heads * outputs + samples), 4.0 * cfg.steps * cfg.batch * sum(widths) * outputs
+
+
 class Probe(NamedTuple):
     """The chosen head."""
 

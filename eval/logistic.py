@@ -26,6 +26,8 @@ from eval.text_features import TextEncoder
 NEEDS = "labels"
 VERSION = 1
 CHUNK = 4096  # rows on the device at once
+HISTORY = 10  # steps from which L-BFGS estimates the curvature
+TYPICAL_ITERATIONS = 100  # for a value of C, in plans
 REMARKS = {
     "not_converged": "logistic ended before its gradient was below its tolerance; raise logistic.iterations",
     "at_edge": "the best logistic.costs value is at the end of the grid; add values beyond it",
@@ -54,6 +56,13 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     predicted = predict(query_set.features, weight, bias)
     scores = accuracies(predicted, query_set.classes, query_set.names, gallery_set.names)
     return scores | {"cost": cost, "not_converged": gradient > cfg.tolerance, "at_edge": at_edge}
+
+
+def cost(cfg: Config, gallery: int, query: int, dim: int, classes: int, layers: int = 0) -> tuple[float, float]:
+    """(bytes on the device, floating-point operations), see `score_plan`."""
+    weights = (2 * HISTORY + 6) * (dim + 1) * classes
+    evaluations = min(cfg.iterations, TYPICAL_ITERATIONS) * (len(cfg.costs) + 1)
+    return 8.0 * (weights + CHUNK * (dim + 4 * classes)), 4.0 * evaluations * gallery * dim * classes
 
 
 def choose_cost(
@@ -99,7 +108,7 @@ def fit(
         max_eval=2 * cfg.iterations,
         tolerance_grad=cfg.tolerance,
         tolerance_change=0,
-        history_size=10,
+        history_size=HISTORY,
         line_search_fn="strong_wolfe",
     )
 

@@ -31,6 +31,10 @@ def check(recipe: Recipe) -> None:
     class, or for an unknown protocol."""
     check_data(recipe)
     cfg = recipe.eval
+    if cfg.health and recipe.model.reads != "image":
+        raise UserError(
+            f"eval.health = {cfg.health}: measures models of images, but this one reads {recipe.model.reads}"
+        )
     for query, names, key in (("val", cfg.periodic, "periodic"), ("test", cfg.final, "final")):
         if not (shards := getattr(cfg, query)):
             continue
@@ -42,6 +46,11 @@ def check(recipe: Recipe) -> None:
             gallery = "test_gallery" if query == "test" and cfg.test_gallery else "gallery"
             _check_labels(recipe, query, shards, 1)
             _check_labels(recipe, gallery, getattr(cfg, gallery), 2)
+
+
+def training_shards(recipe: Recipe) -> list[str]:
+    """The shards of the training data."""
+    return list(recipe.data.train) or [shard for source in recipe.data.mix for shard in source.shards]
 
 
 @contextlib.contextmanager
@@ -104,7 +113,8 @@ class Scoring:
     scores."""
 
     def __init__(self, recipe: Recipe):
-        self.wanted = bool(recipe.eval.val or recipe.eval.test) and not os.environ.get(SCORED_ELSEWHERE)
+        cfg = recipe.eval
+        self.wanted = bool(cfg.val or cfg.test or cfg.health) and not os.environ.get(SCORED_ELSEWHERE)
         self.problem = ""  # why some exports are not scored
         self._lock = threading.Lock()
         self._finishing = self._killed = False

@@ -26,6 +26,7 @@ MAIN_METRICS = {  # {the main metric of a protocol: its number format}
     "bits_per_byte": "{:.3f}",
     "miou": "{:.1%}",
     "rmse": "{:.3f}",
+    "rankme": "{:.1f}",
 }
 
 

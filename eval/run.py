@@ -43,24 +43,11 @@ def evaluate(
     names problems of the data that make its score less meaningful. Raises DataError for data for which a score would be
     meaningless, and UserError for a protocol that does not fit the model.
     """
-    check([*names, *(options or {})])
     from eval import score_checks
-    from eval.features import open_encoder  # imports torch
 
-    encoder, facts = open_encoder(str(model), image_size, device)
-    encoder.cache = Path(cache) if cache else None
-    chosen = [(name, importlib.import_module(f"eval.{name}")) for name in names]
-    cfgs = [
-        build_config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
-        for name, protocol in chosen
-    ]
-    # One extraction stores what all of the protocols read.
-    layers = [
-        protocol.layers(cfg) for (_, protocol), cfg in zip(chosen, cfgs, strict=True) if hasattr(protocol, "layers")
-    ]
-    encoder.layers = min(max(layers, default=0), encoder.max_layers)
+    encoder, facts, chosen = configured(model, names, image_size, options, device, cache)
     rows: list[Row] = []
-    for (name, protocol), cfg in zip(chosen, cfgs, strict=True):
+    for name, protocol, cfg in chosen:
         if needs(name) != LABELS and encoder.unit != ("texts" if needs(name) == TOKENS else "images"):
             others = " or ".join(other for other, needed in protocols().items() if needed == LABELS)
             raise UserError(f"{model}: reads {encoder.unit}, which {name} does not score; choose {others}")
@@ -88,6 +75,31 @@ def evaluate(
     if not keep_features:
         encoder.delete_features()
     return rows
+
+
+def configured(
+    model: str | Path,
+    names: Sequence[str],
+    image_size: int | None,
+    options: dict[str, dict[str, Any]] | None,
+    device: str,
+    cache: str | Path | None,
+) -> tuple[Any, dict[str, Any], list[tuple[str, Any, Any]]]:
+    """(encoder, facts about it, (name, module, config) of each protocol) for the arguments of `evaluate`."""
+    check([*names, *(options or {})])
+    from eval.features import open_encoder  # imports torch
+
+    encoder, facts = open_encoder(str(model), image_size, device)
+    encoder.cache = Path(cache) if cache else None
+    chosen = []
+    for name in names:
+        protocol = importlib.import_module(f"eval.{name}")
+        cfg = build_config.build(protocol.Config, (options or {}).get(name, {}), {"": "command line"}, name + ".")
+        chosen.append((name, protocol, cfg))
+    # One extraction stores what all of the protocols read.
+    layers = [protocol.layers(cfg) for _, protocol, cfg in chosen if hasattr(protocol, "layers")]
+    encoder.layers = min(max(layers, default=0), encoder.max_layers)
+    return encoder, facts, chosen
 
 
 def _labelled_counts(encoder: Any, gallery: Sequence[str], query: Sequence[str]) -> dict[str, Any]:

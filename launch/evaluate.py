@@ -31,8 +31,9 @@ class Request:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # {protocol: {option: value}}
 
 
-def evaluate(model: str, words: Sequence[str], out: str) -> None:
-    """Score a model, print the rows of results, and append them to a .jsonl file.
+def evaluate(model: str, words: Sequence[str], out: str, dry_run: bool = False) -> None:
+    """Score a model, print the rows of results, and append them to a .jsonl file. `dry_run`: print what that will need
+    instead.
 
     `words`: names of protocols (default knn), and options KEY=VALUE: gallery, query and image_size describe the data,
     `device` is the device that computes, `cache` is the folder in which features are kept, and PROTOCOL.OPTION is an
@@ -48,6 +49,12 @@ def evaluate(model: str, words: Sequence[str], out: str) -> None:
         request = Request(cfg.test_gallery or cfg.gallery, cfg.test, cfg.image_size, cfg.device, cfg.cache)
     _apply(request, (word for word in words if "=" in word))
     gallery, query = ([shards_of(spec) for spec in specs] for specs in (request.gallery, request.query))
+    if dry_run:
+        from eval.score_plan import plan
+
+        request_of_plan = (request.image_size, request.options, request.device, request.cache)
+        say(*plan(model, names or ["knn"], gallery, query, *request_of_plan))
+        return
     # Without any option but device and cache, the result counts as the score of the run on its test split.
     changed = any("=" in word and not word.startswith(("device=", "cache=")) for word in words)
     split = "custom" if run is None or changed else "test"
@@ -73,7 +80,11 @@ def _apply(request: Request, overrides: Iterable[str]) -> None:
         value = expand_paths(value, "", key)
         protocol, _, option = key.partition(".")
         if option and protocol in protocols():
-            request.options.setdefault(protocol, {})[option] = value
+            *sections, last = option.split(".")
+            target = request.options.setdefault(protocol, {})
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[last] = value
         elif key == "image_size":
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"image_size = {value!r}: write pixels, 1 or more")

@@ -27,12 +27,13 @@ def evaluate(
     ] = (),
     *,
     out: ResultsFile = NO_FILE,
+    dry_run: Annotated[bool, "print the time, the disk space and the memory that it needs, and write nothing"] = False,
 ) -> None:
     """Score a frozen model. For an export in a run folder the recipe names the data; otherwise write gallery=SHARDS
     query=SHARDS."""
     from launch.evaluate import evaluate
 
-    evaluate(model, protocols, out)
+    evaluate(model, protocols, out, dry_run)
 
 
 def embed(

@@ -22,6 +22,7 @@ from common import child_signals
 from common.errors import UserError, run_main
 from common.output import say
 from eval import results
+from eval.periodic_scoring import training_shards
 from eval.protocol_finder import LABELS, needs
 from eval.run import evaluate
 from launch.due_evaluations import due, name_of
@@ -42,14 +43,26 @@ def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: A
     Nothing is written if another process has completed this evaluation in the meantime.
     """
     cfg, identity = recipe.eval, run_identity(run)["id"]
-    gallery, query = (cfg.gallery, cfg.val) if split == "val" else (cfg.test_gallery or cfg.gallery, cfg.test)
-    names = cfg.periodic if split == "val" else cfg.final
+    gallery, query, names = {
+        "val": (cfg.gallery, cfg.val, cfg.periodic),
+        "test": (cfg.test_gallery or cfg.gallery, cfg.test, cfg.final),
+        "train": ([], training_shards(recipe), ["health"]),
+    }[split]
     baseline = model in BASELINES
     names = [name for name in names if not baseline or needs(name) == LABELS]
     # A run has many exports, and the features of each need gigabytes: kept are those of the first and the last one.
     keep = baseline or step in (0, recipe.steps)
     rows = evaluate(
-        model, names, gallery, query, split, cfg.image_size, device=device, cache=cfg.cache, keep_features=keep
+        model,
+        names,
+        gallery,
+        query,
+        split,
+        cfg.image_size,
+        options={"health": {"samples": cfg.health}} if split == "train" else None,
+        device=device,
+        cache=cfg.cache,
+        keep_features=keep,
     )
     generated = samples(Path(model), step, cfg.prompts) if not baseline and split == "val" and cfg.prompts else []
     _check_identity(run, identity)

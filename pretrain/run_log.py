@@ -70,7 +70,9 @@ def finished_line(cfg: Recipe, run: Path, objective: Objective) -> str:
         score += " gallery=SHARDS query=SHARDS"
     use = f"unlabeled generate {quoted_model} PROMPT" if cfg.model.writes else score
     further = f", further exports are {', '.join(map(str, more))}" if more else ""
-    scores = f", its scores will be in {run / 'results.jsonl'}" if cfg.eval.val or cfg.eval.test else ""
+    scores = (
+        f", its scores will be in {run / 'results.jsonl'}" if cfg.eval.val or cfg.eval.test or cfg.eval.health else ""
+    )
     return (
         f"{run}: finished its {cfg.steps} steps; its export is {model}{further}{scores}."
         f" Next: `unlabeled report {quoted_run}`, which writes {run / 'report.html'}; `{use}`"

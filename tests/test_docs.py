@@ -69,6 +69,8 @@ NOT_RUN = {  # the first words of a command, or one of its overrides -> why it i
     "unlabeled status": "of a run that only a cluster trains; tests/launch/test_status.py runs it",
     "unlabeled harness": "downloads its tasks; tests/eval/test_harness.py runs it on tasks of its own",
     "init.backbone=dinov3_vits16.pth": "those weights are not ours to keep; tests/parity/test_weights.py reads such files",
+    "unlabeled shards index rooms/": "needs masks and depths; tests/eval/test_dense.py has such shards",
+    "gallery=rooms/train": "needs masks and depths; tests/eval/test_dense.py has such shards",
     "make": "takes minutes, and is how this test is started",
     "pip install": "installs packages; whether the extras exist is tested",
     "export": "only sets variables; whether the code knows them is tested",

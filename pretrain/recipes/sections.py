@@ -296,6 +296,9 @@ class Eval(Section):
     periodic: list[str] = field(default_factory=lambda: ["knn"])  # protocols for every export, on val
     # protocols for the first and the last export, on test
     final: list[str] = field(default_factory=lambda: ["knn", "linear"])
+    # number of training images on which the health of the features is measured at every export, without labels (the
+    # protocol health); 0: none
+    health: int = option(0, low=0)
     image_size: int | None = None  # side of the images in pixels; null: that of the model
     # where features and scores are computed: cpu, cuda, cuda:1, …; auto: cpu if the run trains on an accelerator, otherwise the
     # best device

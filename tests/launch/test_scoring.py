@@ -62,12 +62,15 @@ def test_tokens_of_another_tokenizer_are_refused(shards: Path, tmp_path: Path):
     check(tiny_recipe("gpt", shards, tmp_path / "run", *names, f"eval.val={held}"))
     with pytest.raises(UserError, match=r"eval.val: .*other: was made with another tokenizer than"):
         check(tiny_recipe("gpt", shards, tmp_path / "run", *names, f"eval.val={other}"))
+    with pytest.raises(UserError, match=r"eval.health = 20: measures models of images, but this one reads tokens"):
+        check(tiny_recipe("gpt", shards, tmp_path / "run", *names, f"eval.val={held}", "eval.health=20"))
 
 
 @pytest.mark.slow
 def test_train_scores_as_the_command_does(shards: Path, tmp_path: Path):
     cache = tmp_path / "features"
-    run = train(scored(shards, tmp_path / "run", "export=1", f"eval.val={shards}", f"eval.cache={cache}"))
+    options = ("export=1", f"eval.val={shards}", f"eval.cache={cache}", "eval.health=20")
+    run = train(scored(shards, tmp_path / "run", *options))
     rows = read_rows(run / "results.jsonl")
     assert {(row["model"], row["step"], row["protocol"], row["split"]) for row in rows} == {
         ("untrained", 0, "knn", "val"),
@@ -75,7 +78,9 @@ def test_train_scores_as_the_command_does(shards: Path, tmp_path: Path):
         ("pretrained", 1, "knn", "val"),
         ("pretrained", 2, "knn", "val"),
         ("pretrained", 2, "knn", "test"),
+        *((model, step, "health", "train") for model, step in (("untrained", 0), ("pretrained", 1), ("pretrained", 2))),
     }
+    assert {row["count"] for row in rows if row["metric"] == "rankme"} == {20}
     assert len(list(cache.iterdir())) == 2  # of the first and the last export
     (run / "results.jsonl").unlink()
     shutil.copytree(shards, tmp_path / "shards")
