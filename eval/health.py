@@ -51,8 +51,8 @@ class Config(Section):
 
 
 def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
-    """{"rankme", "alpha" (for MIN_EIGENVALUES features or more), "std", "alignment", "uniformity", "patch_similarity"} of the query, or of the gallery if no
-    query is named."""
+    """{"rankme", "alpha" (for MIN_EIGENVALUES features or more), "std", "alignment", "uniformity", "patch_similarity"}
+    of the query, or of the gallery if no query is named."""
     if encoder.unit != "images":
         raise UserError(f"{encoder.name}: health measures models that read images, but this one reads {encoder.unit}")
     if not (specs := query or gallery):

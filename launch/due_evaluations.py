@@ -13,9 +13,8 @@ BASELINE = {"image": "pixels", "tokens": "bytes", "audio": "log_mel"}
 
 
 def due(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:
-    """(model, step, split) of all evaluations of a run. Each export is evaluated on val and, without
-    labels, on train. The baseline (pixels, bytes or
-    log_mel) and the exports of step 0 and of the last step are evaluated on test."""
+    """(model, step, split) of all evaluations of a run. Each export is evaluated on val and, without labels, on train.
+    The baseline (pixels, bytes or log_mel) and the exports of step 0 and of the last step are evaluated on test."""
     cfg, out = recipe.eval, []
     if cfg.test and cfg.pixels and any(needs(name) == LABELS for name in cfg.final):
         out.append((BASELINE[recipe.model.reads], 0, "test"))
