@@ -145,6 +145,26 @@ def place_block(grid: tuple[int, int], size: tuple[int, int], rng: np.random.Gen
     return mask
 
 
+def visible_block(
+    grid: tuple[int, int], count: int, rng: np.random.Generator, aspect: Range = (0.5, 2.0)
+) -> np.ndarray:
+    """bool [h, w] with exactly `count` patches set, a rectangle that is rolled: what leaves the grid on one side enters
+    it on the other one. The others are the inverse block mask of CAPI (arXiv 2502.08769).
+
+    The logarithm of height / width is uniform in the range of `aspect`, or where the rectangle fits into the grid. The
+    end of its last row is left out if it has more than `count` patches.
+    """
+    height, width = grid
+    low, high = max(aspect[0], count / width**2), min(aspect[1], height**2 / count)
+    ratio = math.exp(rng.uniform(math.log(low), math.log(max(low, high))))
+    rows, columns = (math.ceil(math.sqrt(count * r) - 1e-9) for r in (ratio, 1 / ratio))
+    block = np.zeros(grid, bool)
+    block[: min(rows, height), : min(columns, width)] = True
+    mask = np.zeros(height * width, bool)
+    mask[np.flatnonzero(block)[:count]] = True
+    return np.roll(mask.reshape(grid), (int(rng.integers(height)), int(rng.integers(width))), (0, 1))
+
+
 @dataclass(frozen=True)
 class ContextAndTargets:
     """The multi-block masks of I-JEPA (arXiv 2301.08243 §3, fig. 4) as indices of patches: {"context": int64 [K],

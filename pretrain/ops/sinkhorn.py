@@ -14,7 +14,8 @@ from pretrain.ops.precision import wide
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Assignments [B, K] of B samples to K prototypes, from logits [B, K]: each row sums to 1, and all prototypes have
-    approximately the same sum over the global batch. Collective: every rank must call it.
+    approximately the same sum over the global batch. Of logits [B, N, K], each of the N columns [B, K] is assigned by
+    itself (CAPI, arXiv 2502.08769). Collective: every rank must call it.
 
     Q starts as exp(logits / temperature). In each iteration, first the columns are scaled so that every prototype has
     the same sum over the global batch, then the rows so that every sample has the same sum. Everything is computed with
@@ -25,6 +26,6 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     log_q = log_q.clamp_(-limit, limit)
     samples = sum_over_world(torch.full((), float(len(logits)), device=logits.device))
     for _ in range(iterations):
-        log_q = log_q - logsumexp_over_batch(log_q) - math.log(logits.shape[1])
-        log_q = log_q - log_q.logsumexp(1, keepdim=True) - samples.log()
+        log_q = log_q - logsumexp_over_batch(log_q.flatten(1)).view(1, *log_q.shape[1:]) - math.log(logits.shape[-1])
+        log_q = log_q - log_q.logsumexp(-1, keepdim=True) - samples.log()
     return (log_q + samples.log()).exp()

@@ -67,11 +67,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ijepa": {"predictor_dim": 16, "predictor_depth": 2, "predictor_heads": 2, "momentum": Schedule(0.9)},
     "simmim": {},
     "data2vec": {"target_layers": 2, "momentum": Schedule(0.9)},
+    "capi": {
+        **{
+            "cluster_count": 7,
+            "predictor_dim": 16,
+            "predictor_depth": 2,
+            "predictor_heads": 2,
+            "momentum": Schedule(0.9),
+        },
+        **{"student_temperature": 0.2, "teacher_temperature": 0.3, "clustering_temperature": 0.4},
+    },
 }
 PATCHES: dict[str, dict[str, tuple[int, ...]]] = {  # shapes of the indices of patches, of methods that need a ViT
     "ijepa": {"context": (6,), "targets": (3, 4)},
     "simmim": {"masked": (6,)},
     "data2vec": {"masked": (6,)},
+    "capi": {"visible": (6,), "predicted": (3,)},
 }
 PAIRS = [(name, model) for name in OPTIONS for model in MODELS if model == "vit" or name not in PATCHES]
 
@@ -271,6 +282,55 @@ def naive_ijepa(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return mean(terms)
 
 
+def naive_capi(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """2502.08769, §3: place by place, patch by patch, and head by head; the tables of rotations are those of the model,
+    which `test_capi_rotates_by_the_place` checks."""
+    cfg, clusters, clustering, predicted = model.cfg, model.clusters, list[Tensor](), list[Tensor]()
+    with torch.no_grad():
+        tokens = [model.teacher(image[None]).tokens[0] for image in batch["image"]]
+    logits = [[clusters.weight @ (row / row.norm()) + clusters.bias for row in rows] for rows in tokens]  # [B][N]
+    q = [naive_sinkhorn(torch.stack([rows[n] for rows in logits]).detach(), cfg.teacher_temperature) for n in range(16)]
+    for b, rows in enumerate(logits):
+        clustering += [naive_cross_entropy(row, q[n][b], cfg.clustering_temperature) for n, row in enumerate(rows)]
+    weight = torch.stack([g * v / v.norm() for v, g in zip(model.head.vectors, model.head.lengths, strict=True)])
+    cos, sin = (table[:, 0].double() for table in model.rotations((4, 4), torch.device("cpu")))  # [17, d/2]
+    for b, image in enumerate(batch["image"]):
+        visible, places = batch["visible"][b].tolist(), batch["predicted"][b].tolist()
+        seen = model.backbone(image[None], keep=batch["visible"][b][None])
+        context = [(seen.cls[0], 16), *zip(seen.tokens[0], visible, strict=True)]  # 16: not rotated
+        for place in places:
+            x = model.mask_token
+            for block in model.blocks:
+                x = x + block.proj.weight @ naive_cross_attention(block, x, place, context, cos, sin) + block.proj.bias
+                x = x + block.mlp(block.norm2(x))
+            x = model.norm(x)
+            predicted.append(naive_cross_entropy(weight @ (x / x.norm()), q[place][b], cfg.student_temperature))
+    return mean(predicted) + mean(clustering)
+
+
+def naive_cross_attention(
+    block: Any, x: Tensor, place: int, context: list[tuple[Tensor, int]], cos: Tensor, sin: Tensor
+) -> Tensor:
+    """The heads of one query x [16] at a place, over a context of tokens and their places."""
+    query = block.query.weight @ block.norm1(x) + block.query.bias
+    rows = [(block.key_value.weight @ token + block.key_value.bias, at) for token, at in context]
+    heads = []
+    for h in (0, 1):
+        part = slice(8 * h, 8 * h + 8)
+        scores = [
+            turned(query[part], cos[place], sin[place]) @ turned(row[:16][part], cos[at], sin[at]) for row, at in rows
+        ]
+        shares = torch.stack(scores).div(8**0.5).softmax(0)
+        heads.append(sum(share * row[16:][part] for share, (row, _) in zip(shares, rows, strict=True)))
+    return torch.cat(heads)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (x_j, x_{j+4}) of x [8], rotated by the angle j."""
+    pairs = [(x[j] * cos[j] - x[j + 4] * sin[j], x[j + 4] * cos[j] + x[j] * sin[j]) for j in range(4)]
+    return torch.stack([*(a for a, _ in pairs), *(b for _, b in pairs)])
+
+
 def naive_simmim(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """2111.09886, eq. 1, patch by patch."""
     terms: list[Tensor] = []
@@ -316,6 +376,7 @@ NAIVE: dict[str, Callable[..., Tensor]] = {
     "ijepa": naive_ijepa,
     "simmim": naive_simmim,
     "data2vec": naive_data2vec,
+    "capi": naive_capi,
 }
 
 
@@ -377,6 +438,30 @@ def test_dinos_logits_are_cosines_at_first(unit: bool):
 def test_ijepa_exports_its_target():
     model: Any = made("ijepa")
     assert model.exports()["model"].backbone is model.target
+
+
+def test_capi_rotates_by_the_place():
+    """The angles of row and column, in float64; the row that stands for tokens without a place is not rotated."""
+    cos, sin = made("capi").rotations((4, 4), torch.device("cpu"))  # type: ignore[attr-defined]
+    for place in range(16):
+        row, column = ((2 * (n + 0.5) / 4 - 1) * 2 * np.pi for n in divmod(place, 4))
+        angles = torch.tensor([row, row / 10, column, column / 10])  # periods 1 and 100^(2/4)
+        torch.testing.assert_close((cos[place, 0], sin[place, 0]), (angles.cos(), angles.sin()), rtol=0, atol=1e-6)
+    assert (cos[16] == 1).all() and (sin[16] == 0).all()
+
+
+def test_capi_without_positionwise_sinkhorn():
+    """All patches of the batch are assigned together."""
+    model, batch = made("capi", positionwise=False), batch_of("capi")
+    rows = model.teacher(batch["image"]).tokens.flatten(0, 1)  # type: ignore[operator, attr-defined]
+    logits = nn.functional.normalize(rows, dim=-1) @ model.clusters.weight.T + model.clusters.bias  # type: ignore[union-attr]
+    _, q = model.clusters(rows.unflatten(0, (4, 16)), model.cfg)  # type: ignore[operator]
+    torch.testing.assert_close(q.flatten(0, 1), naive_sinkhorn(logits.detach(), 0.3), rtol=1e-9, atol=1e-12)
+
+
+def test_capi_refuses_heads_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"objective.predictor_heads = 5: four times this must divide 16, its width"):
+        made("capi", predictor_heads=5)
 
 
 def test_data2vec_trains_no_weights_of_the_last_norm():

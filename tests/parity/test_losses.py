@@ -197,6 +197,16 @@ def test_sinkhorn(temperature: float, iterations: int):
     torch.testing.assert_close(ours.sum(1), torch.ones(6, dtype=torch.float64))
 
 
+def test_sinkhorn_of_several_columns_assigns_each_by_itself():
+    """So prototypes that tell only the column apart are of no use: the assignments are uniform then."""
+    logits = normal(6, 5, 9)
+    expected = torch.stack([naive_sinkhorn(logits[:, n], 0.5) for n in range(5)], dim=1)
+    torch.testing.assert_close(sinkhorn(logits, 0.5), expected, rtol=1e-9, atol=1e-300)
+    by_column = normal(1, 5, 9).expand(6, -1, -1)
+    torch.testing.assert_close(sinkhorn(by_column, 0.1), torch.full((6, 5, 9), 1 / 9, dtype=torch.float64))
+    assert sinkhorn(by_column.flatten(0, 1), 0.1).amax() > 0.5  # of all rows together
+
+
 def test_sinkhorn_shares_prototypes_evenly():
     q = sinkhorn(normal(12, 8), 0.5, iterations=200)
     torch.testing.assert_close(q.sum(0), torch.full((8,), 12 / 8, dtype=torch.float64))

@@ -30,6 +30,7 @@ from data_pipeline.views.masks import (
     resize_mask,
     square_mask,
     stratified_ratio,
+    visible_block,
 )
 from pretrain.objectives.dinov2 import Config as DINOv2Config
 from pretrain.objectives.dinov2 import DINOv2
@@ -174,6 +175,30 @@ def test_context_and_targets(grid: tuple[int, int]):
     for h, w in sizes:  # sides are rounded by up to one half
         assert (h - 0.5) * (w - 0.5) <= 0.2 * patches and (h + 0.5) * (w + 0.5) >= 0.15 * patches
         assert (h - 0.5) / (w + 0.5) <= 1.5 and (h + 0.5) / (w - 0.5) >= 0.75
+
+
+@pytest.mark.parametrize(("grid", "count"), [((16, 16), 90), ((14, 14), 69), ((4, 6), 7), ((8, 8), 63), ((5, 5), 1)])
+def test_visible_blocks(grid: tuple[int, int], count: int):
+    """Rolled back, the block is a rectangle of an aspect from 1/2 to 2, without the end of its last row; all patches
+    are visible equally often."""
+    rng, often = np.random.default_rng(0), np.zeros(grid)
+    for draw in range(1000):
+        mask = visible_block(grid, count, rng)
+        assert mask.sum() == count
+        often += mask
+        if draw < 30:
+            rolled = (np.roll(mask, (-y, -x), (0, 1)) for y in range(grid[0]) for x in range(grid[1]))
+            block = next(one for one in rolled if one[0, 0] and _is_block(one))
+            rows, columns = block.any(1).sum(), block.any(0).sum()
+            assert rows - 1 < 2 * columns and columns - 1 < 2 * rows
+    assert often / 1000 == pytest.approx(np.full(grid, count / (grid[0] * grid[1])), abs=0.08)
+
+
+def _is_block(mask: np.ndarray) -> bool:
+    """Whether all rows but the last one of a mask begin at the left edge and have the same length."""
+    lengths = mask.sum(1)[mask.any(1)]
+    starts = all(mask[row, : mask[row].sum()].all() for row in range(len(mask)))
+    return starts and mask.any(1)[: len(lengths)].all() and (lengths[:-1] == lengths.max()).all()
 
 
 def test_the_aspect_of_a_block_is_its_height_over_its_width():
