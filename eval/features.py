@@ -37,6 +37,7 @@ class Encoder(feature_cache.Source):
 
     unit = "images"
     batch = 64
+    folder: Path | None = None  # the export of the backbone
     members = IMAGE_MEMBERS
 
     def __init__(
@@ -169,4 +170,6 @@ def open_encoder(model: str, image_size: int | None = None, device: str = "auto"
             f"{model}: mean and std are {[mean, std]}, but its images have {channels} channels; export it again"
         )
     size = image_size or backbone.image_size
-    return Encoder(backbone, name, size, mean, std, facts.get("pool", "cls"), device), facts
+    encoder = Encoder(backbone, name, size, mean, std, facts.get("pool", "cls"), device)
+    encoder.folder = Path(model)
+    return encoder, facts

@@ -16,7 +16,7 @@ from common.errors import Damaged, DataError, UserError
 from common.output import say
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
-from eval.protocol_finder import LABELS, TOKENS, needs
+from eval.protocol_finder import LABELS, QUERY_LABELS, TOKENS, needs
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import check_data
 from pretrain.signals import EXIT_UNSCORED
@@ -42,6 +42,8 @@ def check(recipe: Recipe) -> None:
             needed = {needs(name) for name in names}
         if TOKENS in needed:
             _check_tokens(recipe, query, shards)
+        if QUERY_LABELS in needed:
+            _check_labels(recipe, query, shards, 1)
         if LABELS in needed:
             gallery = "test_gallery" if query == "test" and cfg.test_gallery else "gallery"
             _check_labels(recipe, query, shards, 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from common.errors import UserError, nearest
 
 LABELS = "labels"  # what a protocol needs that classifies labelled samples, of any kind
+QUERY_LABELS = "query_labels"  # what a protocol needs that fits nothing, so that it has no gallery
 TOKENS = "tokens"  # what a protocol for language models needs: a token set
 FOLDER = Path(__file__).parent
 

@@ -23,6 +23,7 @@ from data_pipeline.stream.worker import collated
 from data_pipeline.stream.worker_processes import start_method
 from pretrain.interchange import load_record, weights
 from pretrain.interchange.teachers import checkpoint_recipe
+from pretrain.interchange.weight_sources import source_about
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Objective
@@ -42,7 +43,9 @@ def build_objective(cfg: Recipe, start: bool = False, empty: bool = False) -> Ob
     `start`: also load the weights that `init` and the objective's options name. `empty`: build it on the meta device,
     for an engine that gets the weights from rank 0.
     """
-    defaults.settle(cfg, recipe_of=checkpoint_recipe)  # no effect if `auto` values were set when the data were opened
+    defaults.settle(
+        cfg, recipe_of=checkpoint_recipe, about_of=source_about
+    )  # no effect if `auto` values were set when the data were opened
     torch.manual_seed(cfg.seed)
     start = start and not empty
     with (

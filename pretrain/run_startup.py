@@ -17,6 +17,7 @@ from common.errors import ConfigError, UserError
 from common.schedules import Schedule
 from data_pipeline.build.stats import summarize
 from data_pipeline.build.tokenizer import write_folder
+from data_pipeline.parts.label import Label
 from data_pipeline.shards.dataset import Dataset, store_manifests
 from data_pipeline.stream.stream import Stream
 from pretrain import image_folders
@@ -28,6 +29,7 @@ from pretrain.estimate import plan
 from pretrain.estimate.hardware import peak
 from pretrain.interchange import load_record
 from pretrain.interchange.teachers import checkpoint_recipe
+from pretrain.interchange.weight_sources import source_about
 from pretrain.objectives.base import Objective
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel import fsdp2, processes
@@ -67,7 +69,8 @@ def log_datasets(samples: Sequence[Dataset], say: Log) -> None:
 def settle_auto_values(cfg: Recipe, run: Path, samples: Sequence[Dataset], device: torch.device, say: Log) -> None:
     """Replace the recipe's `auto` values by those that their rules give for these data and this device, and store the
     recipe."""
-    lines = defaults.settle(cfg, sum(map(len, samples)), checkpoint_recipe)
+    classes = len(Label().about(samples, cfg.model)["classes"])
+    lines = defaults.settle(cfg, sum(map(len, samples)), checkpoint_recipe, source_about, classes)
     for line in lines:
         say(line)
     precision: Any = processes.on_rank_0(lambda: precision_of(device)) if cfg.precision == "auto" else None

@@ -22,6 +22,8 @@ COMMON_WORDS = {  # options whose names mean something else, too
     **dict.fromkeys(("blur", "color", "flip", "jitter", "solarize"), "kinds of augmentation, in data_pipeline/views/"),
     **dict.fromkeys(("momentum", "decoder_depth", "temperature"), "options of an optimizer, a model, a protocol"),
     "teacher": "the frozen networks of a plan",
+    "classes": "the names of the labels of a set",
+    "pool": "the feature of an export",
     **dict.fromkeys(("share", "span", "random", "masked", "loss", "text"), "words of the language"),
     "z_loss": "an argument of the chunked cross-entropy, which models of text hand on",
 }

@@ -59,7 +59,7 @@ class Image(Part):
         return Samples(specs, max_pixels=self.max_pixels, further=extensions)
 
     def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
-        return {"channels": self.channels}
+        return {"channels": self.channels, "mean": tuple(self.mean), "std": tuple(self.std)}
 
     def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> Encoded:
         extension = next(e for e in IMAGE_MEMBERS if e in members)

@@ -34,6 +34,8 @@ class About:
     image_size: int = 0  # pixels
     patch_size: int = 0  # pixels
     channels: int = 0
+    mean: tuple[float, ...] = ()  # of the training pixels, for each channel, on a scale from 0 to 1
+    std: tuple[float, ...] = ()  # the standard deviation of the same pixels
     length: int = 0  # tokens of a row, or of a caption
     vocabulary: Vocabulary | None = None
     document_mask: bool = False  # whether tokens attend to and predict tokens of their own document only

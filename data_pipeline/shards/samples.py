@@ -96,12 +96,15 @@ class Samples:
 
     def merged(self) -> Manifest:
         """One manifest of all specs. A shard is named N/NAME, where N is the number of its spec, so that the name does
-        not depend on the place where the shard is stored."""
+        not depend on the place where the shard is stored. It has the names of the classes if all specs have the same
+        ones."""
         shards = []
         for n, indexed in enumerate(self.manifests):
             rows = indexed.manifest.shards
             shards += [(f"{n}/{rows[i][0].rpartition('/')[2]}", *rows[i][1:]) for i in indexed.rows]
-        return Manifest.of_shards(shards, self.extensions, {"specs": self.specs}, id=self.id)
+        names = [indexed.manifest.classes for indexed in self.manifests]
+        classes = {"classes": names[0]} if names[0] and all(each == names[0] for each in names) else {}
+        return Manifest.of_shards(shards, self.extensions, {"specs": self.specs, **classes}, id=self.id)
 
     def locate(self, number: int) -> tuple[int, int]:
         """(shard, row in the shard) of a sample."""

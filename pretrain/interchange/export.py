@@ -16,14 +16,17 @@ from safetensors.torch import save_file
 
 from common import config
 from common.errors import UserError
+from data_pipeline.shards.manifest import parse_manifest
 from pretrain.interchange import model_card, weights
+from pretrain.interchange.layouts import class_head, transformers
 from pretrain.interchange.layouts import tokenizer_files as tokenizers
-from pretrain.interchange.layouts import transformers
+from pretrain.interchange.layouts.class_head import PREFIX, Classifier
 from pretrain.interchange.layouts.transformers import State
-from pretrain.interchange.weight_sources import further_tensors
+from pretrain.interchange.weight_sources import classifier_of, further_tensors
 from pretrain.models.layers import Backbone
 from pretrain.objectives.base import Exported, Objective
 from pretrain.recipes.recipe import Recipe
+from pretrain.run_folder.export_folders import run_of
 from pretrain.run_folder.written_files import EXPORT_FILES, EXPORT_TENSORS, make_empty_folder
 
 
@@ -36,12 +39,14 @@ def write(
     state: State | None = None,
     tokenizer: Path | None = None,
     further: State | None = None,
+    classifier: Classifier | None = None,
 ) -> None:
     """Write an encoder as a folder, atomically, and read it again to check that its weights are the same.
 
     `about`: further entries for the key `unlabeled` of config.json. `mean`, `std`: the normalisation of the pixels in
     training. `state`: weights to write instead of those of `encoder`. `tokenizer`: the tokenizer.json of a text model.
-    `further`: tensors to write to tensors.safetensors, see `Exported.tensors`.
+    `further`: tensors to write to tensors.safetensors, see `Exported.tensors`. `classifier`: a linear layer on the
+    feature that `about["pool"]` names; the folder is then an image classifier.
     """
     cfg: Any = encoder.cfg
     left_out = [name for name in encoder.training_only if vars(cfg)[name]]  # sub-modules that only training uses
@@ -49,6 +54,9 @@ def write(
     state = encoder.state_dict() if state is None else state
     state = {k: v.detach().cpu() for k, v in state.items() if k.partition(".")[0] not in left_out}
     fields, tensors = transformers.write(cfg, state)
+    if classifier is not None:
+        fields, tensors, own = class_head.add(fields, tensors, classifier, about["pool"])
+        further = {**(further or {}), **own}
     fields["dtype"] = "float32"
     pixels = {"mean": mean, "std": std} if cfg.reads == "image" else {}
     fields["unlabeled"] = {"model": config.to_dict(cfg), **pixels, **about}
@@ -73,6 +81,7 @@ def write(
         (partial / "preprocessor_config.json").write_text(json.dumps(extractor, indent=1) + "\n")
     stored = weights.tensors_of(partial)
     changed = _different(state, stored) + (_different(further, further_tensors(partial)) if further else [])
+    changed += _changed_classifier(partial, classifier)
     if changed:
         raise RuntimeError(f"{folder}: tensors of the export differ from those of the model: {', '.join(changed[:5])}")
     if not folder.is_dir():
@@ -87,6 +96,27 @@ def write(
 def _different(state: State, stored: State) -> list[str]:
     """The names of the tensors that are missing in `stored` or differ there, after conversion to its dtype."""
     return [k for k, v in state.items() if k not in stored or not torch.equal(stored[k], v.cpu().to(stored[k].dtype))]
+
+
+def _changed_classifier(folder: Path, classifier: Classifier | None) -> list[str]:
+    """What differs between a classifier and the one in its export."""
+    if classifier is None:
+        return []
+    try:
+        stored, state = classifier_of(folder), {"weight": classifier.weight, "bias": classifier.bias}
+    except UserError:
+        return ["classifier"]
+    changed = _different(state, {"weight": stored.weight, "bias": stored.bias})
+    return [f"classifier.{name}" for name in changed] + ["names of classes"] * (stored.names != classifier.names)
+
+
+def class_names(run: Path | None, count: int) -> list[str]:
+    """The names of a classifier's classes, from the manifests of a run's data; their numbers if these have no names, or
+    not the same ones."""
+    paths = sorted((run / "data").glob("[0-9]*.json")) if run is not None else []
+    found = [parse_manifest(path.read_bytes(), str(path.parent), str(path)).classes for path in paths]
+    names = found[0] if found and all(names == found[0] for names in found) else []
+    return [*names, *(str(n) for n in range(len(names), count))]
 
 
 def _processor(size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
@@ -137,12 +167,27 @@ def save(
             about |= part.facts()
         files = ["config.json", *([EXPORT_TENSORS] if exported[name].tensors else [])]
         if not all((target / file).is_file() for file in files):
-            encoder = exported[name].backbone
+            one = exported[name]
+            encoder = one.backbone
             mean, std = (recipe.data.mean, recipe.data.std) if encoder.cfg.reads == "image" else (None, None)
-            state = states[name] if states else None
-            write(target, encoder, about, mean, std, state, tokenizer, exported[name].tensors)
+            state, classifier = contents(one, states[name] if states else None, run or run_of(target))
+            write(target, encoder, about, mean, std, state, tokenizer, one.tensors, classifier)
             model_card.write(target, run)
     return sorted(targets.values(), key=lambda target: target != folder)
+
+
+def contents(one: Exported, state: State | None, run: Path | None) -> tuple[State, Classifier | None]:
+    """(the state dict of a backbone as it is exported, its classifier) from an entry of `Engine.encoder_states`; None:
+    from the modules themselves. `run`: the run whose data name the classes."""
+    if state is None:
+        head = one.classifier.state_dict() if one.classifier is not None else {}
+        state = one.backbone.state_dict() | {f"{PREFIX}{key}": value for key, value in head.items()}
+    classifier = None
+    if one.classifier is not None:
+        weight, bias = (state[f"{PREFIX}{key}"].detach().cpu() for key in ("weight", "bias"))
+        state = {key: value for key, value in state.items() if not key.startswith(PREFIX)}
+        classifier = Classifier(weight, bias, class_names(run, len(weight)))
+    return (one.merged(state) if one.merged else state), classifier
 
 
 def holds(folder: Path, exported: Exported, step: int) -> bool:
@@ -154,11 +199,13 @@ def holds(folder: Path, exported: Exported, step: int) -> bool:
         further = further_tensors(folder) if exported.tensors else {}
     except UserError:
         return False
-    stored, own = loaded.state_dict(), exported.backbone.state_dict()
+    stored = loaded.state_dict()
+    own, classifier = contents(exported, None, run_of(folder))
     same_weights = all(
         k in own and v.shape == own[k].shape and torch.equal(v, own[k].to(v.dtype)) for k, v in stored.items()
     )
-    return same_weights and not _different(exported.tensors, further) and about["step"] == step
+    changed = _different(exported.tensors, further) + _changed_classifier(folder, classifier)
+    return same_weights and not changed and about["step"] == step
 
 
 def load(folder: str | Path) -> tuple[Backbone, dict[str, Any]]:

@@ -39,7 +39,8 @@ def _head(fields: dict[str, Any]) -> list[str]:
     about, task = fields["unlabeled"], _text_task(fields)
     library = "unlabeled" if fields["model_type"].startswith("unlabeled") else "transformers"
     model = about["model"]
-    name = f"{model['name']}, pretrained with {about.get('objective')}"
+    verb = "trained" if "id2label" in fields else "pretrained"
+    name = f"{model['name']}, {verb} with {about.get('objective')}"
     options = ", ".join(
         f"{k} {v}"
         for k, v in model.items()
@@ -50,12 +51,17 @@ def _head(fields: dict[str, Any]) -> list[str]:
         summary = "A language model trained by `unlabeled`."
         more = ""
     else:
-        summary = "A backbone trained without labels by `unlabeled`."
+        summary = (
+            "An image classifier, fine-tuned on labelled images by `unlabeled`."
+            if "id2label" in fields
+            else "A backbone trained without labels by `unlabeled`."
+        )
         more = f" {_input(about)} Features are pooled by {about.get('pool', 'cls')}."
+    kind = task or ("audio" if "audio" in about else "image-feature-extraction")
     return [
         "---",
         f"library_name: {'timm' if 'architecture' in fields else library}",
-        f"tags: [self-supervised, {task or ('audio' if 'audio' in about else 'image-feature-extraction')}]",
+        f"tags: [{'image-classification' if 'id2label' in fields else f'self-supervised, {kind}'}]",
         "---",
         f"# {name}, step {about.get('step')}",
         "",
@@ -108,6 +114,14 @@ def _use(fields: dict[str, Any]) -> list[str]:
         ]
     if "architecture" in fields:
         return ["    import timm", '    model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', ""]
+    if fields["architectures"][0].endswith("ForImageClassification"):
+        return [
+            "    from transformers import AutoImageProcessor, AutoModelForImageClassification",
+            "    processor = AutoImageProcessor.from_pretrained(FOLDER)",
+            "    model = AutoModelForImageClassification.from_pretrained(FOLDER).eval()",
+            '    logits = model(**processor(image, return_tensors="pt")).logits  # names: model.config.id2label',
+            "",
+        ]
     return [
         "    from transformers import AutoImageProcessor, AutoModel",
         "    processor, model = AutoImageProcessor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()",

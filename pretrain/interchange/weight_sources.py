@@ -18,7 +18,8 @@ from common.errors import UserError
 from common.untrusted import loads, read_text, schema_error
 from pretrain.checkpoint.dcp_format import Reader, fill, read_metadata
 from pretrain.checkpoint.tools import locate, names_checkpoint
-from pretrain.interchange.layouts import official, timm, transformers, transformers_config
+from pretrain.interchange.layouts import class_head, official, timm, transformers, transformers_config
+from pretrain.interchange.layouts.class_head import Classifier
 from pretrain.interchange.layouts.fields import read as read_fields
 from pretrain.interchange.layouts.transformers import State
 from pretrain.interchange.load_record import skip_loading
@@ -60,6 +61,7 @@ class Source:
             return official.read(self.cfg, tensors)
         if self.layout == "timm":
             return timm.read(self.cfg, tensors)
+        tensors = class_head.remove(tensors) if self.cfg.reads == "image" else tensors
         return transformers.read(self.cfg, tensors, self.model_type)
 
 
@@ -71,6 +73,11 @@ def find_source(source: str | Path) -> Source:
     if found.layout in ("unlabeled", "timm", "transformers"):
         _check_size(found)
     return found
+
+
+def source_about(where: str) -> dict[str, Any]:
+    """`Source.about` of a source."""
+    return find_source(where).about
 
 
 def _find(source: str | Path) -> Source:
@@ -228,6 +235,19 @@ def further_tensors(where: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{where}: is no export with further tensors ({EXPORT_TENSORS} is missing)")
     return _read_weight_file(path)
+
+
+def classifier_of(folder: str | Path) -> Classifier:
+    """The classifier in an export, or in a folder of transformers. Raises UserError if there is none."""
+    source = find_source(folder)
+    if source.layout not in ("unlabeled", "transformers"):
+        raise UserError(f"{folder}: is no folder with a classifier; name an export of a run of `finetune`")
+    with torch.device("meta"):
+        width = build_model(source.cfg).embed_dim
+    tensors = _folder_tensors(Path(folder))
+    if (Path(folder) / EXPORT_TENSORS).is_file():
+        tensors = {**further_tensors(folder), **tensors}
+    return class_head.find(Path(folder), read_fields(Path(folder)), tensors, width, source.about["pool"])
 
 
 def _indexed_files(index: Path) -> list[str]:

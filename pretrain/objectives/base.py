@@ -49,6 +49,10 @@ class Exported:
     pool: Literal["cls", "mean"] = "cls"
     # {name: buffer} that the export holds in addition, in tensors.safetensors; each is the same on all ranks
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    # a linear layer on this feature, whose outputs are the logits of classes; the export is then an image classifier
+    classifier: nn.Linear | None = None
+    # makes the state dict that is exported from that of `backbone`, if the two differ
+    merged: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
 
 class Objective(nn.Module):

@@ -17,15 +17,30 @@ from pretrain.recipes.recipe import Recipe
 AUTO = "auto"
 
 
-def settle(cfg: Recipe, samples: int | None = None, recipe_of: Callable[[str], dict] | None = None) -> list[str]:
+def settle(
+    cfg: Recipe,
+    samples: int | None = None,
+    recipe_of: Callable[[str], dict] | None = None,
+    about_of: Callable[[str], dict] | None = None,
+    classes: int = 0,
+) -> list[str]:
     """Replace every `auto` that has a rule. Returns a line "key = value (auto: rule)" for each.
 
     `samples`: number of samples in the data; None: unknown, so that the number of samples that the run trains on is
-    used. `recipe_of` reads the recipe of the run that `init.run` names.
+    used. `recipe_of` reads the recipe of the run that `init.run` names, and `about_of` what the weights that
+    `init.backbone` names state about themselves. `classes`: number of names of classes in the data; 0: unknown.
     """
     stored = vars(cfg)
     steps, batch, start = stored["steps"], vars(stored["data"])["batch"], vars(stored["init"])["run"]
-    known = Facts(steps, batch, samples or steps * batch, vars(stored["model"]))
+    source = vars(stored["init"])["backbone"]
+    known = Facts(
+        steps,
+        batch,
+        samples or steps * batch,
+        vars(stored["model"]),
+        classes,
+        backbone=lambda: about_of(source) if source and about_of is not None else {},
+    )
     lines: list[str] = []
 
     @functools.cache
