@@ -72,7 +72,7 @@ class Config(Options):
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
         sizes = {
-            "clusters": 32,
+            "cluster_count": 32,
             "predictor_dim": 32,
             "predictor_depth": 1,
             "predictor_heads": 2,
