@@ -126,7 +126,7 @@ def test_recipe_is_planned(name: str, shards: Path):
     """At full width, without weights or data. Only a teacher or a tokenizer has to exist, because its options determine
     the heads."""
     small = [f"objective.teacher={teacher_run(shards)}"] if "distill" in name else []
-    small += ["objective.koleo_group=16"] if "vitl1" in name else []
+    small += ["objective.koleo_group=16"] if getattr(recipe.load(name).objective, "koleo_group", None) else []
     small += reduced(name, shards) if "beit" in name or "finetune" in name else []
     batch = 2 if recipe.load(name).model.reads == "tokens" else 32
     cfg = recipe.load(name, [f"data.train={shards}", f"data.batch={batch}", "parallel.micro_batch=null", *small])
