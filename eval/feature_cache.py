@@ -66,10 +66,14 @@ class Source(Protocol):
     def labelled(self, specs: Sequence[str]) -> Labelled:
         """Features and classes of all labelled samples in the shards, in order. Damaged samples and those without an
         image or a text, or without a label, are left out."""
-        key = (*specs, str(self.layers))
+        key = self._key(specs)
         if key not in self._sets:
             self._sets[key] = labelled(self, specs, self.cache)
         return self._sets[key]
+
+    def _key(self, specs: Sequence[str]) -> tuple[str, ...]:
+        """Of a set in `_sets`."""
+        return (*specs, str(self.layers))
 
     def delete_features(self) -> None:
         """Delete the cached features of this encoder that no other process uses."""

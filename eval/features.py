@@ -5,6 +5,7 @@ Protocols get an `Encoder` for an exported folder, or for raw pixels as a baseli
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,7 @@ class Encoder(feature_cache.Source):
         self.mean, self.std = list(mean), list(std)
         self.part = Image(len(self.mean), mean=self.mean, std=self.std)
         self.channels = len(self.mean)
+        self.has_labels = True  # False: all samples have the label "", also those that have none
         self.device = pick_device(device, key="eval.device")
         self.budget = Budget()
         if isinstance(backbone, torch.nn.Module):
@@ -105,6 +107,15 @@ class Encoder(feature_cache.Source):
     def check(self, specs: Sequence[str]) -> Samples:
         return Samples(specs)
 
+    def variant(self, **changes: Any) -> Encoder:
+        """A copy with other attributes (`image_size`, `has_labels`). `delete_features` deletes the features of both."""
+        out = copy.copy(self)
+        vars(out).update({"_sets": self._sets, "model_hash": self.model_hash, **changes})
+        return out
+
+    def _key(self, specs: Sequence[str]) -> tuple[str, ...]:
+        return (*super()._key(specs), str(self.image_size), str(self.has_labels))
+
     @cached_property
     def model_hash(self) -> str:
         return feature_cache.model_hash(self.backbone) if isinstance(self.backbone, torch.nn.Module) else self.name
@@ -112,7 +123,8 @@ class Encoder(feature_cache.Source):
     def fingerprint(self, samples: Samples) -> str:
         decoding = [(each.manifest.pixels, each.manifest.classes) for each in samples.manifests]
         kept = f"last {self.layers}" if self.layers else self.pool
-        return f"{self.model_hash} {kept} {self.image_size} {self.mean} {self.std} {samples.max_pixels} {decoding}"
+        known = f"{self.model_hash} {kept} {self.image_size} {self.mean} {self.std} {samples.max_pixels} {decoding}"
+        return known if self.has_labels else f"{known} without labels"
 
     def read(self, samples: Samples, number: int) -> np.ndarray:
         """The center crop of an image, uint8 [C, S, S]."""
@@ -128,7 +140,7 @@ class Encoder(feature_cache.Source):
         return np.zeros((self.channels, self.image_size, self.image_size), np.uint8)
 
     def label(self, samples: Samples, number: int) -> str:
-        return feature_cache.label_of(samples, number)
+        return feature_cache.label_of(samples, number) if self.has_labels else ""
 
 
 def _pixels(images: Tensor) -> Features:

@@ -26,7 +26,10 @@ MAIN_METRICS = {  # {the main metric of a protocol: its number format}
     "bits_per_byte": "{:.3f}",
     "miou": "{:.1%}",
     "rmse": "{:.3f}",
+    "map": "{:.1%}",
     "rankme": "{:.1f}",
+    "worst_group": "{:.1%}",
+    "corruption_error": "{:.1%}",
 }
 
 

@@ -53,7 +53,10 @@ def evaluate(
             raise UserError(f"{model}: reads {encoder.unit}, which {name} does not score; choose {others}")
         start = time.perf_counter()
         is_labelled = needs(name) == LABELS
-        note = score_checks.judge(encoder, list(gallery), list(query), encoder.unit) if is_labelled else ""
+        note = ""
+        if is_labelled:
+            are_apart = not hasattr(protocol, "splits") or not protocol.splits(cfg)
+            note = score_checks.judge(encoder, list(gallery), list(query), encoder.unit, are_apart)
         scores = protocol.run(encoder, list(gallery), list(query), cfg)
         remarks = [text for key, text in getattr(protocol, "REMARKS", {}).items() if scores.pop(key)]
         note = "; ".join(each for each in (note, *remarks) if each)

@@ -15,9 +15,9 @@ from eval.feature_cache import PIECE, chunks
 MIN_QUERIES = 10  # with fewer, a single answer changes the accuracy by more than ten percentage points
 
 
-def judge(encoder: Any, gallery: list[str], query: list[str], unit: str) -> str:
+def judge(encoder: Any, gallery: list[str], query: list[str], unit: str, are_apart: bool = True) -> str:
     """The note for scores on a gallery and a query; "" if there is no problem. `unit`: the word for samples, such as
-    "images".
+    "images". `are_apart`: whether a sample should not be in both.
 
     Raises DataError if a score would be meaningless.
     """
@@ -41,7 +41,7 @@ def judge(encoder: Any, gallery: list[str], query: list[str], unit: str) -> str:
                 " weights may not be finite, either"
             )
     notes, count = [], len(query_set)
-    if shared := int(np.isin(query_set.hashes[query_set.hashes > 0], gallery_set.hashes).sum()):
+    if are_apart and (shared := int(np.isin(query_set.hashes[query_set.hashes > 0], gallery_set.hashes).sum())):
         notes.append(f"{shared} of {np.count_nonzero(query_set.hashes)} query {unit} are in the gallery, too")
     lacking = set(query_classes) - set(classes)
     is_unknown = torch.tensor([name in lacking for name in query_classes])  # [classes of the queries]

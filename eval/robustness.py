@@ -1,0 +1,106 @@
+"""Robustness of a linear probe to the 15 corruptions of ImageNet-C at 5 levels (arXiv 1903.12261).
+
+The probe of `linear` is trained on the gallery as it is; the queries are corrupted as `corruptions.py` says. The error
+for a corruption is the mean over its levels. The mean corruption error (mCE) is the mean over corruptions of this error,
+divided by AlexNet's for the same corruption of ImageNet, in percent; AlexNet has 100, and lower is better. It can only be
+compared with published values for the classes of ImageNet; `corruption_error`, the mean without that division, can be
+compared between models for any data.
+
+An image is cut to a square and resized to 224 pixels, corrupted, and resized to the size of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+
+from common.config import Section, option
+from common.errors import Damaged, DataError, UserError, nearest
+from data_pipeline.shards.samples import Samples
+from data_pipeline.views.augmentations import center, resize
+from eval import linear
+from eval.corruptions import CORRUPTIONS, SIZE, corrupt
+from eval.feature_cache import read_batches
+from eval.features import Encoder
+from eval.text_features import TextEncoder
+
+NEEDS = "labels"
+VERSION = 1
+ALL_LEVELS = [1, 2, 3, 4, 5]
+
+
+@dataclass
+class Config(Section):
+    corruptions: list[str] = option(lambda: list(CORRUPTIONS))  # names of the corruptions
+    levels: list[int] = option(lambda: list(ALL_LEVELS), low=1, high=5)  # strengths
+    samples: int | None = option(None, low=1)  # number of queries that are corrupted, the first ones; null: all
+    seed: int = 0  # of the random corruptions
+    linear: linear.Config = field(default_factory=linear.Config)  # options of the probe
+
+    def check(self) -> None:
+        for name in self.corruptions:
+            if name not in CORRUPTIONS:
+                raise ValueError(f"corruptions: no {name!r}; {nearest(name, CORRUPTIONS)}")
+        if not self.corruptions or not self.levels:
+            raise ValueError("corruptions and levels must name one or more")
+
+
+def layers(cfg: Config) -> int:
+    return linear.layers(cfg.linear)
+
+
+def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
+    """{"corruption_error", "clean_error", "error_NAME" for each corruption}, and "mce" for all corruptions and
+    levels."""
+    if not isinstance(encoder, Encoder) or encoder.channels != 3:
+        raise UserError(f"{encoder.name}: robustness corrupts images with three channels")
+    gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
+    inputs = linear.inputs_of(encoder, cfg.linear)
+    probe = linear.fit(
+        gallery_set.stored(), gallery_set.classes, len(gallery_set.names), cfg.linear, encoder.device, inputs
+    )
+    own = {name: n for n, name in enumerate(gallery_set.names)}
+    truth = torch.tensor([own.get(name, -1) for name in query_set.names])[query_set.classes][: cfg.samples]
+    clean = (probe.predict(query_set.stored())[: cfg.samples] != truth).double().mean().item()
+    samples, wrong = encoder.check(query), dict[str, float]()
+    numbers = query_set.numbers[: cfg.samples]
+    for name in cfg.corruptions:
+        errors = []
+        for level in cfg.levels:
+            predicted = _predicted(encoder, samples, numbers, probe, name, level, cfg.seed)
+            errors.append((predicted != truth).double().mean().item())
+        wrong[name] = float(np.mean(errors))
+    scores = {"corruption_error": float(np.mean([*wrong.values()])), "clean_error": clean}
+    if set(wrong) == set(CORRUPTIONS) and sorted(cfg.levels) == ALL_LEVELS:
+        scores = {"mce": mean_corruption_error(wrong)} | scores
+    return scores | {f"error_{name}": value for name, value in wrong.items()}
+
+
+def mean_corruption_error(errors: dict[str, float]) -> float:
+    """mCE in percent, from the error for each of the corruptions."""
+    return 100 * float(np.mean([error / CORRUPTIONS[name][1] for name, error in errors.items()]))
+
+
+def _predicted(
+    encoder: Encoder, samples: Samples, numbers: np.ndarray, probe: linear.Probe, name: str, level: int, seed: int
+) -> torch.Tensor:
+    """The classes [N] that are predicted for corrupted images."""
+    read = partial(_corrupted, encoder, samples, name, level, seed)
+    out = []
+    for _, found in read_batches(read, numbers, encoder.batch):  # type: ignore[arg-type]
+        out.append(probe.predict(encoder.stored(found)))
+    return torch.cat(out)
+
+
+def _corrupted(encoder: Encoder, samples: Samples, name: str, level: int, seed: int, number: int) -> np.ndarray:
+    """One corrupted image, uint8 [3, S, S]."""
+    rng = np.random.default_rng([seed, int(number), sorted(CORRUPTIONS).index(name), level])
+    try:
+        image = center(encoder.image(samples, int(number)), SIZE).transpose(1, 2, 0)
+    except Damaged as reason:
+        raise DataError(f"{samples.names}: sample {number} cannot be read any more ({reason}); run it again") from None
+    size = encoder.image_size
+    return np.ascontiguousarray(resize(corrupt(image, name, level, rng), (size, size)).transpose(2, 0, 1))
