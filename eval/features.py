@@ -38,7 +38,7 @@ class Encoder(feature_cache.Source):
 
     unit = "images"
     batch = 64
-    folder: Path | None = None  # the export of the backbone
+    folder: Path | None = None  # the export of the backbone; that of a dual encoder also holds the text model
     members = IMAGE_MEMBERS
 
     def __init__(

@@ -14,9 +14,11 @@ from pathlib import Path
 from common.child_signals import signal_name, signals_blocked
 from common.errors import Damaged, DataError, UserError
 from common.output import say
+from data_pipeline.parts.caption import Caption
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
-from eval.protocol_finder import LABELS, QUERY_LABELS, TOKENS, needs
+from eval.protocol_finder import CAPTIONS, CLASSES, LABELS, QUERY_LABELS, TOKENS, needs
+from pretrain.objectives import finder
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import check_data
 from pretrain.signals import EXIT_UNSCORED
@@ -42,7 +44,9 @@ def check(recipe: Recipe) -> None:
             needed = {needs(name) for name in names}
         if TOKENS in needed:
             _check_tokens(recipe, query, shards)
-        if QUERY_LABELS in needed:
+        if needed & {CAPTIONS, CLASSES}:
+            _check_dual_encoder(recipe, f"eval.{key}")
+        if needed & {CLASSES, QUERY_LABELS}:
             _check_labels(recipe, query, shards, 1)
         if LABELS in needed:
             gallery = "test_gallery" if query == "test" and cfg.test_gallery else "gallery"
@@ -107,6 +111,16 @@ def _check_tokens(recipe: Recipe, key: str, shards: Sequence[str]) -> None:
                 f"{scored.names}: was made with another tokenizer than {trained.names}; tokenize its text with"
                 f" --tokenizer {train_shards[0]}/tokenizer.json"
             )
+
+
+def _check_dual_encoder(recipe: Recipe, key: str) -> None:
+    """Raises UserError if the recipe trains no model of captions."""
+    parts = finder.find(recipe.objective.name).parts.values()
+    if not any(isinstance(part, Caption) for part in parts):
+        raise DataError(
+            f"{key}: names a protocol that compares images with texts, but {recipe.objective.name} trains no model of"
+            " captions; name protocols of images (knn, linear, …)"
+        )
 
 
 # ---------------------------------------------------------------- during the run

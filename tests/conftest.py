@@ -240,7 +240,7 @@ def captioned(shards: Path) -> Path:
         partial = shards.parent / "captioned.partial"
         partial.mkdir()
         write_tar(partial / "000000.tar", members)
-        index.write(partial, lambda line: None, extra={"classes": samples.merged().classes})
+        index.write(partial, lambda line: None, extra={"classes": samples.manifests[0].manifest.classes})
         partial.rename(target)
     return target
 

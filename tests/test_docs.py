@@ -45,6 +45,7 @@ GIVEN = {  # what lies in a page's folder before its first command; the home fol
     "docs/dinov3.md": ("shards",),
     "docs/evaluation.md": ("shards", "labelled"),
     "docs/faults.md": ("shards",),
+    "docs/image_text.md": ("pairs.csv", "labelled"),
     "docs/many_gpus.md": ("bucket/train",),
     "docs/objectives.md": ("shards", "labelled"),
     "docs/trackers.md": ("shards",),
@@ -291,6 +292,11 @@ def provide(what: str, photos: Path, shards: Path) -> None:
         case "labelled":
             for split in ("train", "val", "test"):
                 shutil.copytree(shards, path / split)
+        case "pairs.csv":
+            shutil.copytree(photos, "pictures")
+            files = sorted(Path("pictures").rglob("*.jpg"))
+            rows = [f"{file},a photo of a {file.parent.name} number {n}" for n, file in enumerate(files)]
+            path.write_text("\n".join(["image,caption", *rows]) + "\n")
         case "spoken/train" | "spoken/test":
             for n in range(24):
                 word = path / ("high" if n % 2 else "low")

@@ -16,6 +16,8 @@ SERVANTS = {  # files outside of these that serve certain methods
     "data_pipeline/views/multicrop.py": "makes the views that `MultiCrop` of pretrain/objectives/options.py describes",
     "data_pipeline/views/two_views.py": "makes the views that `TwoViews` there describes",
     "pretrain/interchange/teachers.py": "opens the teacher and the students of a distillation",
+    "pretrain/interchange/layouts/transformers_image_text.py": "names the options with which the exports of clip and"
+    " siglip have a class of transformers",
     "eval/gram_teachers.py": "the command that chooses a Gram teacher",
 }
 COMMON_WORDS = {  # options whose names mean something else, too

@@ -151,14 +151,15 @@ class _StandIn:
 
 
 def token_row(text: str, about: About, tokenizer: Any) -> np.ndarray:
-    """A text as int64 [length]: BOS, its tokens, truncated if necessary, EOS, and padding of −1.
+    """A text as int64 [length]: BOS, its tokens, truncated if necessary, EOS, and padding of −1. A BOS that is the same
+    token as EOS is left out, so that the first EOS of a caption is its end.
 
     `tokenizer`: `about.vocabulary.tokenizer()`, which the caller opens once.
     """
     vocabulary = about.vocabulary
     assert vocabulary is not None
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    first = [vocabulary.bos] if vocabulary.bos is not None else []
+    first = [vocabulary.bos] if vocabulary.bos is not None and not vocabulary.joined else []
     last = [vocabulary.eos] if vocabulary.eos is not None else []
     ids = [*first, *ids[: about.length - len(first) - len(last)], *last]
     out = np.full(about.length, -1, np.int64)

@@ -12,7 +12,7 @@ from pretrain.models import presets
 SHAPE_OPTIONS = (
     *("dim", "depth", "widths", "depths", "decoder_depth", "vocab_size", "head_dim", "mlp_width", "mlp_ratio"),
     *("context", "segments", "in_channels", "registers", "layer_scale", "qkv_bias", "bias"),
-    *("pooling", "embed_norm"),
+    *("pooling", "embed_norm", "patch_bias"),
     *("mels", "stack", "kernel", "left", "right"),
 )
 # Options of a decoder that have an effect only if `rope_factor` is not 1.

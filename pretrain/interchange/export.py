@@ -17,13 +17,15 @@ from safetensors.torch import save_file
 from common import config
 from common.errors import UserError
 from data_pipeline.shards.manifest import parse_manifest
-from pretrain.interchange import model_card, weights
+from pretrain.interchange import model_card, text_sides, weights
 from pretrain.interchange.layouts import class_head, transformers
 from pretrain.interchange.layouts import tokenizer_files as tokenizers
 from pretrain.interchange.layouts.class_head import PREFIX, Classifier
 from pretrain.interchange.layouts.transformers import State
 from pretrain.interchange.weight_sources import classifier_of, further_tensors
 from pretrain.models.layers import Backbone
+from pretrain.models.text_side import PREFIX as TEXT_SIDE
+from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Exported, Objective
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.export_folders import run_of
@@ -40,28 +42,36 @@ def write(
     tokenizer: Path | None = None,
     further: State | None = None,
     classifier: Classifier | None = None,
+    text_side: TextSide | None = None,
 ) -> None:
     """Write an encoder as a folder, atomically, and read it again to check that its weights are the same.
 
     `about`: further entries for the key `unlabeled` of config.json. `mean`, `std`: the normalisation of the pixels in
     training. `state`: weights to write instead of those of `encoder`. `tokenizer`: the tokenizer.json of a text model.
     `further`: tensors to write to tensors.safetensors, see `Exported.tensors`. `classifier`: a linear layer on the
-    feature that `about["pool"]` names; the folder is then an image classifier.
+    feature that `about["pool"]` names; the folder is then an image classifier. `text_side`: see `Exported`; `state` has
+    its tensors as well.
     """
     cfg: Any = encoder.cfg
+    if state is None:
+        state = Exported(encoder, text_side=text_side).state()
+    side = {k.removeprefix(TEXT_SIDE): v.detach().cpu() for k, v in state.items() if k.startswith(TEXT_SIDE)}
+    state = {k: v for k, v in state.items() if not k.startswith(TEXT_SIDE)}
     left_out = [name for name in encoder.training_only if vars(cfg)[name]]  # sub-modules that only training uses
     cfg = cfg.replace(**dict.fromkeys(left_out, False)) if left_out else cfg
-    state = encoder.state_dict() if state is None else state
     state = {k: v.detach().cpu() for k, v in state.items() if k.partition(".")[0] not in left_out}
-    fields, tensors = transformers.write(cfg, state)
+    partial = folder.with_name(f".{folder.name}.partial")
+    make_empty_folder(partial, EXPORT_FILES)
+    if text_side is None:
+        fields, tensors = transformers.write(cfg, state)
+    else:
+        fields, tensors = text_sides.write(partial, cfg, state, text_side, side, tokenizer)
     if classifier is not None:
         fields, tensors, own = class_head.add(fields, tensors, classifier, about["pool"])
         further = {**(further or {}), **own}
     fields["dtype"] = "float32"
     pixels = {"mean": mean, "std": std} if cfg.reads == "image" else {}
-    fields["unlabeled"] = {"model": config.to_dict(cfg), **pixels, **about}
-    partial = folder.with_name(f".{folder.name}.partial")
-    make_empty_folder(partial, EXPORT_FILES)
+    fields["unlabeled"] = {"model": config.to_dict(cfg), **pixels, **about, **fields.get("unlabeled", {})}
     save_file(
         {k: (v.float() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()},
         partial / "model.safetensors",
@@ -82,6 +92,7 @@ def write(
     stored = weights.tensors_of(partial)
     changed = _different(state, stored) + (_different(further, further_tensors(partial)) if further else [])
     changed += _changed_classifier(partial, classifier)
+    changed += [] if text_side is None else _different(side, text_sides.load(partial).state_dict())
     if changed:
         raise RuntimeError(f"{folder}: tensors of the export differ from those of the model: {', '.join(changed[:5])}")
     if not folder.is_dir():
@@ -171,7 +182,7 @@ def save(
             encoder = one.backbone
             mean, std = (recipe.data.mean, recipe.data.std) if encoder.cfg.reads == "image" else (None, None)
             state, classifier = contents(one, states[name] if states else None, run or run_of(target))
-            write(target, encoder, about, mean, std, state, tokenizer, one.tensors, classifier)
+            write(target, encoder, about, mean, std, state, tokenizer, one.tensors, classifier, one.text_side)
             model_card.write(target, run)
     return sorted(targets.values(), key=lambda target: target != folder)
 
@@ -180,8 +191,7 @@ def contents(one: Exported, state: State | None, run: Path | None) -> tuple[Stat
     """(the state dict of a backbone as it is exported, its classifier) from an entry of `Engine.encoder_states`; None:
     from the modules themselves. `run`: the run whose data name the classes."""
     if state is None:
-        head = one.classifier.state_dict() if one.classifier is not None else {}
-        state = one.backbone.state_dict() | {f"{PREFIX}{key}": value for key, value in head.items()}
+        state = one.state()
     classifier = None
     if one.classifier is not None:
         weight, bias = (state[f"{PREFIX}{key}"].detach().cpu() for key in ("weight", "bias"))
@@ -201,6 +211,11 @@ def holds(folder: Path, exported: Exported, step: int) -> bool:
         return False
     stored = loaded.state_dict()
     own, classifier = contents(exported, None, run_of(folder))
+    if exported.text_side is not None:
+        try:
+            stored |= {f"{TEXT_SIDE}{key}": value for key, value in text_sides.load(folder).state_dict().items()}
+        except UserError:
+            return False
     same_weights = all(
         k in own and v.shape == own[k].shape and torch.equal(v, own[k].to(v.dtype)) for k, v in stored.items()
     )

@@ -201,6 +201,8 @@ def _transformers(
     model, info = library.AutoModel.from_pretrained(folder, output_loading_info=True)
     if any(info.values()):
         raise UserError(f"{folder}: the tensors are not those that transformers' class has: {info}")
+    if hasattr(model, "vision_model"):  # a dual encoder; its last_hidden_state has no last norm in CLIPModel
+        return str(folder), (model.eval().vision_model(images).pooler_output, None)
     last = model.eval()(images).last_hidden_state
     if isinstance(encoder.cfg, presets.Conformer):
         return str(folder), (last.mean(1), last)

@@ -12,7 +12,9 @@ from common.errors import UserError
 from common.output import printable
 from common.untrusted import schema_error
 from pretrain.interchange.layouts import transformers_audio
+from pretrain.interchange.layouts import transformers_image_text as image_text
 from pretrain.interchange.layouts.transformers_text import CLASSES, OWN
+from pretrain.interchange.weight_sources import model_config
 from pretrain.run_folder.export_folders import run_of
 from pretrain.run_folder.jsonl_rows import read_rows
 
@@ -51,13 +53,13 @@ def _head(fields: dict[str, Any]) -> list[str]:
         summary = "A language model trained by `unlabeled`."
         more = ""
     else:
-        summary = (
-            "An image classifier, fine-tuned on labelled images by `unlabeled`."
-            if "id2label" in fields
-            else "A backbone trained without labels by `unlabeled`."
-        )
+        summary = "A backbone trained without labels by `unlabeled`."
+        if "id2label" in fields:
+            summary = "An image classifier, fine-tuned on labelled images by `unlabeled`."
+        if "text" in about:
+            summary = "An image model and a text model, trained on images and their captions by `unlabeled`."
         more = f" {_input(about)} Features are pooled by {about.get('pool', 'cls')}."
-    kind = task or ("audio" if "audio" in about else "image-feature-extraction")
+    kind = task or _task(about)
     return [
         "---",
         f"library_name: {'timm' if 'architecture' in fields else library}",
@@ -83,13 +85,58 @@ def _input(about: dict[str, Any]) -> str:
     )
 
 
+def _task(about: dict[str, Any]) -> str:
+    """The same for a model of images or audio."""
+    if "text" in about:
+        return "zero-shot-image-classification"
+    return "audio" if "audio" in about else "image-feature-extraction"
+
+
 def _text_task(fields: dict[str, Any]) -> str:
     """The name that the Hugging Face hub has for the task of a text model; "" for other models."""
     tasks = {"bert": "fill-mask", "t5": "text2text-generation", OWN: "text-generation"}
     return tasks.get(fields["model_type"], "text-generation" if fields["model_type"] in CLASSES else "")
 
 
+def _use_of_dual_encoder(fields: dict[str, Any]) -> list[str]:
+    kind = fields["unlabeled"]["text"]["kind"]
+    if fields["model_type"] in image_text.CLASSES:
+        name = image_text.CLASSES[kind]
+        return [
+            f"    from transformers import AutoImageProcessor, AutoTokenizer, {name}",
+            f"    model = {name}.from_pretrained(FOLDER).eval()",
+            '    images = AutoImageProcessor.from_pretrained(FOLDER)(image, return_tensors="pt")',
+            "    texts = AutoTokenizer.from_pretrained(FOLDER)(",
+            '        ["a photo of a cat"], padding="max_length", truncation=True, return_tensors="pt"',
+            "    )",
+            '    logits = model(pixel_values=images.pixel_values, input_ids=texts["input_ids"]).logits_per_image',
+            "",
+        ]
+    overrides = image_text.unsupported(kind, *_models(fields))
+    why = (
+        f"runs with {' '.join(overrides)} have one"
+        if overrides
+        else "it needs a tokenizer whose EOS is not the token 2"
+    )
+    return [
+        "    from pretrain.interchange import export, text_sides",
+        "    (encoder, about), side = export.load(FOLDER), text_sides.load(FOLDER)",
+        "    logits = side.logits(side.embed_images(encoder(images).cls), side(tokens, places_of_eos))",
+        "",
+        f"`transformers` has no class for this model; {why}.",
+        "",
+    ]
+
+
+def _models(fields: dict[str, Any]) -> list[Any]:
+    """The options of the image model and of the text model of a dual encoder."""
+    described = [dict(one) for one in (fields["unlabeled"]["model"], fields["unlabeled"]["text"]["model"])]
+    return [model_config(one.pop("name"), one, "config.json") for one in described]
+
+
 def _use(fields: dict[str, Any]) -> list[str]:
+    if "text" in fields["unlabeled"]:
+        return _use_of_dual_encoder(fields)
     if fields["model_type"] in CLASSES:
         name = CLASSES[fields["model_type"]]
         return [

@@ -56,7 +56,7 @@ class Source:
         """Read the tensors, and name them as in our model. Tensors that our model does not have keep their names."""
         if self.layout == "checkpoint":
             return _encoder_tensors(self.where)
-        tensors = _folder_tensors(Path(self.where)) if self.tensors is None else self.tensors
+        tensors = folder_tensors(Path(self.where)) if self.tensors is None else self.tensors
         if self.layout == "official":
             return official.read(self.cfg, tensors)
         if self.layout == "timm":
@@ -100,7 +100,8 @@ def _find(source: str | Path) -> Source:
     if "unlabeled" in fields:
         about = fields["unlabeled"]
         model = dict(about["model"])
-        return Source(str(path), model_config(model.pop("name"), model, str(path)), "unlabeled", about=about)
+        kind = fields["model_type"] if "text" in about else ""  # a dual encoder
+        return Source(str(path), model_config(model.pop("name"), model, str(path)), "unlabeled", kind, about=about)
     if "architecture" in fields:
         return _timm_source(path, fields)
     if "model_type" in fields:
@@ -214,7 +215,7 @@ def _preprocessor_normalisation(folder: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- tensors in files
-def _folder_tensors(folder: Path) -> State:
+def folder_tensors(folder: Path) -> State:
     """All tensors of a folder: from one of WEIGHT_FILES, or from the files that the index of one of them lists."""
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
@@ -244,7 +245,7 @@ def classifier_of(folder: str | Path) -> Classifier:
         raise UserError(f"{folder}: is no folder with a classifier; name an export of a run of `finetune`")
     with torch.device("meta"):
         width = build_model(source.cfg).embed_dim
-    tensors = _folder_tensors(Path(folder))
+    tensors = folder_tensors(Path(folder))
     if (Path(folder) / EXPORT_TENSORS).is_file():
         tensors = {**further_tensors(folder), **tensors}
     return class_head.find(Path(folder), read_fields(Path(folder)), tensors, width, source.about["pool"])

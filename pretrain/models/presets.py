@@ -73,6 +73,7 @@ class ViT(Model):
     # head, arXiv 2106.04560 appendix B)
     pooling: Literal["token", "attention"] = "token"
     embed_norm: bool = False  # whether the tokens are normalised before the first block, as in CLIP
+    patch_bias: bool = True  # whether the patch embedding has a bias; CLIP has none
     # number of register tokens, which no loss uses (arXiv 2309.16588)
     registers: int = option(0, low=0)
     layer_scale: float | None = None  # initial value of LayerScale; null: none
@@ -288,9 +289,10 @@ def _dinov2(dim: int, depth: int, heads: int, **more: Any) -> tuple[type[ViT], d
     return _vit(dim, depth, heads, **{"image_size": 518, "patch_size": 14, "layer_scale": 1e-5, **more})
 
 
+_CLIP_IMAGE = {"mlp": "quick_gelu", "embed_norm": True, "patch_bias": False, "norm_eps": 1e-5}
 # The text models of CLIP (arXiv 2103.00020) and SigLIP (2303.15343). Their head, which no loss uses, has no weights of
 # its own.
-_CLIP_TEXT = {"norm": "layer", "bias": True, "positions": "learned", "mlp": "gelu", "tied": True}
+_CLIP_TEXT = {"norm": "layer", "bias": True, "positions": "learned", "mlp": "quick_gelu", "tied": True}
 _SIGLIP_TEXT = {**_CLIP_TEXT, "bidirectional": True, "norm_eps": 1e-6, "mlp": "gelu_tanh"}
 _GPT2 = {"norm": "layer", "bias": True, "positions": "learned", "mlp": "gelu_tanh", "tied": True}
 
@@ -323,6 +325,10 @@ PRESETS: dict[str, tuple[type[Model], dict]] = {
     "vit_small": _vit(384, 12, 6),
     "vit_base": _vit(768, 12, 12),
     "vit_large": _vit(1024, 24, 16),
+    "clip_vitb16": _vit(768, 12, 12, **_CLIP_IMAGE),
+    "clip_vitl14": _vit(1024, 24, 16, patch_size=14, **_CLIP_IMAGE),
+    "siglip_vitb16": _vit(768, 12, 12, mlp="gelu_tanh", pooling="attention"),
+    "siglip_vitl16": _vit(1024, 24, 16, mlp="gelu_tanh", pooling="attention", image_size=256),
     "vit_giant": _vit(1536, 40, 24, mlp="swiglu", mlp_ratio=8 / 3),
     "dinov2_vits14": _dinov2(384, 12, 6),
     "dinov2_vitb14": _dinov2(768, 12, 12),

@@ -53,7 +53,7 @@ class VisionTransformer(Backbone):
         has_class_token = cfg.pooling == "token"
         self.prefix, self.max_layers = int(has_class_token) + cfg.registers, cfg.depth
         side = cfg.image_size // cfg.patch_size
-        self.patch_embed = nn.Conv2d(cfg.in_channels, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
+        self.patch_embed = nn.Conv2d(cfg.in_channels, cfg.dim, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim)) if has_class_token else None
         self.registers = nn.Parameter(torch.zeros(1, cfg.registers, cfg.dim)) if cfg.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, cfg.dim)) if cfg.mask_token else None
@@ -79,7 +79,8 @@ class VisionTransformer(Backbone):
         self.apply(trunc_normal)
         bound = (self.cfg.in_channels * self.patch_size**2) ** -0.5
         nn.init.uniform_(self.patch_embed.weight, -bound, bound)
-        nn.init.zeros_(self.patch_embed.bias)
+        if self.patch_embed.bias is not None:
+            nn.init.zeros_(self.patch_embed.bias)
         query = self.attention_pool.query_token if self.attention_pool is not None else None
         table = self.pos_embed if self.cfg.positions == "learned" else None
         for token in (self.cls_token, self.registers, query, table):

@@ -17,6 +17,7 @@ from data_pipeline.parts.image import Image
 from data_pipeline.parts.part import About, Part
 from data_pipeline.views.augmentations import Rng
 from pretrain.models.layers import Backbone
+from pretrain.models.text_side import PREFIX, TextSide
 from pretrain.ops.cross_entropy import IGNORED
 from pretrain.ops.ema import ema_update
 
@@ -53,6 +54,19 @@ class Exported:
     classifier: nn.Linear | None = None
     # makes the state dict that is exported from that of `backbone`, if the two differ
     merged: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    text_side: TextSide | None = None  # what makes a dual encoder of the backbone, in the same folder
+
+    def state(self, gathered: Callable[[nn.Module], dict[str, Any]] | None = None) -> dict[str, Any]:
+        """The tensors of the backbone; those of the classifier, whose names begin with "classifier."; and those of the
+        text side, whose names begin with its PREFIX.
+
+        `gathered`: a function that returns a module's state dict, where an engine has sharded it.
+        """
+        gathered = gathered or (lambda module: module.state_dict())
+        state = gathered(self.backbone)
+        for prefix, part in (("classifier.", self.classifier), (PREFIX, self.text_side)):
+            state |= {f"{prefix}{key}": value for key, value in gathered(part).items()} if part is not None else {}
+        return state
 
 
 class Objective(nn.Module):

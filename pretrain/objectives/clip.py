@@ -24,6 +24,7 @@ from data_pipeline.parts.image import Image
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import Augment
 from data_pipeline.views.image_text import ImageText
+from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import Options, network
 from pretrain.ops.contrastive import softmax_pairs
@@ -38,7 +39,7 @@ MAX_LOG_SCALE = math.log(100)  # §2.5
 @dataclass
 class Config(Options):
     text: Section = network("clip_text")  # the model that reads captions
-    projection_dim: int = option(512, low=1)  # width of the embeddings that are compared
+    projection_width: int = option(512, low=1)  # width of the embeddings that are compared
     temperature: float = option(0.07, above=0)  # 1 / s at the beginning
     crop_scale: float = option(0.9, above=0, high=1)  # smallest share of the image's area in a random crop
     flip: float = option(0.0, low=0, high=1)  # probability of a horizontal flip
@@ -49,7 +50,7 @@ class Config(Options):
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
         text = {"name": "clip_text", "dim": 32, "depth": 2, "heads": 2, "vocab_size": 512, "context": 24}
-        first = {"data.length": 24, "objective.text": text, "objective.projection_dim": 16}
+        first = {"data.length": 24, "objective.text": text, "objective.projection_width": 16}
         return [first, {"objective.patch_drop": 0.5}]
 
 
@@ -61,8 +62,8 @@ class CLIP(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         self.image, self.text = backbone(local_cls_norm=False), backbone("text")
-        self.image_projection = nn.Linear(self.image.embed_dim, cfg.projection_dim, bias=False)
-        self.text_projection = nn.Linear(self.text.embed_dim, cfg.projection_dim, bias=False)
+        self.image_projection = nn.Linear(self.image.embed_dim, cfg.projection_width, bias=False)
+        self.text_projection = nn.Linear(self.text.embed_dim, cfg.projection_width, bias=False)
         for part in (self.image_projection, self.text_projection):
             trunc_normal(part)
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(cfg.temperature)))
@@ -93,4 +94,6 @@ class CLIP(Objective):
         local(self.logit_scale).clamp_(max=MAX_LOG_SCALE)
 
     def exports(self) -> dict[str, Exported]:
-        return {"model": Exported(self.image)}
+        projections = (self.text_projection, self.image_projection)
+        side = TextSide("clip", self.text, *projections, self.logit_scale, None, self.parts["text"])
+        return {"model": Exported(self.image, text_side=side)}

@@ -26,6 +26,7 @@ from data_pipeline.parts.image import Image
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import Augment
 from data_pipeline.views.image_text import ImageText
+from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import Options, network
 from pretrain.ops.contrastive import sigmoid_pairs
@@ -84,4 +85,6 @@ class SigLIP(Objective):
         return loss, {"scale": scale.detach().squeeze(0), "bias": bias.detach().squeeze(0)}
 
     def exports(self) -> dict[str, Exported]:
-        return {"model": Exported(self.image)}
+        learned = (self.logit_scale, self.logit_bias)
+        side = TextSide("siglip", self.text, self.text_projection, None, *learned, self.parts["text"])
+        return {"model": Exported(self.image, text_side=side)}

@@ -9,6 +9,7 @@ maps `parallel.mode` to a class. This file has those for one process (Engine) an
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -188,14 +189,10 @@ class Engine:
             self.objective.train(training)
 
     def encoder_states(self) -> dict[str, dict[str, Tensor]]:
-        """{export's name: the encoder's full state dict in main memory, and that of its classifier with the prefix
-        "classifier."} on rank 0, empty dicts elsewhere. Collective: every rank must call it."""
-        out = {}
-        for name, one in self.objective.exports().items():
-            state = whole_state(one.backbone, self.rank == 0)
-            head = whole_state(one.classifier, self.rank == 0) if one.classifier is not None else {}
-            out[name] = state | {f"classifier.{key}": value for key, value in head.items()}
-        return out
+        """{export's name: the state dict of `Exported.state`, in main memory} on rank 0, empty dicts elsewhere. Collective:
+        every rank must call it."""
+        gathered = functools.partial(whole_state, keep=self.rank == 0)
+        return {name: one.state(gathered) for name, one in self.objective.exports().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer state by parameter name, for DCP; the keys are the same in every mode."""

@@ -3,22 +3,30 @@ transformers: values and gradients."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.parts.caption import CaptionTokens
+from data_pipeline.parts.part import About
 from pretrain.build import build_objective
+from pretrain.interchange import export, model_card, text_sides, weights
 from pretrain.ops import contrastive
 from pretrain.ops.contrastive import sigmoid_pairs, softmax_pairs
 from pretrain.ops.gather import world
 from pretrain.ops.precision import unit
 from pretrain.recipes.recipe import load
+from tests.conftest import tokens
 from tests.parity.test_losses import assert_same, mean, normal
+from tests.parity.test_models import noise
 
 SCALE, BIAS = torch.tensor([7.0], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)
 
@@ -95,6 +103,12 @@ def objective(name: str, *overrides: str) -> Any:
     return build_objective(cfg).double()
 
 
+PUBLISHED = {
+    "clip": ["model.embed_norm=true", "model.patch_bias=false", "model.mlp=quick_gelu", "model.norm_eps=1e-5"],
+    "siglip": ["model.pooling=attention", "model.mlp=gelu_tanh"],
+}  # the layers of the papers' image models
+
+
 def batch_of(count: int = 6) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
     return {
@@ -162,3 +176,99 @@ def test_dropped_patches_are_not_seen():
     seen = model(batch | {"keep": keep}, 0)[0]
     assert torch.equal(seen, model(batch | {"image": pixels, "keep": keep}, 0)[0])
     assert not torch.equal(seen, model(batch, 0)[0])
+
+
+# ---------------------------------------------------------------- transformers
+def exported(name: str, shards: Path, folder: Path, *overrides: str) -> Any:
+    """An objective with noise on all parameters, whose export is in `folder`."""
+    data = [f"data.tokenizer={tokens(shards.parent)}", "data.length=12", "objective.text.vocab_size=512"]
+    model = objective(name, *data, *overrides).float()
+    noise(model)
+    one = model.exports()["model"]
+    about = {"step": 1, "objective": name, "pool": "cls"}
+    tokenizer = tokens(shards.parent) / "tokenizer.json"
+    export.write(folder, one.backbone, about, [0.5] * 3, [0.25] * 3, None, tokenizer, text_side=one.text_side)
+    return model.eval()
+
+
+def texts_of(folder: Path, hf: ModuleType) -> tuple[Tensor, Tensor, Any]:
+    """(tokens of two texts, places of their EOS, what transformers' tokenizer makes of them)."""
+    found = hf.AutoTokenizer.from_pretrained(folder)(
+        ["the sea", "a house in the hills"], padding="max_length", truncation=True, return_tensors="pt"
+    )
+    return found["input_ids"], found["attention_mask"].sum(1) - 1, found
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_transformers_opens_the_export(hf: ModuleType, name: str, shards: Path, tmp_path: Path):
+    """With equal logits, features and loss; its tokenizer gives the tokens of the training."""
+    model = exported(name, shards, tmp_path / "out", *PUBLISHED[name])
+    theirs, info = hf.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(theirs).__name__ == {"clip": "CLIPModel", "siglip": "SiglipModel"}[name] and not any(info.values()), (
+        info
+    )
+    images, (ids, last, _) = normal(2, 3, 32, 32).float(), texts_of(tmp_path / "out", hf)
+    rows = [
+        CaptionTokens(About(**model.parts["text"].about([], None)), model.cfg.text, "text")(
+            text, np.random.default_rng(0)
+        )
+        for text in ("the sea", "a house in the hills")
+    ]
+    assert ids.tolist() == [row["tokens"].tolist() for row in rows] and last.tolist() == [row["last"] for row in rows]
+    batch = {"image": images, "tokens": ids, "last": last}
+    leaves = [images.clone().requires_grad_() for _ in range(2)]
+    loss, _ = model(batch | {"image": leaves[0]}, 0)
+    out = theirs.eval()(input_ids=ids, pixel_values=leaves[1], return_loss=True)
+    torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(one, [leaf])[0] for one, leaf in zip((loss, out.loss), leaves, strict=True)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    side, encoder = text_sides.load(tmp_path / "out"), export.load(tmp_path / "out")[0]
+    logits = side.logits(side.embed_images(encoder(images).cls), side(ids, last))
+    torch.testing.assert_close(logits, out.logits_per_image, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_folder_of_transformers_is_read(hf: ModuleType, name: str, tmp_path: Path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kind = {"clip": "CLIP", "siglip": "Siglip"}[name]
+    text = sizes | {"vocab_size": 64, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
+    text |= {"projection_dim": 16} if name == "clip" else {"projection_size": 32}
+    vision = sizes | {"image_size": 32, "patch_size": 8} | ({"projection_dim": 16} if name == "clip" else {})
+    more = {"projection_dim": 16} if name == "clip" else {}
+    theirs = getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **more))
+    noise(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    encoder, _ = weights.load_backbone(tmp_path)
+    side, draw = text_sides.load(tmp_path), torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 64, (3, 12), generator=draw)
+    ids[:, 7] = 1
+    images = normal(2, 3, 32, 32).float()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=images).logits_per_image
+        logits = side.logits(side.embed_images(encoder(images).cls), side(ids, torch.full((3,), 7)))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    sizes_of_ours = ["model.dim=32", "model.heads=4", "model.mlp_ratio=1.5", *PUBLISHED[name]]
+    model = objective(name, f"init.backbone={tmp_path}", "objective.locked=true", *sizes_of_ours)
+    assert not model.image.loaded  # only the start of a run loads weights
+    weights.load_into(model.image, tmp_path)
+    model.before_first_step(set())
+    torch.testing.assert_close(model.image.eval().float()(images).cls, encoder(images).cls)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_model_that_transformers_does_not_have_is_exported_in_our_layout(name: str, shards: Path, tmp_path: Path):
+    """The card says which options to change; the folder opens with the same logits."""
+    model = exported(name, shards, tmp_path / "out", "model.positions=rope")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["model_type"] == f"unlabeled_{name}"
+    card = model_card.write(tmp_path / "out").read_text()
+    assert "model.positions=learned" in card and "text_sides.load" in card
+    encoder, side = export.load(tmp_path / "out")[0], text_sides.load(tmp_path / "out")
+    batch = batch_of()
+    with torch.no_grad():
+        found = side.logits(
+            side.embed_images(encoder(batch["image"].float()).cls), side(batch["tokens"], batch["last"])
+        )
+        one = model.exports()["model"].text_side
+        features = model.image(batch["image"].float()).cls
+        torch.testing.assert_close(found, one.logits(one.embed_images(features), one(batch["tokens"], batch["last"])))

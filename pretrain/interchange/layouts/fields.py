@@ -36,6 +36,7 @@ OUR_FIELDS = {
     "model": {"name": str},
     **NORMALISATION,
     "?audio": {"sample_rate": int, "seconds": float, "mels": int, **NORMALISATION},
+    "?text": {"kind": str, "model": {"name": str}, "projection_dim": int, "length": int},
     **{"?pool": str, "?step": (int, None), "?objective": (str, None), "?student": str},
 }
 SCHEMA: dict[str, Any] = {  # see `schema_error`; further fields are allowed

@@ -153,7 +153,7 @@ def write(cfg: Any, state: State) -> State:
         raise UserError(
             f"model.name = {cfg.name}: cannot be written in the official format, which has ViTs and ConvNeXts only"
         )
-    if cfg.pooling == "attention" or cfg.embed_norm or cfg.mlp not in ("gelu", "swiglu"):
+    if cfg.pooling == "attention" or cfg.embed_norm or not cfg.patch_bias or cfg.mlp not in ("gelu", "swiglu"):
         raise UserError(
             f"model.pooling = {cfg.pooling}, model.embed_norm = {cfg.embed_norm}, model.mlp = {cfg.mlp}: cannot be"
             " written in the official format, which has class tokens, no such norm, and the MLPs gelu and swiglu"

@@ -29,7 +29,7 @@ def write(cfg: Any, state: State, mean: list[float], std: list[float]) -> tuple[
         tensors = {_convnext_key(key): value for key, value in state.items()}
         side = cfg.image_size
     elif isinstance(cfg, presets.ViT):
-        if cfg.pooling == "attention" or cfg.embed_norm or cfg.mlp not in ("gelu", "swiglu"):
+        if cfg.pooling == "attention" or cfg.embed_norm or not cfg.patch_bias or cfg.mlp not in ("gelu", "swiglu"):
             raise UserError(
                 f"model.pooling = {cfg.pooling}, model.embed_norm = {cfg.embed_norm}, model.mlp = {cfg.mlp}: cannot be"
                 " written for timm; this layout has class tokens, no such norm, and the MLPs gelu and swiglu"

@@ -43,16 +43,21 @@ def read_special_tokens(path: Path) -> dict[str, tuple[str, int]]:
     return {role: (name, ids[name]) for role, name in found.items() if name is not None}
 
 
-def write(folder: Path, source: Path, context: int, add_eos: bool = False) -> dict[str, Any]:
+def write(folder: Path, source: Path, context: int, add_eos: bool = False, captions: bool = False) -> dict[str, Any]:
     """Write tokenizer.json and tokenizer_config.json into `folder`, from the tokenizer.json at `source`. Returns the
     ids of special tokens that belong in the model's config.json, as {"bos_token_id": …}.
 
     `context`: the maximum number of tokens that the model reads. `add_eos`: whether the tokenizer adds EOS after a
-    text.
+    text. `captions`: whether texts are captions, to which EOS is added, but no BOS that is the same token, and which EOS
+    pads if the tokenizer has no padding token (see `data_pipeline.parts.caption.token_row`).
     """
     found = read_special_tokens(source)
+    if captions and "eos" in found:
+        found.setdefault("pad", found["eos"])
     ids = {role: number for role, (_, number) in found.items()}
-    text = vocabulary.with_template(source.read_text(), ids.get("bos"), ids.get("eos") if add_eos else None)
+    begin = None if captions and ids.get("bos") == ids.get("eos") else ids.get("bos")
+    end = ids.get("eos") if add_eos or captions else None
+    text = vocabulary.with_template(source.read_text(), begin, end)
     (folder / "tokenizer.json").write_text(text)
     fields: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
     fields |= {f"{role}_token": name for role, (name, _) in found.items()}

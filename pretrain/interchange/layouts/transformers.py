@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from pretrain.interchange.layouts import transformers_audio, transformers_text
+from pretrain.interchange.layouts import transformers_audio, transformers_image_text, transformers_text
 from pretrain.models import presets
 from pretrain.models.build import build_model
 
@@ -50,6 +50,8 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
         return transformers_text.read(cfg, tensors, kind)
     if isinstance(cfg, presets.Conformer):
         return transformers_audio.read(cfg, tensors)
+    if kind in transformers_image_text.KINDS:
+        return transformers_image_text.read_image(cfg, tensors, kind)
     if isinstance(cfg, presets.ViT):
         return dict(tensors) if has_own_layout(cfg) else vit_from_transformers(cfg, tensors, kind)
     if isinstance(cfg, presets.Timm):
@@ -74,7 +76,7 @@ def feature_extractor(cfg: Any, audio: dict[str, Any]) -> dict[str, Any] | None:
 # ---------------------------------------------------------------- ViT
 def has_own_layout(cfg: presets.ViT) -> bool:
     """Whether none of transformers' classes for a ViT alone computes this one."""
-    return cfg.pooling == "attention" or cfg.embed_norm
+    return cfg.pooling == "attention" or cfg.embed_norm or not cfg.patch_bias
 
 
 # {our name of an MLP: transformers' name of its activation}

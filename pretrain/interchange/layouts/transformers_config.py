@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.errors import UserError
-from pretrain.interchange.layouts import transformers_audio, transformers_text_config
+from pretrain.interchange.layouts import transformers_audio, transformers_image_text, transformers_text_config
 from pretrain.interchange.layouts.transformers_text import CLASSES
 
 
@@ -17,6 +17,8 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     kind = fields.get("model_type")
     if kind in CLASSES:
         return transformers_text_config.describe(kind, fields, where)
+    if kind in transformers_image_text.MODEL_TYPES:
+        return "vit", transformers_image_text.describe_image(kind, fields, where)
     if kind == "dinov3_convnext":
         return "convnext", {
             "widths": fields.get("hidden_sizes", [96, 192, 384, 768]),
@@ -38,7 +40,7 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     if kind not in ("dinov3_vit", "dinov2", "dinov2_with_registers", "vit", "vit_mae"):
         known = (
             f"dinov3_vit, dinov3_convnext, dinov2, dinov2_with_registers, vit, vit_mae, resnet,"
-            f" {transformers_audio.KIND}, {', '.join(CLASSES)}"
+            f" {transformers_audio.KIND}, {', '.join((*transformers_image_text.MODEL_TYPES, *CLASSES))}"
         )
         raise UserError(f"{where}: model_type = {kind!r} cannot be read; the types that can be read are {known}")
     return "vit", _describe_vit(kind, fields, where)
