@@ -26,7 +26,7 @@ from data_pipeline.views.augmentations import Augment
 from data_pipeline.views.image_text import ImageText
 from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import Options, network
+from pretrain.objectives.options import ImageTextPairs, network
 from pretrain.ops.contrastive import softmax_pairs
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.parameter_shards import local
@@ -37,15 +37,10 @@ MAX_LOG_SCALE = math.log(100)  # §2.5
 
 
 @dataclass
-class Config(Options):
+class Config(ImageTextPairs):
     text: Section = network("clip_text")  # the model that reads captions
     projection_width: int = option(512, low=1)  # width of the embeddings that are compared
     temperature: float = option(0.07, above=0)  # 1 / s at the beginning
-    crop_scale: float = option(0.9, above=0, high=1)  # smallest share of the image's area in a random crop
-    flip: float = option(0.0, low=0, high=1)  # probability of a horizontal flip
-    # share of the patches that the image model does not see, new ones in each epoch; 0.5 and 0.75 in FLIP
-    patch_drop: float = option(0.0, low=0, below=1)
-    locked: bool = False  # whether the image model is not trained; `init.backbone` names its weights
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:

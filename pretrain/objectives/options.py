@@ -168,6 +168,17 @@ class MaskedAutoencoder(Options):
         return [{"objective.decoder_dim": 32, "objective.decoder_depth": 1, "objective.decoder_heads": 2}]
 
 
+@dataclass
+class ImageTextPairs(Options):
+    """A crop of an image and its caption (data_pipeline/views/image_text.py), and whether the image model is trained."""
+
+    crop_scale: float = option(0.9, above=0, high=1)  # smallest share of the image's area in a random crop
+    flip: float = option(0.0, low=0, high=1)  # probability of a horizontal flip
+    # share of the patches that the image model does not see, new ones in each epoch; 0.5 and 0.75 in FLIP
+    patch_drop: float = option(0.0, low=0, below=1)
+    locked: bool = False  # whether the image model is not trained; `init.backbone` names its weights
+
+
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 

@@ -28,22 +28,17 @@ from data_pipeline.views.augmentations import Augment
 from data_pipeline.views.image_text import ImageText
 from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import Options, network
+from pretrain.objectives.options import ImageTextPairs, network
 from pretrain.ops.contrastive import sigmoid_pairs
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.precision import unit
 
 
 @dataclass
-class Config(Options):
+class Config(ImageTextPairs):
     text: Section = network("siglip_text")  # the model that reads captions
     initial_scale: float = option(10.0, above=0)  # t at the beginning
     initial_bias: float = -10.0  # b at the beginning, when almost all pairs are no partners
-    crop_scale: float = option(0.9, above=0, high=1)  # smallest share of the image's area in a random crop
-    flip: float = option(0.0, low=0, high=1)  # probability of a horizontal flip
-    # share of the patches that the image model does not see, new ones in each epoch
-    patch_drop: float = option(0.0, low=0, below=1)
-    locked: bool = False  # whether the image model is not trained; `init.backbone` names its weights
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
