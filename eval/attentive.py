@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.config import Section, option
 from common.errors import Damaged, DataError, UserError
 from data_pipeline.shards.samples import Samples
-from data_pipeline.views.augmentations import Augment, Rng
+from data_pipeline.views.augmentations import Rng
 from eval import probe_training
 from eval.feature_cache import read_batches
 from eval.features import Encoder
@@ -118,8 +118,8 @@ def fit(
 
     `numbers`: of the samples to train on; `class_of`: their class numbers, below `count`.
     """
-    size, grid = encoder.image_size, _grid(cfg)
-    dim = tokens_of(encoder, np.zeros((1, encoder.channels, size, size), np.uint8))[0].shape[-1]
+    grid = _grid(cfg)
+    dim = tokens_of(encoder, encoder.stand_in()[None])[0].shape[-1]
     each = [AttentiveHead(dim, count, cfg.heads, cfg.blocks) for _ in grid]
     for head in each:  # all begin with the same weights
         head.initialise(torch.Generator().manual_seed(cfg.seed))
@@ -172,11 +172,10 @@ def _read(encoder: Encoder, samples: Samples, number: int) -> np.ndarray:
 
 
 def _training_image(encoder: Encoder, samples: Samples, number: int, rng: Rng, augment: bool) -> np.ndarray:
-    """A random crop and flip, or the center crop, of an image: uint8 [C, S, S]."""
+    """A random crop and flip, or the center crop, of an image or clip: uint8 [C, S, S] or [T, C, S, S]."""
     if not augment:
         return encoder.read(samples, number)
-    view, pixels = Augment(encoder.image_size, (0.08, 1.0)), encoder.image(samples, number)
-    return view.apply(pixels, view.draw(pixels.shape[:2], rng(0)))
+    return encoder.augmented(samples, number, rng)
 
 
 def _grid(cfg: Config) -> list[tuple[float, float]]:

@@ -62,7 +62,7 @@ def embed(
     samples = encoder.check(data)
     if output != "patches":
         encoder.pool = encoder.pool if output == "auto" else output
-    elif encoder.unit != "images":
+    elif encoder.unit not in ("images", "clips"):
         raise UserError(
             f"--output patches: {model} reads {encoder.unit}, whose numbers of tokens differ; write cls or mean"
         )

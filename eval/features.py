@@ -1,4 +1,4 @@
-"""Features of images from a frozen encoder.
+"""Features of images, or of clips of videos, from a frozen encoder.
 
 Protocols get an `Encoder` for an exported folder, or for raw pixels as a baseline. Shapes: N images, D features.
 """
@@ -6,7 +6,8 @@ Protocols get an `Encoder` for an exported folder, or for raw pixels as a baseli
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from common.errors import DataError, UserError
 from data_pipeline.formats.decode_budget import Budget
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS
 from data_pipeline.parts.image import Image
+from data_pipeline.parts.video_clip import Clip, Clips
 from data_pipeline.shards.samples import Samples
-from data_pipeline.views.augmentations import center
+from data_pipeline.views.augmentations import Augment, Rng, center
+from data_pipeline.views.clip_views import clip_crops
 from eval import feature_cache
 from eval.audio_features import AudioEncoder, LogMelPart, log_mel_statistics, open_audio_encoder
 from eval.text_features import TextEncoder, bytes_of, name_of
@@ -104,6 +107,11 @@ class Encoder(feature_cache.Source):
         first = self.layers * width if self.pool == "mean" else 0
         return slice(first, first + width) if self.layers else slice(None)
 
+    def augmented(self, samples: Samples, number: int, rng: Rng) -> np.ndarray:
+        """A random crop and flip of a sample, of the shape that `read` returns, on which probes are trained."""
+        view, pixels = Augment(self.image_size, (0.08, 1.0)), self.image(samples, number)
+        return view.apply(pixels, view.draw(pixels.shape[:2], rng(0)))
+
     def check(self, specs: Sequence[str]) -> Samples:
         return Samples(specs)
 
@@ -143,8 +151,50 @@ class Encoder(feature_cache.Source):
         return feature_cache.label_of(samples, number) if self.has_labels else ""
 
 
+class ClipEncoder(Encoder):
+    """An encoder of clips: `frames` frames, `fps` in a second, from the middle of a video. An image is a clip of equal
+    frames."""
+
+    unit = "clips"
+    batch = 16
+    members = Clip.extensions
+
+    def __init__(self, backbone: Any, name: str, image_size: int, frames: int, fps: float, *options: Any, **more: Any):
+        super().__init__(backbone, name, image_size, *options, **more)
+        self.frames, self.fps = frames, fps
+        self.part: Clip = Clip(self.channels, mean=self.mean, std=self.std, frames=frames, fps=fps)
+
+    def stand_in(self) -> np.ndarray:
+        return np.zeros((self.frames, *super().stand_in().shape), np.uint8)
+
+    def fingerprint(self, samples: Samples) -> str:
+        return f"{super().fingerprint(samples)} {self.frames} frames {self.fps}"
+
+    def read(self, samples: Samples, number: int) -> np.ndarray:
+        """The center crops of the frames of a clip, uint8 [T, C, S, S]."""
+        with self._clips(samples, number) as clips:
+            (frames,) = clips.spread(1)
+            return np.stack([center(frame, self.image_size) for frame in frames])
+
+    def augmented(self, samples: Samples, number: int, rng: Rng) -> np.ndarray:
+        """A clip at a random time, with one crop and flip for all frames: uint8 [T, C, S, S]."""
+        with self._clips(samples, number) as clips:
+            return clip_crops({"clip": clips}, Augment(self.image_size, (0.3, 1.0)), 1, rng)["clip"][0]
+
+    @contextmanager
+    def _clips(self, samples: Samples, number: int) -> Iterator[Clips]:
+        """The clips of a sample, which are decoded within the budget of memory. Raises Damaged."""
+        members = samples.read(number, self.members)
+        if not members:
+            raise self.part.absent()
+        with self.budget.lease() as take:
+            clips = self.part.decode(members, samples.known(number))
+            clips.reserve = take
+            yield clips
+
+
 def _pixels(images: Tensor) -> Features:
-    """Normalised pixels [B, C, S, S] as the features of images: [B, C·S·S]."""
+    """Normalised pixels [B, …] as the features of images or clips: one vector each."""
     flat = images.flatten(1)
     return Features(flat, flat.unsqueeze(1), flat.unsqueeze(1)[:, :0], (1, 1))
 
@@ -153,17 +203,20 @@ def open_encoder(model: str, image_size: int | None = None, device: str = "auto"
     """(an `Encoder`, `TextEncoder` or `AudioEncoder`, facts about it: step, pool, …) for an exported folder or a
     baseline.
 
-    The baselines are "pixels", the pixels of an image of side 32, "bytes", the byte frequencies of a text, and
-    "log_mel", the mean and the deviation of each mel band of a recording.
+    The baselines are "pixels", the pixels of an image of side 32, "clip_pixels", those of 8 frames of side 16, four in
+    a second, "bytes", the byte frequencies of a text, and "log_mel", the mean and the deviation of each mel band of a
+    recording.
     `device`: cpu, cuda, cuda:1, …, or auto, the best one.
     """
     if model == "bytes":
         return TextEncoder(bytes_of, "bytes", device=device), {"step": 0}
     if model == "log_mel":
         return AudioEncoder(log_mel_statistics, "log_mel", LogMelPart(), device=device), {"step": 0}
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     if model == "pixels":
-        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
         return Encoder(_pixels, "pixels", 32, mean, std, device=device), {"step": 0}
+    if model == "clip_pixels":
+        return ClipEncoder(_pixels, "clip_pixels", 16, 8, 4.0, mean, std, device=device), {"step": 0}
     from pretrain.interchange.export import load
 
     backbone, facts = load(Path(model))
@@ -172,9 +225,10 @@ def open_encoder(model: str, image_size: int | None = None, device: str = "auto"
         return TextEncoder(backbone, name, Path(model), facts.get("pool", "mean"), device), facts
     if backbone.cfg.reads == "audio":
         return open_audio_encoder(backbone, facts, name, device), facts
-    if backbone.cfg.reads != "image":
+    if str(backbone.cfg.reads) not in ("image", "clip"):
         raise UserError(
-            f"{model}: reads {backbone.cfg.reads}, but the protocols score models that read images, text or audio"
+            f"{model}: reads {backbone.cfg.reads}, but the protocols score models that read images, clips, text or"
+            " audio"
         )
     mean, std, channels = facts["mean"], facts["std"], backbone.cfg.in_channels
     if not all(values and len(values) == channels for values in (mean, std)):
@@ -182,6 +236,16 @@ def open_encoder(model: str, image_size: int | None = None, device: str = "auto"
             f"{model}: mean and std are {[mean, std]}, but its images have {channels} channels; export it again"
         )
     size = image_size or backbone.image_size
-    encoder = Encoder(backbone, name, size, mean, std, facts.get("pool", "cls"), device)
+    encoder: Encoder
+    if backbone.cfg.reads == "clip":
+        if size != backbone.image_size and backbone.cfg.positions == "sequence":
+            raise UserError(
+                f"{model}: its positions are for frames of {backbone.image_size} pixels, not of {size}; leave out the"
+                " image size (eval.image_size=null)"
+            )
+        pool, frames, fps = facts.get("pool", "mean"), backbone.cfg.frames, facts.get("fps", 4.0)
+        encoder = ClipEncoder(backbone, name, size, frames, fps, mean, std, pool, device)
+    else:
+        encoder = Encoder(backbone, name, size, mean, std, facts.get("pool", "cls"), device)
     encoder.folder = Path(model)
     return encoder, facts

@@ -34,7 +34,6 @@ from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
 from eval.feature_cache import Labelled, chunks, read_batches
 from eval.features import Encoder
-from eval.text_features import TextEncoder
 
 NEEDS = "matches"
 VERSION = 1
@@ -65,8 +64,8 @@ class Query(NamedTuple):
 def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"map"}: of the setting "medium", or by labels; with lists also {"map_SETTING", "mp1_SETTING", …}, by labels
     {"mp1", "mp5", "mp10"}: the precision among the first 1, 5 and 10."""
-    if isinstance(encoder, TextEncoder):
-        raise UserError(f"{encoder.name}: instance_retrieval ranks images, but this model reads texts")
+    if encoder.unit != "images":
+        raise UserError(f"{encoder.name}: instance_retrieval ranks images, but this model reads {encoder.unit}")
     if not cfg.scales:
         raise UserError("instance_retrieval.scales = []: write one share of the image size or more")
     samples = encoder.check(query)

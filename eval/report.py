@@ -33,7 +33,7 @@ from pretrain.recipes.recipe import Recipe, stored
 from pretrain.run_folder.export_folders import exports
 from pretrain.run_folder.jsonl_rows import read_rows
 
-MODELS = ("pixels", "bytes", "log_mel", "untrained", "pretrained")
+MODELS = ("pixels", "clip_pixels", "bytes", "log_mel", "untrained", "pretrained")
 # The report uses at most so many test and gallery images, evenly spaced over the sets.
 MAX_TEST_IMAGES, MAX_GALLERY_IMAGES = 512, 1536
 EXPLANATIONS = {
@@ -48,6 +48,7 @@ CAPTIONS = {
 }
 UNITS = {
     "image": "images",
+    "clip": "videos",
     "tokens": "rows",
     "audio": "recordings",
 }  # the word for samples, for each part that a model can read
@@ -155,6 +156,7 @@ def _score_sentence(protocol: str, accuracies: dict[str, float], row: dict) -> s
     """The accuracy of the pretrained model, and its gains over the baselines. `accuracies`: by model."""
     baselines = {
         **{"untrained": "the untrained network", "pixels": "raw pixels", "bytes": "raw bytes"},
+        "clip_pixels": "raw pixels",
         "log_mel": "log-mel statistics",
     }
     comparisons = []

@@ -101,7 +101,7 @@ def table(rows: list[Row], split: str = "test") -> str:
     """
     rows = sorted((r for r in rows if r["metric"] in MAIN_METRICS and r["split"] == split), key=lambda r: r["step"])
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
-    usual = ("pixels", "bytes", "log_mel", "untrained", "pretrained")
+    usual = ("pixels", "clip_pixels", "bytes", "log_mel", "untrained", "pretrained")
     models = [m for m in usual if any(r["model"] == m for r in rows)]
     models += sorted({r["model"] for r in rows} - set(usual))  # students of a distillation
     width = max([10, *(len(p) + 2 for p in protocols)])

@@ -55,7 +55,7 @@ def layers(cfg: Config) -> int:
 def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"corruption_error", "clean_error", "error_NAME" for each corruption}, and "mce" for all corruptions and
     levels."""
-    if not isinstance(encoder, Encoder) or encoder.channels != 3:
+    if not isinstance(encoder, Encoder) or encoder.unit != "images" or encoder.channels != 3:
         raise UserError(f"{encoder.name}: robustness corrupts images with three channels")
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
     inputs = linear.inputs_of(encoder, cfg.linear)

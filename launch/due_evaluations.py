@@ -9,7 +9,7 @@ from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.export_folders import exports, student_exports
 
 # {part that a model reads: baseline, whose features need no model}
-BASELINE = {"image": "pixels", "tokens": "bytes", "audio": "log_mel"}
+BASELINE = {"image": "pixels", "clip": "clip_pixels", "tokens": "bytes", "audio": "log_mel"}
 
 
 def due(run: Path, recipe: Recipe) -> list[tuple[str, int, str]]:

@@ -32,6 +32,7 @@ def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
         objective = build_objective(recipe)
     backbone = objective.encoder()
     side = backbone.image_size // (backbone.patch_size or backbone.image_size)  # number of patches along one side
+    tubelet = backbone.about().get("tubelet", 0)
     samples = open_samples(recipe)
     recipe = small(recipe, sum(map(len, samples)))
     size = recipe.data.batch
@@ -41,7 +42,9 @@ def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
         batch = next(stream)
         not_per_sample = stream.batches.collated(batch)  # tensors that do not have one row per sample
         arrays = {key: value.numpy() for key, value in _colored(batch).items() if key not in not_per_sample}
-        lines += [_views({k: v[n] for k, v in arrays.items()}, side) for n in range(min(size, rows - len(lines)))]
+        lines += [
+            _views({k: v[n] for k, v in arrays.items()}, side, tubelet) for n in range(min(size, rows - len(lines)))
+        ]
     stream.close()
     if not lines[0]:
         raise DataError(f"{recipe.objective.name} makes no images of its samples, so there is nothing to draw")
@@ -79,9 +82,9 @@ def _colored(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _views(sample: dict[str, Any], side: int) -> list[np.ndarray]:
-    """All views [H, W, 3] of one sample of a batch, with masked patches darkened. `side`: number of patches along one
-    side.
+def _views(sample: dict[str, Any], side: int, tubelet: int = 0) -> list[np.ndarray]:
+    """All views [H, W, 3] of one sample of a batch, with masked patches darkened; a clip is a strip of its frames.
+    `side`: number of patches along one side. `tubelet`: number of frames of a token of a clip.
 
     The mask is applied to the first entry that has as many views as the mask.
     """
@@ -90,7 +93,7 @@ def _views(sample: dict[str, Any], side: int) -> list[np.ndarray]:
         if value.dtype != np.uint8 or value.ndim < 3:
             continue
         views = value.reshape(-1, *value.shape[-3:])
-        mask = None if masked else _mask(sample, len(views), side)
+        mask = None if masked else _mask(sample, len(views), side, tubelet)
         masked = masked or mask is not None
         for n, view in enumerate(views):
             image = view[:3] if len(view) >= 3 else view[:1].repeat(3, 0)
@@ -99,13 +102,18 @@ def _views(sample: dict[str, Any], side: int) -> list[np.ndarray]:
     return out
 
 
-def _mask(sample: dict[str, Any], count: int, side: int) -> np.ndarray | None:
+def _mask(sample: dict[str, Any], count: int, side: int, tubelet: int) -> np.ndarray | None:
     """bool [views, patches], true for patches that the model does not see; None if there is no mask for `count` views.
 
     The sample of an objective has either "mask", or "keep", the indices of the patches that the model sees.
     """
     if "mask" in sample and sample["mask"].size == count * side**2:
         return sample["mask"].reshape(count, -1)
+    if "keep" in sample and tubelet:  # of each clip, int64 [clips, K]
+        keep = sample["keep"]
+        masked = np.ones((len(keep), count // len(keep) // tubelet * side**2), bool)
+        np.put_along_axis(masked, keep, False, axis=1)
+        return masked.reshape(len(keep), -1, side**2).repeat(tubelet, axis=1).reshape(count, -1)
     if "keep" in sample and count == 1:
         return ~np.isin(np.arange(side**2), sample["keep"])[None]
     return None

@@ -218,6 +218,8 @@ def data_of(name: str, shards: Path) -> list[str]:
     parts = finder.find(name).parts
     if any(isinstance(part, Caption) for part in parts.values()):
         return [f"data.train={captioned(shards)}", f"data.tokenizer={tokens(shards.parent)}"]
+    if "clip" in parts:
+        return [f"data.train={clips(shards.parent)}"]
     if any("flac" in part.extensions for part in parts.values()):
         return [f"data.train={recordings(shards.parent)}"]
     return [f"data.train={tokens(shards.parent) if reads_text(name) else shards}"]
@@ -274,6 +276,34 @@ def tokens(folder: Path) -> Path:
     target = folder / "tokens"
     if not target.is_dir():
         tokens_of(write_texts(folder / "texts"), target, vocab=500, specials=("sentinels",))
+    return target
+
+
+def clips(folder: Path) -> Path:
+    """Shards of 48 videos of 16 frames of 32 pixels, eight in a second, in two classes: a camera that moves over one
+    of scikit-learn's pictures."""
+    import av
+    from sklearn.datasets import load_sample_image
+
+    target, source = folder / "clips", folder / "videos"
+    if target.is_dir():
+        return target
+    rng = np.random.default_rng(0)
+    for name in ("china", "flower"):
+        (source / name).mkdir(parents=True)
+        picture = load_sample_image(f"{name}.jpg")
+        for i in range(24):
+            top, left = (int(rng.integers(16, size - 48)) for size in picture.shape[:2])
+            down, right = rng.integers(-1, 2, 2)
+            with av.open(str(source / name / f"{i:02d}.mp4"), "w") as out:
+                stream = out.add_stream("mpeg4", rate=8)
+                stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 32, 32, "yuv420p", 400_000
+                for t in range(16):
+                    y, x = top + t * down, left + t * right
+                    frame = np.ascontiguousarray(picture[y : y + 32, x : x + 32])
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+                out.mux(stream.encode())
+    build(source, target)
     return target
 
 

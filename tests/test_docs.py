@@ -21,7 +21,7 @@ from data_pipeline.build.build_shards import build
 from data_pipeline.build.tokenize_text import tokenize
 from pretrain.objectives import finder
 from pretrain.recipes import recipe
-from tests.conftest import TINY, sampled, tiny_recipe
+from tests.conftest import TINY, clips, sampled, tiny_recipe
 from tests.contract.own_objectives import OWN
 from tests.contract.test_recipes import small
 from tests.data.sounds import tone, wav
@@ -49,6 +49,7 @@ GIVEN = {  # what lies in a page's folder before its first command; the home fol
     "docs/many_gpus.md": ("bucket/train",),
     "docs/objectives.md": ("shards", "labelled"),
     "docs/trackers.md": ("shards",),
+    "docs/video.md": ("videos",),
     "docs/text.md": ("texts", "labelled/train", "labelled/test", "runs/demo-text", "runs/bert"),
 }
 REPLACED = (  # in every command and program, by regular expression
@@ -289,6 +290,8 @@ def provide(what: str, photos: Path, shards: Path) -> None:
             shutil.copytree(photos, path)
         case "shards" | "bucket/train":
             shutil.copytree(shards, path)
+        case "videos":
+            shutil.copytree(clips(shards.parent).parent / "videos", path)
         case "labelled":
             for split in ("train", "val", "test"):
                 shutil.copytree(shards, path / split)

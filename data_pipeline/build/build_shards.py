@@ -31,12 +31,12 @@ from data_pipeline.build.build_folder import (
     write_shard,
 )
 from data_pipeline.build.sources import find_source, open_source
-from data_pipeline.build.sources.media_folders import video_facts
 from data_pipeline.build.sources.source import Block, Entry, Options, Source
 from data_pipeline.build.sources.source_files import reason_of
 from data_pipeline.build.stats import Pixels, classes_line
 from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, IMAGES
+from data_pipeline.formats.videos import video_facts
 from data_pipeline.formats.waveforms import decode
 from data_pipeline.shards import index
 from data_pipeline.shards.members import AUDIO, CONTENT_EXTENSIONS, MAX_MEMBER_BYTES, VIDEOS

@@ -22,9 +22,9 @@ from PIL.PngImagePlugin import PngInfo
 from common.errors import Damaged, DataError
 from common.untrusted import open_binary
 from data_pipeline.build import audio_stats
-from data_pipeline.build.sources.media_folders import first_frame
 from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS, IMAGES
+from data_pipeline.formats.videos import EncodedVideo
 from data_pipeline.shards.members import AUDIO, VIDEOS, LeftOut
 from data_pipeline.shards.samples import Samples
 
@@ -40,6 +40,7 @@ BAR_CHARACTERS = 40  # of the longest bar
 TILE, GAP = 128, 8  # pixels of a thumbnail, and between thumbnails
 LINES, LINE_HEIGHT = 2, 14  # lines of text below a thumbnail, and pixels of each
 COLUMNS, ROWS = 8, 6  # of the sheet of thumbnails
+STRIP = 4  # frames of a video in its thumbnail
 SOFTWARE = "unlabeled"  # in the metadata of the PNGs that are drawn, so that a later command may replace them
 
 
@@ -276,7 +277,7 @@ def _bytes(count: float) -> str:
 
 # ---------------------------------------------------------------- thumbnails
 def sheet(url: str | Path, target: str | Path) -> Path:
-    """Write an image with thumbnails of up to COLUMNS × ROWS samples, evenly spread over the set: images, first
+    """Write an image with thumbnails of up to COLUMNS × ROWS samples, evenly spread over the set: images, four
     frames of videos, spectrograms, or beginnings of texts, with key and label.
 
     If a sample cannot be decoded, its thumbnail is the reason on red. The extension of `target` determines the format.
@@ -344,7 +345,7 @@ def _tile(samples: Samples, number: int, font: _Font) -> Image.Image:
                     image = samples.encoded(number, data, extension)
                     pixels = image.pixels(shrink=max(image.shape) / (2 * TILE))
                 else:
-                    pixels = first_frame(data)[0]
+                    pixels = _strip(data)
                 picture = Image.fromarray(pixels)
                 picture.thumbnail((TILE, TILE))
                 out = Image.new("RGB", (TILE, TILE), (238, 238, 238))
@@ -354,6 +355,13 @@ def _tile(samples: Samples, number: int, font: _Font) -> Image.Image:
         return _text_tile(text, font, (246, 246, 240))
     except (Damaged, DataError) as problem:
         return _text_tile(str(problem), font, (244, 190, 190))
+
+
+def _strip(data: bytes) -> np.ndarray:
+    """STRIP frames of a video as one picture [H, W, 3]: two rows, in the order of reading, at equal distances in time."""
+    (frames,) = EncodedVideo(data).frames_at(lambda seconds: [[seconds * n / STRIP for n in range(STRIP)]])
+    rows = [np.concatenate(frames[first : first + STRIP // 2], axis=1) for first in (0, STRIP // 2)]
+    return np.concatenate(rows)
 
 
 def _text_tile(text: str, font: _Font, background: tuple[int, int, int]) -> Image.Image:

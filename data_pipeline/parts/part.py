@@ -36,6 +36,8 @@ class About:
     channels: int = 0
     mean: tuple[float, ...] = ()  # of the training pixels, for each channel, on a scale from 0 to 1
     std: tuple[float, ...] = ()  # the standard deviation of the same pixels
+    frames: int = 0  # of a clip
+    tubelet: int = 0  # frames of a clip that one token covers
     length: int = 0  # tokens of a row, or of a caption
     vocabulary: Vocabulary | None = None
     document_mask: bool = False  # whether tokens attend to and predict tokens of their own document only

@@ -177,6 +177,10 @@ def crops(
     if color != "exact":
         shrink = min((min(p.box[2:]) / a.size for entry in drawn.values() for a, p in entry), default=1.0)
     for t, frame in enumerate(frames):
+        if t and frame is frames[t - 1]:  # a still image as a video, or one with fewer frames than its clip
+            for views_of_frames in out.values():
+                views_of_frames[:, t] = views_of_frames[:, t - 1]
+            continue
         pixels = frame.pixels(shrink) if isinstance(frame, Encoded) else frame
         for name, entry in drawn.items():
             for n, (augment, params) in enumerate(entry):

@@ -19,8 +19,9 @@ SHAPE_OPTIONS = (
 ROPE_SCALING_OPTIONS = ("rope_low", "rope_high", "rope_context")
 # Options that determine how a model computes with its tensors.
 COMPUTATION_OPTIONS = (
-    *("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem", "architecture", "kv_heads"),
+    *("heads", "patch_size", "positions", "rope_base", "mlp", "norm_eps", "block", "stem", "architecture", "tubelet"),
     *("norm", "qk_norm", "windows", "softcap", "tied", "buckets", "max_distance", "rope_factor", "bidirectional"),
+    "kv_heads",
     *ROPE_SCALING_OPTIONS,
 )
 

@@ -18,7 +18,7 @@ from common import config
 from common.errors import UserError
 from data_pipeline.shards.manifest import parse_manifest
 from pretrain.interchange import model_card, text_sides, weights
-from pretrain.interchange.layouts import class_head, transformers
+from pretrain.interchange.layouts import class_head, transformers, transformers_video
 from pretrain.interchange.layouts import tokenizer_files as tokenizers
 from pretrain.interchange.layouts.class_head import PREFIX, Classifier
 from pretrain.interchange.layouts.transformers import State
@@ -30,6 +30,8 @@ from pretrain.objectives.base import Exported, Objective
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.export_folders import run_of
 from pretrain.run_folder.written_files import EXPORT_FILES, EXPORT_TENSORS, make_empty_folder
+
+PIXELS = ("image", "clip")  # parts of pixels, which are normalised by a mean and a deviation
 
 
 def write(
@@ -46,11 +48,11 @@ def write(
 ) -> None:
     """Write an encoder as a folder, atomically, and read it again to check that its weights are the same.
 
-    `about`: further entries for the key `unlabeled` of config.json. `mean`, `std`: the normalisation of the pixels in
-    training. `state`: weights to write instead of those of `encoder`. `tokenizer`: the tokenizer.json of a text model.
-    `further`: tensors to write to tensors.safetensors, see `Exported.tensors`. `classifier`: a linear layer on the
-    feature that `about["pool"]` names; the folder is then an image classifier. `text_side`: see `Exported`; `state` has
-    its tensors as well.
+    `about`: further entries for the key `unlabeled` of config.json; for clips, "fps" among them. `mean`, `std`: the
+    normalisation of the pixels in training. `state`: weights to write instead of those of `encoder`. `tokenizer`: the
+    tokenizer.json of a text model. `further`: tensors to write to tensors.safetensors, see `Exported.tensors`.
+    `classifier`: a linear layer on the feature that `about["pool"]` names; the folder is then an image classifier.
+    `text_side`: see `Exported`; `state` has its tensors as well.
     """
     cfg: Any = encoder.cfg
     if state is None:
@@ -70,7 +72,7 @@ def write(
         fields, tensors, own = class_head.add(fields, tensors, classifier, about["pool"])
         further = {**(further or {}), **own}
     fields["dtype"] = "float32"
-    pixels = {"mean": mean, "std": std} if cfg.reads == "image" else {}
+    pixels = {"mean": mean, "std": std} if cfg.reads in PIXELS else {}
     fields["unlabeled"] = {"model": config.to_dict(cfg), **pixels, **about, **fields.get("unlabeled", {})}
     save_file(
         {k: (v.float() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()},
@@ -87,6 +89,9 @@ def write(
     if cfg.reads == "image":
         processor = _processor(encoder.image_size, mean, std)
         (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    if cfg.reads == "clip":
+        processor = transformers_video.processor(fields["model_type"], encoder.image_size, mean, std)
+        (partial / "video_preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     if cfg.reads == "audio" and (extractor := transformers.feature_extractor(cfg, about.get("audio", {}))):
         (partial / "preprocessor_config.json").write_text(json.dumps(extractor, indent=1) + "\n")
     stored = weights.tensors_of(partial)
@@ -180,7 +185,8 @@ def save(
         if not all((target / file).is_file() for file in files):
             one = exported[name]
             encoder = one.backbone
-            mean, std = (recipe.data.mean, recipe.data.std) if encoder.cfg.reads == "image" else (None, None)
+            mean, std = (recipe.data.mean, recipe.data.std) if str(encoder.cfg.reads) in PIXELS else (None, None)
+            about |= {"fps": recipe.data.fps} if encoder.cfg.reads == "clip" else {}
             state, classifier = contents(one, states[name] if states else None, run or run_of(target))
             write(target, encoder, about, mean, std, state, tokenizer, one.tensors, classifier, one.text_side)
             model_card.write(target, run)

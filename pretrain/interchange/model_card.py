@@ -46,7 +46,8 @@ def _head(fields: dict[str, Any]) -> list[str]:
     options = ", ".join(
         f"{k} {v}"
         for k, v in model.items()
-        if k in ("dim", "depth", "heads", "patch_size", "widths", "depths", "registers", "architecture")
+        if k
+        in ("dim", "depth", "heads", "patch_size", "widths", "depths", "registers", "architecture", "frames", "tubelet")
         or (task and k in ("vocab_size", "context"))
     )
     if task:
@@ -86,9 +87,11 @@ def _input(about: dict[str, Any]) -> str:
 
 
 def _task(about: dict[str, Any]) -> str:
-    """The same for a model of images or audio."""
+    """The same for a model of images, clips or audio."""
     if "text" in about:
         return "zero-shot-image-classification"
+    if "fps" in about:
+        return "feature-extraction"
     return "audio" if "audio" in about else "image-feature-extraction"
 
 
@@ -159,6 +162,8 @@ def _use(fields: dict[str, Any]) -> list[str]:
             "    features = model(**inputs).last_hidden_state",
             "",
         ]
+    if fields["unlabeled"].get("fps"):
+        return _use_of_clips(fields)
     if "architecture" in fields:
         return ["    import timm", '    model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', ""]
     if fields["architectures"][0].endswith("ForImageClassification"):
@@ -174,6 +179,20 @@ def _use(fields: dict[str, Any]) -> list[str]:
         "    processor, model = AutoImageProcessor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()",
         '    features = model(**processor(image, return_tensors="pt")).last_hidden_state  # class token first',
         "",
+    ]
+
+
+def _use_of_clips(fields: dict[str, Any]) -> list[str]:
+    frames, fps = fields["unlabeled"]["model"]["frames"], fields["unlabeled"]["fps"]
+    only_encoder = ", skip_predictor=True" if fields["model_type"] == "vjepa2" else ""
+    predictor = ["The predictor of V-JEPA 2 is no part of this export.", ""] if only_encoder else []
+    return [
+        f"    # frames: a list of {frames} pictures, {fps:g} of each second of the video",
+        "    from transformers import AutoModel, AutoVideoProcessor",
+        "    processor, model = AutoVideoProcessor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()",
+        f'    tokens = model(**processor(frames, return_tensors="pt"){only_encoder}).last_hidden_state',
+        "",
+        *predictor,
     ]
 
 

@@ -13,6 +13,7 @@ from pretrain.models.layers import Backbone
 NETWORKS = {
     presets.ViT: "vit.VisionTransformer",
     presets.SpectrogramViT: "vit.VisionTransformer",
+    presets.VideoViT: "video_vit.VideoTransformer",
     presets.ConvNeXt: "convnext.ConvolutionalNetwork",
     presets.ResNet: "resnet.ResidualNetwork",
     presets.Timm: "timm_network.TimmNetwork",

@@ -1,5 +1,5 @@
-"""Position embeddings of a grid of patches: the fixed sin-cos table (MAE), interpolation of a table, and axial rotary
-angles (DINOv3)."""
+"""Position embeddings of a grid of patches: fixed sin-cos tables (MAE; VideoMAE and V-JEPA for clips), interpolation of
+a table, and axial rotary angles (DINOv3; V-JEPA 2 for clips)."""
 
 from __future__ import annotations
 
@@ -36,6 +36,50 @@ def sincos_table(dim: int, grid: tuple[int, int], device: torch.device | None = 
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]
     return torch.cat([f for angle in angles for f in (angle.sin(), angle.cos())], dim=1).float()
+
+
+def sequence_table(dim: int, count: int, device: torch.device | None = None) -> Tensor:
+    """Sin-cos positions [count, dim] of the numbers 0, 1, 2, … (arXiv 1706.03762): feature 2k is sin(n / 10000^(2k /
+    dim)), and feature 2k + 1 the cosine of the same angle."""
+    if dim % 2:
+        raise ValueError(f"sin-cos positions need an even width, not {dim}")
+    rate = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=device) / (dim / 2))
+    angles = torch.arange(count, dtype=torch.float64, device=device).unsqueeze(1) * rate
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
+
+
+def clip_table(dim: int, grid: tuple[int, int, int], device: torch.device | None = None) -> Tensor:
+    """Fixed 3-D sin-cos positions [t·h·w, dim] of V-JEPA (arXiv 2404.08471): a third of the features, rounded up to an
+    even number, encodes the time, one the row and one the column; the last features are cut off."""
+    width = 2 * math.ceil(dim / 6)
+    rate = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64, device=device) / (width / 2))
+    angles = [axis * rate for axis in _coordinates(grid, device)]
+    return torch.cat([f for angle in angles for f in (angle.sin(), angle.cos())], dim=1)[:, :dim].float()
+
+
+def clip_rotation(
+    head_dim: int, grid: tuple[int, int, int], device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the angles of V-JEPA 2's rotary positions (arXiv 2506.09985), each fp32 [t·h·w, 1, head_dim].
+
+    Three equal parts of a head are rotated by time, row and column; what is left is not rotated. Feature j of a part of
+    width w has the angle coordinate / 10000^(2(j mod w/2) / w). As in the published code, whose weights need it, the
+    pairs that `AdjacentRotary` combines are (2i, 2i + 1), although both features of such a pair have different angles.
+    """
+    width = 2 * (head_dim // 3 // 2)
+    if head_dim % 2 or not width:
+        raise ValueError(f"rotary positions of clips need a head width that is even and 6 or more, not {head_dim}")
+    rate = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64, device=device) / (width / 2))
+    angles = [axis * rate.repeat(2) for axis in _coordinates(grid, device)]  # each [N, w]
+    rest = angles[0].new_zeros(len(angles[0]), head_dim - 3 * width)
+    whole = torch.cat([*angles, rest], dim=1).unsqueeze(1)
+    return whole.cos().float(), whole.sin().float()
+
+
+def _coordinates(grid: tuple[int, int, int], device: torch.device | None) -> list[Tensor]:
+    """The time, the row and the column of each token of a clip, each float64 [t·h·w, 1]."""
+    axes = (torch.arange(n, dtype=torch.float64, device=device) for n in grid)
+    return [axis.reshape(-1, 1) for axis in torch.meshgrid(*axes, indexing="ij")]
 
 
 def interpolate_table(table: Tensor, grid: tuple[int, int], antialias: bool, offset: float = 0.0) -> Tensor:

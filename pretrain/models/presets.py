@@ -1,7 +1,7 @@
 """The options of each family of backbones, and named sizes of them.
 
-A family is a dataclass: `ViT`, `ConvNeXt`, `ResNet`, `Timm`; `Decoder`, `TextEncoder` and `EncoderDecoder` for text;
-`SpectrogramViT` and `Conformer` for audio.
+A family is a dataclass: `ViT`, `ConvNeXt`, `ResNet`, `Timm`; `VideoViT` for clips; `Decoder`, `TextEncoder` and
+`EncoderDecoder` for text; `SpectrogramViT` and `Conformer` for audio.
 `PRESETS` has the names that a recipe can give as `model`. This module does not import torch; `build.py` builds
 networks.
 """
@@ -84,6 +84,32 @@ class ViT(Model):
     norm_eps: float = option(1e-6, above=0)  # added to the variance in LayerNorm
     local_cls_norm: bool = False  # training only: whether class tokens of local crops have a separate final norm
     mask_token: bool = False  # whether there is a token that replaces masked patches; objectives set this themselves
+
+
+@dataclass
+class VideoViT(Model):
+    """Vision transformer on clips, as in VideoMAE (arXiv 2203.12602) and V-JEPA 2 (2506.09985). A token is a cube of
+    `tubelet` frames and `patch_size` × `patch_size` pixels. There is no class token; the mean of the tokens stands for
+    it."""
+
+    reads = "clip"
+    image_size: int = option(224, **PIXELS)  # side of a frame in pixels
+    frames: int = option(16, **SIZE)  # number of frames of a clip, a multiple of `tubelet`; `data.fps` is their rate
+    patch_size: int = option(16, **SIZE)  # side of a token in pixels
+    tubelet: int = option(2, **SIZE)  # number of frames of a token
+    in_channels: int = option(3, **SIZE)  # number of channels of a frame
+    dim: int = option(384, **SIZE)  # width of a token
+    depth: int = option(12, **DEPTH)  # number of blocks
+    heads: int = option(6, **SIZE)  # number of attention heads, each of width dim / heads
+    mlp_ratio: float = option(4.0, above=0, high=1000)  # hidden width of a block's MLP, relative to dim
+    # sequence: a sin-cos table of a token's number in the clip (VideoMAE), for clips of the given size only; sincos: of
+    # its time, row and column (V-JEPA); rope: rotations of queries and keys by these three (V-JEPA 2)
+    positions: Literal["sequence", "sincos", "rope"] = "sincos"
+    qkv_bias: bool = True  # whether queries, keys and values have biases
+    key_bias: bool = True  # false: only queries and values have biases, as in VideoMAE
+    # drop path rate: the share of the clips whose residual branch is skipped, the same in all blocks
+    drop_path: float | Literal["auto"] = option(0.0, low=0, below=1, auto=drop_path)
+    norm_eps: float = option(1e-6, above=0)  # added to the variance in LayerNorm
 
 
 @dataclass
@@ -289,6 +315,18 @@ def _dinov2(dim: int, depth: int, heads: int, **more: Any) -> tuple[type[ViT], d
     return _vit(dim, depth, heads, **{"image_size": 518, "patch_size": 14, "layer_scale": 1e-5, **more})
 
 
+def _videomae(dim: int, depth: int, heads: int, **more: Any) -> tuple[type[VideoViT], dict]:
+    """The released models' options (arXiv 2203.12602)."""
+    options = {"dim": dim, "depth": depth, "heads": heads, "positions": "sequence", "key_bias": False}
+    return VideoViT, {**options, **more}
+
+
+def _vjepa2(dim: int, depth: int, heads: int, **more: Any) -> tuple[type[VideoViT], dict]:
+    """The released models' options (arXiv 2506.09985), with the 16 frames of the first and longest phase."""
+    options = {"dim": dim, "depth": depth, "heads": heads, "positions": "rope", "image_size": 256}
+    return VideoViT, {**options, **more}
+
+
 _CLIP_IMAGE = {"mlp": "quick_gelu", "embed_norm": True, "patch_bias": False, "norm_eps": 1e-5}
 # The text models of CLIP (arXiv 2103.00020) and SigLIP (2303.15343). Their head, which no loss uses, has no weights of
 # its own.
@@ -341,6 +379,16 @@ PRESETS: dict[str, tuple[type[Model], dict]] = {
     "dinov3_vitl16plus": _dinov3(1024, 24, 16, mlp="swiglu"),
     "dinov3_vith16plus": _dinov3(1280, 32, 20, mlp="swiglu"),
     "dinov3_vit7b16": _dinov3(4096, 40, 32, mlp="swiglu", mlp_ratio=2.0, qkv_bias=False, local_cls_norm=True),
+    "video_vit": (VideoViT, {}),
+    "videomae_micro": _videomae(96, 3, 3, image_size=32, patch_size=8, frames=8),
+    "videomae_small": _videomae(384, 12, 6),
+    "videomae_base": _videomae(768, 12, 12),
+    "videomae_large": _videomae(1024, 24, 16),
+    "videomae_huge": _videomae(1280, 32, 16),
+    "vjepa2_micro": _vjepa2(96, 3, 3, image_size=32, patch_size=8, frames=8),
+    "vjepa2_vitl16": _vjepa2(1024, 24, 16),
+    "vjepa2_vith16": _vjepa2(1280, 32, 16),
+    "vjepa2_vitg16": _vjepa2(1408, 40, 22, mlp_ratio=48 / 11),
     "convnext": (ConvNeXt, {}),
     "convnext_micro": (ConvNeXt, {"image_size": 64, "widths": [24, 48, 96, 192], "depths": [1, 1, 2, 1]}),
     "convnext_tiny": _convnext(96, 3, 3, 9, 3),

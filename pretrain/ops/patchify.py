@@ -1,6 +1,6 @@
-"""Convert images to patches and back, and pick patches by their indices.
+"""Convert images to patches and clips to cubes, and back, and pick them by their indices.
 
-Shapes: B images, C channels, N = h·w patches of p×p pixels, K patches that are kept, M others, D features.
+Shapes: B images or clips, C channels, N = h·w patches of p×p pixels, K patches that are kept, M others, D features.
 """
 
 from __future__ import annotations
@@ -15,6 +15,21 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     b, c, height, width = images.shape
     x = images.reshape(b, c, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
+
+
+def tubelets(clips: Tensor, frames: int, patch: int) -> Tensor:
+    """[B, t·f, C, h·p, w·p] → [B, t·h·w, f·p·p·C], the cubes of f frames and p×p pixels. Cubes are in the order of
+    time, row, column, and so are the pixels of a cube; channels come last (the order of VideoMAE)."""
+    b, total, c, height, width = clips.shape
+    x = clips.reshape(b, total // frames, frames, c, height // patch, patch, width // patch, patch)
+    return x.permute(0, 1, 4, 6, 2, 5, 7, 3).reshape(b, -1, frames * patch * patch * c)
+
+
+def untubelets(cubes: Tensor, frames: int, patch: int, grid: tuple[int, int, int]) -> Tensor:
+    """The inverse of `tubelets`: [B, t·h·w, f·p·p·C] → [B, t·f, C, h·p, w·p]."""
+    b, (t, h, w) = cubes.shape[0], grid
+    x = cubes.reshape(b, t, h, w, frames, patch, patch, -1)
+    return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(b, t * frames, -1, h * patch, w * patch)
 
 
 def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:

@@ -93,6 +93,7 @@ class Data(Section):
     max_pixels: int = option(100_000_000, low=1, high=1 << 30)
     # implementation of colour augmentations: see data_pipeline/views/colors.py
     color: Literal["exact", "fused", "device"] = "exact"
+    fps: float = option(4.0, above=0)  # video: frames per second of a clip, which has model.frames frames
     # share of the samples that may be damaged before the run ends; ten samples may be damaged in any case
     bad_share: float = option(1e-4, low=0)
     bad_shard_share: float = option(0.01, low=0)  # the same share for a single shard

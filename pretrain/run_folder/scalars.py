@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 NO_SCALARS = ("step", "stage", "val_loss")  # entries of a row of metrics.jsonl that are not averaged
-BASELINES = ("pixels", "bytes", "log_mel")  # whose scores belong to no step, and are in results.jsonl only
+# models whose scores belong to no step, and are in results.jsonl only
+BASELINES = ("pixels", "clip_pixels", "bytes", "log_mel")
 
 
 def scalars(rows: list[dict[str, Any]]) -> dict[int, dict[str, float]]:

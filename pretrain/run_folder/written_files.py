@@ -35,6 +35,7 @@ EXPORT_FORMAT_FILES: dict[str, tuple[str, ...]] = {  # {export format: the files
 EXPORT_TENSORS = "tensors.safetensors"  # what `Exported.tensors` of an objective names
 EXPORT_FILES = (
     *("config.json", "model.safetensors", EXPORT_TENSORS, "README.md", ".README.md", "preprocessor_config.json"),
+    "video_preprocessor_config.json",
     *("tokenizer.json", "tokenizer_config.json"),
     *(file for files in EXPORT_FORMAT_FILES.values() for file in files),
     # a format is written to a temporary folder first

@@ -29,7 +29,7 @@ NAMES = finder.names()
 IMAGES = [name for name in NAMES if "image" in finder.find(name).parts]
 everywhere = pytest.mark.parametrize("name", NAMES)
 # What takes long runs for one objective of each property: moco has a queue, byol a teacher with batch norms of its own.
-FIRST = ("bert", "byol", "dinov2", "dinov3", "distillation", "gpt", "mae", "moco", "simclr", "t5")
+FIRST = ("bert", "byol", "dinov2", "dinov3", "distillation", "gpt", "mae", "moco", "simclr", "t5", "vjepa2")
 by_property = pytest.mark.parametrize("name", sampled(NAMES, *FIRST))
 # Puzzles of two orders, without what hides the places of the tiles: 60 steps are too few for others.
 EASY_PUZZLES = ["permutations=2", "crop_scale=1", "cell_size=16", "channel_shift=0", "gray_share=0"]

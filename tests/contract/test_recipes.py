@@ -76,6 +76,9 @@ def small(name: str, shards: Path) -> list[str]:
         own = [*TEXT, "threads=1", "precision=fp32", "parallel.mode=single"]
         own += ["parallel.recompute=none", "parallel.compile=false", "eval.val=[]", "eval.test=[]"]
         own += ["model.kv_heads=1"] * hasattr(type(given.model), "kv_heads") + ["model.mlp_width=64", "data.length=32"]
+    if given.model.reads == "clip":
+        own = [*tiny(given.objective.name, shards)[1:], "parallel.mode=single", "parallel.recompute=none"]
+        own += ["model.image_size=32", "model.patch_size=8", "eval.val=[]", "eval.test=[]", "data.fps=8"]
     own += ["parallel.micro_batch=8"] if given.parallel.micro_batch else []
     return [*own, "data.batch=16", "data.workers=0"]
 

@@ -169,6 +169,16 @@ def test_preview_needs_no_batch_that_fits(shards: Path, tmp_path: Path):
     assert (done / "export" / "1").is_dir()
 
 
+def test_preview_of_clips_is_a_strip_of_frames(shards: Path, tmp_path: Path):
+    page = np.array(Image.open(preview(tiny_recipe("videomae", shards, tmp_path), tmp_path / "x.png", rows=2)))
+    assert page.shape[:2] == (GAP + 2 * (TILE + GAP), GAP + 4 * (TILE + GAP))
+    strip = page[GAP : GAP + TILE]
+    frames = np.stack([strip[:, GAP + t * (TILE + GAP) :][:, :TILE] for t in range(4)]).astype(float)
+    patches = frames.reshape(4, 4, TILE // 4, 4, TILE // 4, 3).mean((2, 4, 5))  # [frame, row, column]
+    bright = patches > 64  # masked ones have a quarter of their brightness
+    assert (bright == bright[0]).all() and bright[0].sum() <= 2
+
+
 @pytest.mark.parametrize("name", ["dinov2", "mae", "simclr"])
 @pytest.mark.parametrize("color", ["exact", "device"])
 def test_preview_draws_all_views_and_their_masks(name: str, color: str, shards: Path, tmp_path: Path):

@@ -4,7 +4,6 @@ level, or comes from a list.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,10 +21,10 @@ from data_pipeline.build.sources.source import (
 )
 from data_pipeline.build.sources.source_files import File, extension, reason_of
 from data_pipeline.build.sources.tables import Labels
-from data_pipeline.formats.image_formats import IMAGES, MAX_PIXELS
+from data_pipeline.formats.av_files import need_av
+from data_pipeline.formats.image_formats import IMAGES
+from data_pipeline.formats.videos import video_facts
 from data_pipeline.shards.members import VIDEOS
-
-MAX_FRAME_SIDE = 65500  # pixels; the limit of JPEG
 
 
 class Images(Source):
@@ -124,68 +123,3 @@ class Videos(Images):
             return video_facts(data)
         except Damaged:
             return {}  # the check of the sample reports the damage
-
-
-def need_av() -> Any:
-    """The package `av` (PyAV). Raises DataError that says how to install it."""
-    try:
-        import av
-    except ImportError:
-        raise DataError(
-            "the package av, which reads videos, is not installed; pip install 'unlabeled[video]'"
-        ) from None
-    return av
-
-
-def video_facts(data: bytes) -> dict[str, Any]:
-    """{"width", "height", "seconds"} of a video, whose first frame is decoded. Raises `Damaged`."""
-    return first_frame(data)[1]
-
-
-def first_frame(data: bytes) -> tuple[Any, dict[str, Any]]:
-    """(the first frame as uint8 [H, W, 3], {"width", "height", "seconds"}) of a video. Raises `Damaged`."""
-    av = need_av()
-    if not data:
-        raise Damaged("is empty: 0 bytes")
-    try:
-        # FFmpeg may use no protocol, so that a file that is a playlist cannot make it open other files or URLs.
-        with av.open(io.BytesIO(data), options={"protocol_whitelist": ""}, metadata_errors="replace") as video:
-            frame = next(video.decode(stream_of(video)), None)
-            if frame is None:
-                raise Damaged("holds no frames")
-            checked(frame)
-            seconds = round(video.duration / 1e6, 3) if video.duration else None
-            return frame.to_ndarray(format="rgb24"), {
-                "width": frame.width,
-                "height": frame.height,
-                "seconds": seconds,
-            }
-    except (av.error.FFmpegError, ValueError) as error:
-        raise Damaged(av_failure(error)) from None
-
-
-def stream_of(video: Any) -> Any:
-    """The video stream of an open file. Raises `Damaged`."""
-    if not video.streams.video:
-        raise Damaged("holds no video stream")
-    stream = video.streams.video[0]
-    if stream.codec_context is None:
-        raise Damaged("has a codec that PyAV does not know")
-    if stream.codec_context.width:  # otherwise it is known once a frame is decoded
-        checked(stream.codec_context)
-    return stream
-
-
-def checked(picture: Any) -> Any:
-    """`picture` itself, a frame or a codec context. Raises `Damaged` if its size is not allowed."""
-    if not 0 < picture.width * picture.height <= MAX_PIXELS or max(picture.width, picture.height) > MAX_FRAME_SIDE:
-        raise Damaged(
-            f"{picture.width}×{picture.height} pixels, but at most {MAX_PIXELS} and sides of {MAX_FRAME_SIDE} are"
-            " allowed"
-        )
-    return picture
-
-
-def av_failure(error: Exception) -> str:
-    """The text of one of PyAV's exceptions, without its number."""
-    return getattr(error, "strerror", None) or reason_of(error)

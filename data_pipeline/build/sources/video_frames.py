@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import xxhash
 from PIL import Image
 
 from common.errors import Damaged, DataError
-from data_pipeline.build.sources.media_folders import Images, Videos, av_failure, checked, need_av, stream_of
+from data_pipeline.build.sources.media_folders import Images, Videos
 from data_pipeline.build.sources.source import Block, Entry, Options, safe_name, to_json
 from data_pipeline.build.sources.source_files import READ_ERRORS, Tree, reason_of
+from data_pipeline.formats import videos
+from data_pipeline.formats.av_files import av_failure, need_av
+from data_pipeline.formats.videos import checked, decoded, guarded, pixels_of, time_of
 
 DEFAULT_INTERVAL = 1.0  # seconds
 MIN_INTERVAL = 0.001  # seconds; keys state the time of a frame in milliseconds
@@ -98,8 +100,8 @@ class Frames(Images):
             pixels = checked(picture).width * picture.height
         with open_video(self.tree, path) as (video, stream):
             try:
-                for packet in _guarded(video.demux()):
-                    time = packet.dts if packet.pts is None else packet.pts
+                for packet in guarded(video.demux()):
+                    time = time_of(packet)
                     if not packet.size or time is None:
                         continue
                     if packet.is_corrupt:
@@ -140,7 +142,7 @@ class Frames(Images):
                 with open_video(self.tree, path) as (video, stream):
                     intervals = Intervals(begin, stream.time_base, self._every)
                     for picture in _frames_from(video, stream, start) if seek else decoded(video, stream):
-                        time = picture.dts if picture.pts is None else picture.pts
+                        time = time_of(picture)
                         interval = last_yielded if time is None else intervals.number(time)
                         if interval > last:
                             break
@@ -161,14 +163,9 @@ class Frames(Images):
     def _frame(self, path: str, picture: Any, seconds: Fraction, label: int | None) -> Entry:
         if checked(picture).is_corrupt:
             raise Damaged(f"the frame at {float(seconds):.3f} s is damaged")
-        try:
-            pixels = picture.to_ndarray(format="rgb24")
-        except ValueError as error:
-            raise Damaged(av_failure(error)) from None
-        if not self.options.as_stored:
-            pixels = np.rot90(pixels, round(picture.rotation / 90) % 4)
+        pixels = pixels_of(picture, 3, upright=not self.options.as_stored)
         out = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(out, "JPEG", quality=JPEG_QUALITY)
+        Image.fromarray(pixels).save(out, "JPEG", quality=JPEG_QUALITY)
         members = {"jpg": out.getvalue(), "json": to_json({"path": path, "seconds": round(float(seconds), 3)})}
         if label is not None:
             members["cls"] = str(label).encode()
@@ -208,42 +205,12 @@ def _video_name(path: str) -> str:
 # ---------------------------------------------------------------- PyAV
 @contextmanager
 def open_video(tree: Tree, path: str) -> Iterator[tuple[Any, Any]]:
-    """(the open video, its video stream); one thread decodes it. Raises `Damaged`."""
-    av = need_av()
+    """(the open video, its video stream) of a file of a source; one thread decodes it. Raises `Damaged`."""
     with tree.open(path) as file:
         if not tree.stat(path).size:
             raise Damaged("is empty: 0 bytes")
-        try:
-            # FFmpeg may use no protocol, so that a file that is a playlist cannot make it open other files or URLs.
-            video = av.open(file, options={"protocol_whitelist": ""}, metadata_errors="replace")
-        except (av.error.FFmpegError, ValueError) as error:
-            raise Damaged(av_failure(error)) from None
-        with video:
-            stream = stream_of(video)
-            stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"err_detect": "explode"}
-            yield video, stream
-
-
-def decoded(video: Any, stream: Any) -> Iterator[Any]:
-    """Yield the frames from the current position of a video on, in presentation order. Raises `Damaged`."""
-    return _guarded(video.decode(stream))
-
-
-def _guarded(parts: Iterable[Any]) -> Iterator[Any]:
-    """Yield the packets or frames of PyAV's iterator `parts`. Raises `Damaged` for an error of FFmpeg."""
-    av = need_av()
-    parts = iter(parts)
-    while True:
-        try:
-            part = next(parts)
-        except StopIteration:
-            return
-        except av.error.EOFError:
-            return
-        except av.error.FFmpegError as error:
-            raise Damaged(av_failure(error)) from None
-        yield part
+        with videos.open_video(file) as opened:
+            yield opened
 
 
 def _frames_from(video: Any, stream: Any, start: int) -> Iterator[Any]:

@@ -15,6 +15,7 @@ SIZES = (
     *("max_position_embeddings", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "d_model", "d_kv", "d_ff"),
     *("num_layers", "num_heads", "type_vocab_size", "max_window_layers", "relative_attention_num_buckets"),
     *("relative_attention_max_distance", "feature_projection_input_dim", "conv_depthwise_kernel_size"),
+    *("tubelet_size", "num_frames", "frames_per_clip", "crop_size", "in_chans"),
 )
 # Whole numbers of 1 or more, or null.
 NULLABLE_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "num_decoder_layers", "sliding_window")
@@ -38,6 +39,7 @@ OUR_FIELDS = {
     "?audio": {"sample_rate": int, "seconds": float, "mels": int, **NORMALISATION},
     "?text": {"kind": str, "model": {"name": str}, "projection_dim": int, "length": int},
     **{"?pool": str, "?step": (int, None), "?objective": (str, None), "?student": str},
+    "?fps": float,
 }
 SCHEMA: dict[str, Any] = {  # see `schema_error`; further fields are allowed
     "?unlabeled": OUR_FIELDS,

@@ -5,7 +5,8 @@ A ViT with rotary positions becomes a `dinov3_vit`, any other ViT a `dinov2` (wi
 a ConvNeXt a `dinov3_convnext`, and a ResNet with the ImageNet stem a `resnet`. A model without layer scales is written
 with layer scales of one. `vit` and the encoder of `vit_mae` can be read but not written. A ViT with the options of CLIP
 or SigLIP that these classes do not have keeps our names, and its `model_type` is `unlabeled_vit`. Text models are in
-`transformers_text.py`, models of audio in `transformers_audio.py`.
+`transformers_text.py`, models of audio in `transformers_audio.py`, and models of clips in
+`transformers_video.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from pretrain.interchange.layouts import transformers_audio, transformers_image_text, transformers_text
+from pretrain.interchange.layouts import (
+    transformers_audio,
+    transformers_image_text,
+    transformers_text,
+    transformers_video,
+)
 from pretrain.models import presets
 from pretrain.models.build import build_model
 
@@ -31,6 +37,8 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
         return transformers_text.write(cfg, state)
     if isinstance(cfg, presets.Conformer):
         return transformers_audio.write(cfg, state)
+    if isinstance(cfg, presets.VideoViT):
+        return transformers_video.write(cfg, state)
     if isinstance(cfg, presets.ViT):
         if has_own_layout(cfg):
             return {"model_type": "unlabeled_vit", "architectures": ["VisionTransformer"]}, dict(state)
@@ -52,6 +60,8 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
         return transformers_audio.read(cfg, tensors)
     if kind in transformers_image_text.KINDS:
         return transformers_image_text.read_image(cfg, tensors, kind)
+    if isinstance(cfg, presets.VideoViT):
+        return transformers_video.read(cfg, tensors, kind)
     if isinstance(cfg, presets.ViT):
         return dict(tensors) if has_own_layout(cfg) else vit_from_transformers(cfg, tensors, kind)
     if isinstance(cfg, presets.Timm):

@@ -6,7 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from common.errors import UserError
-from pretrain.interchange.layouts import transformers_audio, transformers_image_text, transformers_text_config
+from pretrain.interchange.layouts import (
+    transformers_audio,
+    transformers_image_text,
+    transformers_text_config,
+    transformers_video,
+)
 from pretrain.interchange.layouts.transformers_text import CLASSES
 
 
@@ -19,6 +24,8 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
         return transformers_text_config.describe(kind, fields, where)
     if kind in transformers_image_text.MODEL_TYPES:
         return "vit", transformers_image_text.describe_image(kind, fields, where)
+    if kind in ("videomae", "vjepa2"):
+        return transformers_video.describe(kind, fields)
     if kind == "dinov3_convnext":
         return "convnext", {
             "widths": fields.get("hidden_sizes", [96, 192, 384, 768]),
@@ -39,7 +46,7 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
         return transformers_audio.describe(fields, where)
     if kind not in ("dinov3_vit", "dinov2", "dinov2_with_registers", "vit", "vit_mae"):
         known = (
-            f"dinov3_vit, dinov3_convnext, dinov2, dinov2_with_registers, vit, vit_mae, resnet,"
+            f"dinov3_vit, dinov3_convnext, dinov2, dinov2_with_registers, vit, vit_mae, videomae, vjepa2, resnet,"
             f" {transformers_audio.KIND}, {', '.join((*transformers_image_text.MODEL_TYPES, *CLASSES))}"
         )
         raise UserError(f"{where}: model_type = {kind!r} cannot be read; the types that can be read are {known}")
