@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from common.errors import ConfigError
 from launch.local import environments, wait
 from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.estimate import hardware, plan
+from pretrain.models import presets
 from pretrain.objectives import finder
 from pretrain.objectives.mae import MAE
 from pretrain.parallel import blocks, processes, timeouts
@@ -321,12 +323,14 @@ def test_a_frozen_network_is_cut_or_not(shards: Path):
     )
 
 
-POSITIONS = {"gpt": ["learned", "rope"], "bert": [""], "t5": [""]}  # "": the model has one kind
+def kinds_of_positions(name: str) -> tuple[str, ...]:
+    """The values of `model.positions` for the model with which tests train an objective; "" if it has one kind."""
+    family = presets.choose(finder.config_class(name)[0].tiny()[0].get("model", "vit"))[0]
+    return get_args(get_type_hints(family).get("positions")) or ("",)
 
 
 @pytest.mark.parametrize(
-    ("name", "positions"),
-    [(name, kind) for name in finder.names() for kind in POSITIONS.get(name, ["learned", "sincos", "rope"])],
+    ("name", "positions"), [(name, kind) for name in finder.names() for kind in kinds_of_positions(name)]
 )
 def test_an_objective_can_be_built_without_memory(name: str, positions: str, shards: Path, tmp_path: Path):
     cfg = tiny_recipe(name, shards, tmp_path, *([f"model.positions={positions}"] if positions else []))
