@@ -267,9 +267,9 @@ class Conformer(Model):
     # hidden width of the two feed-forward layers of a block; auto: 4 · dim
     mlp_width: int | Literal["auto"] = option("auto", **SIZE)
     kernel: int = option(31, **SIZE)  # number of tokens that the depthwise convolution sees: this one and earlier ones
-    # attention distinguishes the distance of tokens up to `left` tokens before and `right` after this one
+    # the largest distance of an earlier token that attention distinguishes, in tokens; larger ones count as this one
     left: int = option(64, low=0, high=1 << 20)
-    right: int = option(8, low=0, high=1 << 20)
+    right: int = option(8, low=0, high=1 << 20)  # the same of a later token
     norm_eps: float = option(1e-5, above=0)  # added to the variance in LayerNorm
 
 

@@ -71,7 +71,7 @@ def test_help_and_errors_come_at_once(args: tuple[str, ...]):
         (("shards", "build", "/nowhere", "/tmp/x"), "error: /nowhere: no such file or folder"),
         (
             ("shards", "build", ".", "/tmp/x", "--kind", "film"),
-            "error: --kind film: no such kind of source; known: frames, image",
+            "error: --kind film: no such kind of source; known: audio, frames, image",
         ),
         (
             ("shards", "verify", "/nowhere"),
