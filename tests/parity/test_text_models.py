@@ -256,7 +256,7 @@ def test_rope_scaling_of_llama_3(tmp_path: Path, hf: ModuleType):
 def test_what_does_not_fit_a_decoder_is_told_by_its_options(tmp_path: Path):
     export.write(tmp_path / "long", build(*MODELS["llama_long"]), ABOUT)
     plain = {**LLAMA, "head_dim": 16, "kv_heads": 2, "vocab_size": 128}
-    says = r"model.vocab_size is 128 here and 96 there, model.kv_heads is 2 here and 4 there, model.rope_factor is 1.0 here and 8.0 there, .*; write model.vocab_size=96 "
+    says = r"model.vocab_size is 128 here and 96 there, model.rope_factor is 1.0 here and 8.0 there, model.kv_heads is 2 here and 4 there, .*; write model.vocab_size=96 "
     with pytest.raises(UserError, match=says):
         weights.load_into(build("gpt", plain), tmp_path / "long")
     other = {**MODELS["llama_long"][1], "rope_context": 32, "context": 48}  # a rotary context is no table
