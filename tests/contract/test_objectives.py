@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.errors import ConfigError
 from pretrain import contract
@@ -157,10 +158,9 @@ def test_a_model_that_reads_something_else_is_refused(objective: str, model: str
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(NAMES, "simclr", "dinov3", "gpt"))
 def test_bf16_stays_close_to_fp32(name: str, shards: Path, tmp_path: Path):
-    """To 2 % on all batches; Barlow Twins, whose loss divides outputs by their spread over the 16 images, to 5 %."""
-    curves = [
-        losses(train(tiny_recipe(name, shards, tmp_path / p, f"precision={p}", "optim.lr=1e-5")))
-        for p in ("fp32", "bf16")
-    ]
+    """To 2 % on all batches; to 5 % if batch norms divide outputs by their small spread over the 16 images."""
+    cfgs = [tiny_recipe(name, shards, tmp_path / p, f"precision={p}", "optim.lr=1e-5") for p in ("fp32", "bf16")]
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in build_objective(cfgs[0]).modules())
+    curves = [losses(train(cfg)) for cfg in cfgs]
     assert curves[0] != curves[1] and curves[0][0] == pytest.approx(curves[1][0], rel=1e-2)
-    assert curves[0] == pytest.approx(curves[1], rel=5e-2 if name == "barlow_twins" else 2e-2)
+    assert curves[0] == pytest.approx(curves[1], rel=5e-2 if has_batch_norm else 2e-2)
