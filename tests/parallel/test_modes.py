@@ -174,12 +174,13 @@ def test_a_value_that_is_not_finite_on_one_process_changes_nothing_on_any(mode: 
 @cases(*[m for m in MODES if "bf16" in m and m != "single-bf16"])
 def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
     """The measure is the distance between bf16 and fp32 on one process. Losses and gradient norms agree to 1 %, or to
-    three times that distance, and weights to 5 %, or to twice the distance; FSDP2 rounds the weights, too. Logged
-    values agree to 2 %, or to three times the distance, or to one of the 16 samples, of which some are shares.
+    four times that distance, and weights to 5 %, or to four times it; FSDP2 rounds the weights, too, and a rounded
+    distance may choose another code. Logged
+    values agree to 2 %, or to four times the distance, or to one of the 16 samples, of which some are shares.
 
     Batch norm in a head divides the almost equal features of an untrained network by their small spread, and so
     magnifies rounding: two runs in bf16 differ after the first update, and only loss and gradient norm of the first
-    step agree, to 5 %, or to three times the distance."""
+    step agree, to 5 %, or to four times the distance."""
     alone, exact = found("single-bf16")[0][name], found("single")[0][name]
     has_batch_norm = any(key.endswith("running_var") for key in alone["weights"])
     steps = 1 if has_batch_norm else modes.STEPS
@@ -187,7 +188,7 @@ def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
     def agree(ours: dict[str, Any], key: str, tolerance: float, atol: float = 0.0) -> None:
         values, bf16, fp32 = (torch.tensor(one[key][:steps]).double() for one in (ours, alone, exact))
         rounding = (bf16 - fp32).abs().amax(0)  # the largest of all steps
-        allowed = (tolerance * bf16.abs()).clamp_min(atol).maximum(3 * rounding)
+        allowed = (tolerance * bf16.abs()).clamp_min(atol).maximum(4 * rounding)
         assert ((values - bf16).abs() <= allowed).all(), f"{key}: {values} is not {bf16} ± {allowed}"
 
     for ours in (process[name] for process in found(mode)):
@@ -197,7 +198,7 @@ def test_bf16_is_the_same_within_its_rounding(mode: str, name: str, found):
             if alone["validated"]:
                 agree(ours, "validated", 1e-2)
             agree(ours, "logs", 2e-2, atol=1 / (modes.BATCH * modes.ACCUMULATE) + 1e-6)
-            close_weights(ours, alone, max(5e-2, 2 * max(distances(alone, exact).values())))
+            close_weights(ours, alone, max(5e-2, 4 * max(distances(alone, exact).values())))
 
 
 @pytest.mark.slow
