@@ -18,7 +18,7 @@ from common import config
 from common.errors import UserError
 from data_pipeline.shards.manifest import parse_manifest
 from pretrain.interchange import model_card, text_sides, weights
-from pretrain.interchange.layouts import class_head, transformers, transformers_video
+from pretrain.interchange.layouts import class_head, preprocessors, transformers
 from pretrain.interchange.layouts import tokenizer_files as tokenizers
 from pretrain.interchange.layouts.class_head import PREFIX, Classifier
 from pretrain.interchange.layouts.transformers import State
@@ -87,10 +87,10 @@ def write(
             fields["decoder_start_token_id"] = fields.get("pad_token_id", 0)
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
     if cfg.reads == "image":
-        processor = _processor(encoder.image_size, mean, std)
+        processor = preprocessors.images(encoder.image_size, mean, std)
         (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     if cfg.reads == "clip":
-        processor = transformers_video.processor(fields["model_type"], encoder.image_size, mean, std)
+        processor = preprocessors.videos(fields["model_type"], encoder.image_size, mean, std)
         (partial / "video_preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     if cfg.reads == "audio" and (extractor := transformers.feature_extractor(cfg, about.get("audio", {}))):
         (partial / "preprocessor_config.json").write_text(json.dumps(extractor, indent=1) + "\n")
@@ -133,24 +133,6 @@ def class_names(run: Path | None, count: int) -> list[str]:
     found = [parse_manifest(path.read_bytes(), str(path.parent), str(path)).classes for path in paths]
     names = found[0] if found and all(names == found[0] for names in found) else []
     return [*names, *(str(n) for n in range(len(names), count))]
-
-
-def _processor(size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
-    """The content of preprocessor_config.json. The short side is resized to `size` and the centre is cropped, as
-    `data_pipeline.views.augmentations.center` does for evaluation."""
-    return {
-        "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }
 
 
 def folders(folder: Path, objective: Objective) -> dict[str, Path]:

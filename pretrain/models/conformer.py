@@ -125,14 +125,6 @@ class ConformerNetwork(Backbone):
         """Groups of frames, [2, 16, stack · M]."""
         return torch.randn(2, 16, self.embed.in_features, generator=torch.Generator().manual_seed(0))
 
-    def shard_units(self) -> list[nn.Module]:
-        return [*self.blocks, self]
-
-    def layer_of(self, name: str) -> tuple[int, int]:
-        part, _, rest = name.partition(".")
-        last = len(self.blocks) + 1
-        return (int(rest.partition(".")[0]) + 1 if part == "blocks" else 0), last
-
     def forward(self, x: Tensor, *, valid: Tensor | None = None, layers: int = 1) -> Features:
         if x.shape[-1] == self.cfg.mels and self.cfg.stack > 1:
             x = stacked(x, self.cfg.stack)  # [B, U, stack · M]

@@ -48,6 +48,7 @@ class Backbone(nn.Module):
     max_layers = 1  # the largest value of `layers`
     whole_patches = False  # whether the sides of an input must be multiples of patch_size
     convolutional = False  # whether it is a convolutional network (`optim.layer_decay_of`)
+    last_layer_parts: tuple[str, ...] = ("norm",)  # sub-modules after the blocks, see `layer_of`
     loaded = False  # whether its weights were loaded (`init.backbone`), so that no others may be drawn
     training_only: tuple[str, ...] = ()  # options that an export turns off, with the sub-modules of the same names
 
@@ -62,12 +63,16 @@ class Backbone(nn.Module):
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that a sharded engine wraps, children before parents."""
-        raise NotImplementedError
+        return [*self.blocks, self]
 
     def layer_of(self, name: str) -> tuple[int, int]:
-        """(layer of a parameter, index of the last layer), for layer-wise learning rates: embeddings are layer 0, block
-        i is layer i + 1, and all other parameters are in the last layer."""
-        raise NotImplementedError
+        """(layer of a parameter, index of the last layer), for layer-wise learning rates: block i is layer i + 1, what
+        comes after the blocks is the last layer, and all other parameters, the embeddings, are layer 0."""
+        part, _, rest = name.partition(".")
+        last = len(self.blocks) + 1
+        if part == "blocks":
+            return int(rest.partition(".")[0]) + 1, last
+        return (last if part in self.last_layer_parts else 0), last
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -65,13 +65,6 @@ class ResidualNetwork(Backbone):
         self.patch_size = (1 if cfg.stem == "small" else 4) * 2 ** (len(cfg.widths) - 1)
         self.image_size = 64 if cfg.stem == "small" else 224
 
-    def shard_units(self) -> list[nn.Module]:
-        return [*self.blocks, self]
-
-    def layer_of(self, name: str) -> tuple[int, int]:
-        part, _, rest = name.partition(".")
-        return (int(rest.partition(".")[0]) + 1 if part == "blocks" else 0), len(self.blocks) + 1
-
     def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
         """See `Backbone`; a convolutional network takes no mask, drops no patches, and has one layer of features."""
         if mask is not None or keep is not None or layers != 1:

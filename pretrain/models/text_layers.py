@@ -29,6 +29,7 @@ class TextBackbone(Backbone):
     predicts tokens from hidden states; objectives call it as `backbone.head(…)`.
     """
 
+    last_layer_parts = ("norm", "head")
     causal = False  # whether a token attends to itself and earlier ones only
     context: int  # longest sequence in training
     vocab_size: int

@@ -70,13 +70,6 @@ class DecoderTransformer(TextBackbone):
         if cfg.init == "muon" and cfg.tied:  # with std 0.8, a shared head would start far from uniform predictions
             nn.init.normal_(self.embed.weight, std=0.02)
 
-    def layer_of(self, name: str) -> tuple[int, int]:
-        part, _, rest = name.partition(".")
-        last = len(self.blocks) + 1
-        if part == "blocks":
-            return int(rest.partition(".")[0]) + 1, last
-        return (0 if part.endswith("embed") else last), last
-
     def forward(
         self, tokens: Tensor, *, documents: Tensor | None = None, cache: Cache | None = None, layers: int = 1
     ) -> Features:
@@ -162,13 +155,6 @@ class EncoderTransformer(TextBackbone):
         self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.depth))
         self.head = Head(cfg.dim, cfg.vocab_size, self.embed, bias=True, transform=Transform(cfg.dim, cfg.norm_eps))
         initialise(self, 0.5)  # depth 0.5: all layers get std 0.02, because BERT normalises after the residual sum
-
-    def layer_of(self, name: str) -> tuple[int, int]:
-        part, _, rest = name.partition(".")
-        last = len(self.blocks) + 1
-        if part == "blocks":
-            return int(rest.partition(".")[0]) + 1, last
-        return (last if part == "head" else 0), last
 
     def forward(self, tokens: Tensor, *, documents: Tensor | None = None, layers: int = 1) -> Features:
         """See `TextBackbone`; `cls` is each row's first token."""

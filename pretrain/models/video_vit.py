@@ -98,15 +98,6 @@ class VideoTransformer(Backbone):
         size = (2, self.cfg.frames, self.cfg.in_channels, self.cfg.image_size, self.cfg.image_size)
         return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
-    def shard_units(self) -> list[nn.Module]:
-        return [*self.blocks, self]
-
-    def layer_of(self, name: str) -> tuple[int, int]:
-        part, _, rest = name.partition(".")
-        if part == "blocks":
-            return int(rest.partition(".")[0]) + 1, len(self.blocks) + 1
-        return (len(self.blocks) + 1 if part == "norm" else 0), len(self.blocks) + 1
-
     def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
         """See `Backbone`. `keep` is a list (None where an input has none) when x is a list."""
         if not isinstance(x, list):

@@ -44,6 +44,7 @@ def _check(cfg: ViT) -> None:
 class VisionTransformer(Backbone):
     whole_patches = True
     training_only = ("local_cls_norm",)
+    last_layer_parts = ("norm", "local_cls_norm", "attention_pool")
 
     def __init__(self, cfg: ViT):
         super().__init__()
@@ -86,16 +87,6 @@ class VisionTransformer(Backbone):
         for token in (self.cls_token, self.registers, query, table):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
-
-    def shard_units(self) -> list[nn.Module]:
-        return [*self.blocks, self]
-
-    def layer_of(self, name: str) -> tuple[int, int]:
-        part, _, rest = name.partition(".")
-        if part == "blocks":
-            return int(rest.partition(".")[0]) + 1, len(self.blocks) + 1
-        is_last = part in ("norm", "local_cls_norm", "attention_pool")
-        return (len(self.blocks) + 1 if is_last else 0), len(self.blocks) + 1
 
     def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
         """See `Backbone`. `mask` and `keep` are lists (None where an input has none) when x is a list.

@@ -775,3 +775,24 @@ def described(folder: Path, change: Callable[[dict], object]) -> Path:
     change(fields)
     (target / "config.json").write_text(json.dumps(fields))
     return target
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "layers"),
+    [
+        ("vit_micro", {"pooling": "attention"}, {"pos_embed": 0, "attention_pool.proj.weight": 4, "norm.bias": 4}),
+        ("gpt_micro", {"tied": False}, {"embed.weight": 0, "blocks.1.norm2.weight": 2, "head.weight": 3}),
+        ("bert_micro", {}, {"embed_norm.weight": 0, "blocks.0.norm2.bias": 1, "head.bias": 3}),
+        ("videomae_micro", {}, {"patch_embed.bias": 0, "blocks.0.norm1.weight": 1, "norm.bias": 4}),
+        ("conformer_micro", {}, {"embed_norm.bias": 0, "blocks.0.norm5.weight": 1}),
+    ],
+)
+def test_layers_of_each_family(preset: str, changes: dict[str, object], layers: dict[str, int]):
+    cls, values = presets.choose(preset)
+    cfg = cls(**{**values, **changes})
+    cfg.name = preset
+    with torch.device("meta"):
+        model = build_model(cfg)
+    names = dict(model.named_parameters())
+    assert {name: model.layer_of(name)[0] for name in layers} == layers and layers.keys() <= names.keys()
+    assert {model.layer_of(name)[1] for name in names} == {len(model.blocks) + 1}

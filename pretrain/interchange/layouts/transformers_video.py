@@ -177,27 +177,3 @@ def describe(kind: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "key_bias": kind == "vjepa2",
         "norm_eps": f.get("layer_norm_eps", eps),
     }
-
-
-def processor(kind: str, size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
-    """The content of video_preprocessor_config.json, for frames that are already chosen. The short side is resized to
-    `size` and the centre is cropped, as in evaluation.
-
-    The processor named after V-JEPA 2 always resizes to 256 / 224 of the crop, so that another one of the same output
-    is named.
-    """
-    name = "VideoMAEVideoProcessor" if kind == "videomae" else "LlavaOnevisionVideoProcessor"
-    return {
-        "video_processor_type": name,
-        "do_sample_frames": False,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }
