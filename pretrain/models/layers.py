@@ -49,6 +49,7 @@ class Backbone(nn.Module):
     whole_patches = False  # whether the sides of an input must be multiples of patch_size
     convolutional = False  # whether it is a convolutional network (`optim.layer_decay_of`)
     last_layer_parts: tuple[str, ...] = ("norm",)  # sub-modules after the blocks, see `layer_of`
+    blocks: nn.ModuleList  # of a network that is a sequence of blocks
     loaded = False  # whether its weights were loaded (`init.backbone`), so that no others may be drawn
     training_only: tuple[str, ...] = ()  # options that an export turns off, with the sub-modules of the same names
 

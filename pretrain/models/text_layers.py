@@ -34,7 +34,6 @@ class TextBackbone(Backbone):
     context: int  # longest sequence in training
     vocab_size: int
     head: Head
-    blocks: nn.ModuleList
 
     def about(self) -> dict[str, Any]:
         return {}
