@@ -94,6 +94,9 @@ class LeftOut(dict[str, list[Any]]):
     """Counts the members that are left out: {reason: [number of members, name of the first one]}."""
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
+        """Bytes of a name that are not UTF-8, which Python holds as unpaired surrogates, are counted and named as
+        their escapes, because a manifest is valid UTF-8."""
+        reason, name = (text.encode(errors="backslashreplace").decode() for text in (reason, name))
         reason = reason if reason in self or len(self) < MAX_REASONS else "other endings"
         self.setdefault(reason, [0, name])[0] += count
 

@@ -212,6 +212,10 @@ def test_names_with_several_dots_are_indexed_or_reported(tmp_path: Path):
     write_tar(folder / "b.tar", mixed[2:3])
     index.write(folder, quiet)
     assert "left_out" not in (folder / "manifest.json").read_text()  # the key is written only if members are left out
+    write_tar(folder / "b.tar", [("z.jpg", b"f"), ("\udc80.p\udcff", b"g")])  # bytes that are not UTF-8
+    assert index.write(folder, quiet).left_out == load_manifest(str(folder)).left_out == {
+        ".p\\udcff is not an ending that is read": [1, "b.tar/\\udc80.p\\udcff"]
+    }  # fmt: skip
 
 
 def test_tars_of_other_tools(tmp_path: Path):
