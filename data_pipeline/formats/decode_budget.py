@@ -47,6 +47,7 @@ class Budget:
         try:
             yield take
         finally:
-            with self._changed:
-                self.used -= own
-                self._changed.notify_all()
+            if own:
+                with self._changed:
+                    self.used -= own
+                    self._changed.notify_all()

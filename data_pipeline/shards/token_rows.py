@@ -29,7 +29,7 @@ from data_pipeline.storage.ranges import RangeReader
 
 Packing = Literal["split", "best_fit"]
 IGNORED = -100  # a target that the loss ignores
-MAX_CACHED_DOCS = 1024  # .docs members, and as many layouts of windows, in memory: some kilobytes each
+MAX_CACHED_DOCS = 1024  # .docs members, their records and layouts of windows in memory: some kilobytes each
 
 
 def next_tokens(tokens: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -97,11 +97,12 @@ class Rows:
         self._create_caches()
 
     def _create_caches(self) -> None:
+        self._members = functools.lru_cache(MAX_CACHED_DOCS)(self.blocks.members)
         self._docs = functools.lru_cache(MAX_CACHED_DOCS)(self._read_docs)
         self._layout = functools.lru_cache(MAX_CACHED_DOCS)(self._pack_window)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_docs", "_layout")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_members", "_docs", "_layout")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -174,7 +175,7 @@ class Rows:
                     break
                 windows.append(window)
             width = int(self.blocks.width[windows[0].shard])
-            url, docs, tokens = self.blocks.members(windows[0].block)
+            url, docs, tokens = self._members(windows[0].block)
             low, high = min(w.begin for w in windows) * width, max(w.end for w in windows) * width
             records = np.zeros((len(windows), 2), RECORD)
             records[:, 0] = (1, docs[1], docs[2])
@@ -203,7 +204,7 @@ class Rows:
     def read_columns(self, number: int, columns: list[int]) -> dict[int, Any]:
         """{0: the documents of the block, 1: the pages of the row}, read and verified. Raises `Damaged`."""
         w = self.window(number)
-        url, docs_record, (offset, _, _) = self.blocks.members(w.block)
+        url, docs_record, (offset, _, _) = self._members(w.block)
         width = int(self.blocks.width[w.shard])
         for second_read in (False, True):  # an error in transit disappears in the second read, a damaged file does not
             try:

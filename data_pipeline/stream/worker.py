@@ -72,6 +72,7 @@ class Batches(Dataset):
         self._planned: dict[int, list[tuple[int, int]]] = {}
         self.extensions = tuple(dict.fromkeys(e for part in parts.values() for e in part.extensions))
         self.columns = [s.columns(self.extensions) for s in samples]
+        self.lengths = list(map(len, samples))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a data worker that is not forked from this process: everything but threads and plans."""
@@ -152,7 +153,7 @@ class Batches(Dataset):
     def _read_local(self, d: int, global_index: int) -> dict[int, bytes | Damaged]:
         """The members of a sample, read in this process."""
         try:
-            return {**self.samples[d].read_columns(global_index % len(self.samples[d]), self.columns[d])}
+            return {**self.samples[d].read_columns(global_index % self.lengths[d], self.columns[d])}
         except Damaged as reason:
             return {-1: reason}
 
@@ -166,7 +167,7 @@ class Batches(Dataset):
 
     def _checked(self, d: int, global_index: int, members: dict) -> dict[int, Any]:
         """Members from the prefetch server, after the checks of the dataset."""
-        return self.samples[d].checked(global_index % len(self.samples[d]), members)
+        return self.samples[d].checked(global_index % self.lengths[d], members)
 
     def _usable_views(
         self, d: int, global_index: int, members: dict, slot: dict, bad: list, absent: list
@@ -181,7 +182,7 @@ class Batches(Dataset):
             if candidate != global_index:
                 members = self._read_single(d, candidate)
             members = self._read_until_agreed(d, candidate, members)
-            number = candidate % len(self.samples[d])
+            number = candidate % self.lengths[d]
             try:
                 return self._make_views(d, candidate, members, slot)
             except Absent as reason:
@@ -225,7 +226,7 @@ class Batches(Dataset):
         """The views of a sample. Raises Damaged, also (as Absent) if it lacks a part."""
         if damage := _first_damage(members):
             raise damage
-        epoch, number = divmod(global_index, len(self.samples[d]))
+        epoch, number = divmod(global_index, self.lengths[d])
         sample = self.samples[d].sample(number, members, self.parts)
         sample |= slot | {"id": number, "epoch": epoch, "dataset": d}
         with self.budget.lease() as take:
