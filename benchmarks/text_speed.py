@@ -51,10 +51,12 @@ class Model(NamedTuple):
 
 def ours(vocabulary: int, compiled: bool) -> Model:
     """Our model, with the loss that `objective: gpt` computes."""
+    from pretrain import kernels
     from pretrain.interchange.weight_sources import model_config
 
     sizes = {"dim": DIM, "depth": DEPTH, "heads": HEADS, "mlp_width": WIDTH, "context": LENGTH}
     model = build_model(model_config("gpt", {**sizes, "vocab_size": vocabulary, "qk_norm": False}, "benchmark"))
+    kernels.apply(model, torch.device("cpu"))  # as the engine does before it trains
     tokens = torch.randint(0, vocabulary, (BATCH, LENGTH + 1))
     if compiled:
         for block in model.blocks:  # type: ignore[attr-defined]
