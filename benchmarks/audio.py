@@ -1,27 +1,17 @@
-"""Audio: what the data pipeline adds to decoding, and how well BEST-RQ and Audio-MAE learn words that unseen voices speak.
+"""What the data pipeline adds to the decoding of audio.
 
-    python benchmarks/audio.py FOLDER [--parts decode words] [--seeds 3] [--objectives bestrq audio_mae]
+python benchmarks/audio.py
 
-    multimodal.audio.share_of_decode       recordings per second of the worker's work (decode, resample, cut, mask) /
-                                           those of PyAV alone, which decodes and resamples; one thread, interleaved
-    multimodal.audio.realtime              seconds of audio per second of that work
-    multimodal.{bestrq,audio_mae}.knn      k-NN accuracy for words of unseen voices, mean over the seeds; beside it
-                                           .untrained, and .floor, the log-mel statistics
-    multimodal.{bestrq,audio_mae}.linear   the same of logistic regression
-
-Words are spoken by Debian's `espeak-ng` (apt-get install espeak-ng) in English voices that differ in accent, speaker,
-pitch and speed; 2 of 3 voices are for training and for the gallery, the others for the query. Recordings and runs go to
-FOLDER.
+multimodal.audio.share_of_decode       recordings per second of the worker's work (decode, resample, cut, mask) /
+                                       those of PyAV alone, which decodes and resamples; one thread, interleaved
+multimodal.audio.realtime              seconds of audio per second of that work
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import subprocess
 import time
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,67 +19,10 @@ import numpy as np
 import torch
 from steps import emit
 
-from data_pipeline.build.build_shards import build
 from data_pipeline.formats.waveforms import decode, flac
 from data_pipeline.parts.audio import Audio
 from data_pipeline.parts.part import About
-from eval.run import evaluate
 from pretrain.objectives import bestrq
-from pretrain.recipes.recipe import load
-from pretrain.train import train
-
-WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "yes", "no", "up", "down"),
-    *("left", "right", "on", "off", "stop", "go", "river", "window", "garden", "purple", "mountain", "water", "paper"),
-    *("music", "letter", "yellow"),
-)
-ACCENTS = ("en-gb", "en-us", "en-gb-scotland", "en-029")
-SPEAKERS = ("m1", "m2", "m3", "m5", "m7", "f1", "f2", "f3", "f4", "klatt", "klatt4", "croak")
-RECIPES = {"bestrq": "bestrq_cpu", "audio_mae": "audio_mae_cpu"}
-
-
-def spoken(folder: Path) -> tuple[Path, Path]:
-    """Shards of (known voices, unseen voices)."""
-    rng = np.random.default_rng(0)
-    for n, voice in enumerate(f"{accent}+{speaker}" for accent in ACCENTS for speaker in SPEAKERS):
-        side = "query" if n % 3 == 2 else "gallery"
-        for word in WORDS:
-            target = folder / "spoken" / side / word / f"{voice}.wav"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            pitch, speed = str(rng.integers(30, 80)), str(rng.integers(130, 220))
-            if not target.is_file():
-                subprocess.run(["espeak-ng", "-v", voice, "-p", pitch, "-s", speed, "-w", target, word], check=True)
-    for side in ("gallery", "query"):
-        if not (folder / side).is_dir():
-            build(folder / "spoken" / side, folder / side)
-    return folder / "gallery", folder / "query"
-
-
-def words(folder: Path, seeds: int, objectives: list[str]) -> None:
-    gallery, query = spoken(folder)
-    sets, protocols = ([str(gallery)], [str(query)]), ["knn", "logistic"]
-
-    def scores(model: str | Path) -> dict[str, float]:
-        rows = evaluate(model, protocols, *sets, cache=folder / "features")
-        return {row["protocol"]: row["value"] for row in rows if row["metric"] == "accuracy"}
-
-    floor = scores("log_mel")
-    for name in objectives:
-        found: dict[str, list[dict[str, float]]] = {"pretrained": [], "untrained": []}
-        for seed in range(seeds):
-            run = folder / "runs" / f"{name}{seed}"
-            shutil.rmtree(run, ignore_errors=True)
-            options = [f"data.train={gallery}", f"run={run}", f"seed={seed}", "data.workers=0", "threads=1"]
-            cfg = load(RECIPES[name], [*options, "precision=fp32", "device=cpu", "log={every: 100, flops: false}"])
-            train(cfg)
-            found["pretrained"].append(scores(run / "export" / str(cfg.steps)))
-            found["untrained"].append(scores(run / "export" / "0"))
-        for protocol, metric in (("knn", "knn"), ("logistic", "linear")):
-            trained, untrained = ([row[protocol] for row in found[kind]] for kind in ("pretrained", "untrained"))
-            versus = f"untrained {np.mean(untrained):.3f}, floor {floor[protocol]:.3f}; {len(trained)} seeds"
-            emit(f"multimodal.{name}.{metric}", float(np.mean(trained)), "accuracy", versus)
-            emit(f"multimodal.{name}.{metric}.untrained", float(np.mean(untrained)), "accuracy", "")
-            emit(f"multimodal.{name}.{metric}.floor", floor[protocol], "accuracy", "")
 
 
 def pyav_alone(data: bytes) -> None:
@@ -131,14 +64,6 @@ def decoding(rounds: int = 15, count: int = 8, seconds: float = 15.0) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", default=["decode", "words"], choices=["decode", "words"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--objectives", nargs="+", default=list(RECIPES), choices=RECIPES)
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
-    if "decode" in args.parts:
-        decoding()
-    if "words" in args.parts:
-        words(args.folder, args.seeds, args.objectives)
+    decoding()

@@ -1,0 +1,224 @@
+"""Whether the methods for image-text pairs, video and audio learn on real data of ordinary packages, on one CPU core.
+
+    python benchmarks/multimodal.py FOLDER [--objectives clip siglip …] [--seconds 240] [--seeds 3]
+
+Each trains by its recipe NAME_cpu in one thread, for as many steps as fit into the CPU seconds of a run; the steps are
+measured first, data included. Data and runs go to FOLDER. Three figures for each metric, means over the seeds:
+
+    multimodal.NAME.METRIC              after the run; `versus`: steps, CPU seconds
+    multimodal.NAME.METRIC.untrained    of the network at step 0
+    multimodal.NAME.METRIC.floor        of features without a network, see below
+
+clip, siglip: emoji in three styles with names and keywords. zeroshot: accuracy for pictures of concepts that no run has
+seen, each described by its name and keywords, among all of them. Floor: a linear map from a histogram of colours to the
+words of a description, fitted on the training pictures, at its best ridge.
+
+bestrq, audio_mae: words spoken by Debian's espeak-ng. knn, linear: accuracy for words of unseen voices. Floor: mean and
+deviation of the log-mel bands.
+
+videomae, vjepa2: furniture on a turntable that turns left or right, unseen objects. attentive: accuracy of an attentive
+probe for the direction. Floor: `mae` trained on single frames for the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from learning import seconds_of_a_step
+from package_data import WORDS, emoji, spoken
+from PIL import Image
+from steps import emit
+from turntables import RATE, turntables
+
+from data_pipeline.shards.samples import Samples
+from eval.run import evaluate
+from pretrain.recipes.recipe import Recipe, load
+from pretrain.train import train
+
+Scores = dict[str, float]  # by metric
+CPU = ["data.workers=0", "threads=1", "precision=fp32", "device=cpu", "overwrite=true", "log={every: 50, flops: false}"]
+
+
+@dataclass
+class Task:
+    """What a method is trained on, and how its exports are scored."""
+
+    options: list[str]  # of the recipe
+    score: Callable[[Path], Scores]  # of an export
+    floor: Callable[[], Scores]
+    baseline: str  # what the floor is
+
+
+# ---------------------------------------------------------------- images and captions
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+def image_text(folder: Path, name: str, seconds: float) -> Task:
+    data = emoji(folder)
+    test = str(data / "test")
+    classes = Samples([test]).manifests[0].manifest.classes
+    described = json.loads((data / "descriptions.json").read_text())
+    texts = [described[each] for each in classes]
+
+    def score(export: Path) -> Scores:
+        settings = {"zeroshot": {"names": texts, "templates": ["{}"]}}
+        rows = evaluate(export, ["zeroshot"], [], [test], options=settings, cache=folder / "features", device="cpu")
+        return {"zeroshot": next(row["value"] for row in rows if row["metric"] == "accuracy")}
+
+    options = [f"data.train={data / 'train'}", f"data.tokenizer={data / 'tokenizer.json'}", "data.captions=captions"]
+    floor = f"bag of colours; chance {1 / len(classes):.4f}"
+    return Task(options, score, lambda: {"zeroshot": colours(data / "pictures", described, classes)}, floor)
+
+
+def colours(pictures: Path, described: dict[str, str], classes: list[str]) -> float:
+    """The accuracy, at the best ridge, of a linear map from the colours of a picture to the words of its description."""
+    rows = [json.loads(line) for line in (pictures / "train" / "list.jsonl").read_text().splitlines()]
+    vocabulary = sorted({word for row in rows for word in words_of(row["text"])})
+    index = {word: n for n, word in enumerate(vocabulary)}
+
+    def bags(texts: Iterable[str]) -> np.ndarray:
+        out = np.zeros((len(texts := list(texts)), len(index)))
+        for row, text in zip(out, texts, strict=True):
+            row[[index[word] for word in words_of(text) if word in index]] = 1
+        return out
+
+    known = bags(row["text"] for row in rows)
+    rarity = np.log(len(known) / known.sum(0))
+    known, wanted = (
+        x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-9)
+        for x in (known * rarity, bags(described[name] for name in classes) * rarity)
+    )
+    files = [(path, n) for n, name in enumerate(classes) for path in sorted((pictures / "test" / name).iterdir())]
+    x = np.stack([histogram(pictures / "train" / row["image"]) for row in rows])
+    asked, truth = np.stack([histogram(path) for path, _ in files]), np.array([n for _, n in files])
+    centre, middle = x.mean(0), known.mean(0)
+    best = 0.0
+    for ridge in RIDGES:
+        weights = np.linalg.solve(
+            (x - centre).T @ (x - centre) + ridge * np.eye(x.shape[1]), (x - centre).T @ (known - middle)
+        )
+        predicted = ((asked - centre) @ weights @ (wanted - middle).T).argmax(1)
+        best = max(best, float((predicted == truth).mean()))
+    return best
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def histogram(path: Path) -> np.ndarray:
+    """The square roots of the shares of 64 colours, [64]."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).astype(int) // 64
+    counts = np.bincount(pixels @ [16, 4, 1], minlength=64)
+    return np.sqrt(counts / counts.sum())
+
+
+# ---------------------------------------------------------------- audio
+def audio(folder: Path, name: str, seconds: float) -> Task:
+    known, unseen = spoken(folder)
+
+    def score(model: Path | str) -> Scores:
+        rows = evaluate(
+            model, ["knn", "logistic"], [str(known)], [str(unseen)], cache=folder / "features", device="cpu"
+        )
+        by = {row["protocol"]: row["value"] for row in rows if row["metric"] == "accuracy"}
+        return {"knn": by["knn"], "linear": by["logistic"]}
+
+    return Task(
+        [f"data.train={known}"], score, lambda: score("log_mel"), f"log-mel statistics; chance {1 / len(WORDS):.3f}"
+    )
+
+
+# ---------------------------------------------------------------- video
+# A flip would exchange the directions.
+MOTION = {"attentive": {"flip": 0.0, "batch": 64, "rates": [1e-3, 3e-3], "decays": [0.01]}, "knn": {}}
+
+
+def video(folder: Path, name: str, seconds: float) -> Task:
+    data = turntables(folder)
+
+    def score(model: Path, shards: str = "") -> Scores:
+        sets = [[str(data / (shards + split))] for split in ("train", "test")]
+        rows = evaluate(model, list(MOTION), *sets, options=MOTION, cache=folder / "features", device="cpu")
+        return {row["protocol"]: row["value"] for row in rows if row["metric"] == "accuracy"}
+
+    def single_frames() -> Scores:
+        options = [f"data.train={data / 'frames_train'}", "model.patch_size=8", "objective=mae", *SMALL_DECODER]
+        exports, steps, _ = trained("demo", "mae", 0, seconds, folder, options)
+        return score(exports / str(steps), "frames_")
+
+    options = [f"data.train={data / 'train'}", "objective.flip=0", f"data.fps={RATE}"]
+    return Task(options, score, single_frames, "mae on single frames; chance 0.5")
+
+
+SMALL_DECODER = ["objective.decoder_dim=48", "objective.decoder_depth=2", "objective.decoder_heads=3"]
+TASKS: dict[str, Callable[[Path, str, float], Task]] = {
+    **{"clip": image_text, "siglip": image_text},
+    **{"bestrq": audio, "audio_mae": audio},
+    **{"videomae": video, "vjepa2": video},
+}
+
+
+# ---------------------------------------------------------------- all
+def trained(
+    recipe: str, name: str, seed: int, seconds: float, folder: Path, options: list[str]
+) -> tuple[Path, int, float]:
+    """Run a recipe. Returns (the folder of its exports, steps, CPU seconds)."""
+
+    def configured(steps: int) -> Recipe:
+        run = folder / "runs" / f"{name}-{seconds:g}-{seed}"
+        own = [f"steps={steps}", f"checkpoint={steps}", f"export={steps}", f"run={run}", f"seed={seed}"]
+        return load(recipe, [*options, *CPU, *own])
+
+    steps = max(20, round(seconds / seconds_of_a_step(configured(100))))
+    start = time.process_time()
+    return train(configured(steps)) / "export", steps, time.process_time() - start
+
+
+def show(name: str, task: Task, seeds: int, seconds: float, folder: Path, more: list[str]) -> None:
+    """Train with each seed, and print the figures."""
+    found, untrained, spent, steps = list[Scores](), list[Scores](), list[float](), 0
+    for seed in range(seeds):
+        exports, steps, used = trained(f"{name}_cpu", name, seed, seconds, folder, [*task.options, *more])
+        spent.append(used)
+        found.append(task.score(exports / str(steps)))
+        untrained.append(task.score(exports / "0"))
+    floor = task.floor()
+    for metric in found[0]:
+        values = [scores[metric] for scores in found]
+        emit(f"multimodal.{name}.{metric}", mean(values), "accuracy", f"{steps} steps, {mean(spent):.0f} CPU s")
+        if seeds > 1:
+            emit(f"multimodal.{name}.{metric}.seed_std", stdev(values), "accuracy", f"{seeds} seeds")
+        before = mean(scores[metric] for scores in untrained)
+        emit(f"multimodal.{name}.{metric}.untrained", before, "accuracy", "step 0")
+        emit(f"multimodal.{name}.{metric}.floor", floor[metric], "accuracy", task.baseline)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--objectives", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seconds", type=float, default=240, help="CPU seconds of each training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], help="options of the recipes, such as optim.lr.value=1e-3")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.objectives:
+        task = TASKS[name](options.folder, name, options.seconds)
+        show(name, task, options.seeds, options.seconds, options.folder, options.set)
+
+
+if __name__ == "__main__":
+    main()
