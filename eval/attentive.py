@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import Section, option
+from common.config import Section, option, option_if
 from common.errors import Damaged, DataError, UserError
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import Rng
@@ -49,6 +49,8 @@ class Config(Section):
     heads: int = option(16, low=1)  # attention heads; fewer, if they do not divide the number of features
     blocks: int = option(1, low=1)  # transformer blocks, the last of which has the query; V-JEPA 2: 4
     augment: bool = True  # train on random crops and flips; false: on center crops
+    # probability that a crop is flipped; 0 where left and right matter, as in videos of directions
+    flip: float = option_if(0.5, "augment", True, low=0, high=1)
     hold_out: float = option(0.1, above=0, below=1)  # share of the gallery on which the head is chosen
     seed: int = 0  # of the initial weights, the order and the crops
 
@@ -142,7 +144,7 @@ def fit(
         return torch.stack([F.cross_entropy(head(tokens), target) for head in heads]).sum()
 
     def read(number: int, rng: Rng) -> tuple[np.ndarray, int]:
-        return _training_image(encoder, samples, number, rng, cfg.augment), class_of[number]
+        return _training_image(encoder, samples, number, rng, cfg), class_of[number]
 
     def batches_from(first: int) -> Iterator[tuple[int, list[Any]]]:
         return probe_training.batches(read, order, cfg.batch, first, steps)
@@ -171,11 +173,11 @@ def _read(encoder: Encoder, samples: Samples, number: int) -> np.ndarray:
         raise DataError(f"{samples.names}: sample {number} cannot be read any more ({reason}); run it again") from None
 
 
-def _training_image(encoder: Encoder, samples: Samples, number: int, rng: Rng, augment: bool) -> np.ndarray:
+def _training_image(encoder: Encoder, samples: Samples, number: int, rng: Rng, cfg: Config) -> np.ndarray:
     """A random crop and flip, or the center crop, of an image or clip: uint8 [C, S, S] or [T, C, S, S]."""
-    if not augment:
+    if not cfg.augment:
         return encoder.read(samples, number)
-    return encoder.augmented(samples, number, rng)
+    return encoder.augmented(samples, number, rng, cfg.flip)
 
 
 def _grid(cfg: Config) -> list[tuple[float, float]]:

@@ -107,9 +107,10 @@ class Encoder(feature_cache.Source):
         first = self.layers * width if self.pool == "mean" else 0
         return slice(first, first + width) if self.layers else slice(None)
 
-    def augmented(self, samples: Samples, number: int, rng: Rng) -> np.ndarray:
-        """A random crop and flip of a sample, of the shape that `read` returns, on which probes are trained."""
-        view, pixels = Augment(self.image_size, (0.08, 1.0)), self.image(samples, number)
+    def augmented(self, samples: Samples, number: int, rng: Rng, flip: float = 0.5) -> np.ndarray:
+        """A random crop of a sample, flipped with probability `flip`, of the shape that `read` returns, on which probes
+        are trained."""
+        view, pixels = Augment(self.image_size, (0.08, 1.0), flip=flip), self.image(samples, number)
         return view.apply(pixels, view.draw(pixels.shape[:2], rng(0)))
 
     def check(self, specs: Sequence[str]) -> Samples:
@@ -176,10 +177,10 @@ class ClipEncoder(Encoder):
             (frames,) = clips.spread(1)
             return np.stack([center(frame, self.image_size) for frame in frames])
 
-    def augmented(self, samples: Samples, number: int, rng: Rng) -> np.ndarray:
+    def augmented(self, samples: Samples, number: int, rng: Rng, flip: float = 0.5) -> np.ndarray:
         """A clip at a random time, with one crop and flip for all frames: uint8 [T, C, S, S]."""
         with self._clips(samples, number) as clips:
-            return clip_crops({"clip": clips}, Augment(self.image_size, (0.3, 1.0)), 1, rng)["clip"][0]
+            return clip_crops({"clip": clips}, Augment(self.image_size, (0.3, 1.0), flip=flip), 1, rng)["clip"][0]
 
     @contextmanager
     def _clips(self, samples: Samples, number: int) -> Iterator[Clips]:

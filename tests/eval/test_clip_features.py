@@ -71,6 +71,8 @@ def test_the_attentive_probe_trains_on_clips_at_random_times(model: Path, shards
     samples = Samples(data)
     made = [encoder.augmented(samples, 5, generators((1, n))) for n in (0, 0, 1)]
     assert made[0].shape == (4, 3, 32, 32) and (made[0] == made[1]).all() and (made[0] != made[2]).any()
+    unflipped, flipped = (encoder.augmented(samples, 5, generators((1, 0)), flip) for flip in (0.0, 1.0))
+    assert (unflipped[..., ::-1] == flipped).all() and (unflipped != flipped).any()
 
 
 def test_embed_writes_features_of_clips(model: Path, shards: Path, tmp_path: Path):
