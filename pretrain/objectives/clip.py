@@ -28,7 +28,7 @@ from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import ImageTextPairs, network
 from pretrain.ops.contrastive import softmax_pairs
-from pretrain.ops.init import trunc_normal
+from pretrain.ops.init import by_width
 from pretrain.ops.parameter_shards import local
 from pretrain.ops.patchify import pick
 from pretrain.ops.precision import unit
@@ -59,8 +59,10 @@ class CLIP(Objective):
         self.image, self.text = backbone(local_cls_norm=False), backbone("text")
         self.image_projection = nn.Linear(self.image.embed_dim, cfg.projection_width, bias=False)
         self.text_projection = nn.Linear(self.text.embed_dim, cfg.projection_width, bias=False)
-        for part in (self.image_projection, self.text_projection):
-            trunc_normal(part)
+        for tower, projection in ((self.image, self.image_projection), (self.text, self.text_projection)):
+            if not tower.loaded:
+                by_width(tower, tower.embed_dim)
+            nn.init.normal_(projection.weight, std=tower.embed_dim**-0.5)
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(cfg.temperature)))
         if cfg.locked:
             self.image.requires_grad_(False)

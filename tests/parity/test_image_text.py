@@ -155,6 +155,20 @@ def test_the_scale_of_clip_stays_at_100():
     assert model.logit_scale.item() == pytest.approx(math.log(100))
 
 
+def test_the_initial_weights_of_clip_depend_on_the_width():
+    """With a std of 0.02 for all widths, a model of width 96 embedded all images alike and learned nothing."""
+    model = objective("clip", "model.dim=128", "objective.text={name: clip_text, dim: 96, depth: 3, vocab_size: 64}")
+    for tower, dim, depth in ((model.image, 128, 2), (model.text, 96, 3)):
+        block, std = tower.blocks[1], dim**-0.5
+        writes = [block.attn.proj, block.mlp.fc2 if tower is model.image else block.mlp.down]
+        first = block.mlp.fc1 if tower is model.image else block.mlp.up
+        expected = {first: std / 2**0.5, block.attn.qkv: std} | dict.fromkeys(writes, std / (2 * depth) ** 0.5)
+        for layer, value in expected.items():
+            assert layer.weight.std().item() == pytest.approx(value, rel=0.05)
+    assert model.image.cls_token.std().item() == pytest.approx(128**-0.5, rel=0.3)
+    assert model.text_projection.weight.std().item() == pytest.approx(96**-0.5, rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_a_locked_image_model_needs_weights_and_is_not_trained(name: str):
     model = objective(name, "objective.locked=true")
