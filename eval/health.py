@@ -4,6 +4,9 @@ All numbers are computed from a fixed sample of images, so that exports of a run
 
     rankme      effective rank of the features, exp(entropy of the normalised singular values); larger is better, at
                 most the number of features (RankMe, arXiv 2210.02885). It falls when features collapse
+    lidar       effective rank of the variance between images relative to that between random crops of an image: the
+                rank of linear discriminant analysis with each image as a class (LiDAR, 2312.04000); larger is better.
+                Directions that tell only crops apart count for rankme, but not for lidar
     alpha       exponent of the power law λᵢ ∝ i^−α of the eigenvalues of the covariance; about 1 is good, a larger one
                 says that few directions hold all variance (α-ReQ, 2202.05808)
     std         mean standard deviation of a normalised feature, times √D: 1 for features that fill the sphere evenly, 0
@@ -14,7 +17,7 @@ All numbers are computed from a fixed sample of images, so that exports of a run
                 failure that Gram anchoring cures (DINOv3, 2508.10104)
 
 No number alone says that a model is good: compare them between exports, and with the untrained network. The training
-data need no labels: name it as query. Shapes: N images, D features, P patches.
+data need no labels: name it as query. Shapes: N images, V crops of an image, D features, P patches.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ from eval.probe_training import tokens_of
 NEEDS = "images"
 VERSION = 1
 EPSILON = 1e-5  # added to the normalised singular values
+LIDAR_EPSILON = 1e-7  # added to the normalised eigenvalues
+LIDAR_DELTA = 1e-4  # added to the variance within images in every direction
 FIRST_EIGENVALUE, LAST_SHARE = 3, 0.5  # the power law is fitted from this eigenvalue to this share of all
 MIN_SAMPLES = 16
 MIN_EIGENVALUES = 8  # with fewer, no power law is fitted
@@ -47,11 +52,12 @@ PAIR_CHUNK = 1024  # rows whose distances to all others are computed at once
 class Config(Section):
     samples: int = option(1024, low=MIN_SAMPLES)  # number of images, spread evenly over the set
     scale: float = option(0.4, above=0, below=1)  # least share of the image's area in a random crop
+    crops: int = option(4, low=2)  # number of random crops of each image; the paper of LiDAR takes 50
     seed: int = 0  # of the random crops
 
 
 def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
-    """{"rankme", "alpha" (for MIN_EIGENVALUES features or more), "std", "alignment", "uniformity", "patch_similarity"}
+    """{"rankme", "lidar", "alpha" (for MIN_EIGENVALUES features or more), "std", "alignment", "uniformity", "patch_similarity"}
     of the query, or of the gallery if no query is named."""
     if encoder.unit != "images":
         raise UserError(f"{encoder.name}: health measures models that read images, but this one reads {encoder.unit}")
@@ -62,15 +68,16 @@ def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> 
     crop = Augment(size, (cfg.scale, 1.0))
 
     def read(number: int) -> np.ndarray | Damaged:
-        """The center crop and two random crops of an image, [3, C, S, S]."""
+        """The center crop and the random crops of an image, [1 + V, C, S, S]."""
         try:
             image = encoder.image(samples, int(number))
         except Damaged as reason:
             return reason
         rng = generators((cfg.seed, int(number)))
-        return np.stack([center(image, size), *(crop.apply(image, crop.draw(image.shape[:2], rng(k))) for k in (0, 1))])
+        drawn = (crop.draw(image.shape[:2], rng(k)) for k in range(cfg.crops))
+        return np.stack([center(image, size), *(crop.apply(image, each) for each in drawn)])
 
-    features: list[list[Tensor]] = [[], [], []]
+    features: list[list[Tensor]] = [[] for _ in range(1 + cfg.crops)]
     similarities: list[Tensor] = []
     for _, found in read_batches(read, numbers, encoder.batch):  # type: ignore[arg-type]
         usable: list[Any] = [views for views in found if not isinstance(views, Damaged)]
@@ -86,9 +93,10 @@ def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> 
         raise DataError(f"{encoder.name}: its features are not finite; its weights may not be finite, either")
     return {
         "rankme": rankme(x),
+        "lidar": lidar(torch.stack(views, 1)),
         **({"alpha": alpha(x)} if min(x.shape[1], len(x) - 1) >= MIN_EIGENVALUES else {}),
         "std": F.normalize(x, dim=1).std(0, correction=0).mean().item() * x.shape[1] ** 0.5,
-        "alignment": (F.normalize(views[0], dim=1) - F.normalize(views[1], dim=1)).square().sum(1).mean().item(),
+        "alignment": alignment(views[0], views[1]),
         "uniformity": uniformity(x),
         "patch_similarity": torch.cat(similarities).mean().item(),
         "count": count,
@@ -103,6 +111,20 @@ def rankme(x: Tensor) -> float:
     return (-(p * p.log()).sum()).exp().item()
 
 
+def lidar(views: Tensor) -> float:
+    """The effective rank of Σ_w^−½ Σ_b Σ_w^−½ for features [N, V, D] of V crops of N images, where Σ_b is the covariance
+    of the means of images, and Σ_w the mean covariance of the crops of an image plus LIDAR_DELTA in its diagonal."""
+    means = views.mean(1)  # [N, D]
+    apart, within = means - means.mean(0), (views - means.unsqueeze(1)).flatten(0, 1)  # [N, D], [N·V, D]
+    of_crops = within.T @ within / len(within)  # [D, D]
+    of_crops.diagonal().add_(LIDAR_DELTA)
+    # The singular values of L⁻¹ Aᵀ, for Σ_w = L Lᵀ and Σ_b = Aᵀ A, are the roots of the eigenvalues.
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(of_crops), apart.T / len(apart) ** 0.5, upper=False)
+    values = torch.linalg.svdvals(whitened).square()
+    p = values / values.sum().clamp_min(1e-30) + LIDAR_EPSILON
+    return (-(p * p.log()).sum()).exp().item()
+
+
 def alpha(x: Tensor) -> float:
     """The exponent of the power law of the eigenvalues of the covariance of features [N, D], by least squares of their
     logarithms."""
@@ -112,6 +134,11 @@ def alpha(x: Tensor) -> float:
     index = torch.arange(FIRST_EIGENVALUE, FIRST_EIGENVALUE + len(values), dtype=x.dtype).log()
     centred = index - index.mean()
     return -((centred * values.log()).sum() / centred.square().sum()).item()
+
+
+def alignment(x: Tensor, y: Tensor) -> float:
+    """The mean squared distance of the normalised features [N, D] of two crops of the same images."""
+    return (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean().item()
 
 
 def uniformity(x: Tensor) -> float:

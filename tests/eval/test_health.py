@@ -27,6 +27,56 @@ def test_rank():
     assert health.rankme(x * torch.arange(1, 13)) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-2)
 
 
+def _naive_rank(values: np.ndarray, epsilon: float) -> float:
+    p = values / values.sum() + epsilon
+    return float(np.exp(-sum(each * np.log(each) for each in p)))
+
+
+def _naive(x: np.ndarray) -> dict[str, float]:
+    """The numbers of features [N, V, D] by the formulas of the papers, with loops and with roots of matrices."""
+    count, crops, width = x.shape
+    first = x[:, 0]
+    unit = x / np.sqrt((x**2).sum(2, keepdims=True))
+    singular = np.sqrt(np.linalg.eigvalsh(first.T @ first).clip(0))
+    eigenvalues = np.linalg.eigvalsh(np.cov(first.T, bias=True))[::-1]
+    fitted = np.arange(3, max(5, width // 2) + 1)
+    means = x.mean(1)
+    between, within = np.zeros((width, width)), 1e-4 * np.eye(width)
+    for i in range(count):
+        between += np.outer(means[i] - means.mean(0), means[i] - means.mean(0)) / count
+        for j in range(crops):
+            within += np.outer(x[i, j] - means[i], x[i, j] - means[i]) / (count * crops)
+    scales, basis = np.linalg.eigh(within)
+    root = basis @ np.diag(scales**-0.5) @ basis.T  # Σ_w^−½
+    pairs = [((unit[i, 0] - unit[j, 0]) ** 2).sum() for i in range(count) for j in range(count) if i != j]
+    return {
+        "rankme": _naive_rank(singular, 1e-5),
+        "alpha": -np.polyfit(np.log(fitted), np.log(eigenvalues[fitted - 1]), 1)[0],
+        "lidar": _naive_rank(np.linalg.eigvalsh(root @ between @ root), 1e-7),
+        "alignment": np.mean([((unit[i, 0] - unit[i, 1]) ** 2).sum() for i in range(count)]),
+        "uniformity": np.log(np.mean(np.exp(-2 * np.array(pairs)))),
+    }
+
+
+def test_numbers_are_those_of_the_papers():
+    """In float64, for features whose directions differ in variance between images and between crops."""
+    rng = np.random.default_rng(0)
+    between, within = rng.uniform(0.1, 3, 12), rng.uniform(0.1, 1, 12)
+    x = rng.standard_normal((40, 1, 12)) * between + rng.standard_normal((40, 5, 12)) * within + 0.3
+    views = torch.from_numpy(x)
+    found = {name: getattr(health, name)(views[:, 0]) for name in ("rankme", "alpha", "uniformity")}
+    found |= {"lidar": health.lidar(views), "alignment": health.alignment(views[:, 0], views[:, 1])}
+    assert found == pytest.approx(_naive(x), rel=1e-9)
+
+
+def test_lidar_counts_the_directions_that_tell_images_apart():
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.randn(300, 1, 10, generator=generator).double() * torch.tensor([1.0] * 4 + [0] * 6)
+    views = apart + 0.1 * torch.randn(300, 8, 10, generator=generator).double()
+    assert health.lidar(views) == pytest.approx(4, abs=0.2) and health.rankme(views.flatten(0, 1)) > 4.5
+    assert health.lidar(torch.ones(20, 3, 5).double()) == pytest.approx(1, abs=1e-4)  # collapsed
+
+
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
 def test_alpha_is_the_exponent_of_the_eigenvalues(exponent: float):
     noise = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)).double()
@@ -66,7 +116,7 @@ def test_collapse_shows(shards: Path, tmp_path: Path):
 
 def test_rows_and_errors(shards: Path):
     rows = evaluate("pixels", ["health"], [], [str(shards)], options={"health": {"samples": 20}})
-    assert {row["metric"] for row in rows} >= {"rankme", "alpha", "std"} and rows[0]["count"] == 20
+    assert {row["metric"] for row in rows} >= {"rankme", "lidar", "alpha", "std"} and rows[0]["count"] == 20
     with pytest.raises(DataError, match="no shards are named for health"):
         evaluate("pixels", ["health"], [], [])
     with pytest.raises(UserError, match="bytes: health measures models that read images, but this one reads texts"):
