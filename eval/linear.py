@@ -127,12 +127,15 @@ class Probe(NamedTuple):
     rate: float
     at_edge: bool  # whether the best learning rate is at the edge of the grid
 
-    def predict(self, rows: Rows) -> Tensor:
-        """Class numbers [N], on the CPU, of features [N, D]."""
+    def predict(self, rows: Rows, allowed: Tensor | None = None) -> Tensor:
+        """Class numbers [N], on the CPU, of features [N, D]. `allowed`: the classes that can be answered; None: all."""
         standard = Standardized(rows, self.mean, self.std)
         columns = self.inputs.columns.to(self.weight.device)
-        logits = (x[:, columns] @ self.weight + self.bias for _, x in chunks(standard, CHUNK, self.weight.device))
-        return torch.cat([each.argmax(1).cpu() for each in logits])
+        classes = slice(None) if allowed is None else allowed.to(self.weight.device)
+        weight, bias = self.weight[:, classes], self.bias[classes]
+        logits = (x[:, columns] @ weight + bias for _, x in chunks(standard, CHUNK, self.weight.device))
+        predicted = torch.cat([each.argmax(1).cpu() for each in logits])
+        return predicted if allowed is None else allowed[predicted]
 
 
 def fit(

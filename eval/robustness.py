@@ -6,6 +6,9 @@ divided by AlexNet's for the same corruption of ImageNet, in percent; AlexNet ha
 compared with published values for the classes of ImageNet; `corruption_error`, the mean without that division, can be
 compared between models for any data.
 
+Without corruptions (`corruptions: []`), the accuracy on the queries as they are is computed, for sets such as ImageNet-A,
+-R, Sketch, V2 and ReaL; `label_files.py` says how a part of the classes, or several right labels, are named.
+
 An image is cut to a square and resized to 224 pixels, corrupted, and resized to the size of the model.
 """
 
@@ -16,15 +19,17 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from common.config import Section, option
+from common.config import option
 from common.errors import Damaged, DataError, UserError, nearest
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center, resize
 from eval import linear
 from eval.corruptions import CORRUPTIONS, SIZE, corrupt
-from eval.feature_cache import read_batches
+from eval.feature_cache import Subset, read_batches
 from eval.features import Encoder
+from eval.label_files import AnswerFiles, Answers, answers
 from eval.text_features import TextEncoder
 
 NEEDS = "labels"
@@ -33,8 +38,8 @@ ALL_LEVELS = [1, 2, 3, 4, 5]
 
 
 @dataclass
-class Config(Section):
-    corruptions: list[str] = option(lambda: list(CORRUPTIONS))  # names of the corruptions
+class Config(AnswerFiles):
+    corruptions: list[str] = option(lambda: list(CORRUPTIONS))  # names of the corruptions; []: only the clean accuracy
     levels: list[int] = option(lambda: list(ALL_LEVELS), low=1, high=5)  # strengths
     samples: int | None = option(None, low=1)  # number of queries that are corrupted, the first ones; null: all
     seed: int = 0  # of the random corruptions
@@ -44,8 +49,8 @@ class Config(Section):
         for name in self.corruptions:
             if name not in CORRUPTIONS:
                 raise ValueError(f"corruptions: no {name!r}; {nearest(name, CORRUPTIONS)}")
-        if not self.corruptions or not self.levels:
-            raise ValueError("corruptions and levels must name one or more")
+        if not self.levels:
+            raise ValueError("levels = []: write one level or more")
 
 
 def layers(cfg: Config) -> int:
@@ -53,8 +58,9 @@ def layers(cfg: Config) -> int:
 
 
 def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
-    """{"corruption_error", "clean_error", "error_NAME" for each corruption}, and "mce" for all corruptions and
-    levels."""
+    """{"corruption_error", "clean_error", "error_NAME" for each corruption}, and "mce" for all corruptions and levels;
+    without corruptions {"accuracy", "clean_error"}. With `classes` or `labels` also {"scored": number of queries that
+    count}."""
     if not isinstance(encoder, Encoder) or encoder.unit != "images" or encoder.channels != 3:
         raise UserError(f"{encoder.name}: robustness corrupts images with three channels")
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
@@ -62,21 +68,24 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     probe = linear.fit(
         gallery_set.stored(), gallery_set.classes, len(gallery_set.names), cfg.linear, encoder.device, inputs
     )
-    own = {name: n for n, name in enumerate(gallery_set.names)}
-    truth = torch.tensor([own.get(name, -1) for name in query_set.names])[query_set.classes][: cfg.samples]
-    clean = (probe.predict(query_set.stored())[: cfg.samples] != truth).double().mean().item()
     samples, wrong = encoder.check(query), dict[str, float]()
-    numbers = query_set.numbers[: cfg.samples]
+    found = answers(cfg, gallery_set.names, query_set, samples, "robustness")
+    found = Answers(found.allowed, found.rows[: cfg.samples], found.right[: cfg.samples])
+    error = lambda predicted: 1 - found.correct(predicted).double().mean().item()  # noqa: E731
+    clean = error(probe.predict(Subset(query_set.stored(), found.rows), found.allowed))
+    numbers = query_set.numbers[found.rows.numpy()]
     for name in cfg.corruptions:
         errors = []
         for level in cfg.levels:
-            predicted = _predicted(encoder, samples, numbers, probe, name, level, cfg.seed)
-            errors.append((predicted != truth).double().mean().item())
+            errors.append(error(_predicted(encoder, samples, numbers, probe, found.allowed, name, level, cfg.seed)))
         wrong[name] = float(np.mean(errors))
+    scored = {"scored": float(len(numbers))} if cfg.classes or cfg.labels else {}
+    if not wrong:
+        return {"accuracy": 1 - clean, "clean_error": clean} | scored
     scores = {"corruption_error": float(np.mean([*wrong.values()])), "clean_error": clean}
     if set(wrong) == set(CORRUPTIONS) and sorted(cfg.levels) == ALL_LEVELS:
         scores = {"mce": mean_corruption_error(wrong)} | scores
-    return scores | {f"error_{name}": value for name, value in wrong.items()}
+    return scores | scored | {f"error_{name}": value for name, value in wrong.items()}
 
 
 def mean_corruption_error(errors: dict[str, float]) -> float:
@@ -85,13 +94,20 @@ def mean_corruption_error(errors: dict[str, float]) -> float:
 
 
 def _predicted(
-    encoder: Encoder, samples: Samples, numbers: np.ndarray, probe: linear.Probe, name: str, level: int, seed: int
-) -> torch.Tensor:
-    """The classes [N] that are predicted for corrupted images."""
+    encoder: Encoder,
+    samples: Samples,
+    numbers: np.ndarray,
+    probe: linear.Probe,
+    allowed: Tensor | None,
+    name: str,
+    level: int,
+    seed: int,
+) -> Tensor:
+    """The classes [N], among those that can be answered, that are predicted for corrupted images."""
     read = partial(_corrupted, encoder, samples, name, level, seed)
     out = []
     for _, found in read_batches(read, numbers, encoder.batch):  # type: ignore[arg-type]
-        out.append(probe.predict(encoder.stored(found)))
+        out.append(probe.predict(encoder.stored(found), allowed))
     return torch.cat(out)
 
 

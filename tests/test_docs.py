@@ -76,6 +76,8 @@ NOT_RUN = {  # the first words of a command, or one of its overrides -> why it i
     "gallery=landmarks/all": "needs lists of positives; tests/eval/test_instance_retrieval.py has such shards",
     "group.field=site": "needs metadata; tests/eval/test_group.py has such shards",
     "robustness.samples=1000": "corrupts each image 75 times; tests/eval/test_robustness.py runs fewer corruptions",
+    "robustness.labels=real.json": "needs that file; tests/eval/test_label_files.py has such files",
+    "classifier.classes=imagenet_r_classes.txt": "needs that file; tests/eval/test_label_files.py has such files",
     "make": "takes minutes, and is how this test is started",
     "pip install": "installs packages; whether the extras exist is tested",
     "export": "only sets variables; whether the code knows them is tested",
