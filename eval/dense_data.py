@@ -29,17 +29,18 @@ IMAGES = tuple(e for e in IMAGE_MEMBERS if e not in ("png", "npy"))
 
 
 class Pairs:
-    """The samples of shards that have an image and a map.
+    """The samples of shards that have an image and a map. `encoder`: None if they are only counted.
 
     `member`: the ending of the map; "": the first one of `endings`, or else png or npy beside an image of another
     format. `key`: of the option that names it. Raises DataError if no sample has both.
     """
 
-    def __init__(self, encoder: Encoder, specs: Sequence[str], member: str, endings: Sequence[str], key: str):
+    def __init__(self, encoder: Encoder | None, specs: Sequence[str], member: str, endings: Sequence[str], key: str):
         protocol = key.partition(".")[0]
         if not specs:
             raise DataError(f"no shards are named for {protocol}; write gallery=… and query=…")
-        self.encoder = encoder
+        if encoder is not None:
+            self.encoder = encoder
         self.samples = Samples(specs, further=[member] if member else endings)
         present = self.samples.extensions
         others = [e for e in ("png", "npy") if e in present and set(IMAGES) & {*present}]

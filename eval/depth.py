@@ -73,6 +73,11 @@ class Config(Section):
             raise ValueError(f"nearest = {self.nearest} must be less than farthest = {self.farthest}")
 
 
+def check_shards(shards: list[str], role: str, cfg: Config) -> None:
+    """Raises DataError if no sample holds both an image and a map."""
+    Pairs(None, shards, cfg.member, DEPTHS, "depth.member")
+
+
 def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"rmse" (metres), "abs_rel", "delta1", "delta2", "delta3", "silog", "log10"}, and the numbers of images."""
     train_set, test_set = (Pairs(encoder, specs, cfg.member, DEPTHS, "depth.member") for specs in (gallery, query))

@@ -57,16 +57,28 @@ def splits(cfg: Config) -> bool:
     return cfg.folds > 0
 
 
+def check_shards(shards: list[str], role: str, cfg: Config) -> None:
+    """Raises UserError if no field is named, or if the first sample has none of this name."""
+    samples = Samples(shards)
+    _check_field(samples, 0, cfg)
+    for name, key in ((cfg.field if role == "query" else "", "group.field"), (cfg.apart, "group.apart")):
+        if name:
+            values_of(samples, np.arange(1), name, key)
+
+
+def _check_field(samples: Samples, number: int, cfg: Config) -> None:
+    """Raises UserError, with the fields of a sample, if no field is named."""
+    if not cfg.field:
+        known = ", ".join(sorted(_fields(samples, number))) or "there are none"
+        raise UserError(f"group.field is empty; write a field of the .json members: {known}")
+
+
 def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"worst_group", "mean_group", "average": of all queries, "groups": number of groups that count}, and the names of
     REMARKS: whether the remark applies."""
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
     samples = encoder.check(query)
-    if not cfg.field:
-        known = sorted(_fields(samples, int(query_set.numbers[0])))
-        raise UserError(
-            f"group.field is empty; write a field of the .json members: {', '.join(known) or 'there are none'}"
-        )
+    _check_field(samples, int(query_set.numbers[0]), cfg)
     groups = values_of(samples, query_set.numbers, cfg.field, "group.field")
     own = {name: n for n, name in enumerate(gallery_set.names)}
     truth = torch.tensor([own.get(name, -1) for name in query_set.names])[query_set.classes]  # [Q]

@@ -61,6 +61,13 @@ class Query(NamedTuple):
     box: tuple[int, int, int, int] | None  # left, top, right, bottom
 
 
+def check_shards(shards: list[str], role: str, cfg: Config) -> None:
+    """Raises DataError if the query has neither lists nor labels."""
+    samples = Samples(shards)
+    if role == "query" and not {"json", "cls"} & {*samples.extensions}:
+        raise DataError(f"{samples.names}: holds neither .json members with lists of keys nor .cls members with labels")
+
+
 def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"map"}: of the setting "medium", or by labels; with lists also {"map_SETTING", "mp1_SETTING", …}, by labels
     {"mp1", "mp5", "mp10"}: the precision among the first 1, 5 and 10."""

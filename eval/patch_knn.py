@@ -42,6 +42,11 @@ class Config(Section):
     seed: int = 0  # of the choice of patches and of held-out images
 
 
+def check_shards(shards: list[str], role: str, cfg: Config) -> None:
+    """Raises DataError if no sample holds both an image and a map."""
+    Pairs(None, shards, cfg.member, MASKS, "patch_knn.member")
+
+
 def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"miou", "pixel_accuracy", "k": the chosen number of neighbours, "classes", "size"}, and the numbers of images."""
     if not cfg.k:

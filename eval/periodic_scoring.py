@@ -4,59 +4,94 @@ run starts, and supervises the process that scores exports (launch/watch.py)."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from common import build_config
 from common.child_signals import signal_name, signals_blocked
 from common.errors import Damaged, DataError, UserError
 from common.output import say
 from data_pipeline.parts.caption import Caption
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
-from eval.protocol_finder import CAPTIONS, CLASSES, LABELS, QUERY_LABELS, TOKENS, needs
+from eval.protocol_finder import CAPTIONS, CLASSES, IMAGES, LABELS, QUERY_LABELS, TOKENS, needs
+from eval.tiers import Task, tasks
 from pretrain.objectives import finder
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import check_data
+from pretrain.run_folder.written_files import BEGUN
 from pretrain.signals import EXIT_UNSCORED
 
+NO_GALLERY = (QUERY_LABELS, CLASSES, CAPTIONS, TOKENS, IMAGES)  # what protocols need that only read the query
 MAX_RESTARTS = 3  # of a scoring process that has died
 SCORED_ELSEWHERE = "UNLABELED_SCORED_ELSEWHERE"  # environment variable: not "" if other jobs score the exports
 
 
 # ---------------------------------------------------------------- before the run starts
 def check(recipe: Recipe) -> None:
-    """Raises UserError if an evaluation would fail: for missing shards, for shards without labels or with only one
-    class, or for an unknown protocol."""
+    """Raises UserError if an evaluation would fail: for missing shards, for shards without what a protocol needs
+    (labels of two classes, masks, depth, captions), for an unknown protocol or one that does not fit the model, or for
+    an option that the protocol does not have."""
     check_data(recipe)
     cfg = recipe.eval
     if cfg.health and recipe.model.reads != "image":
         raise UserError(
             f"eval.health = {cfg.health}: measures models of images, but this one reads {recipe.model.reads}"
         )
-    for query, names, key in (("val", cfg.periodic, "periodic"), ("test", cfg.final, "final")):
-        if not (shards := getattr(cfg, query)):
-            continue
-        with _errors_about(f"eval.{key}"):
-            needed = {needs(name) for name in names}
-        if TOKENS in needed:
-            _check_tokens(recipe, query, shards)
-        if needed & {CAPTIONS, CLASSES}:
-            _check_dual_encoder(recipe, f"eval.{key}")
-        if needed & {CLASSES, QUERY_LABELS}:
-            _check_labels(recipe, query, shards, 1)
-        if LABELS in needed:
-            gallery = "test_gallery" if query == "test" and cfg.test_gallery else "gallery"
-            _check_labels(recipe, query, shards, 1)
-            _check_labels(recipe, gallery, getattr(cfg, gallery), 2)
+    if cfg.full.protocols and not (cfg.full.query or cfg.val):
+        raise UserError(
+            f"eval.full names {', '.join(cfg.full.protocols)}, but no shards; write eval.val=SHARDS, or"
+            " eval.full.query=SHARDS"
+        )
+    for split, task in tasks(recipe).items():
+        if split != "train":
+            _check_task(recipe, task)
 
 
-def training_shards(recipe: Recipe) -> list[str]:
-    """The shards of the training data."""
-    return list(recipe.data.train) or [shard for source in recipe.data.mix for shard in source.shards]
+def _check_task(recipe: Recipe, task: Task) -> None:
+    """Raises UserError if the protocols of a task do not fit the model of the recipe or the shards."""
+    with _errors_about(task.tier):
+        needed = {name: needs(name) for name in task.protocols}
+        configs = {name: _config(task, name) for name in needed}
+    for name, need in needed.items():
+        if need == TOKENS:
+            _check_tokens(recipe, task.query_key, task.query)
+        elif need != LABELS and recipe.model.reads != "image":
+            with _errors_about(task.tier):
+                raise UserError(f"{name} scores models of images, but this one reads {recipe.model.reads}")
+        if need in (CAPTIONS, CLASSES):
+            with _errors_about(task.tier):
+                _check_dual_encoder(recipe)
+        if need not in NO_GALLERY:
+            _check_shards(recipe, name, configs[name], "gallery", task.gallery_key, task.gallery)
+        if need != TOKENS:
+            _check_shards(recipe, name, configs[name], "query", task.query_key, task.query)
+
+
+def _config(task: Task, name: str) -> Any:
+    """The config of one protocol of a task. Raises UserError."""
+    cls = importlib.import_module(f"eval.{name}").Config
+    options = task.option_values().get(name, {})
+    return build_config.build(cls, options, {"": f"{task.tier}.options"}, name + ".")
+
+
+def _check_shards(recipe: Recipe, name: str, cfg: Any, role: str, key: str, shards: list[str]) -> None:
+    """Raises UserError if the gallery or the query (`role`) lacks what a protocol needs. A protocol that needs other
+    members than labels has a function `check_shards(shards, role, cfg)`."""
+    if needs(name) in (LABELS, QUERY_LABELS, CLASSES):
+        _check_labels(recipe, key, shards, 2 if role == "gallery" else 1)
+    protocol = importlib.import_module(f"eval.{name}")
+    with _errors_about(key):
+        if not shards:
+            raise DataError(f"is empty, but {name} needs shards; name some")
+        if hasattr(protocol, "check_shards"):
+            protocol.check_shards(shards, role, cfg)
 
 
 @contextlib.contextmanager
@@ -73,7 +108,7 @@ def _check_labels(recipe: Recipe, key: str, shards: Sequence[str], min_classes: 
     from eval import feature_cache
     from eval.text_features import label_of
 
-    with _errors_about(f"eval.{key}"):
+    with _errors_about(key):
         if not shards:
             raise DataError("is empty, but k-NN and linear probe need labelled shards; name some")
         samples = Samples(shards)
@@ -100,7 +135,7 @@ def _spread(count: int) -> Iterator[int]:
 
 def _check_tokens(recipe: Recipe, key: str, shards: Sequence[str]) -> None:
     """Raises UserError if shards are not token sets, or were made with another tokenizer than the training data."""
-    with _errors_about(f"eval.{key}"):
+    with _errors_about(key):
         if recipe.model.reads != "tokens":
             raise DataError("bits_per_byte scores language models, but the model of this recipe reads images")
         data = recipe.data
@@ -113,24 +148,31 @@ def _check_tokens(recipe: Recipe, key: str, shards: Sequence[str]) -> None:
             )
 
 
-def _check_dual_encoder(recipe: Recipe, key: str) -> None:
+def _check_dual_encoder(recipe: Recipe) -> None:
     """Raises UserError if the recipe trains no model of captions."""
     parts = finder.find(recipe.objective.name).parts.values()
     if not any(isinstance(part, Caption) for part in parts):
         raise DataError(
-            f"{key}: names a protocol that compares images with texts, but {recipe.objective.name} trains no model of"
+            f"names a protocol that compares images with texts, but {recipe.objective.name} trains no model of"
             " captions; name protocols of images (knn, linear, …)"
         )
 
 
 # ---------------------------------------------------------------- during the run
+def _yield_to_training() -> None:
+    """In the scoring process, before it starts: give the training processes precedence for the CPU, and end this
+    process, not them, if the machine runs out of memory."""
+    os.nice(10)
+    with contextlib.suppress(OSError):  # not Linux
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
 class Scoring:
     """Runs the process `python -m launch.watch RUN` from `start` until `finish` or `kill`, if the recipe names data for
     scores."""
 
     def __init__(self, recipe: Recipe):
-        cfg = recipe.eval
-        self.wanted = bool(cfg.val or cfg.test or cfg.health) and not os.environ.get(SCORED_ELSEWHERE)
+        self.wanted = bool(tasks(recipe)) and not os.environ.get(SCORED_ELSEWHERE)
         self.problem = ""  # why some exports are not scored
         self._lock = threading.Lock()
         self._finishing = self._killed = False
@@ -141,6 +183,7 @@ class Scoring:
         """Start the process for a run folder."""
         if self.wanted:
             self.run = run
+            (run / BEGUN).unlink(missing_ok=True)
             self._spawn()
             self._thread = threading.Thread(target=self._supervise, daemon=True)
             self._thread.start()
@@ -179,7 +222,7 @@ class Scoring:
                 env={"OMP_WAIT_POLICY": "passive", **os.environ},
                 stdin=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=lambda: os.nice(10) and None,
+                preexec_fn=_yield_to_training,
             )
 
     def _supervise(self) -> None:

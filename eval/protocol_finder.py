@@ -17,6 +17,7 @@ QUERY_LABELS = "query_labels"  # what a protocol needs that fits nothing, so tha
 TOKENS = "tokens"  # what a protocol for language models needs: a token set
 CLASSES = "classes"  # labels and the names of all classes, and no gallery: for a dual encoder of images and texts
 CAPTIONS = "captions"  # images with captions, and no gallery: for the same
+IMAGES = "images"  # images without labels, and no gallery
 FOLDER = Path(__file__).parent
 
 

@@ -25,6 +25,7 @@ from eval.features import Encoder, open_encoder
 from eval.report_curves import curves
 from eval.report_style import STYLE
 from eval.report_text import section
+from eval.tiers import tasks
 from pretrain import collapse_monitor
 from pretrain.interchange.export_formats import opened_by
 from pretrain.objectives.finder import is_file, purpose
@@ -217,7 +218,8 @@ def _test_scores(recipe: Recipe, rows: list[dict]) -> dict[str, dict[tuple[str, 
 
     The last export of a model is used, and the newest of several rows for the same export.
     """
-    gallery, query = recipe.eval.test_gallery or recipe.eval.gallery, recipe.eval.test
+    task = tasks(recipe).get("test")
+    gallery, query = (task.gallery, task.query) if task is not None else ([], [])
     out: dict[str, dict[tuple[str, str], dict]] = {}
     for row in sorted(rows, key=lambda r: r["step"]):
         if (row.get("split"), row.get("gallery"), row.get("query")) == ("test", gallery, query):

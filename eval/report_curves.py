@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from eval import pictures
 from eval.report_text import section
+from eval.tiers import QUICK_TO_FULL
 from pretrain.run_folder.scalars import BASELINES
 
 MAX_VALUE = 1e30  # larger values are not drawn
 ACCURACIES = ("accuracy", "balanced_accuracy")
+FURTHER = ("miou", "rmse", "map", "worst_group", "corruption_error")  # other metrics that are drawn
 NOT_TERMS = ("step", "loss", "grad_norm", "lr")  # logged quantities that are not terms of the objective
 # Curves of the folded part, in order: {logged quantity: (title, unit, factor that converts it to the unit)}.
 SYSTEM: dict[str, tuple[str, str, float]] = {
@@ -46,12 +48,15 @@ def curves(rows: list[dict], scores: list[dict]) -> str:
     charts = [pictures.chart("loss", {"": series("loss")})]
     bits = [r for r in scores if (r.get("split"), r["metric"]) == ("val", "bits_per_byte")]
     charts.append(pictures.chart("bits per byte on val", {"": series("value", bits)}, points=True))
-    val = [r for r in scores if r.get("split") == "val" and r["model"] not in BASELINES and r["metric"] in ACCURACIES]
-    for protocol in dict.fromkeys(r["protocol"] for r in val):
-        of_protocol = [r for r in val if r["protocol"] == protocol]
+    shown = [r for r in scores if r.get("split") in QUICK_TO_FULL and r["model"] not in BASELINES]
+    for split, protocol in dict.fromkeys((r["split"], r["protocol"]) for r in shown):
+        of_protocol = [r for r in shown if (r["split"], r["protocol"]) == (split, protocol)]
+        by_metric = {m: series("value", [r for r in of_protocol if r["metric"] == m]) for m in FURTHER}
         lines = {m.partition("_")[0]: series("value", [r for r in of_protocol if r["metric"] == m]) for m in ACCURACIES}
-        title = "k-NN" if protocol == "knn" else protocol
-        charts.append(pictures.chart(f"{title} on val", lines, percent=True, points=True))
+        title = f"{'k-NN' if protocol == 'knn' else protocol} on {split}"
+        charts.append(pictures.chart(title, lines, percent=True, points=True))
+        for metric, points in by_metric.items():
+            charts.append(pictures.chart(f"{title}: {metric}", {"": points}, percent=metric == "miou", points=True))
     keys = dict.fromkeys(key for row in rows for key in row)  # in order, without repetitions
     logged = [key for key in keys if key not in (*NOT_TERMS, *SHARES)]
     system = [key for key in SYSTEM if key in logged]

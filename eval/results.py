@@ -58,9 +58,9 @@ def new_rows(path: Path, rows: list[Row], key: tuple[str, ...] = KEY) -> list[Ro
     return [row for row in rows if tuple(row[name] for name in key) not in known]
 
 
-def evaluated(path: Path) -> set[tuple[str, int, str]]:
-    """(model, step, split) of the evaluations of which the file holds rows."""
-    return {(row["model"], row["step"], row["split"]) for row in read_rows(path)}
+def scored(path: Path) -> set[tuple[str, int, str, str]]:
+    """(model, step, split, protocol) of the scores of which the file holds rows."""
+    return {(row["model"], row["step"], row["split"], row["protocol"]) for row in read_rows(path)}
 
 
 @contextlib.contextmanager

@@ -32,11 +32,19 @@ class Config(Section):
     captions: str = ""  # the field of the .json members that holds the caption or captions; "": the .txt members
 
 
+def _part(cfg: Config) -> Caption:
+    return Caption(field=cfg.captions, extensions=("json",) if cfg.captions else ("txt",))
+
+
+def check_shards(shards: list[str], role: str, cfg: Config) -> None:
+    """Raises UserError if samples have no captions."""
+    _part(cfg).check([Samples(shards)], None)
+
+
 def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"image_to_text_K", "text_to_image_K" for K of AT: shares of the images and of the captions; numbers of
     images}."""
-    side, samples = text_side_of(encoder), encoder.check(query)
-    part = Caption(field=cfg.captions, extensions=("json",) if cfg.captions else ("txt",))
+    side, samples, part = text_side_of(encoder), encoder.check(query), _part(cfg)
     part.check([samples], None)
     images, texts, owners = list[Tensor](), list[str](), list[int]()
     lost = {"left_out": 0, "passed_over": 0}

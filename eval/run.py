@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,47 +38,64 @@ def evaluate(
 ) -> list[Row]:
     """A row for every metric of every protocol.
 
-    `model`: an exported folder, "pixels", "bytes" or "log_mel". `options`: of protocols, as in {"knn": {"k": 20}}. `device`:
-    where features and scores are computed; auto: the best one. `cache`: the folder in which features are kept; None:
-    the user's cache folder. `keep_features`: otherwise they are deleted when all scores are known. The `note` of a row
-    names problems of the data that make its score less meaningful. Raises DataError for data for which a score would be
-    meaningless, and UserError for a protocol that does not fit the model.
+    `model`: an exported folder, "pixels", "bytes" or "log_mel". `options`: of protocols, as in {"knn": {"k": 20}}.
+    `device`: where features and scores are computed; auto: the best one. `cache`: the folder in which features are
+    kept; None: the user's cache folder. `keep_features`: otherwise they are deleted when all scores are known. The
+    `note` of a row names problems of the data that make its score less meaningful. Raises DataError for data for which
+    a score would be meaningless, and UserError for a protocol that does not fit the model.
     """
-    from eval import score_checks
+    found = by_protocol(model, names, gallery, query, split, image_size, options, device, cache, keep_features)
+    return [row for _, score in found for row in score()]
 
+
+def by_protocol(
+    model: str | Path,
+    names: Sequence[str],
+    gallery: Sequence[str],
+    query: Sequence[str],
+    split: str,
+    image_size: int | None,
+    options: dict[str, dict[str, Any]] | None,
+    device: str,
+    cache: str | Path | None,
+    keep_features: bool,
+) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """(name of a protocol, function that computes its rows), for the arguments of `evaluate`. One protocol can fail and
+    the next one succeed."""
     encoder, facts, chosen = configured(model, names, image_size, options, device, cache)
-    rows: list[Row] = []
     for name, protocol, cfg in chosen:
-        if needs(name) != LABELS and encoder.unit != ("texts" if needs(name) == TOKENS else "images"):
-            others = " or ".join(other for other, needed in protocols().items() if needed == LABELS)
-            raise UserError(f"{model}: reads {encoder.unit}, which {name} does not score; choose {others}")
-        start = time.perf_counter()
-        is_labelled = needs(name) == LABELS
-        note = ""
-        if is_labelled:
-            are_apart = not hasattr(protocol, "splits") or not protocol.splits(cfg)
-            note = score_checks.judge(encoder, list(gallery), list(query), encoder.unit, are_apart)
-        scores = protocol.run(encoder, list(gallery), list(query), cfg)
-        remarks = [text for key, text in getattr(protocol, "REMARKS", {}).items() if scores.pop(key)]
-        note = "; ".join(each for each in (note, *remarks) if each)
-        head = {
-            "model": encoder.name,
-            "step": facts["step"],
-            "protocol": name,
-            "version": protocol.VERSION,
-            "split": split,
-        }
-        counts = _labelled_counts(encoder, gallery, query) if is_labelled else _own_counts(protocol, encoder, scores)
-        data = {"gallery": list(gallery), "query": list(query), **counts}
-        data |= {"note": note} if note else {}
-        seconds = round(time.perf_counter() - start, 2)
-        rows += [
-            head | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds}
-            for metric, value in scores.items()
-        ]
+        yield name, partial(_rows, encoder, facts["step"], name, protocol, cfg, list(gallery), list(query), split)
     if not keep_features:
         encoder.delete_features()
-    return rows
+
+
+def _rows(
+    encoder: Any, step: int, name: str, protocol: Any, cfg: Any, gallery: list[str], query: list[str], split: str
+) -> list[Row]:
+    """The rows of one protocol."""
+    from eval import score_checks
+
+    if needs(name) != LABELS and encoder.unit != ("texts" if needs(name) == TOKENS else "images"):
+        others = " or ".join(other for other, needed in protocols().items() if needed == LABELS)
+        raise UserError(f"{encoder.name}: reads {encoder.unit}, which {name} does not score; choose {others}")
+    start = time.perf_counter()
+    is_labelled = needs(name) == LABELS
+    note = ""
+    if is_labelled:
+        are_apart = not hasattr(protocol, "splits") or not protocol.splits(cfg)
+        note = score_checks.judge(encoder, gallery, query, encoder.unit, are_apart)
+    scores = protocol.run(encoder, gallery, query, cfg)
+    remarks = [text for key, text in getattr(protocol, "REMARKS", {}).items() if scores.pop(key)]
+    note = "; ".join(each for each in (note, *remarks) if each)
+    head = {"model": encoder.name, "step": step, "protocol": name, "version": protocol.VERSION, "split": split}
+    counts = _labelled_counts(encoder, gallery, query) if is_labelled else _own_counts(protocol, encoder, scores)
+    data = {"gallery": gallery, "query": query, **counts}
+    data |= {"note": note} if note else {}
+    seconds = round(time.perf_counter() - start, 2)
+    return [
+        head | {"metric": metric, "value": round(value, 6)} | data | {"seconds": seconds}
+        for metric, value in scores.items()
+    ]
 
 
 def configured(

@@ -66,6 +66,11 @@ class LinearHead(nn.Module):
         return self.conv(self.norm(x))
 
 
+def check_shards(shards: list[str], role: str, cfg: Config) -> None:
+    """Raises DataError if no sample holds both an image and a map."""
+    Pairs(None, shards, cfg.member, MASKS, "segmentation.member")
+
+
 def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
     """{"miou", "pixel_accuracy", "classes", "size"}, and the numbers of images."""
     train_set, test_set = (

@@ -23,10 +23,11 @@ from launch.show_recipe import meaning
 from pretrain.models.presets import PRESETS
 from pretrain.objectives import finder
 from pretrain.recipes.recipe import CHOSEN, Recipe, load, names
+from pretrain.recipes.sections import Eval
 
 DEFAULT_RECIPE = "demo"  # its keys are completed if the command line names no valid recipe
 # keys whose values are completed as paths
-PATHS = ("data.train", "eval.gallery", "eval.val", "eval.test", "eval.test_gallery", "run", "init.backbone", "init.run")
+PATHS = ("data.train", "run", "init.backbone", "init.run", *(f"eval.{key}" for key in Eval().shard_lists()))
 
 
 def script() -> str:

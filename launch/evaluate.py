@@ -15,6 +15,7 @@ from eval import results
 from eval.protocol_finder import protocols
 from eval.run import check
 from eval.run import evaluate as score
+from eval.tiers import tasks
 from pretrain.recipes.recipe import expand_paths, stored
 from pretrain.run_folder.export_folders import run_of
 
@@ -45,8 +46,12 @@ def evaluate(model: str, words: Sequence[str], out: str, dry_run: bool = False) 
     request = Request()
     run = run_of(model)
     if run is not None:
-        cfg = stored(run).eval
-        request = Request(cfg.test_gallery or cfg.gallery, cfg.test, cfg.image_size, cfg.device, cfg.cache)
+        recipe = stored(run)
+        cfg, task = recipe.eval, tasks(recipe).get("test")
+        request = Request([], [], cfg.image_size, cfg.device, cfg.cache)
+        if task is not None:
+            request.gallery, request.query, request.options = task.gallery, task.query, task.option_values()
+            request.device = task.device or cfg.device
     _apply(request, (word for word in words if "=" in word))
     gallery, query = ([shards_of(spec) for spec in specs] for specs in (request.gallery, request.query))
     if dry_run:

@@ -26,7 +26,6 @@ from common import build_config
 from common.appended_lines import LineFile
 from common.errors import UserError, run_main
 from common.output import printable, say
-from eval import results
 from launch import batch_script, code_snapshot, job_of_run, slurm_client
 from launch.changed_lines import ChangedLines
 from launch.clusters import Cluster
@@ -214,10 +213,8 @@ class Watcher:
         changed = (self.run / RECIPE).stat().st_mtime_ns
         if changed != self.changed:
             self.recipe, self.changed = stored(self.run), changed
-        known = results.evaluated(self.run / "results.jsonl")
         found = (Evaluation(*job) for job in due(self.run, self.recipe))
-        left = [one for one in found if (name_of(one.model), one.step, one.split) not in known]
-        return [one for one in left if not self._is_over(one)]
+        return [one for one in found if not self._is_over(one)]
 
     def _is_over(self, one: Evaluation) -> bool:
         """Whether an evaluation has failed for good, or succeeded although it has no rows."""

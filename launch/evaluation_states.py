@@ -3,6 +3,7 @@ rows of results.jsonl and squeue. This module does not import torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from typing import Any
 from common.errors import UserError
 from eval import results
 from launch import job_of_run, slurm_client
+from launch.due_evaluations import due, name_of
 from launch.rank_records import END, read_record
+from pretrain.recipes.recipe import stored
 from pretrain.run_folder.written_files import CANCELLED, EVALUATION_RECORDS, EVALUATIONS, matches
 
 WATCHER = "watch.json"  # file in the job's folder: the id of the watcher's job
@@ -42,12 +45,12 @@ class Job:
 
     @property
     def evaluated(self) -> tuple[str, int, str]:
-        """(model, step, split), as in `eval.results.evaluated`."""
+        """(name of the model, step, split)."""
         model, step, split = self.path.stem.rsplit("-", 2)
         return model, int(step), split
 
     def state(self, done: set[tuple[str, int, str]], queue: Queue) -> str:
-        """ "done" or one of ORDER. `done`: the evaluations of which there are rows."""
+        """ "done" or one of ORDER. `done`: the evaluations of which there are all rows."""
         end = read_record(self.path.with_name(f"{self.path.stem}{END}"))
         if self.evaluated in done or end.get("code") == 0:
             return "done"
@@ -81,7 +84,9 @@ def lines(runs: Sequence[Path]) -> list[str]:
     out = []
     for run, found in jobs.items():
         queue = _queue(run, found)
-        done = results.evaluated(run / "results.jsonl")
+        done = {row[:3] for row in results.scored(run / "results.jsonl")}
+        with contextlib.suppress(UserError):  # without a recipe only rows and records are known
+            done -= {(name_of(model), step, split) for model, step, split in due(run, stored(run))}
         states: dict[str, list[Job]] = {}
         for job in found:
             states.setdefault(job.state(done, queue), []).append(job)

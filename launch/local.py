@@ -47,10 +47,9 @@ def provide(recipe: Recipe) -> None:
 def _drop_demo_text(recipe: Recipe, train: Path) -> None:
     """Remove the demo text from the datasets of `eval`, and print a line about it."""
     changed = []
-    for key in ("gallery", "val", "test", "test_gallery"):
-        specs = vars(recipe.eval)[key]
+    for key, specs in recipe.eval.shard_lists().items():
         if any(Path(spec).parent == DEMO_TEXT for spec in specs):
-            setattr(recipe.eval, key, [spec for spec in specs if Path(spec).parent != DEMO_TEXT])
+            specs[:] = [spec for spec in specs if Path(spec).parent != DEMO_TEXT]
             changed.append(key)
     if changed:
         say(

@@ -11,9 +11,11 @@ command ends with an error.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,64 +24,75 @@ from common import child_signals
 from common.errors import UserError, run_main
 from common.output import say
 from eval import results
-from eval.periodic_scoring import training_shards
-from eval.protocol_finder import LABELS, needs
-from eval.run import evaluate
-from launch.due_evaluations import due, name_of
+from eval.run import by_protocol
+from eval.tiers import tasks
+from launch.due_evaluations import SAMPLES, due, lacks, name_of
+from launch.rank_records import read_record, record
 from pretrain.interchange import model_card
 from pretrain.recipes.recipe import Recipe, stored
+from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.run_folder.marker import run_identity
 from pretrain.run_folder.scalars import BASELINES, score_name
+from pretrain.run_folder.written_files import BEGUN
 from pretrain.signals import EXIT_UNSCORED
 
+MAX_DEATHS = 2  # of the process during one evaluation, after which this one is left out
 SAMPLE_TOKENS = 100  # number of tokens that a language model generates for each prompt
 
 
-def score(run: Path, recipe: Recipe, model: str, step: int, split: str, board: Any, device: str) -> None:
-    """Run one evaluation on a device. Write its rows to results.jsonl, its scalars to TensorBoard at the step of the
-    export, and the model card of the export. For a language model on val, also write generated texts to samples.jsonl.
-    `board`: the SummaryWriter of the run.
+def score(
+    run: Path, recipe: Recipe, model: str, step: int, split: str, board: Any, device: str
+) -> list[tuple[str, Exception]]:
+    """Run one evaluation. Write the rows of each protocol to results.jsonl as soon as they are known, its scalars to
+    TensorBoard at the step of the export, and the model card of the export. For a language model on val, first write
+    generated texts to samples.jsonl. Returns (protocol, error) for those that have failed.
 
-    Nothing is written if another process has completed this evaluation in the meantime.
+    Protocols of which results.jsonl has rows are not computed again, and rows that another process has written in the
+    meantime are not written. `board`: the SummaryWriter of the run. `device`: of a tier that names none.
     """
-    cfg, identity = recipe.eval, run_identity(run)["id"]
-    gallery, query, names = {
-        "val": (cfg.gallery, cfg.val, cfg.periodic),
-        "test": (cfg.test_gallery or cfg.gallery, cfg.test, cfg.final),
-        "train": ([], training_shards(recipe), ["health"]),
-    }[split]
+    cfg, identity, task = recipe.eval, run_identity(run)["id"], tasks(recipe)[split]
+    names = lacks((model, step, split), task, recipe, results.scored(run / "results.jsonl"))
     baseline = model in BASELINES
-    names = [name for name in names if not baseline or needs(name) == LABELS]
+    if not baseline and split == "val" and cfg.prompts:
+        _generate(run, Path(model), step, cfg.prompts, identity, board)
+    names = [name for name in names if name != SAMPLES]
     # A run has many exports, and the features of each need gigabytes: kept are those of the first and the last one.
     keep = baseline or step in (0, recipe.steps)
-    rows = evaluate(
-        model,
-        names,
-        gallery,
-        query,
-        split,
-        cfg.image_size,
-        options={"health": {"samples": cfg.health}} if split == "train" else None,
-        device=device,
-        cache=cfg.cache,
-        keep_features=keep,
-    )
-    generated = samples(Path(model), step, cfg.prompts) if not baseline and split == "val" and cfg.prompts else []
-    _check_identity(run, identity)
-    if rows and not results.new_rows(run / "results.jsonl", rows):
-        return
-    if not baseline:
-        for row in rows:
-            board.add_scalar(score_name(row), row["value"], step)
-        for row in generated:
-            board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)
-        if generated:
-            results.append_new(run / "samples.jsonl", generated, ("step", "prompt", "text"))
-        board.flush()
-    if rows:  # last: an evaluation of which there are rows is complete
-        results.append_new(run / "results.jsonl", rows)
+    options = {name: values for name, values in task.option_values().items() if name in names}
+    device, failed = task.device or device, []
+    for name, rows_of in by_protocol(
+        model, names, task.gallery, task.query, split, cfg.image_size, options, device, cfg.cache, keep
+    ):
+        try:
+            rows = rows_of()
+        except Exception as error:  # the other protocols are computed
+            failed.append((name, error))
+            continue
+        _check_identity(run, identity)
+        if rows and not results.new_rows(run / "results.jsonl", rows):
+            continue
+        if not baseline:
+            for row in rows:
+                board.add_scalar(score_name(row), row["value"], step)
+            board.flush()
+        results.append_new(run / "results.jsonl", rows)  # last: a protocol of which there are rows is complete
     if not baseline:
         model_card.write(Path(model))  # with these rows
+    return failed
+
+
+def _generate(run: Path, model: Path, step: int, prompts: list[str], identity: str, board: Any) -> None:
+    """Write the texts that an exported language model generates, unless samples.jsonl holds them."""
+    known = {(row["step"], row["prompt"]) for row in read_rows(run / "samples.jsonl")}
+    missing = [prompt for prompt in prompts if (step, prompt) not in known]
+    if not missing:
+        return
+    generated = samples(model, step, missing)
+    _check_identity(run, identity)
+    for row in generated:
+        board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)
+    board.flush()
+    results.append_new(run / "samples.jsonl", generated, ("step", "prompt"))
 
 
 def _check_identity(run: Path, identity: str) -> None:
@@ -97,23 +110,27 @@ def samples(folder: Path, step: int, prompts: list[str]) -> list[dict[str, Any]]
 
 
 def evaluate_one(run: Path, model: str, step: int, split: str, identity: str) -> int:
-    """Run one evaluation, unless results.jsonl has its rows. Returns 0. Raises UserError if the run with this identity
-    was overwritten."""
+    """Run one evaluation, as far as results.jsonl lacks its rows. Returns 0. Raises UserError if the run with this
+    identity was overwritten, and the error of the first protocol that has failed."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
     from pretrain.parallel.device import threads
 
-    if (name_of(model), step, split) in results.evaluated(run / "results.jsonl"):
+    recipe = stored(run)
+    _check_identity(run, identity)
+    if not lacks((model, step, split), tasks(recipe)[split], recipe, results.scored(run / "results.jsonl")):
         if Path(model).is_dir():  # a process may have ended between its rows and the model card
             model_card.write(Path(model))
         return 0
     torch.set_num_threads(threads(1))
-    recipe = stored(run)
-    _check_identity(run, identity)
     board = SummaryWriter(str(run / "tensorboard"))
-    score(run, recipe, model, step, split, board, recipe.eval.device)
+    failed = score(run, recipe, model, step, split, board, recipe.eval.device)
     board.close()
+    for name, error in failed[1:]:
+        say(f"{name}: {error}", file=sys.stderr)
+    if failed:
+        raise failed[0][1]
     return 0
 
 
@@ -130,30 +147,64 @@ def watch(run: Path) -> int:
     torch.set_num_threads(threads(2))
     recipe, board = stored(run), SummaryWriter(str(run / "tensorboard"))
     device = scoring_device(recipe.eval.device, recipe.device)
-    done = results.evaluated(run / "results.jsonl")
+    done: set[tuple[str, int, str]] = set()  # evaluations that were tried
     training_ended, retrying = False, False
     failed: list[tuple[str, int, str]] = []
     while True:
-        waiting = [job for job in due(run, recipe) if (name_of(job[0]), job[1], job[2]) not in done]
+        waiting = [job for job in due(run, recipe) if job not in done]
         if not waiting and training_ended:
             if retrying or not failed:
                 break
-            retrying, failed, waiting = True, [], failed
-        for model, step, split in waiting:
-            done.add((name_of(model), step, split))
+            retrying, waiting, failed = True, failed, []
+            done -= {*waiting}
+        for job in waiting[:1]:  # one at a time: a new export may be due before the others
+            done.add(job)
             try:
-                score(run, recipe, model, step, split, board, device)
+                with _begun(run / BEGUN, f"{name_of(job[0])}-{job[1]}-{job[2]}"):
+                    problems = score(run, recipe, *job, board, device)
             except Exception as error:  # any error is logged, and the next export is evaluated
-                failed.append((model, step, split))
-                line = f"evaluation of {model} on {split} failed: {error}"
-                with (run / "log.txt").open("a") as log:
-                    say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=log)
-                    if not isinstance(error, UserError):
-                        say(*traceback.format_exc().split("\n"), file=log)
-                say(line, file=sys.stderr)
+                problems = [("", error)]
+            if problems:
+                failed.append(job)
+            for name, problem in problems:
+                _log_failure(run, job, name, problem)
         training_ended = training_ended or child_signals.input_closed(wait=0.5 if not waiting else 0)
     board.close()
     return EXIT_UNSCORED if failed else 0
+
+
+@contextlib.contextmanager
+def _begun(path: Path, name: str) -> Iterator[None]:
+    """Record in a file that an evaluation has begun, until it has ended in some way.
+
+    Raises UserError if it has begun MAX_DEATHS times without an end, because the process died, for example for lack of
+    memory, so that it does not keep the other evaluations from being computed. The parent process deletes the file when
+    a command starts.
+    """
+    path.parent.mkdir(exist_ok=True)
+    counts = read_record(path)
+    if counts.get(name, 0) >= MAX_DEATHS:
+        raise UserError(f"the scoring process died {MAX_DEATHS} times while it was computed, so it is left out")
+    record(path, **counts | {name: counts.get(name, 0) + 1})
+    try:
+        yield
+    finally:
+        _end(path, name)
+
+
+def _end(path: Path, name: str) -> None:
+    """Record that an evaluation has ended."""
+    record(path, **read_record(path) | {name: 0})
+
+
+def _log_failure(run: Path, job: tuple[str, int, str], protocol: str, error: Exception) -> None:
+    """Write why an evaluation has failed to log.txt and to standard error."""
+    line = f"evaluation of {job[0]} on {job[2]}{f' by {protocol}' if protocol else ''} failed: {error}"
+    with (run / "log.txt").open("a") as log:
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=log)
+        if not isinstance(error, UserError):
+            say(*"".join(traceback.format_exception(error)).split("\n"), file=log)
+    say(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

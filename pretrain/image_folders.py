@@ -10,8 +10,6 @@ from common import output
 from common.errors import UserError
 from pretrain.recipes.recipe import Recipe
 
-SCORED_DATASETS = ("gallery", "val", "test", "test_gallery")  # keys of `eval` that name shards
-
 
 def use_shards(recipe: Recipe, say: Callable[[str], None] = output.say) -> None:
     """Replace folders of images by folders of shards in data.train, data.mix and the datasets of `eval`. Raises
@@ -20,13 +18,13 @@ def use_shards(recipe: Recipe, say: Callable[[str], None] = output.say) -> None:
     The run stores the paths of the shards, so that a resumed run has the same images, even if the folder of images has
     changed.
     """
-    data, scored = vars(vars(recipe)["data"]), vars(vars(recipe)["eval"])
+    data = vars(vars(recipe)["data"])
     if recipe.model.reads != "image":
         return
     lists = [
         data["train"],
         *(vars(source)["shards"] for source in data["mix"]),
-        *(scored[key] for key in SCORED_DATASETS),
+        *vars(recipe)["eval"].shard_lists().values(),
     ]
     if not any(Path(path).expanduser().is_dir() for paths in lists for path in paths):
         return

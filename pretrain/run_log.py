@@ -66,13 +66,12 @@ def finished_line(cfg: Recipe, run: Path, objective: Objective) -> str:
     model, *more = export.folders(run / "export" / str(cfg.steps), objective).values()
     quoted_model, quoted_run = shlex.quote(str(model)), shlex.quote(str(run))
     score = f"unlabeled eval {quoted_model}"
-    if not cfg.eval.test:
+    scored = {key for key, shards in cfg.eval.shard_lists().items() if shards and not key.endswith("gallery")}
+    if not scored & {"test", "final.query"}:
         score += " gallery=SHARDS query=SHARDS"
     use = f"unlabeled generate {quoted_model} PROMPT" if cfg.model.writes else score
     further = f", further exports are {', '.join(map(str, more))}" if more else ""
-    scores = (
-        f", its scores will be in {run / 'results.jsonl'}" if cfg.eval.val or cfg.eval.test or cfg.eval.health else ""
-    )
+    scores = f", its scores will be in {run / 'results.jsonl'}" if scored or cfg.eval.health else ""
     return (
         f"{run}: finished its {cfg.steps} steps; its export is {model}{further}{scores}."
         f" Next: `unlabeled report {quoted_run}`, which writes {run / 'report.html'}; `{use}`"

@@ -27,6 +27,7 @@ FOLDER = Path(__file__).parent
 MAX_NAME_BYTES = 255  # of a file
 MAX_PATH_BYTES = 3800  # of a run folder: Linux allows 4096, of which the paths of files in the folder need the rest
 CHOSEN = {"model", "objective"}  # sections whose options depend on their name
+FORMER_NAMES = {("eval", "periodic"): "quick"}  # {(section, key of an earlier version): its name now}
 
 
 @dataclass
@@ -68,6 +69,14 @@ class Recipe(Section):
             raise ValueError(
                 "init.backbone and init.run are both given; remove one: init.run also holds the weights of the backbone"
             )
+        for tier in ("quick", "full"):
+            every = getattr(self.eval, tier).every
+            if every and every % self.export.every:
+                multiple = -(-every // self.export.every) * self.export.every
+                raise ValueError(
+                    f"eval.{tier}.every = {every}: exports are written every {self.export.every} steps (export.every);"
+                    f" write a multiple of it, such as eval.{tier}.every={multiple}"
+                )
 
 
 @dataclass
@@ -96,7 +105,8 @@ def load(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     file_steps = values.get("steps")
     for text in overrides or []:
         key, value = yaml_values.parse_override(text)
-        yaml_values.merge(values, origin, expand_paths(yaml_values.nest(key, value), ""), "command line", CHOSEN)
+        layer = _with_new_names(expand_paths(yaml_values.nest(key, value), ""), "command line: ")
+        yaml_values.merge(values, origin, layer, "command line", CHOSEN)
     if path == Path(name) / "recipe.yaml" and not any(text.startswith("run=") for text in overrides or []):
         values["run"] = str(name)  # the stored path is wrong if the run folder was moved or copied
     if path.name == "recipe.yaml" and values.get("steps") != file_steps:
@@ -170,7 +180,19 @@ def _read(path: Path, values: dict, origin: Origin, extending: tuple[Path, ...] 
             raise ConfigError(f"{path}: extends = {base!r}: expected the name or the file of a recipe")
         base = yaml_values.expand_home(base, f"{path}: extends = ")
         _read(find(base, path.parent, f"{path}: extends "), values, origin, (*extending, path))
-    yaml_values.merge(values, origin, expand_paths(content, f"{path}: "), str(path), CHOSEN)
+    layer = _with_new_names(expand_paths(content, f"{path}: "), f"{path}: ")
+    yaml_values.merge(values, origin, layer, str(path), CHOSEN)
+
+
+def _with_new_names(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Plain values in which keys of earlier versions have their new names. Raises ConfigError if both are given."""
+    for (section, former), name in FORMER_NAMES.items():
+        given = values.get(section)
+        if isinstance(given, dict) and former in given:
+            if name in given:
+                raise ConfigError(f"{where}{section}.{former} is the former name of {section}.{name}; remove it")
+            values = values | {section: {name if key == former else key: value for key, value in given.items()}}
+    return values
 
 
 def _drop_schedule_lengths(values: dict[str, Any], file_steps: Any, origin: Origin, prefix: str = "") -> None:

@@ -18,8 +18,10 @@ MARKER, RECIPE, LOCK = ".run.json", "recipe.yaml", ".run.lock"
 FLOPS = "flops.json"  # the FLOPs of a step, which were traced for the recipe
 FORMER_RECIPE = ".recipe.before.yaml"  # copy of recipe.yaml before a command changed it, see `recipe_file.py`
 EVALUATIONS = "evaluations"  # folder with what launch/evaluation_jobs.py has done, one file for each evaluation
-EVALUATION_RECORDS = tuple(f"{EVALUATIONS}/*-#-{split}.json" for split in ("val", "test"))
-EVALUATION_ENDS = tuple(f"{EVALUATIONS}/*-#-{split}.end.json" for split in ("val", "test"))
+SPLITS = ("val", "full", "test", "train")  # of evaluations
+EVALUATION_RECORDS = tuple(f"{EVALUATIONS}/*-#-{split}.json" for split in SPLITS)
+EVALUATION_ENDS = tuple(f"{EVALUATIONS}/*-#-{split}.end.json" for split in SPLITS)
+BEGUN = f"{EVALUATIONS}/begun.json"  # how often each evaluation beside the training has begun without an end
 CANCELLED = "cancelled"  # file there: the evaluations are cancelled until the run is launched again
 TRACKERS = "trackers"  # folder with a folder for each tracker, see pretrain/trackers/sender.py
 TRACKER_STATE = "state.json"  # file there; what trackers store is the user's
@@ -49,6 +51,7 @@ RUN_FILES = (
     *(JOB, f"{JOB}.#-#.partial"),
     *(EVALUATION_RECORDS + EVALUATION_ENDS),
     *(file.replace(".json", ".partial") for file in EVALUATION_RECORDS + EVALUATION_ENDS),
+    *(BEGUN, BEGUN.replace(".json", ".partial")),
     *(f"{EVALUATIONS}/{file}" for file in (LOCK, f"{LOCK}.*", CANCELLED)),
     *(f"{TRACKERS}/*/{file}" for file in (TRACKER_STATE, f"{TRACKER_STATE}.#-#.partial", LOCK, f"{LOCK}.*")),
     *("tensorboard/events.out.tfevents.*", "data/#.json", "data/#.json.#-#.partial"),

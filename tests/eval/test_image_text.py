@@ -85,7 +85,7 @@ def test_what_cannot_be_scored_is_refused(run: Path, shards: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"zeroshot.templates: 'a photo' has no \{\}"):
         options = {"zeroshot": {"templates": ["a photo"]}}
         evaluate(run / "export" / "40", ["zeroshot"], [], [str(captioned(shards))], options=options)
-    scored = [f"eval.val={captioned(shards)}", "eval.periodic=[zeroshot,retrieval]"]
+    scored = [f"eval.val={captioned(shards)}", "eval.quick=[zeroshot,retrieval]"]
     check(tiny_recipe("clip", shards, tmp_path / "run", *scored))
     with pytest.raises(UserError, match="mae trains no model of captions"):
         check(tiny_recipe("mae", shards, tmp_path / "run", *scored))

@@ -128,6 +128,9 @@ def make_run(run: Path, shards: Path, *overrides: str, steps: int = 40) -> Path:
                     "value": value + change,
                 }
                 results.append(run / "results.jsonl", [common | row])
+    for step, value in ((0, 0.2), (40, 0.4)):
+        row = {"model": "pretrained" if step else "untrained", "step": step, "protocol": "patch_knn", "split": "full"}
+        results.append(run / "results.jsonl", [common | row | {"metric": "miou", "value": value}])
     (run / "pictures").mkdir()
     for step in (0, 20, 40):
         Image.new("RGB", (30, 20), (step, 0, 0)).save(run / "pictures" / f"reconstructions-{step:09d}.png")
@@ -168,6 +171,7 @@ def test_every_section_in_one_file(run: Path):
         "loss",
         "k-NN on val",
         "linear on val",
+        "patch_knn on full: miou",
         "some term",
         "grad norm",
         "learning rate",

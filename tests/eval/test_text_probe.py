@@ -115,9 +115,7 @@ def test_a_run_scores_its_encoder(shards: Path, labelled: dict[str, Path], tmp_p
     """During training, with bytes and the untrained encoder as baselines; the scores are in the report and on the model
     card."""
     data = [f"eval.gallery={labelled['train']}", f"eval.val={labelled['test']}", f"eval.test={labelled['test']}"]
-    recipe = tiny_recipe(
-        "bert", shards, tmp_path / "run", "steps=4", "eval.periodic=[knn]", "eval.final=[linear]", *data
-    )
+    recipe = tiny_recipe("bert", shards, tmp_path / "run", "steps=4", "eval.quick=[knn]", "eval.final=[linear]", *data)
     from pretrain.run_folder.prepare import prepare
 
     prepare(recipe)

@@ -186,7 +186,7 @@ def test_texts_whose_rows_cannot_be_read_are_left_out(tmp_path: Path):
 
 def test_a_text_run_is_scored_and_sampled_during_training(shards: Path, tmp_path: Path):
     held, run = tokens(shards.parent), tmp_path / "run"
-    scored = [f"eval.val={held}", f"eval.test={held}", "eval.periodic=[bits_per_byte]", "eval.final=[bits_per_byte]"]
+    scored = [f"eval.val={held}", f"eval.test={held}", "eval.quick=[bits_per_byte]", "eval.final=[bits_per_byte]"]
     options = [
         "eval.prompts=[the sea, '']",
         "steps=20",

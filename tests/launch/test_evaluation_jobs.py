@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -177,16 +178,16 @@ def test_the_watcher_and_a_job_of_a_run_that_was_overwritten_leave_the_new_one_a
     former = watcher.identity
     update_marker(scene.run, id="f" * 32)
     assert not watcher.look(True, {}, 0.0) and living_holder(scene.records) is None
-    monkeypatch.setattr(watch, "evaluate", lambda *_, **__: pytest.fail("it was evaluated"))
+    monkeypatch.setattr(watch, "by_protocol", lambda *_: pytest.fail("it was evaluated"))
     export = str(scene.run / "export" / "5")
     with pytest.raises(UserError, match="was overwritten"):
         watch.evaluate_one(scene.run, export, 5, "val", former)
 
-    def evaluate(*_: object, **__: object) -> list[dict]:
+    def knn() -> list[dict]:
         update_marker(scene.run, id="0" * 32)
         return [{"model": "pretrained", "step": 5, "protocol": "knn", "split": "val", "metric": "accuracy", "value": 1}]
 
-    monkeypatch.setattr(watch, "evaluate", evaluate)
+    monkeypatch.setattr(watch, "by_protocol", lambda *_: [("knn", knn)])
     with pytest.raises(UserError, match="was overwritten"):
         watch.evaluate_one(scene.run, export, 5, "val", "f" * 32)
     assert not (scene.run / "results.jsonl").exists()
@@ -306,7 +307,7 @@ def test_rows_are_written_after_everything_else_of_an_evaluation(scene: Scene, m
     recipe = load("demo", [f"run={scene.run}", "eval.val=[shards]", "eval.gallery=[shards]", "eval.prompts=[Once]"])
     write_recipe(recipe, scene.run)
     export, identity = str(scene.run / "export" / "5"), run_identity(scene.run)["id"]
-    monkeypatch.setattr(watch, "evaluate", lambda *_, **__: [row])
+    monkeypatch.setattr(watch, "by_protocol", lambda *_: [("knn", lambda: [row])])
     cards: list[Path] = []
     monkeypatch.setattr(watch.model_card, "write", cards.append)
     fails = [True, True]
@@ -331,6 +332,62 @@ def test_rows_are_written_after_everything_else_of_an_evaluation(scene: Scene, m
     ] * 3
     watch.evaluate_one(scene.run, export, 5, "val", identity)  # whose process may have ended before the card
     assert len(cards) == 2 and len(read_rows(scene.run / "results.jsonl")) == 1
+
+
+def test_a_protocol_that_fails_does_not_keep_the_others_from_their_rows(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    """And they are not computed again when it is tried again."""
+    recipe = load("demo", [f"run={scene.run}", "eval.val=[a]", "eval.gallery=[a]", "eval.quick=[knn,linear,fewshot]"])
+    write_recipe(recipe, scene.run)
+    export, identity = str(scene.run / "export" / "5"), run_identity(scene.run)["id"]
+    monkeypatch.setattr(watch.model_card, "write", lambda folder: None)
+    asked: list[list[str]] = []
+    works = False
+
+    def scores(name: str) -> list[dict]:
+        if name == "linear" and not works:
+            raise UserError("no memory")
+        return [{"model": "pretrained", "step": 5, "protocol": name, "split": "val", "metric": "accuracy", "value": 1}]
+
+    def by_protocol(model: str, names: list[str], *_: object) -> list[tuple]:
+        asked.append(names)
+        return [(name, partial(scores, name)) for name in names]
+
+    monkeypatch.setattr(watch, "by_protocol", by_protocol)
+    with pytest.raises(UserError, match="no memory"):
+        watch.evaluate_one(scene.run, export, 5, "val", identity)
+    assert [row["protocol"] for row in read_rows(scene.run / "results.jsonl")] == ["knn", "fewshot"]
+    works = True
+    watch.evaluate_one(scene.run, export, 5, "val", identity)
+    watch.evaluate_one(scene.run, export, 5, "val", identity)
+    assert asked == [["knn", "linear", "fewshot"], ["linear"]]
+    assert [row["protocol"] for row in read_rows(scene.run / "results.jsonl")] == ["knn", "fewshot", "linear"]
+
+
+def test_an_evaluation_in_which_the_process_dies_twice_is_left_out(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    scene.export(10)
+    died: list[int] = []
+
+    def score(run: Path, recipe: object, model: str, step: int, *_: object) -> list:
+        if step == 5:
+            died.append(step)
+            raise KeyboardInterrupt  # as if the process ended here
+        rows = [
+            {"model": "pretrained", "step": step, "protocol": "knn", "split": "val", "metric": "accuracy", "value": 1}
+        ]
+        watch.results.append(run / "results.jsonl", rows)
+        return []
+
+    monkeypatch.setattr(watch, "score", score)
+    monkeypatch.setattr(watch.child_signals, "input_closed", lambda wait: True)
+    monkeypatch.setattr(watch, "_end", lambda *_: None)  # a process that dies records nothing
+    for _ in range(watch.MAX_DEATHS):
+        with pytest.raises(KeyboardInterrupt):
+            watch.watch(scene.run)
+    assert watch.watch(scene.run) == EXIT_UNSCORED and len(died) == watch.MAX_DEATHS
+    assert [row["step"] for row in read_rows(scene.run / "results.jsonl")] == [10]
+    assert (
+        "on val failed: the scoring process died 2 times while it was computed" in (scene.run / "log.txt").read_text()
+    )
 
 
 def fails_for(name: str) -> Callable[..., bool]:

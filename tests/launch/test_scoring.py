@@ -17,7 +17,11 @@ import pytest
 from common import config
 from common.errors import UserError
 from data_pipeline.build.build_shards import build
+from eval import results
 from eval.periodic_scoring import MAX_RESTARTS, check
+from eval.tiers import tasks
+from launch.due_evaluations import due, lacks
+from pretrain.recipes.recipe import load
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.signals import EXIT_UNSCORED
 from pretrain.train import train
@@ -25,7 +29,7 @@ from tests.conftest import tiny_recipe, tokens
 from tests.data.texts import tokens_of, write_texts
 from tests.tars import jpeg, write_tar
 
-QUICK = ("steps=2", "eval.periodic=[knn]", "eval.final=[knn]", "eval.pixels=false")
+QUICK = ("steps=2", "eval.quick=[knn]", "eval.final=[knn]", "eval.pixels=false")
 
 
 def scored(shards: Path, run: Path, *overrides: str):
@@ -47,18 +51,77 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(photos: Pat
         ("eval.gallery=[]", "eval.gallery: is empty"),
         ("eval.final=[knm]", "eval.final: .*did you mean knn"),
         ("eval.final=[bits_per_byte]", "eval.test: bits_per_byte scores language models"),
+        (
+            "eval.final=[segmentation]",
+            r"eval.gallery: .*holds .jpg, .cls, .json, and no map for segmentation; put NAME.mask.png",
+        ),
+        ("eval.final=[depth]", r"eval.gallery: .*no map for depth; put NAME.depth.png beside NAME.jpg"),
+        ("eval.final=[group]", "eval.gallery: group.field is empty; write a field of the .json members"),
+        ("eval.final=[retrieval]", "eval.final: names a protocol that compares images with texts, but mae trains no"),
+        (f"eval.final.query=[{tmp_path / 'none'}]", "eval.final.query: .*none: no such file or folder"),
+        ("eval.final.options=[knn.kk=5]", "eval.final: eval.final.options: knn.kk = 5: no such key; did you mean k"),
+        ("eval.final.options=[knn.k=0]", "eval.final: eval.final.options: knn.k = 0: must be 1 or more"),
+        ("eval.final.options=[linear.steps=5]", "eval.final: .*'linear.steps=5': the tier has no protocol linear"),
+        ("eval.final.options=[k=5]", "eval.final: .*'k=5' is no option of a protocol; write PROTOCOL.OPTION=VALUE"),
     ):
         with pytest.raises(
             UserError, match=rf"^{message}.*; write eval.val=\[\] eval.test=\[\] to train without scores$"
         ):
             train(scored(shards, tmp_path / "run", override))
+    with pytest.raises(UserError, match=r"eval.full names linear, but no shards; write eval.val=SHARDS"):
+        train(scored(shards, tmp_path / "run", "eval.full=[linear]"))
     assert not (tmp_path / "run").exists()
+
+
+def test_which_exports_are_scored_by_which_tier(tmp_path: Path):
+    """The three tiers of a run of 30 steps, and that rows that are in results.jsonl are not computed again."""
+    words = ["eval.gallery=[a]", "eval.val=[b]", "eval.test=[c]", "eval.device=cuda:1", "steps=30", "export=10"]
+    full = ["eval.full.protocols=[linear,segmentation]", "eval.full.every=20", "eval.full.query=[d]"]
+    full += ["eval.full.options=[linear.steps=5,'linear.rates=[1]']", "eval.full.device=cuda:2"]
+    cfg = load("demo", [*words, *full, f"run={tmp_path}", "eval.periodic=[knn,fewshot]"])  # the former name of quick
+    assert cfg.eval.quick.protocols == ["knn", "fewshot"] and "periodic" not in config.to_dict(cfg)["eval"]
+    found = tasks(cfg)
+    assert [(t.tier, t.gallery, t.query, t.device) for t in found.values()] == [
+        ("eval.quick", ["a"], ["b"], ""),
+        ("eval.full", ["a"], ["d"], "cuda:2"),
+        ("eval.final", ["a"], ["c"], ""),
+    ]
+    assert (
+        found["full"].option_values() == {"linear": {"steps": 5, "rates": [1]}}
+        and found["full"].query_key == "eval.full.query"
+    )
+    for step in (0, 10, 20, 30):
+        (tmp_path / "export" / str(step)).mkdir(parents=True)
+        (tmp_path / "export" / str(step) / "config.json").write_text("{}")
+    every = [
+        (step, split) for step in (0, 10, 20, 30) for split in ("val", "test") if split == "val" or step in (0, 30)
+    ]
+    expected = [(0, "test"), *every, (0, "full"), (20, "full"), (30, "full")]
+    assert [(step, split) for _, step, split in due(tmp_path, cfg)] == expected
+    rows = [
+        ("untrained", 0, "val", "knn"),
+        ("untrained", 0, "full", "linear"),
+        ("untrained", 0, "full", "segmentation"),
+    ]
+    keys, score = ("model", "step", "split", "protocol"), {"metric": "accuracy", "value": 0.5}
+    results.append(tmp_path / "results.jsonl", [dict(zip(keys, row, strict=True)) | score for row in rows])
+    left = due(tmp_path, cfg)
+    assert [(step, split) for _, step, split in left] == [one for one in expected if one != (0, "full")]
+    assert lacks(left[1], found["val"], cfg, results.scored(tmp_path / "results.jsonl")) == ["fewshot"]
+    with pytest.raises(
+        UserError, match=r"eval.quick.every = 15: .*every 10 steps \(export.every\).*eval.quick.every=20"
+    ):
+        load("demo", [*words, "eval.quick.every=15"])
+    with pytest.raises(UserError, match=r"eval.periodic is the former name of eval.quick; remove it"):
+        path = tmp_path / "both.yaml"
+        path.write_text("extends: demo\neval: {periodic: [knn], quick: [knn]}\n")
+        load(path)
 
 
 def test_tokens_of_another_tokenizer_are_refused(shards: Path, tmp_path: Path):
     held, other = tokens(shards.parent), tmp_path / "other"
     tokens_of(write_texts(tmp_path / "texts"), other, vocab=400, specials=("sentinels",))
-    names = ["eval.periodic=[bits_per_byte]", "eval.final=[bits_per_byte]"]
+    names = ["eval.quick=[bits_per_byte]", "eval.final=[bits_per_byte]"]
     check(tiny_recipe("gpt", shards, tmp_path / "run", *names, f"eval.val={held}"))
     with pytest.raises(UserError, match=r"eval.val: .*other: was made with another tokenizer than"):
         check(tiny_recipe("gpt", shards, tmp_path / "run", *names, f"eval.val={other}"))
@@ -69,7 +132,8 @@ def test_tokens_of_another_tokenizer_are_refused(shards: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_train_scores_as_the_command_does(shards: Path, tmp_path: Path):
     cache = tmp_path / "features"
-    options = ("export=1", f"eval.val={shards}", f"eval.cache={cache}", "eval.health=20")
+    options = ("export=1", f"eval.val={shards}", f"eval.cache={cache}", "eval.health=20", "eval.full.every=2")
+    options += ("eval.full.protocols=[linear]", "eval.full.options=[linear.steps=5,linear.batch=16]")
     run = train(scored(shards, tmp_path / "run", *options))
     rows = read_rows(run / "results.jsonl")
     assert {(row["model"], row["step"], row["protocol"], row["split"]) for row in rows} == {
@@ -78,6 +142,8 @@ def test_train_scores_as_the_command_does(shards: Path, tmp_path: Path):
         ("pretrained", 1, "knn", "val"),
         ("pretrained", 2, "knn", "val"),
         ("pretrained", 2, "knn", "test"),
+        ("untrained", 0, "linear", "full"),
+        ("pretrained", 2, "linear", "full"),
         *((model, step, "health", "train") for model, step in (("untrained", 0), ("pretrained", 1), ("pretrained", 2))),
     }
     assert {row["count"] for row in rows if row["metric"] == "rankme"} == {20}
@@ -98,6 +164,8 @@ def kill_scoring(process: subprocess.Popen, enough: Callable[[int], bool]) -> in
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(process.pid).children():
                 if "launch.watch" in child.cmdline() and child.pid not in killed:
+                    # it gives way to the training, also if memory is short
+                    assert child.nice() >= 10 and Path(f"/proc/{child.pid}/oom_score_adj").read_text() == "500\n"
                     child.kill()
                     killed.add(child.pid)
         time.sleep(0.01)
@@ -115,12 +183,14 @@ def test_a_scoring_process_that_dies(always: bool, shards: Path, tmp_path: Path)
     _, error = process.communicate(timeout=300)
     assert killed == (MAX_RESTARTS + 1 if always else 1) and "Traceback" not in error
     assert "the scoring process was killed by SIGKILL; it is started again" in error
-    assert (run / "export" / "2" / "config.json").is_file()
+    exported = run / "export" / "2" / "model.safetensors"
     if always:
         assert process.returncode == EXIT_UNSCORED not in (0, 1, 2, 75)
         assert f"error: {run}: trained, but the scoring process died 4 times; the same command tries again" in error
     else:
         assert process.returncode == 0 and len(read_rows(run / "results.jsonl")) > 1
+        plain = train(tiny_recipe("mae", shards, tmp_path / "plain", "steps=2"))  # nothing is scored
+        assert exported.read_bytes() == (plain / "export" / "2" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

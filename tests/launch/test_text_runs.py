@@ -94,7 +94,7 @@ def test_a_run_takes_the_loss_on_held_out_text_and_counts_tokens(
         "objective=gpt",
         "steps=6",
         f"eval.val={held}",
-        "eval.periodic=[]",
+        "eval.quick=[]",
         "log.val_every=4",
         "log.val_batches=2",
         "log.every=2",

@@ -325,7 +325,7 @@ def test_a_run_is_scored_on_every_held_out_image(shards: Path, tmp_path: Path):
     options = ["steps=40", "export=20", f"eval.val={shards}", f"eval.test={shards}", "eval.pixels=false"]
     plain = [f"objective.{key}=0" for key in ("rand_augment", "random_erasing", "mixup", "cutmix")]
     cfg = tiny_recipe(
-        "finetune", shards, tmp_path / "run", *options, *plain, "eval.periodic=[classifier]", "eval.final=[classifier]"
+        "finetune", shards, tmp_path / "run", *options, *plain, "eval.quick=[classifier]", "eval.final=[classifier]"
     )
     run = train(cfg)
     rows = [row for row in read_rows(run / "results.jsonl") if row["metric"] == "accuracy"]
