@@ -124,13 +124,13 @@ class FeatureRows:
     fp32 tensors on the CPU. A tensor [N, D] can stand in its place."""
 
     def __init__(self, path: Path, numbers: np.ndarray, columns: slice = slice(None)):
-        self._path, self.numbers = path, numbers  # [N], rows of the file, which are the numbers of the samples
+        self._path, self._columns, self.numbers = path, columns, numbers  # [N], rows of the file, which are the numbers of the samples
         self._table = np.load(path, mmap_mode="r").view(np.ndarray)[:, columns]  # a view
         self.shape: tuple[int, ...] = (len(numbers), self._table.shape[1])
 
     def whole(self) -> FeatureRows:
         """The same rows with all columns of the file."""
-        return FeatureRows(self._path, self.numbers)
+        return self if self._columns == slice(None) else FeatureRows(self._path, self.numbers)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -28,7 +28,7 @@ from eval.score_checks import is_at_edge
 from eval.text_features import TextEncoder
 
 NEEDS = "labels"
-VERSION = 3
+VERSION = 4
 CHUNK = 1024  # rows whose logits are computed at once
 REMARKS = {
     "at_edge": "the best linear.rates value is at the end of the grid; add values beyond it",
@@ -111,7 +111,7 @@ def cost(cfg: Config, gallery: int, query: int, dim: int, classes: int, layers: 
     ]
     widths = [dim * (n + mean) for n, mean in {*pooled}] if layers else [dim]
     outputs = len(cfg.rates) * classes
-    heads = 2 * sum(widths) + 2 * max(widths)  # weights and momenta; gradients and updates of one input
+    heads = 2 * sum(widths)  # weights and momenta
     samples = cfg.batch * (dim * (layers + 1) + 3 * outputs) + CHUNK * (dim * (layers + 1) + outputs)
     return 4.0 * (heads * outputs + samples), 4.0 * cfg.steps * cfg.batch * sum(widths) * outputs
 
@@ -219,14 +219,13 @@ def train(
         for weight, bias, of_head, each in zip(weights, biases, momenta, columns, strict=True):
             inputs_ = row[:, each]  # [B, d]
             logits = (inputs_ @ weight + bias).unflatten(1, (len(cfg.rates), count))  # [B, R, C]
-            error = ((logits.softmax(-1) - target) / cfg.batch).flatten(
-                1
-            )  # the gradient of the cross-entropy, [B, R·C]
+            # the gradient of the cross-entropy, [B, R·C]
+            error = ((logits.softmax(-1) - target) / cfg.batch).flatten(1)
             # A learning rate that is too high saturates the softmax. Without this, denormal numbers make the products
             # 7 times slower.
             error = F.hardshrink(error, 1e-20)
-            gradients = inputs_.T @ error, error.sum(0)
-            for value, momentum, gradient in zip((weight, bias), of_head, gradients, strict=True):
-                momentum.mul_(0.9).add_(gradient)
-                value.sub_(lr * momentum)
+            of_head[0].addmm_(inputs_.T, error, beta=0.9)  # in place, as the heads may take gigabytes
+            of_head[1].mul_(0.9).add_(error.sum(0))
+            for value, momentum in zip((weight, bias), of_head, strict=True):
+                value.addcmul_(momentum, lr, value=-1)
     return list(zip(weights, biases, strict=True))
