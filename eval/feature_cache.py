@@ -124,7 +124,11 @@ class FeatureRows:
     fp32 tensors on the CPU. A tensor [N, D] can stand in its place."""
 
     def __init__(self, path: Path, numbers: np.ndarray, columns: slice = slice(None)):
-        self._path, self._columns, self.numbers = path, columns, numbers  # [N], rows of the file, which are the numbers of the samples
+        self._path, self._columns, self.numbers = (
+            path,
+            columns,
+            numbers,
+        )  # [N], rows of the file, which are the numbers of the samples
         self._table = np.load(path, mmap_mode="r").view(np.ndarray)[:, columns]  # a view
         self.shape: tuple[int, ...] = (len(numbers), self._table.shape[1])
 

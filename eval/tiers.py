@@ -57,7 +57,7 @@ def tasks(recipe: Recipe) -> dict[str, Task]:
         shards = cfg.shard_lists()
         out[split] = Task(
             *(f"eval.{name}", tier.protocols, tier.options, shards[gallery], shards[query]),
-            *(f"eval.{gallery}", f"eval.{query}", tier.device, getattr(tier, "every", None)),
+            *(f"eval.{gallery}", f"eval.{query}", tier.device.replace("auto", ""), getattr(tier, "every", None)),
         )
     health = [f"health.samples={cfg.health}"]
     training = training_shards(recipe) if cfg.health else []

@@ -297,7 +297,7 @@ class Tier(Section):
     # labelled shards on which classifiers are fitted, if they are not those of `eval`, for example with masks
     gallery: list[str] = field(default_factory=list)
     query: list[str] = field(default_factory=list)  # labelled shards that are scored, if they are not those of `eval`
-    device: str = ""  # where it is computed, as eval.device; empty: on eval.device
+    device: str = ""  # where it is computed: cpu, cuda:1, …; empty or auto: on eval.device
 
 
 @dataclass
