@@ -147,7 +147,7 @@ def test_train_scores_as_the_command_does(shards: Path, tmp_path: Path):
         *((model, step, "health", "train") for model, step in (("untrained", 0), ("pretrained", 1), ("pretrained", 2))),
     }
     assert {row["count"] for row in rows if row["metric"] == "rankme"} == {20}
-    assert len(list(cache.iterdir())) == 2  # of the first and the last export
+    assert len(list(cache.iterdir())) == 4  # of the first and the last export; for linear with those of further blocks
     (run / "results.jsonl").unlink()
     shutil.copytree(shards, tmp_path / "shards")
     cfg = scored(shards, run, f"eval.test={tmp_path / 'shards'}")
