@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_header_tells_the_batch_and_who_ran_it(name: str):
     text = (recipe.FOLDER / f"{name}.yaml").read_text()
     assert f"# Batch, hardware, time, score: {recipe.load(name).data.batch:,}; " in text
     assert "ot run by us" in text.partition("steps:")[0]
+
+
+@pytest.mark.parametrize("name", [name for name in recipe.names() if name.endswith("_cpu")])
+def test_a_short_run_replaces_the_initial_weights_of_its_teacher(name: str):
+    """The teacher is exported. In 500 steps with V-JEPA 2's momentum, 69 % of its initial weights would remain."""
+    cfg = recipe.load(name)
+    momentum = getattr(cfg.objective, "momentum", "auto")
+    if momentum != "auto":  # otherwise from the number of steps
+        assert math.prod(momentum(step) for step in range(cfg.steps)) < 0.5
 
 
 @pytest.mark.slow
