@@ -21,6 +21,7 @@ from data_pipeline.formats.image_formats import MAX_PIXELS
 MAX_FRAME_SIDE = 65500  # pixels; the limit of JPEG
 PIXEL_FORMATS = {1: "gray", 3: "rgb24"}  # {channels: FFmpeg's name for uint8 pixels}
 DECODER_FRAMES = 16  # frames that a decoder may hold for reference, each of at most 1.5 bytes per pixel
+NEAR = 8  # frames that are decoded rather than skipped by a seek, for which the video is opened anew
 
 
 # ---------------------------------------------------------------- opening
@@ -103,7 +104,7 @@ def pixels_of(frame: Any, channels: int, upright: bool = False) -> np.ndarray:
     """The pixels of a frame, uint8 [H, W, channels]. `upright`: apply the rotation that the file states. Raises
     `Damaged`."""
     try:
-        pixels = frame.to_ndarray(format=PIXEL_FORMATS[channels])
+        pixels = frame.to_ndarray(format=PIXEL_FORMATS[channels], threads=1)
     except ValueError as error:
         raise Damaged(av_failure(error)) from None
     pixels = pixels.reshape(*pixels.shape[:2], channels)
@@ -125,9 +126,12 @@ class Timeline(NamedTuple):
         units = [self.times[0] + second / float(self.base) for second in seconds]
         return [self.times[max(0, bisect_right(self.times, unit + 1e-6) - 1)] for unit in units]
 
-    def has_key_between(self, time: int, later: int) -> bool:
-        """Whether decoding can begin after the frame at `time`, and at or before that at `later`."""
-        return bisect_right(self.key_times, later) > bisect_right(self.key_times, time)
+    def seek_pays(self, time: int, later: int) -> bool:
+        """Whether the last key frame at or before `later` is more than NEAR frames after the frame at `time`. Otherwise
+        to decode the frames between costs less than to open the video anew, also if all frames are key frames."""
+        keys = bisect_right(self.key_times, later)
+        after = bisect_right(self.times, self.key_times[keys - 1]) if keys else 0
+        return after - bisect_right(self.times, time) > NEAR
 
     @property
     def seconds(self) -> float:
@@ -218,8 +222,8 @@ class EncodedVideo:
 
     def _shown(self, frames: Iterator[Any], wanted: list[int], line: Timeline | None = None) -> dict[int, np.ndarray]:
         """{time: frame that is shown then} for the wanted times, which are sorted. Ends where a seek to a later key
-        frame of `line` reaches the next one sooner, and at once if the first frame is later than the first wanted
-        time."""
+        frame of `line` reaches the next one sooner (`seek_pays`), and at once if the first frame is later than the first
+        wanted time."""
         out: dict[int, np.ndarray] = {}
         last = None  # the frame before the current one
         for frame in frames:
@@ -234,7 +238,7 @@ class EncodedVideo:
                     return out
                 pixels = pixels_of(checked(shown, self.max_pixels), self.channels, not self.as_stored)
                 out[wanted[len(out)]] = pixels
-                if len(out) == len(wanted) or (line and line.has_key_between(time, wanted[len(out)])):
+                if len(out) == len(wanted) or (line and line.seek_pays(time, wanted[len(out)])):
                     return out
             last = frame
         return out

@@ -30,7 +30,7 @@ from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import ImageTextPairs, network
 from pretrain.ops.contrastive import sigmoid_pairs
-from pretrain.ops.init import trunc_normal
+from pretrain.ops.init import xavier
 from pretrain.ops.precision import unit
 
 
@@ -55,7 +55,8 @@ class SigLIP(Objective):
         super().__init__(cfg, backbone)
         self.image, self.text = backbone(local_cls_norm=False), backbone("text")
         self.text_projection = nn.Linear(self.text.embed_dim, self.image.embed_dim)
-        trunc_normal(self.text_projection)
+        for part in (self.text_projection, *(tower for tower in (self.image, self.text) if not tower.loaded)):
+            xavier(part)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(cfg.initial_scale)))
         self.logit_bias = nn.Parameter(torch.full((1,), cfg.initial_bias))
         if cfg.locked:

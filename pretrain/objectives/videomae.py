@@ -32,7 +32,7 @@ from pretrain.models.positions import Tables, sequence_table
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
 from pretrain.ops.image_rows import side_by_side
-from pretrain.ops.init import trunc_normal
+from pretrain.ops.init import xavier
 from pretrain.ops.patchify import complement, pick, tubelets, untubelets
 
 PICTURED = 8  # frames of a clip in a picture
@@ -74,9 +74,8 @@ class VideoMAE(Objective):
         self.norm = LayerNorm(cfg.decoder_dim, 1e-6)
         self.predict = nn.Linear(cfg.decoder_dim, model.tubelet * model.patch_size**2 * model.in_channels)
         self._positions = Tables()  # by number of cubes and device
-        for part in (self.embed, self.predict):
-            trunc_normal(part)
-        self.blocks.apply(trunc_normal)
+        for part in (self.embed, self.predict, self.blocks, *([] if self.backbone.loaded else [self.backbone])):
+            xavier(part)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     @staticmethod

@@ -14,6 +14,16 @@ def trunc_normal(linear: nn.Module) -> None:
             nn.init.zeros_(linear.bias)
 
 
+def xavier(module: nn.Module) -> None:
+    """Initialise all linear layers in a module as VideoMAE and SigLIP do: weights are uniform with variance 2 / (inputs +
+    outputs), and biases are zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
 WRITES = ("proj", "down", "fc2")  # the layers of a block that write to the residual stream
 FIRST_OF_MLP = ("up", "fc1")
 

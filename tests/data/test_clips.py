@@ -88,6 +88,8 @@ def test_only_what_the_clips_need_is_decoded_and_once(monkeypatch: pytest.Monkey
     assert shown(data, [0.04, 0.08], [0.08, 1.64], [1.6]) == [[1, 2], [2, 41], [40]]
     assert opened == [1 + 2] and frames == [3 + 9]  # key frames: 0, 11, 22, 33, 44
     opened[0] = 0
+    assert shown(counted(50, 25, g="1"), [0.04, 0.08, 0.4]) == [[1, 2, 10]] and opened == [1 + 1]  # all are key frames
+    opened[0] = 0
     refused = counted(50, 25)  # after the key frame 33, a frame releases a reference from before it
     assert shown(refused, [1.6, 1.64]) == [[40, 41]] and opened == [3]  # decoded from the beginning
 
