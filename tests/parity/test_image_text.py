@@ -169,6 +169,13 @@ def test_the_initial_weights_of_clip_depend_on_the_width():
     assert model.text_projection.weight.std().item() == pytest.approx(96**-0.5, rel=0.05)
 
 
+def test_the_initial_weights_of_siglip_are_those_of_xavier():
+    model = objective("siglip", "model.dim=128", "model.pooling=attention")
+    pool, block = model.image.attention_pool, model.text.blocks[0]
+    for layer in (model.image.blocks[0].attn.qkv, pool.proj, block.mlp.up, model.text_projection):
+        assert layer.weight.std().item() == pytest.approx((2 / sum(layer.weight.shape)) ** 0.5, rel=0.06)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_a_locked_image_model_needs_weights_and_is_not_trained(name: str):
     model = objective(name, "objective.locked=true")
