@@ -187,7 +187,9 @@ KEEP = torch.tensor([[3, 9, 19, 25], [0, 14, 16, 30]])
 
 def test_the_initial_weights_of_videomae_are_those_of_xavier():
     """Its decoder is narrow: with a std of 0.02, it predicted little more than zeros after 150 steps."""
-    model = made_videomae(decoder_dim=48, decoder_heads=2)
+    torch.manual_seed(0)
+    cfg = videomae.Config(decoder_dim=48, decoder_depth=2, decoder_heads=2)
+    model: Any = videomae.VideoMAE(cfg, lambda **changes: build_model(VIDEOMAE, **changes))
     for layer in (model.predict, model.embed, model.blocks[0].mlp.fc1, model.backbone.blocks[0].attn.qkv):
         assert layer.weight.std().item() == pytest.approx((2 / sum(layer.weight.shape)) ** 0.5, rel=0.1)
 
