@@ -80,6 +80,8 @@ def convert(value: Any, hint: Any, origin: Origin, key: str, field: dataclasses.
     choices = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in choices:
         return None
+    if isinstance(value, dict) and not all(_is_section(c) for c in choices if c is not type(None)):
+        value = {k: v for k, v in value.items() if k}  # a plain value of an earlier layer, which a mapping replaces
     for choice in choices:
         if choice is not type(None):
             ok, result = _convert_one(value, choice, origin, key)
@@ -87,6 +89,10 @@ def convert(value: Any, hint: Any, origin: Origin, key: str, field: dataclasses.
                 _check_limits(result, origin, key, field, type(None) in choices)
                 return result
     raise ConfigError(f"{_where(origin, key)}{key} = {value!r}: expected {_type_name(hint)}{_hint_for(value, choices)}")
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
 
 
 def _check_limits(value: Any, origin: Origin, key: str, field: dataclasses.Field | None, null: bool) -> None:
@@ -111,7 +117,7 @@ def _numbers(value: Any) -> Iterator[tuple[str, float]]:
 
 def _convert_one(value: Any, hint: Any, origin: Origin, key: str) -> tuple[bool, Any]:
     """(whether `value` can be converted to `hint`, which is no union; the converted value)."""
-    if isinstance(hint, type) and issubclass(hint, Section):
+    if _is_section(hint):
         values = dict(value) if isinstance(value, dict) else {"": value}
         if "" in values:
             if hint.shorthand not in fields(hint):
@@ -161,7 +167,7 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is list:
         return "a list of " + _type_name(typing.get_args(hint)[0])
-    if isinstance(hint, type) and issubclass(hint, Section):
+    if _is_section(hint):
         return (
             "a mapping with " + ", ".join(fields(hint))
             if dataclasses.is_dataclass(hint)

@@ -94,7 +94,7 @@ def _header(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: 
     """The title with the status of the run, facts about it, its scores in a sentence, and what to do next."""
     log = (run / "log.txt").read_text(errors="replace") if (run / "log.txt").is_file() else ""
     # The last line of the log that describes a start of the run.
-    starts = re.findall(r" trained\), (\d+) samples, batch \d+, (.+?),", log)
+    starts = re.findall(r" trained\), (\d+) samples, batch [\d.]+(?: s)?, (.+?),", log)
     samples, precision = starts[-1] if starts else ("", recipe.precision)
     done = min(rows[-1]["step"] + 1, recipe.steps)
     facts = {
@@ -102,9 +102,9 @@ def _header(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: 
         "encoder": recipe.model.name,
         "its parameters": f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M",
         f"training {UNITS[recipe.model.reads]}": samples and f"{int(samples):,}",
-        "steps × batch": f"{recipe.steps:,} × {recipe.data.batch:,}",
+        "steps × batch": f"{recipe.steps:,} × {recipe.data.batch_text}",
         "precision": precision,
-        "training time": _duration(_training_seconds(rows, recipe.data.batch)),
+        "training time": _duration(_training_seconds(rows, recipe.data.batch_size)),
     }
     listed = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items() if value)
     if done >= recipe.steps:
@@ -122,10 +122,10 @@ def _header(run: Path, recipe: Recipe, rows: list[dict], backbone: Any, scores: 
 
 def _training_seconds(rows: list[dict], batch: int) -> float:
     """The time that all steps took. `rows`: of metrics.jsonl, one for each step. The speed in a row is the mean over the
-    steps since the previous row with a speed."""
+    steps since the previous row with a speed; it states their number of samples if that varies."""
     with_speed = [i for i, row in enumerate(rows) if row.get("samples_per_second")]
     return sum(
-        (i - previous) * batch / rows[i]["samples_per_second"]
+        rows[i].get("samples", (i - previous) * batch) / rows[i]["samples_per_second"]
         for previous, i in zip([-1, *with_speed], with_speed, strict=False)
     )
 

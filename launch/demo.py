@@ -76,7 +76,7 @@ def _in_time(recipe: Recipe, seconds: float) -> list[str]:
     steps = max(MIN_STEPS, int(rate * (seconds - (time.monotonic() - began))))
     minutes = recipe.steps / rate / 60  # for all steps of the recipe
     if steps >= recipe.steps:
-        say(f"{recipe.steps} steps of {recipe.data.batch} images take about {minutes:.1f} minutes on this machine")
+        say(f"{recipe.steps} steps of {recipe.data.batch_size} images take about {minutes:.1f} minutes on this machine")
         return []
     say(
         f"{recipe.steps} steps would take about {minutes:.1f} minutes on this machine; to end after {seconds / 60:g}"
@@ -114,4 +114,4 @@ def _steps_per_second(recipe: Recipe) -> float:
         if done.returncode or not rows:
             raise UserError(f"the run that measures the speed failed: {(done.stderr or done.stdout).strip()[-2000:]}")
     rows = rows[len(rows) // 2 :]  # the first steps are slower
-    return len(rows) / sum(recipe.data.batch / row["samples_per_second"] for row in rows)
+    return len(rows) / sum(recipe.data.batch_size / row["samples_per_second"] for row in rows)

@@ -1,23 +1,26 @@
 """Draw the input of a recipe's model: all views of some samples from the first batches, with masked patches
-darkened."""
+darkened, and their captions as the model reads them."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from common.errors import DataError
-from data_pipeline.build.stats import save_sheet
+from data_pipeline.build.contact_sheet import LINE_HEIGHT, Font, save_sheet
 from data_pipeline.views import device_color
 from pretrain.build import build_objective, build_stream, open_samples
+from pretrain.recipes.parallel_checks import micro_batch_size
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import check_data
 
 TILE, GAP = 128, 4  # pixels
+TEXT_WIDTH, TEXT_COLUMNS = 260, 40  # pixels and characters of a line of a caption, to the right of the views
 MASKED_BRIGHTNESS = 0.25  # brightness of masked patches, relative to other patches
 
 
@@ -35,9 +38,12 @@ def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
     tubelet = backbone.about().get("tubelet", 0)
     samples = open_samples(recipe)
     recipe = small(recipe, sum(map(len, samples)))
-    size = recipe.data.batch
+    size = recipe.data.batch_size
     stream = build_stream(recipe, objective, samples)
+    vocabulary = next((part.vocabulary for part in objective.parts.values() if part.vocabulary), None)
+    tokenizer = vocabulary.tokenizer() if vocabulary else None
     lines: list[list[np.ndarray]] = []  # the views of each sample
+    captions: list[str] = []
     while len(lines) < rows:
         batch = next(stream)
         not_per_sample = stream.batches.collated(batch)  # tensors that do not have one row per sample
@@ -45,17 +51,29 @@ def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
         lines += [
             _views({k: v[n] for k, v in arrays.items()}, side, tubelet) for n in range(min(size, rows - len(lines)))
         ]
+        if tokenizer is not None and {"tokens", "last"} <= arrays.keys():
+            captions += [_text(*row, tokenizer) for row in zip(arrays["tokens"], arrays["last"], strict=True)]
     stream.close()
     if not lines[0]:
         raise DataError(f"{recipe.objective.name} makes no images of its samples, so there is nothing to draw")
     width = max(len(line) for line in lines)
-    page = Image.new("RGB", (width * (TILE + GAP) + GAP, len(lines) * (TILE + GAP) + GAP), "white")
+    right = width * (TILE + GAP) + GAP
+    page = Image.new("RGB", (right + (TEXT_WIDTH if captions else 0), len(lines) * (TILE + GAP) + GAP), "white")
+    font, draw = Font(), ImageDraw.Draw(page)
     for row, line in enumerate(lines):
+        if captions:
+            text = textwrap.wrap(captions[row], TEXT_COLUMNS, max_lines=TILE // LINE_HEIGHT, placeholder="…")
+            font.draw(draw, (right, GAP + row * (TILE + GAP)), text)
         for column, view in enumerate(line):
             tile = Image.fromarray(view).resize((TILE, TILE), Image.Resampling.NEAREST if view.shape[0] < TILE else 1)
             page.paste(tile, (GAP + column * (TILE + GAP), GAP + row * (TILE + GAP)))
     save_sheet(page, target)
     return target
+
+
+def _text(tokens: np.ndarray, last: np.ndarray, tokenizer: Any) -> str:
+    """The caption of a row of tokens [T] up to its last token, EOS, as text."""
+    return tokenizer.decode(tokens[: int(last) + 1].tolist(), skip_special_tokens=False)
 
 
 def small(recipe: Recipe, samples: int) -> Recipe:
@@ -64,11 +82,14 @@ def small(recipe: Recipe, samples: int) -> Recipe:
     `parallel.micro_batch` is removed if it does not divide the batch.
     """
     data, parallel = recipe.data, recipe.parallel
-    if data.batch > samples or data.batch % (parallel.micro_batch or 1):
+    if data.budget is not None:
+        return recipe.replace(data=data.replace(workers=0), parallel=parallel.replace(micro_batch=None))
+    micro = micro_batch_size(recipe) or 1
+    if data.batch_size > samples or data.batch_size % micro:
         parallel = parallel.replace(micro_batch=None)
     phases = [phase for phase in data.phases if not phase.batch or phase.batch <= samples]
     return recipe.replace(
-        data=data.replace(workers=0, batch=min(data.batch, samples), phases=phases), parallel=parallel
+        data=data.replace(workers=0, batch=min(data.batch_size, samples), phases=phases), parallel=parallel
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.build.audio_stats import picture
-from data_pipeline.build.stats import save_sheet
+from data_pipeline.build.contact_sheet import save_sheet
 from launch.preview import GAP, MASKED_BRIGHTNESS, small
 from pretrain.build import build_objective, build_stream, open_samples, placed
 from pretrain.ops.cross_entropy import IGNORED
@@ -33,7 +33,7 @@ def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
     patch = objective.encoder().about().get("patch_size", 0)
     while len(pictures) < rows:
         batch = placed(objective, next(stream), torch.device("cpu"))
-        for n in range(min(recipe.data.batch, rows - len(pictures))):
+        for n in range(min(len(batch["id"]), rows - len(pictures))):
             pictures += spectrograms({key: value[n].numpy() for key, value in batch.items() if value.ndim}, patch)
     stream.close()
     scale = max(1, MAX_WIDTH // max(each.shape[1] for each in pictures)) if pictures else 1

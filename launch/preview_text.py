@@ -31,13 +31,13 @@ def preview(recipe: Recipe, rows: int = 8) -> list[str]:
     stream = build_stream(recipe, objective, samples)
     tokenizer = samples[0].vocabulary.tokenizer()  # type: ignore[union-attr]
     out: list[str] = []
-    for _ in range(-(-rows // recipe.data.batch)):
+    for _ in range(-(-rows // recipe.data.batch_size)):
         batch = {key: value.numpy() for key, value in next(stream).items()}
-        for n in range(min(recipe.data.batch, rows)):
+        for n in range(min(recipe.data.batch_size, rows)):
             out.append(f"row {int(batch['id'][n])}")
             sample = {key: value[n] for key, value in batch.items()}
             out += lines(sample, lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False))
-        rows -= recipe.data.batch
+        rows -= recipe.data.batch_size
     stream.close()
     return out
 

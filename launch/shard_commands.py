@@ -166,11 +166,11 @@ def stats(
     url: Shards, *, sheet: Annotated[HomePath, "FILE.png", "write a contact sheet of up to 48 samples"] = NO_FILE
 ) -> None:
     """Count the members of shards, and decode up to 1000 images from all parts of the set."""
-    from data_pipeline.build import stats
+    from data_pipeline.build import contact_sheet, stats
 
     say(*stats.describe(stats.gather(url)))
     if sheet:
-        say("", f"{stats.sheet(url, sheet)}: a contact sheet of samples from all parts of the set")
+        say("", f"{contact_sheet.sheet(url, sheet)}: a contact sheet of samples from all parts of the set")
 
 
 def split(

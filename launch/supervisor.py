@@ -288,8 +288,8 @@ class Supervisor:
 def check_world(recipe: Recipe, processes: int) -> None:
     """Raises ConfigError if a recipe cannot run on this number of processes."""
     parallel_checks.check(recipe, processes)
-    micro, batch = recipe.parallel.micro_batch, recipe.data.batch
-    if micro is not None and batch % (micro * processes):
+    micro, batch = recipe.parallel.micro_batch, recipe.data.batch_size
+    if isinstance(micro, int) and batch % (micro * processes):
         raise ConfigError(
             f"parallel.micro_batch = {micro}: data.batch = {batch} does not divide into micro-batches of {processes}"
             " processes; write parallel.micro_batch=null, or one that divides it"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
+from data_pipeline.order.budget import BatchBudget
 from data_pipeline.order.schedule import Phase
 from data_pipeline.parts.part import About, Part
 from data_pipeline.shards.dataset import Dataset
@@ -78,7 +79,7 @@ def _check_queues(cfg: Recipe, objective: Objective) -> None:
 
 def _batches(cfg: Recipe) -> list[int]:
     """The global batch sizes of the recipe and of its phases."""
-    return [cfg.data.batch, *(phase.batch for phase in cfg.data.phases if phase.batch)]
+    return [cfg.data.batch_size, *(phase.batch for phase in cfg.data.phases if phase.batch)]
 
 
 def backbone(cfg: Recipe, section: str = "", **changes: Any) -> Backbone:
@@ -99,9 +100,9 @@ def phases_of(cfg: Recipe, samples: Sequence[Dataset]) -> list[Phase]:
         weights = [
             float(len(s)) if source.weight is None else source.weight for s, source in zip(samples, mix, strict=False)
         ]
-        phases = [Phase(0, cfg.data.batch, tuple(weights), tuple(source.homogeneous for source in mix))]
+        phases = [Phase(0, cfg.data.batch_size, tuple(weights), tuple(source.homogeneous for source in mix))]
     else:
-        phases = [Phase(0, cfg.data.batch, (1.0,), (0.0,))]
+        phases = [Phase(0, cfg.data.batch_size, (1.0,), (0.0,))]
     for change in cfg.data.phases:
         last = phases[-1]
         phases.append(
@@ -125,9 +126,9 @@ def build_stream(
     """The stream of a recipe's data, for batches that will be copied to `device`."""
     data = cfg.data
     fetch = data.fetch
-    if data.batch > (count := sum(map(len, samples))):
+    if data.budget is None and data.batch_size > (count := sum(map(len, samples))):
         raise ConfigError(
-            f"data.batch = {data.batch} is more than the {count} samples in {', '.join(s.names for s in samples)};"
+            f"data.batch = {data.batch_size} is more than the {count} samples in {', '.join(s.names for s in samples)};"
             f" write {parallel_checks.fitting_batch(cfg, processes.world(), count)}"
         )
     reading = Reading(
@@ -147,7 +148,7 @@ def build_stream(
     return Stream(
         samples,
         views(cfg, objective, samples),
-        data.batch,
+        data.batch_size,
         cfg.seed,
         data.shuffle,
         rank=processes.rank(),
@@ -157,6 +158,7 @@ def build_stream(
         parts=objective.parts,
         reading=reading,
         damage_log=DamageLog(damage_log, processes.rank(), data.bad_share, data.bad_shard_share),
+        budget=BatchBudget(data.budget.seconds, data.seconds, data.budget.buckets) if data.budget else None,
     )
 
 
@@ -257,7 +259,12 @@ def noise_batch(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tens
 def check(cfg: Recipe, cls: type[Objective]) -> None:
     """Raises ConfigError for a model that reads a part that the objective does not have, and for a batch that is too
     small for its loss."""
-    micro, world = cfg.parallel.micro_batch, processes.world()
+    micro, world = parallel_checks.micro_batch_size(cfg), processes.world()
+    if cfg.data.budget is not None and not cls.any_length:
+        raise ConfigError(
+            f"data.batch = {{seconds: {cfg.data.budget.seconds:g}}}: {cfg.objective.name} takes samples of one length;"
+            f" write a number of samples, such as data.batch={cfg.data.batch_size}"
+        )
     for batch in _batches(cfg):
         key, rows = ("data.batch", batch) if micro is None else ("parallel.micro_batch", min(batch, micro * world))
         if rows < cls.least_batch:

@@ -124,12 +124,14 @@ class Writer:
         last = rows[-1]
         samples = sum(self.stream.plan.batch(row["step"]) for row in rows)
         last["samples_per_second"] = round(samples / seconds, 2)
+        if self.stream.budget is not None:
+            last["samples"] = samples
         if self.length:
             self.trained_rows += samples
             last["tokens_per_second"] = round(samples * self.length / seconds, 1)
             last["tokens"] = self.trained_rows * self.length
         if self.flops:
-            flops_per_second = self.flops * samples / self.stream.plan.batch(0) / seconds
+            flops_per_second = self.flops * sum(self.stream.plan.work(row["step"]) for row in rows) / seconds
             last["flops_per_second"] = round(flops_per_second)
             last["mfu"] = round(flops_per_second / self.peak, 4)
         for part in ("data", "loop"):  # shares of the time: waiting for batches; the loop itself

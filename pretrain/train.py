@@ -194,10 +194,12 @@ def _train(
         return folder
     say(
         f"{folder}: {cfg.objective.name} on {cfg.model.name} ({parameters / 1e6:.1f} M parameters trained),"
-        f" {sum(map(len, samples))} samples, batch {cfg.data.batch},"
+        f" {sum(map(len, samples))} samples, batch {cfg.data.batch_text},"
         f" {cfg.precision} on {engine.world} × {device.type} ({cfg.parallel.mode}),"
         f" {torch.get_num_threads()} threads + {stream.workers} data workers"
     )
+    for line in stream.plan.lines():
+        say(line)
     held_out = held_out_batches(cfg, objective, samples, engine, say)
     flops, peak = run_startup.flops_and_peak(cfg, folder, engine, say)
     writer = Writer(folder, first, cfg.steps, cfg.log.every, stream, device, flops, peak, samples[0].length)

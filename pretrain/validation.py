@@ -34,7 +34,7 @@ def held_out_batches(
         say(f"no loss on eval.val will be computed while training: {error}")
         return []
     micro_batches = engine.world * engine.accumulate  # in a global batch
-    batch = min(cfg.data.batch, len(rows) // micro_batches * micro_batches)
+    batch = min(cfg.data.batch_size, len(rows) // micro_batches * micro_batches)
     if not batch:
         say(
             f"no loss on eval.val will be computed while training: {rows.names} has {len(rows)} rows, but"

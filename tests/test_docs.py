@@ -49,7 +49,7 @@ GIVEN = {  # what lies in a page's folder before its first command; the home fol
     "docs/many_gpus.md": ("bucket/train",),
     "docs/objectives.md": ("shards", "labelled"),
     "docs/trackers.md": ("shards",),
-    "docs/video.md": ("videos",),
+    "docs/video.md": ("videos", "photos"),
     "docs/text.md": ("texts", "labelled/train", "labelled/test", "runs/demo-text", "runs/bert"),
 }
 REPLACED = (  # in every command and program, by regular expression
@@ -335,7 +335,9 @@ def vocabulary(path: Path, split: str) -> dict:
 def sized(args: argparse.Namespace, words: list[str], shards: Path) -> list[str]:
     """A command for a recipe with the overrides that make it small; the page's other overrides are kept."""
     own = [word for word in words if word not in args.overrides]
-    said = [w for w in args.overrides if not any(re.match(rf"{re.escape(key)}[.=]", w) for key in SIZES)]
+    # a budget of seconds is kept: it is no size of the batch alone
+    sizes = [w for w in args.overrides if any(re.match(rf"{re.escape(key)}[.=](?!\{{seconds)", w) for key in SIZES)]
+    said = [w for w in args.overrides if w not in sizes]
     wide = WIDE.get(args.recipe, [])
     base = (
         [*small(args.recipe, shards), *wide]

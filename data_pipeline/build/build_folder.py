@@ -35,7 +35,7 @@ _PARTIAL = r"(\.\d+-\d+\.partial)?"
 STATE = re.compile(rf"(plan|\d{{6,}})\.json{_PARTIAL}|tokenizer/tokenizer(_config)?\.json{_PARTIAL}")
 SHARDS = re.compile(
     r"\d{6,}\.tar(\.\d+\.partial)?"
-    rf"|(manifest\.json|bad\.jsonl|tokenizer(_config)?\.json|index-[0-9a-f]+\.bin){_PARTIAL}"
+    rf"|(manifest\.json|bad\.jsonl|tokenizer(_config)?\.json|(index|seconds)-[0-9a-f]+\.bin){_PARTIAL}"
 )
 CLAIM_SECONDS = 10  # time to wait until the workers of a killed build have ended
 

@@ -1,5 +1,5 @@
 """Statistics of a shard set: numbers and sizes of all samples, from the index; properties of some images, which are
-decoded; and a sheet of thumbnails.
+decoded.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
-from common.errors import Damaged, DataError
-from common.untrusted import open_binary
+from common.errors import Damaged
 from data_pipeline.build import audio_stats
 from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import IMAGE_MEMBERS, IMAGES
-from data_pipeline.formats.videos import EncodedVideo
 from data_pipeline.shards.members import AUDIO, VIDEOS, LeftOut
 from data_pipeline.shards.samples import Samples
 
@@ -35,13 +31,8 @@ MAX_LISTED_DAMAGED = 20
 MAX_COUNTED_RECORDS = 1 << 26  # index records that `summarize` counts; a larger index is not read
 INDEX_SAMPLES_AT_ONCE = 1 << 16  # samples whose index records are read at a time
 MAX_BINS = 12  # of a histogram
-FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")  # used if they are installed
 BAR_CHARACTERS = 40  # of the longest bar
-TILE, GAP = 128, 8  # pixels of a thumbnail, and between thumbnails
-LINES, LINE_HEIGHT = 2, 14  # lines of text below a thumbnail, and pixels of each
-COLUMNS, ROWS = 8, 6  # of the sheet of thumbnails
-STRIP = 4  # frames of a video in its thumbnail
-SOFTWARE = "unlabeled"  # in the metadata of the PNGs that are drawn, so that a later command may replace them
+MEDIA = {*IMAGES, *VIDEOS, *AUDIO}  # members beside which a text is a caption
 
 
 @dataclass
@@ -58,6 +49,7 @@ class Stats:
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # bytes of each sample
     images: list[tuple[int, int, str]] = field(default_factory=list)  # (width, height, mode) of decoded images
     recordings: list[tuple[float, int]] = field(default_factory=list)  # (seconds, sample rate) of decoded recordings
+    captions: list[int] = field(default_factory=list)  # characters of the texts beside images, videos and recordings
     # (key, reason) of images and recordings that cannot be decoded
     damaged: list[tuple[str, str]] = field(default_factory=list)
 
@@ -86,15 +78,18 @@ def gather(url: str | Path, max_decoded: int = MAX_DECODED_IMAGES) -> Stats:
                 totals[extension] += int(member_sizes[:, column].sum())
     out.sizes = np.concatenate(sizes)
     out.members, out.member_bytes = dict(counts), dict(totals)
-    if set(samples.extensions) & {*IMAGES, *AUDIO}:
+    if set(samples.extensions) & MEDIA:
         for number in spread_over(len(samples), max_decoded):
             _inspect_sample(samples, number, out)
     return out
 
 
 def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
-    """Decode the images and recordings of a sample, and add them to `out.images`, `out.recordings` or `out.damaged`."""
+    """Decode the images and recordings of a sample, and add them to `out.images`, `out.recordings` or `out.damaged`, and
+    its caption to `out.captions`."""
     try:
+        if caption := caption_of(samples, number):
+            out.captions.append(len(caption))
         for data in samples.read(number, AUDIO).values():
             out.recordings.append(audio_stats.length_of(data))
         for extension, data in samples.read(number, IMAGES).items():
@@ -105,6 +100,16 @@ def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
                 out.images.append((width, height, opened.mode))
     except Damaged as damage:
         out.damaged.append((samples.name(number)[1], str(damage)))
+
+
+def caption_of(samples: Samples, number: int) -> str:
+    """The text of a sample beside its image, video or recording; "" if it has none."""
+    if not any(samples.has(number, extension) for extension in MEDIA & {*samples.extensions}):
+        return ""
+    try:
+        return samples.read(number, ("txt",)).get("txt", b"").decode(errors="replace").strip()
+    except Damaged:
+        return ""
 
 
 # ---------------------------------------------------------------- pixels
@@ -222,6 +227,10 @@ def describe(stats: Stats) -> list[str]:
     out += ["", "bytes per sample", *histogram(stats.sizes, _bytes)]
     if stats.images or stats.damaged:
         out += ["", *_describe_images(stats)]
+    if stats.captions:
+        characters = np.array(stats.captions)
+        low, middle, high = (int(v) for v in np.percentile(characters, [0, 50, 100], method="lower"))
+        out += ["", f"{len(characters)} captions (.txt) of {low} to {high} characters, median {middle}"]
     if stats.recordings:
         lengths = np.array([seconds for seconds, _ in stats.recordings])
         out += ["", *audio_stats.describe(stats.recordings), "seconds", *histogram(lengths, lambda v: f"{v:.2f}")]
@@ -273,127 +282,3 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-# ---------------------------------------------------------------- thumbnails
-def sheet(url: str | Path, target: str | Path) -> Path:
-    """Write an image with thumbnails of up to COLUMNS × ROWS samples, evenly spread over the set: images, four
-    frames of videos, spectrograms, or beginnings of texts, with key and label.
-
-    If a sample cannot be decoded, its thumbnail is the reason on red. The extension of `target` determines the format.
-    """
-    samples, target = Samples([str(url)]), Path(target)
-    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise DataError(f"--sheet {target}: write a name that ends in .png, .jpg or .webp")
-    font = _Font()
-    numbers = spread_over(len(samples), COLUMNS * ROWS)
-    height = TILE + LINES * LINE_HEIGHT + GAP
-    rows = -(-len(numbers) // COLUMNS)
-    page = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * height + GAP), "white")
-    draw = ImageDraw.Draw(page)
-    for position, number in enumerate(numbers):
-        left, top = GAP + position % COLUMNS * (TILE + GAP), GAP + position // COLUMNS * height
-        page.paste(_tile(samples, number, font), (left, top))
-        lines = textwrap.wrap(samples.name(number)[1].rpartition("/")[2], 20, max_lines=1, placeholder="…")
-        lines += textwrap.wrap(_label(samples, number), 20, max_lines=1, placeholder="…")
-        font.draw(draw, (left, top + TILE + 1), lines)
-    save_sheet(page, target)
-    return target
-
-
-def save_sheet(page: Image.Image, target: Path) -> None:
-    """Write a drawn image to a file. Raises DataError, also if a file of that name was not written by this function."""
-    text = PngInfo()
-    text.add_text("Software", SOFTWARE)
-    more: dict[str, Any] = {"pnginfo": text} if target.suffix.lower() == ".png" else {}
-    try:
-        if target.exists() and not _is_sheet(target):
-            raise DataError(f"{target}: exists already, and this command has not written it; name another file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        page.save(target, **more)
-    except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise DataError(f"{target}: cannot be written ({reason}); write a name that ends in .png") from None
-
-
-def _is_sheet(path: Path) -> bool:
-    """Whether a file is an image that `save_sheet` has written. Of formats other than PNG this is not known: False."""
-    try:
-        with open_binary(path) as file, Image.open(file, formats=("PNG",)) as image:
-            return image.info.get("Software") == SOFTWARE
-    except (OSError, ValueError, SyntaxError):
-        return False
-
-
-def _label(samples: Samples, number: int) -> str:
-    """The label of a sample; "" if it has none."""
-    try:
-        return samples.label(number)
-    except (DataError, Damaged, ValueError):
-        return ""
-
-
-def _tile(samples: Samples, number: int, font: _Font) -> Image.Image:
-    """The thumbnail of a sample, TILE × TILE pixels."""
-    try:
-        members = samples.read(number)
-        for extension, data in members.items():
-            if extension in (*IMAGES, *VIDEOS, *AUDIO):
-                if extension in AUDIO:
-                    pixels = audio_stats.spectrogram(data)
-                elif extension in IMAGES:
-                    image = samples.encoded(number, data, extension)
-                    pixels = image.pixels(shrink=max(image.shape) / (2 * TILE))
-                else:
-                    pixels = _strip(data)
-                picture = Image.fromarray(pixels)
-                picture.thumbnail((TILE, TILE))
-                out = Image.new("RGB", (TILE, TILE), (238, 238, 238))
-                out.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
-                return out
-        text = members["txt"].decode(errors="replace") if "txt" in members else ", ".join(f".{e}" for e in members)
-        return _text_tile(text, font, (246, 246, 240))
-    except (Damaged, DataError) as problem:
-        return _text_tile(str(problem), font, (244, 190, 190))
-
-
-def _strip(data: bytes) -> np.ndarray:
-    """STRIP frames of a video as one picture [H, W, 3]: two rows, in the order of reading, at equal distances in time."""
-    (frames,) = EncodedVideo(data).frames_at(lambda seconds: [[seconds * n / STRIP for n in range(STRIP)]])
-    rows = [np.concatenate(frames[first : first + STRIP // 2], axis=1) for first in (0, STRIP // 2)]
-    return np.concatenate(rows)
-
-
-def _text_tile(text: str, font: _Font, background: tuple[int, int, int]) -> Image.Image:
-    out = Image.new("RGB", (TILE, TILE), background)
-    lines = textwrap.wrap(text, 20, max_lines=8, placeholder="…")
-    font.draw(ImageDraw.Draw(out), (4, 4), lines)
-    return out
-
-
-class _Font:
-    """Draws text with Pillow's built-in font. For a line with glyphs that this font lacks, it uses the installed font
-    that lacks the fewest, and draws the code points of missing glyphs.
-    """
-
-    def __init__(self) -> None:
-        self.fonts: list[Any] = [ImageFont.load_default(11)]
-        for name in FONTS:
-            try:
-                self.fonts.append(ImageFont.truetype(name, 11))
-            except OSError:
-                continue
-
-    def draw(self, draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: list[str]) -> None:
-        """Draw lines of text, one below the other. `place`: (left, top) in pixels."""
-        for n, line in enumerate(lines):
-            font = min(self.fonts, key=lambda font: len(_missing_glyphs(font, line)))
-            missing = _missing_glyphs(font, line)
-            drawable = "".join(f"<{ord(c):X}>" if c in missing else c for c in line)
-            draw.text((place[0], place[1] + LINE_HEIGHT * n), drawable, "black", font)
-
-
-def _missing_glyphs(font: Any, line: str) -> set[str]:
-    """The characters of a line for which a font has no glyph: it draws them like a code point that does not exist."""
-    missing = bytes(font.getmask("\U0010ffff"))
-    return {c for c in set(line) if not c.isspace() and not c.isascii() and bytes(font.getmask(c)) == missing}

@@ -18,6 +18,7 @@ from common.errors import Damaged
 from data_pipeline.formats.av_files import need_av, open_av
 
 MAX_SECONDS = 3600.0  # longest recording that is decoded, which takes 2 bytes for each sample
+EXACT_HEADERS = ("flac", "wav")  # formats whose header states the number of samples
 UNKNOWN_WAV_SIZE = 0x7FFF0000  # programs that write a WAV file to a pipe state this size or a larger one
 
 
@@ -47,6 +48,18 @@ def decode(data: bytes, rate: int) -> np.ndarray:
                 " into pieces"
             )
     return np.concatenate(parts)
+
+
+def seconds_of(data: bytes) -> float:
+    """The length of a recording in seconds, from the header or the packets of its file, without decoding. It may be
+    some milliseconds more than what is decoded. Raises `Damaged`."""
+    with open_av(data) as file:
+        if not file.streams.audio:
+            raise Damaged("holds no audio stream")
+        stream = file.streams.audio[0]
+        if stream.duration and file.format.name in EXACT_HEADERS:
+            return float(stream.duration * stream.time_base)
+        return float(sum(packet.duration or 0 for packet in file.demux(stream)) * stream.time_base)
 
 
 def pieces(source: bytes | IO[bytes], rate: int = 0) -> Iterator[tuple[int, np.ndarray]]:

@@ -16,6 +16,8 @@ continues at its next sample.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -174,6 +176,33 @@ class Plan:
     def batch(self, step: int) -> int:
         """The number of samples of the global batch at a step."""
         return self._order_at(step).phase.batch
+
+    def share(self, step: int, part: int, parts: int) -> tuple[int, int]:
+        """The slots [first, last) of part `part` of `parts` equal ones of the global batch at a step."""
+        size = self.batch(step) // parts
+        return part * size, (part + 1) * size
+
+    def facts(self, step: int) -> dict[str, float]:
+        """What the samples of a step's batch have in common, for the views: nothing here."""
+        return {}
+
+    def lines(self) -> list[str]:
+        """Lines about the batches for the log of a run: none here."""
+        return []
+
+    def work(self, step: int) -> float:
+        """The computation of a step, relative to that of a step with the first global batch."""
+        return self.batch(step) / self.batch(0)
+
+    def neighbours(self, dataset: int, global_index: int) -> Iterator[int]:
+        """The global index of a sample, then those after it in its chunk, those before it in the chunk, and those after
+        the chunk without an end: the samples that replace it if it is damaged."""
+        chunk = self.orders[dataset].chunk
+        begin = global_index // chunk * chunk
+        end = begin + chunk
+        yield from range(global_index, end)
+        yield from range(begin, global_index)
+        yield from itertools.count(end)
 
     def _order_at(self, step: int) -> _PhaseOrder:
         """The order of the phase to which a step belongs."""

@@ -145,6 +145,11 @@ def cut(recording: Recording | np.ndarray, length: int, rng: np.random.Generator
     return padded(samples[first : first + length], length), min(length, len(samples))
 
 
+def cut_length(sample: dict[str, Any], about: About) -> int:
+    """The length of the cuts of a sample's batch: `about.samples`, or what a batch by budget states in seconds."""
+    return round(sample["seconds"] * about.sample_rate) if "seconds" in sample else about.samples
+
+
 def padded(samples: np.ndarray, length: int) -> np.ndarray:
     """The samples with zeros after them: int16 [length]."""
     return np.pad(samples, (0, length - len(samples)))

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from common.errors import Absent, DataError
+from data_pipeline.order.budget import AnyPlan, BatchBudget, BudgetPlan
 from data_pipeline.order.schedule import Phase, Plan
+from data_pipeline.shards.durations import durations_of
 from data_pipeline.shards.manifest import Manifest, parse_manifest, render_manifest
 from data_pipeline.shards.vocabulary import Vocabulary
 from data_pipeline.storage.ranges import RangeReader
@@ -115,6 +117,12 @@ def store_manifests(datasets: Sequence[Dataset], folder: Path) -> None:
             )
 
 
-def make_plan(datasets: Sequence[Dataset], phases: list[Phase], seed: int, shuffle: bool) -> Plan:
-    """The plan of a run on these datasets. It is the same in every process."""
+def make_plan(
+    datasets: Sequence[Dataset], phases: list[Phase], seed: int, shuffle: bool, budget: BatchBudget | None = None
+) -> AnyPlan:
+    """The plan of a run on these datasets. It is the same in every process. `budget`: the total length of a batch of
+    recordings, whose lengths are read or measured here."""
+    if budget is not None:
+        (dataset,) = datasets
+        return BudgetPlan(durations_of(dataset), budget, seed, shuffle, dataset.names)
     return Plan([len(d) for d in datasets], phases, seed, shuffle, [d.total_bytes / len(d) for d in datasets])

@@ -40,16 +40,21 @@ class BatchBuffers:
         info = get_worker_info()
         if info is None:
             return {key: torch.empty((size, *part.shape), dtype=_dtype(part)) for key, part in samples.items()}, (0, -1)
-        free = (self._busy[info.id] == 0).nonzero()
-        number = int(free[0]) if len(free) else -1
-        buffer = self._buffers.get(number, {})
-        layout = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in buffer.items()}
-        if layout != {key: ((size, *part.shape), _dtype(part)) for key, part in samples.items()}:
+        free = (self._busy[info.id] == 0).nonzero().flatten().tolist()
+        layout = {key: ((size, *part.shape), _dtype(part)) for key, part in samples.items()}
+        number = next((n for n in free if self._layout(n) == layout), free[0] if free else -1)
+        if self._layout(number) == layout:
+            buffer = self._buffers[number]
+        else:
             buffer = {key: _shared(size, part) for key, part in samples.items()}
         if number >= 0:
             self._buffers[number] = buffer
             self._busy[info.id, number] = 1
         return buffer, (info.id, number)
+
+    def _layout(self, number: int) -> dict[str, Any]:
+        """{name: (shape, dtype)} of the tensors of a buffer of this worker."""
+        return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in self._buffers.get(number, {}).items()}
 
     def received(self, buffer: tuple[int, int], batch: dict[str, Tensor]) -> None:
         """Note that the trainer has received a batch: in the buffer itself, or copied into pinned memory."""

@@ -33,6 +33,7 @@ import numpy as np
 
 from common import child_signals
 from common.errors import DataError
+from data_pipeline.order.budget import BatchBudget
 from data_pipeline.order.schedule import Phase
 from data_pipeline.shards.dataset import Piece, make_plan
 from data_pipeline.shards.samples import Samples
@@ -87,7 +88,8 @@ class Server:
         self.samples = [_open(arguments, self.reader) for arguments in config["datasets"]]
         self.columns = [samples.columns(config["extensions"]) for samples in self.samples]
         phases = [Phase(p[0], p[1], tuple(p[2]), tuple(p[3])) for p in config["phases"]]
-        self.plan = make_plan(self.samples, phases, config["seed"], config["shuffle"])
+        budget = BatchBudget(*config["budget"]) if config["budget"] else None
+        self.plan = make_plan(self.samples, phases, config["seed"], config["shuffle"], budget)
         self.cache = Cache(config["cache"], int(config["cache_gb"] * 2**30)) if config["cache"] else None
         self.rank, self.world = config["rank"], config["world"]
         self.ahead_bytes = int(config["ahead_mb"] * 2**20)

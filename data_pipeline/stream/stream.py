@@ -9,6 +9,7 @@ damage log names it, and too many damaged samples end the run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from common import child_signals
 from common.errors import DataError
 from common.process_pool import cores
 from data_pipeline.formats.decode_budget import DECODE_MB, Budget
+from data_pipeline.order.budget import BatchBudget, BudgetPlan
 from data_pipeline.order.schedule import Phase
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.part import Part
@@ -77,7 +79,7 @@ class Stream:
     `samples`: one dataset, or several, with `phases` that define how they are mixed. `views`: makes the arrays of the
     batch from the parts of a sample. `batch`: the number of samples in the global batch, used if `phases` is not given.
     `parts`: the parts of a sample that the views get; images by default. `damage_log`: where damaged samples are
-    logged.
+    logged. `budget`: the total length of a batch, in place of its number of samples.
     """
 
     def __init__(
@@ -95,12 +97,16 @@ class Stream:
         parts: Mapping[str, Part] | None = None,
         reading: Reading | None = None,
         damage_log: DamageLog | None = None,
+        budget: BatchBudget | None = None,
     ):
         self.samples = list(samples) if isinstance(samples, Sequence) else [samples]
+        self.budget = budget
         phases = phases or [Phase(0, batch)]
-        for phase in phases:
+        for phase in phases if budget is None else ():
             self._check_batch_size(phase, world, accumulate)
-        self.plan = make_plan(self.samples, phases, seed, shuffle)
+        self.plan = make_plan(self.samples, phases, seed, shuffle, budget)
+        if isinstance(self.plan, BudgetPlan):
+            self.plan.check(world, accumulate)
         self.accumulate, self.rank, self.world, self.micro = accumulate, rank, world, 0
         self.reading = reading or Reading(workers=workers)
         self.damage_log = damage_log or DamageLog(None)
@@ -173,7 +179,9 @@ class Stream:
     def stand_in(self) -> dict[str, Tensor]:
         """A substitute for the next micro-batch, for a trainer that no longer waits for it: the samples of the last
         one, truncated or repeated to the size of the next one. Reads no data."""
-        size = self.plan.batch(self.micro // self.accumulate) // (self.world * self.accumulate)
+        step, micro = divmod(self.micro, self.accumulate)
+        first, last = self.plan.share(step, self.rank * self.accumulate + micro, self.world * self.accumulate)
+        size = last - first
         made = self.batches.collated(self._last)
         rows = {key: value[torch.arange(size) % len(value)] for key, value in self._last.items() if key not in made}
         return rows | self.batches.collated(rows)
@@ -256,6 +264,7 @@ class Stream:
             return None
         config = {
             "datasets": [s.arguments for s in self.samples],
+            "budget": dataclasses.astuple(self.budget) if self.budget else None,
             "phases": [[p.step, p.batch, p.weights, p.homogeneous] for p in self.plan.phases],
             "extensions": self.batches.extensions,
             "seed": self.plan.seed,

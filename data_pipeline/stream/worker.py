@@ -11,7 +11,7 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch.utils.data import Dataset, get_worker_info
 from common.errors import Absent, Damaged, DataError
 from data_pipeline.formats.decode_budget import Budget
 from data_pipeline.formats.image_formats import WrongChannels
+from data_pipeline.order.budget import AnyPlan
 from data_pipeline.order.permutation import hash_to_key
-from data_pipeline.order.schedule import Plan
 from data_pipeline.shards.dataset import Dataset as Source
 from data_pipeline.shards.dataset import Part
 from data_pipeline.storage.ranges import READ_ATTEMPTS
@@ -58,7 +58,7 @@ class Batches(Dataset):
     def __init__(
         self,
         samples: Sequence[Source],
-        plan: Plan,
+        plan: AnyPlan,
         views: Views,
         parts: Mapping[str, Part],
         topology: tuple[int, int, int],
@@ -89,9 +89,9 @@ class Batches(Dataset):
     def _batch(self, index: int) -> dict[str, Any]:
         """The tensors of a micro-batch, and about them "bad", "counts" and "buffer"."""
         step, micro = divmod(index, self.accumulate)
-        batch = self.plan.batch(step)
-        size = batch // (self.world * self.accumulate)
-        first = (self.rank * self.accumulate + micro) * size
+        batch, facts = self.plan.batch(step), self.plan.facts(step)
+        first, last = self.plan.share(step, self.rank * self.accumulate + micro, self.world * self.accumulate)
+        size = last - first
         start = time.perf_counter()
         pairs = self._samples_of(index)
         members, counts = self._read(step, pairs)
@@ -100,7 +100,7 @@ class Batches(Dataset):
         absent: list[int] = []  # samples that were skipped because they lack a part; repeated if skipped repeatedly
 
         def views_of(n: int) -> dict[str, Any]:
-            slot = {"slot": first + n, "batch": batch, "step": step, "seed": self.plan.seed}
+            slot = {"slot": first + n, "batch": batch, "step": step, "seed": self.plan.seed, **facts}
             views = self._usable_views(*pairs[n], members[n], slot, bad, absent)
             members[n] = None  # frees the encoded bytes
             return views
@@ -137,7 +137,7 @@ class Batches(Dataset):
         if index not in self._planned:
             info = get_worker_info()
             stride = info.num_workers if info else 1
-            size = self.plan.batch(index // self.accumulate) // (self.world * self.accumulate)
+            size = max(1, self.plan.batch(index // self.accumulate) // (self.world * self.accumulate))
             indices = index + stride * np.arange(max(1, SLOTS_PER_PLANNING // size))
             self._planned = self.plan.micro_batches(indices, self.accumulate, self.rank, self.world)
         return self._planned.pop(index)
@@ -172,12 +172,13 @@ class Batches(Dataset):
     def _usable_views(
         self, d: int, global_index: int, members: dict, slot: dict, bad: list, absent: list
     ) -> dict[str, Any]:
-        """The views of a slot's sample or, if it is damaged or lacks a part, of the next usable sample of its chunk.
+        """The views of a slot's sample or, if it is damaged or lacks a part, of the next usable sample of its chunk or of
+        its bucket.
 
         Appends (shard, key, reason) of each damaged sample to `bad`, and each sample that lacks a part to `absent`.
         """
         wrong_channels: list[int] = []  # numbers of channels of the samples that were refused for that reason
-        candidates = itertools.islice(_neighbours(global_index, self.plan.orders[d].chunk), MAX_DAMAGED_IN_A_ROW)
+        candidates = itertools.islice(self.plan.neighbours(d, global_index), MAX_DAMAGED_IN_A_ROW)
         for tried, candidate in enumerate(candidates):
             if candidate != global_index:
                 members = self._read_single(d, candidate)
@@ -239,15 +240,6 @@ class Batches(Dataset):
 def _first_damage(members: dict[int, bytes | Damaged]) -> Damaged | None:
     """The exception of the first damaged member of a sample; None if no member is damaged."""
     return next((m for m in members.values() if isinstance(m, Damaged)), None)
-
-
-def _neighbours(global_index: int, chunk: int) -> Iterator[int]:
-    """The global index, then those after it in its chunk, those before it in the chunk, and those after the chunk."""
-    begin = global_index // chunk * chunk
-    end = begin + chunk
-    yield from range(global_index, end)
-    yield from range(begin, global_index)
-    yield from range(end, end + MAX_DAMAGED_IN_A_ROW)
 
 
 def _worker() -> int:

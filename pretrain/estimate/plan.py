@@ -70,9 +70,9 @@ def trace(cfg: Recipe, processes: int | None = None) -> Plan:
     from pretrain.optim import optimizers
     from pretrain.parallel.engine import accumulation
 
-    batch = cfg.data.batch
+    batch = cfg.data.batch_size
     accumulate = accumulation(cfg, find(cfg.objective.name).couples_batch, processes)
-    micro = batch // (processes * accumulate)
+    micro = max(1, batch // (processes * accumulate))
     states = len(optimizers.optimizer_class(cfg.optim.name).state_names)
     share = shares(cfg, processes, accumulate, states)
     offloaded = _offloaded(cfg)

@@ -85,6 +85,10 @@ class Objective(nn.Module):
     skipped: Tensor | None = None
     parts: dict[str, Part] = {"image": Image()}  # the members of a sample; the first one opens the datasets
     part_of: dict[str, str] = {}  # {tensor of the batch: the part from which it is made}, if their names differ
+    # Whether its views make arrays of the length `sample["seconds"]` if a sample has this entry, so that batches may hold
+    # recordings by their total length (`data.batch: {seconds: S}`). It then needs `target_name`, as the number of samples
+    # differs from batch to batch and from rank to rank.
+    any_length = False
     validates = False  # whether the loss on held-out data (`eval.val`) is logged during training
     # Name of the tensor of the batch that holds the targets; −100 stands for no target. If given, the loss is the mean
     # over the targets of the global batch.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.config import option
 from common.errors import Damaged
-from data_pipeline.parts.audio import Audio, cut
+from data_pipeline.parts.audio import Audio, cut, cut_length
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Rng
 from data_pipeline.views.log_mel import frame_count, group_count, stacked
@@ -73,6 +73,7 @@ class Quantizer(nn.Module):
 class BESTRQ(Objective):
     parts = {"audio": Audio()}
     target_name = "targets"
+    any_length = True
     backbone: Any
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
@@ -88,16 +89,16 @@ class BESTRQ(Objective):
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:
-        groups = group_count(frame_count(about.samples, about.sample_rate), about.stack)
         span = math.ceil(cfg.mask_frames / about.stack)
         begins = 1 - (1 - cfg.mask_probability) ** about.stack  # probability that a span begins at a group
-        if not groups:
+        if not group_count(frame_count(about.samples, about.sample_rate), about.stack):
             raise ValueError(
                 f"data.seconds = {about.samples / about.sample_rate:g}: is shorter than a token of the model"
             )
 
         def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
-            audio, length = cut(sample["audio"], about.samples, rng(0))
+            audio, length = cut(sample["audio"], cut_length(sample, about), rng(0))
+            groups = group_count(frame_count(len(audio), about.sample_rate), about.stack)
             frames, generator = frame_count(length, about.sample_rate), rng(MASKS)
             valid = np.arange(groups) < group_count(frames, about.stack)
             if not valid.any():

@@ -168,6 +168,8 @@ class Zero(Engine):
 
     def _config(self) -> dict[str, Any]:
         """The config that DeepSpeed takes."""
+        # of a budget: about so many; DeepSpeed does not compare it with the batches
+        micro_samples = max(1, self.recipe.data.batch_size // (self.world * self.accumulate))
         zero: dict[str, Any] = {
             "stage": self.stage,
             # 0: all parameters are sharded. Above 0, small parameters would stay gathered, and the EMA of a teacher
@@ -177,7 +179,7 @@ class Zero(Engine):
         if self.recipe.parallel.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         return {
-            "train_micro_batch_size_per_gpu": self.recipe.data.batch // (self.world * self.accumulate),
+            "train_micro_batch_size_per_gpu": micro_samples,
             "gradient_accumulation_steps": self.accumulate,
             "gradient_clipping": self.clip if self.deepspeed_clips else 0.0,
             "zero_optimization": zero,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -30,17 +31,20 @@ from pretrain.parallel import blocks, processes
 from pretrain.parallel.device import set_tf32
 from pretrain.parallel.loss_scale import LossScale
 from pretrain.recipes.recipe import Recipe
+from pretrain.recipes.sections import Seconds
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Judge = Callable[[Tensor], Tensor]  # gradient norm → a scalar on the device; 1.0 skips the update
 
 
 def accumulation(recipe: Recipe, coupled: bool, world: int = 1) -> int:
-    """The number of micro-batches per step and rank: data.batch / (world · parallel.micro_batch), or 1 if
-    `parallel.micro_batch` is null. `coupled`: `Objective.is_coupled`. Raises ConfigError."""
-    batch, micro = recipe.data.batch, recipe.parallel.micro_batch
+    """The number of micro-batches per step and rank: data.batch / (world · parallel.micro_batch), rounded up if these are
+    budgets, or 1 if `parallel.micro_batch` is null. `coupled`: `Objective.is_coupled`. Raises ConfigError."""
+    batch, micro, budget = recipe.data.batch_size, recipe.parallel.micro_batch, recipe.data.budget
     if micro is None:
         return 1
+    if budget is not None and isinstance(micro, Seconds):
+        return math.ceil(budget.seconds / (world * micro.seconds))
     if micro < 1 or batch % (world * micro):
         each = max(1, batch // world)
         fit = next((n for n in range(min(micro, each), 0, -1) if batch % (world * n) == 0), None)

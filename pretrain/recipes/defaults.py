@@ -31,7 +31,7 @@ def settle(
     `init.backbone` names state about themselves. `classes`: number of names of classes in the data; 0: unknown.
     """
     stored = vars(cfg)
-    steps, batch, start = stored["steps"], vars(stored["data"])["batch"], vars(stored["init"])["run"]
+    steps, batch, start = stored["steps"], stored["data"].batch_size, vars(stored["init"])["run"]
     source = vars(stored["init"])["backbone"]
     known = Facts(
         steps,

@@ -10,18 +10,19 @@ import math
 from common.errors import ConfigError
 from pretrain.optim import optimizers
 from pretrain.recipes.recipe import Recipe
+from pretrain.recipes.sections import Seconds
 
 
 def check(recipe: Recipe, processes: int) -> None:
     """Raises ConfigError for combinations that no engine supports."""
-    parallel, batch = recipe.parallel, recipe.data.batch
+    parallel, batch = recipe.parallel, recipe.data.batch_size
     mode, replicate = parallel.mode, parallel.replicate
     if mode == "single" and processes > 1:
         raise ConfigError(
             f"parallel.mode = single is one process, not {processes}; write parallel.mode=ddp, fsdp2, zero1,"
             " zero2 or zero3"
         )
-    if batch % processes:
+    if batch % processes and recipe.data.budget is None:
         nearest_batch = max(1, round(batch / processes)) * processes
         raise ConfigError(
             f"data.batch = {batch}: {processes} processes do not divide it; write data.batch={nearest_batch}"
@@ -62,11 +63,18 @@ def stall_seconds(recipe: Recipe, processes: int) -> float:
     return seconds if processes == 1 else min(seconds, collective_timeout(recipe) / 2)
 
 
+def micro_batch_size(recipe: Recipe) -> int | None:
+    """`parallel.micro_batch` as a number of samples; of a budget, the number of recordings of `data.seconds` that it
+    holds. None if it is null."""
+    micro = recipe.parallel.micro_batch
+    return max(1, int(micro.seconds // recipe.data.seconds)) if isinstance(micro, Seconds) else micro
+
+
 def fitting_batch(recipe: Recipe, processes: int, samples: int) -> str:
     """Overrides that set the largest batch of at most `samples` which can be divided into processes, micro-batches and
     the objective's groups of samples; overrides that remove micro-batches or groups are added where even one is too
     large."""
-    micro, (group, without_groups) = recipe.parallel.micro_batch, recipe.objective.rows()
+    micro, (group, without_groups) = micro_batch_size(recipe), recipe.objective.rows()
     further = []
     if micro is not None and micro * processes > samples:
         micro, further = None, ["parallel.micro_batch=null"]
@@ -90,8 +98,8 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_rows(recipe: Recipe, processes: int) -> None:
     """Check whether the number of samples in one forward, over all ranks, fits the objective's options in each
     phase."""
-    micro = recipe.parallel.micro_batch
-    for batch in [recipe.data.batch, *(phase.batch for phase in recipe.data.phases if phase.batch)]:
+    micro = micro_batch_size(recipe)
+    for batch in [recipe.data.batch_size, *(phase.batch for phase in recipe.data.phases if phase.batch)]:
         rows = batch if micro is None else micro * processes
         what = f"data.batch = {batch}" if micro is None else f"micro-batches of {micro} on {processes} processes"
         try:

@@ -65,6 +65,13 @@ class Recipe(Section):
             raise ValueError(f"steps = {self.steps}: must be 1 or more")
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ValueError(f"seed = {self.seed}: must fit into 64 bits")
+        micro = self.parallel.micro_batch
+        if micro is not None and isinstance(micro, int) == (self.data.budget is not None):
+            wanted = "parallel.micro_batch={seconds: S}" if isinstance(micro, int) else "a number of samples"
+            raise ValueError(
+                f"parallel.micro_batch is {'a number of samples' if isinstance(micro, int) else 'a budget of seconds'},"
+                f" but data.batch is not; write {wanted}, or null"
+            )
         if self.init.backbone and self.init.run:
             raise ValueError(
                 "init.backbone and init.run are both given; remove one: init.run also holds the weights of the backbone"

@@ -48,6 +48,26 @@ class Phase(Section):
 
 
 @dataclass
+class Seconds(Section):
+    """A number of samples that is limited by their lengths: recordings of `seconds` in total, with their padding."""
+
+    seconds: float
+
+    def check(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds = {self.seconds:g}: write a number above 0")
+
+
+@dataclass
+class Budget(Seconds):
+    """A batch by budget: recordings of `seconds` in total, with their padding, over all processes. The recordings of a
+    batch have similar lengths, and each is used once in an epoch."""
+
+    # largest number of groups of recordings of similar lengths; batches are made inside of a group
+    buckets: int = option(16, low=1)
+
+
+@dataclass
 class Fetch(Section):
     """How bytes are fetched from a store. These options do not change the result of the training."""
 
@@ -76,8 +96,9 @@ class Data(Section):
     # images
     train: list[str] = field(default_factory=list)
     mix: list[Source] = field(default_factory=list)  # several datasets with their weights, instead of `train`
-    # number of samples in a step, over all processes; auto, for decoders only: see pretrain/recipes/size_dial.py
-    batch: Derived = option(256, low=1)
+    # number of samples in a step, over all processes; auto, for decoders only: see pretrain/recipes/size_dial.py. Audio:
+    # or {seconds: S}, recordings of S seconds in total, with their padding, in groups of similar lengths
+    batch: Derived | Budget = option(256, low=1)
     # changes of batch or weights during the run; phases may be added to a run that has started
     phases: list[Phase] = field(default_factory=list)
     shuffle: bool = True  # whether samples are shuffled; false: the order of the shards
@@ -109,11 +130,41 @@ class Data(Section):
     packing: Literal["split", "best_fit"] = "split"
     document_mask: bool = True  # text: whether tokens attend to and predict tokens of their own document only
     sample_rate: int = option(16000, low=1000, high=1_000_000)  # audio: Hz to which recordings are resampled
-    # audio: seconds of a cut, which is drawn from a longer recording; a shorter recording is padded
+    # audio: seconds of a cut, which is drawn from a longer recording; a shorter recording is padded, in a batch by budget
+    # to the longest one of its group only
     seconds: float = option(10.0, above=0, high=3600)
     # mean of the training pixels on a scale from 0 to 1, one for each of model.in_channels; the default is ImageNet's
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # standard deviation of the same pixels
+
+    def check(self) -> None:
+        if self.budget is None:
+            return
+        if self.mix:
+            raise ValueError(
+                "data.mix has several datasets, but data.batch is a budget of seconds, which takes one; name all their"
+                " shards in data.train, or write a number of samples"
+            )
+        if self.phases:
+            raise ValueError(
+                "data.phases changes the batch or the weights, but data.batch is a budget of seconds; remove data.phases,"
+                " or write a number of samples"
+            )
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget of a batch; None if `batch` is a number of samples."""
+        return self.batch if isinstance(self.batch, Budget) else None
+
+    @property
+    def batch_size(self) -> int:
+        """The number of samples in a step; of a budget, the number of recordings of `data.seconds` that it holds."""
+        return max(1, int(self.batch.seconds // self.seconds)) if isinstance(self.batch, Budget) else self.batch
+
+    @property
+    def batch_text(self) -> str:
+        """`batch` for messages."""
+        return f"{self.batch.seconds:g} s" if isinstance(self.batch, Budget) else str(self.batch)
 
 
 @dataclass
@@ -198,8 +249,9 @@ class Parallel(Section):
     # seconds that a process waits for the others after the first step, plus `data.fetch.retry_seconds` if shards are
     # remote; before the first step it waits half an hour
     timeout: float = option(300.0, above=0)
-    # number of samples in one forward of a process; null: all samples at once, without gradient accumulation
-    micro_batch: int | None = option(None, low=1)
+    # number of samples in one forward of a process; null: all samples at once, without gradient accumulation. If
+    # data.batch is a budget: {seconds: S}
+    micro_batch: int | Seconds | None = option(None, low=1)
     # allow gradient accumulation for an objective whose loss couples the samples of a batch, or whose network has batch
     # norms; they then see only one micro-batch at a time
     accumulate_coupled: bool = False

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import Damaged, DataError
-from data_pipeline.build import stats
+from data_pipeline.build import contact_sheet
 from data_pipeline.build.build_shards import describe
 from data_pipeline.build.sources import text_files, video_frames
 from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, safe_name, to_json
@@ -451,7 +451,7 @@ def test_videos(tmp_path: Path):
     assert [s["__key__"].partition("-")[2] for s in read] == ["b", "c", "d", "a"]
     assert read[3]["mp4"] == (tmp_path / "in" / "run" / "a.mp4").read_bytes() and read[3]["cls"] == b"1"
     assert json.loads(read[3]["json"]) == {"path": "run/a.mp4", "width": 64, "height": 48, "seconds": 0.5}
-    picture = Image.open(stats.sheet(tmp_path / "out", tmp_path / "sheet.png"))
+    picture = Image.open(contact_sheet.sheet(tmp_path / "out", tmp_path / "sheet.png"))
     assert picture.getpixel((8 + 64, 8 + 64))[0] > 200 > 60 > picture.getpixel((8 + 64, 8 + 64))[1]
 
 

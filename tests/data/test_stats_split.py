@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from common.errors import DataError
-from data_pipeline.build import stats
+from data_pipeline.build import contact_sheet, stats
 from data_pipeline.build.split import split
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.samples import Samples
@@ -34,11 +34,22 @@ def test_stats_and_sheet(tmp_path: Path):
     assert "33 samples" in said and "32 images decoded, evenly spread over the set: 1 damaged" in said
     assert "modes: RGB 30, L 1" in said and "width: 32 to 300 pixels" in said and "█" in said
     assert len(stats.gather(tmp_path / "x", 5).images) == 5
-    picture = Image.open(stats.sheet(tmp_path / "x", tmp_path / "new" / "sheet.png"))
+    picture = Image.open(contact_sheet.sheet(tmp_path / "x", tmp_path / "new" / "sheet.png"))
     assert picture.size == (8 * 136 + 8, 5 * 164 + 8) and picture.getpixel((8 * 0 + 8 + 3, 8 + 3)) != (255, 255, 255)
     assert picture.getpixel((8 + 2, 8 + 4 * 164 + 126)) == (244, 190, 190)  # the damaged image is the last one
     with pytest.raises(DataError, match=r"write a name that ends in .png"):
-        stats.sheet(tmp_path / "x", tmp_path / "sheet.tar")
+        contact_sheet.sheet(tmp_path / "x", tmp_path / "sheet.tar")
+
+
+def test_captions_are_counted_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    members = [(f"{i}.{e}", data) for i in range(3) for e, data in (("jpg", jpeg(i)), ("txt", b"a red fox" * (i + 1)))]
+    write_tar(tmp_path / "a.tar", [*members, ("3.txt", b"no caption")])
+    assert "3 captions (.txt) of 9 to 27 characters, median 18" in stats.describe(stats.gather(tmp_path / "a.tar"))
+    drawn = []
+    monkeypatch.setattr(contact_sheet.Font, "draw", lambda font, page, place, lines: drawn.append(lines))
+    picture = Image.open(contact_sheet.sheet(tmp_path / "a.tar", tmp_path / "sheet.png"))
+    assert picture.size == (8 * 136 + 8, 164 + 3 * 14 + 8)
+    assert ["2", "a red foxa red foxa", "red fox"] in drawn
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "sheet.jpg"])
@@ -46,27 +57,27 @@ def test_a_sheet_replaces_no_file_but_a_sheet(name: str, tmp_path: Path):
     (file := tmp_path / name).write_bytes(jpeg())
     page = Image.new("RGB", (8, 8), "red")
     with pytest.raises(DataError, match=f"{name}: exists already, and this command has not written it"):
-        stats.save_sheet(page, file)
+        contact_sheet.save_sheet(page, file)
     assert file.read_bytes() == jpeg()
     Image.new("RGB", (8, 8)).save(tmp_path / "own.png")
     with pytest.raises(DataError, match="exists already"):
-        stats.save_sheet(page, tmp_path / "own.png")
+        contact_sheet.save_sheet(page, tmp_path / "own.png")
     for color in ("red", "blue"):
-        stats.save_sheet(Image.new("RGB", (8, 8), color), tmp_path / "new.png")
+        contact_sheet.save_sheet(Image.new("RGB", (8, 8), color), tmp_path / "new.png")
     assert Image.open(tmp_path / "new.png").getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_glyphs_that_no_font_has_are_drawn_as_code_points(monkeypatch: pytest.MonkeyPatch):
     def drawn(text: str) -> bytes:
         page = Image.new("L", (120, 40), "white")
-        stats._Font().draw(ImageDraw.Draw(page), (0, 0), ["plain", text])
+        contact_sheet.Font().draw(ImageDraw.Draw(page), (0, 0), ["plain", text])
         return page.tobytes()
 
     monkeypatch.setattr(stats, "FONTS", ())
     assert drawn("a日é") == drawn("a<65E5>é")
     assert drawn("é") != drawn("e")
     monkeypatch.setattr(stats, "FONTS", ("DejaVuSans.ttf",))
-    if len(stats._Font().fonts) == 2:
+    if len(contact_sheet.Font().fonts) == 2:
         assert drawn("Жж") != drawn("<416><436>")
 
 

@@ -13,16 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common import config
 from common.errors import ConfigError, DataError, UserError
+from data_pipeline.build.contact_sheet import Font
 from data_pipeline.shards import index
 from eval.run import evaluate
-from launch.preview import GAP, TILE, preview
+from launch.preview import GAP, TEXT_WIDTH, TILE, preview
+from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.recipes.recipe import load
 from pretrain.train import train
-from tests.conftest import tiny_recipe
+from tests.conftest import clips, tiny_recipe
 from tests.services import FaultProxy, ObjectStore, environment
 from tests.tars import jpeg, write_tar
 
@@ -73,6 +76,21 @@ def test_a_mixture_trains_and_says_how_far_each_dataset_is(shards: Path, noise: 
     assert last["epoch/0"] * 48 + last["epoch/1"] * 40 == pytest.approx(160, abs=0.1)
     assert "bottleneck" in last["stage"] and last["stream/wait_ms_p99"] >= 0 and last["stream/requests"] > 0
     assert load(run).data.mix[1].homogeneous == 0.2  # the resolved recipe holds it
+
+
+@pytest.mark.parametrize("name", ["videomae", "vjepa2"])
+def test_videos_and_images_are_mixed_in_one_run(name: str, shards: Path, tmp_path: Path):
+    """An image is a clip of equal frames."""
+    mix = f"data.mix=[{{shards: {clips(shards.parent)}}}, {{shards: {shards}, homogeneous: 0.4}}]"
+    run = train(cfg := tiny_recipe(name, shards, tmp_path / "run", "data.train=[]", mix, "steps=3"))
+    assert rows(run)[-1]["epoch/0"] > 0 < rows(run)[-1]["epoch/1"]
+    samples = open_samples(cfg)
+    stream, moving = build_stream(cfg, build_objective(cfg), samples), set()
+    for step in range(3):
+        batch, slots = next(stream)["clip"].flatten(0, -5), stream.plan.slots(step, 0, 16)
+        for clip, dataset in zip(batch, slots.dataset.tolist(), strict=True):
+            moving.add((dataset, not torch.equal(clip, clip[:1].expand_as(clip))))
+    assert moving >= {(0, True), (1, False)} and (1, True) not in moving
 
 
 def test_a_phase_changes_batch_and_weights_and_what_is_past_stays(shards: Path, noise: Path, tmp_path: Path):
@@ -177,6 +195,15 @@ def test_preview_of_clips_is_a_strip_of_frames(shards: Path, tmp_path: Path):
     patches = frames.reshape(4, 4, TILE // 4, 4, TILE // 4, 3).mean((2, 4, 5))  # [frame, row, column]
     bright = patches > 64  # masked ones have a quarter of their brightness
     assert (bright == bright[0]).all() and bright[0].sum() <= 2
+
+
+def test_preview_shows_captions_beside_images(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+    monkeypatch.setattr(Font, "draw", lambda font, page, place, lines: drawn.append((place, " ".join(lines))))
+    page = np.array(Image.open(preview(tiny_recipe("clip", shards, tmp_path), tmp_path / "x.png", rows=2)))
+    assert page.shape == (GAP + 2 * (TILE + GAP), 2 * GAP + TILE + TEXT_WIDTH, 3)
+    assert [place for place, _ in drawn] == [(2 * GAP + TILE, GAP + n * (TILE + GAP)) for n in range(2)]
+    assert all("a photo of a" in text and "part" in text for _, text in drawn)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "mae", "simclr"])

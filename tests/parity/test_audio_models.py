@@ -228,6 +228,28 @@ def test_padding_changes_nothing():
     assert not torch.equal(model(batch, 0)[0], model(other, 0)[0])
 
 
+def test_recordings_with_padding_give_the_loss_and_the_gradient_that_they_give_alone():
+    """The sum over a batch of recordings of different lengths equals the sum over the recordings one by one."""
+    model, batch = made(), random_batch()
+    frames = batch["valid"].sum(1) * 4 - torch.tensor([0, 1, 0, 1])  # a last group may lack a frame
+    for row, count in zip(batch["audio"], frames.tolist(), strict=True):
+        row[count:] = 0  # as `Audio.place` makes it
+
+    def results(batches: list[dict[str, Tensor]]) -> list[Tensor]:
+        model.zero_grad()
+        loss = sum(model(each | {"count": torch.tensor(1.0)}, 0)[0] for each in batches)
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters())]
+
+    alone = []
+    for n, count in enumerate(frames.tolist()):
+        groups = int(batch["valid"][n].sum())
+        one = {key: value[n : n + 1, :groups] for key, value in batch.items()}
+        alone.append(one | {"audio": batch["audio"][n : n + 1, :count]})
+    for padded, single in zip(results([batch]), results(alone), strict=True):
+        assert torch.allclose(padded, single, rtol=1e-10, atol=1e-12)
+
+
 def test_the_codes_of_noise_are_spread_over_a_codebook():
     quantizer = bestrq.Quantizer(1, 256, 32, 16)
     codes = quantizer(torch.randn(4096, 32, generator=torch.Generator().manual_seed(0)))[:, 0]

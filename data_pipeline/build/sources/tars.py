@@ -28,7 +28,7 @@ from data_pipeline.shards.members import (
     member_extensions,
 )
 
-OUR_FILES = re.compile(r"manifest\.json$|meta\.json$|bad\.jsonl$|index-\w+\.bin$")
+OUR_FILES = re.compile(r"manifest\.json$|meta\.json$|bad\.jsonl$|(index|seconds)-\w+\.bin$")
 MAX_FOLDERS = 1 << 16  # a tar with more folders has no labels from folders
 Group = list[tuple[tarfile.TarInfo, str]]  # the members of one sample and their extensions
 
