@@ -100,6 +100,20 @@ def build_and_log_objective(cfg: Recipe, start: bool, say: Log) -> Objective:
     return objective
 
 
+def check_plans(stream: Stream) -> None:
+    """Raises UserError, on all ranks, if the ranks have different plans: those of batches by budget depend on the lengths
+    of recordings, which each machine measures if the shards do not state them. Collective."""
+    plans = processes.gather(stream.plan.constants())
+    if len({*plans}) > 1:
+        names = ", ".join(samples.names for samples in stream.samples)
+        raise processes.raised_by_all(
+            UserError(
+                f"{names}: ranks have measured different lengths of recordings, with different versions of FFmpeg;"
+                " run `unlabeled shards index FOLDER` once, which stores the lengths beside the index"
+            )
+        )
+
+
 def store_data_files(samples: Sequence[Dataset], objective: Objective, run: Path) -> None:
     """Store in the run folder what later stages need from the data: the manifest of each dataset, and the tokenizer,
     which is copied into exports."""

@@ -175,6 +175,7 @@ def _train(
     found = checkpoint_to_resume(folder, cfg, say)
     objective = run_startup.build_and_log_objective(cfg, found is None, say)
     stream = processes.on_every_rank(lambda: build_stream(cfg, objective, samples, folder / "damaged", device))
+    run_startup.check_plans(stream)
     run_startup.measure_precision(cfg, folder, objective, stream, device)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     processes.on_every_rank(lambda: check_engine(objective, cfg, device))
