@@ -17,7 +17,8 @@ class ImageText:
     "image" and "text".
 
     `tokens`: a `CaptionTokens` (data_pipeline/parts/caption.py). `dropped`: the share of the patches that the model
-    does not see; if it is not 0, "keep", int64 [K], has the others.
+    does not see; if it is not 0, "keep", int64 [K], has the others. `further`: views of the image in addition, as for
+    `crops`.
     """
 
     def __init__(
@@ -26,13 +27,17 @@ class ImageText:
         patch_size: int,
         tokens: Callable[[Any, np.random.Generator], dict[str, np.ndarray]],
         dropped: float,
+        further: dict[str, list[Augment]] | None = None,
     ):
+        self.further = further or {}
         self.augment, self.tokens = augment, tokens
         self.patches = (augment.size // max(1, patch_size)) ** 2
         self.kept = max(1, round(self.patches * (1 - dropped))) if dropped else self.patches
 
     def __call__(self, sample: dict[str, Any], rng: Rng) -> dict[str, np.ndarray]:
-        arrays = crops(sample, {"image": self.augment}, rng) | self.tokens(sample["text"], rng(CAPTIONS))
+        arrays = crops(sample, {"image": self.augment, **self.further}, rng) | self.tokens(
+            sample["text"], rng(CAPTIONS)
+        )
         if self.kept < self.patches:
             arrays["keep"] = rng(MASKS).random(self.patches).argsort()[: self.kept]
         return arrays

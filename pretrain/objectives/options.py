@@ -179,6 +179,21 @@ class ImageTextPairs(Options):
     locked: bool = False  # whether the image model is not trained; `init.backbone` names its weights
 
 
+@dataclass
+class SigmoidPairs(ImageTextPairs):
+    """The pairs of SigLIP (`pretrain.ops.contrastive.sigmoid_pairs`), and the model that reads captions."""
+
+    text: Section = network("siglip_text")  # the model that reads captions
+    initial_scale: float = option(10.0, above=0)  # t at the beginning
+    initial_bias: float = -10.0  # b at the beginning, when almost all pairs are no partners
+
+    @classmethod
+    def tiny(cls) -> list[dict[str, Any]]:
+        text = {"name": "siglip_text", "dim": 32, "depth": 2, "heads": 2, "vocab_size": 512, "context": 24}
+        first = {"data.length": 24, "objective.text": text, "model.pooling": "attention"}
+        return [first, {"objective.patch_drop": 0.5}]
+
+
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config import Section, option
 from data_pipeline.parts.caption import Caption, CaptionTokens
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.part import About
@@ -28,32 +27,25 @@ from data_pipeline.views.augmentations import Augment
 from data_pipeline.views.image_text import ImageText
 from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import ImageTextPairs, network
+from pretrain.objectives.options import SigmoidPairs
 from pretrain.ops.contrastive import sigmoid_pairs
 from pretrain.ops.init import xavier
 from pretrain.ops.precision import unit
 
 
 @dataclass
-class Config(ImageTextPairs):
-    text: Section = network("siglip_text")  # the model that reads captions
-    initial_scale: float = option(10.0, above=0)  # t at the beginning
-    initial_bias: float = -10.0  # b at the beginning, when almost all pairs are no partners
-
-    @classmethod
-    def tiny(cls) -> list[dict[str, Any]]:
-        text = {"name": "siglip_text", "dim": 32, "depth": 2, "heads": 2, "vocab_size": 512, "context": 24}
-        first = {"data.length": 24, "objective.text": text, "model.pooling": "attention"}
-        return [first, {"objective.patch_drop": 0.5}]
+class Config(SigmoidPairs):
+    """The options of SigLIP."""
 
 
 class SigLIP(Objective):
     couples_batch = True
     parts = {"image": Image(), "text": Caption(length=64)}
 
-    def __init__(self, cfg: Config, backbone: Builder) -> None:
+    def __init__(self, cfg: SigmoidPairs, backbone: Builder, **changes: Any) -> None:
+        """`changes`: options of the image model that differ from the recipe."""
         super().__init__(cfg, backbone)
-        self.image, self.text = backbone(local_cls_norm=False), backbone("text")
+        self.image, self.text = backbone(local_cls_norm=False, **changes), backbone("text")
         self.text_projection = nn.Linear(self.text.embed_dim, self.image.embed_dim)
         for part in (self.text_projection, *(tower for tower in (self.image, self.text) if not tower.loaded)):
             xavier(part)

@@ -19,6 +19,7 @@ from data_pipeline.parts.caption import CaptionTokens
 from data_pipeline.parts.part import About
 from pretrain.build import build_objective
 from pretrain.interchange import export, model_card, text_sides, weights
+from pretrain.interchange.layouts import transformers_image_text
 from pretrain.ops import contrastive
 from pretrain.ops.contrastive import sigmoid_pairs, softmax_pairs
 from pretrain.ops.gather import world
@@ -98,7 +99,8 @@ def check_pairs(kind: str) -> dict[str, list[Tensor]]:
 # ---------------------------------------------------------------- the objectives
 def objective(name: str, *overrides: str) -> Any:
     sizes = ["model=vit", "model.dim=32", "model.depth=2", "model.heads=2", "model.image_size=32", "model.patch_size=8"]
-    text = f"{{name: {name}_text, dim: 24, depth: 2, heads: 2, vocab_size: 64, context: 12}}"
+    kind = "clip" if name == "clip" else "siglip"
+    text = f"{{name: {kind}_text, dim: 24, depth: 2, heads: 2, vocab_size: 64, context: 12}}"
     cfg = load("demo", [f"objective={name}", f"objective.text={text}", *sizes, "data.batch=6", *overrides])
     return build_objective(cfg).double()
 
@@ -106,6 +108,8 @@ def objective(name: str, *overrides: str) -> Any:
 PUBLISHED = {
     "clip": ["model.embed_norm=true", "model.patch_bias=false", "model.mlp=quick_gelu", "model.norm_eps=1e-5"],
     "siglip": ["model.pooling=attention", "model.mlp=gelu_tanh"],
+    # the token of masked patches is not part of an export
+    "siglip2": ["model.pooling=attention", "model.mlp=gelu_tanh", "objective.caption_weight=0"],
 }  # the layers of the papers' image models
 
 
@@ -199,6 +203,110 @@ def test_dropped_patches_are_not_seen():
     assert not torch.equal(seen, model(batch, 0)[0])
 
 
+def attended(part: Any, x: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
+    """Attention head by head: x [T, D], memory [S, M], seen bool [T, S]."""
+    q, (k, v) = part.query(x), part.key_value(memory).chunk(2, dim=1)
+    width, out = q.shape[1] // part.heads, []
+    for h in range(part.heads):
+        own = slice(h * width, (h + 1) * width)
+        scores = (q[:, own] @ k[:, own].T / width**0.5).exp() * seen
+        out.append(scores / scores.sum(1, keepdim=True) @ v[:, own])
+    return part.proj(torch.cat(out, dim=1))
+
+
+def naive_caption(decoder: Any, tokens: Tensor, last: int, parallel: bool, patches: Tensor) -> list[Tensor]:
+    """The cross-entropy of each token of one caption, from what it may see alone."""
+    terms = []
+    for t in range(last + 1):
+        rows = [decoder.mask] * len(tokens) if parallel else [decoder.start, *decoder.embed(tokens[:t])]
+        x = torch.stack([row + place for row, place in zip(rows, decoder.positions, strict=False)])
+        seen = torch.ones(len(x), len(x)) if parallel else torch.ones(len(x), len(x)).tril()
+        for block in decoder.blocks:
+            normed = block.norm1(x)
+            x = x + attended(block.attn, normed, normed, seen)
+            x = x + attended(block.cross, block.norm2(x), patches, torch.ones(len(x), len(patches)))
+            x = x + block.mlp(block.norm3(x))
+        logits = decoder.head.weight @ decoder.norm(x)[t]
+        terms.append(logits.exp().sum().log() - logits[tokens[t]])
+    return terms
+
+
+def test_siglip2_adds_captions_self_distillation_and_masked_patches():
+    """Values and gradients, with a teacher and centres that differ from the student and from 0."""
+    crops = ["objective.local_crops=3", "objective.local_size=16", "objective.distillation=true"]
+    head = ["objective.prototypes=7", "objective.head_hidden=8", "objective.head_bottleneck=5"]
+    weights_of = ["objective.caption_weight=0.7", "objective.consistency_weight=0.6", "objective.masked_weight=0.3"]
+    text = "objective.text={name: siglip_text, dim: 24, depth: 1, heads: 2, vocab_size: 64, context: 12}"
+    sizes = [text, "objective.decoder_depth=2", "model.pooling=attention", "model.depth=1"]
+    model = objective("siglip2", *sizes, *crops, *head, *weights_of)
+    noise(model)
+    for center in model.centers.values():
+        center.mean.copy_(normal(7))
+    draw, batch = torch.Generator().manual_seed(3), batch_of(4)
+    places = torch.arange(12) <= batch["last"].unsqueeze(1)
+    batch |= {"global": normal(4, 1, 3, 32, 32, seed=4), "local": normal(4, 3, 3, 16, 16, seed=5)}
+    batch |= {
+        "targets": torch.where(places, batch["tokens"], -100),
+        "parallel": torch.tensor([True, False, False, True]),
+    }
+    batch |= {"masked": torch.stack([torch.randperm(16, generator=draw)[:6].sort().values for _ in range(4)])}
+    loss, logs = model(batch, 0)
+
+    features = model.image(batch["image"])
+    words = model.text_projection(model.text(batch["tokens"]).tokens[:, -1])
+    learned = (model.logit_scale.exp(), model.logit_bias)
+    sigmoid = naive_sigmoid_pairs(unit(features.cls), unit(words), *learned)
+    rows = zip(batch["tokens"], batch["last"].tolist(), batch["parallel"].tolist(), features.tokens, strict=True)
+    caption = mean([term for row in rows for term in naive_caption(model.decoder, *row)])
+
+    def crossed(name: str, taught: Tensor, own: Tensor) -> Tensor:
+        outputs = model.teacher_heads[name](taught) - center_of[name]
+        p = (outputs / 0.04).exp() / (outputs / 0.04).exp().sum()
+        q = (model.heads[name](own) / 0.1).exp()
+        return -(p.detach() * (q / q.sum()).log()).sum()
+
+    center_of = {name: center.mean for name, center in model.centers.items()}
+    consistency, masked = [], []
+    for n in range(4):
+        taught = model.teacher(batch["global"][n])
+        for crop in batch["local"][n]:
+            consistency.append(crossed("cls", taught.cls[0], model.image(crop[None]).cls[0]))
+        hidden = torch.zeros(1, 16, dtype=torch.bool)
+        hidden[0, batch["masked"][n]] = True
+        seen = model.image(batch["global"][n], mask=hidden).tokens[0]
+        masked += [crossed("patch", taught.tokens[0, m], seen[m]) for m in batch["masked"][n].tolist()]
+    terms = {"sigmoid": sigmoid.squeeze(), "caption": caption, "consistency": mean(consistency), "masked": mean(masked)}
+    for name, term in terms.items():
+        torch.testing.assert_close(logs[name], term.detach(), rtol=1e-6, atol=1e-8)
+    expected = terms["sigmoid"] + 0.7 * terms["caption"] + 0.6 * terms["consistency"] + 0.3 * terms["masked"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert not any(p.requires_grad for part in (model.teacher, model.teacher_heads) for p in part.parameters())
+    gradients = [torch.autograd.grad(one, trained, allow_unused=True) for one in (loss, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_the_second_stage_of_siglip2_begins_with_the_weights_of_the_first():
+    first, second = (
+        objective("siglip2", *PUBLISHED["siglip"], f"objective.distillation={on}") for on in ("false", "true")
+    )
+    names = {*first.state_dict()}
+    assert all(name.startswith(second.reinitialized) for name in {*second.state_dict()} - names)
+    second.image.load_state_dict(first.image.state_dict(), strict=False)
+    second.image.patch_embed.weight.data += 1
+    second.before_first_step(names)
+    assert torch.equal(second.teacher.patch_embed.weight, second.image.patch_embed.weight)
+    second.teacher.patch_embed.weight.data += 1
+    second.before_first_step({*second.state_dict()})
+    assert not torch.equal(second.teacher.patch_embed.weight, second.image.patch_embed.weight)
+    state, one = second.image.state_dict(), second.exports()["model"]  # whose token of masked patches is not exported
+    texts = (second.text.cfg, one.text_side.state_dict(), {"eos_token_id": 1})
+    fields, tensors = transformers_image_text.write("siglip", second.image.cfg, state, *texts)
+    assert fields["model_type"] == "siglip" and "mask_token" in state and not any("mask" in name for name in tensors)
+
+
 # ---------------------------------------------------------------- transformers
 def exported(name: str, shards: Path, folder: Path, *overrides: str) -> Any:
     """An objective with noise on all parameters, whose export is in `folder`."""
@@ -220,14 +328,12 @@ def texts_of(folder: Path, hf: ModuleType) -> tuple[Tensor, Tensor, Any]:
     return found["input_ids"], found["attention_mask"].sum(1) - 1, found
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
 def test_transformers_opens_the_export(hf: ModuleType, name: str, shards: Path, tmp_path: Path):
     """With equal logits, features and loss; its tokenizer gives the tokens of the training."""
     model = exported(name, shards, tmp_path / "out", *PUBLISHED[name])
     theirs, info = hf.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert type(theirs).__name__ == {"clip": "CLIPModel", "siglip": "SiglipModel"}[name] and not any(info.values()), (
-        info
-    )
+    assert type(theirs).__name__ == ("CLIPModel" if name == "clip" else "SiglipModel") and not any(info.values()), info
     images, (ids, last, _) = normal(2, 3, 32, 32).float(), texts_of(tmp_path / "out", hf)
     rows = [
         CaptionTokens(About(**model.parts["text"].about([], None)), model.cfg.text, "text")(

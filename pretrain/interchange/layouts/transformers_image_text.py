@@ -37,7 +37,7 @@ def unsupported(kind: str, image: Any, text: Any) -> list[str]:
     wanted: dict[str, Any] = {
         "embed_norm": clip,
         "patch_bias": not clip,
-        **{"registers": 0, "layer_scale": None, "qkv_bias": True, "key_bias": True, "mask_token": False},
+        **{"registers": 0, "layer_scale": None, "qkv_bias": True, "key_bias": True},
     }
     out = [f"model.{key}={json.dumps(value)}" for key, value in wanted.items() if vars(image)[key] != value]
     pooling = "token" if clip else "attention"
@@ -71,6 +71,8 @@ def write(
     if unsupported(kind, image, text) or eos is None or (kind == "clip" and eos == 2):
         own: dict[str, Any] = {"model_type": f"unlabeled_{kind}", "architectures": ["TextSide"]}
         return own, {f"{IMAGE}{k}": v for k, v in image_state.items()} | text_state
+    # their classes have no token for masked patches, which training alone uses
+    image_state = {key: value for key, value in image_state.items() if key != "mask_token"}
     dim, heads, _, _, width = presets.decoder_sizes(text)
     projection = len(text_state["text_projection.weight"])
     vision_fields: dict[str, Any] = {
