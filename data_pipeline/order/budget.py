@@ -121,6 +121,7 @@ class BudgetPlan:
         self._bucket_of = np.empty(len(lengths), np.int64)
         for b, bucket in enumerate(self.buckets):
             self._bucket_of[bucket.samples] = b
+        self._epoch_order = (-1, np.zeros(0, np.int64))  # the last epoch that was asked for, and its batches in order
         self.phases = [Phase(0, len(lengths))]  # for the prefetch server, which makes the plan from the budget
         self.orders = [_SingleSamples(self)]
 
@@ -138,8 +139,10 @@ class BudgetPlan:
         """(epoch, bucket, batch of the bucket) of a step."""
         epoch, position = divmod(step, self.steps)
         if self.shuffle:
-            key = hash_to_key(self.seed, _STEP_KEYS, epoch)
-            position = int(permute(np.array([position]), self.steps, key)[0])
+            if self._epoch_order[0] != epoch:
+                key = hash_to_key(self.seed, _STEP_KEYS, epoch)
+                self._epoch_order = epoch, permute(np.arange(self.steps), self.steps, key)
+            position = int(self._epoch_order[1][position])
         b = int(np.searchsorted(self._first_batch, position, "right")) - 1
         return epoch, b, position - int(self._first_batch[b])
 
