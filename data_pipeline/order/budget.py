@@ -139,10 +139,11 @@ class BudgetPlan:
         """(epoch, bucket, batch of the bucket) of a step."""
         epoch, position = divmod(step, self.steps)
         if self.shuffle:
-            if self._epoch_order[0] != epoch:
+            order = self._epoch_order
+            if order[0] != epoch:
                 key = hash_to_key(self.seed, _STEP_KEYS, epoch)
-                self._epoch_order = epoch, permute(np.arange(self.steps), self.steps, key)
-            position = int(self._epoch_order[1][position])
+                self._epoch_order = order = epoch, permute(np.arange(self.steps), self.steps, key)
+            position = int(order[1][position])
         b = int(np.searchsorted(self._first_batch, position, "right")) - 1
         return epoch, b, position - int(self._first_batch[b])
 
