@@ -111,6 +111,8 @@ def of(run: Path, jobs: Queue) -> Status:
     row = _last_with(run, "samples_per_second")
     speed = row.get("samples_per_second", 0.0)
     batch = (recipe.get("data") or {}).get("batch", 0)
+    if "samples" in row:  # of a batch by budget, whose number of samples varies: those of the last `log.every` steps
+        batch = row["samples"] / recipe["log"]["every"]
     active = (run in jobs) or living_holder(run) is not None
     remaining = duration((steps - done) * batch / speed) if active and speed and done < steps else "-"
     restarts = supervisor_state.get("restarts", 0)

@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.untrusted import is_number, loads, schema_error
 from data_pipeline.storage.ranges import MissingFile
 from pretrain.checkpoint.integrity import Damaged, Files, VerifyingReader, damaged_error, run_json_digest
+from pretrain.recipes.sections import BATCH_SCHEMA
 
 RUN_JSON, LATEST, OWNER = "run.json", "latest", "owner.json"
 CHECKPOINT_FILES = re.compile(r"run\.json|\.metadata|__\d+_\d+\.distcp")  # names of the files in a checkpoint's folder
@@ -34,7 +35,7 @@ RUN_JSON_SCHEMA = {  # see `schema_error`; further keys are allowed
     "stream": {"step": int, "data": str, "order": str},
     "recipe": {
         **{"steps": int, "precision": str, "model": {"name": str}, "objective": {"name": str}, "optim": {"lr": dict}},
-        "data": {"batch": int, "mean": [float], "std": [float]},
+        "data": {"batch": BATCH_SCHEMA, "mean": [float], "std": [float]},
     },
 }
 

@@ -22,6 +22,7 @@ from pretrain.checkpoint.dcp_format import Reader, fill, read_metadata
 from pretrain.checkpoint.integrity import CHUNK_BYTES, Damaged
 from pretrain.checkpoint.open_store import open_checkpoint_store
 from pretrain.checkpoint.store import RUN_JSON, Store, checkpoint_name
+from pretrain.recipes.sections import batch_text
 
 
 def locate(path: str) -> tuple[Store, str]:
@@ -66,7 +67,7 @@ def inspect(path: str) -> list[str]:
     lines = [
         f"{store.path(name)}",
         f"step        {run_json['step']} of {recipe['steps']}, written by {run_json['processes']} process(es)",
-        f"recipe      {recipe['objective']['name']} on {recipe['model']['name']}, batch {recipe['data']['batch']},"
+        f"recipe      {recipe['objective']['name']} on {recipe['model']['name']}, batch {batch_text(recipe['data']['batch'])},"
         f" {recipe['precision']}",
         f"versions    {', '.join(f'{k} {v}' for k, v in run_json['versions'].items())}",
         *(f"data        {d['samples']} samples of {d['shards']}, id {d['id']}" for d in run_json["data"]),

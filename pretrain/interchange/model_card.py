@@ -15,6 +15,7 @@ from pretrain.interchange.layouts import transformers_audio
 from pretrain.interchange.layouts import transformers_image_text as image_text
 from pretrain.interchange.layouts.transformers_text import CLASSES, OWN
 from pretrain.interchange.weight_sources import model_config
+from pretrain.recipes.sections import BATCH_SCHEMA, batch_text
 from pretrain.run_folder.export_folders import run_of
 from pretrain.run_folder.jsonl_rows import read_rows
 
@@ -232,11 +233,12 @@ def _data(run: Path) -> list[str]:
 
 def _recipe(run: Path) -> list[str]:
     recipe = yaml_values.read_yaml(run / "recipe.yaml")
-    if wrong := schema_error(recipe, {"steps": int, "data": {"batch": int}, "precision": str}):
+    if wrong := schema_error(recipe, {"steps": int, "data": {"batch": BATCH_SCHEMA}, "precision": str}):
         raise UserError(f"{run}/recipe.yaml: is not the resolved recipe of a run ({wrong})")
     steps, batch = recipe["steps"], recipe["data"]["batch"]
     text = printable((run / "recipe.yaml").read_text().strip(), keep="\n\t")
-    summary = f"{steps} steps of {batch} samples, {recipe['precision']}."
+    unit = "samples" if isinstance(batch, int) else "recordings"
+    summary = f"{steps} steps of {batch_text(batch)} {unit}, {recipe['precision']}."
     if "context" in recipe["model"]:
         length = recipe["data"]["length"] or recipe["model"]["context"]
         summary = (

@@ -7,7 +7,7 @@ together and reads them from files.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.config import Section, option, option_if
 from common.schedules import Schedule
@@ -65,6 +65,16 @@ class Budget(Seconds):
 
     # largest number of groups of recordings of similar lengths; batches are made inside of a group
     buckets: int = option(16, low=1)
+
+
+BATCH_SCHEMA = (int, {"seconds": float})  # of `data.batch` in a stored recipe, see `common.untrusted.schema_error`
+
+
+def batch_text(batch: Any) -> str:
+    """`data.batch` for messages: of a recipe, or its plain value in a stored one."""
+    if isinstance(batch, Budget):
+        return f"{batch.seconds:g} s"
+    return f"{batch['seconds']:g} s" if isinstance(batch, dict) else str(batch)
 
 
 @dataclass
@@ -164,7 +174,7 @@ class Data(Section):
     @property
     def batch_text(self) -> str:
         """`batch` for messages."""
-        return f"{self.batch.seconds:g} s" if isinstance(self.batch, Budget) else str(self.batch)
+        return batch_text(self.batch)
 
 
 @dataclass

@@ -32,7 +32,7 @@ from tests.tars import write_tar
 
 RATE = 1000  # of the recordings of these tests
 ABOUT = About(sample_rate=RATE, samples=2 * RATE)
-BUDGET = BatchBudget(8.0, 2.0, 6)
+BUDGET = BatchBudget(12.0, 2.0, 6)
 
 
 def lengths(count: int = 500, seed: int = 0) -> np.ndarray:
@@ -111,8 +111,8 @@ def test_the_lengths_of_recordings_are_known_without_decoding(tmp_path: Path, mo
     (tmp_path / "t").mkdir()
     write_tar(tmp_path / "s" / "a.tar", members)
     found = durations.durations_of(Samples([str(tmp_path / "s")], say=quiet))  # measured, and kept in the cache
-    assert np.all(found >= np.array(expected, np.float32)) and np.allclose(found, expected, atol=0.09)
-    assert seconds_of(encoded("mp3", seconds=3)) - len(decode(encoded("mp3", seconds=3), 16000)) / 16000 < 0.09
+    assert np.all(found >= np.array(expected, np.float32)) and np.allclose(found, expected, atol=0.12)
+    assert seconds_of(encoded("mp3", seconds=3)) - len(decode(encoded("mp3", seconds=3), 16000)) / 16000 < 0.12
     manifest = index.write(tmp_path / "s", say=quiet)  # stored beside the index
     file = tmp_path / "s" / durations.file_name(manifest)
     assert file.stat().st_size == 4 * len(members)
@@ -173,6 +173,7 @@ def rows_of(streams: list[Stream]) -> list[Tensor]:
     return [row for batch in batches for row in batch["audio"]]
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_for_any_number_of_ranks_and_workers_and_after_a_resume(counted: Path, tmp_path: Path):
     whole = stream_of(counted)
     expected = [rows_of([whole]) for _ in range(whole.plan.steps + 3)]
@@ -189,7 +190,7 @@ def test_batches_are_the_same_for_any_number_of_ranks_and_workers_and_after_a_re
     again = stream_of(counted)
     again.load_state_dict(state)
     assert all(map(torch.equal, rows_of([again]), rows_of([whole])))
-    other = Stream(again.samples, view, 0, budget=BatchBudget(9.0, 2.0, 6), parts=again.batches.parts, workers=0)
+    other = Stream(again.samples, view, 0, budget=BatchBudget(13.0, 2.0, 6), parts=again.batches.parts, workers=0)
     with pytest.raises(DataError, match="written with the order"):
         other.load_state_dict(state)
 
@@ -215,6 +216,7 @@ def recipe(shards: Path, run: Path, *overrides: str) -> Any:
 def test_a_run_with_a_budget_is_the_same_with_micro_batches_and_after_a_resume(shards: Path, tmp_path: Path):
     whole = read_rows(train(recipe(shards, tmp_path / "a")) / "metrics.jsonl")
     text = (tmp_path / "a" / "log.txt").read_text()
+    assert "8 steps of 8 s recordings, fp32." in (tmp_path / "a" / "export" / "8" / "README.md").read_text()
     assert "samples, batch 8 s, fp32" in text and "batches of 8 s: " in text and "% is padding" in text
     parts = read_rows(train(recipe(shards, tmp_path / "b", "parallel.micro_batch={seconds: 3}")) / "metrics.jsonl")
     train(recipe(shards, tmp_path / "c", "steps=4"))
