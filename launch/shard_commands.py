@@ -97,13 +97,15 @@ def index(
     """Write an index beside shards that other tools have made."""
     from data_pipeline.build.sources.source import check_bits
     from data_pipeline.build.stats import summarize
-    from data_pipeline.shards import index
+    from data_pipeline.shards import durations, index
     from data_pipeline.shards.samples import Samples
 
     check_bits(bits or 16)
     pixel_options = ({"bits": bits} if bits else {}) | ({"as_stored": True} if as_stored else {})
     manifest = index.write(url, extra=pixel_options, further=members)
-    say(*summarize(Samples([url]), left_out=False))
+    samples = Samples([url])
+    durations.write(samples)
+    say(*summarize(samples, left_out=False))
     megabytes, shards = manifest.total_bytes / 1e6, len(manifest.names)
     say(f"{url}: indexed {manifest.samples} samples, {megabytes:.1f} MB in {shards} shards")
 

@@ -38,8 +38,9 @@ from data_pipeline.formats.decode import ImageFacts, inspect
 from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, IMAGES
 from data_pipeline.formats.videos import video_facts
 from data_pipeline.formats.waveforms import decode
-from data_pipeline.shards import index
+from data_pipeline.shards import durations, index
 from data_pipeline.shards.members import AUDIO, CONTENT_EXTENSIONS, MAX_MEMBER_BYTES, VIDEOS
+from data_pipeline.shards.samples import Samples
 from data_pipeline.storage.urls import is_local, stamp
 
 FORMAT = 2  # format of stored plans and task results; a stopped build with another format is not resumed
@@ -349,6 +350,8 @@ def _publish(
     build_entry = {**stored, "bad": len(summary["bad"]), "from": inputs}
     extra = {"classes": summary["classes"], "source": summary["kind"], "build": build_entry, **options.pixels}
     index.write(folder.shards, say, extra, workers, summary["members"])
+    if {*AUDIO} & {*summary["members"]}:
+        durations.write(Samples([folder.shards], say=say), say)
     folder.publish()
 
 

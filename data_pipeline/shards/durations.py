@@ -33,21 +33,20 @@ def file_name(manifest: Manifest) -> str:
     return f"seconds-{manifest.id[:12]}.bin"
 
 
-def write(folder: str, say: Callable[[str], None] = output.say) -> None:
-    """Measure the recordings of a folder of shards that has an index, and write the file beside it. Without PyAV,
-    nothing is written."""
-    from data_pipeline.shards.samples import Samples  # here, because it imports the module that calls this function
-
+def write(samples: Any, say: Callable[[str], None] = output.say) -> None:
+    """Measure the recordings of a folder of shards (`Samples` of this folder alone), and write the file beside its index.
+    Nothing is written if it holds no recordings, or without PyAV."""
+    manifest = samples.manifests[0].manifest
+    if not {*AUDIO} & {*manifest.extensions}:
+        return
     try:
         need_av()
     except DataError as problem:
-        return say(f"{folder}: the lengths of its recordings are not measured: {problem}")
-    samples = Samples([folder])
-    manifest = samples.manifests[0].manifest
-    fs, path = open_store(folder)
+        return say(f"{manifest.folder}: the lengths of its recordings are not measured: {problem}")
+    fs, path = open_store(manifest.folder)
     for other in fs.glob(path + "/seconds-" + "[0-9a-f]" * 12 + ".bin"):
         fs.rm_file(other)
-    write_atomically(f"{folder}/{file_name(manifest)}", [_measure(samples).tobytes()])
+    write_atomically(f"{manifest.folder}/{file_name(manifest)}", [_measure(samples).tobytes()])
 
 
 def durations_of(samples: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The index of a shard set: the position and the hash of every member, so that any sample can be read by byte range and
 verified. It is made in one pass over the shards.
 
-It consists of two files beside the shards, and a third one if they hold recordings (`durations.py`). `manifest.json` is small: it lists the shards with their sizes, numbers of
+It consists of two files beside the shards; `durations.py` adds a third one for recordings. `manifest.json` is small: it lists the shards with their sizes, numbers of
 samples and hashes, the extensions, and the class names. `index-ID.bin` has 20 bytes per sample and extension: offset
 u64, size u32, xxh3-64 u64; an absent member has offset 0. It is read by range. Shards without a manifest (made by other
 tools, or in a folder that is not writable) are indexed into the cache folder when they are first read.
@@ -26,7 +26,6 @@ import xxhash
 from common import output, process_pool
 from common.errors import DataError
 from common.progress import Progress
-from data_pipeline.shards import durations
 from data_pipeline.shards.manifest import (
     MANIFEST,
     ForeignManifest,
@@ -36,7 +35,6 @@ from data_pipeline.shards.manifest import (
     render_manifest,
 )
 from data_pipeline.shards.members import (
-    AUDIO,
     DOTS_ADVICE,
     SEVERAL_DOTS,
     LeftOut,
@@ -81,10 +79,7 @@ def write(
     details.setdefault("source", "tars made elsewhere")
     details.pop("left_out", None)
     extensions = check_extensions([*further, *(old.extensions if old else ())])
-    manifest = _build(urls, folder, folder, details, extensions, say, workers)
-    if {*AUDIO} & {*manifest.extensions}:
-        durations.write(folder, say)
-    return manifest
+    return _build(urls, folder, folder, details, extensions, say, workers)
 
 
 def index_in_cache(urls: list[str], say: Callable[[str], None] = output.say, further: Iterable[str] = ()) -> Manifest:

@@ -55,7 +55,8 @@ class Config(SigmoidPairs, DINOHeadOptions):
 
     caption_weight: float = option(1.0, low=0)  # w_c; 0: no decoder
     decoder_depth: int = option_if(6, "caption_weight", unless=0, low=1)  # blocks of the decoder, as wide as `text`
-    parallel: float = option_if(0.5, "caption_weight", unless=0, low=0, high=1)  # share of captions written in parallel
+    # share of the captions whose tokens are predicted in parallel
+    parallel_share: float = option_if(0.5, "caption_weight", unless=0, low=0, high=1)
     distillation: bool = False  # whether the loss has the last two terms
     consistency_weight: float = option_if(1.0, "distillation", True, low=0)  # w_s
     masked_weight: float = option_if(0.25, "distillation", True, low=0)  # w_m
@@ -126,7 +127,7 @@ class SigLIP2(siglip.SigLIP):
             real = np.arange(len(out["tokens"])) <= out["last"]
             out["targets"] = np.where(real, out["tokens"], IGNORED)
             if cfg.caption_weight:
-                out["parallel"] = np.asarray(rng(PARALLEL).random() < cfg.parallel)
+                out["parallel"] = np.asarray(rng(PARALLEL).random() < cfg.parallel_share)
             if cfg.distillation:
                 out["masked"] = np.sort(rng(MASKED).permutation(patches)[: max(1, int(cfg.mask_ratio * patches))])
             return out

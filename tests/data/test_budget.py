@@ -113,7 +113,8 @@ def test_the_lengths_of_recordings_are_known_without_decoding(tmp_path: Path, mo
     found = durations.durations_of(Samples([str(tmp_path / "s")], say=quiet))  # measured, and kept in the cache
     assert np.all(found >= np.array(expected, np.float32)) and np.allclose(found, expected, atol=0.12)
     assert seconds_of(encoded("mp3", seconds=3)) - len(decode(encoded("mp3", seconds=3), 16000)) / 16000 < 0.12
-    manifest = index.write(tmp_path / "s", say=quiet)  # stored beside the index
+    manifest = index.write(tmp_path / "s", say=quiet)
+    durations.write(Samples([str(tmp_path / "s")], say=quiet), quiet)  # stored beside the index
     file = tmp_path / "s" / durations.file_name(manifest)
     assert file.stat().st_size == 4 * len(members)
     monkeypatch.setattr(durations, "_measure", lambda samples: pytest.fail("measured again"))
