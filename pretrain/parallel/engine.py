@@ -43,7 +43,8 @@ def accumulation(recipe: Recipe, coupled: bool, world: int = 1) -> int:
     batch, micro, budget = recipe.data.batch_size, recipe.parallel.micro_batch, recipe.data.budget
     if micro is None:
         return 1
-    if budget is not None and isinstance(micro, Seconds):
+    if isinstance(micro, Seconds):
+        assert budget is not None  # `Recipe.check`
         return math.ceil(budget.seconds / (world * micro.seconds))
     if micro < 1 or batch % (world * micro):
         each = max(1, batch // world)

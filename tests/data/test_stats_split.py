@@ -73,10 +73,10 @@ def test_glyphs_that_no_font_has_are_drawn_as_code_points(monkeypatch: pytest.Mo
         contact_sheet.Font().draw(ImageDraw.Draw(page), (0, 0), ["plain", text])
         return page.tobytes()
 
-    monkeypatch.setattr(stats, "FONTS", ())
+    monkeypatch.setattr(contact_sheet, "FONTS", ())
     assert drawn("a日é") == drawn("a<65E5>é")
     assert drawn("é") != drawn("e")
-    monkeypatch.setattr(stats, "FONTS", ("DejaVuSans.ttf",))
+    monkeypatch.setattr(contact_sheet, "FONTS", ("DejaVuSans.ttf",))
     if len(contact_sheet.Font().fonts) == 2:
         assert drawn("Жж") != drawn("<416><436>")
 
