@@ -29,6 +29,7 @@ from data_pipeline.parts.caption import CaptionTokens
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng
 from data_pipeline.views.image_text import ImageText
+from data_pipeline.views.multicrop import PART_OF
 from pretrain.models.caption_decoder import CaptionDecoder
 from pretrain.objectives import siglip
 from pretrain.objectives.base import Batch, Builder, Sample, View
@@ -90,6 +91,7 @@ class Config(SigmoidPairs, DINOHeadOptions):
 
 class SigLIP2(siglip.SigLIP):
     target_name = "targets"
+    part_of = PART_OF
     reinitialized = ("heads.", "teacher.", "teacher_heads.", "centers.", "decoder.", "image.mask_token")
 
     def __init__(self, cfg: Config, backbone: Builder) -> None:
