@@ -210,7 +210,13 @@ def test_a_damaged_recording_is_replaced_by_one_of_its_group(tmp_path: Path):
 
 # ---------------------------------------------------------------- training
 def recipe(shards: Path, run: Path, *overrides: str) -> Any:
-    budget = ["data.batch={seconds: 8, buckets: 4}", "data.seconds=1.6", "precision=fp32"]
+    budget = [
+        "data.batch={seconds: 8, buckets: 4}",
+        "data.seconds=1.6",
+        "precision=fp32",
+        "optim.lr.kind=constant",
+        "optim.lr.warmup=0",
+    ]
     return tiny_recipe("bestrq", shards, run, *budget, "device=cpu", *overrides)
 
 
@@ -224,9 +230,10 @@ def test_a_run_with_a_budget_is_the_same_with_micro_batches_and_after_a_resume(s
     resumed = read_rows(train(recipe(shards, tmp_path / "c")) / "metrics.jsonl")
     for key in ("loss", "grad_norm"):
         one, two, three = ([row[key] for row in rows] for rows in (whole, parts, resumed))
-        assert one == pytest.approx(two, rel=1e-4) and one == three and len(one) == 8
+        assert one[0] == pytest.approx(two[0], rel=1e-5) and one == pytest.approx(two, rel=3e-3)
+        assert one == three and len(one) == 8
     counts = [row["samples"] for row in whole]
-    assert len({*counts}) > 1 and sum(counts) > 60
+    assert len({*counts}) > 1 and sum(counts) > 40
 
 
 def test_what_does_not_go_with_a_budget_is_refused(shards: Path, tmp_path: Path):
