@@ -220,6 +220,7 @@ def recipe(shards: Path, run: Path, *overrides: str) -> Any:
     return tiny_recipe("bestrq", shards, run, *budget, "device=cpu", *overrides)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_budget_is_the_same_with_micro_batches_and_after_a_resume(shards: Path, tmp_path: Path):
     whole = read_rows(train(recipe(shards, tmp_path / "a")) / "metrics.jsonl")
     text = (tmp_path / "a" / "log.txt").read_text()
