@@ -54,7 +54,7 @@ FLOORS = [  # from the ground up; the longest path that leads a file's name deci
     ["pretrain/optim/optimizers.py", "pretrain/optim/skippable_optimizer.py", "pretrain/optim/__init__.py"],
     ["pretrain/trackers/trackers.py", "pretrain/trackers/__init__.py"],
     ["pretrain/recipes/"],
-    ["pretrain/parallel/processes.py", "pretrain/parallel/timeouts.py", "pretrain/parallel/__init__.py"],
+    [f"pretrain/parallel/{name}.py" for name in ("processes", "timeouts", "silent_ranks", "__init__")],
     ["pretrain/optim/"],
     ["pretrain/parallel/"],
     [

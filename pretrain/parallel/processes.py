@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
-from pretrain.parallel import timeouts
+from pretrain.parallel import silent_ranks, timeouts
 
 T = TypeVar("T")
 _patient: dist.ProcessGroup | None = None  # the group of `on_rank_0`; None: the default group
@@ -59,6 +59,7 @@ def start(mode: str, device: torch.device, retry: float = 0.0) -> None:
         timeout=timeouts.long(),
         device_id=device if device.type == "cuda" else None,
     )
+    silent_ranks.register_host()
     _patient = timeouts.patient_group()
 
 
@@ -178,7 +179,8 @@ class Agreement:
     def __init__(self) -> None:
         self.many = dist.is_initialized() and dist.get_world_size() > 1
         # A separate gloo group: the number is in host memory, and the collectives of the training are not affected.
-        self.group = timeouts.patient_group() if self.many else None
+        # Its time-out is short, so that a rank that has lost its network between two collectives is noticed soon.
+        self.group = dist.new_group(backend="gloo", timeout=timeouts.long()) if self.many else None
         self.largest = torch.zeros(1, dtype=torch.int32)
         self.pending: dist.Work | None = None
 

@@ -1,8 +1,9 @@
 """Time-outs of collectives: long until the first step has been trained (the first data, compilation and connections
 take time), and short afterwards.
 
-With gloo, a rank that waits longer ends with an error that names its rank and step. NCCL calls return at once; if one
-does not finish in time, the watchdog of the process group ends the process and names the rank in its log.
+With gloo, a rank that waits longer ends with an error that names its rank, host and step, and the ranks that do not
+answer. NCCL calls return at once; if one does not finish in time, the watchdog of the process group ends the process
+and names the rank in its log.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from pretrain.parallel.silent_ranks import cause_of_failure, host
+
 FIRST = timedelta(minutes=30)
 _long = FIRST  # time-out of all groups until the first step has been trained, and of patient groups
-_TEXTS_OF_HANGS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
+_TEXTS_OF_TIMEOUTS = ("timed out", "timeout")
+_TEXTS_OF_HANGS = (*_TEXTS_OF_TIMEOUTS, "connection closed", "connection reset", "broken pipe")
 _patient: set[dist.ProcessGroup] = set()
 
 
@@ -62,15 +66,17 @@ class CollectiveError(RuntimeError):
 
 @contextlib.contextmanager
 def at_step(step: int) -> Iterator[None]:
-    """Around a step: turn an error of a collective inside it into a CollectiveError that names the rank and the
-    step."""
+    """Around a step: turn an error of a collective inside it into a CollectiveError that names the rank, its
+    host, the step and, after a time-out, the ranks that do not answer."""
     try:
         yield
     except RuntimeError as error:  # torch's DistBackendError is one, too
         text = " ".join(str(error).split())
         if dist.is_available() and dist.is_initialized() and any(word in text.lower() for word in _TEXTS_OF_HANGS):
+            timed_out = any(word in text.lower() for word in _TEXTS_OF_TIMEOUTS)
+            cause = cause_of_failure(timed_out)
             raise CollectiveError(
-                f"rank {dist.get_rank()} of {dist.get_world_size()}: a collective failed at step {step}; another rank"
-                f" died or is stuck (see its log): {text[:300]}"
+                f"rank {dist.get_rank()} of {dist.get_world_size()} on {host()}: a collective failed at step {step};"
+                f" {cause}: {text[:300]}"
             ) from error
         raise

@@ -7,18 +7,22 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from common import config
 from launch.local import environments, wait
 from pretrain.interchange import export
+from pretrain.parallel import processes, silent_ranks, timeouts
 from pretrain.train import EXIT_STOPPED
 from tests.conftest import sampled, tiny_recipe, unlabeled
 from tests.faults import killer
@@ -163,9 +167,50 @@ def test_a_hung_process_is_named(shards: Path, tmp_path: Path):
     began = time.monotonic()
     error = started[0].communicate(timeout=60)[1]
     assert started[0].returncode == 1 and time.monotonic() - began < 20
-    assert "error: rank 0 of 2: a collective failed at step" in error and "Traceback" not in error, error
+    name = socket.gethostname()
+    assert f"error: rank 0 of 2 on {name}: a collective failed at step" in error and "Traceback" not in error, error
+    assert f"; no answer from rank 1 on {name}: " in error
     started[1].kill()
     started[1].communicate()
+
+
+def test_the_ranks_that_do_not_answer(monkeypatch: pytest.MonkeyPatch):
+    """Rank 0 and rank 3 have timed out, and rank 1 has lost its connection to one of them; rank 2 hangs."""
+    monkeypatch.setattr(silent_ranks, "REPORT_SECONDS", 0.3)
+    store = dist.HashStore()
+    for rank in range(4):
+        store.set(f"host_{rank}", f"h{rank}")
+    with ThreadPoolExecutor() as pool:
+        told = [*pool.map(lambda rank: silent_ranks._ask(store, rank, 4, timed_out=rank != 1), (0, 3, 1))]
+    assert set(told[:2]) == {"no answer from rank 2 on h2"} and told[2] in (told[0], silent_ranks.DIED)
+    store = dist.HashStore()
+    assert silent_ranks._ask(store, 0, 2, timed_out=False) == silent_ranks.DIED
+    assert silent_ranks._ask(store, 1, 2, timed_out=True) == "all ranks answer"
+
+
+def lost_between_two_steps() -> None:
+    """Rank 1 is suspended when a step has ended, before it tells the others that it trains another one."""
+    silent_ranks.REPORT_SECONDS = 1.0
+    processes.start("ddp", torch.device("cpu"))
+    agreement = processes.Agreement()
+    agreement.tell(0)
+    assert agreement.answer() == 0
+    timeouts.shorten(1.0)
+    processes.on_every_rank(lambda: None)
+    if processes.rank() == 1:
+        time.sleep(60)
+    said = r"rank 0 of 2 on .*at step 5; no answer from rank 1 on "
+    with pytest.raises(timeouts.CollectiveError, match=said), timeouts.at_step(5):
+        agreement.tell(0)
+        agreement.answer()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_between_two_steps_is_noticed():
+    first, second = (Forked(lost_between_two_steps, env=environment) for environment in environments(2))
+    assert first.wait(30) == 0
+    second.kill()
 
 
 @pytest.mark.slow
