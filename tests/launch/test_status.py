@@ -4,6 +4,7 @@ a queue."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from common import config
 from common.errors import UserError
-from launch import job_of_run, status
+from launch import cluster_commands, job_of_run, status
 from launch.file_tails import last_step
 from launch.rank_records import record
 from pretrain.checkpoint.open_store import complete_checkpoints
@@ -60,6 +61,27 @@ def test_the_table_of_a_folder_of_runs(finished: Path, capsys: pytest.CaptureFix
     assert status.of(finished, {}).checkpoint == "8"
     (unfinished / ".metadata").unlink()
     unfinished.rmdir()
+
+
+def test_the_table_is_shown_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """With the state at that time, until Ctrl-C, and as plain lines where the output is not a terminal."""
+    run, waited = tmp_path / "run", []
+    shutil.copytree(finished, run)
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            raise KeyboardInterrupt
+        (run / "metrics.jsonl").write_text('{"step": 2}\n')
+
+    monkeypatch.setattr(cluster_commands.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        call("status", run, "--watch", "--seconds", 9)
+    _, before, clock, _, after = capsys.readouterr().out.splitlines()
+    assert " 8/8 " in before and " 3/8 " in after and waited == [9.0, 9.0]
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", clock)
 
 
 def test_folders_without_runs_and_runs_without_logs_are_refused(finished: Path, tmp_path: Path):

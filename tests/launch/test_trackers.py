@@ -17,15 +17,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common import config
 from common.errors import ConfigError, UserError
 from eval import results
-from pretrain.recipes.recipe import load
+from launch.local import environments
+from pretrain.recipes.recipe import Recipe, load
 from pretrain.run_folder.jsonl_rows import NewRows, read_rows
 from pretrain.run_folder.prepare import prepare
 from pretrain.trackers import sender, trackers, tracking
 from pretrain.train import train
 from tests.conftest import tiny_recipe
+from tests.forked import Forked
 
 TRACKIO = Path(__file__).parents[2] / ".venv" / "trackio"  # `make trackio` installs it there
 HAS_TRACKIO = TRACKIO.is_dir()
@@ -57,28 +61,41 @@ def proxy(patch: pytest.MonkeyPatch) -> Iterator[list]:
         yield seen
 
 
+def train_on_two(recipe: Recipe) -> None:
+    """Train on two processes."""
+    path, errors = Path(f"{recipe.run}.yaml"), Path(f"{recipe.run}.errors")
+    path.write_text(config.dump(recipe))
+    output = (os.devnull, str(errors))
+    ranks = [Forked(_train, path, env=environment, output=output) for environment in environments(2)]
+    assert [rank.wait(600) for rank in ranks] == [0, 0], errors.read_text()
+
+
+def _train(path: Path) -> None:
+    tracking.FINISH_SECONDS = 300.0  # of a busy machine
+    train(load(path))
+
+
 @pytest.fixture(scope="module")
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps, of which the last 4 were trained a second time, as after a crash, and of which there are
-    scores. The environment tells the trackers to send it somewhere, which they must not."""
+    """A run of 8 steps on two processes, of which the last 4 were trained a second time, as after a crash, and of which
+    there are scores. The environment tells the trackers to send it somewhere, which they must not."""
     run = tmp_path_factory.mktemp("tracked") / "run"
     chosen = ["mlflow", "{name: wandb, project: tiny, run: mine}"] + ["{name: trackio, project: tiny}"] * HAS_TRACKIO
-    words = ("log=2", "checkpoint=4", "eval.pixels=false", f"log.trackers=[{', '.join(chosen)}]")
+    words = ("parallel.mode=ddp", "log=2", "checkpoint=4", "eval.pixels=false", f"log.trackers=[{', '.join(chosen)}]")
     row = {"model": "untrained", "step": 0, "protocol": "knn", "split": "val", "metric": "accuracy", "value": 0.25}
     with pytest.MonkeyPatch.context() as patch, proxy(patch) as seen:
-        patch.setattr(tracking, "FINISH_SECONDS", 300.0)  # of a busy machine
         for name, value in (("MLFLOW_TRACKING_URI", "http://elsewhere.invalid"), ("WANDB_MODE", "online")):
             patch.setenv(name, value)
         for name in ("WANDB_API_KEY", "HF_TOKEN"):
             patch.setenv(name, SECRET)
         patch.setenv("PYTHONPATH", str(TRACKIO))  # of the processes that send
         patch.setattr(sys, "path", [*sys.path, str(TRACKIO)])  # of the check that packages are installed
-        train(tiny_recipe("mae", shards, run, *words))
+        train_on_two(tiny_recipe("mae", shards, run, *words))
         results.append(run / "results.jsonl", [row, row | {"model": "pretrained", "step": 8, "value": 0.5}])
         results.append(run / "results.jsonl", [row | {"model": "pixels", "value": 0.75}])
         shutil.rmtree(run / "checkpoints" / "000000008")
         (run / "checkpoints" / "latest").unlink()
-        train(tiny_recipe("mae", shards, run, *words))
+        train_on_two(tiny_recipe("mae", shards, run, *words))
         assert not seen
     assert not any(SECRET.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
     return run
@@ -129,6 +146,21 @@ def check(values: Values, run: Path) -> None:
     """Each value was stored once; a baseline's scores were not."""
     assert expected(run).items() <= values.items() and max(map(len, values.values())) == 1
     assert len([name for name, _ in values if "knn" in name]) == 2
+
+
+@pytest.mark.slow
+def test_tensorboard_has_each_step_once(run: Path):
+    """It is written by rank 0 only: there is one file for each time that the run was started."""
+    assert len([*(run / "tensorboard").iterdir()]) == 2
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    values: Values = {}
+    for name in board.Tags()["scalars"]:
+        for event in board.Scalars(name):
+            values.setdefault((name, event.step), []).append(pytest.approx(event.value))
+    assert max(map(len, values.values())) == 1
+    losses = {key: value for key, value in expected(run).items() if key[0] == "train/loss"}
+    assert {key: value for key, value in values.items() if key[0] == "train/loss"} == losses
 
 
 @pytest.mark.slow
