@@ -24,10 +24,11 @@ test: $(READY) lint slurm trackio
 	  echo "These tests failed in the whole suite. They run once more, one after the other:"; \
 	  $(SPACE) $(PYTEST) $(AGAIN) && echo "FAILED ONCE, PASSED ALONE: the tests above. Each is a race to be found and mended."; }
 
-# install Debian's packages of Slurm, for tests/launch/test_slurm.py: as root only; SLURM=no skips this
+# install Debian's packages of Slurm, for tests/launch/test_slurm.py, and of network namespaces, for
+# tests/faults/test_network.py: as root only; SLURM=no skips this
 SLURM ?= yes
 slurm: $(READY)
-	@[ "$(SLURM)" = no ] || $(BIN)/python -m tests.slurm
+	@[ "$(SLURM)" = no ] || { $(BIN)/python -m tests.slurm && $(BIN)/python -m tests.hosts; }
 
 # install Trackio, for tests/launch/test_trackers.py, in a folder of its own and without the packages that are installed
 # already: its versions require pillow < 13

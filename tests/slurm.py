@@ -18,16 +18,19 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.hosts import TwoHosts
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 CONFIGURATION = """
 ClusterName=local
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
@@ -82,14 +85,21 @@ def missing() -> str:
 
 def install() -> None:
     """Install Debian's packages, and say so; only say what is missing where that cannot be."""
-    if not _installed() and os.geteuid() == 0 and shutil.which("apt-get"):
-        print(f"installing {' '.join(PACKAGES)} with apt-get, for tests of `unlabeled launch`", flush=True)
-        settings = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
-            with contextlib.suppress(subprocess.TimeoutExpired):  # no mirror answers
-                subprocess.run(["apt-get", *words], env=settings, stdout=subprocess.DEVNULL, timeout=300)
+    if not _installed():
+        install_packages(PACKAGES, "tests of `unlabeled launch`")
     if reason := missing():
         print(f"tests of `unlabeled launch` on a real Slurm will be SKIPPED: {reason}", flush=True)
+
+
+def install_packages(packages: Sequence[str], purpose: str) -> None:
+    """Install Debian's packages, and say so, where that can be."""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return
+    print(f"installing {' '.join(packages)} with apt-get, for {purpose}", flush=True)
+    settings = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *packages]):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # no mirror answers
+            subprocess.run(["apt-get", *words], env=settings, stdout=subprocess.DEVNULL, timeout=300)
 
 
 def _installed() -> bool:
@@ -98,10 +108,20 @@ def _installed() -> bool:
 
 class SlurmCluster:
     """`main` is the default partition, whose jobs are preempted by those of `high` after `grace` seconds. For Slurm, the
-    last node has two GPUs."""
+    last node has two GPUs. With `hosts`, each node is on one of them, slurmctld and the clients are on the first one;
+    otherwise all of them are on this machine."""
 
-    def __init__(self, root: Path, nodes: int = 2, cpus: int = 4, grace: int = 20, slurmd_timeout: int = 10):
+    def __init__(
+        self,
+        root: Path,
+        nodes: int = 2,
+        cpus: int = 4,
+        grace: int = 20,
+        slurmd_timeout: int = 10,
+        hosts: TwoHosts | None = None,
+    ):
         self.root, self.cpus, self.grace, self.slurmd_timeout = Path(root), cpus, grace, slurmd_timeout
+        self.hosts = hosts
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.daemons: dict[str, subprocess.Popen] = {}
 
@@ -142,10 +162,12 @@ class SlurmCluster:
         with contextlib.ExitStack() as held:
             sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in (0, *self.nodes)]
             port, *ports = [one.getsockname()[1] for one in sockets]
-        host = socket.gethostname().split(".")[0]
-        text = CONFIGURATION.format(host=host, port=port, root=self.root, slurmd_timeout=self.slurmd_timeout)
-        for node, own in zip(self.nodes, ports, strict=True):
-            text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} CPUs={self.cpus}"
+        here = [(socket.gethostname().split(".")[0], "127.0.0.1")] * len(self.nodes)
+        places = here if self.hosts is None else [*zip(self.hosts.NAMES, self.hosts.ADDRESSES, strict=True)]
+        first = {"host": places[0][0], "address": places[0][1]}
+        text = CONFIGURATION.format(**first, port=port, root=self.root, slurmd_timeout=self.slurmd_timeout)
+        for node, own, (host, address) in zip(self.nodes, ports, places, strict=True):
+            text += f"NodeName={node} NodeHostname={host} NodeAddr={address} Port={own} CPUs={self.cpus}"
             text += f" RealMemory=8000 State=UNKNOWN{' Gres=gpu:2' * (node == self.nodes[-1])}\n"
         everywhere = f"Nodes={','.join(self.nodes)} MaxTime=INFINITE State=UP"
         text += f"PartitionName=main {everywhere} Default=YES PriorityTier=1 PreemptMode=REQUEUE"
@@ -165,18 +187,24 @@ class SlurmCluster:
         self.wait((munge / "socket").exists, "munged has a socket")
 
     def _start(self, name: str, *command: str | Path) -> None:
+        program = shutil.which(command[0], path=PATH) or command[0]
+        words = self._on_host(self.nodes.index(name) if name in self.nodes else 0, program, *command[1:])
         with (self.root / "log" / f"{name}.out").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
-                [shutil.which(command[0], path=PATH) or command[0], *command[1:]],
+                words,
                 **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": self.root},
                 **{"env": {**os.environ, **self.environment}, "start_new_session": True},  # type: ignore[arg-type]
             )
+
+    def _on_host(self, number: int, *words: object) -> list[str]:
+        """The words of a command on one of the hosts."""
+        return [*map(str, words)] if self.hosts is None else self.hosts.words(number, *words)
 
     # ---------------------------------------------------------------- clients
     def run(self, *words: object, **more: Any) -> subprocess.CompletedProcess:
         """Run a client of Slurm; its output is text."""
         options: dict[str, Any] = {"check": True, "text": True, "capture_output": True, "timeout": 60, **more}
-        return subprocess.run([*map(str, words)], env={**os.environ, **self.environment}, **options)
+        return subprocess.run(self._on_host(0, *words), env={**os.environ, **self.environment}, **options)
 
     def state(self, job: str) -> str:
         """What squeue says of a job, such as RUNNING; "" for one that it does not know."""

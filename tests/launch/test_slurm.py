@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.run_folder.run_lock import living_holder
 from pretrain.signals import EXIT_UNSCORED
 from pretrain.train import train
+from tests import hosts
 from tests.conftest import TINY, call, unlabeled
 from tests.contract.own_objectives import OWN
 from tests.slurm import SlurmCluster, missing
@@ -300,6 +302,18 @@ def test_cores_that_are_not_given_are_the_share_of_the_gpus(cluster: SlurmCluste
 SCORED = ("export=1000", "eval.quick=[knn]")
 
 
+def scored(method: Path, shards: Path, run: Path, *overrides: str) -> Recipe:
+    """A recipe whose exports are evaluated."""
+    return recipe(method, shards, run, *SCORED, f"eval.gallery={shards}", f"eval.val={shards}", *overrides)
+
+
+def check_rows(run: Path, *steps: int) -> None:
+    """The evaluations of these exports have written each row once."""
+    rows = Counter(tuple(row[key] for key in results.KEY) for row in read_rows(run / "results.jsonl"))
+    models = {("untrained" if step == 0 else "pretrained", step, "knn", "val") for step in steps}
+    assert {row[:4] for row in rows} == models and set(rows.values()) == {1}, rows
+
+
 def write_profile(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
     """clusters.yaml with a profile `small` for evaluation jobs."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
@@ -320,8 +334,8 @@ def test_exports_are_evaluated_by_jobs_once_each(
     """The first one fails and is tried again; the watcher is killed, and later its job is requeued."""
     fails_once = f'case "$SLURM_JOB_NAME" in *-val-*) mkdir {tmp_path}/once && exit 3;; esac'
     write_profile(tmp_path, monkeypatch, setup=[fails_once])
-    scored = recipe(method, shards, tmp_path / "run", *SCORED, f"eval.gallery={shards}", f"eval.val={shards}")
-    job = Job(cluster, scored, evaluation="small", environment=["STEP_SECONDS=0.3"])
+    cfg = scored(method, shards, tmp_path / "run")
+    job = Job(cluster, cfg, evaluation="small", environment=["STEP_SECONDS=0.3"])
     cluster.wait(lambda: watcher_of(job.run), "the watcher runs")
     first = watcher_of(job.run)
     cluster.wait((tmp_path / "once").is_dir, "the first evaluation has failed")
@@ -332,9 +346,7 @@ def test_exports_are_evaluated_by_jobs_once_each(
     job.ends()
     assert losses(job.run) == whole
     assert cluster.wait_for(watch, "COMPLETED", "FAILED", seconds=240) == "COMPLETED", job.log
-    rows = Counter(tuple(row[key] for key in results.KEY) for row in read_rows(job.run / "results.jsonl"))
-    assert {row[:4] for row in rows} == {("untrained", 0, "knn", "val"), ("pretrained", STEPS, "knn", "val")}
-    assert set(rows.values()) == {1}
+    check_rows(job.run, 0, STEPS)
     submitted = [*(job.folder.parent / "evaluations").glob("*_submission.sh")]
     assert len(submitted) == 3 and "is tried again: job" in job.run_log
     folder = job.folder.parent
@@ -387,10 +399,8 @@ def test_a_run_is_stopped_at_once_with_its_evaluation_jobs(
 ):
     """Two evaluations run, and take long."""
     write_profile(tmp_path, monkeypatch, setup=['case "$SLURM_JOB_NAME" in *-val-*) sleep 600;; esac'])
-    scored = recipe(
-        method, shards, tmp_path / "run", *SCORED, f"eval.gallery={shards}", f"eval.val={shards}", "export=5"
-    )
-    job = Job(cluster, scored, evaluation="small", nodes=2, environment=["STEP_SECONDS=1"])
+    cfg = scored(method, shards, tmp_path / "run", "export=5")
+    job = Job(cluster, cfg, evaluation="small", nodes=2, environment=["STEP_SECONDS=1"])
     job.trains(7)
 
     def shown() -> str:
@@ -430,9 +440,10 @@ def test_an_evaluation_that_fails_again_is_recorded_as_failed(
 def test_the_time_limit(cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path):
     """Slurm may send the signal up to a minute early."""
     options = {"hours": 3 / 60, "signal_delay": 80, "environment": ["STEP_SECONDS=3"]}
-    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=1, processes=1, **options)
+    job = Job(cluster, scored(method, shards, tmp_path / "run", "export=10"), nodes=1, processes=1, **options)
     job.ends(seconds=500)
     assert losses(job.run) == whole
+    check_rows(job.run, 0, 10, 20, 30, STEPS)
     assert job.state["attempts"] >= 2 and job.state["restarts"] == 0
     assert re.search(r"requeues itself after \d+ steps", job.run_log)
 
@@ -441,36 +452,41 @@ def test_the_time_limit(cluster: SlurmCluster, method: Path, shards: Path, whole
 def test_a_job_that_an_operator_requeues(
     cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
 ):
-    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2, environment=["STEP_SECONDS=0.3"])
+    job = Job(cluster, scored(method, shards, tmp_path / "run", "export=10"), nodes=2, environment=["STEP_SECONDS=0.3"])
     job.trains(3)
     cluster.run("scontrol", "requeue", job.id)
     job.ends()
-    assert losses(job.run) == whole and job.state["attempts"] == 2
+    assert losses(job.run) == whole
+    check_rows(job.run, 0, 10, 20, 30, STEPS) and job.state["attempts"] == 2
     (step,) = map(int, re.findall(r"resumes from step (\d+) ", job.run_log))
     assert 3 <= step < STEPS and step % 10  # where it was when it was asked, not a regular checkpoint
 
 
 @pytest.mark.matrix
 def test_a_rank_that_hangs_is_named(cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path):
-    job = Job(cluster, recipe(method, shards, tmp_path / "run", "parallel.timeout=10"), nodes=2)
+    job = Job(cluster, scored(method, shards, tmp_path / "run", "export=10", "parallel.timeout=10"), nodes=2)
     job.trains(12)
     os.kill(ranks_of(job.folder / "attempt-1")[1]["pid"], signal.SIGSTOP)
     job.ends()
     assert losses(job.run) == whole
+    check_rows(job.run, 0, 10, 20, 30, STEPS)
     assert "rank 1 on n2 did not end by itself, so it hung or its node was lost, after" in job.run_log
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize(("nodes", "left"), [("1-2", "1 processes on n1"), ("2-3", "2 processes on n1, n3")])
 def test_a_node_that_is_lost_is_left_out(
-    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path, nodes: str, left: str
 ):
-    """All its processes end at once; the job continues on the other node, without a requeue."""
-    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes="1-2")
+    """All its processes end at once; the job continues on the other nodes, without a requeue. Of three nodes, the third
+    one is a spare, because three processes do not divide the batch."""
+    job = Job(cluster, scored(method, shards, tmp_path / "run", "export=10"), nodes=nodes)
     job.trains(12)
     cluster.kill_node("n2")
     job.ends()
     assert losses(job.run) == whole
-    assert "n2 is left out: " in job.run_log and "1 processes on n1" in job.run_log
+    check_rows(job.run, 0, 10, 20, 30, STEPS)
+    assert "n2 is left out: " in job.run_log and f"{left}\n" in job.run_log
     assert job.state["attempts"] == 2
 
 
@@ -479,11 +495,12 @@ def test_the_loss_of_the_first_node_requeues_the_job(
     cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
 ):
     """The supervisor is lost with it; the rank on the other node hears no heartbeat and requeues the job."""
-    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2)
+    job = Job(cluster, scored(method, shards, tmp_path / "run", "export=10"), nodes=2)
     job.trains(12)
     cluster.kill_node("n1")
     job.ends(seconds=400)
     assert losses(job.run) == whole
+    check_rows(job.run, 0, 10, 20, 30, STEPS)
     assert (
         "n2 requeues the job, because the heartbeat of the supervisor has ended" in job.run_log
         and "2 processes on n2, n3" in job.run_log
@@ -522,6 +539,54 @@ def test_a_fixed_number_of_nodes_comes_from_the_queue_again(
     job.ends()
     assert losses(job.run) == whole
     assert "1 of 2 nodes can be used" in job.run_log and "2 processes on n1, n3" in job.run_log
+
+
+@pytest.mark.matrix
+def test_a_job_comes_back_on_more_nodes(cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path):
+    """Another job has two of the three nodes, and ends."""
+    words = ("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+    other = cluster.run("sbatch", "--parsable", *words).stdout.strip()
+    cluster.wait_for(other, "RUNNING")
+    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes="1-2", environment=["STEP_SECONDS=0.3"])
+    job.trains(3)
+    cluster.run("scancel", other)
+    cluster.wait_for(other, "CANCELLED")
+    cluster.run("scontrol", "requeue", job.id)
+    job.ends()
+    assert losses(job.run) == whole
+    assert re.findall(r"attempt (\d): (\d) processes", job.run_log) == [("1", "1"), ("2", "2")]
+
+
+@pytest.mark.matrix
+def test_the_link_between_two_nodes_is_cut(
+    method: Path, shards: Path, whole: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """For a few seconds: the ranks wait, and go on. For good: the job continues on the other node."""
+    if reason := hosts.missing():
+        pytest.skip(f"NO NETWORK NAMESPACES HERE, SO A LOST NETWORK IS NOT TESTED: {reason}")
+    run, path, log = tmp_path / "run", tmp_path / "tiny.yaml", tmp_path / "run" / "log.txt"
+    path.write_text(config.dump(scored(method, shards, run, "export=10", "parallel.timeout=16")))
+    monkeypatch.setenv("STEP_SECONDS", "0.2")
+    with hosts.TwoHosts() as two, SlurmCluster(tmp_path / "slurm", slurmd_timeout=60, hosts=two) as there:
+        command = [sys.executable, "-m", "launch.cli", "launch", path]
+        there.run(*command, "--nodes", "1-2", "--cpus", 1, timeout=120)
+        there.wait(lambda: last_step(run) >= 2, "2 steps", 120)
+        two.cut()
+        time.sleep(6)
+        two.connect()
+        there.wait(lambda: last_step(run) >= 12, "12 steps", 30)
+        two.cut()
+        there.wait(lambda: "trains again" in log.read_text(), "it trains again", 180)
+        two.connect()  # so that Slurm can end the job
+        job = job_of(run)["id"]
+        assert there.wait_for(job, "COMPLETED", "FAILED", seconds=120) == "COMPLETED", log.read_text()
+    text = log.read_text()
+    assert losses(run) == whole
+    check_rows(run, 0, 10, 20, 30, STEPS)
+    # the rank that ended first is named, with the end of its log; srun does not get that of the other host
+    said = r"(rank 0 on n1 ended with code 1 after \d+ steps; .*; no answer from rank 1 on n2: |rank 1 on n2 ended with code 1)"
+    assert len(re.findall(said, text)) == 1 and "n2 is left out: " in text, text
+    assert re.findall(r"attempt (\d): (\d) processes", text) == [("1", "2"), ("2", "1")]
 
 
 @pytest.mark.matrix
@@ -598,6 +663,25 @@ def test_a_job_is_stopped_and_the_same_command_goes_on(
     assert again.id != job.id
     again.ends()
     assert losses(run) == whole
+
+
+@pytest.mark.matrix
+def test_a_job_that_an_operator_cancels_and_the_same_command(
+    cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
+):
+    """The ranks save within Slurm's KillWait, so no step is lost."""
+    cfg = scored(method, shards, tmp_path / "run", "export=10")
+    job = Job(cluster, cfg, nodes=2)
+    job.trains(12)
+    cluster.run("scancel", job.id)
+    cluster.wait_for(job.id, "CANCELLED")
+    done = last_step(job.run)
+    assert 12 <= done < STEPS and max(checkpoints(job.run)) == done
+    again = Job(cluster, cfg, nodes=2)
+    again.ends()
+    assert losses(again.run) == whole
+    check_rows(again.run, 0, 10, 20, 30, STEPS)
+    assert f"resumes from step {done} " in again.run_log
 
 
 @pytest.mark.matrix
