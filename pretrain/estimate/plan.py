@@ -78,7 +78,6 @@ def trace(cfg: Recipe, processes: int | None = None) -> Plan:
     offloaded = _offloaded(cfg)
     on_device = {name: 0.0 if name in offloaded else part for name, part in share.items()}
     found = tracer.run(cfg, micro, accumulate, processes, on_device)
-    accumulation(cfg, found.coupled, processes)  # refuses batch norms, which only the built objective shows
     flops = found.flops
     if cfg.parallel.recompute != "none":
         plain = cfg.replace(parallel=cfg.parallel.replace(recompute="none"))

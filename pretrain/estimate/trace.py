@@ -41,7 +41,7 @@ from pretrain.objectives.base import Objective
 from pretrain.optim.groups import make_optimizer
 from pretrain.parallel import blocks
 from pretrain.parallel.deepspeed import AUTOCAST
-from pretrain.parallel.engine import COMPUTE
+from pretrain.parallel.engine import COMPUTE, accumulation
 from pretrain.parallel.fsdp2 import stay_gathered
 from pretrain.recipes.recipe import Recipe
 
@@ -79,7 +79,6 @@ class Trace:
     after_step: dict[str, int] = field(default_factory=dict)
     # fp32 bytes of the matrices that the optimizer (Muon) sends to all ranks if each rank has all parameters
     exchanged: int = 0
-    coupled: bool = False  # `Objective.is_coupled`
 
 
 class _Real(TorchDispatchMode):
@@ -275,12 +274,12 @@ def run(cfg: Recipe, micro: int, accumulate: int, processes: int, share: dict[st
     """Train two steps of one process with `accumulate` micro-batches of `micro` samples. `share`: the share of each
     category of memory that the process holds.
 
-    Raises ConfigError if the objective needs values of fake tensors.
+    Raises ConfigError if the objective needs values of fake tensors, or has no micro-batches.
     """
     memory, real = Memory(share), _Real()
     with _trace_environment(processes), FakeTensorMode(allow_non_fake_inputs=True), real, memory:
         try:
-            return _run(cfg, micro, accumulate, memory, real)
+            return _run(cfg, micro, accumulate, processes, memory, real)
         except (RuntimeError, NotImplementedError) as error:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
@@ -295,10 +294,11 @@ def _enough_micro_batches(accumulate: int) -> int:
     return next((n for n in range(2, accumulate + 1) if accumulate % n == 0), 1)
 
 
-def _run(cfg: Recipe, micro: int, accumulate: int, memory: Memory, real: _Real) -> Trace:
+def _run(cfg: Recipe, micro: int, accumulate: int, processes: int, memory: Memory, real: _Real) -> Trace:
     from pretrain.build import build_objective
 
     objective = build_objective(cfg)
+    accumulation(cfg, objective.is_coupled(), processes)  # refuses batch norms, which only the built objective shows
     if cfg.device == "cpu":
         kernels.apply(objective, torch.device("cpu"))
     else:
@@ -339,7 +339,7 @@ def _run(cfg: Recipe, micro: int, accumulate: int, memory: Memory, real: _Real) 
     of_loss = {name: size // traced for name, size in of_loss.items()}
     # After a step, rows of all samples are gathered, but what is all-reduced are sums over the samples.
     rows = {name: size * accumulate // traced for name, size in of_update.items() if name != "all-reduce"}
-    return Trace(units, flops, memory.at_peak, of_loss, of_update | rows, exchanged, objective.is_coupled())
+    return Trace(units, flops, memory.at_peak, of_loss, of_update | rows, exchanged)
 
 
 def _units(objective: Objective) -> list[Unit]:

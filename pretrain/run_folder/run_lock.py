@@ -30,6 +30,7 @@ LOCK_TOKEN_VARIABLE = "UNLABELED_LOCK"  # environment variable: token of the lau
 LAUNCHER_VARIABLE = "UNLABELED_LAUNCHER"  # environment variable: process id of the launcher; trainers end when it ends
 RENEWAL_SECONDS = 5.0  # time between two renewals by a holder
 STALE_SECONDS = 30.0  # a lock of another machine is stale after this time without a renewal
+WRITING_SECONDS = 1.0  # after this time, invalid content counts as that of a process that crashed while writing
 Holder = dict[str, Any]  # {"host", "machine", "pid", "started", "since"}
 LockContent = dict[str, Any]  # {"token": str, "holders": list[Holder]}
 HOLDER_SCHEMA = {"host": str, "machine": str, "pid": int, "started": str, "since": str}
@@ -149,7 +150,7 @@ def _read(path: Path) -> LockContent | None:
             return None
         except ValueError:
             pass
-        time.sleep(0.1)  # another process may be writing it at the moment
+        time.sleep(WRITING_SECONDS / 10)  # another process may be writing it at the moment
     return {"token": "", "holders": []}
 
 
