@@ -19,7 +19,8 @@ demo: $(READY_DEMO)
 # once more, alone, and are listed. A bug of the product makes them fail again; if they pass now, there is a race that has
 # to be found (CONTRIBUTING.md).
 AGAIN := --last-failed --last-failed-no-failures none --maxfail 1 -vv
-test: $(READY) lint slurm trackio
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync lint slurm trackio
 	@$(SPACE) $(PYTEST) $(SPREAD) || { code=$$?; [ $$code = 1 ] || exit $$code; \
 	  echo "These tests failed in the whole suite. They run once more, one after the other:"; \
 	  $(SPACE) $(PYTEST) $(AGAIN) && echo "FAILED ONCE, PASSED ALONE: the tests above. Each is a race to be found and mended."; }

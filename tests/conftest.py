@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{seconds:7.0f} s  {name}")
 
 
-def sampled(names: Iterable[str], *chosen: str) -> list[Any]:
+# One objective for each property: moco has a queue, byol a teacher with batch norms of its own, simclr couples the batch
+# and has batch norm, dinov2 and dinov3 have several sizes of crops, distillation a frozen teacher, bert, gpt and t5 read
+# text, vjepa2 reads video.
+BY_PROPERTY = ("bert", "byol", "dinov2", "dinov3", "distillation", "gpt", "mae", "moco", "simclr", "t5", "vjepa2")
+
+
+QUICK = ("dinov2", "gpt", "mae", "moco")  # those of `make test-quick`
+
+
+def sampled(
+    names: Iterable[Any],
+    *chosen: Any,
+    others: pytest.MarkDecorator = pytest.mark.matrix,
+    quick: Collection[Any] | None = None,
+) -> list[Any]:
     """Test parameters of which `make test` runs the chosen ones, one for each property, and `make test-matrix` runs
-    the others."""
+    the others. With `others=pytest.mark.slow`, `make test-quick` runs the chosen ones, and `make test` all. `quick`:
+    the only ones that `make test-quick` runs."""
     assert set(chosen) <= set(names), chosen
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.matrix) for name in names]
+    marks = {name: [others] * (name not in chosen) for name in names}
+    if quick is not None:
+        marks = {name: found or [pytest.mark.slow] * (name not in quick) for name, found in marks.items()}
+    return [pytest.param(name, marks=found) for name, found in marks.items()]
 
 
 @pytest.fixture(scope="session", autouse=True)

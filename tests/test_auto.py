@@ -54,6 +54,7 @@ def test_rules_meet_the_published_recipes():
     assert [presets.drop_path(facts(*one)) for one in asked] == [0.3, 0.0, 0.05, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dinov2", "dinov3"])
 def test_values_are_said_stored_and_kept(shards: Path, tmp_path: Path, objective: str):
     small = [o for o in ALL if objective == "dinov3" or "prototypes" not in o]
@@ -75,6 +76,7 @@ def test_values_are_said_stored_and_kept(shards: Path, tmp_path: Path, objective
     assert train(again) == run and "objective.momentum" not in (run / "log.txt").read_text().removeprefix(said)
 
 
+@pytest.mark.slow
 def test_a_stage_has_the_prototypes_of_the_run_that_it_starts_from(shards: Path, tmp_path: Path):
     first = train(
         tiny_recipe(
@@ -102,6 +104,7 @@ def test_the_gram_teacher_sees_twice_the_image(tmp_path: Path):
     assert "objective.gram_size" not in before  # the former default, which stored recipes hold
 
 
+@pytest.mark.slow
 def test_accumulation_in_small_batches(shards: Path, tmp_path: Path):
     """One process, batch 8 in micro-batches of 4."""
     run = train(

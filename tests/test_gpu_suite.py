@@ -41,6 +41,7 @@ def test_without_a_device_they_are_not_collected(request: pytest.FixtureRequest)
     assert conftest.pytest_ignore_collect(conftest.GPU_TESTS.parent, request.config) is None
 
 
+@pytest.mark.slow
 def test_all_of_them_can_be_collected(tmp_path: Path):
     code, text = started(tmp_path, "--collect-only", "--device", "cpu")
     assert code == 0, text

@@ -25,7 +25,7 @@ from pretrain.models.build import build_model
 from pretrain.models.layers import LayerNorm, PackedAttention, Rotary
 from pretrain.models.text_layers import MaskedAttention, Masks, visible
 from pretrain.models.text_mlp import RMSNorm
-from tests.conftest import tiny_recipe
+from tests.conftest import sampled, tiny_recipe
 
 CPU = torch.device("cpu")
 SHAPES = [(3, 20), (2, 7)]
@@ -89,6 +89,7 @@ def test_norms(plain: type[nn.Module], kernel: type[nn.Module], dtype: torch.dty
     near(ours, theirs, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotary(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """As a GPU compiles it, but for the kernel that inductor writes there; each choice of heads, as in groups."""
@@ -158,7 +159,7 @@ def test_packed_sizes(library: str, dtype: torch.dtype):
     near(ours, results(lambda *a: PackedAttention()(*a, SHAPES), [q, k, v]), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", sampled([torch.float32, torch.bfloat16], torch.float32, others=pytest.mark.slow))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(library: str, name: str, dtype: torch.dtype):
     """Crops of two sizes with drop path; documents with causal masks, windows and groups of heads; documents without
@@ -215,7 +216,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", sampled(NETWORKS, *{*NETWORKS} - {"t5"}, others=pytest.mark.slow))
 def test_what_a_model_asks_of_a_library_is_tried(library: str, name: str, monkeypatch: pytest.MonkeyPatch):
     """With the model's heads, widths, groups, masks and windows; a library that computes one of them wrongly is
     detected."""
@@ -238,7 +239,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", sampled(LARGE, "decoder", others=pytest.mark.slow))
 def test_rounding_is_not_taken_for_a_fault(library: str, name: str):
     """Gradients of a group's keys are sums over its heads, and T5 does not scale its scores. NaN is a fault."""
     table = dict(kernels.attention_kernels(library))

@@ -29,7 +29,7 @@ from pretrain.optim.skip_steps import Guard
 from pretrain.parallel import processes
 from pretrain.parallel.engine import Engine
 from pretrain.signals import Stop
-from tests.conftest import folder_of, tiny_recipe
+from tests.conftest import QUICK, folder_of, sampled, tiny_recipe
 
 CPU = torch.device("cpu")
 NAMES = finder.names()
@@ -152,7 +152,7 @@ SMALL = ["model.depth=1"]  # a second block does what the first one does
 OBJECTIVES = {name: (name, SMALL) for name in NAMES} | {"batch norm": ("simclr", ["model=resnet_micro"])}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", sampled(OBJECTIVES, *QUICK, "batch norm", others=pytest.mark.slow))
 def test_no_objective_has_a_host_sync(name: str, shards: Path, request: pytest.FixtureRequest):
     """Placing a batch, forward, backward, update and `after_step`, with each variant of its options."""
     objective, own = OBJECTIVES[name]

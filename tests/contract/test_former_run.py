@@ -31,6 +31,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_its_checkpoint(former: Path, monkeypatch: pytest.MonkeyPatch):
     """Order of samples, views, optimizer state and teacher are restored: the steps after the checkpoint have the
     losses that the former version computed. Its last rectangles of a mask had an area of 4 or more."""
@@ -48,11 +49,13 @@ def test_it_goes_on_from_its_checkpoint(former: Path, monkeypatch: pytest.Monkey
         torch.testing.assert_close(again[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_its_checkpoint_starts_another_run(former: Path, tmp_path: Path):
     other = load("run", ["init.run=run", f"run={tmp_path / 'other'}", "checkpoint.resume=none", "steps=1"])
     assert rows(train(other))[0]["loss"] != rows(former)[0]["loss"]
 
 
+@pytest.mark.slow
 def test_its_export_is_scored_and_reported(former: Path):
     done = unlabeled("eval", "run/export/4", "knn", "gallery=shards", "query=shards", cwd=former.parent)
     assert done.returncode == 0 and "knn" in done.stdout, done.stderr

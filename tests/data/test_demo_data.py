@@ -255,6 +255,7 @@ def test_real_materials(tmp_path):
     assert sum(map(len, names)) == len(set.union(*names)) == 428
 
 
+@pytest.mark.slow
 def test_the_demo_deletes_no_file_that_it_has_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A folder with the name of the shards, or of the temporary folder of a killed process with the same id, may have
     other content."""

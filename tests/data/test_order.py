@@ -126,6 +126,7 @@ def test_shuffled_is_inverted():
     assert np.array_equal(order.shuffled(order.shuffled(numbers), inverse=True), numbers)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 500), st.sampled_from([1, 2, 3, 4, 6, 12]))
 @settings(max_examples=40, deadline=None)
 def test_slots_do_not_depend_on_how_the_batch_is_divided(step: int, parts: int):
@@ -135,6 +136,7 @@ def test_slots_do_not_depend_on_how_the_batch_is_divided(step: int, parts: int):
     assert split == ids(plan, step)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 60), st.integers(1, 40), st.sampled_from([1, 2, 4]), st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_slots_of_steps_and_micro_batches_equal_slots(step: int, steps: int, world: int, rank: int):
@@ -248,6 +250,7 @@ def test_mixtures_and_phases_skip_and_repeat_no_sample(counts: list[int], lanes:
     assert [totals[d] / n for d, n in enumerate(counts)] == pytest.approx(plan.epochs(step + 30))
 
 
+@pytest.mark.slow
 def test_shares_follow_the_weights_and_homogeneous_steps_have_one_dataset():
     plan = Plan([5000, 700], [Phase(0, 20, (0.75, 0.25), (0.0, 0.1))], seed=1)
     mixed, alone = Counter(), 0

@@ -428,6 +428,7 @@ def test_a_stopped_index_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert index.write(tmp_path).samples == 3 and scanned == []
 
 
+@pytest.mark.slow
 def test_a_run_refuses_other_data_and_names_the_difference(tmp_path: Path):
     def samples(*shards: tuple[str, int]) -> list[Samples]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

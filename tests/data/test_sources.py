@@ -694,6 +694,7 @@ def test_long_names(tmp_path: Path):
         assert [s["jpg"] for s in samples_of(tmp_path / name)] == [jpeg(i) for i in range(4)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_truncated_tar_gives_complete_samples_or_reports_the_last_one(data: st.DataObject):
@@ -713,6 +714,7 @@ def test_a_truncated_tar_gives_complete_samples_or_reports_the_last_one(data: st
         assert len(got) == 5 or summary["bad"], (cut, got)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"])), min_size=1),

@@ -54,6 +54,7 @@ def damaged(tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------- data workers that end
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "lack of memory"), (signal.SIGBUS, "/dev/shm is full")])
 def test_a_killed_data_worker_is_reported_in_one_line(number: signal.Signals, cause: str, shards: Path):
     before = signal.getsignal(signal.SIGCHLD)
@@ -80,6 +81,7 @@ def hold_workers(shards: str, file: str) -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_data_workers_end_with_a_killed_trainer(shards: Path, tmp_path: Path):
     """Data workers have copies of the trainer's sockets, so that other ranks wait until they have ended. torch's check
     takes up to 5 seconds."""
@@ -110,6 +112,7 @@ def test_samples_without_an_image_are_skipped_and_not_damaged(tmp_path: Path):
 
 
 # ---------------------------------------------------------------- the same batches
+@pytest.mark.slow
 def test_batches_are_the_same_for_any_number_of_processes_workers_threads_and_micro_batches(shards: Path):
     samples = Samples([str(shards)])
     whole = Stream(samples, augmented, 12, seed=3, workers=0)

@@ -259,6 +259,7 @@ def test_text_that_a_tokenizer_loses_is_counted_and_reported(tmp_path: Path):
     assert some.count_dropped("sea", some.tokenizer()) == 0 and some.count_dropped("sea\x01", some.tokenizer()) == 1
 
 
+@pytest.mark.slow
 def test_a_huge_document_is_tokenized_in_pieces_to_the_same_tokens(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -337,6 +338,7 @@ def test_the_memory_of_a_huge_document(tmp_path: Path):
     assert size >= 3 and int(done.stdout.split()[-1]) < 300  # MB
 
 
+@pytest.mark.slow
 def test_large_vocabularies_use_four_bytes_per_token(texts: Path, tmp_path: Path):
     content = json.loads(tokenizer.train(str(texts), tmp_path / "a.json", 300).text)
     words = {f"Ġw{n}": 300 + n for n in range(70000)}  # no merge gives them, but they are in the vocabulary
@@ -459,6 +461,7 @@ def test_best_fit_equals_an_exhaustive_search_and_loses_no_token(data: st.DataOb
 
 
 # ---------------------------------------------------------------- streams
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_batches_are_the_same_for_any_number_of_processes_and_workers_and_after_a_resume(
     token_set: Path, tmp_path: Path, packing
@@ -564,6 +567,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_tokenizing_is_the_same_for_any_number_of_processes(texts: Path, token_set: Path, tmp_path: Path):
     assert content(tokens_of(texts, tmp_path / "tokens", workers=3)) == content(token_set)
     again = tokens_of(texts, tmp_path / "tokens", workers=1)  # nothing to do

@@ -23,7 +23,7 @@ from data_pipeline.stream.worker_processes import start_method
 from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.objectives import finder
 from pretrain.train import train
-from tests.conftest import tiny_recipe
+from tests.conftest import QUICK, sampled, tiny_recipe
 from tests.contract.own_objectives import OWN
 from tests.forked import ROOT
 
@@ -48,7 +48,7 @@ def own_part(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", finder.names())
+@pytest.mark.parametrize("name", sampled(finder.names(), *QUICK, others=pytest.mark.slow))
 def test_the_arguments_of_a_worker_can_be_pickled(name: str, shards: Path):
     """Datasets with open files, views that are nested functions, and parts."""
     batches = stream_of(name, shards).batches
@@ -61,6 +61,7 @@ def masks(pid: int) -> dict[str, int]:
     return {line[:6]: int(line[7:], 16) for line in lines if line[:6] in ("SigBlk", "SigIgn", "SigCgt")}
 
 
+@pytest.mark.slow
 def test_workers_of_the_fork_server(own_part: str, shards: Path):
     """The workers are not children of the trainer, do not have its signal handlers, and end even while their code is
     stuck."""

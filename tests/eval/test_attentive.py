@@ -94,6 +94,7 @@ def test_an_interrupted_probe_continues_with_the_same_result(
     assert torch.equal(found, expected) and seen[6:] == [4, 5, 6, 7, 8] and not state.exists()
 
 
+@pytest.mark.slow
 def test_scores(shards: Path, tmp_path: Path):
     cfg = Config(epochs=40, warmup=2, batch=16, rates=[1e-2, 1e-5], decays=[1e-3], hold_out=0.2, augment=False)
     scores = attentive.run(small_encoder(tmp_path), [str(shards)], [str(shards)], cfg)

@@ -108,6 +108,7 @@ def test_shards_without_recordings_are_refused(shards: Path):
         encoder.check([str(shards)])
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_and_reported(notes: Path, tmp_path: Path):
     sets = [f"eval.{name}=[{notes}]" for name in ("gallery", "val", "test")]
     more = [*sets, "eval.final=[knn]", f"eval.cache={tmp_path / 'cache'}", "steps=2"]

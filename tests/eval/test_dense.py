@@ -209,6 +209,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str
     return [scenes(folder / "train.tar", 20, 1)], [scenes(folder / "test.tar", 8, 2, odd)]
 
 
+@pytest.mark.slow
 def test_segmentation_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path):
     cfg = segmentation.Config(steps=150, rate=5e-2, batch=8, size=32)
     scores = segmentation.run(patches(tmp_path), *rooms, cfg)
@@ -225,6 +226,7 @@ def test_patch_knn_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path)
     assert 0.3 < few["miou"] <= scores["miou"] + 0.02 and few["k"] == 3
 
 
+@pytest.mark.slow
 def test_depth_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path):
     cfg = depth.Config(steps=200, rate=3e-2, batch=8, farthest=5.0)
     scores = depth.run(patches(tmp_path), *rooms, cfg)

@@ -62,6 +62,7 @@ def expected(encoder: Encoder, data: str) -> tuple[torch.Tensor, list[tuple[str,
     return encoder(images), [(f"{n // 11}.tar", f"{n % 11:02d}") for n in numbers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["npy", "parquet"])
 def test_rows_and_keys(format: str, data: str, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture):
     model = teacher(shards.parent)
@@ -107,6 +108,7 @@ def run(data: str, out: Path, die_at: int = 0, wait_for: Path | None = None) -> 
     embed.embed("pixels", [data], out)
 
 
+@pytest.mark.slow
 def test_killed_and_shared(data: str, tmp_path: Path):
     assert embed.embed("pixels", [data], tmp_path / "whole") == (19, 3)
     assert Forked(run, data, tmp_path / "out", 6).wait(60) == -signal.SIGKILL

@@ -150,6 +150,7 @@ def test_processes_share_the_pieces_of_a_set(data: str, tmp_path: Path):
     assert torch.equal(found.features[:], extract(data, tmp_path / "alone", tmp_path / "log").features[:])
 
 
+@pytest.mark.slow
 def test_what_determines_the_features_is_in_the_key(data: str, tmp_path: Path, shards: Path):
     cfg = presets.ViT(image_size=16, patch_size=8, dim=16, depth=1, heads=2)
     cfg.name = "vit"
@@ -466,6 +467,7 @@ def score_in_bounded_memory(folder: Path) -> None:
     (folder / "peaks").write_text(json.dumps([of_knn[0], of_linear[0]]))
 
 
+@pytest.mark.slow
 def test_scores_take_bounded_memory(tmp_path: Path):
     assert Forked(score_in_bounded_memory, tmp_path).wait(120) == 0
     of_knn, of_linear = json.loads((tmp_path / "peaks").read_text())

@@ -131,6 +131,7 @@ def _flat(value: Any) -> list[Any]:
     return [leaf for part in value for leaf in _flat(part)] if isinstance(value, list | tuple) else [value]
 
 
+@pytest.mark.slow
 def test_contexts_begin_with_bos(exports: dict[str, str]):
     """Comparison with a sum over single tokens after BOS. Of a long context, the last tokens are used."""
     from lm_eval.api.instance import Instance

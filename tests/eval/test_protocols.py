@@ -36,6 +36,7 @@ def clusters(seed: int = 0, spread: float = 1.0) -> tuple[torch.Tensor, torch.Te
     return centers[y] + spread * torch.randn(300, 16, generator=generator), y
 
 
+@pytest.mark.slow
 def test_knn_is_the_weighted_vote_of_the_paper():
     x, y = clusters(spread=3.0)
     q, _ = clusters(1, spread=3.0)
@@ -69,6 +70,7 @@ def test_accuracies():
     assert scores == {"accuracy": 0.5, "balanced_accuracy": pytest.approx((2 / 3 + 0) / 2)}
 
 
+@pytest.mark.slow
 def test_linear_reaches_logistic_regression():
     x, y = clusters(spread=3.0)
     q, truth = clusters(1, spread=3.0)

@@ -64,6 +64,7 @@ def test_mean_corruption_error():
     assert len(CORRUPTIONS) == 15
 
 
+@pytest.mark.slow
 def test_scores(shards: Path):
     sets, probe = ([str(shards)], [str(shards)]), {"steps": 50, "batch": 32}
     options = {"corruptions": ["gaussian_noise", "jpeg_compression"], "levels": [1, 5], "linear": probe}

@@ -60,6 +60,7 @@ def test_coherence_equals_a_loop():
     assert statistics(own, image)["coherence"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_exports_of_a_run_are_compared(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     run = train(tiny_recipe("dinov2", shards, tmp_path / "run", "steps=2", "export=1"))
     rows = compare(run, [str(shards)], 8)

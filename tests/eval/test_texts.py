@@ -184,6 +184,7 @@ def test_texts_whose_rows_cannot_be_read_are_left_out(tmp_path: Path):
     assert torch.equal(found.features[:], bytes_of("sea")[None])
 
 
+@pytest.mark.slow
 def test_a_text_run_is_scored_and_sampled_during_training(shards: Path, tmp_path: Path):
     held, run = tokens(shards.parent), tmp_path / "run"
     scored = [f"eval.val={held}", f"eval.test={held}", "eval.quick=[bits_per_byte]", "eval.final=[bits_per_byte]"]

@@ -7,8 +7,8 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from pretrain.checkpoint.tools import consolidate
 from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe
 from pretrain.train import train
-from tests.conftest import tiny_recipe
+from tests.conftest import sampled, tiny_recipe, unlabeled
 from tests.services import FaultProxy, ObjectStore
 
 
@@ -47,12 +47,17 @@ def restore(cfg: Recipe, name: str) -> int:
     return load(run_store(Path(cfg.run), cfg), name, engine, stream, guard=guard)
 
 
-@pytest.fixture
-def run(shards: Path, tmp_path: Path) -> Recipe:
+@pytest.fixture(scope="session")
+def made(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps with checkpoints at 3 and 6."""
-    cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=6", "checkpoint=3")
-    train(cfg)
-    return cfg
+    return train(tiny_recipe("mae", shards, tmp_path_factory.mktemp("made") / "run", "steps=6", "checkpoint=3"))
+
+
+@pytest.fixture
+def run(made: Path, shards: Path, tmp_path: Path) -> Recipe:
+    """The recipe of a copy of that run."""
+    shutil.copytree(made, tmp_path / "run")
+    return tiny_recipe("mae", shards, tmp_path / "run", "steps=6", "checkpoint=3")
 
 
 def folder(cfg: Recipe, step: int) -> Path:
@@ -86,6 +91,7 @@ def test_a_missing_or_shortened_file_is_named(run: Recipe, file: str):
         restore(run, "000000006")
 
 
+@pytest.mark.slow
 def test_goes_on_from_an_older_one_when_told(run: Recipe, shards: Path):
     whole = losses(Path(run.run))
     (folder(run, 6) / "__0_0.distcp").write_bytes(b"")
@@ -205,6 +211,7 @@ def test_a_folder_of_something_else_is_refused(run: Recipe, tmp_path: Path):
 
 
 # ---------------------------------------------------------------- what it holds; sync and async
+@pytest.mark.slow
 def test_async_equals_sync(shards: Path, tmp_path: Path):
     """The files have the same bytes, although the training changes the tensors while they are written."""
     overrides = ["steps=9", "checkpoint=3", "checkpoint.keep=9"]
@@ -229,6 +236,7 @@ def test_says_what_it_was_made_of(run: Recipe):
     assert about["data"][0]["samples"] == 48 and len(about["data"][0]["id"]) == 32
 
 
+@pytest.mark.slow
 def test_keeps_the_newest_and_every_so_many(shards: Path, tmp_path: Path):
     train(tiny_recipe("mae", shards, tmp_path / "run", "steps=13", "checkpoint=2", "checkpoint.keep_every=6"))
     store = DiskStore(str(tmp_path / "run" / "checkpoints"))
@@ -252,15 +260,16 @@ def on(disk: Path, *more: str) -> list[str]:
     return ["steps=9", "checkpoint=3", f"checkpoint.folder={disk}", "checkpoint.retry_seconds=0.5", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(
-    shards: Path, tmp_path: Path, small_disk: Path, mode: str
+    made: Path, shards: Path, tmp_path: Path, small_disk: Path, mode: str
 ):
     # an attempt takes longer than this, and is repeated nevertheless
     options = on(small_disk, f"checkpoint.mode={mode}", "checkpoint.keep=1", "checkpoint.retry_seconds=0.01")
     whole = train(tiny_recipe("mae", shards, tmp_path / "whole", "steps=9"))
     first = tiny_recipe("mae", shards, tmp_path / "run", *options)
-    size = _size_of_a_checkpoint(shards, tmp_path)
+    size = _size_of_a_checkpoint(made)
     (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))  # room for one
     with pytest.raises(
         UserError, match=r"000000006: cannot write the checkpoint \(.*No space left.*the one before it is kept"
@@ -273,17 +282,16 @@ def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def _size_of_a_checkpoint(shards: Path, tmp_path: Path) -> int:
-    train(tiny_recipe("mae", shards, tmp_path / "size", "steps=1"))
-    size = sum(p.stat().st_size for p in (tmp_path / "size" / "checkpoints" / "000000001").iterdir())
+def _size_of_a_checkpoint(made: Path) -> int:
+    size = sum(p.stat().st_size for p in (made / "checkpoints" / "000000003").iterdir())
     assert size < 1 << 20
     return size
 
 
 @pytest.mark.slow
-def test_a_full_disk_lets_the_run_go_on_when_told(shards: Path, tmp_path: Path, small_disk: Path):
+def test_a_full_disk_lets_the_run_go_on_when_told(made: Path, shards: Path, tmp_path: Path, small_disk: Path):
     options = on(small_disk, "checkpoint.on_error=continue", "checkpoint.keep=1")
-    size = _size_of_a_checkpoint(shards, tmp_path)
+    size = _size_of_a_checkpoint(made)
     (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))
     with pytest.raises(UserError, match="000000009: cannot write"):  # the last one is not given up in silence
         train(tiny_recipe("mae", shards, tmp_path / "run", *options))
@@ -291,9 +299,9 @@ def test_a_full_disk_lets_the_run_go_on_when_told(shards: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_full_disk_that_is_freed_in_time_loses_nothing(shards: Path, tmp_path: Path, small_disk: Path):
+def test_a_full_disk_that_is_freed_in_time_loses_nothing(made: Path, shards: Path, tmp_path: Path, small_disk: Path):
     options = on(small_disk, "checkpoint.retry_seconds=30", "checkpoint.keep=1")
-    size = _size_of_a_checkpoint(shards, tmp_path)
+    size = _size_of_a_checkpoint(made)
     (small_disk / "other").write_bytes(bytes((3 << 20) - int(1.5 * size)))
     cfg = tiny_recipe("mae", shards, tmp_path / "run", *options)
 
@@ -318,6 +326,7 @@ def test_a_read_only_folder_is_said_before_the_first_step(shards: Path, tmp_path
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_read_only(shards: Path, tmp_path: Path, small_disk: Path):
     train(tiny_recipe("mae", shards, tmp_path / "run", *on(small_disk, "steps=3")))
     before = DiskStore(str(small_disk)).run_json("000000003")
@@ -330,7 +339,7 @@ def test_a_folder_that_becomes_read_only(shards: Path, tmp_path: Path, small_dis
 
 # ---------------------------------------------------------------- S3
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", sampled(["sync", "async"], "async"))
 def test_s3_with_faults(shards: Path, tmp_path: Path, proxy: FaultProxy, mode: str):
     """Checkpoints are written and read in spite of resets, errors and changed bytes; the resumed run equals the
     uninterrupted one."""
@@ -382,6 +391,7 @@ def test_s3_that_takes_and_never_answers(shards: Path, tmp_path: Path, proxy: Fa
 
 
 # ---------------------------------------------------------------- the run folder's disk
+@pytest.mark.slow
 @pytest.mark.parametrize("freed", [True, False])
 def test_a_full_disk_while_logging(
     shards: Path, tmp_path: Path, small_disk: Path, freed: bool, capfd: pytest.CaptureFixture
@@ -434,9 +444,7 @@ def test_s3_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path, proxy: F
 
 # ---------------------------------------------------------------- the tools
 def tool(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.cli", "checkpoint", *map(str, args)], capture_output=True, text=True
-    )
+    return unlabeled("checkpoint", *args)
 
 
 @pytest.mark.slow

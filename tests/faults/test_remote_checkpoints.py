@@ -49,6 +49,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], float]]:
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_large_file_is_streamed_both_ways(
     proxy: FaultProxy, measured: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ):
@@ -77,6 +78,7 @@ def test_a_large_file_is_streamed_both_ways(
     assert proxy.bytes < 2 * CHUNK_BYTES
 
 
+@pytest.mark.slow
 def test_a_changed_byte_is_found_where_it_is_read(store: ObjectStore, proxy: FaultProxy):
     there, data = open_checkpoint_store("s3://data/changed"), bytearray(block(0) * 20)
     files = {FILE: integrity.hash_stream(io.BytesIO(bytes(data)))}
@@ -99,6 +101,7 @@ def test_a_changed_byte_is_found_where_it_is_read(store: ObjectStore, proxy: Fau
         pass
 
 
+@pytest.mark.slow
 def test_an_upload_that_cannot_be_completed_is_an_error(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(remote_store, "UPLOAD_PART_BYTES", 5 * MB)
     store = open_checkpoint_store("s3://data/cut", retry_seconds=1.0)

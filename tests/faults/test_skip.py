@@ -25,7 +25,7 @@ from pretrain.parallel.processes import Agreement
 from pretrain.recipes.recipe import Recipe, load
 from pretrain.recipes.sections import Skip
 from pretrain.signals import Stop
-from tests.conftest import tiny_recipe
+from tests.conftest import BY_PROPERTY, QUICK, sampled, tiny_recipe
 from tests.services import FaultProxy, ObjectStore
 
 CPU = torch.device("cpu")
@@ -59,8 +59,8 @@ def poison(engine: Engine, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engine, "forward", bad)
 
 
-@pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
-@pytest.mark.parametrize("name", finder.names())
+@pytest.mark.parametrize("what", sampled(["nan", "inf", "gradient"], "nan", others=pytest.mark.slow))
+@pytest.mark.parametrize("name", sampled(finder.names(), *BY_PROPERTY, quick=(*QUICK, "simclr")))
 def test_nothing_changes(name: str, what: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Weights, optimizer, teacher and buffers are bit-equal before and after a skipped step, and the next good step
     changes them."""
@@ -100,6 +100,7 @@ def test_nothing_changes(name: str, what: str, shards: Path, tmp_path: Path, mon
         assert any(not torch.equal(after[k], moved[k]) for k in after if "teacher" in k)
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     forward = Engine.forward
 
@@ -121,6 +122,7 @@ def test_too_many_in_a_row_end_the_run(shards: Path, tmp_path: Path, monkeypatch
     assert "step 3 changed nothing" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_samples_of_a_skipped_step_cost_no_requests(
     store: ObjectStore, proxy: FaultProxy, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

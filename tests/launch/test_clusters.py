@@ -356,6 +356,7 @@ sys.exit(slurm_rank.run(Path(sys.argv[1]), "recipe.yaml"))
 """
 
 
+@pytest.mark.slow
 def test_how_a_rank_has_ended_is_recorded_when_the_disk_has_space_again(tmp_path: Path):
     for name in ("rank-0.partial", "rank-0.end.partial"):
         (tmp_path / name).mkdir()  # as if the disk were full

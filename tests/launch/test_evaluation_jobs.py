@@ -109,6 +109,7 @@ def when(condition: Callable[[], object], do: Callable[[], object]) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [{"id": "7"}, {}])
 def test_a_watcher_that_starts_again_submits_no_second_job(scene: Scene, known: dict):
     """Also if it was killed before it had recorded the id."""
@@ -119,6 +120,7 @@ def test_a_watcher_that_starts_again_submits_no_second_job(scene: Scene, known: 
     assert scene.submitted == 0 and scene.record()["attempt"] == 1
 
 
+@pytest.mark.slow
 def test_refusals_fail_no_evaluation_while_a_job_runs(scene: Scene):
     """The limit of jobs of a user may be the reason, so sbatch is asked again when that job has ended."""
     scene.export(6)
@@ -140,6 +142,7 @@ def test_refusals_fail_no_evaluation_while_a_job_runs(scene: Scene):
     assert scene.record(second)["id"] == "7"
 
 
+@pytest.mark.slow
 def test_what_sbatch_says_again_and_again_is_logged_once(scene: Scene, monkeypatch: pytest.MonkeyPatch):
     """And again when it says something else; the same for the failure before."""
     monkeypatch.setattr(evaluation_jobs, "MAX_REFUSALS", 8)
@@ -154,6 +157,7 @@ def test_what_sbatch_says_again_and_again_is_logged_once(scene: Scene, monkeypat
     assert len(waits) == 2 and "first" in waits[0] and "second" in waits[1]
 
 
+@pytest.mark.slow
 def test_a_job_that_sbatch_has_queued_although_it_timed_out_is_found(scene: Scene):
     (scene.folder / "refusal").write_text("Socket timed out on send/recv operation")
     scene.queue(NAME, attempt=1)
@@ -273,6 +277,7 @@ evaluation_jobs.watch_job(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_watcher_that_is_requeued_releases_its_locks(scene: Scene, monkeypatch: pytest.MonkeyPatch):
     """And its job asks again if the controller does not answer."""
     record(scene.records / f"{NAME}.json", attempt=1, submitted=time.time() - 60, id="7")

@@ -17,7 +17,7 @@ import pytest
 from common import config
 from pretrain.signals import EXIT_STOPPED
 from pretrain.train import train
-from tests.conftest import tiny_recipe
+from tests.conftest import sampled, tiny_recipe
 
 SOURCE = """
 import os, signal, threading, time
@@ -52,7 +52,7 @@ print("DONE")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["script", "IPython", "kernel"])
+@pytest.mark.parametrize("where", sampled(["script", "IPython", "kernel"], "script", "kernel"))
 def test_interrupted_then_called_again(where: str, shards: Path, tmp_path: Path):
     recipe = tiny_recipe("mae", shards, tmp_path / "first", "checkpoint=100000", "data.workers=1")
     (tmp_path / "recipe.yaml").write_text(config.dump(recipe))
@@ -104,6 +104,7 @@ def test_sigterm_ends_by_system_exit(shards: Path, tmp_path: Path):
     assert stopped.value.code == EXIT_STOPPED and signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_garbage_collector_is_as_before(frozen: bool, shards: Path, tmp_path: Path):
     """Objects that the caller has frozen stay frozen; those that the training froze do not."""

@@ -185,6 +185,7 @@ def test_a_run_with_results_is_never_taken_for_a_failed_one(run: Path, shards: P
     assert files(run) == before
 
 
+@pytest.mark.slow
 def test_checkpoints_elsewhere_count_where_metrics_were_moved(shards: Path, tmp_path: Path):
     run, elsewhere = tmp_path / "run", f"checkpoint.folder={tmp_path / 'elsewhere'}"
     train(recipe(shards, run, elsewhere))
@@ -343,6 +344,7 @@ def test_everything_that_a_run_and_its_exports_write_is_listed(name: str, shards
     assert set(files(run)) == {"recipe.yaml", ".run.json"}
 
 
+@pytest.mark.slow
 def test_an_export_into_a_folder_of_files_keeps_them(run: Path, shards: Path):
     shutil.rmtree(run / "export" / "4")
     (run / "export" / "4").mkdir()
@@ -352,6 +354,7 @@ def test_an_export_into_a_folder_of_files_keeps_them(run: Path, shards: Path):
 
 
 # ---------------------------------------------------------------- whose checkpoints they are
+@pytest.mark.slow
 def test_a_checkpoint_folder_belongs_to_one_run(shards: Path, tmp_path: Path):
     """Another run that names it is refused, even with overwrite=true; the alternative in the error message works."""
     first, second, there = tmp_path / "first", tmp_path / "second", tmp_path / "there"
@@ -435,6 +438,7 @@ def test_overwrite_starts_at_step_0_where_checkpoints_lie_elsewhere(shards: Path
     assert "resumes from step 4" in log(run)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_previous_version_with_checkpoints_elsewhere_goes_on(shards: Path, tmp_path: Path):
     run, there = tmp_path / "run", tmp_path / "there"
     train(recipe(shards, run, f"checkpoint.folder={there}", "steps=2"))
@@ -558,7 +562,8 @@ def test_a_living_trainer_is_named(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_stale_locks_are_recognised(tmp_path: Path, gone: int):
+def test_stale_locks_are_recognised(tmp_path: Path, gone: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_lock, "WRITING_SECONDS", 0.05)
     for changes in ({"pid": gone}, {"started": "1"}):  # killed; its id has been given to another process
         held(tmp_path, **changes)
         (lock := Lock()).take(tmp_path)
@@ -704,6 +709,7 @@ def test_a_step_is_gone_back_to_once(run: Path, shards: Path, resume: str):
         assert log(run).count("resumes from step 3 ") == 2 and losses(run) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refused", "says"),
     [

@@ -86,6 +86,7 @@ def test_a_disk_on_which_the_state_cannot_be_written(run: Path):
     assert one.finish() == 0 and json.loads(state.read_text())["step"] == 29
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_repeats_one_request(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(own_tracker.SECONDS, "0.3")
     first = process(run)
@@ -100,6 +101,7 @@ def test_a_process_that_is_killed_repeats_one_request(run: Path, monkeypatch: py
     assert [*counts] == [*range(30)] and sum(counts.values()) <= 33  # a request has 3 steps
 
 
+@pytest.mark.slow
 def test_a_process_whose_parent_was_killed(run: Path, monkeypatch: pytest.MonkeyPatch):
     with process(run) as one:
         pass  # closes its standard input without a word

@@ -15,7 +15,7 @@ from launch.show_recipe import lines
 from pretrain.models import presets
 from pretrain.objectives import finder
 from pretrain.recipes.recipe import Recipe, load, names
-from tests.conftest import unlabeled
+from tests.conftest import sampled, unlabeled
 
 
 def sections() -> Iterator[type[Section]]:
@@ -62,7 +62,10 @@ def test_comments_are_found_wherever_they_stand(tmp_path: Path):
     assert told["blur"] == explanations(finder.config_class("dinov2")[0])["blur"] != ""
 
 
-@pytest.mark.parametrize("name", names())
+SHOWN = ("demo", "dinov3_vit7b16_gram", "gpt_dial", "clip_vitb16", "vjepa2_vitl16", "bestrq_cpu", "t5_base")
+
+
+@pytest.mark.parametrize("name", sampled(names(), *SHOWN, others=pytest.mark.slow))
 def test_what_is_shown_is_the_recipe(name: str, tmp_path: Path):
     shown = tmp_path / "mine.yaml"
     overrides = ["data.mix=[{shards: a, weight: 1}, {shards: b}]", "data.phases=[{step: 5}]"]

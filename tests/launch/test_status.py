@@ -42,6 +42,7 @@ def commands_of_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: st
     monkeypatch.setenv("PATH", f"{folder}/bin:/usr/bin:/bin")
 
 
+@pytest.mark.slow
 def test_the_table_of_a_folder_of_runs(finished: Path, capsys: pytest.CaptureFixture):
     (finished.parent / "no_run").mkdir(exist_ok=True)
     assert call("status", finished.parent) == 0

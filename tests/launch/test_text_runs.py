@@ -69,6 +69,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_on_text_trains_and_goes_on_as_if_it_had_not_stopped(held: Path, tmp_path: Path):
     whole = train(recipe(held, tmp_path / "whole", "data.packing=best_fit"))
     run = train(recipe(held, tmp_path / "run", "data.packing=best_fit", "steps=2", "optim.lr.steps=4"))
@@ -84,6 +85,7 @@ def test_a_run_on_text_trains_and_goes_on_as_if_it_had_not_stopped(held: Path, t
     assert len(losses(train(mixed))) == 4
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_loss_on_held_out_text_and_counts_tokens(
     texts: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -177,6 +179,7 @@ def test_what_views_get_of_the_data(held: Path, tmp_path: Path):
     assert about(cfg, build_objective(cfg), samples).document_mask is False
 
 
+@pytest.mark.slow
 def test_recipes_that_do_not_fit_their_data_are_refused(texts: Path, held: Path, shards: Path, tmp_path: Path):
     other = tokens_of(texts, tmp_path / "other", vocab=300)
     mix = f"data.mix=[{{shards: {held}}}, {{shards: {other}}}]"

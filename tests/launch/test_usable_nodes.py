@@ -104,6 +104,7 @@ def hangs() -> Iterator[threading.Event]:
     event.set()
 
 
+@pytest.mark.slow
 def test_rank_0_answers_although_its_all_reduce_hangs(hangs: threading.Event, monkeypatch: pytest.MonkeyPatch):
     """As in `ncclCommInit`, which has no time limit. The other rank fails in the meantime."""
 

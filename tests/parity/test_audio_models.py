@@ -110,6 +110,7 @@ def test_a_waveform_gives_the_same_features_in_transformers(tmp_path: Path):
     assert not (written(tmp_path / "2", ours, sample_rate=8000) / "preprocessor_config.json").exists()
 
 
+@pytest.mark.slow
 def test_an_export_is_opened_again_in_every_format(tmp_path: Path):
     lines = export_formats.release(written(tmp_path / "1", conformer()), ["transformers", "torch"])
     assert len(lines) == 2 and all("opened again" in line for line in lines)
@@ -137,6 +138,7 @@ def test_a_vit_on_spectrograms_is_opened_by_transformers(positions: str, tmp_pat
     assert "mean 16.5, std 9.1" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_weights_of_transformers_are_read(tmp_path: Path):
     fields = export.transformers.write(conformer(stack=2).cfg, {})[0]
     config = Wav2Vec2BertConfig(**{k: v for k, v in fields.items() if k != "model_type"}, vocab_size=9)

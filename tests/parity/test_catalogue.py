@@ -528,6 +528,7 @@ def test_moco_v3_keeps_a_patch_embedding_that_was_loaded(tmp_path: Path):
         assert not encoder.patch_embed.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_moco_v3_cannot_freeze_the_patch_embedding_of_timm():
     vit, convolutions = (presets.Timm(name, image_size=32) for name in ("vit_tiny_patch16_224", "resnet10t"))
     vit.name = "timm"

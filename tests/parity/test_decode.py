@@ -367,6 +367,7 @@ def test_arrays_that_are_refused(photo: np.ndarray):
             decode_image(data, "npy")
 
 
+@pytest.mark.slow
 def test_pixel_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch, photo: np.ndarray):
     """Nothing is decoded, in any format."""
 

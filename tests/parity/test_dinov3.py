@@ -326,6 +326,7 @@ def test_each_view_has_its_own_operations():
     assert made["gram"] == [plain, plain] and "gram" not in _augments(Config(), (64, 32, 0))
 
 
+@pytest.mark.slow
 def test_resolutions_are_drawn_by_step():
     rows = [[64.0, 16.0, 128.0, 0.3], [96.0, 32.0, 128.0, 0.7]]
     view = multicrop(Config(local_crops=1), 64, 8, 128, rows)
@@ -645,6 +646,7 @@ def test_stages_chain(shards: Path, tmp_path: Path):
         tiny_recipe("dinov3", shards, tmp_path / "x", "init.run=a", "init.backbone=b")
 
 
+@pytest.mark.slow
 def test_a_stage_at_another_size_resizes_learned_positions(shards: Path, tmp_path: Path):
     """DINOv2's short stage at 518 pixels: the position table of every network is resized as `transformers` does; all
     other tensors are equal."""
@@ -693,6 +695,7 @@ def test_a_method_without_a_moving_average_does_not_start_from_one(shards: Path,
         build_objective(tiny_recipe("mae", shards, tmp_path)).start_from_teacher()
 
 
+@pytest.mark.slow
 def test_continued_pretraining_from_a_backbone(shards: Path, tmp_path: Path):
     """The heads are initialised anew and trained alone at first; then the backbone is trained, too. Any objective
     supports this."""

@@ -25,7 +25,7 @@ from pretrain.ops.resize_features import align_map, standardise
 from pretrain.ops.similarity_distillation import relation_loss
 from pretrain.ops.sync_norm import BatchNorm
 from pretrain.train import train
-from tests.conftest import tiny_recipe, variants
+from tests.conftest import sampled, tiny_recipe, variants
 from tests.parity.test_losses import assert_same, naive_dino, naive_ibot, naive_koleo, naive_sinkhorn, noise, normal
 
 SMALL_STUDENTS = "objective.students=[vit dim=24 depth=2 heads=2 image_size=32 patch_size=4 drop_path=0.5, convnext_micro drop_path=0.5]"
@@ -223,6 +223,7 @@ def test_students_do_not_know_of_each_other(shards: Path, tmp_path: Path):
 
 
 # ---------------------------------------------------------------- teachers
+@pytest.mark.slow
 def test_a_teacher_of_transformers(shards: Path, tmp_path: Path):
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers as hf
@@ -243,6 +244,7 @@ def test_a_teacher_of_transformers(shards: Path, tmp_path: Path):
     assert about["student"] == "convnext_micro"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["true", "false"])
 def test_a_teachers_heads_are_those_of_its_run(shards: Path, tmp_path: Path, unit: str):
     """Sizes of the heads, weights, and whether prototypes are normalised; the students' new heads are of the same
@@ -260,6 +262,7 @@ def test_a_teachers_heads_are_those_of_its_run(shards: Path, tmp_path: Path, uni
         assert student(x).shape == expected.shape and student.normalised == (unit == "true")
 
 
+@pytest.mark.slow
 def test_a_teacher_of_any_kind(shards: Path, tmp_path: Path):
     """A convolutional network whose cells are larger than the student's; a ViT whose patches do not divide local
     crops, which a teacher does not get."""
@@ -345,9 +348,10 @@ def test_students_are_scored(shards: Path, tmp_path: Path):
     assert "| test | knn | accuracy |" in (run / "export" / "vit" / "1" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "architecture", ["convnext_atto", "mobilenetv3_small_050", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
-)
+TIMM = ["convnext_atto", "mobilenetv3_small_050", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
+
+
+@pytest.mark.parametrize("architecture", sampled(TIMM, "convnext_atto", others=pytest.mark.slow))
 @torch.no_grad()
 def test_networks_of_timm(tmp_path: Path, architecture: str):
     """Tokens are at the right positions, another input size works (except for Swin), and timm opens the exports."""

@@ -207,6 +207,7 @@ def test_random_erasing():
 
 
 # ---------------------------------------------------------------- classes, labels, pairs
+@pytest.mark.slow
 def test_classes_come_from_the_shards_and_the_feature_from_the_export(shards: Path, tmp_path: Path):
     start = train(tiny_recipe("mae", shards, tmp_path / "mae", "steps=1")) / "export" / "1"
     auto = ["objective.classes=auto", "steps=1"]
@@ -311,6 +312,7 @@ def test_transformers_computes_the_same_logits(
     assert head.names == ["oak", "beech", "elm"]
 
 
+@pytest.mark.slow
 def test_an_export_without_a_classifier_says_so(shards: Path, tmp_path: Path):
     run = train(tiny_recipe("mae", shards, tmp_path / "run", "steps=1"))
     with pytest.raises(UserError, match=r"holds no classifier; name an export of a run of `finetune`"):
@@ -375,6 +377,7 @@ def test_a_low_rank_update_is_that_of_the_paper():
     torch.testing.assert_close(x @ state["0.fc.weight"].T + state["0.fc.bias"], naive)
 
 
+@pytest.mark.slow
 def test_the_merged_export_computes_what_was_trained(shards: Path, tmp_path: Path):
     """Only the updates and the head are trained; the backbone of the export has the names and the features of a plain
     one, and the checkpoint exports to the same."""
@@ -405,6 +408,7 @@ def test_the_merged_export_computes_what_was_trained(shards: Path, tmp_path: Pat
     assert not export.holds(run / "export" / "3", objective.exports()["model"], 3)
 
 
+@pytest.mark.slow
 def test_few_parameters_are_trained(shards: Path):
     cfg = load(
         "mae_finetune_vitb16", [f"data.train={shards}", "objective.lora=8", "data.batch=2", "parallel.mode=single"]

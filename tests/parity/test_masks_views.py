@@ -256,6 +256,7 @@ def test_stratified_ratios_over_the_global_batch(batch: int, crops: int, share: 
         assert [ratio for part in parts for ratio in ratios(part)] == everything
 
 
+@pytest.mark.slow
 def test_stratified_ratios_change_with_step_and_seed():
     def ratios(**change: int) -> list[float]:
         base = {"batch": 32, "seed": 5, "step": 0}

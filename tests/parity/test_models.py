@@ -4,6 +4,7 @@ mistakes. The second half compares dropped patches, lists of sizes and stacked l
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from pretrain.models.positions import MAX_TABLES, interpolate_table
 from pretrain.models.resnet import ResidualNetwork
 from pretrain.models.vit import VisionTransformer
 from pretrain.ops.sync_norm import BatchNorm
+from tests.conftest import sampled
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 ABOUT = {"step": 3, "objective": "mae", "pool": "mean"}
@@ -112,13 +114,14 @@ def assert_round_trip(folder: Path, model: Backbone) -> None:
 
 
 # ---------------------------------------------------------------- exported folders
-@pytest.mark.parametrize("qkv_bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
-@pytest.mark.parametrize("layer_scale", [None, 0.5], ids=["unscaled", "scaled"])
-@pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("positions", ["rope", "learned", "sincos"])
+# (positions, registers, layer_scale, mlp, qkv_bias)
+VITS = [*itertools.product(["rope", "learned", "sincos"], [0, 4], [None, 0.5], ["gelu", "swiglu"], [True, False])]
+
+
+@pytest.mark.parametrize("options", sampled(VITS, *VITS[::5], others=pytest.mark.slow), ids=str)
 @torch.no_grad()
-def test_vit(hf, tmp_path: Path, positions: str, registers: int, layer_scale: float | None, mlp: str, qkv_bias: bool):
+def test_vit(hf, tmp_path: Path, options: tuple[str, int, float | None, str, bool]):
+    positions, registers, layer_scale, mlp, qkv_bias = options
     model = vit(
         positions=positions, registers=registers, layer_scale=layer_scale, mlp=mlp, qkv_bias=qkv_bias, mask_token=True
     )

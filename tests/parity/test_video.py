@@ -382,6 +382,7 @@ def naive_vjepa2(model: Any, clips: Tensor, weight: float) -> Tensor:
     return (losses[0] + losses[1]) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 def test_vjepa2_loss(dense: bool):
     model: Any = made_vjepa2(context_loss=dense, **({"context_weight": Schedule(0.3)} if dense else {})).double()
