@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import option, option_if
+from common.schedules import Schedule
 from data_pipeline.parts.caption import CaptionTokens
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng
@@ -72,7 +73,7 @@ class Config(SigmoidPairs, DINOHeadOptions):
     jitter: list[float] = option_if(lambda: [0.4, 0.4, 0.2, 0.1], "distillation", True, low=0)
     student_temperature: float = option_if(0.1, "distillation", True, above=0)  # τ_s
     teacher_temperature: float = option_if(0.04, "distillation", True, above=0)  # τ_t
-    momentum: float = option_if(0.996, "distillation", True, low=0, high=1)  # m
+    momentum: Schedule = option_if(lambda: Schedule(0.996), "distillation", True, low=0, high=1)  # m
     center_momentum: float = option_if(0.9, "distillation", True, low=0, high=1)  # share of c that a step keeps
 
     def check(self) -> None:
@@ -180,6 +181,6 @@ class SigLIP2(siglip.SigLIP):
 
     def after_step(self, step: int) -> None:
         for trained, average in self.averaged.items():
-            ema_update(self.get_submodule(average), self.get_submodule(trained), self.cfg.momentum, self.skipped)
+            ema_update(self.get_submodule(average), self.get_submodule(trained), self.cfg.momentum(step), self.skipped)
         for center in self.centers.children() if self.averaged else ():
             center.update(step, self.cfg.center_momentum, self.skipped)  # type: ignore[operator]
