@@ -166,7 +166,7 @@ def test_a_preempted_job_saves_requeues_and_goes_on(
 ):
     """A job of a partition with higher priority takes all nodes; no step is trained twice."""
     options = {"nodes": 2, "partition": "main", "environment": ["STEP_SECONDS=0.3"]}  # Slurm takes seconds to preempt
-    job = Job(cluster, recipe(method, shards, tmp_path / "run"), **options)
+    job = Job(cluster, scored(method, shards, tmp_path / "run", "export=10"), **options)
     job.trains(3)
     words = ("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     other = cluster.run("sbatch", "--parsable", *words).stdout.strip()
@@ -175,6 +175,7 @@ def test_a_preempted_job_saves_requeues_and_goes_on(
     assert 3 <= done < STEPS and max(checkpoints(job.run)) == done  # no step was lost
     job.ends()
     assert losses(job.run) == whole
+    check_rows(job.run, *EXPORTS)
     assert job.state["attempts"] == 2 and job.state["restarts"] == 0
     assert f"resumes from step {done} " in job.run_log
 
@@ -183,12 +184,13 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(
     cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path
 ):
     """The same job resumes from the last checkpoint, and the log states the time that this took."""
-    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes=2)
+    job = Job(cluster, scored(method, shards, tmp_path / "run", "export=10"), nodes=2)
     job.trains(12)
     rank = ranks_of(job.folder / "attempt-1")[1]
     os.kill(rank["pid"], signal.SIGKILL)
     job.ends()
     assert losses(job.run) == whole
+    check_rows(job.run, *EXPORTS)
     text = job.run_log
     assert "rank 1 on n2 was killed by SIGKILL after" in text and "the last lines of its log: " in text
     assert re.search(r"resumes from step [123]0 ", text) and re.search(r"trains again \d+\.\d s after the fault", text)
@@ -300,6 +302,7 @@ def test_cores_that_are_not_given_are_the_share_of_the_gpus(cluster: SlurmCluste
 
 # ---------------------------------------------------------------- evaluation jobs
 SCORED = ("export=1000", "eval.quick=[knn]")
+EXPORTS = (0, 10, 20, 30, STEPS)  # the steps that are exported with export=10
 
 
 def scored(method: Path, shards: Path, run: Path, *overrides: str) -> Recipe:
@@ -443,7 +446,7 @@ def test_the_time_limit(cluster: SlurmCluster, method: Path, shards: Path, whole
     job = Job(cluster, scored(method, shards, tmp_path / "run", "export=10"), nodes=1, processes=1, **options)
     job.ends(seconds=500)
     assert losses(job.run) == whole
-    check_rows(job.run, 0, 10, 20, 30, STEPS)
+    check_rows(job.run, *EXPORTS)
     assert job.state["attempts"] >= 2 and job.state["restarts"] == 0
     assert re.search(r"requeues itself after \d+ steps", job.run_log)
 
@@ -457,7 +460,8 @@ def test_a_job_that_an_operator_requeues(
     cluster.run("scontrol", "requeue", job.id)
     job.ends()
     assert losses(job.run) == whole
-    check_rows(job.run, 0, 10, 20, 30, STEPS) and job.state["attempts"] == 2
+    assert job.state["attempts"] == 2
+    check_rows(job.run, *EXPORTS)
     (step,) = map(int, re.findall(r"resumes from step (\d+) ", job.run_log))
     assert 3 <= step < STEPS and step % 10  # where it was when it was asked, not a regular checkpoint
 
@@ -469,7 +473,7 @@ def test_a_rank_that_hangs_is_named(cluster: SlurmCluster, method: Path, shards:
     os.kill(ranks_of(job.folder / "attempt-1")[1]["pid"], signal.SIGSTOP)
     job.ends()
     assert losses(job.run) == whole
-    check_rows(job.run, 0, 10, 20, 30, STEPS)
+    check_rows(job.run, *EXPORTS)
     assert "rank 1 on n2 did not end by itself, so it hung or its node was lost, after" in job.run_log
 
 
@@ -485,7 +489,7 @@ def test_a_node_that_is_lost_is_left_out(
     cluster.kill_node("n2")
     job.ends()
     assert losses(job.run) == whole
-    check_rows(job.run, 0, 10, 20, 30, STEPS)
+    check_rows(job.run, *EXPORTS)
     assert "n2 is left out: " in job.run_log and f"{left}\n" in job.run_log
     assert job.state["attempts"] == 2
 
@@ -500,7 +504,7 @@ def test_the_loss_of_the_first_node_requeues_the_job(
     cluster.kill_node("n1")
     job.ends(seconds=400)
     assert losses(job.run) == whole
-    check_rows(job.run, 0, 10, 20, 30, STEPS)
+    check_rows(job.run, *EXPORTS)
     assert (
         "n2 requeues the job, because the heartbeat of the supervisor has ended" in job.run_log
         and "2 processes on n2, n3" in job.run_log
@@ -582,7 +586,7 @@ def test_the_link_between_two_nodes_is_cut(
         assert there.wait_for(job, "COMPLETED", "FAILED", seconds=120) == "COMPLETED", log.read_text()
     text = log.read_text()
     assert losses(run) == whole
-    check_rows(run, 0, 10, 20, 30, STEPS)
+    check_rows(run, *EXPORTS)
     # the rank that ended first is named, with the end of its log; srun does not get that of the other host
     said = r"(rank 0 on n1 ended with code 1 after \d+ steps; .*; no answer from rank 1 on n2: |rank 1 on n2 ended with code 1)"
     assert len(re.findall(said, text)) == 1 and "n2 is left out: " in text, text
@@ -598,9 +602,11 @@ def test_a_node_that_fails_the_check_is_left_out(
         f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n2 ] && echo no library >&2 && exit 3\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    job = Job(cluster, recipe(method, shards, tmp_path / "run"), nodes="1-2", python=str(python))
+    cfg = scored(method, shards, tmp_path / "run", "export=10")
+    job = Job(cluster, cfg, nodes="1-2", python=str(python))
     job.ends()
     assert losses(job.run) == whole and job.state["attempts"] == 1
+    check_rows(job.run, *EXPORTS)
     assert "n2 is left out: no library" in job.run_log and "1 processes on n1" in job.run_log
 
 
@@ -680,7 +686,7 @@ def test_a_job_that_an_operator_cancels_and_the_same_command(
     again = Job(cluster, cfg, nodes=2)
     again.ends()
     assert losses(again.run) == whole
-    check_rows(again.run, 0, 10, 20, 30, STEPS)
+    check_rows(again.run, *EXPORTS)
     assert f"resumes from step {done} " in again.run_log
 
 
@@ -704,12 +710,13 @@ def test_an_objective_of_ones_own_that_was_edited_ends_the_job(
 @pytest.mark.matrix
 def test_an_array_of_two_seeds(cluster: SlurmCluster, method: Path, shards: Path, whole: list, tmp_path: Path):
     path = tmp_path / "run.yaml"
-    path.write_text(config.dump(recipe(method, shards, tmp_path / "run")))
+    path.write_text(config.dump(scored(method, shards, tmp_path / "run", "export=10")))
     runs = slurm.recipes(str(path), [], ["seed=0,1"])
     slurm.submit(runs, Cluster(cpus=1))
     for one in runs:
         job = job_of(Path(one.run))
         cluster.wait_for(job["id"], "COMPLETED", "FAILED", seconds=240)
+        check_rows(Path(one.run), *EXPORTS)
     first, second = (losses(Path(one.run)) for one in runs)
     assert first == whole and second != whole and len(second) == STEPS
 
