@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from common import config
 from pretrain.checkpoint.open_store import complete_checkpoints
 from pretrain.run_folder.run_lock import Lock
 from pretrain.train import EXIT_STOPPED, train
-from tests.conftest import sampled, tiny_recipe, unlabeled
+from tests.conftest import sampled, tiny_recipe, trainer, unlabeled
 from tests.faults import killer
 from tests.forked import Forked
 
@@ -27,17 +28,10 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line]
 
 
-def recipe_file(shards: Path, run: Path, name: str = "mae") -> Path:
-    from common import config
-
+def recipe_file(shards: Path, run: Path, name: str = "mae", steps: int = 120) -> Path:
     path = run.with_suffix(".yaml")
-    path.write_text(
-        config.dump(
-            tiny_recipe(
-                name, shards, run, "steps=120", "checkpoint=7", "data.workers=1", "export=50", "eval.pixels=false"
-            )
-        )
-    )
+    options = (f"steps={steps}", "checkpoint=7", "data.workers=1", "export=50", "eval.pixels=false")
+    path.write_text(config.dump(tiny_recipe(name, shards, run, *options)))
     return path
 
 
@@ -66,22 +60,22 @@ def wait_for(condition, process: subprocess.Popen) -> bool:
 @pytest.mark.parametrize("name", sampled(["mae", "simclr", "dinov2"], "dinov2"))
 def test_killed_at_random_steps(name: str, shards: Path, tmp_path: Path):
     """First the trainer that the command has started is killed, then two trainers that the test has started."""
-    whole = train(tiny_recipe(name, shards, tmp_path / "whole", "steps=120", "checkpoint=1000"))
+    whole = train(tiny_recipe(name, shards, tmp_path / "whole", "steps=60", "checkpoint=1000"))
     run = tmp_path / "killed"
-    path = recipe_file(shards, run, name)
+    path = recipe_file(shards, run, name, steps=60)
     kills = 0
-    for n, step in enumerate(sorted(random.sample(range(5, 110), 3))):
+    for n, step in enumerate(sorted(random.sample(range(5, 50), 3))):
         process = start(path) if n == 0 else Forked(killer.run, [str(path)], output=(os.devnull, os.devnull))
-        trainer = (lambda own=process: trainer_of(own)) if n == 0 else (lambda own=process: own.pid)
+        there = (lambda own=process: trainer_of(own)) if n == 0 else (lambda own=process: own.pid)
         # the rows of the one before may be as many already
-        if wait_for(lambda step=step, there=trainer: len(rows(run)) > step and there(), process):
-            os.kill(trainer(), signal.SIGKILL)
+        if wait_for(lambda step=step, there=there: len(rows(run)) > step and there(), process):
+            os.kill(there(), signal.SIGKILL)
             kills += 1
         assert process.wait() != 0
     done = unlabeled("train", path)
     assert done.returncode == 0 and kills == 3, done.stderr
     assert [(r["step"], r["loss"]) for r in rows(run)] == [(r["step"], r["loss"]) for r in rows(whole)]
-    assert (run / "export" / "120" / "config.json").is_file() and not list((run / "checkpoints").glob(".*"))
+    assert (run / "export" / "60" / "config.json").is_file() and not list((run / "checkpoints").glob(".*"))
 
 
 @pytest.mark.slow
@@ -106,9 +100,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(shards: Path, tmp_path: Path):
     newest = max(complete_checkpoints(tmp_path / "run"))
     data = next(newest.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:1000])
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain.train", str(tmp_path / "run")], capture_output=True, text=True
-    )
+    done = trainer(tmp_path / "run")
     assert done.returncode == 2 and f"{data}: has 1000 bytes where" in done.stderr
     assert "checkpoint.resume=" in done.stderr
 
@@ -122,11 +114,13 @@ def test_half_a_checkpoint_is_not_seen(shards: Path, tmp_path: Path):
     assert max(complete_checkpoints(tmp_path / "run")).name == "000000004"
 
 
+@pytest.mark.slow
 def test_keep(shards: Path, tmp_path: Path):
     run = train(tiny_recipe("mae", shards, tmp_path / "run", "steps=7", "checkpoint.every=2", "checkpoint.keep=3"))
     assert sorted(p.name for p in complete_checkpoints(run)) == ["000000004", "000000006", "000000007"]
 
 
+@pytest.mark.slow
 def test_killed_between_the_last_checkpoint_and_the_last_export(shards: Path, tmp_path: Path):
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "steps=4", "checkpoint=2")
     run = train(cfg)
@@ -145,17 +139,16 @@ def test_one_trainer_a_run_which_ends_with_its_launcher(shards: Path, tmp_path: 
     path.write_text(path.read_text().replace("steps: 120\n", "steps: 1000000\n"))  # it does not end by itself
     process = start(path)
     assert wait_for(lambda: len(rows(run)) > 3, process)
-    trainer, stored = trainer_of(process), (run / "recipe.yaml").read_bytes()
-    assert trainer is not None
-    for command in (["launch.cli", "train", str(path), "log.every=7"], ["pretrain.train", str(path), "overwrite=true"]):
-        second = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    first, stored = trainer_of(process), (run / "recipe.yaml").read_bytes()
+    assert first is not None
+    for second in (unlabeled("train", path, "log.every=7"), trainer(path, "overwrite=true")):
         assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
         assert f"{run}: is in use by process {process.pid} on {os.uname().nodename} since " in second.stderr
     assert (run / "recipe.yaml").read_bytes() == stored and process.poll() is None
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
-    while Path(f"/proc/{trainer}").exists():
+    while Path(f"/proc/{first}").exists():
         assert time.monotonic() < deadline, "the trainer goes on without its launcher"
         time.sleep(0.05)
     assert max(complete_checkpoints(run)).name == f"{len(rows(run)):09d}"  # it has ended with a checkpoint
@@ -163,6 +156,7 @@ def test_one_trainer_a_run_which_ends_with_its_launcher(shards: Path, tmp_path: 
     lock.release()
 
 
+@pytest.mark.slow
 def test_a_missing_export_of_a_student_is_written_again(shards: Path, tmp_path: Path):
     options = ["steps=2", "checkpoint=1", "objective.students=[vit dim=24 depth=1 heads=2 image_size=32 patch_size=8]"]
     run = train(tiny_recipe("distillation", shards, tmp_path / "run", *options))

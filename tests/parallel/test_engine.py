@@ -35,7 +35,7 @@ from pretrain.parallel.modes import build_engine
 from pretrain.run_folder.recipe_file import write_recipe
 from pretrain.run_startup import flops_and_peak
 from pretrain.train import train as run_training
-from tests.conftest import tiny_recipe
+from tests.conftest import sampled, tiny_recipe
 from tests.parallel.modes import ACCUMULATE, STEPS, batches, everything, poisoned, recipe_of, train
 
 CPU = torch.device("cpu")
@@ -106,9 +106,17 @@ def test_fp16_scales_its_loss(shards: Path):
     assert engine.scale.factor.item() == INITIAL_FACTOR / 2
 
 
+COMPILED = [(how, backend) for how in ("none", "full", "selective") for backend in ("aot_eager", "inductor")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
-def test_compiled_blocks_give_the_same(recompute: str, shards: Path):
+@pytest.mark.parametrize(
+    "case", sampled(COMPILED, ("none", "aot_eager"), ("full", "aot_eager"), ("selective", "inductor")), ids=str
+)
+def test_compiled_blocks_give_the_same(case: tuple[str, str], shards: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the backend of a run, which compiles for a minute, and with one that runs the same graphs without it."""
+    recompute, backend = case
+    monkeypatch.setattr(blocks, "BACKEND", backend)
     data = batches(recipe_of("simclr", shards, "single", {}), shards, STEPS * ACCUMULATE)
     plain = train(recipe_of("simclr", shards, "single", {}), data, CPU)
     torch._dynamo.reset()
@@ -167,6 +175,7 @@ def test_gradients_of_ddp_are_views_of_its_buckets(alone: None, shards: Path):
     assert len(storages) < len(engine.parameters) / 4
 
 
+@pytest.mark.slow
 def test_ddp_does_not_cut_the_graphs_of_blocks(alone: None, shards: Path, monkeypatch: pytest.MonkeyPatch):
     """DDP would cut them at its buckets, of which the first has 1 MB; a block here has 3 MB."""
     graphs: list[object] = []
@@ -339,6 +348,7 @@ def test_an_objective_can_be_built_without_memory(name: str, positions: str, sha
     assert all(value.is_meta for value in empty.values())
 
 
+@pytest.mark.slow
 def test_flops_per_second_are_those_of_the_plan(shards: Path, tmp_path: Path):
     cfg = tiny_recipe("mae", shards, tmp_path / "run", "log.flops=true", "steps=4", "log.every=4", "device=cpu")
     last = json.loads((run_training(cfg) / "metrics.jsonl").read_text().splitlines()[-1])
@@ -349,6 +359,7 @@ def test_flops_per_second_are_those_of_the_plan(shards: Path, tmp_path: Path):
     assert re.search(r"mfu is relative to \S+ TFLOP/s per process, measured on this cpu with a fp32 product of", said)
 
 
+@pytest.mark.slow
 def test_flops_are_traced_once_and_on_rank_0_only(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cfg, traced, trace = tiny_recipe("mae", shards, tmp_path, "log.flops=true"), [], plan.trace
     monkeypatch.setattr(plan, "trace", lambda cfg: traced.append(cfg.data.batch) or trace(cfg))

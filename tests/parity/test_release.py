@@ -26,6 +26,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_forms(tmp_path: Path, name: str):
     wide = {"dim": 128, "heads": 2} if name != "convnext" else {}  # the official layout's heads are 64 wide
@@ -79,6 +80,7 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "were not compared" in export_formats.release(tmp_path / "out", ["torch"])[0]
 
 
+@pytest.mark.slow
 def test_a_form_that_fails_leaves_nothing_and_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     export.write(tmp_path / "out", vit(**{**DINOV3, "key_bias": True}), ABOUT, MEAN, STD)
     said: list[str] = []
@@ -98,6 +100,7 @@ def test_a_form_that_fails_leaves_nothing_and_stops_no_other(tmp_path: Path, mon
     assert len(export_formats.release(tmp_path / "out", ["official", "torch"])) == 2
 
 
+@pytest.mark.slow
 def test_an_error_of_another_library_is_one_line_and_the_other_forms_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -159,7 +162,7 @@ def test_what_a_killed_export_has_left_goes_and_what_others_put_there_stays(tmp_
 
 @pytest.mark.slow
 def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    run = train(tiny_recipe("dinov2", shards, tmp_path / "run", "steps=2", "checkpoint=1"))
+    run = train(tiny_recipe("dinov2", shards, tmp_path / "run", "steps=2", "checkpoint=1", "model.depth=1"))
     folder = run / "export" / "2"
     text = (folder / "README.md").read_text()
     assert "pretrained with dinov2, step 2" in text and "48 samples in 1 shards, fingerprint `" in text
