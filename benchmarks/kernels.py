@@ -26,7 +26,7 @@ from steps import cpu_seconds, emit
 from torch import nn
 
 from pretrain import kernels
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.text_mlp import RMSNorm
 from pretrain.parallel.device import keep_freed_memory
@@ -89,7 +89,7 @@ def main() -> None:
         replacement = {type(plain): type(kernel)}
         value = gain(module_step(plain, shape), module_step(kernel, shape), options.rounds, 20)
         emit(f"kernels.cpu.{name}.gain", value, "×", f"{type(plain).__name__} of {shape}, forward and backward")
-        model = build_model(presets.Decoder(**sizes, vocab_size=VOCABULARY))
+        model = build_model(families.Decoder(**sizes, vocab_size=VOCABULARY))
         replaced = copy.deepcopy(model)
         kernels.replace(replaced, replacement)
         value = gain(training_step(model), training_step(replaced), options.rounds, 1)

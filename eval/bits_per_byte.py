@@ -26,7 +26,7 @@ from common.errors import Damaged, UserError
 from data_pipeline.shards.token_rows import IGNORED, Rows, targets_of
 from data_pipeline.shards.vocabulary import is_byte_level
 from eval.text_features import TextEncoder
-from pretrain.models.presets import Decoder
+from pretrain.models.families import Decoder
 
 NEEDS = "tokens"
 UNIT = "bytes"

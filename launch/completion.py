@@ -22,8 +22,8 @@ from common.errors import UserError
 from launch.show_recipe import meaning
 from pretrain.models.presets import PRESETS
 from pretrain.objectives import finder
+from pretrain.recipes.evaluation import Eval
 from pretrain.recipes.recipe import CHOSEN, Recipe, load, names
-from pretrain.recipes.sections import Eval
 
 DEFAULT_RECIPE = "demo"  # its keys are completed if the command line names no valid recipe
 # keys whose values are completed as paths

@@ -25,7 +25,7 @@ from data_pipeline.parts.caption import Caption
 from launch import command_parser
 from pretrain import contract
 from pretrain.interchange import export
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.objectives import finder
 from pretrain.recipes.recipe import Recipe, load
@@ -345,7 +345,7 @@ def teacher(folder: Path) -> Path:
     """An export to distil from. Its model is wider than the students and has other patches."""
     target = folder / "teacher"
     if not target.is_dir():
-        cfg = presets.ViT(image_size=32, patch_size=4, dim=48, depth=2, heads=4, positions="rope")
+        cfg = families.ViT(image_size=32, patch_size=4, dim=48, depth=2, heads=4, positions="rope")
         cfg.name = "vit"
         with torch.random.fork_rng():
             torch.manual_seed(7)

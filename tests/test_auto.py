@@ -16,7 +16,7 @@ from common.errors import ConfigError
 from common.schedules import warmup
 from pretrain import collapse_monitor
 from pretrain.build import build_objective
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.objectives import options
 from pretrain.recipes import defaults, recipe, size_dial
 from pretrain.train import train
@@ -51,7 +51,7 @@ def test_rules_meet_the_published_recipes():
     short = options.temperature(facts(1000, 64, 5000))
     assert (short.value, short.warmup) == (0.05, 300)
     asked = [(125_000, 2048, imagenet, 1024), (10**6, 4096, lvd, 4096), (1000, 64, 2000, 384), (10**6, 64, 2000, 192)]
-    assert [presets.drop_path(facts(*one)) for one in asked] == [0.3, 0.0, 0.05, 0.0]
+    assert [families.drop_path(facts(*one)) for one in asked] == [0.3, 0.0, 0.05, 0.0]
 
 
 @pytest.mark.slow

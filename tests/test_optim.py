@@ -19,7 +19,7 @@ from common import build_config, config
 from common.errors import ConfigError
 from launch.local import environments, wait
 from pretrain.build import build_objective
-from pretrain.models import presets
+from pretrain.models import families, presets
 from pretrain.models.build import build_model
 from pretrain.objectives.dinov2 import Config, DINOv2
 from pretrain.ops.parameter_shards import whole
@@ -36,7 +36,7 @@ from tests.forked import Forked
 
 
 def objective(**options: Any) -> DINOv2:
-    model = presets.ViT(image_size=32, patch_size=8, dim=32, depth=3, heads=4, registers=2, layer_scale=1e-5)
+    model = families.ViT(image_size=32, patch_size=8, dim=32, depth=3, heads=4, registers=2, layer_scale=1e-5)
     torch.manual_seed(0)
     cfg = Config(prototypes=8, head_hidden=16, head_bottleneck=4, **options)
     return DINOv2(cfg, lambda **changes: build_model(model, **changes))
@@ -134,7 +134,7 @@ def test_gradients_are_clipped_together_or_by_module(scope: str, shards: Path, t
 def test_modules_that_are_clipped_by_themselves():
     """Each backbone and each head, wherever they lie; the parameters of a module that has further modules belong to
     it."""
-    body = build_model(presets.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=4))
+    body = build_model(families.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=4))
     tree = nn.ModuleDict({"students": nn.ModuleDict({"a": nn.ModuleDict({"backbone": body, "head": nn.Linear(2, 2)})})})
     tree.add_module("list", nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))]))
     tree.register_parameter("own", nn.Parameter(torch.zeros(1)))
@@ -158,7 +158,7 @@ def test_convolutional_networks(name: str, embed: str):
     assert sorted({lr for lr, _ in found.values()})[-1] == pytest.approx(0.5 if name == "resnet_micro" else 1)
     transformers = Optim(layer_decay=0.5, patch_embed_lr=0.1, layer_decay_of="transformers")
     assert {lr for lr, _ in rates(body, make_optimizer(body, transformers), 1.0, 1.0).values()} == {1.0}
-    vit = build_model(presets.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=4))
+    vit = build_model(families.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=4))
     assert min(lr for lr, _ in rates(vit, make_optimizer(vit, transformers), 1.0, 1.0).values()) < 0.1
 
 

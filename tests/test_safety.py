@@ -25,7 +25,7 @@ from data_pipeline.shards.samples import Samples
 from data_pipeline.storage.urls import open_store
 from eval import report
 from pretrain.interchange import export, model_card
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.recipes.recipe import load, stored
 from pretrain.run_folder.export_folders import exports, run_of
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_export(folder: Path, step: int) -> Path:
-    cfg = presets.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=2)
+    cfg = families.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=2)
     cfg.name = "vit"
     about = {"step": step, "objective": "mae", "pool": "mean"}
     export.write(folder, build_model(cfg), about, [0.5] * 3, [0.25] * 3)

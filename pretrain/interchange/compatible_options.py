@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pretrain.models import presets
+from pretrain.models import families
 
 # Options that determine the names and shapes of a model's tensors.
 SHAPE_OPTIONS = (
@@ -57,16 +57,16 @@ def _effective_options(cfg: Any) -> dict[str, Any]:
     """The values of a config for a comparison: "auto" values are resolved, and options that have no effect on this
     model are set to None or []."""
     options = dict(vars(cfg))
-    if isinstance(cfg, presets.Decoder):
-        dim, heads, kv_heads, head_dim, width = presets.decoder_sizes(cfg)
+    if isinstance(cfg, families.Decoder):
+        dim, heads, kv_heads, head_dim, width = families.decoder_sizes(cfg)
         windows = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.depth)] if any(cfg.windows) else []
         options |= {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "mlp_width": width}
         options |= {"windows": windows, "context": cfg.context if cfg.positions == "learned" else None}
-    elif isinstance(cfg, (presets.TextEncoder, presets.Conformer)):
+    elif isinstance(cfg, (families.TextEncoder, families.Conformer)):
         options["mlp_width"] = 4 * cfg.dim if cfg.mlp_width == "auto" else cfg.mlp_width
-    elif isinstance(cfg, presets.EncoderDecoder):
+    elif isinstance(cfg, families.EncoderDecoder):
         options |= {"decoder_depth": cfg.decoder_depth or cfg.depth, "context": None}
-    elif isinstance(cfg, presets.ViT):
+    elif isinstance(cfg, families.ViT):
         # the ratio for the integer width that the MLP has
         options["mlp_ratio"] = int(cfg.dim * cfg.mlp_ratio + 1e-6) / cfg.dim
     return options

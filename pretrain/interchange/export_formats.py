@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.errors import UserError, nearest
 from pretrain.interchange import weights
 from pretrain.interchange.layouts import official, timm, transformers_text
-from pretrain.models import presets, timm_network
+from pretrain.models import families, timm_network
 from pretrain.models.layers import Backbone
 from pretrain.models.text_layers import TextBackbone
 from pretrain.run_folder.written_files import EXPORT_FORMAT_FILES, delete_folder, make_empty_folder
@@ -169,7 +169,7 @@ def _compare_text_model(folder: Path, model: Any, name: str) -> str:
     with torch.no_grad():
         hidden = model(tokens).tokens
         more = {}
-        if isinstance(model.cfg, presets.EncoderDecoder):
+        if isinstance(model.cfg, families.EncoderDecoder):
             hidden, more = model.decoder(tokens, hidden), {"decoder_input_ids": tokens}
         ours, found = model.head(hidden), theirs.eval()(input_ids=tokens, **more).logits
     difference = float((ours - found).abs().max()) / max(1.0, float(ours.abs().max()))
@@ -196,7 +196,7 @@ def _transformers(
     library = _import("transformers")
     if library is None:
         return str(folder), None
-    if isinstance(encoder.cfg, presets.ResNet) and encoder.cfg.stem == "small":
+    if isinstance(encoder.cfg, families.ResNet) and encoder.cfg.stem == "small":
         raise UserError(f"{folder}: transformers has no ResNet with a small stem; `weights.load_backbone` opens it")
     model, info = library.AutoModel.from_pretrained(folder, output_loading_info=True)
     if any(info.values()):
@@ -204,9 +204,9 @@ def _transformers(
     if hasattr(model, "vision_model"):  # a dual encoder; its last_hidden_state has no last norm in CLIPModel
         return str(folder), (model.eval().vision_model(images).pooler_output, None)
     last = model.eval()(images).last_hidden_state
-    if isinstance(encoder.cfg, presets.Conformer):
+    if isinstance(encoder.cfg, families.Conformer):
         return str(folder), (last.mean(1), last)
-    if isinstance(encoder.cfg, presets.ResNet):
+    if isinstance(encoder.cfg, families.ResNet):
         tokens = last.flatten(2).transpose(1, 2)
         return str(folder), (tokens.mean(1), tokens)
     prefix: int = 1 + vars(encoder.cfg).get("registers", 0)
@@ -226,7 +226,7 @@ def _timm(folder: Path, partial: Path, encoder: Backbone, about: dict, images: T
     if library is None:
         return final, None
     model = library.create_model(f"local-dir:{target}", pretrained=True).eval()
-    if isinstance(encoder.cfg, presets.ConvNeXt):
+    if isinstance(encoder.cfg, families.ConvNeXt):
         return final, (model(images), None)
     tokens = model.forward_features(images)
     return final, (model(images), tokens[:, model.num_prefix_tokens :])

@@ -23,7 +23,7 @@ from pretrain.interchange.compatible_options import describe_differences, incomp
 from pretrain.interchange.layouts.transformers import State, with_key_bias, without_key_bias
 from pretrain.interchange.load_record import is_loading, record, skip_loading
 from pretrain.interchange.weight_sources import Source, checkpoint_source, checkpoint_tensors, find_source
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone
 from pretrain.models.positions import resize_table
@@ -105,12 +105,12 @@ def _adapt(state: State, ours: Any, theirs: Any, own: State) -> State:
     are the configs of backbone and source, `own` is the backbone's state dict."""
     state = dict(state)
     if (
-        isinstance(ours, (presets.ViT, presets.ConvNeXt))
+        isinstance(ours, (families.ViT, families.ConvNeXt))
         and ours.layer_scale is not None
         and theirs.layer_scale is None
     ):
         state |= {k: torch.ones_like(v) for k, v in own.items() if k.endswith(".gamma")}
-    if not isinstance(ours, presets.ViT):
+    if not isinstance(ours, families.ViT):
         return state
     if not ours.mask_token:
         state.pop("mask_token", None)

@@ -1,4 +1,4 @@
-"""Build the network of a model's config. The configs and presets are in `presets.py`, which does not import torch."""
+"""Build the network of a model's config. The configs are in `families.py`, which does not import torch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 from common.config import config_class, fields
 from common.errors import ConfigError
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.layers import Backbone
 
 NETWORKS = {
-    presets.ViT: "vit.VisionTransformer",
-    presets.SpectrogramViT: "vit.VisionTransformer",
-    presets.VideoViT: "video_vit.VideoTransformer",
-    presets.ConvNeXt: "convnext.ConvolutionalNetwork",
-    presets.ResNet: "resnet.ResidualNetwork",
-    presets.Timm: "timm_network.TimmNetwork",
-    presets.Decoder: "text_models.DecoderTransformer",
-    presets.TextEncoder: "text_models.EncoderTransformer",
-    presets.Conformer: "conformer.ConformerNetwork",
-    presets.EncoderDecoder: "t5.EncoderDecoderTransformer",
+    families.ViT: "vit.VisionTransformer",
+    families.SpectrogramViT: "vit.VisionTransformer",
+    families.VideoViT: "video_vit.VideoTransformer",
+    families.ConvNeXt: "convnext.ConvolutionalNetwork",
+    families.ResNet: "resnet.ResidualNetwork",
+    families.Timm: "timm_network.TimmNetwork",
+    families.Decoder: "text_models.DecoderTransformer",
+    families.TextEncoder: "text_models.EncoderTransformer",
+    families.Conformer: "conformer.ConformerNetwork",
+    families.EncoderDecoder: "t5.EncoderDecoderTransformer",
 }
 
 

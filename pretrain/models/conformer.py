@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.views.log_mel import stacked
+from pretrain.models.families import Conformer
 from pretrain.models.layers import Backbone, Features, LayerNorm, compute_dtype
-from pretrain.models.presets import Conformer
 from pretrain.models.text_layers import initialise
 from pretrain.models.text_mlp import FusedLinear
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.families import ConvNeXt
 from pretrain.models.layers import Backbone, Features, LayerNorm
-from pretrain.models.presets import ConvNeXt
 from pretrain.ops.init import trunc_normal
 
 

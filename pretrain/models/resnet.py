@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.families import ResNet
 from pretrain.models.layers import Backbone, Features
-from pretrain.models.presets import ResNet
 from pretrain.ops.sync_norm import BatchNorm
 
 

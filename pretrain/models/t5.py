@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.families import EncoderDecoder
 from pretrain.models.layers import Features, compute_dtype
-from pretrain.models.presets import EncoderDecoder
 from pretrain.models.text_layers import Cache, Head, MaskedAttention, Scope, SelfAttention, TextBackbone, visible
 from pretrain.models.text_mlp import FusedLinear, Mlp, RMSNorm
 

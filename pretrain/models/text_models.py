@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.families import Decoder, TextEncoder, decoder_sizes
 from pretrain.models.layers import Features, LayerNorm, compute_dtype
-from pretrain.models.presets import Decoder, TextEncoder, decoder_sizes
 from pretrain.models.text_layers import (
     Cache,
     Head,

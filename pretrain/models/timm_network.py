@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pretrain.models.families import Timm
 from pretrain.models.layers import Backbone, Features
-from pretrain.models.presets import Timm
 from pretrain.ops.sync_norm import BatchNorm
 
 

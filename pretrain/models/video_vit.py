@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.families import VideoViT
 from pretrain.models.layers import Backbone, Block, Features, LayerNorm, Rotation, Shapes
 from pretrain.models.positions import Tables, clip_rotation, clip_table, sequence_table
-from pretrain.models.presets import VideoViT
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.patchify import pick, tubelets
 from pretrain.ops.precision import wide

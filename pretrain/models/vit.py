@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.families import ViT
 from pretrain.models.layers import AttentionPool, Backbone, Block, Features, LayerNorm, Rotation, Shapes
 from pretrain.models.positions import Tables, interpolate_table, rope_angles, rope_change, rope_periods, sincos_table
-from pretrain.models.presets import ViT
 from pretrain.ops.host_to_device import to_device
 from pretrain.ops.init import trunc_normal
 from pretrain.ops.patchify import pick

@@ -17,11 +17,12 @@ from common.config import Section, option
 from common.errors import ConfigError, nearest
 from common.schedules import Schedule
 from common.yaml_values import Origin
-from pretrain.models import presets
+from pretrain.models import families, presets
 from pretrain.objectives import finder
 from pretrain.objectives.options import Options
 from pretrain.recipes import size_dial
-from pretrain.recipes.sections import Checkpoint, Data, Derived, Eval, Export, Init, Log, Optim, Parallel, Skip
+from pretrain.recipes.evaluation import Eval
+from pretrain.recipes.sections import Checkpoint, Data, Derived, Export, Init, Log, Optim, Parallel, Skip
 
 FOLDER = Path(__file__).parent
 MAX_NAME_BYTES = 255  # of a file
@@ -35,7 +36,7 @@ class Recipe(Section):
     # number of steps of the optimizer in the whole run; auto, for decoders only: see pretrain/recipes/size_dial.py
     steps: Derived
     # the backbone: a name of pretrain/models/presets.py, and its options
-    model: presets.Model = field(metadata={"choose": presets.choose})
+    model: families.Model = field(metadata={"choose": presets.choose})
     # the method: a name that `unlabeled recipes` lists, or a .py file of your own, and its options
     objective: Options = field(metadata={"choose": finder.config_class})
     run: str = ""  # the run folder; empty: runs/<name of the recipe>

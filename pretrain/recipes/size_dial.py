@@ -1,7 +1,7 @@
 """The size dial of decoders: `auto` for the steps, the batch or the learning rate of a recipe is replaced by a value
 that is computed from `model.depth`.
 
-    width = 64 · depth, in heads of 64 (pretrain/models/presets.py)
+    width = 64 · depth, in heads of 64 (pretrain/models/families.py)
     N = number of weights in all matrices and the head, without embeddings
     D = 12 · N, the number of tokens of the run (nanochat; Chinchilla's ratio of 20 also counts embeddings)
     C = 6 · N · D, the number of FLOPs of the run
@@ -20,7 +20,7 @@ from common import config
 from common.config import Section
 from common.errors import ConfigError
 from common.schedules import Schedule
-from pretrain.models.presets import Decoder, decoder_sizes
+from pretrain.models.families import Decoder, decoder_sizes
 
 AUTO = "auto"
 TOKENS_PER_WEIGHT = 12

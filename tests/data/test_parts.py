@@ -23,7 +23,7 @@ from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
 from data_pipeline.stream.stream import Stream, to_device
 from pretrain.build import open_samples, parts_of
-from pretrain.models.presets import Decoder
+from pretrain.models.families import Decoder
 from pretrain.recipes.recipe import load
 from tests.conftest import tokens, unlabeled
 from tests.data.building import quiet

@@ -17,7 +17,7 @@ from eval.embed import embed
 from eval.features import open_encoder
 from eval.run import evaluate
 from pretrain.interchange import export
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.train import train
@@ -26,8 +26,8 @@ from tests.data.sounds import tone, wav
 from tests.tars import write_tar
 
 MODELS: dict[str, Any] = {
-    "conformer": presets.Conformer(mels=20, dim=32, depth=1, heads=2, kernel=5),
-    "spectrogram_vit": presets.SpectrogramViT(image_size=32, patch_size=8, dim=32, depth=1, heads=2),
+    "conformer": families.Conformer(mels=20, dim=32, depth=1, heads=2, kernel=5),
+    "spectrogram_vit": families.SpectrogramViT(image_size=32, patch_size=8, dim=32, depth=1, heads=2),
 }
 
 

@@ -17,7 +17,7 @@ from eval.embed import embed
 from eval.features import ClipEncoder, open_encoder
 from eval.run import evaluate
 from pretrain.interchange import export
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from tests.conftest import clips
 from tests.tars import write_tar
@@ -28,7 +28,7 @@ SIZES = {"image_size": 32, "patch_size": 8, "frames": 4, "dim": 32, "depth": 1, 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained encoder of clips of 4 frames, four in a second."""
-    cfg = presets.VideoViT(**SIZES, positions="sequence", key_bias=False)
+    cfg = families.VideoViT(**SIZES, positions="sequence", key_bias=False)
     cfg.name = "video_vit"
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clips") / "export"

@@ -27,7 +27,7 @@ from eval.feature_cache import FeatureRows, Labelled
 from eval.features import Encoder, open_encoder
 from eval.run import evaluate
 from pretrain.interchange import export
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.layers import Features
 from tests.forked import Forked
@@ -152,7 +152,7 @@ def test_processes_share_the_pieces_of_a_set(data: str, tmp_path: Path):
 
 @pytest.mark.slow
 def test_what_determines_the_features_is_in_the_key(data: str, tmp_path: Path, shards: Path):
-    cfg = presets.ViT(image_size=16, patch_size=8, dim=16, depth=1, heads=2)
+    cfg = families.ViT(image_size=16, patch_size=8, dim=16, depth=1, heads=2)
     cfg.name = "vit"
     models = []
     for seed in (0, 1):

@@ -22,8 +22,8 @@ from eval.features import Encoder, open_encoder
 from eval.run import evaluate
 from pretrain.metrics import Writer
 from pretrain.models.build import build_model
+from pretrain.models.families import ViT
 from pretrain.models.layers import Features
-from pretrain.models.presets import ViT
 from pretrain.run_folder.jsonl_rows import read_rows
 from tests.conftest import call, unlabeled
 from tests.tars import jpeg, write_tar

@@ -18,6 +18,7 @@ from eval.run import evaluate
 from eval.text_features import bytes_of, label_of, text_of
 from launch import watch
 from pretrain.parallel.device import scoring_device
+from pretrain.recipes.evaluation import FinalTier
 from pretrain.recipes.recipe import stored
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.train import train
@@ -62,9 +63,9 @@ def test_scoring_during_training_does_not_use_the_gpu(
     export = Path(exports[name])
     run = export.parents[1]
     sets = labelled if name == "gpt" else {"train": shards, "test": shards}
-    sections = {"gallery": [str(sets["train"])], "test": [str(sets["test"])], "final": ["knn"]}
+    options = {"gallery": [str(sets["train"])], "test": [str(sets["test"])], "final": FinalTier(["knn"])}
     recipe = stored(run)
-    for key, value in sections.items():
+    for key, value in options.items():
         setattr(recipe.eval, key, value)
     recipe.device = "auto"
     watch.score(run, recipe, str(export), 4, "test", SummaryWriter(str(run / "tensorboard")), "cpu")

@@ -18,7 +18,7 @@ from data_pipeline.parts.audio import Audio
 from data_pipeline.parts.part import About
 from pretrain.build import build_objective, noise_batch, placed
 from pretrain.interchange import export, export_formats, model_card, weights
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.objectives import bestrq, finder
 from pretrain.objectives.base import Objective
@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
 
 
 def conformer(**changes: Any) -> Any:
-    cfg = presets.Conformer(**SIZES | changes)
+    cfg = families.Conformer(**SIZES | changes)
     cfg.name = "conformer"
     torch.manual_seed(0)
     return build_model(cfg)
@@ -121,7 +121,7 @@ def test_an_export_is_opened_again_in_every_format(tmp_path: Path):
 @pytest.mark.parametrize("positions", ["rope", "sincos"])
 def test_a_vit_on_spectrograms_is_opened_by_transformers(positions: str, tmp_path: Path):
     """For spectrograms of any length, and its card names how they are made."""
-    cfg = presets.SpectrogramViT(image_size=32, patch_size=8, dim=32, depth=2, heads=2, positions=positions)
+    cfg = families.SpectrogramViT(image_size=32, patch_size=8, dim=32, depth=2, heads=2, positions=positions)
     cfg.name = "spectrogram_vit"
     torch.manual_seed(0)
     ours = build_model(cfg).eval()

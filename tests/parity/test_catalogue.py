@@ -19,7 +19,7 @@ from data_pipeline.views import multicrop, two_views
 from data_pipeline.views.augmentations import Augment
 from pretrain.build import build_objective
 from pretrain.interchange import export
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.positions import sincos_table
 from pretrain.objectives import finder
@@ -50,8 +50,8 @@ from tests.parity.test_losses import (
 )
 
 MODELS = {
-    "vit": presets.ViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4),
-    "resnet": presets.ResNet(stem="small", widths=[8, 16], depths=[1, 1]),
+    "vit": families.ViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4),
+    "resnet": families.ResNet(stem="small", widths=[8, 16], depths=[1, 1]),
 }
 SMALL: dict[str, Any] = {"head_hidden": 12, "head_outputs": 6}
 CROPS: dict[str, Any] = {"local_crops": 3, "local_size": 16}
@@ -87,7 +87,7 @@ PATCHES: dict[str, dict[str, tuple[int, ...]]] = {  # shapes of the indices of p
 PAIRS = [(name, model) for name in OPTIONS for model in MODELS if model == "vit" or name not in PATCHES]
 
 
-def made(name: str, model: str | presets.Model = "vit", **options: Any) -> Objective:
+def made(name: str, model: str | families.Model = "vit", **options: Any) -> Objective:
     """An objective in float64 with noise on its weights: teachers are not their students, biases not 0."""
     cfg = importlib.import_module(f"pretrain.objectives.{name}").Config(**{**OPTIONS.get(name, {}), **options})
     torch.manual_seed(0)
@@ -530,7 +530,7 @@ def test_moco_v3_keeps_a_patch_embedding_that_was_loaded(tmp_path: Path):
 
 @pytest.mark.slow
 def test_moco_v3_cannot_freeze_the_patch_embedding_of_timm():
-    vit, convolutions = (presets.Timm(name, image_size=32) for name in ("vit_tiny_patch16_224", "resnet10t"))
+    vit, convolutions = (families.Timm(name, image_size=32) for name in ("vit_tiny_patch16_224", "resnet10t"))
     vit.name = "timm"
     cls, cfg = finder.find("moco_v3"), finder.config_class("moco_v3")[0]
     with pytest.raises(

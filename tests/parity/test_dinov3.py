@@ -21,7 +21,7 @@ from data_pipeline.views.augmentations import Augment
 from data_pipeline.views.multicrop import _augments, draw_kind, multicrop
 from pretrain.build import build_objective
 from pretrain.interchange.export import load as load_export
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.objectives.dinov3 import Config, DINOv3
 from pretrain.ops.gram import gram_loss, resize_map
@@ -147,7 +147,7 @@ def dinov3(**options: object) -> DINOv3:
     cfg = Config(**sizes, **options)
     cfg.teacher_temperature, cfg.momentum = Schedule(0.2), Schedule(0.9)
     torch.manual_seed(0)
-    return DINOv3(cfg, lambda **changes: build_model(presets.ViT(**VIT), **changes))
+    return DINOv3(cfg, lambda **changes: build_model(families.ViT(**VIT), **changes))
 
 
 def batch_of(images: int = 4, gram: int = 64) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from pretrain.interchange import export
 from pretrain.interchange.export import load as load_export
 from pretrain.interchange.export_formats import opened_by, release
 from pretrain.interchange.weight_sources import model_config
-from pretrain.models import presets, timm_network
+from pretrain.models import families, timm_network
 from pretrain.models.build import build_model
 from pretrain.ops.randomness import named_generator
 from pretrain.ops.resize_features import align_map, standardise
@@ -359,7 +359,7 @@ def test_networks_of_timm(tmp_path: Path, architecture: str):
 
     from pretrain.interchange import export
 
-    cfg = presets.Timm(architecture=architecture, image_size=224 if "swin" in architecture else 64)
+    cfg = families.Timm(architecture=architecture, image_size=224 if "swin" in architecture else 64)
     cfg.name = "timm"
     body = build_model(cfg).eval()
     x = torch.randn(2, 3, body.image_size, body.image_size)
@@ -385,7 +385,7 @@ def test_batch_norms_of_timm():
     import timm
 
     for architecture in ("test_resnet", "test_efficientnet"):
-        body: Any = build_model(presets.Timm(architecture, image_size=32))
+        body: Any = build_model(families.Timm(architecture, image_size=32))
         theirs = timm.create_model(architecture, num_classes=0)
         theirs.load_state_dict(body.network.state_dict())
         x = torch.randn(4, 3, 32, 32)

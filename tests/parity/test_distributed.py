@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import kernels
 from pretrain.kernels import batch_norm
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.ops.contrastive import nt_xent
@@ -188,7 +188,7 @@ def check_networks_of_timm() -> Result:
     rows, means = [], []
     for architecture in ("test_resnet", "test_efficientnet"):
         torch.manual_seed(0)
-        body: Any = build_model(presets.Timm(architecture, image_size=32)).double().train()
+        body: Any = build_model(families.Timm(architecture, image_size=32)).double().train()
         teacher = make_teacher(body, batch_statistics=True).eval()
         x = mine(normal(4, 3, 32, 32))
         value, averaged = body(x).cls, teacher(x).cls

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.schedules import Schedule
 from data_pipeline.views.masks import masked_patches
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.layers import DropPath
 from pretrain.models.positions import sincos_table
@@ -64,7 +64,7 @@ def noise(module: nn.Module, seed: int) -> nn.Module:
 
 
 def backbone(**changes: object) -> nn.Module:
-    return build_model(presets.ViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4), **changes)
+    return build_model(families.ViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4), **changes)
 
 
 def mean(values: list[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from common.errors import UserError
 from data_pipeline.parts import image as parts
 from data_pipeline.views.augmentations import center
 from pretrain.interchange import export
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone, DropPath, Features
 from pretrain.models.positions import MAX_TABLES, interpolate_table
@@ -62,7 +62,7 @@ def noise(module: nn.Module, seed: int = 0) -> None:
 
 
 def vit(**options: object) -> VisionTransformer:
-    cfg = presets.ViT(**({"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 4} | options))
+    cfg = families.ViT(**({"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 4} | options))
     cfg.name = "vit"
     model = VisionTransformer(cfg).eval()
     noise(model)
@@ -70,7 +70,7 @@ def vit(**options: object) -> VisionTransformer:
 
 
 def resnet(**options: object) -> ResidualNetwork:
-    cfg = presets.ResNet(**({"widths": [8, 12, 16], "depths": [2, 1, 2]} | options))
+    cfg = families.ResNet(**({"widths": [8, 12, 16], "depths": [2, 1, 2]} | options))
     cfg.name = "resnet"
     model = ResidualNetwork(cfg).eval()
     noise(model)
@@ -523,7 +523,7 @@ def test_drop_path():
 
 def test_the_residual_stream_of_a_convnext_has_the_compute_dtype():
     """Also after a layer scale, whose weights are fp32 under autocast."""
-    model = build_model(presets.ConvNeXt(image_size=64, widths=[8, 16], depths=[1, 2], layer_scale=0.1))
+    model = build_model(families.ConvNeXt(image_size=64, widths=[8, 16], depths=[1, 2], layer_scale=0.1))
     found: list[torch.dtype] = []
     for stage in model.stages:
         for block in stage:

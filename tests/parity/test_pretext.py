@@ -25,7 +25,7 @@ from pretrain.checkpoint.open_store import run_store
 from pretrain.checkpoint.store import checkpoint_name
 from pretrain.interchange import export
 from pretrain.interchange.weight_sources import further_tensors
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.objectives import context_encoder, finder
 from pretrain.objectives.base import Exported, Objective
@@ -53,12 +53,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 # A layer within each channel has a weight for every pair of places, of which MODELS["resnet"] has too many.
-SMALL_MAP = presets.ResNet(stem="small", widths=[4, 4, 4, 8], depths=[1, 1, 1, 1])
+SMALL_MAP = families.ResNet(stem="small", widths=[4, 4, 4, 8], depths=[1, 1, 1, 1])
 VIT_ONLY = ("beit", "context_encoder")  # of MODELS
 PAIRS = [(name, model) for name in OPTIONS for model in test_catalogue.MODELS if model == "vit" or name not in VIT_ONLY]
 
 
-def made(name: str, model: str | presets.Model = "vit", **options: Any) -> Objective:
+def made(name: str, model: str | families.Model = "vit", **options: Any) -> Objective:
     with tempfile.TemporaryDirectory() as folder:
         named = {"visual_tokenizer": write_tokenizer(Path(folder))} if name == "beit" else {}
         return test_catalogue.made(name, model, **{**OPTIONS[name], **named, **options})
@@ -66,7 +66,7 @@ def made(name: str, model: str | presets.Model = "vit", **options: Any) -> Objec
 
 def write_tokenizer(folder: Path, in_channels: int = 3) -> str:
     """An export of an encoder of 4 pixels per token, with a codebook of 9 vectors."""
-    cfg = presets.ViT(image_size=16, patch_size=4, dim=16, depth=1, heads=2, in_channels=in_channels)
+    cfg = families.ViT(image_size=16, patch_size=4, dim=16, depth=1, heads=2, in_channels=in_channels)
     cfg.name = "vit"
     torch.manual_seed(3)
     body, codebook = build_model(cfg), torch.randn(9, 16)
@@ -431,7 +431,7 @@ def test_a_decoder_doubles():
 
 
 # ---------------------------------------------------------------- two processes
-def check(name: str, model: str | presets.Model, size: int = 32, **options: Any) -> dict[str, list[Tensor]]:
+def check(name: str, model: str | families.Model, size: int = 32, **options: Any) -> dict[str, list[Tensor]]:
     """The loss of this process's images, its gradients, and the buffers after the step: see test_distributed.py."""
     objective, rank, ranks = made(name, model, **options).train(), *world()
     part = {key: value.chunk(ranks)[rank] for key, value in batch_of(name, size=size).items()}

@@ -20,7 +20,7 @@ from data_pipeline.parts.part import About
 from data_pipeline.shards.token_rows import next_tokens
 from data_pipeline.shards.vocabulary import Vocabulary
 from pretrain.interchange import export
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.objectives import finder as objectives
 from pretrain.objectives.base import Objective
@@ -31,9 +31,9 @@ from tests.parity.test_models import noise
 
 VOCABULARY = Vocabulary(96, bos=3, eos=3, pad=1, mask=2, sentinels=tuple(range(95, 80, -1)))
 MODELS = {
-    "gpt": presets.Decoder(vocab_size=96, dim=32, depth=2, heads=4, context=24, kv_heads=2),
-    "bert": presets.TextEncoder(vocab_size=96, dim=32, depth=2, heads=4, context=24),
-    "t5": presets.EncoderDecoder(
+    "gpt": families.Decoder(vocab_size=96, dim=32, depth=2, heads=4, context=24, kv_heads=2),
+    "bert": families.TextEncoder(vocab_size=96, dim=32, depth=2, heads=4, context=24),
+    "t5": families.EncoderDecoder(
         vocab_size=96, dim=32, depth=2, heads=4, head_dim=8, mlp_width=48, context=24, buckets=8, max_distance=12
     ),
 }

@@ -19,7 +19,7 @@ from common.errors import ConfigError, UserError
 from pretrain.interchange import export, export_formats, weights
 from pretrain.interchange.layouts import transformers_text
 from pretrain.interchange.weight_sources import find_source, model_config
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.text_layers import Cache, RopeScaling, TextBackbone, rotary_tables
 from pretrain.models.text_mlp import RMSNorm
@@ -99,14 +99,14 @@ def logits_of(model: TextBackbone, tokens: Tensor, answer: Tensor) -> Tensor:
     """[B, T, V]. A T5 reads tokens and predicts `answer`, after the tokenizer's padding token, which also replaces
     -100."""
     hidden = model(tokens).tokens
-    if isinstance(model.cfg, presets.EncoderDecoder):
+    if isinstance(model.cfg, families.EncoderDecoder):
         begun = torch.cat([torch.full_like(answer[:, :1], PAD), answer.where(answer >= 0, PAD)[:, :-1]], dim=1)
         hidden = model.decoder(begun, hidden)
     return model.head(hidden)
 
 
 def theirs_of(hf: ModuleType, cfg: object) -> type:
-    decoder, t5 = isinstance(cfg, presets.Decoder), isinstance(cfg, presets.EncoderDecoder)
+    decoder, t5 = isinstance(cfg, families.Decoder), isinstance(cfg, families.EncoderDecoder)
     return hf.AutoModelForCausalLM if decoder else hf.AutoModelForSeq2SeqLM if t5 else hf.AutoModelForMaskedLM
 
 
@@ -129,7 +129,7 @@ def test_both_directions(name: str, tmp_path: Path, hf: ModuleType, tokenizer: P
 
     tokens, labels = tokens_of(), tokens_of(seed=2)
     labels[0, :5] = labels[1, 7:9] = -100
-    causal = isinstance(ours.cfg, presets.Decoder)
+    causal = isinstance(ours.cfg, families.Decoder)
     mine, other = logits_of(ours, tokens, labels), theirs(input_ids=tokens, labels=labels)
     same(mine, other.logits)
     shifted, wanted = (mine[:, :-1], labels[:, 1:]) if causal else (mine, labels)
@@ -293,7 +293,7 @@ def test_packed_documents_are_separate(name: str):
     for got, part in zip((packed.tokens[:1, :6], packed.tokens[:1, 6:15], packed.tokens[1:]), parts, strict=True):
         torch.testing.assert_close(got, part.tokens)
     assert packed.tokens.isfinite().all()
-    if isinstance(model.cfg, presets.Decoder):
+    if isinstance(model.cfg, families.Decoder):
         torch.testing.assert_close(packed.cls, torch.cat([packed.tokens[:1, 14], packed.tokens[1:, -1]]))
     weight = torch.randn(packed.tokens.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weight[0, 15:] = 0

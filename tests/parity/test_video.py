@@ -22,7 +22,7 @@ from data_pipeline.views.augmentations import center, generators
 from data_pipeline.views.clip_masks import BlocksOverTime
 from pretrain.interchange import export, model_card
 from pretrain.interchange.weights import load_backbone, load_into
-from pretrain.models import presets
+from pretrain.models import families, presets
 from pretrain.models.build import build_model
 from pretrain.models.positions import clip_table
 from pretrain.objectives import videomae, vjepa2
@@ -31,15 +31,15 @@ from pretrain.recipes.sections import Data
 from tests.parity.test_losses import noise, normal
 
 SIZES = {"image_size": 32, "patch_size": 8, "frames": 4, "dim": 48, "depth": 2, "heads": 2}
-VIDEOMAE = presets.VideoViT(**SIZES, positions="sequence", key_bias=False)
-VJEPA2 = presets.VideoViT(**SIZES, positions="rope")
+VIDEOMAE = families.VideoViT(**SIZES, positions="sequence", key_bias=False)
+VJEPA2 = families.VideoViT(**SIZES, positions="rope")
 for cfg in (VIDEOMAE, VJEPA2):
     cfg.name = "video_vit"
 GRID, TOKENS = (2, 4, 4), 32
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def body(cfg: presets.VideoViT, seed: int = 0) -> Any:
+def body(cfg: families.VideoViT, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return noise(build_model(cfg), seed).eval()
 
@@ -51,7 +51,7 @@ def written(encoder: Any, folder: Path) -> Path:
 
 # ---------------------------------------------------------------- models
 @pytest.mark.parametrize("cfg", [VIDEOMAE, VJEPA2], ids=["videomae", "vjepa2"])
-def test_transformers_opens_exports(cfg: presets.VideoViT, tmp_path: Path):
+def test_transformers_opens_exports(cfg: families.VideoViT, tmp_path: Path):
     encoder, clips = body(cfg), normal(2, 4, 3, 32, 32).float()
     folder = written(encoder, tmp_path / "export")
     theirs, info = hf.AutoModel.from_pretrained(folder, output_loading_info=True)
@@ -70,7 +70,7 @@ def test_transformers_opens_exports(cfg: presets.VideoViT, tmp_path: Path):
 
 
 @pytest.mark.parametrize("cfg", [VIDEOMAE, VJEPA2], ids=["videomae", "vjepa2"])
-def test_the_video_processor_prepares_frames_as_evaluation_does(cfg: presets.VideoViT, tmp_path: Path):
+def test_the_video_processor_prepares_frames_as_evaluation_does(cfg: families.VideoViT, tmp_path: Path):
     folder = written(body(cfg), tmp_path / "export")
     frames = list(np.random.default_rng(0).integers(0, 256, (4, 32, 40, 3), dtype=np.uint8))
     given = hf.AutoVideoProcessor.from_pretrained(folder)(frames, return_tensors="pt")

@@ -24,7 +24,7 @@ from pretrain.interchange import export, weight_sources, weights
 from pretrain.interchange.layouts import official, timm
 from pretrain.interchange.load_record import record_loading, report_loaded, skip_loading
 from pretrain.interchange.weight_sources import find_source
-from pretrain.models import presets
+from pretrain.models import families, presets
 from pretrain.models.build import build_model
 from pretrain.models.convnext import ConvBlock, ConvolutionalNetwork
 from pretrain.models.layers import Attention, QueryKeyValue
@@ -63,7 +63,7 @@ def hf() -> ModuleType:
 
 
 def convnext(**options: object) -> ConvolutionalNetwork:
-    cfg = presets.ConvNeXt(**({"image_size": 64, "widths": [8, 16, 24, 32], "depths": [1, 2, 3, 1]} | options))
+    cfg = families.ConvNeXt(**({"image_size": 64, "widths": [8, 16, 24, 32], "depths": [1, 2, 3, 1]} | options))
     cfg.name = "convnext"
     model = ConvolutionalNetwork(cfg).eval()
     noise(model)
@@ -390,10 +390,10 @@ def test_named_sizes(name: str, keys: int, millions: float):
     cfg = cls(**options)
     cfg.name = name
     with torch.device("meta"):
-        model = build_model(cfg, **({"mask_token": True} if cls is presets.ViT else {}))
+        model = build_model(cfg, **({"mask_token": True} if cls is families.ViT else {}))
     assert len(official.write(cfg, model.state_dict())) == keys
     total = sum(p.numel() for p in model.parameters()) + (
-        cfg.depth * cfg.dim if cls is presets.ViT and cfg.qkv_bias else 0
+        cfg.depth * cfg.dim if cls is families.ViT and cfg.qkv_bias else 0
     )
     assert total / 1e6 == pytest.approx(millions, abs=0.011)
 
@@ -540,7 +540,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path):
 def test_initial_values():
     """Linear layers and tokens are normal with std 0.02 (linear layers truncated at two sigma), kernels uniform
     below 1/√fan-in, biases and the mask token zero."""
-    cfg = presets.ViT(image_size=64, patch_size=8, dim=128, depth=2, heads=4, **{**DINOV3, "registers": 16})
+    cfg = families.ViT(image_size=64, patch_size=8, dim=128, depth=2, heads=4, **{**DINOV3, "registers": 16})
     cfg.name = "vit"
     torch.manual_seed(0)
     found = build_model(cfg).state_dict()
@@ -765,7 +765,7 @@ def test_an_index_of_tensors_names_files_beside_it(tmp_path: Path):
 
 def described(folder: Path, change: Callable[[dict], object]) -> Path:
     """A tiny export whose config.json was changed."""
-    cfg = presets.ViT(
+    cfg = families.ViT(
         image_size=32, patch_size=8, dim=32, depth=1, heads=2, positions="rope", registers=1, layer_scale=1.0
     )
     cfg.name = "vit"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from pretrain.interchange.layouts.transformers import State, with_key_bias, without_key_bias
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.positions import rope_periods
 
 ROPE_PERIODS = "rope_embed.periods"
@@ -108,7 +108,7 @@ def _rope_base(periods: Tensor, where: str) -> float:
 
 
 # ---------------------------------------------------------------- names
-def _names(cfg: presets.ViT) -> dict[str, str]:
+def _names(cfg: families.ViT) -> dict[str, str]:
     """{our name: official name} of the tensors whose names differ."""
     registers = "storage_tokens" if cfg.positions == "rope" else "register_tokens"
     return {
@@ -120,7 +120,7 @@ def _names(cfg: presets.ViT) -> dict[str, str]:
 
 def read(cfg: Any, tensors: State) -> State:
     """Convert tensors with official names to our state dict. Tensors with unknown names keep these names."""
-    if isinstance(cfg, presets.ConvNeXt):
+    if isinstance(cfg, families.ConvNeXt):
         last = f"norms.{len(cfg.widths) - 1}."  # the same tensors as `norm`
         return {k: v for k, v in tensors.items() if not k.startswith(last)}
     our_names = {theirs: ours for ours, theirs in _names(cfg).items()}
@@ -146,10 +146,10 @@ def read(cfg: Any, tensors: State) -> State:
 def write(cfg: Any, state: State) -> State:
     """Convert our state dict to official names: for rotary positions those of DINOv3, otherwise those of DINOv2, which
     fuses w1 and w2 of a gated MLP. Raises UserError for a model that neither of them has."""
-    if isinstance(cfg, presets.ConvNeXt):
+    if isinstance(cfg, families.ConvNeXt):
         last = len(cfg.widths) - 1
         return state | {f"norms.{last}.{part}": state[f"norm.{part}"].clone() for part in ("weight", "bias")}
-    if not isinstance(cfg, presets.ViT):
+    if not isinstance(cfg, families.ViT):
         raise UserError(
             f"model.name = {cfg.name}: cannot be written in the official format, which has ViTs and ConvNeXts only"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from pretrain.interchange.layouts.transformers import State, with_key_bias, without_key_bias
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 
 
@@ -23,12 +23,12 @@ from pretrain.models.build import build_model
 def write(cfg: Any, state: State, mean: list[float], std: list[float]) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors with timm's names) for our model with the config `cfg` and the state dict
     `state`. Raises UserError for a model that timm does not have."""
-    if isinstance(cfg, presets.ConvNeXt):
+    if isinstance(cfg, families.ConvNeXt):
         architecture = "convnext_tiny"
         arguments: dict[str, Any] = {"depths": cfg.depths, "dims": cfg.widths, "ls_init_value": cfg.layer_scale}
         tensors = {_convnext_key(key): value for key, value in state.items()}
         side = cfg.image_size
-    elif isinstance(cfg, presets.ViT):
+    elif isinstance(cfg, families.ViT):
         if cfg.pooling == "attention" or cfg.embed_norm or not cfg.patch_bias or cfg.mlp not in ("gelu", "swiglu"):
             raise UserError(
                 f"model.pooling = {cfg.pooling}, model.embed_norm = {cfg.embed_norm}, model.mlp = {cfg.mlp}: cannot be"
@@ -44,19 +44,19 @@ def write(cfg: Any, state: State, mean: list[float], std: list[float]) -> tuple[
     fields = {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": cfg.widths[-1] if isinstance(cfg, presets.ConvNeXt) else cfg.dim,
+        "num_features": cfg.widths[-1] if isinstance(cfg, families.ConvNeXt) else cfg.dim,
         "model_args": {"in_chans": cfg.in_channels, **arguments},
         "pretrained_cfg": {**pixels, "crop_pct": 1.0, "num_classes": 0, "fixed_input_size": False},
     }
     return fields, tensors
 
 
-def _common_arguments(cfg: presets.ViT) -> dict[str, Any]:
+def _common_arguments(cfg: families.ViT) -> dict[str, Any]:
     sizes = {"img_size": cfg.image_size, "patch_size": cfg.patch_size, "embed_dim": cfg.dim, "depth": cfg.depth}
     return {**sizes, "num_heads": cfg.heads, "init_values": cfg.layer_scale, "global_pool": "token"}
 
 
-def _rotary_model(cfg: presets.ViT) -> tuple[str, dict[str, Any]]:
+def _rotary_model(cfg: families.ViT) -> tuple[str, dict[str, Any]]:
     """(architecture, model_args) of a ViT with rotary positions."""
     if cfg.qkv_bias and cfg.key_bias:
         raise UserError(
@@ -69,7 +69,7 @@ def _rotary_model(cfg: presets.ViT) -> tuple[str, dict[str, Any]]:
     return name, _common_arguments(cfg) | more | ({"swiglu_align_to": 1} if cfg.mlp == "swiglu" else {})
 
 
-def _plain_model(cfg: presets.ViT) -> tuple[str, dict[str, Any]]:
+def _plain_model(cfg: families.ViT) -> tuple[str, dict[str, Any]]:
     """(architecture, model_args) of a ViT with learned positions."""
     gated = cfg.mlp == "swiglu"
     name = "vit_giant_patch14_reg4_dinov2" if gated else "vit_small_patch16_224"
@@ -81,7 +81,7 @@ def _plain_model(cfg: presets.ViT) -> tuple[str, dict[str, Any]]:
     return name, _common_arguments(cfg) | more | {"no_embed_class": cfg.registers > 0, "dynamic_img_size": True}
 
 
-def _vit_tensors(cfg: presets.ViT, state: State) -> State:
+def _vit_tensors(cfg: families.ViT, state: State) -> State:
     """The tensors of our ViT with timm's names, without those that only training uses."""
     rope, out = cfg.positions == "rope", {}
     for key, value in state.items():
@@ -196,7 +196,7 @@ def read(cfg: Any, tensors: State) -> State:
     """Convert tensors with timm's names to our state dict, without a classifier. Tensors with unknown names keep these
     names."""
     own = build_model(cfg).state_dict()
-    if isinstance(cfg, presets.ConvNeXt):
+    if isinstance(cfg, families.ConvNeXt):
         known = {_convnext_key(key): key for key in own}  # timm's name → our name
         tensors = {known.get(k, k): v for k, v in tensors.items() if not k.startswith("head.fc")}
         # Small ConvNeXts of timm have 1 × 1 convolutions instead of linear layers.
@@ -217,7 +217,7 @@ def read(cfg: Any, tensors: State) -> State:
     return out
 
 
-def _our_value(cfg: presets.ViT, key: str, value: Tensor, tensors: State) -> Tensor:
+def _our_value(cfg: families.ViT, key: str, value: Tensor, tensors: State) -> Tensor:
     """Convert a tensor of timm's ViT to that of ours: the position table gets an entry for the class token, and biases
     of keys are removed if our config has none."""
     side = cfg.image_size // cfg.patch_size

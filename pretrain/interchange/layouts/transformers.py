@@ -25,7 +25,7 @@ from pretrain.interchange.layouts import (
     transformers_text,
     transformers_video,
 )
-from pretrain.models import presets
+from pretrain.models import families
 from pretrain.models.build import build_model
 
 State = dict[str, Tensor]
@@ -35,20 +35,22 @@ def write(cfg: Any, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors) of our state dict."""
     if transformers_text.is_text(cfg):
         return transformers_text.write(cfg, state)
-    if isinstance(cfg, presets.Conformer):
+    if isinstance(cfg, families.Conformer):
         return transformers_audio.write(cfg, state)
-    if isinstance(cfg, presets.VideoViT):
+    if isinstance(cfg, families.VideoViT):
         return transformers_video.write(cfg, state)
-    if isinstance(cfg, presets.ViT):
+    if isinstance(cfg, families.ViT):
         if has_own_layout(cfg):
             return {"model_type": "unlabeled_vit", "architectures": ["VisionTransformer"]}, dict(state)
         return vit_to_transformers(cfg, state)
-    if isinstance(cfg, presets.Timm):  # a network of timm, whose create_model("local-dir:FOLDER") opens the folder, too
+    if isinstance(
+        cfg, families.Timm
+    ):  # a network of timm, whose create_model("local-dir:FOLDER") opens the folder, too
         fields = {"model_type": "timm_wrapper", "architecture": cfg.architecture, "num_classes": 0}
         pixels = {"input_size": [cfg.in_channels, cfg.image_size, cfg.image_size], "num_classes": 0}
         fields |= {"model_args": {"in_chans": cfg.in_channels}, "pretrained_cfg": pixels}
         return fields, {k.removeprefix("network."): v for k, v in state.items()}
-    return (convnext_to_transformers if isinstance(cfg, presets.ConvNeXt) else resnet_to_transformers)(cfg, state)
+    return (convnext_to_transformers if isinstance(cfg, families.ConvNeXt) else resnet_to_transformers)(cfg, state)
 
 
 def read(cfg: Any, tensors: State, kind: str = "") -> State:
@@ -56,17 +58,17 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
     the model_type `kind`."""
     if transformers_text.is_text(cfg):
         return transformers_text.read(cfg, tensors, kind)
-    if isinstance(cfg, presets.Conformer):
+    if isinstance(cfg, families.Conformer):
         return transformers_audio.read(cfg, tensors)
     if kind in transformers_image_text.KINDS:
         return transformers_image_text.read_image(cfg, tensors, kind)
-    if isinstance(cfg, presets.VideoViT):
+    if isinstance(cfg, families.VideoViT):
         return transformers_video.read(cfg, tensors, kind)
-    if isinstance(cfg, presets.ViT):
+    if isinstance(cfg, families.ViT):
         return dict(tensors) if has_own_layout(cfg) else vit_from_transformers(cfg, tensors, kind)
-    if isinstance(cfg, presets.Timm):
+    if isinstance(cfg, families.Timm):
         return {f"network.{k}": v for k, v in tensors.items()}
-    if isinstance(cfg, presets.ConvNeXt):
+    if isinstance(cfg, families.ConvNeXt):
         out = {_our_convnext_key(key): value for key, value in tensors.items()}
         return {k: v for k, v in out.items() if cfg.layer_scale is not None or not k.endswith(".gamma")}
     if cfg.stem == "small":
@@ -78,13 +80,13 @@ def read(cfg: Any, tensors: State, kind: str = "") -> State:
 def feature_extractor(cfg: Any, audio: dict[str, Any]) -> dict[str, Any] | None:
     """The content of preprocessor_config.json for a model of audio; None if transformers has no extractor that computes
     its input. `audio`: `Part.facts` of the part."""
-    if isinstance(cfg, presets.Conformer):
+    if isinstance(cfg, families.Conformer):
         return transformers_audio.extractor(cfg, audio.get("sample_rate", transformers_audio.RATE))
     return None
 
 
 # ---------------------------------------------------------------- ViT
-def has_own_layout(cfg: presets.ViT) -> bool:
+def has_own_layout(cfg: families.ViT) -> bool:
     """Whether none of transformers' classes for a ViT alone computes this one."""
     return cfg.pooling == "attention" or cfg.embed_norm or not cfg.patch_bias
 
@@ -93,7 +95,7 @@ def has_own_layout(cfg: presets.ViT) -> bool:
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "swiglu": "silu"}
 
 
-def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _vit_layout(cfg: families.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(fields of config.json, [(our name, transformers' name)] of the tensors, without .weight and .bias).
 
     {i} stands for the number of a block. [j] after a name stands for part j of a tensor that only this side fuses: our
@@ -158,7 +160,7 @@ def _vit_layout(cfg: presets.ViT) -> tuple[dict[str, Any], list[tuple[str, str]]
     return fields, names
 
 
-def _mlp_width(cfg: presets.ViT) -> tuple[int, int]:
+def _mlp_width(cfg: families.ViT) -> tuple[int, int]:
     """(mlp_ratio, hidden width) for transformers' class. Dinov2 allows only whole ratios; with SwiGLU its width is two
     thirds of dim · ratio, rounded up to a multiple of 8. Returns the smallest width of this kind that is not below
     ours."""
@@ -182,7 +184,7 @@ def _resize_mlps(state: State, width: int) -> State:
     return out
 
 
-def vit_to_transformers(cfg: presets.ViT, state: State) -> tuple[dict[str, Any], State]:
+def vit_to_transformers(cfg: families.ViT, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors with transformers' names) for our state dict. The norm for class tokens of local
     crops is left out, because only training uses it."""
     fields, names = _vit_layout(cfg)
@@ -237,7 +239,7 @@ _MODEL_PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.", "dinov3_vit.")
 _OTHER_PARTS = ("pooler.", "decoder.", "classifier.")  # prefixes of tensors outside the backbone
 
 
-def vit_from_transformers(cfg: presets.ViT, tensors: State, kind: str = "") -> State:
+def vit_from_transformers(cfg: families.ViT, tensors: State, kind: str = "") -> State:
     """Convert tensors with transformers' names to our state dict, the inverse of `vit_to_transformers`. Tensors with
     unknown names keep these names."""
     for prefix in _MODEL_PREFIXES:
@@ -298,7 +300,7 @@ def _for_each_block(names: list[tuple[str, str]], depth: int) -> list[tuple[str,
 
 
 # ---------------------------------------------------------------- ConvNeXt
-def convnext_to_transformers(cfg: presets.ConvNeXt, state: State) -> tuple[dict[str, Any], State]:
+def convnext_to_transformers(cfg: families.ConvNeXt, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors with transformers' names) for our state dict."""
     fields = {
         "model_type": "dinov3_convnext",
@@ -345,7 +347,7 @@ def _our_convnext_key(key: str) -> str:
 
 
 # ---------------------------------------------------------------- ResNet
-def resnet_to_transformers(cfg: presets.ResNet, state: State) -> tuple[dict[str, Any], State]:
+def resnet_to_transformers(cfg: families.ResNet, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors under transformers' names) of our state dict. A ResNet with the small stem keeps
     our names, because transformers has no such class."""
     if cfg.stem == "small":
@@ -365,7 +367,7 @@ def resnet_to_transformers(cfg: presets.ResNet, state: State) -> tuple[dict[str,
     return fields, {_resnet_key(cfg, key): value for key, value in state.items()}
 
 
-def _resnet_key(cfg: presets.ResNet, key: str) -> str:
+def _resnet_key(cfg: families.ResNet, key: str) -> str:
     """transformers' name of a tensor of ours."""
     stages = [(s, i) for s, depth in enumerate(cfg.depths) for i in range(depth)]
     key = re.sub(r"^stem\.0", "embedder.embedder", key)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.untrusted import loads, read_text, schema_error
-from pretrain.models import presets
+from pretrain.models import families
 
 State = dict[str, Tensor]
 RATE = 16000  # Hz, at which windows of 25 ms have 400 samples
@@ -41,7 +41,7 @@ _POINTWISE = ("conv.gate.weight", "conv.proj.weight")  # convolutions of one tok
 _QKV = [f"self_attn.linear_{name}" for name in "qkv"]
 
 
-def write(cfg: presets.Conformer, state: State) -> tuple[dict[str, Any], State]:
+def write(cfg: families.Conformer, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors under transformers' names) of our state dict."""
     out: State = {}
     for key, tensor in state.items():
@@ -63,7 +63,7 @@ def _split(key: str) -> tuple[str, str, str]:
     return (f"encoder.layers.{found[1]}." if found[1] else ""), found[2], found[3]
 
 
-def read(cfg: presets.Conformer, tensors: State) -> State:
+def read(cfg: families.Conformer, tensors: State) -> State:
     """Convert tensors under transformers' names to our state dict. Tensors with unknown names keep these names."""
     tensors = {k.removeprefix("wav2vec2_bert."): v for k, v in tensors.items()}
     names = {theirs: ours for ours, theirs in _BLOCK.items()}
@@ -86,7 +86,7 @@ def read(cfg: presets.Conformer, tensors: State) -> State:
     return out
 
 
-def _fields(cfg: presets.Conformer) -> dict[str, Any]:
+def _fields(cfg: families.Conformer) -> dict[str, Any]:
     return {
         "hidden_size": cfg.dim,
         "num_hidden_layers": cfg.depth,
@@ -105,7 +105,7 @@ def _fields(cfg: presets.Conformer) -> dict[str, Any]:
     }
 
 
-def extractor(cfg: presets.Conformer, sample_rate: int) -> dict[str, Any] | None:
+def extractor(cfg: families.Conformer, sample_rate: int) -> dict[str, Any] | None:
     """The content of preprocessor_config.json; None for other rates than 16 kHz, as transformers' extractor always has
     windows of 400 samples."""
     if sample_rate != RATE:

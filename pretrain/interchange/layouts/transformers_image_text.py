@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.untrusted import schema_error
 from pretrain.interchange.layouts.fields import NUMBERS, SIZES
-from pretrain.models import presets
+from pretrain.models import families
 
 State = dict[str, Tensor]
 CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # {model_type: class of transformers}
@@ -31,7 +31,7 @@ _SCHEMA = {f"?{name}": int for name in SIZES} | {f"?{name}": (float, None) for n
 def unsupported(kind: str, image: Any, text: Any) -> list[str]:
     """The overrides of a recipe with which the class of transformers for `kind` would compute the model; [] if it
     does. A network that is no ViT is answered with model=…"""
-    if not isinstance(image, presets.ViT):
+    if not isinstance(image, families.ViT):
         return [f"model={kind}_vitb16"]
     clip = kind == "clip"
     wanted: dict[str, Any] = {
@@ -44,9 +44,9 @@ def unsupported(kind: str, image: Any, text: Any) -> list[str]:
     out += [f"model.pooling={pooling}"] * (image.pooling != pooling)
     out += ["model.positions=learned"] * (image.positions == "rope")
     out += [f"model.mlp={'quick_gelu' if clip else 'gelu_tanh'}"] * (image.mlp not in ACTIVATIONS)
-    if not isinstance(text, presets.Decoder):
+    if not isinstance(text, families.Decoder):
         return [*out, f"objective.text={kind}_text"]
-    dim, heads, kv_heads, head_dim, _ = presets.decoder_sizes(text)
+    dim, heads, kv_heads, head_dim, _ = families.decoder_sizes(text)
     text_wanted: dict[str, Any] = {"bias": True, "qk_norm": False, "windows": []}
     text_wanted |= {"softcap": None, "tied": True, "bidirectional": not clip}
     out += [f"objective.text.{k}={json.dumps(v)}" for k, v in text_wanted.items() if vars(text)[k] != v]
@@ -73,7 +73,7 @@ def write(
         return own, {f"{IMAGE}{k}": v for k, v in image_state.items()} | text_state
     # their classes have no token for masked patches, which training alone uses
     image_state = {key: value for key, value in image_state.items() if key != "mask_token"}
-    dim, heads, _, _, width = presets.decoder_sizes(text)
+    dim, heads, _, _, width = families.decoder_sizes(text)
     projection = len(text_state["text_projection.weight"])
     vision_fields: dict[str, Any] = {
         "hidden_size": image.dim,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.models import presets
+from pretrain.models import families
 
 State = dict[str, Tensor]
 CLASSES = {  # {model_type: class of transformers}
@@ -36,17 +36,17 @@ _IGNORED = re.compile(
 
 
 def is_text(cfg: Any) -> bool:
-    return isinstance(cfg, (presets.Decoder, presets.TextEncoder, presets.EncoderDecoder))
+    return isinstance(cfg, (families.Decoder, families.TextEncoder, families.EncoderDecoder))
 
 
 def kind_of(cfg: Any) -> tuple[str, str]:
     """(model_type of the class that computes the same as a text model of ours, ""), or (`OWN`, the option that no class
     has, as "model.KEY = VALUE")."""
-    if isinstance(cfg, presets.TextEncoder):
+    if isinstance(cfg, families.TextEncoder):
         return "bert", ""
-    if isinstance(cfg, presets.EncoderDecoder):
+    if isinstance(cfg, families.EncoderDecoder):
         return "t5", ""
-    dim, heads, kv_heads, head_dim, _ = presets.decoder_sizes(cfg)
+    dim, heads, kv_heads, head_dim, _ = families.decoder_sizes(cfg)
     windows = {w for w in cfg.windows if w}
     if cfg.softcap is not None:
         return OWN, f"model.softcap = {cfg.softcap}"
@@ -162,7 +162,7 @@ def _names(cfg: Any, kind: str) -> list[Name]:
     return names
 
 
-def _bert_layout(cfg: presets.TextEncoder) -> Layout:
+def _bert_layout(cfg: families.TextEncoder) -> Layout:
     top = {
         "embed": "bert.embeddings.word_embeddings",
         "position_embed": "bert.embeddings.position_embeddings",
@@ -186,8 +186,8 @@ def _gpt2_layout() -> Layout:
     return Layout("transformer.h.{i}", top, block, {})
 
 
-def _llama_layout(cfg: presets.Decoder, kind: str) -> Layout:
-    _, heads, kv_heads, head_dim, width = presets.decoder_sizes(cfg)
+def _llama_layout(cfg: families.Decoder, kind: str) -> Layout:
+    _, heads, kv_heads, head_dim, width = families.decoder_sizes(cfg)
     top = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     block = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj"}
     block |= {f"attn.{n}": f"self_attn.{n}" for n in ("q_norm", "k_norm")} | {"mlp.down": "mlp.down_proj"}
@@ -202,7 +202,7 @@ def _llama_layout(cfg: presets.Decoder, kind: str) -> Layout:
     return Layout("model.layers.{i}", top, block, fused)
 
 
-def _t5_names(cfg: presets.EncoderDecoder) -> list[Name]:
+def _t5_names(cfg: families.EncoderDecoder) -> list[Name]:
     inner = cfg.heads * cfg.head_dim
     names = [Name("embed", ["shared"]), Name("head", ["lm_head"])]
     for ours, theirs, depth in (("", "encoder", cfg.depth), ("decoder.", "decoder", cfg.decoder_depth or cfg.depth)):
@@ -228,8 +228,8 @@ def _t5_names(cfg: presets.EncoderDecoder) -> list[Name]:
 
 
 # ---------------------------------------------------------------- fields of config.json
-def _llama(cfg: presets.Decoder) -> dict[str, Any]:
-    dim, heads, kv_heads, head_dim, width = presets.decoder_sizes(cfg)
+def _llama(cfg: families.Decoder) -> dict[str, Any]:
+    dim, heads, kv_heads, head_dim, width = families.decoder_sizes(cfg)
     return {
         "vocab_size": cfg.vocab_size,
         "max_position_embeddings": cfg.context,
@@ -249,7 +249,7 @@ def _llama(cfg: presets.Decoder) -> dict[str, Any]:
     }
 
 
-def _rope(cfg: presets.Decoder) -> dict[str, Any]:
+def _rope(cfg: families.Decoder) -> dict[str, Any]:
     if cfg.rope_factor == 1:
         return {"rope_type": "default"}
     return {
@@ -261,7 +261,7 @@ def _rope(cfg: presets.Decoder) -> dict[str, Any]:
     }
 
 
-def _apertus(cfg: presets.Decoder) -> dict[str, Any]:
+def _apertus(cfg: families.Decoder) -> dict[str, Any]:
     """Values for which the class has other defaults (scaled RoPE, ids of special tokens) are written explicitly; RoPE
     under two names, because versions of transformers differ in the name that they read."""
     fields = _llama(cfg)
@@ -274,7 +274,7 @@ def _apertus(cfg: presets.Decoder) -> dict[str, Any]:
     }
 
 
-def _qwen3(cfg: presets.Decoder) -> dict[str, Any]:
+def _qwen3(cfg: families.Decoder) -> dict[str, Any]:
     fields = _llama(cfg)
     del fields["mlp_bias"]
     if window := next((w for w in cfg.windows if w), None):
@@ -285,8 +285,8 @@ def _qwen3(cfg: presets.Decoder) -> dict[str, Any]:
     return fields
 
 
-def _gpt2(cfg: presets.Decoder) -> dict[str, Any]:
-    dim, heads, _, _, width = presets.decoder_sizes(cfg)
+def _gpt2(cfg: families.Decoder) -> dict[str, Any]:
+    dim, heads, _, _, width = families.decoder_sizes(cfg)
     return {
         "vocab_size": cfg.vocab_size,
         "n_positions": cfg.context,
@@ -301,7 +301,7 @@ def _gpt2(cfg: presets.Decoder) -> dict[str, Any]:
     }
 
 
-def _bert(cfg: presets.TextEncoder) -> dict[str, Any]:
+def _bert(cfg: families.TextEncoder) -> dict[str, Any]:
     return {
         "vocab_size": cfg.vocab_size,
         "max_position_embeddings": cfg.context,
@@ -316,7 +316,7 @@ def _bert(cfg: presets.TextEncoder) -> dict[str, Any]:
     }
 
 
-def _t5(cfg: presets.EncoderDecoder) -> dict[str, Any]:
+def _t5(cfg: families.EncoderDecoder) -> dict[str, Any]:
     return {
         "vocab_size": cfg.vocab_size,
         "n_positions": cfg.context,

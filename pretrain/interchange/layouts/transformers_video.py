@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.models import presets
+from pretrain.models import families
 
 State = dict[str, Tensor]
 OWN = "unlabeled_video_vit"
@@ -25,14 +25,14 @@ _OTHER_PARTS = (  # prefixes of tensors outside of the encoder
 )
 
 
-def kind_of(cfg: presets.VideoViT) -> str:
+def kind_of(cfg: families.VideoViT) -> str:
     """The model_type for a model of clips."""
     if cfg.positions == "rope":
         return "vjepa2"
     return "videomae" if cfg.positions == "sequence" and not (cfg.qkv_bias and cfg.key_bias) else OWN
 
 
-def write(cfg: presets.VideoViT, state: State) -> tuple[dict[str, Any], State]:
+def write(cfg: families.VideoViT, state: State) -> tuple[dict[str, Any], State]:
     """(fields of config.json, tensors) of our state dict."""
     kind = kind_of(cfg)
     if kind == OWN:
@@ -72,7 +72,7 @@ def write(cfg: presets.VideoViT, state: State) -> tuple[dict[str, Any], State]:
     return fields, out
 
 
-def read(cfg: presets.VideoViT, tensors: State, kind: str = "") -> State:
+def read(cfg: families.VideoViT, tensors: State, kind: str = "") -> State:
     """Our state dict of the tensors that `write` has written, or of a file for transformers' class with the model_type
     `kind`. Tensors with unknown names keep these names."""
     kind = kind or kind_of(cfg)
@@ -100,7 +100,7 @@ def _name_of_4(key: str) -> str:
     return key
 
 
-def _biases(cfg: presets.VideoViT, bias: Tensor) -> tuple[Tensor, ...]:
+def _biases(cfg: families.VideoViT, bias: Tensor) -> tuple[Tensor, ...]:
     """The biases of query, key and value."""
     if cfg.key_bias:
         return bias.chunk(3)
@@ -108,7 +108,7 @@ def _biases(cfg: presets.VideoViT, bias: Tensor) -> tuple[Tensor, ...]:
     return query, torch.zeros_like(query), value
 
 
-def _names(cfg: presets.VideoViT, kind: str) -> list[tuple[str, tuple[str, ...]]]:
+def _names(cfg: families.VideoViT, kind: str) -> list[tuple[str, tuple[str, ...]]]:
     """[(our name, transformers' names)] of the tensors; several names for one of ours that holds query, key and value,
     and "" for a part that is not stored."""
     linear = ("weight", "bias")
@@ -132,7 +132,7 @@ def _names(cfg: presets.VideoViT, kind: str) -> list[tuple[str, tuple[str, ...]]
     return names
 
 
-def _empty_predictor(cfg: presets.VideoViT) -> State:
+def _empty_predictor(cfg: families.VideoViT) -> State:
     width = PREDICTOR_WIDTH
     shapes = {
         "embeddings.mask_tokens": (1, 1, 1, width),
