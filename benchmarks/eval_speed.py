@@ -45,7 +45,8 @@ from PIL import Image
 from steps import emit
 
 from eval import fewshot, knn, linear
-from eval.feature_cache import FeatureRows, Labelled
+from eval.feature_cache import Labelled
+from eval.feature_rows import FeatureRows
 from eval.features import Encoder
 from pretrain.models import presets
 from pretrain.models.build import build_model

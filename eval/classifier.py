@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from common.errors import DataError, UserError
-from eval.feature_cache import chunks
+from eval.feature_rows import chunks
 from eval.features import Encoder
 from eval.knn import accuracies
 from eval.label_files import AnswerFiles, answers

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.config import Section, option
 from common.errors import UserError
-from eval.feature_cache import FeatureRows, Standardized, chunks, statistics
+from eval.feature_rows import FeatureRows, Standardized, chunks, statistics
 from eval.features import Encoder
 from eval.knn import accuracies
 from eval.text_features import TextEncoder

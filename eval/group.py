@@ -24,7 +24,8 @@ from common.errors import Damaged, DataError, UserError
 from common.untrusted import loads
 from data_pipeline.shards.samples import Samples
 from eval import knn, logistic
-from eval.feature_cache import Labelled, Subset, read_batches
+from eval.feature_cache import Labelled, read_batches
+from eval.feature_rows import Subset
 from eval.features import Encoder
 from eval.text_features import TextEncoder
 

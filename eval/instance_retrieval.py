@@ -32,7 +32,8 @@ from common.errors import Damaged, DataError, UserError
 from common.untrusted import loads
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
-from eval.feature_cache import Labelled, chunks, read_batches
+from eval.feature_cache import Labelled, read_batches
+from eval.feature_rows import chunks
 from eval.features import Encoder
 
 NEEDS = "matches"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import Section, option
-from eval.feature_cache import FeatureRows, chunks
+from eval.feature_rows import FeatureRows, chunks
 from eval.features import Encoder
 from eval.text_features import TextEncoder
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.config import Section, option
 from common.errors import UserError
-from eval.feature_cache import FeatureRows, Rows, Subset, chunks
+from eval.feature_rows import FeatureRows, Rows, Subset, chunks
 from eval.features import Encoder
 from eval.knn import accuracies
 from eval.score_checks import is_at_edge

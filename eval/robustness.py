@@ -27,7 +27,8 @@ from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center, resize
 from eval import linear
 from eval.corruptions import CORRUPTIONS, SIZE, corrupt
-from eval.feature_cache import Subset, read_batches
+from eval.feature_cache import read_batches
+from eval.feature_rows import Subset
 from eval.features import Encoder
 from eval.label_files import AnswerFiles, Answers, answers
 from eval.text_features import TextEncoder

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from common.errors import DataError
-from eval.feature_cache import PIECE, chunks
+from eval.feature_cache import PIECE
+from eval.feature_rows import chunks
 
 MIN_QUERIES = 10  # with fewer, a single answer changes the accuracy by more than ten percentage points
 

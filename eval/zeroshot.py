@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from common.config import Section, option
 from common.errors import DataError
-from eval.feature_cache import chunks
+from eval.feature_rows import chunks
 from eval.features import Encoder
 from eval.knn import accuracies
 from eval.text_embeddings import embed_features, embed_texts, text_side_of

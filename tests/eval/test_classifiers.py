@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from common.errors import UserError
 from eval import fewshot, linear, logistic
-from eval.feature_cache import FeatureRows
+from eval.feature_rows import FeatureRows
 from eval.run import evaluate
 from eval.score_checks import is_at_edge
 from tests.eval.test_protocols import clusters

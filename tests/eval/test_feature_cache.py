@@ -23,7 +23,8 @@ import torch
 from common.errors import Damaged, DataError
 from data_pipeline.build.build_shards import build
 from eval import feature_cache, feature_files, knn, linear
-from eval.feature_cache import FeatureRows, Labelled
+from eval.feature_cache import Labelled
+from eval.feature_rows import FeatureRows
 from eval.features import Encoder, open_encoder
 from eval.run import evaluate
 from pretrain.interchange import export
