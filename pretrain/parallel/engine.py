@@ -110,10 +110,12 @@ class Engine:
         self.micro += 1
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, logs) of the objective, computed in the run's precision."""
+        """(loss, logs) of the objective, computed in the run's precision. The logs are copies, because an objective may
+        log a parameter itself, whose memory FSDP frees after the backward."""
         self.seed(step)
         with self.autocast():
-            return self.module(batch, step)
+            loss, logs = self.module(batch, step)
+        return loss, {key: value.clone() for key, value in logs.items()}
 
     def micro_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The micro-batches of a step.

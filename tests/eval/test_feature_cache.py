@@ -22,7 +22,7 @@ import torch
 
 from common.errors import Damaged, DataError
 from data_pipeline.build.build_shards import build
-from eval import feature_cache, feature_files, knn, linear
+from eval import feature_cache, feature_files, feature_rows, knn, linear
 from eval.feature_cache import Labelled
 from eval.feature_rows import FeatureRows
 from eval.features import Encoder, open_encoder
@@ -457,7 +457,7 @@ def score_in_bounded_memory(folder: Path) -> None:
     del table
     rows = FeatureRows(folder / "features.npy", np.arange(ROWS))
     query = FeatureRows(folder / "features.npy", np.arange(0, ROWS, 80))
-    linear.CHUNK, feature_cache.PIECE = 128, 1024
+    linear.CHUNK, feature_rows.CHUNK = 128, 1024
     cfg = linear.Config(steps=20, batch=64, rates=[0.01, 0.1])
     knn.classify(rows[:64], classes[:64], query[:9], 5, 0.07)  # what libraries allocate once
     with peak_memory() as of_knn:
