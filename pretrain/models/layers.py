@@ -84,10 +84,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm (arXiv 1607.06450) in fp32 or wider, returned in the dtype of its input."""
+    """Layer norm (arXiv 1607.06450) in fp32 or wider, returned in the dtype of its input, which may be wider than its
+    parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).to(x.dtype)
+        kind = torch.promote_types(self.weight.dtype, x.dtype)
+        weight, bias = self.weight.to(kind), self.bias.to(kind)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class Rotary(nn.Module):

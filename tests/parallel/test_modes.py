@@ -68,7 +68,7 @@ IN_CI: dict[str, tuple[str, ...]] = {
     "zero2-offload": ("mae",),
     "single-bf16": ("simclr", "dinov3", "gpt"),
     "ddp2-bf16": ("gpt",),
-    "fsdp2-bf16": ("dinov3", "simclr", "distillation"),
+    "fsdp2-bf16": ("dinov3", "simclr", "distillation", "bestrq"),
     "zero2-bf16": ("gpt",),
     "zero3-bf16": ("dinov3",),
 }
