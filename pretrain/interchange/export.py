@@ -59,7 +59,9 @@ def write(
         state = Exported(encoder, text_side=text_side).state()
     side = {k.removeprefix(TEXT_SIDE): v.detach().cpu() for k, v in state.items() if k.startswith(TEXT_SIDE)}
     state = {k: v for k, v in state.items() if not k.startswith(TEXT_SIDE)}
-    left_out = [name for name in encoder.training_only if vars(cfg)[name]]  # sub-modules that only training uses
+    # what only training uses; the models of two encoders have no token for masked patches
+    training_only = [*encoder.training_only, *(["mask_token"] if text_side is not None else [])]
+    left_out = [name for name in training_only if vars(cfg).get(name)]
     cfg = cfg.replace(**dict.fromkeys(left_out, False)) if left_out else cfg
     state = {k: v.detach().cpu() for k, v in state.items() if k.partition(".")[0] not in left_out}
     partial = folder.with_name(f".{folder.name}.partial")

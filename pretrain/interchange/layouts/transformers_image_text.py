@@ -71,8 +71,6 @@ def write(
     if unsupported(kind, image, text) or eos is None or (kind == "clip" and eos == 2):
         own: dict[str, Any] = {"model_type": f"unlabeled_{kind}", "architectures": ["TextSide"]}
         return own, {f"{IMAGE}{k}": v for k, v in image_state.items()} | text_state
-    # their classes have no token for masked patches, which training alone uses
-    image_state = {key: value for key, value in image_state.items() if key != "mask_token"}
     dim, heads, _, _, width = families.decoder_sizes(text)
     projection = len(text_state["text_projection.weight"])
     vision_fields: dict[str, Any] = {
