@@ -115,8 +115,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 # One objective for each property: moco has a queue, byol a teacher with batch norms of its own, simclr couples the batch
 # and has batch norm, dinov2 and dinov3 have several sizes of crops, distillation a frozen teacher, bert, gpt and t5 read
-# text, vjepa2 reads video.
-BY_PROPERTY = ("bert", "byol", "dinov2", "dinov3", "distillation", "gpt", "mae", "moco", "simclr", "t5", "vjepa2")
+# text, siglip2 has two encoders, vjepa2 reads video.
+BY_PROPERTY = (
+    "bert",
+    "byol",
+    "dinov2",
+    "dinov3",
+    "distillation",
+    "gpt",
+    "mae",
+    "moco",
+    "siglip2",
+    "simclr",
+    "t5",
+    "vjepa2",
+)
 
 
 QUICK = ("dinov2", "gpt", "mae", "moco")  # those of `make test-quick`
