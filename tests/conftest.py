@@ -113,9 +113,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{seconds:7.0f} s  {name}")
 
 
-# One objective for each property: moco has a queue, byol a teacher with batch norms of its own, simclr couples the batch
-# and has batch norm, dinov2 and dinov3 have several sizes of crops, distillation a frozen teacher, bert, gpt and t5 read
-# text, siglip2 has two encoders, vjepa2 reads video.
+# One objective for each property: moco has a queue, byol a teacher with batch norms of its own, simclr couples the
+# batch and has batch norm, dinov2 and dinov3 have several sizes of crops, distillation a frozen teacher, bert, gpt and
+# t5 read text, siglip2 has two encoders, vjepa2 reads video.
 BY_PROPERTY = (
     "bert",
     "byol",
