@@ -174,7 +174,7 @@ def _read(encoder: Encoder, samples: Samples, number: int) -> np.ndarray:
 
 
 def _training_image(encoder: Encoder, samples: Samples, number: int, rng: Rng, cfg: Config) -> np.ndarray:
-    """A random crop and flip, or the center crop, of an image or clip: uint8 [C, S, S] or [T, C, S, S]."""
+    """A random crop, which may be flipped, or the center crop, of an image or clip: uint8 [C, S, S] or [T, C, S, S]."""
     if not cfg.augment:
         return encoder.read(samples, number)
     return encoder.augmented(samples, number, rng, cfg.flip)

@@ -64,8 +64,8 @@ def answers(cfg: AnswerFiles, known: Sequence[str], query: Labelled, samples: Sa
     if cfg.classes:
         names = query.names if cfg.classes == "query" else read_classes(Path(cfg.classes), index, f"{protocol}.classes")
         allowed = torch.tensor(sorted({index[name] for name in names if name in index}), dtype=torch.long)
-        in_list = torch.tensor([name in set(names) for name in query.names])
-        counts &= in_list[query.classes]
+        listed = set(names)
+        counts &= torch.tensor([name in listed for name in query.names])[query.classes]
     if cfg.labels:
         right = _right_labels(Path(cfg.labels), index, query, samples, f"{protocol}.labels")
         counts &= (right != NO_CLASS).any(1)

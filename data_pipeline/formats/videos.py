@@ -21,7 +21,7 @@ from data_pipeline.formats.image_formats import MAX_PIXELS
 MAX_FRAME_SIDE = 65500  # pixels; the limit of JPEG
 PIXEL_FORMATS = {1: "gray", 3: "rgb24"}  # {channels: FFmpeg's name for uint8 pixels}
 DECODER_FRAMES = 16  # frames that a decoder may hold for reference, each of at most 1.5 bytes per pixel
-NEAR = 8  # frames that are decoded rather than skipped by a seek, for which the video is opened anew
+NEAR = 8  # up to so many frames are decoded and not used, instead of opening the video again at a later key frame
 
 
 # ---------------------------------------------------------------- opening
@@ -127,8 +127,8 @@ class Timeline(NamedTuple):
         return [self.times[max(0, bisect_right(self.times, unit + 1e-6) - 1)] for unit in units]
 
     def seek_pays(self, time: int, later: int) -> bool:
-        """Whether the last key frame at or before `later` is more than NEAR frames after the frame at `time`. Otherwise
-        to decode the frames between costs less than to open the video anew, also if all frames are key frames."""
+        """Whether the last key frame at or before `later` is more than NEAR frames after the frame at `time`. If it is
+        nearer, decoding the frames between costs less than opening the video again."""
         keys = bisect_right(self.key_times, later)
         after = bisect_right(self.times, self.key_times[keys - 1]) if keys else 0
         return after - bisect_right(self.times, time) > NEAR

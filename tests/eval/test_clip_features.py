@@ -12,7 +12,7 @@ import torch
 from common.errors import Absent, UserError
 from data_pipeline.formats.videos import EncodedVideo
 from data_pipeline.shards.samples import Samples
-from data_pipeline.views.augmentations import center, generators
+from data_pipeline.views.augmentations import Rng, center, generators
 from eval.embed import embed
 from eval.features import ClipEncoder, open_encoder
 from eval.run import evaluate
@@ -63,11 +63,21 @@ def test_protocols_score_clips(model: Path, shards: Path, tmp_path: Path):
         evaluate(str(model), ["robustness"], data, data, cache=tmp_path)
 
 
-def test_the_attentive_probe_trains_on_clips_at_random_times(model: Path, shards: Path, tmp_path: Path):
+def test_the_attentive_probe_trains_on_clips_at_random_times(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And the probe asks for crops that are flipped as often as `flip` says."""
     data, (encoder, _) = [str(clips(shards.parent))], open_encoder(str(model))
-    options = {"epochs": 2, "batch": 16, "rates": [5e-3], "decays": [0.01], "heads": 2}
+    options = {"epochs": 2, "batch": 16, "rates": [5e-3], "decays": [0.01], "heads": 2, "flip": 0.25}
+    plain, flips = ClipEncoder.augmented, set[float]()
+
+    def recorded(self: ClipEncoder, samples: Samples, number: int, rng: Rng, flip: float = 0.5) -> np.ndarray:
+        flips.add(flip)
+        return plain(self, samples, number, rng, flip)
+
+    monkeypatch.setattr(ClipEncoder, "augmented", recorded)
     rows = evaluate(str(model), ["attentive"], data, data, cache=tmp_path, options={"attentive": options})
-    assert {row["metric"]: row["count"] for row in rows}["accuracy"] == 48
+    assert {row["metric"]: row["count"] for row in rows}["accuracy"] == 48 and flips == {0.25}
     samples = Samples(data)
     made = [encoder.augmented(samples, 5, generators((1, n))) for n in (0, 0, 1)]
     assert made[0].shape == (4, 3, 32, 32) and (made[0] == made[1]).all() and (made[0] != made[2]).any()
