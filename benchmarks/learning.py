@@ -4,7 +4,7 @@ and an untrained network.
     python benchmarks/learning.py FOLDER [--objectives simclr byol …] [--seconds 90] [--seeds 1] [--set materials]
 
 The images are the demo's: photographed textures (`materials`), of whose families none is both in training and in test,
-or handwritten digits (`digits`). Each objective trains the same small ViT (3 blocks of width 96, patches of 8) in one
+or handwritten digits (`digits`). Each objective trains the same small ViT (3 blocks of width 96, patches of 4 on crops of 32 pixels) in one
 process and one thread, by its recipe `NAME_cpu` or the options in RECIPES. First the CPU seconds of a step are
 measured, data included; the run then has as many steps as fit into the budget, so that its schedules end with it.
 
@@ -54,7 +54,7 @@ RECIPES: dict[str, list[str]] = {  # options over `demo`, of objectives without 
 }
 # {objective: (option, another objective)}: the option is the export of the other objective's last run
 AFTER = {"beit": ("objective.visual_tokenizer", "vqvae")}
-MODEL = ["model.patch_size=8", "model.image_size=32"]
+MODEL = ["model.patch_size=4", "model.image_size=32"]
 ENGINE = [
     "data.workers=0",
     "threads=1",

@@ -12,29 +12,34 @@ A step is that of the recipe X_vits16 with a small batch: forward, backward, gra
 teacher's average, if there is one, through `Engine`, on images that the objective's views make of noise. Linear FLOPs
 are those of the matrix products of linear layers and of the patch convolution, forward and backward, as
 `FlopCounterMode` counts them (including teacher and heads); the products of attention, norms and all else count as
-overhead. lightly's modules get the same images, sizes, optimizer and allocator. All are timed alternately, and each
-figure is the median of the rounds' ratios of CPU seconds.
+overhead. lightly's modules (`lightly_methods/`, on timm's ViT as lightly wraps it) get the same batch, sizes, optimizer
+and allocator. All are timed alternately, and each figure is the median of the rounds' ratios of CPU seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.build import build_objective, noise_batch, placed
+from pretrain.build import backbone, build_objective, noise_batch, placed
 from pretrain.estimate.trace import FLOPS
+from pretrain.models.layers import Features
+from pretrain.objectives.finder import find
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel.device import keep_freed_memory
 from pretrain.parallel.engine import Engine
@@ -43,6 +48,8 @@ from pretrain.step import one_step
 
 BATCH = {"mae": 16, "simclr": 8, "dinov2": 4}  # images per step; 4 to 9 CPU seconds each
 OPTIONS = {"mae": ["parallel.micro_batch=null"], "simclr": [], "dinov2": ["objective.prototypes=4096"]}
+# {method: the file of the objective that is made of lightly's modules}
+LIGHTLY = {path.stem: str(path) for path in sorted((Path(__file__).parent / "lightly_methods").glob("*.py"))}
 LINEAR = {
     torch.ops.aten.mm,
     torch.ops.aten.addmm,
@@ -56,12 +63,12 @@ def recipe(name: str, precision: str) -> Recipe:
     return load(f"{name}_vits16", ["device=cpu", f"precision={precision}", f"data.batch={BATCH[name]}", *OPTIONS[name]])
 
 
-def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """(a batch, a function that trains one of our objectives on it for a step)."""
-    engine = Engine(build_objective(cfg), cfg, CPU)
-    objective, size = engine.objective, BATCH[cfg.objective.name]
-    guard = Guard(objective, cfg.skip, CPU)
-    batch = placed(objective, noise_batch(cfg, objective, size), CPU)
+def ours(cfg: Recipe, device: torch.device = CPU) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """(a batch of noise, a function that trains one of our objectives on it for a step)."""
+    engine = Engine(build_objective(cfg), cfg, device)
+    objective = engine.objective
+    guard = Guard(objective, cfg.skip, device)
+    batch = placed(objective, noise_batch(cfg, objective, cfg.data.batch_size), device)
 
     def step() -> None:
         one_step(engine, guard, [batch], 0, lr=1e-4, weight_decay=0.05)
@@ -69,73 +76,56 @@ def ours(cfg: Recipe) -> tuple[dict[str, Tensor], Callable[[], None]]:
     return batch, step
 
 
-class LightlyMAE(nn.Module):
-    """MAE as in lightly's documentation, with the decoder of the paper and normalised targets."""
+class LightlyViT(nn.Module):
+    """timm's ViT as lightly wraps it, of the sizes of a recipe's ViT and with the interface of our backbones."""
 
-    def __init__(self, vit: nn.Module):
+    def __init__(self, cfg: Any, several_sizes: bool):
         super().__init__()
-        from lightly.models import utils
-        from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+        from lightly.models.modules import MaskedVisionTransformerTIMM
+        from timm.models.vision_transformer import VisionTransformer
 
-        self.utils, self.patch = utils, vit.patch_embed.patch_size[0]
-        self.backbone = MaskedVisionTransformerTIMM(vit=vit)
-        self.decoder = MAEDecoderTIMM(vit.patch_embed.num_patches, self.patch, embed_dim=vit.embed_dim, decoder_depth=8)
+        sizes = {"img_size": cfg.image_size, "patch_size": cfg.patch_size, "embed_dim": cfg.dim, "depth": cfg.depth}
+        vit = VisionTransformer(**sizes, num_heads=cfg.heads, num_classes=0, dynamic_img_size=several_sizes)
+        self.network = MaskedVisionTransformerTIMM(vit)
+        self.embed_dim, self.image_size, self.patch_size = cfg.dim, cfg.image_size, cfg.patch_size
 
-    def forward(self, images: Tensor) -> Tensor:
-        size = (len(images), self.backbone.sequence_length)
-        keep, mask = self.utils.random_token_mask(size, mask_ratio=0.75)
-        encoded = self.decoder.embed(self.backbone.encode(images, idx_keep=keep))
-        x = self.utils.repeat_token(self.decoder.mask_token, size)
-        x = self.decoder.decode(self.utils.set_at_index(x, keep, encoded.type_as(x)))
-        predicted = self.decoder.predict(self.utils.get_at_index(x, mask))
-        target = self.utils.get_at_index(self.utils.patchify(images, self.patch), mask - 1)
-        return nn.functional.mse_loss(predicted, self.utils.normalize_mean_var(target))
+    def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Features:
+        mask = mask if mask is None else F.pad(mask, (1, 0))
+        keep = keep if keep is None else F.pad(keep + 1, (1, 0))  # the class token is token 0
+        x = self.network.encode(images, idx_keep=keep, mask=mask)
+        side = images.shape[-1] // self.patch_size
+        return Features(x[:, 0], x[:, 1:], x[:, :0], (side, side))
 
 
-class LightlySimCLR(nn.Module):
-    """SimCLR as in lightly's documentation: one forward per view."""
-
-    def __init__(self, vit: nn.Module):
-        super().__init__()
-        from lightly.loss import NTXentLoss
-        from lightly.models.modules import SimCLRProjectionHead
-
-        self.backbone, self.head = vit, SimCLRProjectionHead(vit.embed_dim, 2048, 128)
-        self.criterion = NTXentLoss(temperature=0.1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        z = [self.head(self.backbone(images[:, view])) for view in range(2)]
-        return self.criterion(*z)
-
-
-LIGHTLY: dict[str, type[nn.Module]] = {"mae": LightlyMAE, "simclr": LightlySimCLR}
-
-
-def lightly(name: str, precision: str, images: Tensor) -> Callable[[], None]:
-    """A function that trains lightly's modules on the same images for a step."""
-    warnings.simplefilter("ignore")  # lightly 1.6 deprecates the decoder that its documentation uses
-    from timm.models.vision_transformer import vit_small_patch16_224
-
-    module = LIGHTLY[name](vit_small_patch16_224(num_classes=0))
-    optimizer = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05, fused=True
-    )
+def lightly(cfg: Recipe, batch: dict[str, Tensor], device: torch.device = CPU, vit: bool = True) -> Callable[[], None]:
+    """A function that trains the same method, made of lightly's modules, on the same batch for a step. `vit`: whether
+    its network is `LightlyViT`; false: it is ours."""
+    several_sizes = "local" in batch
+    network = (lambda **_: LightlyViT(cfg.model, several_sizes)) if vit else functools.partial(backbone, cfg)
+    objective = find(LIGHTLY[cfg.objective.name])(cfg.objective, network).to(device)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = module(images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            loss, _ = objective(batch, 0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        objective.after_step(0)
 
     return step
 
 
-def cpu_seconds(run: Callable[[], None], times: int = 1) -> float:
-    start = time.process_time()
+def cpu_seconds(run: Callable[[], None], times: int = 1, device: torch.device = CPU) -> float:
+    """The mean CPU seconds of a call; on a GPU, the seconds until it is idle again."""
+    idle, clock = (torch.cuda.synchronize, time.perf_counter) if device.type == "cuda" else (int, time.process_time)
+    idle()
+    start = clock()
     for _ in range(times):
         run()
-    return (time.process_time() - start) / times
+    idle()
+    return (clock() - start) / times
 
 
 def linear_flops(step: Callable[[], None]) -> int:
@@ -149,8 +139,9 @@ def emit(name: str, value: float, unit: str, versus: str) -> None:
 
 
 def measure(name: str, precision: str, rounds: int) -> None:
-    batch, step = ours(recipe(name, precision))
-    other = lightly(name, precision, batch["image"]) if name in LIGHTLY else None
+    cfg = recipe(name, precision)
+    batch, step = ours(cfg)
+    other = lightly(cfg, batch) if name in LIGHTLY else None
     a, b, out = (
         torch.randn(2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(3)
     )

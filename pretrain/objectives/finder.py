@@ -5,7 +5,7 @@ The file holds a docstring, a `Config` dataclass and one class that derives from
 user's file is executed only if the user has given its path, or a recipe that names it; `recipe.stored`, which reads the
 recipe that is stored in a run or an export, never executes such a file. A recipe is checked before torch is imported.
 Therefore `config_class` executes only `Config` and those functions, classes and constants of the file that it uses, and
-all of these may only import from LIGHT_MODULES.
+all of these may only import from LIGHT_MODULES, or the `Config` of an objective that comes with the project.
 """
 
 from __future__ import annotations
@@ -86,25 +86,39 @@ def config_class(name: str, where: str = "") -> tuple[type[Options], dict]:
     path = path_of(name, where)
     source = path.read_text()
     try:
-        statements = _needed_by_config(ast.parse(source).body)
+        body = ast.parse(source).body
     except SyntaxError as error:
         raise ConfigError(f"{path}: line {error.lineno}: {error.msg}") from None
-    module = types.ModuleType(f"unlabeled_objective_config_{path.stem}")  # a unique name; without a dot, for pickle
+    # a unique name, also if a user's file has the name of an objective whose Config it imports; without a dot, for pickle
+    owner = "unlabeled" if path.parent == FOLDER else "own"
+    module = types.ModuleType(f"{owner}_objective_config_{path.stem}")
     module.__file__ = str(path)  # common/explain.py reads the comments of the options from this file
-    code = compile(ast.Module(statements, type_ignores=[]), str(path), "exec")
+    vars(module).update(_imported_configs(body))
+    code = compile(ast.Module(_needed_by_config(body), type_ignores=[]), str(path), "exec")
     try:
         module = _once(module, source, lambda: exec(code, vars(module)))
     except NameError as error:
         allowed = ", ".join(LIGHT_MODULES[1:])
         raise ConfigError(
             f"{path}: Config uses {error.name}; it is read before torch is imported,"
-            f" so it may use only what comes from {allowed}"
+            f" so it may use only what comes from {allowed}, or a `Config` of pretrain.objectives"
         ) from None
     if not (isinstance(getattr(module, "Config", None), type) and issubclass(module.Config, Options)):
         raise ConfigError(
             f"{path}: has no `@dataclass class Config(Options)`; import Options from pretrain.objectives.options"
         )
     return module.Config, {}
+
+
+def _imported_configs(body: list[ast.stmt]) -> dict[str, type[Options]]:
+    """{name in the file: class} of each `from pretrain.objectives.NAME import Config [as …]`, which is not executed,
+    because that module imports torch."""
+    found = {}
+    for node in body:
+        package, _, other = (getattr(node, "module", None) or "").rpartition(".")
+        if isinstance(node, ast.ImportFrom) and package == "pretrain.objectives" and other not in OTHER_FILES:
+            found |= {a.asname or a.name: config_class(other)[0] for a in node.names if a.name == "Config"}
+    return found
 
 
 def _once(module: types.ModuleType, source: str, execute: Callable[[], object]) -> types.ModuleType:

@@ -90,9 +90,11 @@ def _rows_of_matrices(backbones: dict[str, Backbone]) -> dict[Tensor, tuple[int,
 
 def _last_layers(module: nn.Module) -> set[str]:
     """Names of the parameters that `optim.freeze_last_layer` freezes. A head names its parameter, or several, in the
-    attribute `last_layer`."""
+    attribute `last_layer`; a module by this name, as other libraries have, names none."""
     found = ((name, getattr(m, "last_layer", ())) for name, m in module.named_modules())
-    each = ((name, (last,) if isinstance(last, str) else last) for name, last in found)
+    each = (
+        (name, (last,) if isinstance(last, str) else last) for name, last in found if not isinstance(last, nn.Module)
+    )
     return {f"{name}.{last}".lstrip(".") for name, names in each for last in names}
 
 

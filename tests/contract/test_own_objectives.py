@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 
 from common import config
 from common.errors import UserError
+from common.explain import explanations
 from pretrain import contract
 from pretrain.contract import VIT
+from pretrain.objectives import finder
 from pretrain.recipes.recipe import load
 from pretrain.train import train
 from tests.conftest import sampled, unlabeled
@@ -72,6 +75,38 @@ def started(path: Path, count: int, **env: str) -> list[Forked]:
         Forked(killer.run, [str(path)], env={**env, **e}, output=(os.devnull, f"{path}.errors"), cwd=path.parent)
         for e in (environments(count) if count > 1 else [{}])
     ]
+
+
+DERIVED = """
+from dataclasses import dataclass
+
+from common.config import option
+from pretrain.objectives.simclr import Config as Published, SimCLR
+
+
+@dataclass
+class Config(Published):
+    crop_scale: float = 0.5
+    margin: float = option(0.1, low=0)  # of the negatives
+
+
+class Margin(SimCLR):
+    pass
+"""
+
+
+def test_its_options_may_be_those_of_an_objective_of_the_project(tmp_path: Path):
+    """Also if both files have the same name. `config_class` does not import torch for it."""
+    path = tmp_path / "simclr.py"
+    path.write_text(DERIVED)
+    published = load("demo", ["objective=simclr"]).objective
+    cfg = load("demo", [f"objective={path}", "objective.temperature=0.3"]).objective
+    assert (cfg.temperature, cfg.crop_scale, cfg.margin) == (0.3, 0.5, 0.1)
+    assert isinstance(cfg, finder.config_class("simclr")[0]) and pickle.loads(pickle.dumps(cfg)).margin == 0.1
+    assert explanations(type(cfg))["margin"] == "of the negatives"
+    assert explanations(type(cfg))["temperature"] == explanations(type(published))["temperature"] != ""
+    path.write_text("from pretrain.objectives.simclr import Config, SimCLR\n\n\nclass Same(SimCLR):\n    pass\n")
+    assert type(load("demo", [f"objective={path}"]).objective) is type(published)
 
 
 @pytest.mark.parametrize("name", sampled(OWN, "labels", others=pytest.mark.slow))

@@ -4,6 +4,7 @@ gradients for images and weights; and against lightly's losses. tests/parity/tes
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from common.schedules import Schedule
 from data_pipeline.views import multicrop, two_views
 from data_pipeline.views.augmentations import Augment
+from pretrain import contract
 from pretrain.build import build_objective
 from pretrain.interchange import export
 from pretrain.models import families
 from pretrain.models.build import build_model
+from pretrain.models.layers import Backbone
 from pretrain.models.positions import sincos_table
 from pretrain.objectives import finder
 from pretrain.objectives.barlow_twins import cross_correlation
@@ -36,7 +39,7 @@ from pretrain.ops.precision import unit
 from pretrain.ops.self_distillation import dino_terms
 from pretrain.ops.sinkhorn import sinkhorn
 from pretrain.ops.sync_norm import BatchNorm
-from tests.conftest import tiny_recipe
+from tests.conftest import sampled, tiny_recipe
 from tests.parity.test_losses import (
     as_it_is,
     assert_same,
@@ -757,3 +760,61 @@ def check(name: str, model: str) -> dict[str, list[Tensor]]:
     objective.after_step(step)
     buffers = [value.double() for value in objective.buffers()]
     return {"mean": [loss.detach(), *found.values(), *buffers]}
+
+
+LIGHTLYS = {path.stem: path for path in (Path(__file__).parents[2] / "benchmarks" / "lightly_methods").glob("*.py")}
+OUR_NAMES = {  # parts of the names of lightly's parameters -> those of ours, of methods with the same layers
+    "barlow_twins": {"head.layers.": "head."},
+    "ijepa": {
+        "predictor.predictor_embed.": "embed.",
+        "predictor.predictor_proj.": "predict.",
+        "predictor.decoder.": "",
+    },
+    "mae": {"decoder.": ""},
+    "moco": {"head.layers.": "head."},
+    "simmim": {"decoder.": "predict."},
+    "vicreg": {"head.layers.": "head."},
+}
+
+
+@pytest.mark.parametrize("name", sampled(sorted(LIGHTLYS), "dinov2", "ijepa", "mae", "moco", "vicreg"))
+def test_a_method_of_lightlys_modules(name: str):
+    """The files that the benchmarks compare ours with: the same options and views; with the same layers and weights the
+    same loss; gradients for all weights; a moving average of the same sub-module."""
+    overrides = contract.tiny(name, str)[0]
+    ours, theirs = (contract.build_case(each, overrides) for each in (name, str(LIGHTLYS[name])))
+    model: Any = theirs.objective
+    assert type(model).views is type(ours.objective).views and type(model.cfg) is type(ours.objective.cfg)
+    if name in OUR_NAMES:
+        copy_weights(dict(ours.objective.named_parameters()), model, OUR_NAMES[name])
+        if name == "moco":
+            model.criterion.memory_bank.bank.copy_(ours.objective.queue.rows)  # type: ignore[union-attr]
+    loss, _ = model(ours.batch, 0)
+    loss.backward()
+    if name in OUR_NAMES:
+        torch.testing.assert_close(loss, ours.objective(ours.batch, 0)[0], rtol=1e-5, atol=1e-6)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert not [key for key, p in trained.items() if p.grad is None]
+    assert model.averaged == ours.objective.averaged
+    for student, teacher in model.averaged.items():
+        average, before = model.get_submodule(teacher), copy.deepcopy(model.get_submodule(teacher))
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.add_(1)
+        model.after_step(0)
+        moved = [key for key, p in average.named_parameters() if (p > before.get_parameter(key)).all()]
+        assert {f"{student}.{key}" for key in moved} >= {key for key in trained if key.startswith(f"{student}.")}
+    assert isinstance(model.exports()["model"].backbone, Backbone)
+
+
+@torch.no_grad()
+def copy_weights(source: dict[str, Tensor], model: nn.Module, names: dict[str, str]) -> None:
+    """Copy parameters, whose names in `source` have other parts. Biases that are not in `source` become 0."""
+    for name, parameter in model.named_parameters():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        if name in source:
+            parameter.copy_(source[name].view_as(parameter))
+        else:
+            assert name.endswith("bias") or not parameter.requires_grad, name
+            parameter.mul_(0 if name.endswith("bias") else 1)
