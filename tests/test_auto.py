@@ -50,6 +50,8 @@ def test_rules_meet_the_published_recipes():
     assert (warm.value, warm.start, warm.warmup) == (0.07, 0.04, 18767.0)
     short = options.temperature(facts(1000, 64, 5000))
     assert (short.value, short.warmup) == (0.05, 300)
+    biases = [options.log_share_of_partners(facts(batch=batch)) for batch in (32768, 128, 1)]
+    assert biases == pytest.approx([-10.0, math.log(1 / 128), 0.0])
     asked = [(125_000, 2048, imagenet, 1024), (10**6, 4096, lvd, 4096), (1000, 64, 2000, 384), (10**6, 64, 2000, 192)]
     assert [families.drop_path(facts(*one)) for one in asked] == [0.3, 0.0, 0.05, 0.0]
 

@@ -100,6 +100,16 @@ def temperature(facts: Facts) -> Schedule:
     return Schedule(value, start=0.04, warmup=float(length), steps=facts.steps)
 
 
+def log_share_of_partners(facts: Facts) -> float:
+    """max(−10, −ln batch): the logit of the share of pairs that are partners; −10 from a batch of 22,026 on.
+
+    A lower bias makes all pairs too improbable. The loss then draws images and captions to one common direction, in
+    which the models are constant, and from there they do not learn: with −10 at a batch of 128, the loss stays at that
+    of constant predictions.
+    """
+    return max(-10.0, -math.log(facts.batch))
+
+
 # ---------------------------------------------------------------- options that methods share
 def check_each(key: str, values: list[float], of: tuple[str, ...]) -> None:
     """Raises ValueError unless there is one value for each of `of`."""
@@ -185,7 +195,8 @@ class SigmoidPairs(ImageTextPairs):
 
     text: Section = network("siglip_text")  # the model that reads captions
     initial_scale: float = option(10.0, above=0)  # t at the beginning
-    initial_bias: float = -10.0  # b at the beginning, when almost all pairs are no partners
+    # b at the beginning, when almost all pairs are no partners; published: -10
+    initial_bias: float | Literal["auto"] = option("auto", auto=log_share_of_partners, former_default=-10.0)
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:

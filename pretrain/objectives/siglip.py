@@ -3,6 +3,8 @@
     x = f(image) / ‖·‖;   y = (W g(caption) + c) / ‖·‖
     loss = −1/B Σᵢⱼ log sigmoid(zᵢⱼ (t xᵢ yⱼᵀ + b)),   zᵢⱼ = 1 for i = j, else −1;  t = exp(logit_scale), b learned
 
+The published b starts at −10, for batches of 32,768; here it starts at −ln B in smaller ones (`initial_bias`).
+
 f is the recipe's model; as published, a ViT with an attention pool in place of the class token (`model.pooling`). g is
 a bidirectional transformer over all T places, padding included, whose feature is that of the last place. Other than a
 softmax, the loss needs no sum over the batch: each rank compares its images with the captions of one rank at a time.
@@ -50,7 +52,7 @@ class SigLIP(Objective):
         for part in (self.text_projection, *(tower for tower in (self.image, self.text) if not tower.loaded)):
             xavier(part)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(cfg.initial_scale)))
-        self.logit_bias = nn.Parameter(torch.full((1,), cfg.initial_bias))
+        self.logit_bias = nn.Parameter(torch.full((1,), float(cfg.initial_bias)))
         if cfg.locked:
             self.image.requires_grad_(False)
             self.kept_in_eval = ("image",)

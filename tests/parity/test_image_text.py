@@ -138,8 +138,8 @@ def test_the_loss_compares_embeddings_of_length_one(name: str):
         assert logs["scale"] == pytest.approx(1 / 0.07)
         expected = naive_softmax_pairs(x, y, torch.tensor(1 / 0.07))
     else:
-        assert (logs["scale"], logs["bias"]) == (pytest.approx(10.0), -10.0)
-        expected = naive_sigmoid_pairs(x, y, torch.tensor(10.0), torch.tensor(-10.0))
+        assert (logs["scale"], logs["bias"]) == (pytest.approx(10.0), pytest.approx(-math.log(len(images))))
+        expected = naive_sigmoid_pairs(x, y, torch.tensor(10.0), torch.tensor(-math.log(len(images))))
     torch.testing.assert_close(loss, expected.to(loss.dtype).squeeze(), rtol=1e-6, atol=1e-6)
 
 
