@@ -11,7 +11,7 @@ WORKERS ?= $(shell nproc)
 SPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2>/dev/null && echo unshare -rm; })
 SPREAD := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo slurm trackio test test-quick test-matrix test-gpu lint docs bench clean
+.PHONY: demo slurm browser trackio test test-quick test-matrix test-gpu lint docs bench clean
 demo: $(READY_DEMO)
 	$(BIN)/unlabeled demo
 
@@ -20,7 +20,7 @@ demo: $(READY_DEMO)
 # to be found (CONTRIBUTING.md).
 AGAIN := --last-failed --last-failed-no-failures none --maxfail 1 -vv
 test: $(READY)
-	@$(MAKE) --no-print-directory --jobs 3 --output-sync lint slurm trackio
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync lint slurm browser trackio
 	@$(SPACE) $(PYTEST) $(SPREAD) || { code=$$?; [ $$code = 1 ] || exit $$code; \
 	  echo "These tests failed in the whole suite. They run once more, one after the other:"; \
 	  $(SPACE) $(PYTEST) $(AGAIN) && echo "FAILED ONCE, PASSED ALONE: the tests above. Each is a race to be found and mended."; }
@@ -30,6 +30,10 @@ test: $(READY)
 SLURM ?= yes
 slurm: $(READY)
 	@[ "$(SLURM)" = no ] || { $(BIN)/python -m tests.slurm && $(BIN)/python -m tests.hosts; }
+
+# install Debian's Chromium, for tests/eval/test_browser.py: as root only; after `slurm`, because only one apt-get can run
+browser: slurm
+	@$(BIN)/python -m tests.browser
 
 # install Trackio, for tests/launch/test_trackers.py, in a folder of its own and without the packages that are installed
 # already: its versions require pillow < 13
@@ -41,7 +45,7 @@ test-quick: $(READY)
 	$(SPACE) $(PYTEST) $(SPREAD) -m "not slow"
 
 # the cases that `make test` leaves out: it tests each property with one objective, mode or recipe, this with all others
-test-matrix: $(READY) slurm
+test-matrix: $(READY) slurm browser
 	$(SPACE) $(PYTEST) $(SPREAD) --matrix -m matrix
 
 # tests that need a GPU; fails at once on a machine without one

@@ -31,11 +31,11 @@ MAX_CHART_POINTS = 400
 Labels = Sequence[str | None]  # None for an image without a label
 
 
-def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labels]:
-    """(center crops uint8 [N, 3, S, S], labels) of up to `limit` images that are evenly spaced over the set. Damaged
-    images are left out."""
-    images, labels = [], []
-    for number in np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int):
+def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labels, list[int]]:
+    """(center crops uint8 [N, 3, S, S], labels, numbers of the samples) of up to `limit` images that are evenly spaced
+    over the set. Damaged images are left out."""
+    images, labels, numbers = [], [], []
+    for number in np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int).tolist():
         try:
             image = center(samples.image(number), size)
             label = samples.label(number)
@@ -45,9 +45,10 @@ def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labe
             label = None
         images.append(image)
         labels.append(label)
+        numbers.append(number)
     if not images:
         raise DataError(f"{samples.names}: none of the images that were tried can be read")
-    return np.stack(images), labels
+    return np.stack(images), labels, numbers
 
 
 def spread(labels: Labels, groups: int, each: int) -> list[list[int]]:
@@ -88,29 +89,35 @@ def patch_features(encoder: Encoder, image: np.ndarray) -> np.ndarray:
 
 
 def pca_colors(features: np.ndarray) -> np.ndarray:
-    """Patch features [M, h, w, D] as colours, uint8 [M, h, w, 3]: their first three principal components, computed for
-    all patches together.
+    """Patch features [M, h, w, D] as colours, uint8 [M, h, w, 3], see `joint_colors`."""
+    return np.stack(joint_colors([*features]))
+
+
+def joint_colors(features: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Patch features [h, w, D] of inputs of any sizes as colours, uint8 [h, w, 3] each: their first three principal
+    components, computed for all patches together.
 
     The arbitrary sign of a component is chosen so that its largest loading is positive. Its 2nd and 98th percentiles
     become 0 and 255.
     """
-    flat = np.nan_to_num(features.reshape(-1, features.shape[-1]).astype(np.float64))
+    flat = np.concatenate([each.reshape(-1, each.shape[-1]) for each in features]).astype(np.float64)
+    flat = np.nan_to_num(flat)
     flat -= flat.mean(0)
     vectors = np.linalg.eigh(flat.T @ flat)[1][:, ::-1][:, :3]  # [D, 3]; eigh sorts eigenvalues in ascending order
     vectors = vectors * np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0))
     values = flat @ vectors
     low, high = np.percentile(values, [2, 98], axis=0)
     colors = ((values - low) / np.maximum(high - low, 1e-12) * 255).clip(0, 255).round().astype(np.uint8)
-    return np.pad(colors, ((0, 0), (0, 3 - colors.shape[1]))).reshape(*features.shape[:-1], 3)
+    colors = np.pad(colors, ((0, 0), (0, 3 - colors.shape[1])))
+    ends = np.cumsum([each.shape[0] * each.shape[1] for each in features])[:-1]
+    parts = np.split(colors, ends)
+    return [part.reshape(*each.shape[:2], 3) for part, each in zip(parts, features, strict=True)]
 
 
-def similarity(encoder: Encoder, queries: np.ndarray, gallery: np.ndarray, batch: int = 64) -> Tensor:
-    """Cosine similarity [Q, N] of the pooled features of images [Q, 3, S, S] and [N, 3, S, S]."""
-    pooled = [
-        torch.cat([encoder.pooled(images[i : i + batch]) for i in range(0, len(images), batch)])
-        for images in (queries, gallery)
-    ]
-    return F.normalize(pooled[0], dim=1) @ F.normalize(pooled[1], dim=1).T
+def pooled(encoder: Encoder, images: np.ndarray, batch: int = 64, scaled: bool = True) -> Tensor:
+    """The pooled features [N, D] of images [N, 3, S, S]. `scaled`: to length 1."""
+    parts = [encoder.pooled(images[i : i + batch]) for i in range(0, len(images), batch)]
+    return F.normalize(torch.cat(parts), dim=1) if scaled else torch.cat(parts)
 
 
 def data_url(image: np.ndarray, max_side: int | None = None) -> str:
@@ -121,6 +128,15 @@ def data_url(image: np.ndarray, max_side: int | None = None) -> str:
     kind, file = "png" if picture.width * picture.height < 500_000 else "jpeg", io.BytesIO()
     picture.save(file, kind, quality=90)
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def figure(alt: str, image: np.ndarray, caption: str, kind: str = "") -> str:
+    """A picture with a caption, both of them text."""
+    url = data_url(image)
+    return (
+        f'<figure{f" class={kind}" if kind else ""}><img alt="{escape(alt)}" src="{url}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 # ---------------------------------------------------------------- curves
@@ -212,7 +228,7 @@ def chart(
         for t in _ticks(first, last)
         if t == round(t)
     )
-    for i, (name, line) in enumerate(lines.items()):
+    for i, (name, line) in ((n, (name, lines[name])) for n, name in enumerate(series) if name in lines):
         for kind, path in (("raw", line.extremes), ("", zip(line.steps, line.smooth, strict=True))):
             drawn += f'<polyline class="s{i} {kind}" points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in path)}"/>'
         for step, value in zip(line.steps, line.means, strict=True) if points else ():
@@ -220,6 +236,6 @@ def chart(
             drawn += (
                 f'<circle class="s{i}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="4"><title>{label}</title></circle>'
             )
-        last_values.append(f'<b class="s{i}">{name}</b> {_number(line.smooth[-1], percent, unit)}')
+        last_values.append(f'<b class="s{i}">{escape(name)}</b> {_number(line.smooth[-1], percent, unit)}')
     svg = f'<svg viewBox="0 0 420 222" role="img" aria-label="{escape(title)} by step">{drawn}</svg>'
     return f'<div class="card"><h3>{escape(title)}<span>{" · ".join(last_values)}</span></h3>{svg}</div>'

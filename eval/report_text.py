@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from eval.report_page import section
 from eval.results import Row
-
-
-def section(title: str, text: str, *parts: str, columns: str = "300px", kind: str = "grid") -> str:
-    """A section of the report as HTML. `columns`: the smallest width of a column of `parts`; `kind`: the CSS class of
-    the element that contains `parts`."""
-    body = f'<div class="{kind}" style="--least:{columns}">{"".join(parts)}</div>' if any(parts) else ""
-    return f'<section><h2>{title}</h2><p class="soft">{text}</p>{body}</section>'
 
 
 def scores(rows: list[Row]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from common import output
 from common.errors import UserError
+from pretrain.interchange.run_facts import MAIN_METRICS
 from pretrain.run_folder.jsonl_rows import read_rows
 
 # Keys: model, step, protocol, version, split, metric, value, gallery, gallery_count, query, count, left_out (number of
@@ -20,17 +21,6 @@ from pretrain.run_folder.jsonl_rows import read_rows
 Row = dict[str, Any]
 
 KEY = ("model", "step", "protocol", "split", "metric")  # of a row: which score it is
-
-MAIN_METRICS = {  # {the main metric of a protocol: its number format}
-    "accuracy": "{:.1%}",
-    "bits_per_byte": "{:.3f}",
-    "miou": "{:.1%}",
-    "rmse": "{:.3f}",
-    "map": "{:.1%}",
-    "rankme": "{:.1f}",
-    "worst_group": "{:.1%}",
-    "corruption_error": "{:.1%}",
-}
 
 
 def append(path: Path, rows: list[Row]) -> None:

@@ -6,14 +6,16 @@ it needs when it runs, so that help and errors of the command line are printed a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from common import output
+from common.errors import UserError
 from common.output import say
 from launch import cluster_commands, model_commands, shard_commands
-from launch.argument_types import Overrides, RecipeName, RunFolder
-from launch.command_parser import Commands
+from launch.argument_types import NO_FILE, Overrides, RecipeName
+from launch.command_parser import Commands, HomePath
 
 
 def train(
@@ -55,11 +57,24 @@ def plan(
     say(*plan.describe(cfg, device, mfu, processes))
 
 
-def report(run: RunFolder) -> None:
-    """Write the report of a run, RUN/report.html."""
-    from eval.report import write
+def report(
+    runs: Annotated[Sequence[str], "RUN", "a run folder, or several that are compared on one page"],
+    *,
+    out: Annotated[
+        HomePath, "FILE.html", "the page to write (default: RUN/report.html, and comparison.html for several runs)"
+    ] = NO_FILE,
+) -> None:
+    """Write the report of a run, or a page that compares several runs: one HTML file that loads nothing else."""
+    if out and (not out.endswith(".html") or Path(out).is_dir()):
+        raise UserError(f"--out {out}: write the name of a file that ends in .html")
+    if len(runs) > 1:
+        from eval import report_comparison
 
-    say(write(Path(run)))
+        say(report_comparison.write([Path(run) for run in runs], Path(out or "comparison.html")))
+    else:
+        from eval.report import write
+
+        say(write(Path(runs[0]), Path(out) if out else None))
 
 
 def recipes() -> None:

@@ -18,12 +18,12 @@ from common.progress import duration
 from common.untrusted import loads
 from common.yaml_values import read_yaml
 from data_pipeline.storage.urls import is_local
-from eval.results import MAIN_METRICS
 from launch import evaluation_states, slurm_client
 from launch.file_tails import last_step, tail
 from launch.job_of_run import Queue, check_cluster, folder_of, in_queue, is_active, job_of, state_of
 from launch.supervisor import STOP
 from pretrain.checkpoint.open_store import complete_checkpoints, open_checkpoint_store
+from pretrain.interchange.run_facts import MAIN_METRICS
 from pretrain.run_folder.run_lock import living_holder, machine_id
 from pretrain.run_folder.written_files import MARKER, RECIPE
 

@@ -11,10 +11,12 @@ from common import yaml_values
 from common.errors import UserError
 from common.output import printable
 from common.untrusted import schema_error
+from pretrain.interchange import run_facts
 from pretrain.interchange.layouts import transformers_audio
 from pretrain.interchange.layouts import transformers_image_text as image_text
 from pretrain.interchange.layouts.transformers_text import CLASSES, OWN
 from pretrain.interchange.weight_sources import model_config
+from pretrain.recipes.recipe import stored
 from pretrain.recipes.sections import BATCH_SCHEMA, batch_text
 from pretrain.run_folder.export_folders import run_of
 from pretrain.run_folder.jsonl_rows import read_rows
@@ -30,7 +32,7 @@ def write(folder: Path, run: Path | None = None) -> Path:
     lines = [*_head(fields), *_use(fields)]
     if run is not None:
         about = fields["unlabeled"]
-        lines += [*_scores(run, about.get("step"), about.get("student")), *_data(run), *_recipe(run)]
+        lines += [*_scores(run, about.get("step"), about.get("student")), *_training(run), *_recipe(run)]
     target = folder / "README.md"
     temporary = folder / ".README.md"
     temporary.write_text("\n".join(lines) + "\n")
@@ -199,12 +201,17 @@ def _use_of_clips(fields: dict[str, Any]) -> list[str]:
 
 def _scores(run: Path, step: int | None, student: str | None) -> list[str]:
     """The section with the scores at a step: of the recipe's model, or of `student`, an additional student of a
-    distillation."""
+    distillation. It begins with their distances from floors."""
     names = (student,) if student else ("untrained", "pretrained")
-    rows = [r for r in read_rows(run / "results.jsonl") if r["step"] == step and r.get("model") in names]
+    all_rows = read_rows(run / "results.jsonl")
+    rows = [r for r in all_rows if r["step"] == step and r.get("model") in names]
     if not rows:
         return ["## Scores", "", "The model of this step has not been evaluated.", ""]
-    lines = ["## Scores", "", "| split | protocol | metric | value | of |", "|---|---|---|---|---|"]
+    lines = ["## Scores", ""]
+    if step:
+        split, found = run_facts.best_evidence(all_rows, step, student or "pretrained")
+        lines += [f"- {finding.sentence(split)}" for finding in found] + [""]
+    lines += ["| split | protocol | metric | value | of |", "|---|---|---|---|---|"]
     newest = {(r["split"], r["protocol"], r["metric"]): r for r in rows}  # later rows replace earlier ones
     lines += [
         f"| {s} | {p} | {m} | {r['value']:.4f} | {r.get('count', 0)} {r.get('unit', 'images')} |"
@@ -214,21 +221,17 @@ def _scores(run: Path, step: int | None, student: str | None) -> list[str]:
     return [*lines, "", *(f"Note: {printable(note)}.\n" for note in notes)]
 
 
-def _data(run: Path) -> list[str]:
-    """The section with one line per dataset, from the manifests that the run has stored: the number of samples, or of
-    documents and tokens, and the fingerprint, a digest of the hashes of all shards."""
-    from data_pipeline.shards.manifest import parse_manifest
-
-    lines = ["## Data", ""]
-    for path in sorted((run / "data").glob("[0-9]*.json")):
-        manifest = parse_manifest(path.read_bytes(), str(run / "data"), str(path))
-        amount = f"{manifest.samples} samples"
-        if text := manifest.details.get("text"):
-            amount = f"{text['documents']:,} documents, " if "documents" in text else ""
-            amount += f"{text['tokens']:,} tokens"
-            amount += f", {text['bytes'] / 1e6:,.1f} MB of text" if "bytes" in text else ""
-        lines.append(f"- {amount} in {len(manifest.names)} shards, fingerprint `{manifest.id}`")
-    return [*lines, ""] if len(lines) > 2 else []
+def _training(run: Path) -> list[str]:
+    """The sections on the training and on its data."""
+    recipe, rows = stored(run), read_rows(run / "metrics.jsonl")
+    lines = ["## Training", ""]
+    lines += [f"- {name}: {printable(value)}" for name, value in run_facts.facts(run, recipe, rows).items()]
+    if verdict := run_facts.collapse(recipe, rows):
+        lines.append(f"- This run {verdict}.")
+    lines.append("")
+    if sets := run_facts.data_sets(run):
+        lines += ["## Data", "", *(f"- {line}" for line in sets), ""]
+    return lines
 
 
 def _recipe(run: Path) -> list[str]:

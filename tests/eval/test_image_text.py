@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from common.errors import ConfigError, DataError, UserError
 from data_pipeline.shards import index
+from eval import report
 from eval.periodic_scoring import check
 from eval.retrieval import ranked
 from eval.run import evaluate
@@ -39,6 +41,17 @@ def test_the_classes_are_those_of_the_names(run: Path, shards: Path):
     found = {row["metric"]: row["value"] for row in evaluate(run / "export" / "40", ["retrieval"], [], data)}
     assert found.keys() == {f"{way}_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     assert found["text_to_image_1"] <= found["text_to_image_5"] <= found["text_to_image_10"] <= 1
+
+
+def test_the_report_shows_the_captions_that_are_found(run: Path):
+    page = report.write(run).read_text().partition("<h2>Captions</h2>")[2]
+    places = [int(place) for place in re.findall(r"its own caption, place (\d+)", page)]
+    assert "Training images" in page and "among those of 48 images" in page and len(places) == 8
+    for card, place in zip(page.split('<div class="card captioned">')[1:], places, strict=True):
+        own, *found = re.findall(r"<(?:p|li)[^>]*>(.*?) <small>", card.partition("</ol>")[0])
+        similarities = [float(value) for value in re.findall(r"<small>(-?\d\.\d+)</small>", card)]
+        assert len(found) == 3 and similarities == sorted(similarities, reverse=True)
+        assert (f"✓ {own}" in found) or place > 3
 
 
 def test_recall_of_embeddings_that_are_known():

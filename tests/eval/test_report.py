@@ -4,6 +4,7 @@ must be visible."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -19,8 +20,10 @@ from PIL import Image
 from common.errors import UserError
 from data_pipeline.build.build_shards import build
 from data_pipeline.shards.samples import Samples
-from eval import pictures, report, results
+from eval import feature_map, pictures, report, report_comparison, results, similarity_maps
 from eval.features import Encoder
+from launch import commands
+from launch.command_parser import HomePath
 from pretrain.interchange import export, model_card
 from pretrain.models.build import build_model
 from pretrain.models.layers import Features
@@ -28,14 +31,18 @@ from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.run_folder.recipe_file import write_recipe
 from tests.conftest import tiny_recipe, unlabeled
 
-SECTIONS = [
-    "Scores",
-    "Curves",
+OPENING = ["Did it learn?"]
+IMAGES = [
     "What the patches learned",
+    "Patches at several resolutions",
+    "Similarity to a patch",
     "Nearest neighbours",
-    "Reconstructions",
-    "How to run it again",
+    "Map of the features",
 ]
+CURVES = ["Curves: learning", "Curves: health"]
+SECTIONS = [*OPENING, "Scores", *IMAGES, "Reconstructions", *CURVES, "How to run it again"]
+PICTURES = 3 * 4 + 4 * 4 + 4 * 3  # mosaics at 3 checkpoints; four images at 3 sizes; their similarity at 2 checkpoints
+MAPS = 2  # of thumbnails
 VOID = {"meta", "img", "link", "br"}
 
 
@@ -145,7 +152,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     return make_run(tmp_path_factory.mktemp("report") / "my run", shards)
 
 
-def test_every_section_in_one_file(run: Path):
+def test_every_section_in_one_file(run: Path, shards: Path):
     path = report.write(run)
     page = Page(path)
     assert path == run / "report.html" and page.all("h1") == ["my run"] and page.all("h2") == SECTIONS
@@ -155,9 +162,14 @@ def test_every_section_in_one_file(run: Path):
         for key, value in attrs.items()
         if key in ("src", "href") and not value.startswith("data:")
     ]
-    assert "script" not in dict(page.tags) and "url(" not in page.source and "@import" not in page.source
+    assert "url(" not in page.source and "@import" not in page.source and [*dict(page.tags)].count("script") == 1
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
+    (script,) = re.findall("<script>(.*)</script>", page.source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; img-src data:;") and policy.endswith(f"script-src 'sha256-{digest}'")
     facts = dict(zip(page.all("dt"), page.all("dd"), strict=True))
     assert facts["objective"] == "mae" and facts["training images"] == "48" and facts["precision"] == "fp32 on cpu"
+    assert facts["training data"] == str(shards)
     assert facts["training time"] == "80 s"  # 40 steps of 16 images at 8 per second
     assert "finished: 40 steps" in page.source and "unlabeled train &#x27;" in page.source
     text = "".join(text for _, text in page.text)
@@ -168,29 +180,32 @@ def test_every_section_in_one_file(run: Path):
         "What to do next",
         "k-NN",
         "linear",
+        "untrained",  # maps
+        "pretrained, step 40",
         "loss",
         "k-NN on val",
         "linear on val",
         "patch_knn on full: miou",
         "some term",
-        "grad norm",
         "learning rate",
+        "grad norm",
         "samples per second",
         "share of time",
     ]
     assert "decoder_dim: 32" in text  # the resolved recipe
     opening, _, rest = text.partition("Test accuracy on 400 images")
     assert (
-        "k-NN: 61.5% of 400 test images, 31.5 points above the untrained network and 41.5 points above raw pixels."
+        "Did it learn?k-NN: 61.5% of 400 test images, 31.5 points above the untrained network and 41.5 points above raw pixels."
         in opening
     )
     assert f"unlabeled eval '{run}/export/40' knn linear gallery=SHARDS query=SHARDS" in opening
     assert f"unlabeled export '{run}' FOLDER" in opening and "AutoModel.from_pretrained" in opening
     assert "unlabeled train" not in opening and "loss" in rest  # the run is finished
-    # 3 mosaics: image, untrained, pretrained; 8 queries with 6 neighbours each; the first and the last of 3 pictures
-    assert len(page.images()) == 9 + 8 * 7 + 2
-    assert [i.shape for i in page.images()[:3]] == [(128, 128, 3), (16, 16, 3), (16, 16, 3)]
-    assert [int(i[0, 0, 0]) for i in page.images()[-2:]] == [0, 40]
+    # then 8 queries with 6 neighbours each, and the 3 pictures of the objective
+    assert len(page.images()) == PICTURES + 8 * 7 + MAPS + 3
+    assert [i.shape for i in page.images()[:4]] == [(128, 128, 3), *3 * [(16, 16, 3)]]
+    assert [i.shape[0] for i in page.images()[12:16]] == [128, 4, 8, 16]  # an image, and its patches at 3 sizes
+    assert [int(i[0, 0, 0]) for i in page.images()[-3:]] == [0, 20, 40]
     assert report.write(run).read_text() == page.source  # the choice of images is deterministic
 
 
@@ -210,10 +225,12 @@ def test_system_curves_are_folded_and_have_units(run: Path, tmp_path: Path):
     rows = [row | (measured if "samples_per_second" in row else {}) for row in read_rows(copy / "metrics.jsonl")]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = report.write(copy).read_text()
-    before, _, folded = source.partition("<summary>Speed, memory and the data stream</summary>")
-    folded = folded.partition("</details>")[0]
-    titles = re.findall(r"<h3>([^<]+)<span>", folded)
+    before, _, folded = source.partition("<summary>Curves: speed and memory</summary>")
+    speed, _, of_data = folded.partition("<summary>Curves: data</summary>")
+    of_data = of_data.partition("</details>")[0]
+    titles = re.findall(r"<h3>([^<]+)<span>", speed)
     assert titles[:4] == ["samples per second", "share of time", "tokens per second", "model FLOP/s"]
+    titles, folded = re.findall(r"<h3>([^<]+)<span>", of_data), speed + of_data
     assert {"hedged requests", "chunks found in the cache", "stream unheard of"} <= set(titles)
     assert "hedged" not in before and "<details" in before[-80:] and "open" not in before[-80:]
     for shown in ("55 GFLOP/s", "1.31 GB", "12.5 MB", "41%", "3 requests", "0.25 ms", "8 samples/s", "12.5k tokens/s"):
@@ -233,8 +250,8 @@ def test_the_opening_without_scores(run: Path, tmp_path: Path, shards: Path):
 
 
 def test_an_image_of_the_gallery_is_its_own_nearest_neighbour(run: Path):
-    classes = [attrs["class"] for tag, attrs in Page(report.write(run)).tags if tag == "figure" and "class" in attrs]
-    assert set(classes) == {"", "right", "wrong"}
+    figures = [attrs.get("class") for tag, attrs in Page(report.write(run)).tags if tag == "figure"]
+    classes = [kind for kind in figures if kind in ("", "right", "wrong")]
     assert all(
         classes[7 * i] == "" and classes[7 * i + 1] == "right" for i in range(8)
     )  # here the gallery contains the queries
@@ -297,11 +314,11 @@ def test_sections_without_content_have_no_heading(run: Path, tmp_path: Path, sha
     shutil.rmtree(bare / "pictures")
     shutil.rmtree(bare / "export" / "0")
     page = Page(report.write(bare))
-    assert page.all("h2") == ["Curves", "What the patches learned", "Nearest neighbours", "How to run it again"]
-    assert "step 40 of 100" in page.source and not page.all("figcaption")
-    assert page.all("b")[-3:] == ["image", "pretrained, step 20", "pretrained, step 40"]
-    images = page.images()[9:]
-    assert len(images) == 8 * 7  # training images; no image is its own neighbour
+    assert page.all("h2") == [*OPENING, *IMAGES, *CURVES, "How to run it again"]
+    assert "step 40 of 100" in page.source and "Nothing has been scored" in page.source
+    assert page.all("figcaption")[:3] == ["image", "pretrained, step 20", "pretrained, step 40"]
+    images = page.images()[3 * 3 + 4 * 4 + 4 * 3 :]
+    assert len(images) == 8 * 7 + MAPS  # training images; no image is its own neighbour
     assert not any(np.array_equal(images[7 * i], images[7 * i + j]) for i in range(8) for j in range(1, 7))
 
 
@@ -320,7 +337,7 @@ def test_damaged_images_and_files(run: Path, tmp_path: Path, shards: Path):
         (damaged / "pictures" / "reconstructions-000000000.png").read_bytes()
     )
     page = Page(report.write(damaged))
-    assert page.all("h2") == SECTIONS and len(page.images()) == 9 + 8 * 7 + 1
+    assert page.all("h2") == SECTIONS and len(page.images()) == PICTURES + 8 * 7 + MAPS + 2
     assert "among 33 of 48 gallery images" in page.source
 
 
@@ -329,7 +346,7 @@ def test_missing_data_leaves_the_other_sections(tmp_path: Path, shards: Path):
     moved = make_run(tmp_path / "moved", copy)
     shutil.rmtree(copy)
     page = Page(report.write(moved))
-    assert page.all("h2") == ["Scores", "Curves", "Reconstructions", "How to run it again"]
+    assert page.all("h2") == [name for name in SECTIONS if name not in IMAGES]
     assert f"are missing: {copy}: no such file or folder" in page.source
 
 
@@ -344,6 +361,50 @@ def test_names_are_escaped(tmp_path: Path, photos: Path):
     assert not {"i", "u"} & {tag for tag, attrs in page.tags if "style" not in attrs}
     assert {"<b>", "a&\"'"} <= {attrs["title"] for tag, attrs in page.tags if tag == "figcaption" and "title" in attrs}
     assert any("✓ <b>" in text for text in page.all("figcaption")) and "rows: <b>" in "".join(page.all("figcaption"))
+
+
+def test_without_labels_the_features_of_the_training_images_tell(run: Path, tmp_path: Path, shards: Path):
+    bare = make_run(tmp_path / "bare", shards, "eval.gallery=[]", "eval.val=[]", "eval.test=[]")
+    row = {"protocol": "health", "split": "train", "metric": "rankme", "count": 48, "unit": "images"}
+    rows = [
+        row | {"model": "untrained", "step": 0, "value": 9.0},
+        row | {"model": "pretrained", "step": 40, "value": 7.5},
+    ]
+    (bare / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    page = Page(report.write(bare))
+    text = "".join(text for _, text in page.text)
+    assert "health of the features, RankMe: 7.5 of 48 training images, 1.5 below the untrained network." in text
+    assert "These numbers need no labels" in text and "rankme of the features" in page.all("h3")
+
+
+def test_runs_are_compared(run: Path, tmp_path: Path, shards: Path):
+    other = make_run(tmp_path / "other <run>", shards, "optim.lr.value=0.5", "model.depth=1")
+    rows = [row | {"value": row["value"] + (0.05 if row["step"] else 0)} for row in read_rows(other / "results.jsonl")]
+    (other / "results.jsonl").unlink()
+    results.append(other / "results.jsonl", rows)
+    page = Page(report_comparison.write([run, other], tmp_path / "both.html"))
+    text = " ".join(" ".join(text for _, text in page.text).split())
+    assert page.all("h1") == ["my run · other <run>"] and "script" not in dict(page.tags)
+    assert page.all("h2") == [
+        "What was trained",
+        "Did they learn?",
+        IMAGES[0],
+        "Maps of the features",
+        "Curves",
+        "Recipes",
+    ]
+    assert "66.5% ± 4.6 36.5 points above the untrained network 46.5 points above raw pixels" in text
+    assert page.all("b").count("66.5%") == 2 and "61.5%" not in page.all("b")  # by k-NN and linear
+    differences = text.partition("differ.")[2]
+    assert "optim.lr.value" in differences and "model.depth" in differences and "steps" not in differences
+    assert len(page.images()) == 2 * 3 and "loss of mae" in page.all("h3")
+    legend = re.findall(r'<b class="(s\d)">([^<]*)</b>', page.source)
+    assert {*legend} == {("s0", "my run"), ("s1", "other &lt;run&gt;")}
+    for wrong, message in (([run, run], "is named twice"), ([run], "a page compares 2 to 8"), ([run] * 9, "9 runs")):
+        with pytest.raises(UserError, match=message):
+            report_comparison.write(wrong, tmp_path / "wrong.html")
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        commands.report([str(run)], out=HomePath("report.pdf"))
 
 
 @pytest.mark.slow
@@ -393,6 +454,36 @@ def test_pca_equals_numpys_svd():
         assert abs(np.corrcoef(scores[:, i], colors[:, i])[0, 1]) > 0.99
     assert np.array_equal(colors, pictures.pca_colors(x + 100).reshape(-1, 3))
     assert not pictures.pca_colors(np.full((1, 2, 2, 4), np.nan)).any()
+
+
+def test_pairs_are_cosines_of_patches():
+    features = np.random.default_rng(0).normal(size=(3, 5, 8))
+    flat = features.reshape(15, 8)
+    naive = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in flat] for a in flat])
+    found, low = similarity_maps.pairs(features).astype(float), np.percentile(naive, 2)
+    assert (np.diag(found) == 255).all()
+    assert np.abs(found / 255 - ((naive - low) / (1 - low)).clip(0, 1)).max() < 1 / 255
+
+
+def test_the_map_keeps_neighbours_as_well_as_scikit_learn():
+    from sklearn.datasets import load_digits
+    from sklearn.manifold import TSNE, trustworthiness
+
+    features = load_digits().data[:200].astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    ours = feature_map.positions(torch.from_numpy(features))
+    theirs = TSNE(perplexity=feature_map.PERPLEXITY, init="pca", random_state=0).fit_transform(features)
+    assert trustworthiness(features, ours) > trustworthiness(features, theirs) - 0.01
+    assert ours.min() == 0 and ours.max() == 1
+    for few in (torch.zeros(30, 4), torch.ones(1, 3), torch.randn(5, 1), torch.full((9, 2), torch.nan)):
+        assert np.isfinite(feature_map.positions(few)).all() and len(feature_map.positions(few)) == len(few)
+
+
+def test_images_on_the_map_do_not_cover_each_other():
+    images = np.arange(1, 10, dtype=np.uint8).reshape(9, 1, 1, 1) * np.full((9, 3, 8, 8), 20, np.uint8)
+    drawn = feature_map.thumbnails(np.full((9, 2), 0.5), images)
+    assert {*np.unique(drawn[..., 0])} == {128, *range(20, 200, 20)}
+    assert len({(drawn[..., 0] == value).sum() for value in range(20, 200, 20)}) == 1
 
 
 def test_spread_uses_every_class_and_no_image_twice():

@@ -180,9 +180,16 @@ def test_card_and_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
         "value": 0.75,
         "count": 12,
     }
-    (run / "results.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"value": 0.8125}) + "\n")
-    model_card.write(folder)
-    assert "| test | knn | accuracy | 0.8125 | 12 images |" in (folder / "README.md").read_text()
+    floor = row | {"model": "pixels", "step": 0, "value": 0.25}
+    rows = (row, row | {"value": 0.8125}, floor, row | {"model": "untrained", "step": 0, "value": 0.75})
+    (run / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    text = model_card.write(folder).read_text()
+    assert "| test | knn | accuracy | 0.8125 | 12 images |" in text
+    assert (
+        "- k-NN: 81.2% of 12 test images, 6.2 points above the untrained network (within ±22.1), 56.2 points above raw"
+        " pixels\n" in text
+    )
+    assert "- objective: dinov2\n- encoder: vit\n- training images: 48\n- steps × batch: 2 × 16\n" in text
     (run / "results.jsonl").write_text(json.dumps(row | {"model": "convnext_tiny"}) + "\n")  # a further student's
     model_card.write(folder)
     assert "The model of this step has not been evaluated" in (folder / "README.md").read_text()
