@@ -22,9 +22,8 @@ def build(cls: type, values: dict, origin: Origin, prefix: str = "", defaults: d
     known = fields(cls)
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(
-                f"{_where(origin, prefix + key)}{prefix}{key} = {value!r}: no such key; {nearest(str(key), known)}"
-            )
+            advice = getattr(cls, "advice", {}).get(key) or nearest(str(key), known)
+            raise ConfigError(f"{_where(origin, prefix + key)}{prefix}{key} = {value!r}: no such key; {advice}")
     values = _in_effect(values, known, origin, prefix)
     given = dict(defaults or {})
     given |= {key: convert(value, hints[key], origin, prefix + key, known[key]) for key, value in values.items()}

@@ -24,6 +24,7 @@ class Section:
     name: str = ""
     _defaults: dict[str, Any] = {}  # set on an instance: values that replace the defaults of the class
     shorthand: ClassVar[str] = "value"  # `lr: 0.1` means `lr: {value: 0.1}`
+    advice: ClassVar[dict[str, str]] = {}  # {a key that users may look for: what to write instead}
     _unrecorded: ClassVar[type | None] = None  # the class of `settled` copies
 
     def __getattribute__(self, key: str) -> Any:

@@ -63,6 +63,11 @@ class Budget(Seconds):
     """A batch by budget: recordings of `seconds` in total, with their padding, over all processes. The recordings of a
     batch have similar lengths, and each is used once in an epoch."""
 
+    advice = {
+        "tokens": "all rows of text have data.length tokens, as documents are packed and captions padded; for N tokens"
+        " write data.batch=N/data.length, the number of rows"
+    }
+
     # largest number of groups of recordings of similar lengths; batches are made inside of a group
     buckets: int = option(16, low=1)
 

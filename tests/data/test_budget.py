@@ -241,6 +241,10 @@ def test_what_does_not_go_with_a_budget_is_refused(shards: Path, tmp_path: Path)
     for override, says in (
         ("data.batch={seconds: 0}", "seconds = 0: write a number above 0"),
         ("data.batch={minutes: 1}", r"data\.batch\.minutes = 1: no such key"),
+        (
+            "data.batch={tokens: 4096}",
+            r"data\.batch\.tokens = 4096: no such key; all rows .* write data\.batch=N/data\.",
+        ),
         ("data.phases=[{step: 2, batch: 4}]", "data.phases changes the batch .* remove data.phases"),
         ("data.mix=[{shards: a}]", r"data\.mix has several datasets, .* name all their shards in data\.train"),
         ("parallel.micro_batch=4", r"parallel\.micro_batch is a number of samples, .* write parallel.micro_batch={sec"),
