@@ -239,3 +239,43 @@ def chart(
         last_values.append(f'<b class="s{i}">{escape(name)}</b> {_number(line.smooth[-1], percent, unit)}')
     svg = f'<svg viewBox="0 0 420 222" role="img" aria-label="{escape(title)} by step">{drawn}</svg>'
     return f'<div class="card"><h3>{escape(title)}<span>{" · ".join(last_values)}</span></h3>{svg}</div>'
+
+
+def scatter(
+    title: str, unit: str, names: Sequence[str], xs: Sequence[float], ys: Sequence[float], percent: bool = False
+) -> str:
+    """A card with one point for each name, as SVG. The horizontal axis is logarithmic, and in `unit`. `percent`: the
+    vertical values are shares. Points that are not finite, or not above 0 on the horizontal axis, are left out."""
+    shown = [
+        (i, name, x, y)
+        for i, (name, x, y) in enumerate(zip(names, xs, ys, strict=True))
+        if x > 0 and math.isfinite(x) and math.isfinite(y)
+    ]
+    if not shown:
+        return ""
+    logs, values = [math.log10(x) for _, _, x, _ in shown], [y for *_, y in shown]
+    left, right, low, high = min(logs), max(logs), min(values), max(values)
+    margin_x, margin_y = 0.15 * (right - left) or 0.3, 0.15 * (high - low) or abs(high) * 0.1 or 1.0
+    left, right, low, high = left - margin_x, right + margin_x, low - margin_y, high + margin_y
+    drawn = ""
+    for t in _ticks(low, high):
+        y = 198 - 188 * (t - low) / (high - low)
+        drawn += f'<line x1="48" x2="408" y1="{y:.1f}" y2="{y:.1f}"/>'
+        drawn += f'<text x="42" y="{y + 4:.1f}" text-anchor="end">{_number(t, percent)}</text>'
+    round_numbers = sorted(factor * 10.0**n for n in range(-6, 13) for factor in (1, 2, 5))
+    marks = [t for t in round_numbers if left <= math.log10(t) <= right]
+    for t in marks if len(marks) > 1 else sorted({min(x for _, _, x, _ in shown), max(x for _, _, x, _ in shown)}):
+        x = 48 + 360 * (math.log10(t) - left) / (right - left)
+        drawn += f'<text x="{x:.1f}" y="216" text-anchor="middle">{_number(t)}</text>'
+    legend = []
+    for i, name, given, value in shown:
+        x = 48 + 360 * (math.log10(given) - left) / (right - left)
+        y = 198 - 188 * (value - low) / (high - low)
+        tip = f"{name}: {_number(value, percent)}, {_number(given)} {unit}"
+        drawn += f'<circle class="s{i % 8}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(tip)}</title></circle>'
+        legend.append(f'<b class="s{i % 8}">{escape(name)}</b>')
+    svg = f'<svg viewBox="0 0 420 222" role="img" aria-label="{escape(title)}">{drawn}</svg>'
+    return (
+        f'<div class="card"><h3>{escape(title)}</h3>{svg}<p class="soft">{escape(unit)} (logarithmic) ·'
+        f" {' · '.join(legend)}</p></div>"
+    )

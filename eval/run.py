@@ -64,15 +64,15 @@ def by_protocol(
     the next one succeed."""
     encoder, facts, chosen = configured(model, names, image_size, options, device, cache)
     for name, protocol, cfg in chosen:
-        yield name, partial(_rows, encoder, facts["step"], name, protocol, cfg, list(gallery), list(query), split)
+        yield name, partial(rows_of, encoder, facts["step"], name, protocol, cfg, list(gallery), list(query), split)
     if not keep_features:
         encoder.delete_features()
 
 
-def _rows(
+def rows_of(
     encoder: Any, step: int, name: str, protocol: Any, cfg: Any, gallery: list[str], query: list[str], split: str
 ) -> list[Row]:
-    """The rows of one protocol."""
+    """The rows of one protocol: `name`, its module, and its config."""
     from eval import score_checks
 
     if needs(name) != LABELS and encoder.unit != ("texts" if needs(name) == TOKENS else "images"):

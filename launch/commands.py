@@ -169,6 +169,7 @@ COMMANDS: Commands = {
     "logs": cluster_commands.logs,
     "stop": cluster_commands.stop,
     "eval": model_commands.evaluate,
+    "compare": model_commands.compare,
     "embed": model_commands.embed,
     "report": report,
     "export": model_commands.export,

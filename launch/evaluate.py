@@ -43,22 +43,13 @@ def evaluate(model: str, words: Sequence[str], out: str, dry_run: bool = False) 
     names = [word for word in words if "=" not in word]
     check(names)
     results.check_target(out)
-    request = Request()
+    request = request_for(model, [word for word in words if "=" in word])
     run = run_of(model)
-    if run is not None:
-        recipe = stored(run)
-        cfg, task = recipe.eval, tasks(recipe).get("test")
-        request = Request([], [], cfg.image_size, cfg.device, cfg.cache)
-        if task is not None:
-            request.gallery, request.query, request.options = task.gallery, task.query, task.option_values()
-            request.device = task.device or cfg.device
-    _apply(request, (word for word in words if "=" in word))
-    gallery, query = ([shards_of(spec) for spec in specs] for specs in (request.gallery, request.query))
     if dry_run:
         from eval.score_plan import plan
 
         request_of_plan = (request.image_size, request.options, request.device, request.cache)
-        say(*plan(model, names or ["knn"], gallery, query, *request_of_plan))
+        say(*plan(model, names or ["knn"], request.gallery, request.query, *request_of_plan))
         return
     # Without any option but device and cache, the result counts as the score of the run on its test split.
     changed = any("=" in word and not word.startswith(("device=", "cache=")) for word in words)
@@ -66,8 +57,8 @@ def evaluate(model: str, words: Sequence[str], out: str, dry_run: bool = False) 
     rows = score(
         model,
         names or ["knn"],
-        gallery,
-        query,
+        request.gallery,
+        request.query,
         split,
         request.image_size,
         request.options,
@@ -77,6 +68,23 @@ def evaluate(model: str, words: Sequence[str], out: str, dry_run: bool = False) 
     say(*results.lines(rows))
     if target := out or (run and run / "results.jsonl"):
         results.append(Path(target), rows)
+
+
+def request_for(model: str, options: Sequence[str]) -> Request:
+    """What the options KEY=VALUE ask for, and otherwise the recipe of the run that a model belongs to. Folders of images
+    are replaced by their shards."""
+    request = Request()
+    run = run_of(model)
+    if run is not None:
+        recipe = stored(run)
+        cfg, task = recipe.eval, tasks(recipe).get("test")
+        request = Request([], [], cfg.image_size, cfg.device, cfg.cache)
+        if task is not None:
+            request.gallery, request.query, request.options = task.gallery, task.query, task.option_values()
+            request.device = task.device or cfg.device
+    _apply(request, options)
+    request.gallery, request.query = ([shards_of(spec) for spec in specs] for specs in (request.gallery, request.query))
+    return request
 
 
 def _apply(request: Request, overrides: Iterable[str]) -> None:

@@ -36,6 +36,25 @@ def evaluate(
     evaluate(model, protocols, out, dry_run)
 
 
+def compare(
+    teacher: Annotated[str, "an exported folder, with which the others are compared"],
+    protocols: Annotated[
+        Sequence[str],
+        "STUDENT|PROTOCOL|key=value",
+        "exported folders, or a run folder for its last exports; names of protocols (default: knn) and options such as"
+        " knn.k=20, as for `eval`",
+    ],
+    *,
+    json: Annotated[HomePath, "FILE.json", "also write the numbers to this file"] = NO_FILE,
+    html: Annotated[HomePath, "FILE.html", "also write the table and plots to this file"] = NO_FILE,
+) -> None:
+    """Compare a teacher and its students: scores by the same protocols, the share of the teacher's that they keep, CKA,
+    size, latency and throughput."""
+    from launch.compare import compare
+
+    compare(teacher, protocols, json, html)
+
+
 def embed(
     model: Annotated[str, 'an exported folder (RUN/export/STEP), "pixels", "bytes" or "log_mel"'],
     data: Annotated[HomePath, "shards, or a folder of images"],
