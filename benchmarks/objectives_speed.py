@@ -12,8 +12,8 @@ The sizes are those with which `learning.py` trains: the recipe `NAME_cpu` or th
 width 96 with 64 patches, and a batch of 128. Both get the same batch, which the objective's views have made of noise, the
 same head widths and AdamW. A step is forward, backward, update, and the teacher's average; ours also has the gradient
 norm, the check for values that are not finite, and what a run logs. lightly's methods that mask patches use timm's ViT of
-these sizes, as lightly wraps it; its other ones use our network, so that only heads, losses and averages differ. The
-two are timed alternately, and a figure is the median of the rounds' ratios of CPU seconds.
+these sizes, as lightly wraps it, unless ours has rotary positions (CAPI); the other ones use our network, so that only
+heads, losses and averages differ. The two are timed alternately, and a figure is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def measure(name: str, rounds: int, precision: str, device: torch.device) -> Non
     cfg = load(name, f"precision={precision}", f"device={device.type}", "steps=500")
     defaults.settle(cfg, SAMPLES)
     batch, step = ours(cfg, device)
-    other = lightly(cfg, batch, device, vit=name in MASKED)
+    vit = name in MASKED and cfg.model.positions != "rope"  # which lightly's ViT does not have
+    other = lightly(cfg, batch, device, vit)
     speeds, ratios = [], []
     for warm_up in [True, True, *[False] * rounds]:
         seconds, lightlys = cpu_seconds(step, 3, device), cpu_seconds(other, 3, device)
@@ -49,7 +50,7 @@ def measure(name: str, rounds: int, precision: str, device: torch.device) -> Non
     print(
         f"{name}: {cfg.data.batch_size / median(speeds):.4f} s per step, ratios {spread}", file=sys.stderr, flush=True
     )
-    against = "timm's ViT" if name in MASKED else "our network"
+    against = "timm's ViT" if vit else "our network"
     emit(f"objectives.{name}.versus_lightly", median(ratios), "ratio", f"lightly's modules on {against}, interleaved")
     unit = "gpu" if device.type == "cuda" else "cpu"
     emit(f"objectives.{name}.samples_per_{unit}_second", median(speeds), "1/s", "")

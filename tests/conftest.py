@@ -4,6 +4,8 @@ as a folder of two classes and as shards."""
 from __future__ import annotations
 
 import gc
+import itertools
+import operator
 import os
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from tests.services import FaultProxy, ObjectStore, environment
 
 COMMON = ["eval.image_size=null", "threads=1", "precision=fp32"]
 TINY = [*contract.VIT, *COMMON]
+OBJECTIVES = {*finder.names()}
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
@@ -66,17 +69,26 @@ ALONE = ("faults",)  # folders whose tests share no fixture of a module
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests marked `matrix` unless --matrix is given. Group tests for pytest-xdist: those of a file,
-    which share its fixtures, run on one worker."""
-    if not config.option.matrix:
-        rest = [item for item in items if item.get_closest_marker("matrix")]
-        config.hook.pytest_deselected(items=rest)
-        items[:] = [item for item in items if not item.get_closest_marker("matrix")]
+    """Deselect the tests that are not `wanted`. Group tests for pytest-xdist: those of a file, which share its
+    fixtures, run on one worker."""
+    run = [wanted(item, config.option.matrix, config.option.keyword) for item in items]
+    config.hook.pytest_deselected(items=list(itertools.compress(items, map(operator.not_, run))))
+    items[:] = itertools.compress(items, run)
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             shared = item.path.parent.name not in ALONE
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0] if shared else item.nodeid))
     items.sort(key=lambda item: FIRST.index(item.path.parent.name) if item.path.parent.name in FIRST else len(FIRST))
+
+
+def wanted(item: Any, matrix: bool, keyword: str) -> bool:
+    """Whether pytest may run a collected test. Those marked `matrix` need --matrix. `-k NAME` with the name of an
+    objective runs all cases of this objective, also those marked `matrix`, and none of other objectives whose names
+    contain it."""
+    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+    if {keyword, name} <= OBJECTIVES:
+        return name == keyword
+    return matrix or not item.get_closest_marker("matrix")
 
 
 def pytest_collection_finish() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from pretrain.ops.gather import logsumexp_over_batch, sum_over_world
+from pretrain.ops.gather import logsumexp_over_batch
 from pretrain.ops.precision import wide
 
 
@@ -18,14 +16,14 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     itself (CAPI, arXiv 2502.08769). Collective: every rank must call it.
 
     Q starts as exp(logits / temperature). In each iteration, first the columns are scaled so that every prototype has
-    the same sum over the global batch, then the rows so that every sample has the same sum. Everything is computed with
-    log Q and logsumexp, so that finite logits never produce NaN.
+    the same sum over the global batch, then the rows so that every sample has the sum 1. (The papers scale the sums to
+    1 / K and 1 / B; such constants cancel.) Everything is computed with log Q and logsumexp, so that finite logits never
+    produce NaN.
     """
     log_q = wide(logits) / temperature
     limit = torch.finfo(log_q.dtype).max / 2**10  # far above real logits; keeps differences of two of them finite
-    log_q = log_q.clamp_(-limit, limit)
-    samples = sum_over_world(torch.full((), float(len(logits)), device=logits.device))
+    log_q.clamp_(-limit, limit)
     for _ in range(iterations):
-        log_q = log_q - logsumexp_over_batch(log_q.flatten(1)).view(1, *log_q.shape[1:]) - math.log(logits.shape[-1])
-        log_q = log_q - log_q.logsumexp(-1, keepdim=True) - samples.log()
-    return (log_q + samples.log()).exp()
+        log_q -= logsumexp_over_batch(log_q.flatten(1)).view(1, *log_q.shape[1:])
+        log_q -= log_q.logsumexp(-1, keepdim=True)
+    return log_q.exp_()

@@ -21,6 +21,7 @@ from pretrain.build import build_objective, open_samples, placed, views
 from pretrain.objectives.base import Objective
 from pretrain.ops.cross_entropy import IGNORED
 from pretrain.ops.parameter_shards import whole, whole_state
+from pretrain.ops.queue import Queue
 from pretrain.ops.sync_norm import BatchNorm
 from pretrain.optim.skip_steps import Guard
 from pretrain.parallel import engine as engines
@@ -147,6 +148,7 @@ def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> d
     pictures = engine.pictures(parts[0])
     assert all(p.dtype == torch.uint8 for p in pictures.values())
     out["weights"] = whole_state(model)
+    out["queues"] = [f"{name}.rows" for name, module in model.named_modules() if isinstance(module, Queue)]
 
     before = everything(engine)
     one_step(engine, guard, parts, STEPS, poison=True)

@@ -144,7 +144,7 @@ def distances(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     out = {}
     for name in ours["weights"]:
         value, other = ours["weights"][name].double(), theirs["weights"][name].double()
-        if name.endswith(("queue.rows", "queues.0.rows", "queues.1.rows")):
+        if name in theirs["queues"]:
             value, other = value.T @ value, other.T @ other
         out[name] = float((value - other).norm() / (other.norm() + LR * other.numel() ** 0.5))
     return out
