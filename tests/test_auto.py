@@ -42,8 +42,9 @@ def test_rules_meet_the_published_recipes():
     assert counts == [65536, 262144, 2048, 256, 256, 4096]
     asked = [(125_000, 1024), (125_000, 2048), (1_000_000, 8), (1000, 64), (100, 8)]
     momenta = [options.momentum(facts(steps, batch)) for steps, batch in asked]
-    assert [m.value for m in momenta] == pytest.approx([0.996, 0.992, 1 - 1e-4, 0.98, 0.95])
-    assert {(m.kind, m.final) for m in momenta} == {("cosine", 1.0)} and momenta[0].steps == 125_000
+    assert [m.value for m in momenta] == pytest.approx([0.996, 0.992, 1 - 1e-4, 0.98, 0.8])
+    assert [m.final for m in momenta] == pytest.approx([0.99984, 0.99984, 1 - 1e-4, 0.98, 0.8])
+    assert {m.kind for m in momenta} == {"cosine"} and momenta[0].steps == 125_000
     assert warmup(facts(125_000, 1024, imagenet)) == 12500 and warmup(facts(125_000, 2048, imagenet)) == 6256
     assert warmup(facts(5, 8, 10)) == 1
     warm = options.temperature(facts(125_000, 2048, imagenet))
@@ -52,6 +53,10 @@ def test_rules_meet_the_published_recipes():
     assert (short.value, short.warmup) == (0.05, 300)
     biases = [options.log_share_of_partners(facts(batch=batch)) for batch in (32768, 128, 1)]
     assert biases == pytest.approx([-10.0, math.log(1 / 128), 0.0])
+
+    assert options.sinkhorn_temperature(facts(125_000, 2048, imagenet)) == warm
+    assert options.sinkhorn_temperature(facts(1000, 64, 5000))(999) == 0.025
+    assert [options.small_data(facts(samples=n)) for n in (99_999, 100_000)] == [True, False]
     asked = [(125_000, 2048, imagenet, 1024), (10**6, 4096, lvd, 4096), (1000, 64, 2000, 384), (10**6, 64, 2000, 192)]
     assert [families.drop_path(facts(*one)) for one in asked] == [0.3, 0.0, 0.05, 0.0]
 

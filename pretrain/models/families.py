@@ -81,6 +81,9 @@ class ViT(Model):
     # drop path rate: the share of the images whose residual branch is skipped, the same in all blocks
     drop_path: float | Literal["auto"] = option(0.0, low=0, below=1, auto=drop_path)
     norm_eps: float = option(1e-6, above=0)  # added to the variance in LayerNorm
+    # standard deviation of the initial weights of linear layers, and of class token, registers and learned positions.
+    # 0.02 suits widths from 384 on; narrow networks need more: about 0.55 / sqrt(dim)
+    initial_std: float = option(0.02, above=0, high=1)
     local_cls_norm: bool = False  # training only: whether class tokens of local crops have a separate final norm
     mask_token: bool = False  # whether there is a token that replaces masked patches; objectives set this themselves
 

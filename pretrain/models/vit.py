@@ -8,6 +8,8 @@ token R), L blocks, T tokens of all inputs.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +79,7 @@ class VisionTransformer(Backbone):
         self._initialise()
 
     def _initialise(self) -> None:
-        self.apply(trunc_normal)
+        self.apply(partial(trunc_normal, std=self.cfg.initial_std))
         bound = (self.cfg.in_channels * self.patch_size**2) ** -0.5
         nn.init.uniform_(self.patch_embed.weight, -bound, bound)
         if self.patch_embed.bias is not None:
@@ -86,7 +88,7 @@ class VisionTransformer(Backbone):
         table = self.pos_embed if self.cfg.positions == "learned" else None
         for token in (self.cls_token, self.registers, query, table):
             if token is not None:
-                nn.init.normal_(token, std=0.02)
+                nn.init.normal_(token, std=self.cfg.initial_std)
 
     def forward(self, x: Tensor | list[Tensor], *, mask=None, keep=None, layers: int = 1):
         """See `Backbone`. `mask` and `keep` are lists (None where an input has none) when x is a list.

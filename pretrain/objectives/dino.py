@@ -65,7 +65,9 @@ class DINO(Objective):
         super().__init__(cfg, backbone)
         body = backbone()
         lengths: Lengths = "unit" if cfg.unit_prototypes else "unnormalised"
-        head = PrototypeHead(body.embed_dim, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes, lengths)
+        head = PrototypeHead(
+            body.embed_dim, cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes, lengths, cfg.head_norms
+        )
         if not cfg.unit_prototypes:  # the published lengths are 1 at first, too
             with torch.no_grad():
                 head.prototypes.copy_(F.normalize(head.prototypes, dim=-1))

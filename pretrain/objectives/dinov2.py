@@ -24,7 +24,7 @@ from common.schedules import Schedule
 from data_pipeline.parts.part import About
 from data_pipeline.views.multicrop import PART_OF, multicrop
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import PrototypeHeads, momentum, temperature
+from pretrain.objectives.options import PrototypeHeads, momentum, sinkhorn_temperature
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import Lengths, PrototypeHead, head_sizes
 from pretrain.ops.koleo import koleo
@@ -35,7 +35,7 @@ from pretrain.ops.sinkhorn import sinkhorn
 @dataclass
 class Config(PrototypeHeads):
     teacher_temperature: Literal["auto"] | Schedule = option(
-        lambda: Schedule(0.07, start=0.04, warmup=0.3), above=0, auto=temperature
+        lambda: Schedule(0.07, start=0.04, warmup=0.3), above=0, auto=sinkhorn_temperature
     )
     momentum: Literal["auto"] | Schedule = option(
         lambda: Schedule(0.992, kind="cosine", final=1.0), low=0, high=1, auto=momentum
@@ -60,11 +60,11 @@ class DINOv2(Objective):
         body, (dino, ibot) = backbone(mask_token=True), head_sizes(cfg)
         lengths: Lengths = "weight_norm" if cfg.trained_lengths else "unit"
         heads = {
-            "dino_head": PrototypeHead(body.embed_dim, *dino, lengths),
-            "ibot_head": PrototypeHead(body.embed_dim, *ibot, lengths),
+            "dino_head": PrototypeHead(body.embed_dim, *dino, lengths, cfg.head_norms),
+            "ibot_head": PrototypeHead(body.embed_dim, *ibot, lengths, cfg.head_norms),
         }
         self.student = nn.ModuleDict({"backbone": body, **heads})
-        self.teacher = make_teacher(self.student).eval()
+        self.teacher = make_teacher(self.student, batch_statistics=True).eval()
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

@@ -93,9 +93,11 @@ class DINOv3(Objective):
         body = backbone(mask_token=True)
         dino, ibot = head_sizes(cfg)
         lengths: Lengths = "unit" if cfg.unit_prototypes else "unnormalised"
-        dino_head, ibot_head = (PrototypeHead(body.embed_dim, *sizes, lengths) for sizes in (dino, ibot))
+        dino_head, ibot_head = (
+            PrototypeHead(body.embed_dim, *sizes, lengths, cfg.head_norms) for sizes in (dino, ibot)
+        )
         self.student = nn.ModuleDict({"backbone": body, "dino_head": dino_head, "ibot_head": ibot_head})
-        self.teacher = make_teacher(self.student).eval()
+        self.teacher = make_teacher(self.student, batch_statistics=True).eval()
         self.gram = make_teacher(body).eval() if cfg.gram_teacher != "none" else None
         if cfg.gram_teacher not in ("none", "ema", "init"):
             weights.load_into(self.gram, cfg.gram_teacher)

@@ -84,13 +84,20 @@ def prototypes(facts: Facts) -> int:
 
 
 def momentum(facts: Facts) -> Schedule:
-    """max(0.95, min(1 − 0.004 · batch / 1024, 1 − 20 / steps, 0.9999)), rising to 1 by a cosine.
+    """From 1 − max(0.004 · batch / 1024, 20 / steps) to 1 − 20 / steps by a cosine, each between 0.5 and 0.9999.
 
-    This is DINO's 0.996 at batch 1,024, and the same half-life in samples at other batches; a run is at least 20 time
-    constants long.
+    0.004 is DINO's rate at batch 1,024, with the same half-life in samples at other batches. The teacher is an average
+    over at most a twentieth of the run, also at its end: with a final value of 1, the weights of the last teacher of a
+    short run would be those of the middle of the run.
     """
-    value = 1 - min(0.05, max(0.004 * facts.batch / 1024, 20 / facts.steps, 1e-4))
-    return Schedule(value, kind="cosine", final=1.0, steps=facts.steps)
+    least = min(0.5, max(20 / facts.steps, 1e-4))
+    first = min(0.5, max(0.004 * facts.batch / 1024, least))
+    return Schedule(1 - first, kind="cosine", final=1 - least, steps=facts.steps)
+
+
+def small_data(facts: Facts) -> bool:
+    """True with fewer than 100,000 samples."""
+    return facts.samples < 100_000
 
 
 def temperature(facts: Facts) -> Schedule:
@@ -108,6 +115,12 @@ def log_share_of_partners(facts: Facts) -> float:
     of constant predictions.
     """
     return max(-10.0, -math.log(facts.batch))
+
+
+def sinkhorn_temperature(facts: Facts) -> Schedule:
+    """0.025 with fewer than 100,000 samples, else as `temperature`: Sinkhorn-Knopp in small batches makes assignments
+    nearly uniform at higher temperatures."""
+    return Schedule(0.025) if small_data(facts) else temperature(facts)
 
 
 # ---------------------------------------------------------------- options that methods share
@@ -263,7 +276,7 @@ class SelfDistillation(MultiCrop):
     student_temperature: float = option(0.1, above=0)  # the student's logits are divided by it before the softmax
     # the teacher's logits are divided by it
     teacher_temperature: Literal["auto"] | Schedule = option(
-        lambda: Schedule(0.07, start=0.04, warmup=0.1), above=0, auto=temperature
+        lambda: Schedule(0.07, start=0.04, warmup=0.1), above=0, auto=sinkhorn_temperature
     )
     # momentum of the teacher: the share of its weights that it keeps in a step (EMA)
     momentum: Literal["auto"] | Schedule = option(lambda: Schedule(0.994), low=0, high=1, auto=momentum)
@@ -310,6 +323,8 @@ class DINOHeadOptions(Options):
     prototypes: int | Literal["auto"] = option(65536, low=1, auto=(inherited, prototypes))
     head_hidden: int = option(2048, low=1)  # width of the head's hidden layers
     head_bottleneck: int = option(256, low=1)  # width of the layer before the prototypes
+    # whether batch norms follow the layers of the head; auto: with fewer than 100,000 samples
+    head_norms: bool | Literal["auto"] = option(False, auto=small_data)
 
     def assignments(self) -> int | None:
         count = vars(self)["prototypes"]

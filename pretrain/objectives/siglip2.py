@@ -102,8 +102,9 @@ class SigLIP2(siglip.SigLIP):
         self.decoder = CaptionDecoder(*sizes, cfg.decoder_depth, text.heads) if cfg.caption_weight else None
         if cfg.distillation:
             head = (cfg.head_hidden, cfg.head_bottleneck, cfg.prototypes)
-            self.heads = nn.ModuleDict({name: PrototypeHead(dim, *head) for name in HEADS})
-            self.teacher, self.teacher_heads = make_teacher(self.image).eval(), make_teacher(self.heads).eval()
+            self.heads = nn.ModuleDict({name: PrototypeHead(dim, *head, batch_norms=cfg.head_norms) for name in HEADS})
+            self.teacher = make_teacher(self.image).eval()
+            self.teacher_heads = make_teacher(self.heads, batch_statistics=True).eval()
             self.centers = nn.ModuleDict({name: Center(cfg.prototypes) for name in HEADS})
             self.kept_in_eval = (*self.kept_in_eval, "teacher", "teacher_heads")
             self.averaged = {"image": "teacher", "heads": "teacher_heads"}

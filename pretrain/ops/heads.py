@@ -73,16 +73,30 @@ class PrototypeHead(nn.Module):
     `lengths` of the prototypes: "unit": they are normalised, so that logits are cosines in [-1, 1]; "weight_norm": they
     are normalised and multiplied by trained lengths, which are 1 at first (1602.07868), as in DINOv2 (2304.07193);
     "unnormalised": as in DINOv3 (2508.10104).
+
+    `batch_norms`: a batch norm follows each hidden layer, which is an option of DINO's published code, and one without
+    parameters follows the bottleneck. At first, the class tokens of different images are nearly parallel; without the
+    norms, so are the outputs.
     """
 
     last_layer = ("prototypes", "lengths")  # the parameters that `optim.freeze_last_layer` freezes
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, lengths: Lengths = "unit"):
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        bottleneck: int,
+        prototypes: int,
+        lengths: Lengths = "unit",
+        batch_norms: bool = False,
+    ):
         super().__init__()
         self.normalised = lengths != "unnormalised"
-        self.mlp = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
+        layers: list[nn.Module] = []
+        for width, outputs in ((inputs, hidden), (hidden, hidden)):
+            layers += [nn.Linear(width, outputs), *([BatchNorm(outputs)] if batch_norms else []), nn.GELU()]
+        last = [BatchNorm(bottleneck, affine=False)] if batch_norms else []
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck), *last)
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         self.lengths = nn.Parameter(torch.ones(prototypes, 1)) if lengths == "weight_norm" else None
         self.apply(trunc_normal)

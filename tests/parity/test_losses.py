@@ -249,9 +249,10 @@ def test_cross_entropy_rounds_products_alone_under_autocast():
         torch.testing.assert_close(cross_entropy(a, torch.eye(8), target, scale=10.0), plain, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("lengths", ["unit", "weight_norm", "unnormalised"])
-def test_prototype_head(lengths: str):
-    head, x = noise(PrototypeHead(6, 8, 5, 7, lengths), 0).double(), normal(4, 6)
+def test_prototype_head(lengths: str, norms: bool):
+    head, x = noise(PrototypeHead(6, 8, 5, 7, lengths, norms), 0).double(), normal(4, 6)
     factors = {
         "unit": torch.ones(7),
         "weight_norm": head.lengths,
@@ -260,9 +261,15 @@ def test_prototype_head(lengths: str):
 
     def naive(x: Tensor) -> Tensor:
         hidden = x
-        for i in (0, 2, 4):
+        for i in (0, 3, 6) if norms else (0, 2, 4):
             hidden = hidden @ head.mlp[i].weight.T + head.mlp[i].bias
-            hidden = hidden if i == 4 else hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+            if norms:
+                norm, moments = head.mlp[i + 1], [(c.mean(), (c - c.mean()).square().mean()) for c in hidden.T]
+                columns = [(c - m) / (v + 1e-5).sqrt() for c, (m, v) in zip(hidden.T, moments, strict=True)]
+                hidden = torch.stack(columns, 1)
+                hidden = hidden if norm.weight is None else hidden * norm.weight + norm.bias
+            if i < (6 if norms else 4):
+                hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
         logits = [
             factor * (row @ prototype) / (row.norm() * prototype.norm())
             for row in hidden
