@@ -21,17 +21,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import option
+from common.config import Facts, option, option_if
 from common.schedules import Schedule
 from data_pipeline.parts.part import About
 from data_pipeline.views.multicrop import PART_OF, unmasked_crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import Crops, DINOHeadOptions, momentum, temperature
+from pretrain.objectives.options import (
+    Crops,
+    DINOHeadOptions,
+    momentum,
+    sinkhorn_temperature,
+    small_data,
+    temperature,
+)
 from pretrain.ops.center import Center
 from pretrain.ops.ema import ema_update, make_teacher
 from pretrain.ops.heads import Lengths, PrototypeHead
 from pretrain.ops.precision import wide
 from pretrain.ops.self_distillation import by_image, dino_terms, health
+from pretrain.ops.sinkhorn import sinkhorn
+
+
+def centering(facts: Facts) -> str:
+    """ "sinkhorn" with fewer than 100,000 samples, else "mean"."""
+    return "sinkhorn" if small_data(facts) else "mean"
+
+
+def assignment_temperature(facts: Facts) -> Schedule:
+    """As `sinkhorn_temperature` with Sinkhorn-Knopp, else as `temperature`."""
+    return (sinkhorn_temperature if facts.section["centering"] == "sinkhorn" else temperature)(facts)
 
 
 @dataclass
@@ -45,14 +63,19 @@ class Config(Crops, DINOHeadOptions):
     # prototypes of length 1; false: they are not normalised, and have length 1 at first. In its longest runs, the
     # published code trains lengths and directions separately (weight norm)
     unit_prototypes: bool = True
+    # how the teacher's outputs are kept from collapsing. mean: the centre C is subtracted; sinkhorn: Sinkhorn-Knopp over
+    # the batch in place of centre and softmax, as in the paper's §5.1; auto: sinkhorn with fewer than 100,000 samples
+    centering: Literal["mean", "sinkhorn", "auto"] = option("mean", auto=centering)
     student_temperature: float = option(0.1, above=0)  # τ_s: the student's logits are divided by it before the softmax
     # τ_t, the same for the teacher's logits
-    teacher_temperature: Literal["auto"] | Schedule = option(lambda: Schedule(0.04), above=0, auto=temperature)
+    teacher_temperature: Literal["auto"] | Schedule = option(
+        lambda: Schedule(0.04), above=0, auto=assignment_temperature
+    )
     # m, the share of its weights that the teacher keeps in a step
     momentum: Literal["auto"] | Schedule = option(
         lambda: Schedule(0.996, kind="cosine", final=1.0), low=0, high=1, auto=momentum
     )
-    center_momentum: float = option(0.9, low=0, high=1)  # m_c
+    center_momentum: float = option_if(0.9, "centering", unless="sinkhorn", low=0, high=1)  # m_c
     global_scale: float = option(0.4, above=0, high=1)  # smallest share of the image's area in a global crop
 
 
@@ -73,7 +96,8 @@ class DINO(Objective):
                 head.prototypes.copy_(F.normalize(head.prototypes, dim=-1))
         self.student = nn.ModuleDict({"backbone": body, "head": head})
         self.teacher = make_teacher(self.student, batch_statistics=True).eval()
-        self.center = Center(cfg.prototypes)
+        self.center = Center(cfg.prototypes) if cfg.centering == "mean" else None
+        self.couples_batch = self.center is None
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:
@@ -95,13 +119,16 @@ class DINO(Objective):
     def targets(self, images: Tensor, step: int) -> Tensor:
         """P_t [B·G, K] of global crops [B·G, 3, H, W], in fp32 or wider."""
         outputs = self.teacher["head"](self.teacher["backbone"](images).cls)
-        outputs = wide(outputs)
+        outputs, temperature = wide(outputs), self.cfg.teacher_temperature(step)
+        if self.center is None:
+            return sinkhorn(outputs, temperature)
         self.center.hold(outputs, step)
-        return ((outputs - self.center.mean) / self.cfg.teacher_temperature(step)).softmax(-1)
+        return ((outputs - self.center.mean) / temperature).softmax(-1)
 
     def after_step(self, step: int) -> None:
         ema_update(self.teacher, self.student, self.cfg.momentum(step), self.skipped)
-        self.center.update(step, self.cfg.center_momentum, self.skipped)
+        if self.center is not None:
+            self.center.update(step, self.cfg.center_momentum, self.skipped)
 
     def exports(self) -> dict[str, Exported]:
         return {"model": Exported(self.teacher["backbone"])}
