@@ -59,10 +59,6 @@ from pretrain.recipes import defaults, recipe
 from pretrain.step import one_step
 from pretrain.train import train
 
-CROPS = ["local_size=16", "local_crops=2", "global_scale=0.4", "local_scale=0.1", "solarize=0", "blur=[0.5, 0.5, 0.5]"]
-CROPS = [f"objective.{option}" for option in [*CROPS, "jitter=[0.24, 0.24, 0.24, 0.06]"]]
-HEADS = ["objective.prototypes=auto", "objective.head_hidden=512", "objective.head_bottleneck=128"]
-AUTO = ["objective.teacher_temperature=auto", "objective.momentum=auto", "optim.clip=3.0"]
 RECIPES: dict[str, list[str]] = {  # options over `demo`, of objectives without a recipe NAME_cpu
     "simclr": [],
     "mae": [
@@ -71,8 +67,6 @@ RECIPES: dict[str, list[str]] = {  # options over `demo`, of objectives without 
         "objective.decoder_heads=2",
         "optim.lr.value=3e-3",
     ],
-    "dinov2": [*CROPS, *HEADS, *AUTO],
-    "dinov3": [*CROPS, *HEADS, *AUTO, "objective.unit_prototypes=true"],
 }
 # {objective: (option, another objective)}: the option is the export of the other objective's last run
 AFTER = {"beit": ("objective.visual_tokenizer", "vqvae")}
