@@ -17,7 +17,8 @@ bestrq, audio_mae: words spoken by Debian's espeak-ng. knn, linear: accuracy for
 deviation of the log-mel bands.
 
 videomae, vjepa2: furniture on a turntable that turns left or right, unseen objects. attentive, linear, knn: accuracy for
-the direction. Floor: `mae` trained on single frames for the same time.
+the direction. Floor: `mae` trained on single frames for the same time. multimodal.turntables.flow: the accuracy of the
+sign of the motion, without a network.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from learning import seconds_of_a_step
 from package_data import WORDS, emoji, spoken
 from PIL import Image
 from steps import emit
-from turntables import RATE, turntables
+from turntables import RATE, flow_accuracy, turntables
 
 from data_pipeline.shards.samples import Samples
 from eval.run import evaluate
@@ -231,6 +232,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="options of the recipes, such as optim.lr.value=1e-3")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if any(TASKS[name] is video for name in options.objectives):
+        emit("multimodal.turntables.flow", flow_accuracy(options.folder), "accuracy", "chance 0.5")
     for name in options.objectives:
         task = TASKS[name](options.folder, name, options.seconds)
         show(name, task, options.seeds, options.seconds, options.folder, options.set)

@@ -128,7 +128,7 @@ def float64(model: Objective) -> Iterator[None]:
 
 
 def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> dict[str, Any]:
-    """Losses and gradient norms of each step, and the weights after all steps, on every process."""
+    """Losses and gradient norms of each step, and the weights and exported tensors after all steps, on every process."""
     model = build_objective(cfg, empty=fsdp2.starts_empty(cfg))
     wide = in_float64(model, cfg)
     with float64(model) if wide else contextlib.nullcontext():
@@ -149,6 +149,8 @@ def train(cfg: Recipe, data: list[dict[str, Tensor]], device: torch.device) -> d
     assert all(p.dtype == torch.uint8 for p in pictures.values())
     out["weights"] = whole_state(model)
     out["queues"] = [f"{name}.rows" for name, module in model.named_modules() if isinstance(module, Queue)]
+    # of rank 0; the others have none
+    out["exports"] = {f"{name}.{k}": v for name, one in engine.encoder_states().items() for k, v in one.items()}
 
     before = everything(engine)
     one_step(engine, guard, parts, STEPS, poison=True)

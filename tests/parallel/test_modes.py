@@ -137,13 +137,13 @@ def close_weights(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float
     assert away < tolerance, f"{name}: {away}"
 
 
-def distances(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+def distances(ours: dict[str, Any], theirs: dict[str, Any], kind: str = "weights") -> dict[str, float]:
     """The distance of each weight from that of the other run, relative to its size. A weight without a gradient
     differs only by rounding. Of the rows of a queue, the products are compared: the micro-batches here are cut so that
     processes hold the rows of a step in another order."""
     out = {}
-    for name in ours["weights"]:
-        value, other = ours["weights"][name].double(), theirs["weights"][name].double()
+    for name in ours[kind]:
+        value, other = ours[kind][name].double(), theirs[kind][name].double()
         if name in theirs["queues"]:
             value, other = value.T @ value, other.T @ other
         out[name] = float((value - other).norm() / (other.norm() + LR * other.numel() ** 0.5))
@@ -158,8 +158,12 @@ def test_the_same_in_every_mode(mode: str, name: str, found):
     alone = found("single")[0][name]
     assert len(alone["validated"]) == (modes.STEPS if reads_text(name) else 0)
     tolerance = 2e-5 if (mode, name) == ("selective", "simclr") else 1e-5
-    for process in found(mode):
+    for rank, process in enumerate(found(mode)):
         close(process[name], alone, tolerance, 1e-5)
+        exported = process[name]["exports"]
+        assert exported.keys() == (alone["exports"].keys() if rank == 0 else set())
+        away = distances(process[name], alone, "exports")
+        assert max(away.values(), default=0.0) < 1e-5, max(away, key=lambda key: away[key])
 
 
 @pytest.mark.slow
