@@ -62,7 +62,7 @@ def write(run: str | Path, target: Path | None = None) -> Path:
         else:
             parts.append(sample_map(recipe, exported, last, device))
     except DataError as error:  # the data were moved, or are on another machine
-        parts.append(f'<p class="soft">The pictures of patches and of neighbours are missing: {escape(str(error))}</p>')
+        parts.append(f'<p class="soft">The pictures of features are missing: {escape(str(error))}</p>')
     parts += [_objective_pictures(run), report_text.samples(read_rows(run / "samples.jsonl"))]
     parts += [curves(rows, scores), *folded_curves(rows), _rerun_section(run)]
     return page(target or run / "report.html", run.resolve().name, *parts, script=similarity_maps.SCRIPT)

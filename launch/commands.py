@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from common import output
-from common.errors import UserError
 from common.output import say
 from launch import cluster_commands, model_commands, shard_commands
-from launch.argument_types import NO_FILE, Overrides, RecipeName
+from launch.argument_types import NO_FILE, Overrides, RecipeName, check_file
 from launch.command_parser import Commands, HomePath
 
 
@@ -65,8 +64,7 @@ def report(
     ] = NO_FILE,
 ) -> None:
     """Write the report of a run, or a page that compares several runs: one HTML file that loads nothing else."""
-    if out and (not out.endswith(".html") or Path(out).is_dir()):
-        raise UserError(f"--out {out}: write the name of a file that ends in .html")
+    check_file("--out", out, ".html")
     if len(runs) > 1:
         from eval import report_comparison
 
@@ -173,6 +171,7 @@ COMMANDS: Commands = {
     "embed": model_commands.embed,
     "report": report,
     "export": model_commands.export,
+    "quantize": model_commands.quantize,
     "generate": model_commands.generate,
     "recipes": ("", {"": recipes, "show": recipes_show}),
     "plan": plan,

@@ -10,6 +10,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.output import say
 from eval.protocol_finder import protocols
+from launch.argument_types import check_file
 from launch.evaluate import request_for
 from pretrain.run_folder.export_folders import exports, run_of, student_exports
 from pretrain.run_folder.written_files import write_atomically
@@ -19,9 +20,8 @@ def compare(teacher: str, words: Sequence[str], json_file: str, html_file: str) 
     """`words`: students, names of protocols (default: knn), and options KEY=VALUE as for `unlabeled eval`. A run folder
     stands for the last exports of its students. Without data in the options, those of a run's recipe are used: of the
     run of the first student that belongs to one, or of the teacher's."""
-    for option, name, suffix in (("--json", json_file, ".json"), ("--html", html_file, ".html")):
-        if name and (not name.endswith(suffix) or Path(name).is_dir()):
-            raise UserError(f"{option} {name}: write the name of a file that ends in {suffix}")
+    check_file("--json", json_file, ".json")
+    check_file("--html", html_file, ".html")
     names = [word for word in words if word in protocols()]
     others = [one for word in words if "=" not in word and word not in names for one in _exports_of(word)]
     if not others:

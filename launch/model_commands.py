@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from common import output
+from common.errors import UserError
 from common.output import say
 from eval.protocol_finder import protocols as all_protocols
 from launch.argument_types import NO_FILE, ResultsFile, RunFolder
@@ -121,6 +122,43 @@ def export(
     from launch.export_checkpoint import export
 
     return export(Path(run), recipe, Path(target) if target else None, step, also)
+
+
+def quantize(
+    model: Annotated[str, "an exported folder (RUN/export/STEP)"],
+    protocols: Annotated[
+        Sequence[str], "PROTOCOL|key=value", "names of protocols (default: knn) and options, as for `eval`"
+    ] = (),
+    *,
+    samples: Annotated[int, "N", "number of images of the query on which the losses of layers are computed"] = 32,
+    reduce_range: Annotated[
+        bool, "weights of 7 bits, for x86 processors without VNNI, whose int8 products can overflow"
+    ] = False,
+) -> None:
+    """Write the encoder of an export with int8 weights, MODEL/model.int8.onnx, and compare it with the full one: scores,
+    size, speed, and which layers lose most."""
+    from launch.evaluate import request_for
+
+    if samples < 1:
+        raise UserError(f"--samples {samples}: write 1 or more")
+    request = request_for(model, [word for word in protocols if "=" in word])
+    if not request.query:
+        raise UserError("no data are named; write gallery=SHARDS query=SHARDS")
+    names = [word for word in protocols if "=" not in word] or ["knn"]
+    from eval import int8_scores
+
+    found = int8_scores.compare(
+        Path(model),
+        names,
+        request.gallery,
+        request.query,
+        request.image_size,
+        request.options,
+        request.cache,
+        samples,
+        reduce_range,
+    )
+    say(*int8_scores.lines(found), f"{model}/model.int8.onnx")
 
 
 def generate(

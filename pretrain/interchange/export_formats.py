@@ -7,7 +7,7 @@ timm          FOLDER/timm/         opened by timm.create_model("local-dir:FOLDER
 official      FOLDER/official.pth  tensors with the names of DINOv2's and DINOv3's own files
 torch         FOLDER/model.pt2     torch.export.load(…).module()(images) → (cls, tokens), for any batch size and the
                                    model's image size
-onnx          FOLDER/model.onnx    the same, for onnxruntime
+onnx          FOLDER/model.onnx    the same, for onnxruntime and TensorRT; of images of any batch, height and width
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -257,27 +258,54 @@ def _torch(folder: Path, partial: Path, encoder: Backbone, about: dict, images: 
 
 
 def _onnx(folder: Path, partial: Path, encoder: Backbone, about: dict, images: Tensor) -> tuple[str, Outputs | None]:
+    target = partial / "model.onnx"
+    write_onnx(encoder, images, target)
+    library = _import("onnxruntime")
+    if library is None:
+        return str(folder / target.name), None
+    session = library.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    session.run(None, {"images": images[:1].numpy()})
+    if has_free_size(encoder):
+        other = F.pad(images, (0, 2 * encoder.patch_size, 0, encoder.patch_size))
+        found = session.run(None, {"images": other.numpy()})
+        for ours, theirs in zip(PlainOutputs(encoder)(other), found, strict=True):
+            difference = float((ours - torch.from_numpy(theirs)).abs().max()) / max(1.0, float(ours.abs().max()))
+            if not difference <= TOLERANCE:
+                size = f"{other.shape[-2]} × {other.shape[-1]}"
+                raise UserError(f"{target.name}: gives other features for images of {size} pixels ({difference:.1e})")
+    cls, tokens = (torch.from_numpy(out) for out in session.run(None, {"images": images.numpy()}))
+    return str(folder / target.name), (cls, tokens)
+
+
+def has_free_size(encoder: Backbone) -> bool:
+    """Whether the ONNX file of an encoder takes images of any height and width; otherwise only the batch is free. timm's
+    networks, and models of clips and audio, are written for their own size."""
+    return str(encoder.cfg.reads) == "image" and not isinstance(encoder, timm_network.TimmNetwork)
+
+
+def write_onnx(encoder: Backbone, images: Tensor, target: Path) -> None:
+    """Write an encoder as ONNX: "images" → "cls", "tokens", with names for the sizes that are free. Raises UserError if
+    the packages are not installed."""
     if _import("onnxscript") is None or _import("onnx") is None:
         raise UserError("onnx: is not installed; run pip install 'unlabeled[onnx]'")
-    target = partial / "model.onnx"
+    sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if has_free_size(encoder):
+        height, width = (torch.export.Dim(name) for name in ("height", "width"))
+        if encoder.whole_patches:  # in patches
+            height, width = encoder.patch_size * height, encoder.patch_size * width
+        sizes |= {2: height, 3: width}
+        images = F.pad(images, (0, 2 * encoder.patch_size))  # equal sides would be taken for the same size
     torch.onnx.export(
         PlainOutputs(encoder).eval(),
         (images,),
         str(target),
         input_names=["images"],
         output_names=["cls", "tokens"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        dynamic_shapes={"images": sizes},
         dynamo=True,
         external_data=False,
         verbose=False,
     )
-    library = _import("onnxruntime")
-    if library is None:
-        return str(folder / target.name), None
-    session = library.InferenceSession(str(target), providers=["CPUExecutionProvider"])
-    session.run(None, {"images": images[:1].numpy()})
-    cls, tokens = (torch.from_numpy(out) for out in session.run(None, {"images": images.numpy()}))
-    return str(folder / target.name), (cls, tokens)
 
 
 # {export format: function that writes it to a temporary folder and opens it again; it returns (path, outputs or None)}

@@ -34,12 +34,14 @@ EXPORT_FORMAT_FILES: dict[str, tuple[str, ...]] = {  # {export format: the files
     "torch": ("model.pt2",),
     "onnx": ("model.onnx",),
 }
+INT8_FILES = ("model.onnx", "model.int8.onnx")  # of the temporary folder in which an int8 model is made
 EXPORT_TENSORS = "tensors.safetensors"  # what `Exported.tensors` of an objective names
 EXPORT_FILES = (
     *("config.json", "model.safetensors", EXPORT_TENSORS, "README.md", ".README.md", "preprocessor_config.json"),
     "video_preprocessor_config.json",
     *("tokenizer.json", "tokenizer_config.json"),
     *(file for files in EXPORT_FORMAT_FILES.values() for file in files),
+    *("model.int8.onnx", "int8.json", *(f".int8.partial/{file}" for file in INT8_FILES)),
     # a format is written to a temporary folder first
     *(f".{name}.partial/{file}" for name, files in EXPORT_FORMAT_FILES.items() for file in files),
 )

@@ -116,6 +116,7 @@ def test_a_teacher_and_its_students(
     [
         (["knn"], "no students are named"),
         (["STUDENT", "--json", "a.txt"], r"--json a.txt: write the name of a file that ends in .json"),
+        (["STUDENT", "--json", "/none/a.json"], "its folder does not exist"),
         (["log_mel"], "log_mel: reads recordings, but .* reads images"),
         (["STUDENT", "query=[]"], "no data are named"),
     ],

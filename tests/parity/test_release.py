@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,15 @@ def test_onnx(tmp_path: Path, name: str):
     export.write(tmp_path / "out", MODELS[name](), ABOUT, MEAN, STD)
     (line,) = export_formats.release(tmp_path / "out", ["onnx"])
     assert "model.onnx: opened again" in line
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    encoder, _ = weights.load_backbone(tmp_path / "out")
+    size = encoder.example().shape[-1]
+    for batch, height, width in ((1, size, size), (3, size, 2 * size), (2, 3 * size, size)):
+        images = torch.randn(batch, 3, height, width)
+        with torch.no_grad():
+            ours = export_formats.PlainOutputs(encoder)(images)
+        for mine, theirs in zip(ours, session.run(None, {"images": images.numpy()}), strict=True):
+            assert theirs.shape == mine.shape and np.abs(mine.numpy() - theirs).max() < 1e-4
 
 
 def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
