@@ -4,11 +4,14 @@
 
 It is solved by L-BFGS with a strong Wolfe line search, in fp64, on all features at once, which are read in chunks. C is
 chosen on a held-out part of the gallery, never on the query set; the regression is then solved on the whole gallery.
+With `save`, the solution and the encoder are written as an image classifier, which the protocol `classifier` scores,
+and from which fine-tuning can start.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +25,8 @@ from eval.features import Encoder
 from eval.knn import accuracies
 from eval.score_checks import is_at_edge
 from eval.text_features import TextEncoder
+from pretrain.interchange import export, model_card
+from pretrain.interchange.layouts.class_head import Classifier
 
 NEEDS = "labels"
 VERSION = 1
@@ -42,6 +47,7 @@ class Config(Section):
     iterations: int = option(1000, low=1)  # at most, for each C
     tolerance: float = option(1e-6, above=0)  # largest component of the gradient of the mean loss at which it ends
     seed: int = 0  # of the choice of the held-out part
+    save: str = ""  # a new folder for an export of the encoder with this classifier; empty: it is not kept
 
 
 def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cfg: Config) -> dict[str, float]:
@@ -49,13 +55,34 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     REMARKS: 1 if the remark applies}."""
     if not cfg.costs:
         raise UserError("logistic.costs = []: write one value of C or more")
+    if cfg.save and (not isinstance(encoder, Encoder) or encoder.unit != "images" or encoder.folder is None):
+        raise UserError(
+            f"logistic.save = {cfg.save}: {encoder.name} is no export of an image model; write logistic.save="
+        )
+    if cfg.save and Path(cfg.save).exists():
+        raise UserError(f"logistic.save = {cfg.save}: exists already; name a new folder, or delete it")
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
     features, classes, count = gallery_set.features, gallery_set.classes, len(gallery_set.names)
     cost, at_edge = choose_cost(features, classes, count, cfg, encoder.device)
     weight, bias, gradient = fit(features, classes, count, cost, cfg, encoder.device)
+    if cfg.save and isinstance(encoder, Encoder):
+        save(encoder, gallery, gallery_set.names, weight, bias, Path(cfg.save))
     predicted = predict(query_set.features, weight, bias)
     scores = accuracies(predicted, query_set.classes, query_set.names, gallery_set.names)
     return scores | {"cost": cost, "not_converged": gradient > cfg.tolerance, "at_edge": at_edge}
+
+
+def save(encoder: Encoder, gallery: list[str], names: list[str], weight: Tensor, bias: Tensor, folder: Path) -> None:
+    """Write the encoder's export with this classifier. Its classes are in the order of their numbers in the manifest of
+    the gallery."""
+    known = [name for manifest in encoder.check(gallery).manifests for name in manifest.manifest.classes]
+    order = sorted(range(len(names)), key=lambda n: known.index(names[n]) if names[n] in known else len(known))
+    classifier = Classifier(weight.T[order].float().cpu(), bias[order].float().cpu(), [names[n] for n in order])
+    assert encoder.folder is not None
+    backbone, facts = export.load(encoder.folder)
+    about = {"step": facts["step"], "objective": facts["objective"], "pool": encoder.pool}
+    export.write(folder, backbone, about, encoder.mean, encoder.std, classifier=classifier)
+    model_card.write(folder)
 
 
 def cost(cfg: Config, gallery: int, query: int, dim: int, classes: int, layers: int = 0) -> tuple[float, float]:

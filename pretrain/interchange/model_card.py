@@ -59,7 +59,9 @@ def _head(fields: dict[str, Any]) -> list[str]:
     else:
         summary = "A backbone trained without labels by `unlabeled`."
         if "id2label" in fields:
-            summary = "An image classifier, fine-tuned on labelled images by `unlabeled`."
+            summary = "An image classifier, trained on labelled images by `unlabeled`."
+        if "segmenter" in about:
+            summary = "A segmentation model, trained on images with masks by `unlabeled`."
         if "text" in about:
             summary = "An image model and a text model, trained on images and their captions by `unlabeled`."
         more = f" {_input(about)} Features are pooled by {about.get('pool', 'cls')}."

@@ -5,9 +5,10 @@
     loss = −Σ_v t_v log softmax(W f(x̃) + b)_v, mean over images;  f: the class token, or the mean of the patches
 
 The backbone starts from `init.backbone`. Learning rates that decrease from block to block are `optim.layer_decay`, drop
-path is `model.drop_path`, and a linear probe is `optim.freeze_backbone=STEPS`. With `lora`, the backbone is frozen, and
-its linear layers get trained low-rank updates (2106.09685), which are merged into the weights that are exported. The
-export is an image classifier. In the published code x' is the sample at the other end of a GPU's batch, and λ is one
+path is `model.drop_path`, and a linear probe is `optim.freeze_backbone=STEPS`. With `head_from`, W and b start from a
+classifier that was fitted to the same features (LP-FT, 2202.10054). With `lora`, the backbone is frozen, and its linear
+layers get trained low-rank updates (2106.09685), which are merged into the weights that are exported. The export is an
+image classifier. In the published code x' is the sample at the other end of a GPU's batch, and λ is one
 number for this batch; here they belong to pairs of samples, so that they do not depend on the number of GPUs.
 
 Shapes: B images, C channels, S pixels per side, D encoder width, V classes.
@@ -31,8 +32,10 @@ from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
 from data_pipeline.views.mixing import pair_numbers
 from data_pipeline.views.rand_augment import RandAugment, erased
+from pretrain.interchange.load_record import is_loading
+from pretrain.interchange.weight_sources import classifier_of, source_about
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
-from pretrain.objectives.options import Options
+from pretrain.objectives.options import Options, pool_of_backbone
 from pretrain.ops.low_rank import add_low_rank, merge_low_rank
 from pretrain.ops.precision import wide
 
@@ -42,17 +45,15 @@ def classes_of_data(facts: Facts) -> int | None:
     return facts.classes or None
 
 
-def pool_of_backbone(facts: Facts) -> str:
-    """the feature that the export of init.backbone states, otherwise cls"""
-    return facts.backbone().get("pool") or "cls"
-
-
 @dataclass
 class Config(Options):
     # V, the number of classes, whose labels are 0 to V − 1; auto: the number of names in the manifest of the shards
     classes: int | Literal["auto"] = option("auto", low=2, auto=classes_of_data)
     # the feature that is classified: the class token, or the mean of the patches; auto: what the export says
     pool: Literal["auto", "cls", "mean"] = option("auto", auto=pool_of_backbone)
+    # export whose classifier the head starts from, as `unlabeled eval … logistic logistic.save=FOLDER` writes it; empty:
+    # a new head
+    head_from: str = ""
     crop_scale: float = option(0.08, above=0, high=1)  # smallest share of the image's area in a random crop
     flip: float = option(0.5, low=0, high=1)  # probability of a horizontal flip
     # magnitude of RandAugment, from 0 to 10; 0: without it
@@ -94,6 +95,8 @@ class FineTune(Objective):
         self.head = nn.Linear(self.backbone.embed_dim, cfg.classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in the published code of both papers
         nn.init.zeros_(self.head.bias)
+        if cfg.head_from and is_loading():
+            start_head(self.head, cfg)
         if cfg.lora and not add_low_rank(self.backbone, cfg.lora, cfg.lora_alpha):
             raise ValueError(f"objective.lora = {cfg.lora}: this model has no linear layers; write objective.lora=null")
 
@@ -149,6 +152,22 @@ class FineTune(Objective):
     def exports(self) -> dict[str, Exported]:
         merged = partial(merge_low_rank, alpha=self.cfg.lora_alpha) if self.cfg.lora else None
         return {"model": Exported(self.backbone, self.cfg.pool, classifier=self.head, merged=merged)}
+
+
+@torch.no_grad()
+def start_head(head: nn.Linear, cfg: Config) -> None:
+    """Copy the classifier of the export `cfg.head_from`. Raises ConfigError if it has other classes or another feature."""
+    where, pool = f"objective.head_from = {cfg.head_from}", source_about(cfg.head_from)["pool"]
+    given = classifier_of(cfg.head_from)
+    if given.weight.shape != head.weight.shape:
+        raise ConfigError(
+            f"{where}: classifies {given.weight.shape[1]} features as {len(given.names)} classes, but this run"
+            f" {head.in_features} as {head.out_features}; name a classifier of this backbone and these classes"
+        )
+    if pool != cfg.pool:
+        raise ConfigError(f"{where}: reads the feature {pool}, but this run {cfg.pool}; write objective.pool={pool}")
+    head.weight.copy_(given.weight)
+    head.bias.copy_(given.bias)
 
 
 def swapped(x: Tensor) -> Tensor:

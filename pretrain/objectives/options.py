@@ -51,6 +51,11 @@ class Options(Section):
         `what`: a description of these samples for the message."""
 
 
+def pool_of_backbone(facts: Facts) -> str:
+    """the feature that the export of init.backbone states, otherwise cls"""
+    return facts.backbone().get("pool") or "cls"
+
+
 def network(name: str, **changes: Any) -> Any:
     """A field of a Config that holds a further model: the preset `name` with `changes`, unless the recipe sets it.
     `backbone("FIELD")` builds it.

@@ -88,6 +88,27 @@ def test_without_mixing_it_is_the_cross_entropy():
     assert logs["accuracy"] == (logits.argmax(1) == batch["label"]).float().mean()
 
 
+def test_segmentation_computes_its_formula():
+    """With bilinear weights of its own; some pixels have no class."""
+    mask = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (2, 32, 32)))
+    mask[0, :9], mask[1, :, 30:] = -100, -100
+    batch = {"image": normal(2, 3, 32, 32), "mask": mask}
+
+    def naive(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        side = 32 // model.backbone.patch_size
+        place = ((torch.arange(32).double() + 0.5) / model.backbone.patch_size - 0.5).clamp(0, side - 1)
+        weights = (1 - (place[:, None] - torch.arange(side)).abs()).clamp(min=0)  # [32, side]
+        total: Any = 0
+        for image, classes in zip(batch["image"], batch["mask"], strict=True):
+            maps = (model.backbone(image[None]).tokens[0] @ model.head.weight.T + model.head.bias).view(side, side, 3)
+            logits = torch.einsum("yi,xj,ijk->yxk", weights, weights, maps)
+            p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+            total = total - sum(p[..., k][classes == k].log().sum() for k in range(3))
+        return total / (batch["mask"] >= 0).sum()
+
+    agrees(made("finetune_segmentation", classes=3), batch, naive)
+
+
 @pytest.mark.parametrize(
     "kind", [{"mixup_alpha": 0.8}, {"mixup_alpha": 0.0, "cutmix_alpha": 1.0}], ids=["mixup", "cutmix"]
 )
@@ -345,6 +366,37 @@ def test_a_run_is_scored_on_every_held_out_image(shards: Path, tmp_path: Path):
     logits = found.features[0:48] @ head.weight.T + head.bias
     assert by_step[40] == pytest.approx(float((logits.argmax(1) == found.classes).double().mean()), abs=1e-6)
     assert "ForImageClassification" in (run / "export" / "40" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_head_starts_from_a_logistic_regression(shards: Path, tmp_path: Path):
+    """What `logistic.save` writes classifies as the regression does, also in transformers, and is the first head."""
+    start, saved = tmp_path / "start", tmp_path / "probe"
+    start = train(tiny_recipe("mae", shards, start, "steps=1", "model.patch_size=8")) / "export" / "1"
+    options = {"logistic": {"save": str(saved), "costs": [1.0]}}
+    rows = evaluate(start, ["logistic"], [str(shards)], [str(shards)], options=options, device="cpu")
+    again = evaluate(saved, ["classifier"], [], [str(shards)], device="cpu")
+    assert rows[0]["metric"] == again[0]["metric"] == "accuracy" and rows[0]["value"] == again[0]["value"]
+    head = classifier_of(saved)
+    assert head.names == ["china", "flower"] and head.weight.std() > 1e-3
+    cfg = tiny_recipe("finetune", shards, tmp_path / "run", f"objective.head_from={saved}", "objective.pool=mean")
+    objective: Any = build_objective(cfg, start=True)
+    assert torch.equal(objective.head.weight, head.weight) and torch.equal(objective.head.bias, head.bias)
+    assert not torch.equal(build_objective(cfg).head.weight, head.weight)  # a run that resumes does not read it
+    with pytest.raises(UserError, match=r"logistic.save = .*: exists already; name a new folder"):
+        evaluate(start, ["logistic"], [str(shards)], [str(shards)], options=options, device="cpu")
+    with pytest.raises(UserError, match=r"logistic.save = x: pixels is no export of an image model"):
+        evaluate("pixels", ["logistic"], [str(shards)], [str(shards)], options={"logistic": {"save": "x"}})
+    for wrong, text in (
+        (
+            "objective.classes=5 objective.pool=mean",
+            r"classifies 32 features as 2 classes, but this run 32 as 5; name a classifier of",
+        ),
+        ("objective.pool=cls", r"reads the feature mean, but this run cls; write objective.pool=mean"),
+    ):
+        cfg = tiny_recipe("finetune", shards, tmp_path / "run", f"objective.head_from={saved}", *wrong.split())
+        with pytest.raises(ConfigError, match=f"objective.head_from = .*: {text}"):
+            build_objective(cfg, start=True)
 
 
 def test_a_set_of_other_classes_is_refused(shards: Path, tmp_path: Path):

@@ -1,0 +1,118 @@
+"""Fine-tuning and LoRA against probes of the same frozen features, with the same labelled images, on the demo's textures.
+
+    python benchmarks/finetune.py FOLDER [--pretrain 210] [--steps 400]
+
+SimCLR is trained without labels on all training images, by the recipe `demo`. Of each of their textures twelve patches
+are labelled, from which each classifier learns, and four are held out. The demo's test images are of other textures.
+Everything is scored at 64 pixels. Fine-tuning starts from the logistic regression (LP-FT, arXiv 2202.10054).
+
+    finetune.{probe,logistic,full,lora}.accuracy        on the held-out patches of the same textures
+    finetune.{probe,logistic,full,lora}.new_textures    on the demo's test images
+    finetune.lora.parameters                            trained parameters, as a share of those of `full`
+
+probe: the grid of `linear`, over class tokens of several blocks and the mean of the patches. logistic: of the class token
+of the last block, which the fine-tuned classifiers read, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from learning import ENGINE, PROBE, SIZE
+from steps import emit
+
+from data_pipeline.build.build_shards import build
+from data_pipeline.build.demo_images import fetch
+from eval.run import evaluate
+from pretrain.build import build_objective
+from pretrain.recipes import recipe
+from pretrain.train import train
+
+LABELLED = 12  # patches of each texture, of sixteen
+COSTS = [1.0]  # C of the regression from which fine-tuning starts; a large one gives too confident logits
+TUNING = {
+    "full": ["optim.lr.value=2e-3"],
+    "lora": ["objective.lora=3", "optim.lr.value=1e-2", "optim.layer_decay=1"],
+}
+
+
+def split(images: Path, out: Path) -> None:
+    """Build the shards out/known and out/held_out from the demo's training images."""
+    for path in images.glob("*/*.png"):
+        part = "known" if int(path.stem.rpartition("-")[2]) < LABELLED else "held_out"
+        target = out / "images" / part / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            os.link(path, target)
+    for part in ("known", "held_out"):
+        if not (out / part).is_dir():
+            build(out / "images" / part, out / part)
+
+
+def accuracies(model: Path, name: str, known: Path, asked: dict[str, Path], **options: Any) -> dict[str, float]:
+    """{set of query images: accuracy by the protocol `name`}."""
+    found = {}
+    for key, query in asked.items():
+        given = {name: {k: v.format(key) if isinstance(v, str) else v for k, v in options.items()}}
+        rows = evaluate(model, [name], [str(known)], [str(query)], image_size=SIZE, options=given, device="cpu")
+        found[key] = next(row["value"] for row in rows if row["metric"] == "accuracy")
+    return found
+
+
+def show(name: str, scores: dict[str, float], versus: str) -> None:
+    for key, value in scores.items():
+        emit(f"finetune.{name}.{key}", value, "accuracy", versus)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pretrain", type=int, default=210, help="steps of SimCLR")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each fine-tuning")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder: Path = options.folder / "materials"
+    runs, seed = folder / "runs", f"seed={options.seed}"
+    fetch(folder / "images", "materials", lambda line: print(line, file=sys.stderr))
+    split(folder / "images" / "train", folder / "halves")
+    for part in ("train", "test"):
+        if not (folder / "shards" / part).is_dir():
+            build(folder / "images" / part, folder / "shards" / part)
+    known = folder / "halves" / "known"
+    asked = {"accuracy": folder / "halves" / "held_out", "new_textures": folder / "shards" / "test"}
+
+    start = runs / f"simclr-{options.pretrain}" / "export" / str(options.pretrain)
+    if not start.is_dir():
+        own = [f"steps={options.pretrain}", f"export={options.pretrain}", f"run={start.parents[1]}", "overwrite=true"]
+        train(recipe.load("demo", [*ENGINE, *own, f"data.train={folder / 'shards' / 'train'}"]))
+    show("probe", accuracies(start, "linear", known, asked, **PROBE["linear"]), "grid of frozen features")
+    heads = folder / f"heads-{time.time_ns()}"
+    heads.mkdir()
+    head = {"save": str(heads / "{}"), "costs": COSTS}
+    show("logistic", accuracies(start, "logistic", known, asked, **head), "frozen class token, C = 1")
+
+    trained: dict[str, int] = {}
+    for name, own in TUNING.items():
+        run = runs / f"finetune-{name}-{options.steps}-{options.seed}"
+        own = [*own, f"steps={options.steps}", f"export={options.steps}", f"checkpoint={options.steps}", seed]
+        own += [f"data.train={known}", f"init.backbone={start}", f"objective.head_from={heads / 'accuracy'}"]
+        cfg = recipe.load("finetune_cpu", [*ENGINE, *own, f"run={run}", "overwrite=true"])
+        begin = time.process_time()
+        train(cfg)
+        spent = f"{options.steps} steps, {time.process_time() - begin:.0f} CPU s"
+        show(name, accuracies(run / "export" / str(options.steps), "classifier", known, asked), spent)
+        trained[name] = sum(p.numel() for p in build_objective(cfg).parameters() if p.requires_grad)
+    emit("finetune.lora.parameters", trained["lora"] / trained["full"], "share", f"{trained['full']} of full")
+
+
+if __name__ == "__main__":
+    main()
