@@ -3,26 +3,22 @@
     0000007.jpg  0000007.mask.png     a PNG of class numbers, 8 or 16 bits (or .npy, integers [H, W])
     0000007.jpg  0000007.depth.png    a 16-bit PNG in units of `scale` metres (or .npy, floats [H, W] in metres)
 
-Shapes: H × W pixels of an image, C channels, S the side of a window.
+Shapes: H × W pixels of an image, C channels.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 
-import cv2
 import numpy as np
 
 from common.errors import Absent, Damaged, DataError
-from data_pipeline.formats.image_formats import IMAGE_MEMBERS, errors_as_damage
-from data_pipeline.formats.pillow_images import open_image
+from data_pipeline.formats.image_formats import IMAGE_MEMBERS
+from data_pipeline.formats.pixel_maps import read_map
 from data_pipeline.shards.samples import Samples
-from data_pipeline.views.augmentations import Rng, resize
 from eval.feature_cache import read_batches
 from eval.features import Encoder
 
-MASKS = ("mask.png", "seg.png", "mask.npy", "seg.npy")  # endings by which masks are found, the first one that is there
 DEPTHS = ("depth.png", "depth.npy")
 IGNORED = -1  # class of pixels that are not scored
 IMAGES = tuple(e for e in IMAGE_MEMBERS if e not in ("png", "npy"))
@@ -100,56 +96,6 @@ class Pairs:
             return self.read(number)
         except Damaged as reason:
             return reason
-
-
-def read_map(data: bytes, ending: str) -> np.ndarray:
-    """The numbers [H, W] in a PNG of one channel or a palette, or in a .npy file. Raises Damaged."""
-    if ending.rpartition(".")[2] == "npy":
-        with errors_as_damage():
-            values = np.load(io.BytesIO(data), allow_pickle=False)
-        if values.ndim != 2 or values.dtype.kind not in "uif":
-            raise Damaged(f"its map holds {values.dtype} {list(values.shape)}, but numbers [H, W] are read")
-        return values
-    with open_image(data) as image, errors_as_damage():
-        image.load()
-        mode, values = image.mode, np.asarray(image)
-    if mode not in ("1", "L", "P", "I", "I;16"):
-        raise Damaged(f"its map is a picture of {mode}, but one channel, or a palette, of numbers is read")
-    return values.astype(np.int32)
-
-
-# ---------------------------------------------------------------- views
-def resized(image: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """An image (bicubic, antialiased) and its map (nearest) resized to `shape`."""
-    values = values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
-    return resize(image, shape), cv2.resize(values, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-
-
-def short_side(image: np.ndarray, size: int) -> tuple[int, int]:
-    """(height, width) of an image whose short side is resized to `size`."""
-    height, width = image.shape[:2]
-    factor = size / min(height, width)
-    return max(size, round(height * factor)), max(size, round(width * factor))
-
-
-def random_crop(
-    image: np.ndarray, values: np.ndarray, size: tuple[int, int], zoom: tuple[float, float], fill: float, rng: Rng
-) -> tuple[np.ndarray, np.ndarray]:
-    """A training view: the image is scaled so that its short side is the shorter one of `size` times a factor in `zoom`;
-    a random crop of `size` is taken, and flipped with probability 0.5. Where the scaled image is smaller, the crop is
-    padded, with `fill` in the map. Returns (uint8 [C, *size], map [*size])."""
-    factor, top, left, flip = rng(0).random(4)
-    target = short_side(image, max(1, round(min(size) * (zoom[0] + (zoom[1] - zoom[0]) * factor))))
-    image, values = resized(image, values, target)
-    missing = [max(0, wanted - present) for wanted, present in zip(size, image.shape, strict=False)]
-    if any(missing):
-        image = np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)))
-        values = np.pad(values, ((0, missing[0]), (0, missing[1])), constant_values=fill)
-    y, x = (int(u * (have - want + 1)) for u, have, want in zip((top, left), image.shape, size, strict=False))
-    image, values = image[y : y + size[0], x : x + size[1]], values[y : y + size[0], x : x + size[1]]
-    if flip < 0.5:
-        image, values = image[:, ::-1], values[:, ::-1]
-    return np.ascontiguousarray(image.transpose(2, 0, 1)), np.ascontiguousarray(values)
 
 
 def whole_patches(size: int, patch: int, key: str) -> int:

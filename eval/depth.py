@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from common.config import Section, option
 from common.errors import DataError
 from data_pipeline.views.augmentations import Rng
+from data_pipeline.views.dense_views import random_crop
 from eval import probe_training
-from eval.dense_data import DEPTHS, Pairs, random_crop, whole_patches
+from eval.dense_data import DEPTHS, Pairs, whole_patches
 from eval.features import Encoder
 from eval.probe_training import Order
 from eval.segmentation import LinearHead, maps_of

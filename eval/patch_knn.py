@@ -17,7 +17,9 @@ from torch import Tensor
 
 from common.config import Section, option
 from common.errors import UserError
-from eval.dense_data import IGNORED, MASKS, Pairs, resized, whole_patches
+from data_pipeline.formats.pixel_maps import MASKS
+from data_pipeline.views.dense_views import resized
+from eval.dense_data import IGNORED, Pairs, whole_patches
 from eval.features import Encoder
 from eval.knn import nearest
 from eval.probe_training import tokens_of

@@ -20,7 +20,7 @@ from common.output import say
 from data_pipeline.parts.caption import Caption
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
-from eval.protocol_finder import CAPTIONS, CLASSES, IMAGES, LABELS, QUERY_LABELS, TOKENS, needs
+from eval.protocol_finder import CAPTIONS, CLASSES, IMAGES, LABELS, QUERY_LABELS, QUERY_MASKS, TOKENS, needs
 from eval.tiers import Task, tasks
 from pretrain.objectives import finder
 from pretrain.recipes.recipe import Recipe
@@ -28,7 +28,14 @@ from pretrain.run_folder.prepare import check_data
 from pretrain.run_folder.written_files import BEGUN
 from pretrain.signals import EXIT_UNSCORED
 
-NO_GALLERY = (QUERY_LABELS, CLASSES, CAPTIONS, TOKENS, IMAGES)  # what protocols need that only read the query
+NO_GALLERY = (
+    QUERY_LABELS,
+    QUERY_MASKS,
+    CLASSES,
+    CAPTIONS,
+    TOKENS,
+    IMAGES,
+)  # what protocols need that only read the query
 MAX_RESTARTS = 3  # of a scoring process that has died
 SCORED_ELSEWHERE = "UNLABELED_SCORED_ELSEWHERE"  # environment variable: not "" if other jobs score the exports
 

@@ -14,6 +14,7 @@ from common.errors import UserError, nearest
 
 LABELS = "labels"  # what a protocol needs that classifies labelled samples, of any kind
 QUERY_LABELS = "query_labels"  # what a protocol needs that fits nothing, so that it has no gallery
+QUERY_MASKS = "query_masks"  # masks, and no gallery
 TOKENS = "tokens"  # what a protocol for language models needs: a token set
 CLASSES = "classes"  # labels and the names of all classes, and no gallery: for a dual encoder of images and texts
 CAPTIONS = "captions"  # images with captions, and no gallery: for the same

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 from common.config import Section, option
 from common.errors import DataError
+from data_pipeline.formats.pixel_maps import MASKS
+from data_pipeline.views import dense_views
 from data_pipeline.views.augmentations import Rng, resize
+from data_pipeline.views.dense_views import random_crop, short_side
 from eval import probe_training
-from eval.dense_data import IGNORED, MASKS, Pairs, random_crop, short_side, whole_patches
+from eval.dense_data import IGNORED, Pairs, whole_patches
 from eval.features import Encoder
 from eval.probe_training import Order, cosine, dropped_channels, tokens_of
 
@@ -36,13 +39,19 @@ CLASS_CHUNK = 16  # classes whose logits have the size of the mask at once
 
 
 @dataclass
-class Config(Section):
+class Scored(Section):
+    """Which pixels are scored, and how an image is covered by windows."""
+
     member: str = ""  # ending of the masks; empty: mask.png, seg.png, or png beside a JPEG
-    classes: int | None = option(None, low=2)  # number of classes; null: the largest number in the gallery, plus 1
     ignore: list[int] = option(lambda: [255], low=0)  # numbers in masks of pixels that are not scored
     zero_is_void: bool = False  # number 0 is not scored either, and class n has the number n + 1, as in ADE20K
     size: int | None = option(None, low=1)  # side of a window in pixels; null: that of the model; DINOv3: 512
     stride: float = option(2 / 3, above=0, high=1)  # between two windows, as a share of the size; DINOv3: 341 of 512
+
+
+@dataclass
+class Config(Scored):
+    classes: int | None = option(None, low=2)  # number of classes; null: the largest number in the gallery, plus 1
     layers: int = option(1, low=1)  # number of last blocks whose patch features are concatenated
     steps: int = option(40_000, low=1)
     warmup: int = option(1500, low=0)  # steps; at most a tenth of all steps
@@ -79,31 +88,35 @@ def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> 
     size = window_size(encoder, cfg)
     classes = cfg.classes or count_classes(train_set, cfg)
     head = fit(encoder, train_set, classes, size, cfg)
-    confusion = torch.zeros(classes, classes, dtype=torch.long)
-    for pairs in test_set.read_all(test_set.numbers, 2):
-        for image, values in pairs:
-            logits = segment(encoder, head, image, size, max(1, round(cfg.stride * size)), cfg.layers)
-            confusion += confusion_of(upsampled_argmax(logits, values.shape), class_map(values, cfg), classes)
     return {
-        **scores(confusion),
-        "classes": classes,
-        "size": size,
+        **score(encoder, head, test_set, classes, size, cfg, cfg.layers),
         "gallery_count": len(train_set),
-        "count": len(test_set) - len(test_set.damaged),
         "left_out": len(train_set.damaged | {-1 - n for n in test_set.damaged}),
         "passed_over": train_set.passed_over + test_set.passed_over,
     }
 
 
-def window_size(encoder: Encoder, cfg: Config) -> int:
+def score(
+    encoder: Encoder, head: nn.Module, pairs: Pairs, classes: int, size: int, cfg: Scored, layers: int
+) -> dict[str, float]:
+    """{"miou", "pixel_accuracy", "classes", "size", "count"} of a head on all images."""
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    stride = max(1, round(cfg.stride * size))
+    for found in pairs.read_all(pairs.numbers, 2):
+        for image, values in found:
+            logits = segment(encoder, head, image, size, stride, layers)
+            confusion += confusion_of(upsampled_argmax(logits, values.shape), class_map(values, cfg), classes)
+    count = len(pairs) - len(pairs.damaged)
+    return {**scores(confusion), "classes": classes, "size": size, "count": count}
+
+
+def window_size(encoder: Encoder, cfg: Scored) -> int:
     return whole_patches(cfg.size or encoder.image_size, encoder.patch_size, "segmentation.size")
 
 
 def class_map(values: np.ndarray, cfg: Any) -> np.ndarray:
     """The classes of pixels, int32 [H, W]; IGNORED for those that are not scored."""
-    out = values.astype(np.int32) - int(cfg.zero_is_void)
-    out[np.isin(values, cfg.ignore) | (out < 0)] = IGNORED
-    return out
+    return dense_views.class_map(values, cfg.ignore, cfg.zero_is_void, IGNORED)
 
 
 def count_classes(pairs: Pairs, cfg: Any) -> int:

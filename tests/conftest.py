@@ -4,6 +4,7 @@ as a folder of two classes and as shards."""
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import operator
 import os
@@ -261,6 +262,8 @@ def data_of(name: str, shards: Path) -> list[str]:
     parts = finder.find(name).parts
     if any(isinstance(part, Caption) for part in parts.values()):
         return [f"data.train={captioned(shards)}", f"data.tokenizer={tokens(shards.parent)}"]
+    if "mask" in parts:
+        return [f"data.train={masked(shards)}"]
     if "clip" in parts:
         return [f"data.train={clips(shards.parent)}"]
     if any("flac" in part.extensions for part in parts.values()):
@@ -286,6 +289,30 @@ def captioned(shards: Path) -> Path:
         partial.mkdir()
         write_tar(partial / "000000.tar", members)
         index.write(partial, lambda line: None, extra={"classes": samples.manifests[0].manifest.classes})
+        partial.rename(target)
+    return target
+
+
+def masked(shards: Path) -> Path:
+    """The images of the shards, each with a mask: class 0 where it is dark, 1 elsewhere, 2 in its first row, and 255 in
+    its last one."""
+    from data_pipeline.shards.samples import Samples
+    from tests.tars import write_tar
+
+    target = shards.parent / "masked"
+    if not target.is_dir():
+        samples, members = Samples([str(shards)]), []
+        for number in range(len(samples)):
+            pixels, found = samples.image(number, 3), samples.read(number)
+            mask = (pixels.mean(2) > 100).astype(np.uint8)
+            mask[0], mask[-1] = 2, 255
+            encoded = io.BytesIO()
+            Image.fromarray(mask).save(encoded, "PNG")
+            members += [(f"{number:03d}.{e}", data) for e, data in found.items() if e not in ("cls", "json")]
+            members.append((f"{number:03d}.mask.png", encoded.getvalue()))
+        partial = shards.parent / "masked.partial"
+        partial.mkdir()
+        write_tar(partial / "000000.tar", members)
         partial.rename(target)
     return target
 

@@ -72,6 +72,8 @@ NOT_RUN = {  # the first words of a command, or one of its overrides -> why it i
     "unlabeled harness": "downloads its tasks; tests/eval/test_harness.py runs it on tasks of its own",
     "init.backbone=dinov3_vits16.pth": "those weights are not ours to keep; tests/parity/test_weights.py reads such files",
     "unlabeled shards index rooms/": "needs masks and depths; tests/eval/test_dense.py has such shards",
+    "data.train=rooms/train": "needs masks; tests/eval/test_dense.py trains on such shards",
+    "query=rooms/test": "needs masks and depths; tests/eval/test_dense.py has such shards",
     "gallery=rooms/train": "needs masks and depths; tests/eval/test_dense.py has such shards",
     "gallery=landmarks/all": "needs lists of positives; tests/eval/test_instance_retrieval.py has such shards",
     "group.field=site": "needs metadata; tests/eval/test_group.py has such shards",

@@ -22,7 +22,7 @@ from pretrain.interchange.layouts import class_head, preprocessors, transformers
 from pretrain.interchange.layouts import tokenizer_files as tokenizers
 from pretrain.interchange.layouts.class_head import PREFIX, Classifier
 from pretrain.interchange.layouts.transformers import State
-from pretrain.interchange.weight_sources import classifier_of, further_tensors
+from pretrain.interchange.weight_sources import classifier_of, further_tensors, segmenter_of
 from pretrain.models.layers import Backbone
 from pretrain.models.text_side import PREFIX as TEXT_SIDE
 from pretrain.models.text_side import TextSide
@@ -51,7 +51,8 @@ def write(
     `about`: further entries for the key `unlabeled` of config.json; for clips, "fps" among them. `mean`, `std`: the
     normalisation of the pixels in training. `state`: weights to write instead of those of `encoder`. `tokenizer`: the
     tokenizer.json of a text model. `further`: tensors to write to tensors.safetensors, see `Exported.tensors`.
-    `classifier`: a linear layer on the feature that `about["pool"]` names; the folder is then an image classifier.
+    `classifier`: a linear layer on the feature that `about["pool"]` names, or on each patch; the folder is then an image
+    classifier, or a segmentation model.
     `text_side`: see `Exported`; `state` has its tensors as well.
     """
     cfg: Any = encoder.cfg
@@ -121,7 +122,8 @@ def _changed_classifier(folder: Path, classifier: Classifier | None) -> list[str
     if classifier is None:
         return []
     try:
-        stored, state = classifier_of(folder), {"weight": classifier.weight, "bias": classifier.bias}
+        stored = segmenter_of(folder) if classifier.dense else classifier_of(folder)
+        state = {"weight": classifier.weight, "bias": classifier.bias}
     except UserError:
         return ["classifier"]
     changed = _different(state, {"weight": stored.weight, "bias": stored.bias})
@@ -186,7 +188,8 @@ def contents(one: Exported, state: State | None, run: Path | None) -> tuple[Stat
     if one.classifier is not None:
         weight, bias = (state[f"{PREFIX}{key}"].detach().cpu() for key in ("weight", "bias"))
         state = {key: value for key, value in state.items() if not key.startswith(PREFIX)}
-        classifier = Classifier(weight, bias, class_names(run, len(weight)))
+        names = [str(n) for n in range(len(weight))] if one.dense else class_names(run, len(weight))
+        classifier = Classifier(weight, bias, names, one.dense)
     return (one.merged(state) if one.merged else state), classifier
 
 

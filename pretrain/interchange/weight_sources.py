@@ -251,6 +251,14 @@ def classifier_of(folder: str | Path) -> Classifier:
     return class_head.find(Path(folder), read_fields(Path(folder)), tensors, width, source.about["pool"])
 
 
+def segmenter_of(folder: str | Path) -> Classifier:
+    """The linear layer on each patch in an export of `finetune_segmentation`. Raises UserError if there is none."""
+    with torch.device("meta"):
+        width = build_model(find_source(folder).cfg).embed_dim
+    tensors = further_tensors(folder) if (Path(folder) / EXPORT_TENSORS).is_file() else {}
+    return class_head.find_dense(Path(folder), tensors, width)
+
+
 def _indexed_files(index: Path) -> list[str]:
     """The names of the files that an index of tensors lists. Raises UserError if one is not in the folder of the
     index."""

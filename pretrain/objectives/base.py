@@ -52,6 +52,7 @@ class Exported:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     # a linear layer on this feature, whose outputs are the logits of classes; the export is then an image classifier
     classifier: nn.Linear | None = None
+    dense: bool = False  # whether it is applied to each patch instead; the export is then a segmentation model
     # makes the state dict that is exported from that of `backbone`, if the two differ
     merged: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     text_side: TextSide | None = None  # what makes a dual encoder of the backbone, in the same folder

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,23 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from common.errors import DataError, UserError
-from eval import dense_data, depth, patch_knn, segmentation
-from eval.dense_data import Pairs
+from common.errors import ConfigError, Damaged, DataError, UserError
+from data_pipeline.formats.pixel_maps import MASKS, read_map
+from data_pipeline.views.dense_views import random_crop
+from eval import depth, patch_knn, segmentation, segmenter
+from eval.dense_data import DEPTHS, Pairs
 from eval.features import Encoder
 from eval.run import evaluate
+from pretrain.build import build_objective
+from pretrain.checkpoint.load import load_model
+from pretrain.checkpoint.open_store import run_store
+from pretrain.checkpoint.store import checkpoint_name
+from pretrain.interchange import export
+from pretrain.interchange.weight_sources import segmenter_of
 from pretrain.models.layers import Features
+from pretrain.recipes.recipe import load
+from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.train import train
 from tests.tars import jpeg, write_tar
 
 COLORS = np.array([[30, 30, 30], [220, 40, 40], [40, 220, 40], [40, 40, 220]], np.uint8)  # of the classes
@@ -173,10 +185,10 @@ def test_image_and_map_stay_aligned():
     flips = set()
     for seed in range(6):
         draws = [np.random.default_rng([seed, k]) for k in range(2)]
-        out, cropped = dense_data.random_crop(image, values, (24, 40), (40 / 24, 40 / 24), -1, draws.__getitem__)
+        out, cropped = random_crop(image, values, (24, 40), (40 / 24, 40 / 24), -1, draws.__getitem__)
         assert out.shape == (3, 24, 40) and np.array_equal(out[0], cropped)
         flips.add(bool((np.diff(cropped[0]) == 0).any()))
-    padded, mask = dense_data.random_crop(image, values, (24, 40), (0.5, 0.5), -1, draws.__getitem__)
+    padded, mask = random_crop(image, values, (24, 40), (0.5, 0.5), -1, draws.__getitem__)
     assert padded.shape == (3, 24, 40) and (mask == -1).any() and not padded[:, mask == -1].any()
     assert (
         len({np.random.default_rng([seed, 0]).random(4)[3] < 0.5 for seed in range(6)}) == 2
@@ -185,16 +197,16 @@ def test_image_and_map_stay_aligned():
 
 def test_maps_are_read_as_they_are_stored():
     sixteen = np.array([[0, 1], [40_000, 65_535]], np.uint16)
-    assert dense_data.read_map(png(sixteen), "depth.png").tolist() == sixteen.tolist()
+    assert read_map(png(sixteen), "depth.png").tolist() == sixteen.tolist()
     palette = Image.fromarray(np.array([[3, 7]], np.uint8)).convert("P")
     out = io.BytesIO()
     palette.save(out, "PNG")
-    assert dense_data.read_map(out.getvalue(), "png").shape == (1, 2)
-    assert dense_data.read_map(npy(np.array([[0.5, 2]], np.float16)), "depth.npy").tolist() == [[0.5, 2]]
-    with pytest.raises(dense_data.Damaged, match="its map is a picture of RGB"):
-        dense_data.read_map(jpeg(), "png")
-    with pytest.raises(dense_data.Damaged, match=r"its map holds float64 \[2\]"):
-        dense_data.read_map(npy(np.zeros(2)), "npy")
+    assert read_map(out.getvalue(), "png").shape == (1, 2)
+    assert read_map(npy(np.array([[0.5, 2]], np.float16)), "depth.npy").tolist() == [[0.5, 2]]
+    with pytest.raises(Damaged, match="its map is a picture of RGB"):
+        read_map(jpeg(), "png")
+    with pytest.raises(Damaged, match=r"its map holds float64 \[2\]"):
+        read_map(npy(np.zeros(2)), "npy")
 
 
 # ---------------------------------------------------------------- scores
@@ -227,6 +239,53 @@ def test_patch_knn_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_fine_tuned_segmentation_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path):
+    """The head of the export is scored; without it, or with too few classes, an error says what to do."""
+    (gallery,), query = rooms
+    model = ["model=vit", "model.dim=32", "model.depth=1", "model.heads=2", "model.image_size=32", "model.patch_size=4"]
+    options = [
+        f"data.train={gallery}",
+        f"run={tmp_path / 'run'}",
+        "data.workers=0",
+        "log.flops=false",
+        "data.bad_share=0.1",
+    ]
+    options += ["steps=60", "optim.lr.value=1e-2", "optim.layer_decay=1", "threads=1", f"eval.test={query[0]}"]
+    cfg = load("finetune_segmentation_cpu", [*model, *options, "objective.classes=4"])
+    run = train(cfg)
+    rows = {(row["step"], row["metric"]): row for row in read_rows(run / "results.jsonl")}
+    assert rows[60, "miou"]["value"] > 0.8 > 0.4 > rows[0, "miou"]["value"]
+    assert (rows[60, "miou"]["count"], rows[60, "classes"]["value"]) == (8, 4)
+    assert "A segmentation model" in (run / "export" / "60" / "README.md").read_text()
+    head = segmenter_of(run / "export" / "60")
+    assert export.holds(run / "export" / "60", (objective := loaded(run)).exports()["model"], 60)
+    assert torch.equal(head.weight, objective.head.weight)
+    with pytest.raises(UserError, match="holds no classifier; name an export of a run of `finetune`"):
+        evaluate(run / "export" / "60", ["classifier"], [], query)
+    with pytest.raises(UserError, match="patches: has no segmentation head; name an export of a run of"):
+        segmenter.run(patches(tmp_path), [], query, segmenter.Config())
+    with pytest.raises(
+        DataError, match=r"a mask has the class 3, but objective.classes = 3, so that classes are 0 to 2"
+    ):
+        train(load("finetune_segmentation_cpu", [*model, *options, "objective.classes=3", "overwrite=true"]))
+    with pytest.raises(ConfigError, match=r"objective.classes = null: write objective.classes=NUMBER"):
+        build_objective(load("finetune_segmentation_cpu", [*model, *options]))
+    with pytest.raises(
+        ConfigError, match=r"objective.zoom_range = \[2.0, 1.0\]: write the smallest and the largest factor"
+    ):
+        train(
+            load("finetune_segmentation_cpu", [*model, *options, "objective.classes=4", "objective.zoom_range=[2,1]"])
+        )
+
+
+def loaded(run: Path) -> Any:
+    """The objective of a run with the weights of its last checkpoint."""
+    objective = build_objective(cfg := load(run))
+    load_model(run_store(run, cfg), checkpoint_name(60), objective)
+    return objective
+
+
+@pytest.mark.slow
 def test_depth_of_scenes(rooms: tuple[list[str], list[str]], tmp_path: Path):
     cfg = depth.Config(steps=200, rate=3e-2, batch=8, farthest=5.0)
     scores = depth.run(patches(tmp_path), *rooms, cfg)
@@ -251,11 +310,11 @@ def test_errors(rooms: tuple[list[str], list[str]], shards: Path, tmp_path: Path
         ("segmentation.member", "and no map for segmentation; put NAME.mask.png beside NAME.jpg"),
         ("depth.member", "and no map for depth"),
     ):
-        endings = dense_data.MASKS if "seg" in name else dense_data.DEPTHS
+        endings = MASKS if "seg" in name else DEPTHS
         with pytest.raises(DataError, match=re.escape(says)):
             Pairs(encoder, [str(shards)], "", endings, name)
     with pytest.raises(DataError, match="no shards are named for depth"):
-        Pairs(encoder, [], "", dense_data.DEPTHS, "depth.member")
+        Pairs(encoder, [], "", DEPTHS, "depth.member")
     with pytest.raises(
         DataError, match=re.escape("segmentation.size = 30: must be a multiple of the model's patch size 4")
     ):

@@ -18,6 +18,7 @@ from common.untrusted import schema_error
 from pretrain.interchange.layouts.transformers import State
 
 PREFIX = "classifier."  # of the tensors of a classifier, in every layout
+DENSE = "segmenter."  # of those of a linear layer on each patch, in a file of their own
 # {model_type: (class for classification, prefix of the tensors of its backbone, place of the linear layer)}
 CLASSES = {
     "dinov2": ("Dinov2ForImageClassification", "dinov2.", ""),
@@ -32,6 +33,7 @@ class Classifier(NamedTuple):
     weight: Tensor  # [V, D]
     bias: Tensor  # [V]
     names: list[str]
+    dense: bool = False  # whether it is applied to each patch
 
 
 def add(
@@ -39,8 +41,11 @@ def add(
 ) -> tuple[dict[str, Any], State, State]:
     """(fields of config.json, tensors of the model, tensors of a file of their own) of a backbone with a classifier,
     from those of the backbone. `pool`: the feature that it reads, the class token ("cls") or the mean of the patches
-    ("mean")."""
+    ("mean"). transformers has no class for a layer on each patch."""
     weight, kind = classifier.weight, fields["model_type"]
+    if classifier.dense:
+        stated = {"unlabeled": {**fields.get("unlabeled", {}), "segmenter": len(weight)}}
+        return fields | stated, tensors, {f"{DENSE}weight": weight, f"{DENSE}bias": classifier.bias}
     names = {
         "id2label": {str(n): name for n, name in enumerate(classifier.names)},
         "label2id": {name: n for n, name in enumerate(classifier.names)},
@@ -89,3 +94,15 @@ def find(where: Path, fields: dict[str, Any], tensors: State, width: int, pool: 
 
 def _keys(part: str) -> list[str]:
     return [f"{PREFIX}{place}{part}" for place in dict.fromkeys(place for _, _, place in CLASSES.values())]
+
+
+def find_dense(where: Path, tensors: State, width: int) -> Classifier:
+    """The linear layer on each patch among the further tensors of an export. `width`: D. Raises UserError if there is
+    none."""
+    weight, bias = (tensors.get(f"{DENSE}{part}") for part in ("weight", "bias"))
+    if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1] or weight.shape[1] != width:
+        raise UserError(
+            f"{where}: holds no segmentation head for {width} features; name an export of a run of"
+            " `finetune_segmentation`, RUN/export/STEP"
+        )
+    return Classifier(weight, bias, [str(n) for n in range(len(weight))], dense=True)
