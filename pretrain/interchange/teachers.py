@@ -21,12 +21,12 @@ from pretrain.models.layers import Backbone
 from pretrain.ops.heads import Lengths
 
 
-def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, Lengths]]:
+def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, Lengths, bool]]:
     """{name of a head: arguments of `PrototypeHead`} for the heads of the teacher in a checkpoint. Raises UserError if
     it lacks one, or if `where` is not a checkpoint."""
     shapes = checkpoint_tensors(where)[1] if find_source(where).layout == "checkpoint" else {}
     objective = checkpoint_recipe(where)["objective"] if shapes else {}
-    arguments: dict[str, tuple[int, int, int, int, Lengths]] = {}
+    arguments: dict[str, tuple[int, int, int, int, Lengths, bool]] = {}
     for name in ("dino_head", "ibot_head"):
         prefix = f"teacher.{name}."
         if f"{prefix}prototypes" not in shapes:
@@ -37,7 +37,8 @@ def head_arguments(where: str) -> dict[str, tuple[int, int, int, int, Lengths]]:
         (hidden, inputs), (count, bottleneck) = shapes[f"{prefix}mlp.0.weight"], shapes[f"{prefix}prototypes"]
         lengths: Lengths = "unit" if objective.get("unit_prototypes", True) else "unnormalised"
         lengths = "weight_norm" if f"{prefix}lengths" in shapes else lengths
-        arguments[name] = (inputs, hidden, bottleneck, count, lengths)
+        batch_norms = f"{prefix}mlp.1.running_mean" in shapes
+        arguments[name] = (inputs, hidden, bottleneck, count, lengths, batch_norms)
     return arguments
 
 

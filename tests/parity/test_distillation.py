@@ -245,17 +245,22 @@ def test_a_teacher_of_transformers(shards: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", ["true", "false"])
-def test_a_teachers_heads_are_those_of_its_run(shards: Path, tmp_path: Path, unit: str):
-    """Sizes of the heads, weights, and whether prototypes are normalised; the students' new heads are of the same
-    kind."""
+@pytest.mark.parametrize(("unit", "norms"), [("true", "true"), ("false", "false")])
+def test_a_teachers_heads_are_those_of_its_run(shards: Path, tmp_path: Path, unit: str, norms: str):
+    """Sizes of the heads, weights, batch norms, which use their running statistics, and whether prototypes are
+    normalised; the students' new heads are of the same kind."""
     options = ["objective.gram_teacher=none", "objective.gram_size=512", f"objective.unit_prototypes={unit}"]
+    options += [f"objective.head_norms={norms}"]
     options += ["objective.ibot_prototypes=32", "objective.ibot_hidden=48", "objective.ibot_bottleneck=16", "steps=1"]
     run = train(tiny_recipe("dinov3", shards, tmp_path / "run", *options))
     source = build_objective(tiny_recipe("dinov3", shards, tmp_path / "x", *options, f"init.run={run}"), start=True)
     teacher = ["objective.loss=prototypes", f"objective.teacher={run}"]
     model = build_objective(tiny_recipe("distillation", shards, tmp_path / "x", *teacher), start=True)
     x = normal(5, 32).float()
+    for module in source.teacher.modules():
+        if isinstance(module, BatchNorm):
+            module.batch_statistics = False
+    source.teacher.eval()
     for name in ("dino_head", "ibot_head"):
         expected, student = source.teacher[name](x), model.students["model"][name]
         assert torch.equal(model.teacher[name](x), expected)
