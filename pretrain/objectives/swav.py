@@ -26,7 +26,7 @@ from common.config import Facts, option, option_if
 from data_pipeline.parts.part import About
 from data_pipeline.views.multicrop import PART_OF, unmasked_crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import Crops
+from pretrain.objectives.options import Crops, small_data
 from pretrain.ops.gather import world
 from pretrain.ops.heads import MLPHead, Prototypes
 from pretrain.ops.precision import unit, wide
@@ -42,13 +42,21 @@ def clusters(facts: Facts) -> int:
     return min(3000, facts.batch + facts.section["queue_size"])
 
 
+def code_temperature(facts: Facts) -> float:
+    """0.025 with fewer than 100,000 samples, else 0.05."""
+    return 0.025 if small_data(facts) else 0.05
+
+
 @dataclass
 class Config(Crops):
     prototypes: int | Literal["auto"] = option(3000, low=2, auto=clusters)  # K
     head_hidden: int = option(2048, low=1)  # width of the head's hidden layer
     head_outputs: int = option(128, low=1)  # P, the width of z
+    # whether the head ends with a batch norm without parameters; auto: with fewer than 100,000 samples
+    last_norm: bool | Literal["auto"] = option(False, auto=small_data)
     temperature: float = option(0.1, above=0)  # τ, of the predictions
-    code_temperature: float = option(0.05, above=0)  # ε, of the assignments
+    # ε, of the assignments; auto: 0.025 with fewer than 100,000 samples, else 0.05
+    code_temperature: float | Literal["auto"] = option(0.05, above=0, auto=code_temperature)
     # Q, the images of earlier batches with which assignments are made: a multiple of data.batch; 0: none
     queue_size: int = option(0, low=0)
     # step from which the queue is used; it holds random vectors until queue_size / data.batch steps are over
@@ -76,7 +84,8 @@ class SwAV(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         self.backbone = backbone()
-        self.head = MLPHead(self.backbone.embed_dim, cfg.head_hidden, cfg.head_outputs)
+        widths = (self.backbone.embed_dim, cfg.head_hidden, cfg.head_outputs)
+        self.head = MLPHead(*widths, last_norm=cfg.last_norm)
         self.prototypes = Prototypes(cfg.head_outputs, cfg.prototypes)
         size = cfg.queue_size
         self.queues = nn.ModuleList(Queue(size, cfg.head_outputs) for _ in range(GLOBAL if size else 0))

@@ -64,7 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "byol": {**SMALL, "momentum": Schedule(0.9)},
     "moco": {**SMALL, "queue_size": 8, "momentum": Schedule(0.9)},
     "moco_v3": {**SMALL, "momentum": Schedule(0.9)},
-    "swav": {**SMALL, **CROPS, "prototypes": 7, "queue_size": 8, "queue_start": 1},
+    "swav": {**SMALL, **CROPS, "last_norm": True, "prototypes": 7, "queue_size": 8, "queue_start": 1},
     "lejepa": {**SMALL, **CROPS, "normality_weight": 0.3, "directions": 5, "knots": 9},
     "dino": {**CROPS, "head_hidden": 12, "head_bottleneck": 6, "prototypes": 7, "momentum": Schedule(0.9)},
     "ijepa": {"predictor_dim": 16, "predictor_depth": 2, "predictor_heads": 2, "momentum": Schedule(0.9)},
@@ -250,13 +250,16 @@ def naive_lejepa(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def naive_dino_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """2104.14294, eqs. 1 and 3: teacher outputs are centred, then sharpened."""
+    """2104.14294, eqs. 1 and 3: teacher outputs are centred, then sharpened, or assigned by Sinkhorn-Knopp."""
     teacher, student, count = model.teacher, model.student, len(batch["global"])
     crops = batch["global"].flatten(0, 1)
     with torch.no_grad():
         outputs = [teacher["head"](x[None])[0] for x in encode(teacher["backbone"], crops)]
-        p = torch.stack([((t - model.center.mean) / 0.04).exp() for t in outputs])
-        p = (p / p.sum(1, keepdim=True)).view(count, 2, -1)
+        if model.center is None:
+            p = naive_sinkhorn(torch.stack(outputs), 0.04).view(count, 2, -1)
+        else:
+            p = torch.stack([((t - model.center.mean) / 0.04).exp() for t in outputs])
+            p = (p / p.sum(1, keepdim=True)).view(count, 2, -1)
     s = [
         torch.stack([student["head"](x[None])[0] for x in encode(student["backbone"], c)])
         for c in (crops, batch["local"].flatten(0, 1))
@@ -412,6 +415,12 @@ def agrees(
 @pytest.mark.parametrize("name", NAIVE)
 def test_it_computes_its_paper(name: str):
     agrees(made(name), batch_of(name), NAIVE[name])
+
+
+def test_dino_with_sinkhorn():
+    model = made("dino", centering="sinkhorn")
+    agrees(model, batch_of("dino"), naive_dino_loss)
+    assert model.is_coupled() and not made("dino").is_coupled()
 
 
 def test_swav_with_its_queue():
