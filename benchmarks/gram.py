@@ -139,16 +139,20 @@ class Scorer:
         return float(torch.stack(correlations).mean())
 
     def separation(self, path: Path) -> float:
-        """Area under the ROC curve with which the similarities of a patch distinguish its own image of a mosaic from
-        the three others, mean over patches."""
-        areas = []
-        for similarity, materials in zip(self.similarities(path), self.materials, strict=False):
-            same = materials.unsqueeze(1) == materials  # [256, 256], whether two patches are of the same image
-            ranks = similarity.argsort(1).argsort(1).float() + 1  # the rank of a patch with itself is 256
-            positives = same.sum(1) - 1  # without the patch itself
-            rank_sum = (ranks * same).sum(1) - 256
-            areas.append(((rank_sum - positives * (positives + 1) / 2) / (positives * (255 - positives))).mean())
-        return float(torch.stack(areas).mean())
+        """`separation` of an export, mean over mosaics."""
+        pairs = zip(self.similarities(path), self.materials, strict=False)
+        return float(torch.stack([separation(*pair) for pair in pairs]).mean())
+
+
+def separation(similarity: Tensor, materials: Tensor) -> Tensor:
+    """Area under the ROC curve with which the similarities [N, N] of a patch distinguish its own image of a mosaic from
+    the three others, mean over patches. `materials` [N]: label numbers."""
+    count = len(materials)
+    same = materials.unsqueeze(1) == materials  # [N, N], whether two patches are of the same image
+    ranks = similarity.argsort(1).argsort(1).float() + 1  # the rank of a patch with itself is N
+    positives = same.sum(1) - 1  # without the patch itself
+    rank_sum = (ranks * same).sum(1) - count
+    return ((rank_sum - positives * (positives + 1) / 2) / (positives * (count - 1 - positives))).mean()
 
 
 def picture(scorer: Scorer, folders: dict[str, Path], target: Path, rows: int = 5) -> None:
