@@ -123,8 +123,10 @@ def log_share_of_partners(facts: Facts) -> float:
 
 
 def sinkhorn_temperature(facts: Facts) -> Schedule:
-    """0.025 with fewer than 100,000 samples, else as `temperature`: Sinkhorn-Knopp in small batches makes assignments
-    nearly uniform at higher temperatures."""
+    """0.025 with fewer than 100,000 samples, else as `temperature`.
+
+    At higher temperatures, the assignments of Sinkhorn-Knopp are nearly uniform in the first hundred steps.
+    """
     return Schedule(0.025) if small_data(facts) else temperature(facts)
 
 
