@@ -50,6 +50,7 @@ from steps import LIGHTLY, emit
 from common.errors import ConfigError
 from data_pipeline.build.build_shards import build
 from data_pipeline.build.demo_images import fetch
+from data_pipeline.parts.label import Label
 from eval.run import evaluate
 from pretrain.build import build_objective, build_stream, open_samples, placed
 from pretrain.interchange.export import load as load_export
@@ -110,7 +111,8 @@ def load(name: str, *overrides: str, network: str = "vit") -> recipe.Recipe:
 def seconds_of_a_step(cfg: recipe.Recipe) -> float:
     """CPU seconds of a training step, with its data."""
     samples = open_samples(cfg)
-    defaults.settle(cfg, sum(map(len, samples)))
+    classes = len(Label().about(samples, cfg.model)["classes"])
+    defaults.settle(cfg, sum(map(len, samples)), classes=classes)
     objective = build_objective(cfg, start=True)
     engine, guard = Engine(objective, cfg, CPU), Guard(objective, cfg.skip, CPU)
     stream = build_stream(cfg, objective, samples)
