@@ -65,7 +65,7 @@ def compare(
 ) -> list[Compared]:
     """One entry for each model; the first one is the teacher. The arguments are those of `eval.run.evaluate`. Raises
     UserError or DataError for a model or data that cannot be scored."""
-    encoders, all_rows = [], []
+    encoders, all_rows = list[Any](), []
     for model in models:
         encoder, facts, chosen = configured(model, names, image_size, options, device, cache)
         if encoders and encoder.unit != encoders[0].unit:
@@ -79,26 +79,27 @@ def compare(
         )
     sets = [_features(encoder, list(query)) for encoder in encoders]
     times = measure(encoders)
-    out = []
+    out = list[Compared]()
     for n, (model, encoder, rows) in enumerate(zip(models, encoders, all_rows, strict=True)):
         scores: dict[str, dict[str, float]] = {}
         for row in rows:
             scores.setdefault(row["protocol"], {})[row["metric"]] = row["value"]
         similarity, count = _similarity(sets[0], sets[n], encoder.device)
         tensors = _tensors(encoder.backbone)
-        facts = Compared(
+        entry = Compared(
             model,
             sum(t.numel() for t in tensors),
             round(sum(t.numel() * t.element_size() for t in tensors) / 1e6, 3),
             getattr(encoder, "image_size", None),
-            *(round(value, 3) for value in times[n]),
+            round(times[n][0], 3),
+            round(times[n][1], 3),
             round(similarity, 6),
             count,
             scores,
             _kept(out[0].scores if out else scores, scores),
             list(dict.fromkeys(row["note"] for row in rows if row.get("note"))),
         )
-        out.append(facts)
+        out.append(entry)
     return out
 
 
@@ -130,11 +131,11 @@ def _features(encoder: Any, query: list[str]) -> Labelled:
 def _similarity(teacher: Labelled, student: Labelled, device: torch.device) -> tuple[float, int]:
     """(CKA, number of samples) of the samples that both have read."""
     _, of_teacher, of_student = np.intersect1d(teacher.numbers, student.numbers, return_indices=True)
-    rows = [
+    x, y = (
         Subset(each.features, torch.from_numpy(numbers))
         for each, numbers in ((teacher, of_teacher), (student, of_student))
-    ]
-    return cka(*rows, device=device if device.type == "cuda" else "cpu"), len(of_teacher)
+    )
+    return cka(x, y, device=device if device.type == "cuda" else "cpu"), len(of_teacher)
 
 
 def measure(encoders: Sequence[Any]) -> list[tuple[float, float]]:
@@ -171,10 +172,10 @@ def short_names(models: Sequence[str]) -> list[str]:
 
 def table(compared: Sequence[Compared]) -> list[str]:
     """Lines of text, with a column for each protocol."""
-    head = ["", "parameters", "MB", "ms", f"{'samples/s'}", "CKA", *map(_column, _protocols(compared))]
+    head = ["", "parameters", "MB", "ms", "samples/s", "CKA", *map(_column, _protocols(compared))]
     cells = [head]
     for name, one in zip(short_names([each.model for each in compared]), compared, strict=True):
-        cells.append([name, *(_values(one)), *(_score(one, protocol) for protocol in _protocols(compared))])
+        cells.append([name, *_values(one), *(_score(one, protocol) for protocol in _protocols(compared))])
     notes = dict.fromkeys(f"note: {note}" for one in compared for note in one.notes)
     return [*output.columns(cells, [12, 12, 8, 8, 11, 7, *[20] * len(_protocols(compared))]), *notes]
 

@@ -113,7 +113,7 @@ def config_class(name: str, where: str = "") -> tuple[type[Options], dict]:
 def _imported_configs(body: list[ast.stmt]) -> dict[str, type[Options]]:
     """{name in the file: class} of each `from pretrain.objectives.NAME import Config [as …]`, which is not executed,
     because that module imports torch."""
-    found = {}
+    found = dict[str, type[Options]]()
     for node in body:
         package, _, other = (getattr(node, "module", None) or "").rpartition(".")
         if isinstance(node, ast.ImportFrom) and package == "pretrain.objectives" and other not in OTHER_FILES:
