@@ -21,6 +21,7 @@ import torch
 
 from common import output
 from common.errors import UserError
+from common.untrusted import is_number
 from eval import pictures
 from eval.cka import cka
 from eval.feature_cache import Labelled
@@ -165,7 +166,7 @@ def short_names(models: Sequence[str]) -> list[str]:
     parts = [[part for part in Path(model).parts if part != "export"] or [model] for model in models]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
-        if len({*names}) == len({*models}) and not any(name.isdecimal() for name in names):
+        if len({*names}) == len({*models}) and not any(map(is_number, names)):
             return names
     return list(models)
 

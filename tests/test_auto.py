@@ -69,14 +69,14 @@ def test_values_are_said_stored_and_kept(shards: Path, tmp_path: Path, objective
     run = train(tiny_recipe(objective, shards, tmp_path / "run", *overrides))
     said = (run / "log.txt").read_text()
     for key in (
-        "objective.momentum = 0.95 → 1",
-        "objective.teacher_temperature = 0.04 → 0.05 over 1 steps",
+        "objective.momentum = 0.5 → 0.5",
+        "objective.teacher_temperature = 0.025 (auto",
         "model.drop_path = 0.0",
         "optim.lr.warmup = 1.0",
     ):
         assert key in said, said
     stored = recipe.load(run)
-    assert vars(stored.objective)["momentum"].value == pytest.approx(0.95)
+    assert vars(stored.objective)["momentum"].value == pytest.approx(0.5)
     still_auto = re.findall(r"(\w+): auto\b", (run / "recipe.yaml").read_text())
     assert set(still_auto) <= {"device", "start_method", "attention"}  # what each machine decides for itself
     again = tiny_recipe(objective, shards, tmp_path / "run", *overrides)

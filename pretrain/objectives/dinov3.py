@@ -77,7 +77,7 @@ class Config(PrototypeHeads):
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
         gram = {"objective.gram_teacher": "ema", "objective.gram_size": 64}
-        return [{**super().tiny()[0], **gram, "objective.koleo_group": 4, "objective.head_norms": True}]
+        return [{**super().tiny()[0], **gram, "objective.koleo_group": 4}]
 
 
 class DINOv3(Objective):

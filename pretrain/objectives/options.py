@@ -127,7 +127,7 @@ def sinkhorn_temperature(facts: Facts) -> Schedule:
 
     At higher temperatures, the assignments of Sinkhorn-Knopp are nearly uniform in the first hundred steps.
     """
-    return Schedule(0.025) if small_data(facts) else temperature(facts)
+    return Schedule(0.025, steps=facts.steps) if small_data(facts) else temperature(facts)
 
 
 # ---------------------------------------------------------------- options that methods share

@@ -339,6 +339,7 @@ def test_everything_that_a_run_and_its_exports_write_is_listed(name: str, shards
         listed = {file for file in EXPORT_FILES if ".partial" not in file and file[0] != "."}
         written = {path.removeprefix("export/4/") for path in there if path.startswith("export/4/")}
         of_others = {"tensors.safetensors", "tokenizer.json", "tokenizer_config.json", "video_preprocessor_config.json"}
+        of_others |= {"model.int8.onnx", "int8.json"}  # of `quantize`: tests/eval/test_int8.py
         assert written == listed - of_others
     prepare(tiny_recipe(name, shards, run, *SIZE, *OPTIONS[name], *more, "overwrite=true"))
     assert set(files(run)) == {"recipe.yaml", ".run.json"}
