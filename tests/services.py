@@ -65,7 +65,8 @@ class ObjectStore:
                 client = self.client()
                 if BUCKET not in {b["Name"] for b in client.list_buckets().get("Buckets", [])}:
                     client.create_bucket(Bucket=BUCKET)
-                client.put_object(Bucket=BUCKET, Key=".ready", Body=b"")
+                # not empty: with its first byte the store makes its volumes, for which it needs seconds if it is busy
+                client.put_object(Bucket=BUCKET, Key=".ready", Body=b"ready")
                 return self
             except Exception as error:
                 if self.process.poll() is not None or time.monotonic() > end:
