@@ -48,9 +48,8 @@ class Compared:
     cka: float  # of its pooled features with those of the teacher
     cka_samples: int  # of the query, that both models can read
     scores: dict[str, dict[str, float]]  # {protocol: {metric: value}}
-    kept: dict[
-        str, float
-    ]  # {protocol: share of the teacher's main score; for errors, of the teacher's error in its own}
+    # {protocol: share of the teacher's main score; for errors, of the teacher's error in its own}
+    kept: dict[str, float]
     notes: list[str]
 
 

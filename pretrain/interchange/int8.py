@@ -32,9 +32,8 @@ class LayerLoss:
     layer: str  # its name in the backbone
     own: float  # relative error of its output for the true input: ‖int8 − fp32‖ / ‖fp32‖
     features: float  # relative error of the model's features if only this layer is int8
-    outliers: (
-        float  # largest input / root of the mean square of its inputs: a large one leaves few steps for the others
-    )
+    # largest input / root of the mean square of its inputs: a large one leaves few steps for the others
+    outliers: float
 
 
 def quantize(folder: Path, encoder: Backbone, reduce_range: bool = False) -> Path:
