@@ -6,8 +6,9 @@
     after each step: teacher ← m·teacher + (1 − m)·student;   C ← m_c·C + (1 − m_c)·(mean of g_t(x))      (eq. 4)
 
 The centre C keeps one output from dominating, the low temperature τ_t of the teacher keeps the outputs from becoming
-uniform. The head ends with weight-normed prototypes of length 1; `optim.freeze_last_layer` keeps them fixed in the
-first epoch. As published, batch norms of a ResNet teacher normalise by the teacher's own batch.
+uniform. With `centering: sinkhorn`, P_t is instead assigned by Sinkhorn-Knopp over the batch (§5.1). The head ends with
+weight-normed prototypes of length 1; `optim.freeze_last_layer` keeps them fixed in the first epoch. As published, batch
+norms of a ResNet teacher normalise by the teacher's own batch.
 
 Shapes: B images, G = 2 global and L local crops each, D width, K prototypes.
 """
@@ -43,7 +44,7 @@ from pretrain.ops.sinkhorn import sinkhorn
 
 
 def centering(facts: Facts) -> str:
-    """ "sinkhorn" with fewer than 100,000 samples, else "mean"."""
+    """Sinkhorn-Knopp with fewer than 100,000 samples, else the centre."""
     return "sinkhorn" if small_data(facts) else "mean"
 
 

@@ -35,7 +35,8 @@ class BatchNorm(_BatchNorm):
         if self.training:
             self.num_batches_tracked.add_(1)
         with torch.autocast(x.device.type, enabled=False):
-            if world()[1] == 1 or not self.training:
+            # PyTorch's operation refuses a batch without samples, such as masked patches where no crop is masked.
+            if not self.training or (world()[1] == 1 and len(x)):
                 return self._in_one_process(x)
             return self._over_processes(wide(x)).to(x.dtype)
 
@@ -49,14 +50,16 @@ class BatchNorm(_BatchNorm):
         reduced_dims = [0, *range(2, x.ndim)]  # all but the channels
         count = torch.full((1,), float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
         totals = all_reduce(torch.cat([x.sum(reduced_dims), count]))  # [C + 1]
-        n = totals[-1].detach()
+        n = totals[-1].detach().clamp_min(1)
+        momentum = self.momentum * (totals[-1].detach() > 0).to(self.running_mean.dtype)  # 0 without any sample
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean = totals[:-1] / n  # [C]
         centred = x - mean.view(shape)
         variance = all_reduce(centred.square().sum(reduced_dims)) / n  # [C]
         with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * (n / (n - 1))).to(self.running_var.dtype), self.momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            unbiased = (variance * (n / (n - 1).clamp_min(1))).to(self.running_var.dtype)
+            self.running_var.lerp_(unbiased, momentum.to(self.running_var.dtype))
         scale = (variance + self.eps).rsqrt()
         if self.weight is None:
             return centred * scale.view(shape)

@@ -294,6 +294,15 @@ def test_prototype_head(lengths: str, norms: bool):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_head_with_batch_norms_without_rows():
+    """A batch in which no crop is masked: no row, gradients of 0, and running statistics that stay as they are."""
+    head = PrototypeHead(6, 8, 5, 7, batch_norms=True)
+    loss = head(torch.zeros(0, 6), torch.zeros(0, 7), 0.1, torch.zeros(0))
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in head.parameters())
+    assert not head.mlp[1].running_mean.any() and head.mlp[1].running_var.eq(1).all()
+
+
 def test_prototypes_with_trained_lengths_are_torchs_weight_norm():
     """Their lengths are 1 at first, and a step changes length and direction as it changes torch's."""
     head = noise(PrototypeHead(6, 8, 5, 7, "weight_norm"), 0).double()

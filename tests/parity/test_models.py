@@ -546,3 +546,9 @@ def test_batch_norm_takes_weights_gathered_in_bf16(training: bool):
     assert norm.num_batches_tracked == plain.num_batches_tracked == int(training)
     out = norm(x.bfloat16())
     assert out.dtype == torch.bfloat16 and torch.allclose(out.float(), expected, atol=0.05)
+
+
+def test_initial_weights_have_their_std():
+    vit = build_model(families.ViT(image_size=32, patch_size=4, dim=96, depth=1, heads=3, initial_std=0.05))
+    found = [vit.blocks[0].attn.qkv.weight, vit.blocks[0].mlp.fc1.weight, vit.pos_embed]
+    assert [float(weight.detach().std()) for weight in found] == pytest.approx([0.05] * 3, rel=0.05)
