@@ -35,8 +35,7 @@ class BatchNorm(_BatchNorm):
         if self.training:
             self.num_batches_tracked.add_(1)
         with torch.autocast(x.device.type, enabled=False):
-            # PyTorch's operation refuses a batch without samples, such as masked patches where no crop is masked.
-            if not self.training or (world()[1] == 1 and len(x)):
+            if world()[1] == 1 or not self.training:
                 return self._in_one_process(x)
             return self._over_processes(wide(x)).to(x.dtype)
 
@@ -50,7 +49,7 @@ class BatchNorm(_BatchNorm):
         reduced_dims = [0, *range(2, x.ndim)]  # all but the channels
         count = torch.full((1,), float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
         totals = all_reduce(torch.cat([x.sum(reduced_dims), count]))  # [C + 1]
-        n = totals[-1].detach().clamp_min(1)
+        n = totals[-1].detach().clamp_min(1)  # no sample on any rank: such as masked patches where no crop is masked
         momentum = self.momentum * (totals[-1].detach() > 0).to(self.running_mean.dtype)  # 0 without any sample
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean = totals[:-1] / n  # [C]

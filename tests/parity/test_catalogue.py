@@ -425,6 +425,7 @@ def test_dino_with_sinkhorn():
 
 def test_swav_with_its_queue():
     model = made("swav")
+    assert isinstance(model.head[-1], BatchNorm) and model.head[-1].weight is None  # `last_norm`
     assert not torch.allclose(naive_swav(model, batch_of("swav")), naive_swav(model, batch_of("swav"), queue=True))
     agrees(model, batch_of("swav"), lambda *args: naive_swav(*args, queue=True), step=1)
 

@@ -36,6 +36,7 @@ from pretrain.ops.koleo import koleo
 from pretrain.ops.patchify import complement, patchify, unpatchify
 from pretrain.ops.self_distillation import dino_terms, ibot_term
 from pretrain.ops.sinkhorn import sinkhorn
+from pretrain.ops.sync_norm import BatchNorm
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -294,8 +295,11 @@ def test_prototype_head(lengths: str, norms: bool):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_head_with_batch_norms_without_rows():
+@pytest.mark.parametrize("over_processes", [False, True])
+def test_a_head_with_batch_norms_without_rows(over_processes: bool, monkeypatch: pytest.MonkeyPatch):
     """A batch in which no crop is masked: no row, gradients of 0, and running statistics that stay as they are."""
+    if over_processes:  # the formula for several processes, in one
+        monkeypatch.setattr(BatchNorm, "_in_one_process", BatchNorm._over_processes)
     head = PrototypeHead(6, 8, 5, 7, batch_norms=True)
     loss = head(torch.zeros(0, 6), torch.zeros(0, 7), 0.1, torch.zeros(0))
     loss.backward()
