@@ -11,7 +11,7 @@ WORKERS ?= $(shell nproc)
 SPACE := $(shell [ "$$(id -u)" = 0 ] || { unshare -rm true 2>/dev/null && echo unshare -rm; })
 SPREAD := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo slurm browser trackio test test-quick test-matrix test-gpu lint docs bench clean
+.PHONY: demo slurm browser trackio eva test test-quick test-matrix test-gpu lint docs bench clean
 demo: $(READY_DEMO)
 	$(BIN)/unlabeled demo
 
@@ -41,11 +41,20 @@ trackio: $(READY)
 	@[ -d .venv/trackio ] || $(PIP) --no-deps --target .venv/trackio trackio==0.43.0 gradio-client==2.7.2 orjson==3.13.0 \
 	  python-multipart==0.0.34 brotli==1.2.1 || echo "tests of Trackio will be SKIPPED: it cannot be installed"
 
+# install eva, for tests/eval/test_eva_model.py, in a folder of its own and without the packages that are installed
+# already; jsonargparse 4.53 does not accept eva's configs
+eva: $(READY)
+	@[ -d .venv/eva ] || $(PIP) --no-deps --target .venv/eva kaiko-eva==0.4.5 lightning==2.6.6 jsonargparse==4.40.0 \
+	  loguru==0.7.3 toolz==1.2.0 tenacity==9.2.1 pyzipper==0.4.0 pycryptodomex==3.24.2 nibabel==5.4.2 h5py==3.16.0 \
+	  scikit-image==0.26.0 lazy_loader==0.6 imageio==2.38.1 tifffile==2026.3.3 monai==1.6.1 openslide-python==1.4.7 \
+	  openslide-bin==4.0.1.2 imagesize==2.0.1 einops==0.8.2 medmnist==3.0.2 gdown==6.5.1 beautifulsoup4==4.15.0 soupsieve==4.1.3 \
+	  || echo "tests of eva will be SKIPPED: it cannot be installed"
+
 test-quick: $(READY)
 	$(SPACE) $(PYTEST) $(SPREAD) -m "not slow"
 
 # the cases that `make test` leaves out: it tests each property with one objective, mode or recipe, this with all others
-test-matrix: $(READY) slurm browser
+test-matrix: $(READY) slurm browser eva
 	$(SPACE) $(PYTEST) $(SPREAD) --matrix -m matrix
 
 # tests that need a GPU; fails at once on a machine without one
