@@ -27,7 +27,14 @@ from pretrain.recipes.recipe import CHOSEN, Recipe, load, names
 
 DEFAULT_RECIPE = "demo"  # its keys are completed if the command line names no valid recipe
 # keys whose values are completed as paths
-PATHS = ("data.train", "run", "init.backbone", "init.run", *(f"eval.{key}" for key in Eval().shard_lists()))
+PATHS = (
+    "data.train",
+    "run",
+    "init.backbone",
+    "init.text",
+    "init.run",
+    *(f"eval.{key}" for key in Eval().shard_lists()),
+)
 
 
 def script() -> str:

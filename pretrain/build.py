@@ -85,11 +85,14 @@ def _batches(cfg: Recipe) -> list[int]:
 def backbone(cfg: Recipe, section: str = "", **changes: Any) -> Backbone:
     """The recipe's model, or the model that the objective's `section` describes, with some options changed.
 
-    The recipe's model gets the weights that `init.backbone` names.
+    The recipe's model gets the weights that `init.backbone` names, and the one of the section `text` those of
+    `init.text`.
     """
     body = build_model(getattr(cfg.objective, section) if section else cfg.model, **changes)
     if cfg.init.backbone and not section:
         weights.load_into(body, cfg.init.backbone)
+    if section == "text" and cfg.init.text:
+        weights.load_text_into(body, cfg.init.text, f"objective.{section}")
     return body
 
 

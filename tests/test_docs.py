@@ -71,6 +71,7 @@ NOT_RUN = {  # the first words of a command, or one of its overrides -> why it i
     "unlabeled status": "of a run that only a cluster trains; tests/launch/test_status.py runs it",
     "unlabeled harness": "downloads its tasks; tests/eval/test_harness.py runs it on tasks of its own",
     "init.backbone=dinov3_vits16.pth": "those weights are not ours to keep; tests/parity/test_weights.py reads such files",
+    "init.text=runs/words/export/400": "needs exports of two more runs; tests/parity/test_text_tower.py makes them",
     "unlabeled shards index rooms/": "needs masks and depths; tests/eval/test_dense.py has such shards",
     "data.train=rooms/train": "needs masks; tests/eval/test_dense.py trains on such shards",
     "query=rooms/test": "needs masks and depths; tests/eval/test_dense.py has such shards",

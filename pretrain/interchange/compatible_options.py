@@ -26,8 +26,8 @@ COMPUTATION_OPTIONS = (
 )
 
 
-def incompatible_options(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
-    """{"model.KEY": (value here, value of the source)} of the options that differ but must be equal. Both configs are
+def incompatible_options(ours: Any, theirs: Any, section: str = "model") -> dict[str, tuple[Any, Any]]:
+    """{"SECTION.KEY": (value here, value of the source)} of the options that differ but must be equal. Both configs are
     of one class."""
     compared = (*SHAPE_OPTIONS, *COMPUTATION_OPTIONS)
     here, there = _effective_options(ours), _effective_options(theirs)
@@ -40,7 +40,7 @@ def incompatible_options(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
         differing.discard("positions")
     if here.get("layer_scale") is not None:  # allowed: the source's layer scales are loaded, or ones if it has none
         differing.discard("layer_scale")
-    return {f"model.{k}": (here[k], there[k]) for k in compared if k in differing}
+    return {f"{section}.{k}": (here[k], there[k]) for k in compared if k in differing}
 
 
 def describe_differences(differing: dict[str, tuple[Any, Any]]) -> str:

@@ -12,8 +12,10 @@ from data_pipeline.parts.caption import Caption
 from pretrain.interchange.layouts import tokenizer_files, transformers_image_text
 from pretrain.interchange.layouts.fields import read as read_fields
 from pretrain.interchange.layouts.transformers import State
-from pretrain.interchange.weight_sources import folder_tensors, model_config
-from pretrain.models.text_side import TextSide, build_text_side
+from pretrain.interchange.weight_sources import Source, find_source, folder_tensors, model_config
+from pretrain.models.text_side import Kind, TextSide, build_text_side
+
+TEXT = "text."  # prefix of the text model's tensors in the state dict of a `TextSide`
 
 
 def write(
@@ -42,6 +44,31 @@ def has_one(folder: Path) -> bool:
 
 def load(folder: Path) -> TextSide:
     """The text side in a folder, in eval mode. Raises UserError if it holds none, or one that cannot be read."""
+    short, cfg, width, length, state = _read(folder)
+    try:
+        image_dim = state["image_projection.weight"].shape[1] if short == "clip" else width
+        captions = Caption(tokenizer=str(folder), length=length)
+        side = build_text_side(short, cfg, image_dim, width, captions)
+        side.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: its text model is not the one in config.json ({reason})") from None
+    return side.eval()
+
+
+def find_text_source(where: str | Path) -> Source:
+    """The text model in a source: that beside the image model of a dual encoder, or else what `find_source` finds."""
+    if not Path(where).is_dir() or not has_one(Path(where)):
+        return find_source(where)
+    _, cfg, _, _, state = _read(Path(where))
+    tensors = {k.removeprefix(TEXT): v for k, v in state.items() if k.startswith(TEXT)}
+    step = find_source(where).about["step"]
+    return Source(str(where), cfg, "text side", tensors=tensors, about={"step": step}, states_normalisation=False)
+
+
+def _read(folder: Path) -> tuple[Kind, Any, int, int, State]:
+    """(kind, options of the text model, width of the embeddings, length of captions, state dict) of the text side in a
+    folder."""
     fields, where = read_fields(folder), str(folder)
     kind = fields.get("model_type", "")
     if "text" in fields.get("unlabeled", {}):
@@ -57,13 +84,10 @@ def load(folder: Path) -> TextSide:
     if short not in transformers_image_text.CLASSES:
         raise UserError(f"{folder}: config.json names a dual encoder of the kind {short!r}; it is not valid")
     cfg = model_config(name, model, where)
-    state = transformers_image_text.read_text(vars(cfg)["depth"], folder_tensors(folder), kind)
-    try:
-        image_dim = state["image_projection.weight"].shape[1] if short == "clip" else width
-        captions = Caption(tokenizer=where, length=length)
-        side = build_text_side(short, cfg, image_dim, width, captions)
-        side.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: its text model is not the one in config.json ({reason})") from None
-    return side.eval()
+    return (
+        short,
+        cfg,
+        width,
+        length,
+        transformers_image_text.read_text(vars(cfg)["depth"], folder_tensors(folder), kind),
+    )

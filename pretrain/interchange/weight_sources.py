@@ -46,7 +46,7 @@ class Source:
 
     where: str  # path or URL
     cfg: Any  # the config of our model
-    layout: str  # unlabeled, checkpoint, transformers, timm or official
+    layout: str  # unlabeled, checkpoint, transformers, timm, official, or text side (`tensors` have our names)
     model_type: str = ""  # the model_type in a config.json of transformers
     tensors: State | None = None  # the weights, if `find_source` had to read them to determine the model
     about: dict[str, Any] = field(default_factory=dict)  # at least mean, std, pool and step
@@ -57,6 +57,8 @@ class Source:
         if self.layout == "checkpoint":
             return _encoder_tensors(self.where)
         tensors = folder_tensors(Path(self.where)) if self.tensors is None else self.tensors
+        if self.layout == "text side":
+            return tensors
         if self.layout == "official":
             return official.read(self.cfg, tensors)
         if self.layout == "timm":

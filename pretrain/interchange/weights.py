@@ -19,6 +19,7 @@ from common import config
 from common.errors import UserError
 from pretrain.checkpoint.dcp_format import fill
 from pretrain.checkpoint.tools import locate
+from pretrain.interchange import text_sides
 from pretrain.interchange.compatible_options import describe_differences, incompatible_options
 from pretrain.interchange.layouts.transformers import State, with_key_bias, without_key_bias
 from pretrain.interchange.load_record import is_loading, record, skip_loading
@@ -68,25 +69,32 @@ def load_into(backbone: Backbone, source: str | Path) -> None:
         _load(backbone, find_source(source), f"model.name = {backbone.cfg.name}")
 
 
-def _load(backbone: Backbone, source: Source, origin: str) -> None:
-    """Load a source's weights into a backbone, see `load_into`. `origin`: the name, for an error message, of the config
-    from which the backbone was built."""
-    state = _fitting_tensors(backbone.state_dict(), backbone.cfg, source, origin)
+def load_text_into(backbone: Backbone, source: str | Path, key: str) -> None:
+    """The same for the text model of an objective that has two models; `key` is its section in the recipe. Of a source
+    that holds an image model and a text model, the latter is loaded."""
+    if is_loading():
+        _load(backbone, text_sides.find_text_source(source), f"{key}.name = {backbone.cfg.name}", key)
+
+
+def _load(backbone: Backbone, source: Source, origin: str, key: str = "model") -> None:
+    """Load a source's weights into a backbone, see `load_into`. For error messages: `origin`, the name of the config
+    from which the backbone was built, and `key`, its section in a recipe."""
+    state = _fitting_tensors(backbone.state_dict(), backbone.cfg, source, origin, key)
     backbone.load_state_dict(state)
     backbone.loaded = True
     record(source, f"the backbone {source.cfg.name}", state)
 
 
-def _fitting_tensors(own: State, cfg: Any, source: Source, origin: str) -> State:
+def _fitting_tensors(own: State, cfg: Any, source: Source, origin: str, key: str = "model") -> State:
     """A source's weights for a backbone with the state dict `own` and the config `cfg`. Raises UserError if they do not
     fit, see `load_into`."""
     if config.config_class(cfg) is not config.config_class(source.cfg):
         theirs, ours = type(source.cfg).__name__, type(cfg).__name__
         raise UserError(
-            f"{source.where}: holds a {theirs}, but model.name = {cfg.name} is a {ours}; write"
-            f" model={source.cfg.name} (a further message names the options that it needs)"
+            f"{source.where}: holds a {theirs}, but {key}.name = {cfg.name} is a {ours}; write"
+            f" {key}={source.cfg.name} (a further message names the options that it needs)"
         )
-    if differing := incompatible_options(cfg, source.cfg):
+    if differing := incompatible_options(cfg, source.cfg, key):
         raise UserError(f"{source.where}: is another model: {describe_differences(differing)}")
     state = _adapt(source.state_dict(), cfg, source.cfg, own)
     problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]

@@ -6,18 +6,29 @@ Shapes: N texts of T tokens, B images, D width of a model, E width of the embedd
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone
+from pretrain.models.text_layers import TextBackbone
 from pretrain.ops.patchify import pick
 from pretrain.ops.precision import unit
 
 Kind = Literal["clip", "siglip"]
 PREFIX = "text_side."  # of its tensors among those of an export
+
+
+def at_eos(text: Backbone, tokens: Tensor, last: Tensor) -> Tensor:
+    """The features [N, D] of a text model at the places `last`, long [N], of EOS in tokens long [N, T]. The padding
+    behind EOS is not seen, also by a bidirectional model."""
+    documents = None
+    if not cast(TextBackbone, text).causal:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        documents = torch.where(places <= last.unsqueeze(1), 0, -1)  # [N, T]
+    return pick(text(tokens, documents=documents).tokens, last.unsqueeze(1)).squeeze(1)
 
 
 class TextSide(nn.Module):
@@ -45,8 +56,7 @@ class TextSide(nn.Module):
 
     def forward(self, tokens: Tensor, last: Tensor) -> Tensor:
         """Embeddings [N, E] of length 1, of tokens long [N, T] whose EOS is at the places `last`, long [N]."""
-        hidden = self.text(tokens).tokens  # [N, T, D]
-        feature = pick(hidden, last.unsqueeze(1)).squeeze(1) if self.kind == "clip" else hidden[:, -1]
+        feature = at_eos(self.text, tokens, last) if self.kind == "clip" else self.text(tokens).tokens[:, -1]
         return unit(self.text_projection(feature))
 
     def embed_images(self, features: Tensor) -> Tensor:

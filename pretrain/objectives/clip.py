@@ -24,13 +24,12 @@ from data_pipeline.parts.image import Image
 from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import Augment
 from data_pipeline.views.image_text import ImageText
-from pretrain.models.text_side import TextSide
+from pretrain.models.text_side import TextSide, at_eos
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import ImageTextPairs, network
 from pretrain.ops.contrastive import softmax_pairs
 from pretrain.ops.init import by_width
 from pretrain.ops.parameter_shards import local
-from pretrain.ops.patchify import pick
 from pretrain.ops.precision import unit
 
 MAX_LOG_SCALE = math.log(100)  # §2.5
@@ -80,7 +79,7 @@ class CLIP(Objective):
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         image = self.image(batch["image"], keep=batch.get("keep")).cls  # [B, D]
-        text = pick(self.text(batch["tokens"]).tokens, batch["last"].unsqueeze(1)).squeeze(1)  # [B, D]
+        text = at_eos(self.text, batch["tokens"], batch["last"])  # [B, D]
         scale = self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
         loss = softmax_pairs(unit(self.image_projection(image)), unit(self.text_projection(text)), scale)
         return loss, {"scale": scale.detach().squeeze(0)}

@@ -77,6 +77,15 @@ class Recipe(Section):
             raise ValueError(
                 "init.backbone and init.run are both given; remove one: init.run also holds the weights of the backbone"
             )
+        if vars(self.init)["text"] and "text" not in vars(self.objective):
+            raise ValueError(
+                f"init.text = {vars(self.init)['text']}: objective {self.objective.name} has no text model beside `model`;"
+                " write init.backbone for the weights of `model`"
+            )
+        if vars(self.init)["text"] and self.init.run:
+            raise ValueError(
+                "init.text and init.run are both given; remove one: init.run also holds the weights of the text model"
+            )
         for tier in ("quick", "full"):
             every = getattr(self.eval, tier).every
             if every and every % self.export.every:

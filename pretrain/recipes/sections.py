@@ -231,6 +231,9 @@ class Init(Section):
     # weights of the backbone only: an export, a folder of transformers or timm, or a file of the DINOv2 or DINOv3
     # releases; heads are initialised anew
     backbone: str = ""
+    # weights of the text model that the objective has beside `model` (clip, siglip): an export of a text model, a
+    # folder of transformers, or an export or folder with an image model and a text model, of which the latter is read
+    text: str = ""
     # weights of the whole objective, with teacher and heads: a run folder, RUN/checkpoints/STEP, or a URL; the
     # optimizer is initialised anew
     run: str = ""
