@@ -3,10 +3,13 @@
 Figures, for 16 frames at 4 per second of artificial videos of 10 s, 30 frames per second and 340×256 pixels, in H.264
 with a key frame every second (short) or every ten seconds (long):
 
-    clips.G.per_second      clips per CPU second of the whole part: times from packets, seeks, decoding, one crop of 224
-    clips.G.share_of_decode CPU seconds of PyAV alone, for the same frames / ours. PyAV seeks to the key frame before
-                            the first frame, decodes to the last one, and converts the chosen frames to RGB
-    clips.short.four        clips per CPU second if four clips of a video come from one decoding / if each has its own
+    multimodal.clips.G.per_second       clips per CPU second of the whole part: times from packets, seeks, decoding, one
+                                        crop of 224
+    multimodal.clips.G.share_of_decode  CPU seconds of PyAV alone, for the same frames / ours. PyAV seeks to the key frame
+                                        before the first frame, decodes to the last one, and converts the chosen frames
+                                        to RGB
+    multimodal.clips.short.four         clips per CPU second if four clips of a video come from one decoding / if each
+                                        has its own
 
 All alternate on the same videos and clips; each figure is the median of the rounds.
 """
@@ -106,10 +109,12 @@ def main() -> None:
             speeds.append(len(videos) / mine)
             shares.append(theirs / mine)
             fours.append(4 * mine / four)
-        line(f"clips.{name}.per_second", median(speeds), "clips per CPU second", "")
-        line(f"clips.{name}.share_of_decode", median(shares), "ratio", "PyAV alone, the same frames, no crops")
+        line(f"multimodal.clips.{name}.per_second", median(speeds), "clips per CPU second", "")
+        line(
+            f"multimodal.clips.{name}.share_of_decode", median(shares), "ratio", "PyAV alone, the same frames, no crops"
+        )
         if name == "short":
-            line("clips.short.four", median(fours), "ratio", "one decoding for each clip")
+            line("multimodal.clips.short.four", median(fours), "ratio", "one decoding for each clip")
 
 
 if __name__ == "__main__":

@@ -253,10 +253,12 @@ def describe(cfg: Recipe, device: str, mfu: float, processes: int = 1) -> list[s
     teacher = f", {plan.frozen / 1e6:.1f} M of a teacher" if plan.frozen else ""
     again = f"; {_scaled(plan.computed)} with recomputation" if plan.computed != plan.flops else ""
     micro = f"{plan.accumulate} micro-batches of {plan.micro}" if plan.accumulate > 1 else f"{plan.micro}"
-    unit, seen = "images", f"{cfg.steps * plan.batch / 1e6:.3g} M images"
     from pretrain.build import parts_of
 
-    if length := getattr(parts_of(cfg).get("tokens"), "length", 0):
+    parts = parts_of(cfg)
+    unit = f"{next(iter(parts.values())).noun}s"
+    seen = f"{cfg.steps * plan.batch / 1e6:.3g} M {unit}"
+    if length := getattr(parts.get("tokens"), "length", 0):
         unit, seen = f"rows of {length} tokens", f"{cfg.steps * plan.batch * length / 1e9:.3g} G tokens"
     out = [
         f"{cfg.objective.name} on {cfg.model.name}, {cfg.precision}, {cfg.parallel.mode} on {processes} × {device}",
@@ -264,6 +266,7 @@ def describe(cfg: Recipe, device: str, mfu: float, processes: int = 1) -> list[s
         f"a step       {plan.batch} {unit}, {micro} per process; {_scaled(plan.flops)}{again}",
         f"the run      {cfg.steps} steps, {seen}, {_scaled(cfg.steps * plan.computed)}",
         f"time         {_time(hours)} at {mfu:.0%} of {processes} × {peak / 1e12:.3g} TFLOP/s",
+        f"data         {plan.batch * peak * mfu / plan.computed:,.0f} {unit} per second for each process",
         f"memory       {_sizes(plan.memory)} on each device",
     ]
     if plan.host:

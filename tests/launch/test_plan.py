@@ -308,6 +308,8 @@ def test_output(tmp_path: Path):
     assert lines["parameters"].startswith("7.6 M trained")
     assert "1024 images, 256 per process; 5.86 TFLOP" in lines["a"]
     assert "at 40% of 4 × 989 TFLOP/s" in lines["time"]
+    rate = float(lines["data"].removesuffix(" images per second for each process").replace(",", ""))
+    assert rate == pytest.approx(256 / (5.86e12 / 4 / (0.4 * 989e12)), rel=0.01)
     for word in ("parameters 7.24 MiB", "optimizer 14.5 MiB", "activations", "gathered"):
         assert word in lines["memory"]
     assert "all-gather 29.1 MiB, reduce-scatter 29 MiB" in lines["traffic"]
