@@ -1,16 +1,17 @@
-"""Segmentation and depth of furnished rooms with true masks and depths: a pretrained export, the untrained network, and
+"""Segmentation and depth of furnished rooms with true masks and depths: pretrained exports, their untrained networks, and
 what the position of a pixel alone tells.
 
-    python benchmarks/dense.py FOLDER [--model EXPORT] [--pretrain 210] [--steps 200]
+    python benchmarks/dense.py FOLDER [--pretrain 300] [--steps 400] [--tune 400] [--model NAME=RUN/export/STEP …]
 
 500 rooms for training and 100 with other objects for the test are drawn from the 3-D models of a Debian package
-(`rooms.py`). The pretrained export is that of `--model`, beside whose folder the export of step 0 lies, or else SimCLR is
-trained on the pictures alone, by the recipe `demo`. The protocols `segmentation` and `depth` train
-their linear heads on frozen features, `finetune_segmentation` the whole network, as many steps.
+(`rooms.py`). SimCLR is trained on the pictures alone, by the recipe `demo` with smaller crops, so that objects are seen as
+large as in the evaluation. `--model` names further exports, beside which the export of step 0 lies. The protocols
+`segmentation` and `depth` train their linear heads on frozen features, `finetune_segmentation` the whole network.
 
-    dense.{pretrained,untrained,position}.miou              mean IoU over 12 kinds of surfaces
-    dense.{pretrained,untrained,position}.{rmse,delta1}     error of depths in metres; share of pixels within 25 %
-    dense.finetuned.{pretrained,untrained}.miou             by `finetune_segmentation`, from these weights
+    dense.position.{miou,rmse,delta1}                       mean IoU over 12 kinds of surfaces, error of depths in metres,
+                                                            share of pixels whose depth is within 25 %
+    dense.NAME.{untrained,pretrained}.{miou,rmse,delta1}    NAME: simclr, and those of `--model`
+    dense.finetuned.{untrained,pretrained}.miou             of SimCLR's network; `--tune 0` leaves it out
 
 position: for each pixel the most frequent class, or the mean depth, at this place of the training pictures.
 """
@@ -38,6 +39,8 @@ from pretrain.recipes import recipe
 from pretrain.train import train
 
 SIZE = 64  # pixels of a window
+RATES = {"segmentation": 1e-2, "depth": 3e-3}  # of heads; the published ones are for 100 times as many steps
+CROPS = "objective.crop_scale=0.2"  # smallest share of a picture
 
 
 def position(known: Path, asked: Path) -> dict[str, float]:
@@ -68,9 +71,10 @@ def position(known: Path, asked: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", type=Path, help="an export RUN/export/STEP, with RUN/export/0 beside it")
-    parser.add_argument("--pretrain", type=int, default=210, help="steps of SimCLR")
-    parser.add_argument("--steps", type=int, default=200, help="steps of each head, and of each fine-tuning")
+    parser.add_argument("--pretrain", type=int, default=300, help="steps of SimCLR")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each head")
+    parser.add_argument("--tune", type=int, default=400, help="steps of each fine-tuning")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN/export/STEP")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = rooms(options.folder)
@@ -83,23 +87,25 @@ def main() -> None:
 
     show("position", position(known, asked), "the same for all pictures")
     run = options.folder / "runs" / f"simclr-{options.pretrain}"
-    exports = {"untrained": run / "export" / "0", "pretrained": run / "export" / str(options.pretrain)}
-    if options.model:
-        exports = {"untrained": options.model.parent / "0", "pretrained": options.model}
-    if not exports["pretrained"].is_dir():
-        own = [f"steps={options.pretrain}", f"export={options.pretrain}", f"run={run}", "overwrite=true"]
+    own_export = run / "export" / str(options.pretrain)
+    if not own_export.is_dir():
+        own = [f"steps={options.pretrain}", f"export={options.pretrain}", f"run={run}", "overwrite=true", CROPS]
         train(recipe.load("demo", [*ENGINE, *own, f"data.train={known}"]))
-    heads = {name: {"steps": options.steps} for name in ("segmentation", "depth")}
-    for name, export in exports.items():
-        rows = evaluate(export, [*heads], [str(known)], [str(asked)], image_size=SIZE, options=heads, device="cpu")
-        show(name, {row["metric"]: row["value"] for row in rows}, f"heads of {options.steps} steps")
-    for name, export in exports.items():
-        tuned = options.folder / "runs" / f"finetune-{name}-{options.steps}"
-        own = [f"steps={options.steps}", f"export={options.steps}", f"objective.classes={len(CLASSES)}"]
+    models = {"simclr": own_export} | {
+        name: Path(path) for name, path in (each.split("=", 1) for each in options.model)
+    }
+    heads = {name: {"steps": options.steps, "rate": rate} for name, rate in RATES.items()}
+    for name, export in models.items():
+        for kind, folder in (("untrained", export.parent / "0"), ("pretrained", export)):
+            rows = evaluate(folder, [*heads], [str(known)], [str(asked)], image_size=SIZE, options=heads, device="cpu")
+            show(f"{name}.{kind}", {row["metric"]: row["value"] for row in rows}, f"heads of {options.steps} steps")
+    for kind, export in (("untrained", own_export.parent / "0"), ("pretrained", own_export)) if options.tune else ():
+        tuned = options.folder / "runs" / f"finetune-{kind}-{options.tune}"
+        own = [f"steps={options.tune}", f"export={options.tune}", f"objective.classes={len(CLASSES)}"]
         own += [f"data.train={known}", f"init.backbone={export}", f"run={tuned}", "overwrite=true"]
         train(recipe.load("finetune_segmentation_cpu", [*ENGINE, *own]))
-        rows = evaluate(tuned / "export" / str(options.steps), ["segmenter"], [], [str(asked)], device="cpu")
-        show(f"finetuned.{name}", {row["metric"]: row["value"] for row in rows}, f"{options.steps} steps")
+        rows = evaluate(tuned / "export" / str(options.tune), ["segmenter"], [], [str(asked)], device="cpu")
+        show(f"finetuned.{kind}", {row["metric"]: row["value"] for row in rows}, f"{options.tune} steps")
 
 
 if __name__ == "__main__":

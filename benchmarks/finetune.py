@@ -44,6 +44,19 @@ TUNING = {
 }
 
 
+def pretrained(folder: Path, steps: int) -> Path:
+    """The export of SimCLR after `steps` on the demo's training images, whose shards are folder/shards."""
+    fetch(folder / "images", "materials", lambda line: print(line, file=sys.stderr))
+    for part in ("train", "test"):
+        if not (folder / "shards" / part).is_dir():
+            build(folder / "images" / part, folder / "shards" / part)
+    export = folder / "runs" / f"simclr-{steps}" / "export" / str(steps)
+    if not export.is_dir():
+        own = [f"steps={steps}", f"export={steps}", f"run={export.parents[1]}", "overwrite=true"]
+        train(recipe.load("demo", [*ENGINE, *own, f"data.train={folder / 'shards' / 'train'}"]))
+    return export
+
+
 def split(images: Path, out: Path) -> None:
     """Build the shards out/known and out/held_out from the demo's training images."""
     for path in images.glob("*/*.png"):
@@ -82,18 +95,10 @@ def main() -> None:
     torch.set_num_threads(1)
     folder: Path = options.folder / "materials"
     runs, seed = folder / "runs", f"seed={options.seed}"
-    fetch(folder / "images", "materials", lambda line: print(line, file=sys.stderr))
+    start = pretrained(folder, options.pretrain)
     split(folder / "images" / "train", folder / "halves")
-    for part in ("train", "test"):
-        if not (folder / "shards" / part).is_dir():
-            build(folder / "images" / part, folder / "shards" / part)
     known = folder / "halves" / "known"
     asked = {"accuracy": folder / "halves" / "held_out", "new_textures": folder / "shards" / "test"}
-
-    start = runs / f"simclr-{options.pretrain}" / "export" / str(options.pretrain)
-    if not start.is_dir():
-        own = [f"steps={options.pretrain}", f"export={options.pretrain}", f"run={start.parents[1]}", "overwrite=true"]
-        train(recipe.load("demo", [*ENGINE, *own, f"data.train={folder / 'shards' / 'train'}"]))
     show("probe", accuracies(start, "linear", known, asked, **PROBE["linear"]), "grid of frozen features")
     heads = folder / f"heads-{time.time_ns()}"
     heads.mkdir()

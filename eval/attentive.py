@@ -13,7 +13,7 @@ Shapes: B images, N patches, D features, H attention heads, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,9 +93,18 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     accuracy on the held-out part}."""
     if not isinstance(encoder, Encoder):
         raise UserError(f"{encoder.name}: attentive scores models that read images; choose linear")
+    head, known, grid_point = best_head(encoder, gallery, cfg)
+    query_set = encoder.labelled(query)
+    predicted = [p[0] for _, p in predict(encoder, encoder.check(query), query_set.numbers, head, cfg.batch)]
+    return accuracies(torch.cat(predicted), query_set.classes, query_set.names, known) | grid_point
+
+
+def best_head(encoder: Encoder, gallery: list[str], cfg: Config) -> tuple[nn.ModuleList, list[str], dict[str, float]]:
+    """(the head with the best accuracy on a held-out part of the gallery, alone in its list; the names of its classes;
+    its "rate" and "decay")."""
     if not cfg.rates or not cfg.decays:
         raise UserError("attentive.rates and attentive.decays: write one value or more in each")
-    gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
+    gallery_set = encoder.labelled(gallery)
     samples = encoder.check(gallery)
     shuffled = np.random.default_rng([cfg.seed, 1]).permutation(len(gallery_set))
     held_out = max(1, int(cfg.hold_out * len(gallery_set)))
@@ -106,11 +115,8 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     for numbers, predicted in predict(encoder, samples, gallery_set.numbers[chosen], heads, cfg.batch):
         correct += (predicted == torch.tensor([class_of[n] for n in numbers])).sum(1)
     best = int(correct.argmax())
-    of_query = nn.ModuleList([heads[best]])
-    predicted = [p[0] for _, p in predict(encoder, encoder.check(query), query_set.numbers, of_query, cfg.batch)]
     rate, decay = _grid(cfg)[best]
-    scores = accuracies(torch.cat(predicted), query_set.classes, query_set.names, gallery_set.names)
-    return scores | {"rate": rate, "decay": decay}
+    return nn.ModuleList([heads[best]]), gallery_set.names, {"rate": rate, "decay": decay}
 
 
 def fit(
@@ -160,15 +166,15 @@ def predict(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """(numbers of samples, the classes that each head predicts for them: long [heads, B] on the CPU) of consecutive
     batches."""
-    for of_batch, found in read_batches(partial(_read, encoder, samples), numbers, batch):
+    for of_batch, found in read_batches(partial(read_again, encoder.read, samples), numbers, batch):
         tokens, _ = tokens_of(encoder, np.stack(found))
         yield [int(n) for n in of_batch], torch.stack([head(tokens).argmax(1) for head in heads]).cpu()
 
 
-def _read(encoder: Encoder, samples: Samples, number: int) -> np.ndarray:
-    """The center crop of a sample that could be read before."""
+def read_again(read: Callable[[Samples, int], np.ndarray], samples: Samples, number: int) -> np.ndarray:
+    """What `read` returns for a sample that could be read before."""
     try:
-        return encoder.read(samples, int(number))
+        return read(samples, int(number))
     except Damaged as reason:
         raise DataError(f"{samples.names}: sample {number} cannot be read any more ({reason}); run it again") from None
 

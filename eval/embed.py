@@ -5,6 +5,7 @@ The folder OUT holds one file of features for each part, which is a number of co
     part-00000.npy          float32 [n, D], or [n, P, D] for patches
     part-00000.jsonl        {"shard": …, "key": …} of each row. It is written after the features are on the disk
     part-00000.parquet      in place of both: the columns shard, key and features (a fixed-size list of D or P·D floats)
+    part-00000.tar          in place of both: a shard with a member SHARD/KEY.features.npy for each row
     _part-00000.damaged     the numbers of damaged samples in the part, if there are any
     _embed.json             what was embedded: model, data, output, the shape of a row, samples in a part
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,8 @@ from eval.features import open_encoder
 
 ABOUT = "_embed.json"  # readers of parquet folders ignore files that begin with "_" or "."
 OUTPUTS = ("cls", "mean", "patches")
-ENDINGS = {"npy": ".jsonl", "parquet": ".parquet"}  # {format: ending of the file that is written last}
+ENDINGS = {"npy": ".jsonl", "parquet": ".parquet", "tar": ".tar"}  # {format: ending of the file that is written last}
+MEMBER = "features.npy"  # the ending of a sample's features in a shard
 PART_BYTES = 64 * 2**20  # of the features of a part, which are in memory until it is written
 PART_SAMPLES = 1 << 14  # at most, in a part
 
@@ -51,11 +54,11 @@ def embed(
     """Write the features of all samples to a folder. Returns (rows, samples that were left out).
 
     `model`: an exported folder, "pixels", "bytes" or "log_mel". `output`: the class token ("cls"), the mean of the patches or
-    tokens ("mean"), "patches", or that by which the model is scored ("auto"). `format`: "npy" or "parquet". Raises
+    tokens ("mean"), "patches", or that by which the model is scored ("auto"). `format`: "npy", "parquet" or "tar". Raises
     UserError for a folder that holds something else.
     """
     if format not in ENDINGS:
-        raise UserError(f"--format {format}: write npy or parquet")
+        raise UserError(f"--format {format}: write npy, parquet or tar")
     if format == "parquet":
         _pyarrow()
     encoder, _ = open_encoder(model, image_size, device)
@@ -164,9 +167,10 @@ def _write_part(
         if format == "parquet":
             write_whole(path.with_suffix(".parquet"), _parquet(features, keys))
             return
-        file = io.BytesIO()
-        np.save(file, features)
-        write_whole(path.with_suffix(".npy"), file.getbuffer())
+        if format == "tar":
+            write_whole(path.with_suffix(".tar"), _shard(features, keys))
+            return
+        write_whole(path.with_suffix(".npy"), _npy(features))
         lines = (json.dumps({"shard": shard, "key": key}, ensure_ascii=False) + "\n" for shard, key in keys)
         write_whole(path.with_suffix(".jsonl"), "".join(lines).encode())
 
@@ -191,6 +195,25 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
+def _npy(array: np.ndarray) -> memoryview:
+    """The bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getbuffer()
+
+
+def _shard(features: np.ndarray, keys: list[tuple[str, str]]) -> memoryview:
+    """The bytes of a tar whose samples have one member each. Keys are those of one shard, so its name is in front."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for (shard, key), row in zip(keys, features, strict=True):
+            data = _npy(row)
+            info = tarfile.TarInfo(f"{shard.removesuffix('.tar')}/{key}.{MEMBER}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file.getbuffer()
+
+
 def _parquet(features: np.ndarray, keys: list[tuple[str, str]]) -> memoryview:
     """The bytes of a parquet file."""
     pa = _pyarrow()
@@ -212,6 +235,9 @@ def _rows(path: Path) -> int:
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             return sum(1 for _ in file)
+    if path.suffix == ".tar":
+        with tarfile.open(path) as tar:
+            return len(tar.getmembers())
     from pyarrow import parquet
 
     return parquet.read_metadata(path).num_rows

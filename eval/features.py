@@ -22,7 +22,7 @@ from data_pipeline.formats.image_formats import IMAGE_MEMBERS
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.video_clip import Clip, Clips
 from data_pipeline.shards.samples import Samples
-from data_pipeline.views.augmentations import Augment, Rng, center
+from data_pipeline.views.augmentations import Augment, Rng, center, spaced_squares
 from data_pipeline.views.clip_views import clip_crops
 from eval import feature_cache
 from eval.audio_features import AudioEncoder, LogMelPart, log_mel_statistics, open_audio_encoder
@@ -176,6 +176,13 @@ class ClipEncoder(Encoder):
         with self._clips(samples, number) as clips:
             (frames,) = clips.spread(1)
             return np.stack([center(frame, self.image_size) for frame in frames])
+
+    def spread(self, samples: Samples, number: int, segments: int, views: int) -> np.ndarray:
+        """The clips in the middle of `segments` equal parts of a video, each with `views` squares that are evenly spaced
+        along its longer side: uint8 [segments · views, T, C, S, S]."""
+        with self._clips(samples, number) as clips:
+            found = [[spaced_squares(f, self.image_size, views) for f in clip] for clip in clips.spread(segments)]
+        return np.array(found).swapaxes(1, 2).reshape(segments * views, *self.stand_in().shape)
 
     def augmented(self, samples: Samples, number: int, rng: Rng, flip: float = 0.5) -> np.ndarray:
         """A clip at a random time, with one crop and flip for all frames: uint8 [T, C, S, S]."""

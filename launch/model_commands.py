@@ -66,7 +66,8 @@ def embed(
         "the class token, the mean of the patches or tokens, or all patches; auto: as the model is scored",
     ] = "auto",
     format: Annotated[
-        Literal["npy", "parquet"], "npy writes arrays and their keys as .jsonl, parquet writes tables"
+        Literal["npy", "parquet", "tar"],
+        "npy writes arrays and their keys as .jsonl, parquet writes tables, tar writes shards",
     ] = "npy",
     image_size: Annotated[int | None, "PIXELS", "side of the images (default: that of the model)"] = None,
     device: Annotated[str, "NAME", "cpu, cuda, cuda:1, …; auto: the best one"] = "auto",

@@ -300,8 +300,17 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def center(image: np.ndarray, size: int) -> np.ndarray:
     """The view for evaluation: the central square of [H, W, C] resized to [C, size, size]."""
+    return spaced_squares(image, size, 1)[0]
+
+
+def spaced_squares(image: np.ndarray, size: int, count: int) -> list[np.ndarray]:
+    """`count` squares of the height or the width of [H, W, C], evenly spaced from one end of the longer side to the other
+    (one: in the middle), each resized to [C, size, size]."""
     height, width = image.shape[:2]
     short = min(height, width)
-    top, left = (height - short) // 2, (width - short) // 2
-    square = resize(image[top : top + short, left : left + short], (size, size))
-    return np.ascontiguousarray(square.transpose(2, 0, 1))
+    rest, out = np.array([height - short, width - short]), []
+    for place in np.linspace(0, 1, count) if count > 1 else (0.5,):
+        top, left = (rest * place).astype(int)
+        square = resize(image[top : top + short, left : left + short], (size, size))
+        out.append(np.ascontiguousarray(square.transpose(2, 0, 1)))
+    return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torch
 
 from common.errors import Absent, UserError
 from data_pipeline.formats.videos import EncodedVideo
+from data_pipeline.parts.video_clip import Clip, Clips, DecodedFilm
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import Rng, center, generators
+from eval import video
+from eval.attentive import AttentiveHead
 from eval.embed import embed
 from eval.features import ClipEncoder, open_encoder
 from eval.run import evaluate
@@ -107,3 +111,63 @@ def test_what_does_not_fit(model: Path, tmp_path: Path):
     encoder, _ = open_encoder(str(model))
     with pytest.raises(Absent, match="holds no clip member"):
         encoder.read(Samples([str(tmp_path)]), 0)
+
+
+@pytest.fixture
+def films(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Videos of two seconds, of noise that depends on the sample, with frames of 32 × 48 pixels."""
+
+    def decode(part: Clip, members: dict[str, bytes], known: dict[str, Any]) -> Clips:
+        rng = np.random.default_rng([*members["mp4"]])
+        level = rng.integers(0, 200, (8, 1, 3, 1))  # of each frame and each third of its width
+        pixels = (level.repeat(16, 2) + rng.integers(0, 56, (8, 32, 48, 3))).astype(np.uint8)
+        return Clips(DecodedFilm(pixels, 4.0), part.frames, part.fps)
+
+    monkeypatch.setattr(Clip, "decode", decode)
+
+
+def test_clips_of_a_video_are_spread_in_time_and_over_the_frame(model: Path, shards: Path, films: None):
+    samples, (encoder, _) = Samples([str(clips(shards.parent))]), open_encoder(str(model))
+    found = encoder.spread(samples, 5, segments=2, views=3)
+    assert found.shape == (6, 4, 3, 32, 32)
+    film = encoder.part.decode(samples.read(5), {}).film
+    both = film.frames_at(lambda seconds: [[place + n / 4 for n in range(4)] for place in (0.25, 0.75)])  # of 1 second
+    for segment, frames in enumerate(both):
+        for view, left in enumerate((0, 8, 16)):
+            expected = np.stack([frame[:, left : left + 32].transpose(2, 0, 1) for frame in frames])
+            np.testing.assert_array_equal(found[3 * segment + view], expected)
+    np.testing.assert_array_equal(encoder.spread(samples, 5, 1, 1)[0], encoder.read(samples, 5))
+
+
+def test_videos_are_classified_by_the_mean_of_the_probabilities_of_their_clips(
+    model: Path, shards: Path, films: None, monkeypatch: pytest.MonkeyPatch
+):
+    samples, (encoder, _) = Samples([str(clips(shards.parent))]), open_encoder(str(model))
+    head = AttentiveHead(32, 3, heads=2)
+    head.initialise(torch.Generator().manual_seed(0))
+    numbers, all_tokens = np.arange(0, 48, 2), []
+    for number in numbers:
+        each = torch.from_numpy(encoder.spread(samples, int(number), 3, 2)).float().div(255).sub(0.5).div(0.25)
+        with torch.no_grad():
+            all_tokens.append(torch.cat([encoder.backbone(one[None]).tokens for one in each]))
+    with torch.no_grad():  # answers differ from clip to clip
+        head.classify.weight.mul_(500)
+        head.classify.bias.sub_(head(torch.cat(all_tokens)).mean(0))
+        logits = [head(tokens) for tokens in all_tokens]
+    monkeypatch.setattr(type(encoder), "batch", 13)  # two videos of six clips at once
+    found = video.predict(encoder, samples, numbers, head, video.Config(segments=3, views=2)).tolist()
+    assert found == [int(each.softmax(1).mean(0).argmax()) for each in logits]
+    for others in ([each[0] for each in logits], [each[3] for each in logits], [each.mean(0) for each in logits]):
+        assert found != [int(other.argmax()) for other in others]  # a single clip, and the mean of the logits
+
+
+@pytest.mark.slow
+def test_the_video_protocol(model: Path, shards: Path, tmp_path: Path):
+    data = [str(clips(shards.parent))]
+    options = {"epochs": 4, "batch": 16, "rates": [5e-3], "decays": [0.01], "heads": 2, "segments": 2, "views": 2}
+    rows = evaluate(str(model), ["video"], data, data, cache=tmp_path, options={"video": options})
+    found = {row["metric"]: row["value"] for row in rows}
+    assert found["accuracy"] > 0.75 and (found["segments"], found["views"], found["rate"]) == (2, 2, 5e-3)
+    assert {row["unit"] for row in rows} == {"clips"}
+    with pytest.raises(UserError, match="pixels: video scores models that read clips; choose attentive"):
+        evaluate("pixels", ["video"], [str(shards)], [str(shards)], cache=tmp_path)

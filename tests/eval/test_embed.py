@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from pyarrow import parquet
 
 from common.errors import Damaged, UserError
 from data_pipeline.build.build_shards import build
+from data_pipeline.shards import index
+from data_pipeline.shards.samples import Samples
 from eval import embed
 from eval.features import Encoder, open_encoder
 from eval.text_features import bytes_of
@@ -55,6 +58,15 @@ def read(out: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
     return np.concatenate([np.load(out / f"{name}.npy") for name in names]), [(r["shard"], r["key"]) for r in rows]
 
 
+def read_shards(out: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """The same of a folder of shards, as any data set of this project is read."""
+    index.write(out, lambda line: None, further=["features.npy"])
+    samples = Samples([str(out)])
+    found = [np.load(io.BytesIO(samples.read(n, ("features.npy",))["features.npy"])) for n in range(len(samples))]
+    keys = [samples.name(n)[1].partition("/") for n in range(len(samples))]
+    return np.stack(found), [(f"{shard}.tar", key) for shard, _, key in keys]
+
+
 def expected(encoder: Encoder, data: str) -> tuple[torch.Tensor, list[tuple[str, str]]]:
     samples = encoder.check([data])
     numbers = [n for n in range(22) if n % 11 != 5 and n != 6]
@@ -63,7 +75,7 @@ def expected(encoder: Encoder, data: str) -> tuple[torch.Tensor, list[tuple[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["npy", "parquet"])
+@pytest.mark.parametrize("format", ["npy", "parquet", "tar"])
 def test_rows_and_keys(format: str, data: str, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture):
     model = teacher(shards.parent)
     features, keys = expected(open_encoder(str(model))[0], data)
@@ -73,6 +85,8 @@ def test_rows_and_keys(format: str, data: str, tmp_path: Path, shards: Path, cap
         assert call("embed", model, data, out, "--output", output, "--format", format) == 0
         if format == "npy":
             found, names = read(out)
+        elif format == "tar":
+            found, names = read_shards(out)
         else:
             table = parquet.read_table(out)
             assert table.column_names == ["shard", "key", "features"]
@@ -128,7 +142,7 @@ def test_killed_and_shared(data: str, tmp_path: Path):
     assert embed.embed("pixels", [data], tmp_path / "out") == (19, 3)
 
 
-@pytest.mark.parametrize("format", ["npy", "parquet"])
+@pytest.mark.parametrize("format", ["npy", "parquet", "tar"])
 def test_samples_that_could_not_be_read_once_are_read_again(
     format: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -342,23 +342,26 @@ def test_damaged_images_and_files(run: Path, tmp_path: Path, shards: Path):
 
 
 def test_missing_data_leaves_the_other_sections(tmp_path: Path, shards: Path):
-    copy = shutil.copytree(shards, tmp_path / "shards")
+    copy = shutil.copytree(shards, tmp_path / "<s>shards")
     moved = make_run(tmp_path / "moved", copy)
     shutil.rmtree(copy)
     page = Page(report.write(moved))
     assert page.all("h2") == [name for name in SECTIONS if name not in IMAGES]
-    assert f"are missing: {copy}: no such file or folder" in page.source
+    assert f"are missing: {copy}: no such file or folder" in "".join(page.all("p"))
 
 
 def test_names_are_escaped(tmp_path: Path, photos: Path):
     for name, source in (("<b>", "china"), ("a&\"'", "flower")):
         shutil.copytree(photos / source, tmp_path / "photos" / name)
-    build(tmp_path / "photos", tmp_path / "shards")
-    run = make_run(tmp_path / "<i>run", tmp_path / "shards")
-    Image.new("RGB", (4, 4)).save(run / "pictures" / "<u>x-000000001.png")
+    build(tmp_path / "photos", tmp_path / "<s>shards")
+    run = make_run(tmp_path / "<i>run", tmp_path / "<s>shards")
+    Image.new("RGB", (4, 4)).save(run / "pictures" / '<u>"x-000000001.png')
+    (run / "samples.jsonl").write_text('{"step": 1, "prompt": "<q>a", "text": "<q>b"}\n')
     page = Page(report.write(run))
     assert page.all("h1") == ["<i>run"] and page.all("title")[0] == "<i>run · unlabeled"
-    assert not {"i", "u"} & {tag for tag, attrs in page.tags if "style" not in attrs}
+    assert '<u>"x' in [attrs.get("alt") for tag, attrs in page.tags if tag == "img"]
+    assert page.all("b").count("<q>a") == 1 and page.all("p").count("<q>b") == 1
+    assert not {"i", "u", "s", "q"} & {tag for tag, attrs in page.tags if "style" not in attrs}
     assert {"<b>", "a&\"'"} <= {attrs["title"] for tag, attrs in page.tags if tag == "figcaption" and "title" in attrs}
     assert any("✓ <b>" in text for text in page.all("figcaption")) and "rows: <b>" in "".join(page.all("figcaption"))
 
