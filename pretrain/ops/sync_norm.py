@@ -35,7 +35,9 @@ class BatchNorm(_BatchNorm):
         if self.training:
             self.num_batches_tracked.add_(1)
         with torch.autocast(x.device.type, enabled=False):
-            if world()[1] == 1 or not self.training:
+            # PyTorch's operation refuses a single value for each channel, such as that of one masked patch.
+            is_single = x.numel() == x.shape[1]
+            if not self.training or (world()[1] == 1 and not is_single):
                 return self._in_one_process(x)
             return self._over_processes(wide(x)).to(x.dtype)
 

@@ -548,6 +548,17 @@ def test_batch_norm_takes_weights_gathered_in_bf16(training: bool):
     assert out.dtype == torch.bfloat16 and torch.allclose(out.float(), expected, atol=0.05)
 
 
+def test_batch_norm_of_one_row_is_its_bias():
+    """Such as a single masked patch in the batch, which has no variance. Over several processes one of them may have it."""
+    norm, x = BatchNorm(4), torch.randn(1, 4, requires_grad=True)
+    norm.bias.data.fill_(0.5)
+    out = norm(x)
+    out.sum().backward()
+    assert torch.equal(out, torch.full((1, 4), 0.5)) and torch.equal(x.grad, torch.zeros(1, 4))
+    torch.testing.assert_close(norm.running_mean, 0.1 * x[0].detach())
+    assert norm(torch.randn(2, 4)).std() > 0
+
+
 def test_initial_weights_have_their_std():
     vit = build_model(families.ViT(image_size=32, patch_size=4, dim=96, depth=1, heads=3, initial_std=0.05))
     found = [vit.blocks[0].attn.qkv.weight, vit.blocks[0].mlp.fc1.weight, vit.pos_embed]
