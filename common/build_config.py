@@ -85,7 +85,7 @@ def convert(value: Any, hint: Any, origin: Origin, key: str, field: dataclasses.
         if choice is not type(None):
             ok, result = _convert_one(value, choice, origin, key)
             if ok:
-                _check_limits(result, origin, key, field, type(None) in choices)
+                check_limits(result, origin, key, field, type(None) in choices)
                 return result
     raise ConfigError(f"{_where(origin, key)}{key} = {value!r}: expected {_type_name(hint)}{_hint_for(value, choices)}")
 
@@ -94,13 +94,16 @@ def _is_section(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Section)
 
 
-def _check_limits(value: Any, origin: Origin, key: str, field: dataclasses.Field | None, null: bool) -> None:
-    """Raises ConfigError for the first number of an option's value that is outside the limits of its field."""
+def check_limits(
+    value: Any, origin: Origin, key: str, field: dataclasses.Field | None, null: bool = False, reason: str = ""
+) -> None:
+    """Raises ConfigError for the first number of an option's value that is outside the limits of its field. `reason`:
+    why the option has this value."""
     limits = field.metadata.get("limits") if field is not None else None
     for part, number in _numbers(value) if limits is not None else ():
         if not limits.allow(number):
             or_null = ", or null" if null else ""
-            raise ConfigError(f"{_where(origin, key)}{key}{part} = {number}: must be {limits}{or_null}")
+            raise ConfigError(f"{_where(origin, key)}{key}{part} = {number}{reason}: must be {limits}{or_null}")
 
 
 def _numbers(value: Any) -> Iterator[tuple[str, float]]:

@@ -100,6 +100,15 @@ def test_a_stage_has_the_prototypes_of_the_run_that_it_starts_from(shards: Path,
     )
 
 
+def test_a_value_of_auto_keeps_the_limits_of_its_option():
+    cfg = recipe.load("finetune_cpu", ["objective.pool=cls"])
+    with pytest.raises(
+        ConfigError, match=r"objective.classes = 1 \(auto: the number of classes that the shards name\): must be 2"
+    ):
+        defaults.settle(cfg, 1000, classes=1)
+    assert defaults.settle(cfg, 1000, classes=2) and cfg.objective.classes == 2
+
+
 def test_the_gram_teacher_sees_twice_the_image(tmp_path: Path):
     gram = ["objective=dinov3", "objective.prototypes=64", "model=vit_small", "objective.gram_teacher=ema"]
     cfg = recipe.load("demo", [*gram, "model.image_size=96"])

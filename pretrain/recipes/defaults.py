@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from common.build_config import check_limits
 from common.config import Facts, Section, fields
 from common.schedules import Schedule
 from pretrain.recipes.recipe import Recipe
@@ -24,7 +25,8 @@ def settle(
     about_of: Callable[[str], dict] | None = None,
     classes: int = 0,
 ) -> list[str]:
-    """Replace every `auto` that has a rule. Returns a line "key = value (auto: rule)" for each.
+    """Replace every `auto` that has a rule. Returns a line "key = value (auto: rule)" for each. Raises ConfigError for a
+    value outside the limits of its option, such as a single class.
 
     `samples`: number of samples in the data; None: unknown, so that the number of samples that the run trains on is
     used. `recipe_of` reads the recipe of the run that `init.run` names, and `about_of` what the weights that
@@ -58,9 +60,11 @@ def settle(
                 )
                 for rule in field.metadata.get("auto", ()):
                     if (new := rule(facts)) is not None:
-                        setattr(section, key, new)
                         explanation = (rule.__doc__ or rule.__name__).splitlines()[0].rstrip(".")
-                        lines.append(f"{'.'.join((*path, key))} = {_as_text(new)} (auto: {explanation})")
+                        name = ".".join((*path, key))
+                        check_limits(new, {}, name, field, reason=f" (auto: {explanation})")
+                        setattr(section, key, new)
+                        lines.append(f"{name} = {_as_text(new)} (auto: {explanation})")
                         break
 
     walk(cfg, ())
