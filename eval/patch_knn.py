@@ -23,7 +23,7 @@ from eval.dense_data import IGNORED, Pairs, whole_patches
 from eval.features import Encoder
 from eval.knn import nearest
 from eval.probe_training import tokens_of
-from eval.segmentation import class_map, confusion_of, count_classes, scores
+from eval.segmentation import class_map, confusion_of, count_classes, scores, scores_of
 
 NEEDS = "masks"
 UNIT = "images"
@@ -66,7 +66,7 @@ def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> 
     features, labels = _gallery(train_set, train_set.numbers, classes, size, cfg)
     confusion = _confusions(test_set, test_set.numbers, features, labels, [k], classes, size, cfg)[k]
     return {
-        **scores(confusion),
+        **scores_of(test_set, confusion),
         "k": k,
         "classes": classes,
         "size": size,

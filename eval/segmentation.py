@@ -107,7 +107,7 @@ def score(
             logits = segment(encoder, head, image, size, stride, layers)
             confusion += confusion_of(upsampled_argmax(logits, values.shape), class_map(values, cfg), classes)
     count = len(pairs) - len(pairs.damaged)
-    return {**scores(confusion), "classes": classes, "size": size, "count": count}
+    return {**scores_of(pairs, confusion), "classes": classes, "size": size, "count": count}
 
 
 def window_size(encoder: Encoder, cfg: Scored) -> int:
@@ -231,6 +231,16 @@ def confusion_of(predicted: Tensor, truth: np.ndarray, classes: int) -> Tensor:
     is_scored = (target >= 0) & (target < classes)
     pairs = target[is_scored] * classes + predicted[is_scored]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def scores_of(pairs: Pairs, confusion: Tensor) -> dict[str, float]:
+    """`scores`. Raises DataError if no pixel of the masks has a class."""
+    if not confusion.any():
+        raise DataError(
+            f"{pairs.samples.names}: no pixel of the masks has a class from 0 to {len(confusion) - 1}, so there is nothing"
+            " to score; compare the numbers in the masks with the options `ignore` and `zero_is_void`"
+        )
+    return scores(confusion)
 
 
 def scores(confusion: Tensor) -> dict[str, float]:

@@ -18,7 +18,7 @@ def read_map(data: bytes, ending: str) -> np.ndarray:
     if ending.rpartition(".")[2] == "npy":
         with errors_as_damage():
             values = np.load(io.BytesIO(data), allow_pickle=False)
-        if values.ndim != 2 or values.dtype.kind not in "uif":
+        if values.ndim != 2 or values.dtype.kind not in "buif":
             raise Damaged(f"its map holds {values.dtype} {list(values.shape)}, but numbers [H, W] are read")
         return values
     with open_image(data) as image, errors_as_damage():

@@ -209,6 +209,16 @@ def test_maps_are_read_as_they_are_stored():
         read_map(npy(np.zeros(2)), "npy")
 
 
+def test_masks_of_true_and_false_are_classes():
+    mask = np.array([[True, False]])
+    assert read_map(npy(mask), "mask.npy").astype(int).tolist() == [[1, 0]]
+    image = np.repeat(mask.astype(np.uint8)[..., None], 3, 2)
+    crop, classes = random_crop(
+        image, read_map(npy(mask), "mask.npy"), (1, 2), (1, 1), -1, lambda k: np.random.default_rng(0)
+    )
+    assert sorted(classes[0]) == [0, 1] and np.array_equal(crop[0], classes)
+
+
 # ---------------------------------------------------------------- scores
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
@@ -219,6 +229,15 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str
         *((f"b.{kind}.png", png(np.zeros((9, 9), np.uint8))) for kind in ("mask", "depth")),  # of another size
     ]
     return [scenes(folder / "train.tar", 20, 1)], [scenes(folder / "test.tar", 8, 2, odd)]
+
+
+def test_masks_without_a_class_have_no_score(tmp_path: Path):
+    mask = np.full((8, 8), 255, np.uint8)
+    write_tar(tmp_path / "void.tar", [("a.jpg", jpeg(size=8)), ("a.mask.png", png(mask))])
+    pairs = Pairs(patches(tmp_path), [str(tmp_path / "void.tar")], "", MASKS, "segmentation.member")
+    head = torch.nn.Conv2d(3, 2, 1)
+    with pytest.raises(DataError, match=r"void.tar: no pixel of the masks has a class from 0 to 1"):
+        segmentation.score(pairs.encoder, head, pairs, 2, 32, segmentation.Scored(), 1)
 
 
 @pytest.mark.slow
