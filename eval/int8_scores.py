@@ -14,15 +14,15 @@ import xxhash
 
 from common import output
 from common.errors import UserError
+from data_pipeline.storage.urls import write_atomically
 from eval import pictures
 from eval.features import Encoder
 from eval.model_comparison import BATCH, main_metric, measure
 from eval.results import Row
-from eval.run import configured, rows_of
+from eval.run import configured, refuse_files, rows_of
 from pretrain.interchange import int8
 from pretrain.interchange.run_facts import MAIN_METRICS, PROTOCOL_NAMES
 from pretrain.models.layers import Features
-from pretrain.run_folder.written_files import write_atomically
 
 SHOWN_LAYERS = 8  # in the text; the file has all
 
@@ -42,6 +42,7 @@ def compare(
     "int8"}, "features": the relative error of the pooled features, "layers": of each linear layer}. Everything runs on
     the CPU, which is where the int8 file runs. `samples`: number of images of the query that losses are computed on."""
     encoder, facts, chosen = configured(str(folder), names, image_size, options, "cpu", cache)
+    refuse_files([(name, cfg) for name, _, cfg in chosen])
     if type(encoder) is not Encoder or not isinstance(encoder.backbone, torch.nn.Module):
         raise UserError(f"{folder}: int8 files are written of exports that read images; name such a folder")
     path = int8.quantize(folder, encoder.backbone, reduce_range)
@@ -54,7 +55,7 @@ def compare(
             backbone=quantized, layers=0, _sets={}, name="int8", model_hash=xxhash.xxh3_128_hexdigest(path.read_bytes())
         ),
     }
-    images, _, _ = pictures.load_some(encoder.check(list(query)), samples, encoder.image_size)
+    images, _, _ = pictures.load_some(encoder.check(list(query)), samples, encoder.image_size, encoder.channels)
     pixels = encoder.part.place(torch.from_numpy(images), encoder.device)
     whole, rounded = (each.pooled(images) for each in both.values())
     scores: dict[str, dict[str, dict[str, float]]] = {}
@@ -77,7 +78,7 @@ def compare(
         "features": round(float((rounded - whole).norm() / whole.norm()), 6),
         "layers": [asdict(loss) for loss in int8.layer_losses(backbone, pixels, encoder.pool)],
     }
-    write_atomically(folder / "int8.json", json.dumps(found, indent=1) + "\n")
+    write_atomically(str(folder / "int8.json"), [(json.dumps(found, indent=1) + "\n").encode()])
     return found
 
 

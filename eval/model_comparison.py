@@ -28,7 +28,7 @@ from eval.feature_cache import Labelled
 from eval.feature_rows import Subset
 from eval.features import Encoder
 from eval.report_page import page, section
-from eval.run import configured, rows_of
+from eval.run import configured, refuse_files, rows_of
 from pretrain.interchange.run_facts import LOWER_IS_BETTER, MAIN_METRICS, PROTOCOL_NAMES
 
 BATCH = 32  # samples whose throughput is measured
@@ -68,6 +68,7 @@ def compare(
     encoders, all_rows = list[Any](), []
     for model in models:
         encoder, facts, chosen = configured(model, names, image_size, options, device, cache)
+        refuse_files([(name, cfg) for name, _, cfg in chosen])
         if encoders and encoder.unit != encoders[0].unit:
             raise UserError(
                 f"{model}: reads {encoder.unit}, but {models[0]} reads {encoders[0].unit}; compare like models"

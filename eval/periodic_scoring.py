@@ -21,6 +21,7 @@ from data_pipeline.parts.caption import Caption
 from data_pipeline.shards.samples import Samples
 from data_pipeline.shards.token_rows import Rows
 from eval.protocol_finder import CAPTIONS, CLASSES, IMAGES, LABELS, QUERY_LABELS, QUERY_MASKS, TOKENS, needs
+from eval.run import refuse_files
 from eval.tiers import Task, tasks
 from pretrain.objectives import finder
 from pretrain.recipes.recipe import Recipe
@@ -66,6 +67,7 @@ def _check_task(recipe: Recipe, task: Task) -> None:
     with _errors_about(task.tier):
         needed = {name: needs(name) for name in task.protocols}
         configs = {name: _config(task, name) for name in needed}
+        refuse_files([*configs.items()])
     for name, need in needed.items():
         if need == TOKENS:
             _check_tokens(recipe, task.query_key, task.query)

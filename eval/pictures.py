@@ -31,17 +31,18 @@ MAX_CHART_POINTS = 400
 Labels = Sequence[str | None]  # None for an image without a label
 
 
-def load_some(samples: Samples, limit: int, size: int) -> tuple[np.ndarray, Labels, list[int]]:
-    """(center crops uint8 [N, 3, S, S], labels, numbers of the samples) of up to `limit` images that are evenly spaced
-    over the set. Damaged images are left out."""
-    images, labels, numbers = [], [], []
+def load_some(samples: Samples, limit: int, size: int, channels: int = 3) -> tuple[np.ndarray, Labels, list[int]]:
+    """(center crops uint8 [N, channels, S, S], labels, numbers of the samples) of up to `limit` images that are evenly
+    spaced over the set. Damaged images are left out. Raises DataError if none can be read, or the store cannot."""
+    images, labels, numbers = [], list[str | None](), []
     for number in np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int).tolist():
         try:
-            image = center(samples.image(number), size)
-            label = samples.label(number)
+            image = center(samples.image(number, channels), size)
         except Damaged:
             continue
-        except DataError:
+        try:
+            label = samples.label(number)
+        except (Damaged, DataError):
             label = None
         images.append(image)
         labels.append(label)

@@ -123,6 +123,17 @@ def configured(
     return encoder, facts, chosen
 
 
+def refuse_files(chosen: Sequence[tuple[str, Any]]) -> None:
+    """Raises UserError if a protocol would write a file or folder (`save`), where several models are scored: each of
+    them would write the same one. `chosen`: (name, config) of each protocol."""
+    for name, cfg in chosen:
+        if save := vars(cfg).get("save"):
+            raise UserError(
+                f"{name}.save = {save}: several models are scored here, and each would write it; leave it out, and write"
+                f" it by `unlabeled eval MODEL {name} {name}.save={save}`"
+            )
+
+
 def _labelled_counts(encoder: Any, gallery: Sequence[str], query: Sequence[str]) -> dict[str, Any]:
     """The numbers of samples that were scored and that were not, and the word for samples ("unit")."""
     gallery_set, query_set = encoder.labelled(list(gallery)), encoder.labelled(list(query))

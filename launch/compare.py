@@ -9,11 +9,11 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.output import say
+from data_pipeline.storage.urls import write_atomically
 from eval.protocol_finder import protocols
 from launch.argument_types import check_file
 from launch.evaluate import request_for
 from pretrain.run_folder.export_folders import exports, run_of, student_exports
-from pretrain.run_folder.written_files import write_atomically
 
 
 def compare(teacher: str, words: Sequence[str], json_file: str, html_file: str) -> None:
@@ -51,7 +51,7 @@ def compare(teacher: str, words: Sequence[str], json_file: str, html_file: str) 
     say(*model_comparison.table(found))
     if json_file:
         values = model_comparison.as_json(found, request.gallery, request.query, device)
-        write_atomically(Path(json_file), json.dumps(values, indent=1) + "\n")
+        write_atomically(json_file, [(json.dumps(values, indent=1) + "\n").encode()])
     if html_file:
         about = f"Scored on {', '.join(request.query)}, gallery {', '.join(request.gallery) or '–'}; {device}."
         say(model_comparison.write_page(found, Path(html_file), about))

@@ -41,7 +41,7 @@ EXPORT_FILES = (
     "video_preprocessor_config.json",
     *("tokenizer.json", "tokenizer_config.json"),
     *(file for files in EXPORT_FORMAT_FILES.values() for file in files),
-    *("model.int8.onnx", "int8.json", *(f".int8.partial/{file}" for file in INT8_FILES)),
+    *("model.int8.onnx", "int8.json", "int8.json.#-#.partial", *(f".int8.partial/{file}" for file in INT8_FILES)),
     # a format is written to a temporary folder first
     *(f".{name}.partial/{file}" for name, files in EXPORT_FORMAT_FILES.items() for file in files),
 )

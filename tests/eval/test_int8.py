@@ -77,6 +77,8 @@ def test_the_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         for exact, same, given in zip(full, simulated, (real.cls, real.tokens), strict=True):
             error, difference = float((given - exact).norm()), float((given - same).norm())
             assert error > 0 and difference < 0.5 * error  # roundings of ties apart, the arithmetic is the same
+    with pytest.raises(UserError, match="several models are scored here"):
+        quantize(str(folder), ["logistic", "logistic.save=probe", *words[1:]])
     with pytest.raises(UserError, match="no data are named"):
         quantize(str(folder), ["query=[]"])
     with pytest.raises(UserError, match="pixels: int8 files are written of exports"):

@@ -91,8 +91,10 @@ def test_a_teacher_and_its_students(
     monkeypatch.setattr(model_comparison, "MIN_SECONDS", 0)
     teacher, student = runs
     words = [str(teacher / "export" / "40"), str(student), "knn", "fewshot", "fewshot.seeds=1", f"cache={tmp_path}"]
+    (tmp_path / ".recipe.yaml").write_text("a file of the user")
     files = HomePath(str(tmp_path / "a.json")), HomePath(str(tmp_path / "a.html"))
     compare(str(teacher / "export" / "40"), words, json=files[0], html=files[1])
+    assert (tmp_path / ".recipe.yaml").read_text() == "a file of the user"
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["large/40", "large/40", "small <b>/40"]
     assert lines[0].split() == ["parameters", "MB", "ms", "samples/s", "CKA", "k-NN", "fewshot"]
@@ -119,6 +121,7 @@ def test_a_teacher_and_its_students(
         (["STUDENT", "--json", "/none/a.json"], "its folder does not exist"),
         (["log_mel"], "log_mel: reads recordings, but .* reads images"),
         (["STUDENT", "query=[]"], "no data are named"),
+        (["STUDENT", "logistic", "logistic.save=probe"], "logistic.save = probe: several models are scored here"),
     ],
 )
 def test_errors(runs: tuple[Path, Path], words: list[str], message: str):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import DataError, UserError
 from data_pipeline.build.build_shards import build
 from data_pipeline.shards.samples import Samples
 from eval import feature_map, pictures, report, report_comparison, results, similarity_maps
@@ -30,6 +30,7 @@ from pretrain.models.layers import Features
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.run_folder.recipe_file import write_recipe
 from tests.conftest import tiny_recipe, unlabeled
+from tests.tars import jpeg, write_tar
 
 OPENING = ["Did it learn?"]
 IMAGES = [
@@ -145,6 +146,26 @@ def make_run(run: Path, shards: Path, *overrides: str, steps: int = 40) -> Path:
         f"2026-01-01 00:00:00 {run}: mae on vit_micro (0.1 M parameters trained), 48 samples, batch 16, fp32 on cpu, 1 threads\n"
     )
     return run
+
+
+def test_images_whose_store_fails_are_not_replaced_by_others(tmp_path: Path):
+    """Of two shards one is deleted after the set was opened: no image of the other one stands for its images."""
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", [(f"{number}.jpg", jpeg(number)), (f"{number}.cls", b"a")])
+    for gone in (1, 0):
+        samples = Samples([str(tmp_path)])
+        (tmp_path / f"{gone}.tar").rename(tmp_path / "gone")
+        with pytest.raises(DataError):
+            pictures.load_some(samples, 2, 8)
+        (tmp_path / "gone").rename(tmp_path / f"{gone}.tar")
+
+
+def test_images_of_other_channels(tmp_path: Path):
+    image = io.BytesIO()
+    np.save(image, np.arange(8 * 8 * 4, dtype=np.uint8).reshape(8, 8, 4))
+    write_tar(tmp_path / "a.tar", [("0.npy", image.getvalue())])
+    images, labels, numbers = pictures.load_some(Samples([str(tmp_path)]), 3, 8, channels=4)
+    assert images.shape == (1, 4, 8, 8) and labels == [None] and numbers == [0]
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,10 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(photos: Pat
         (f"eval.final.query=[{tmp_path / 'none'}]", "eval.final.query: .*none: no such file or folder"),
         ("eval.final.options=[knn.kk=5]", "eval.final: eval.final.options: knn.kk = 5: no such key; did you mean k"),
         ("eval.final.options=[knn.k=0]", "eval.final: eval.final.options: knn.k = 0: must be 1 or more"),
+        (
+            "eval.final={protocols: [logistic], options: [logistic.save=probe]}",
+            "eval.final: logistic.save = probe: several",
+        ),
         ("eval.final.options=[linear.steps=5]", "eval.final: .*'linear.steps=5': the tier has no protocol linear"),
         ("eval.final.options=[k=5]", "eval.final: .*'k=5' is no option of a protocol; write PROTOCOL.OPTION=VALUE"),
     ):
