@@ -28,7 +28,7 @@ def build(
     kind: Annotated[
         str,
         "KIND",
-        "images, videos, frames, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
+        "images, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
         " files); for a folder that holds only videos, `images` stands for their frames",
     ] = "",
     labels: Annotated[HomePath, "FILE", ".csv, .tsv or .jsonl file with a path and a label for each image"] = NO_FILE,
@@ -49,6 +49,11 @@ def build(
         "SECONDS",
         "store frames of videos as images, as JPEG of quality 95: the first frame of every interval of this length"
         " (default 1)",
+    ] = None,
+    fps: Annotated[
+        float | None,
+        "N",
+        "each sub-folder of numbered JPEGs or PNGs is a video with N frames per second; the files are not encoded again",
     ] = None,
     seconds: Annotated[
         float | None,
@@ -73,6 +78,7 @@ def build(
         as_stored,
         _unescaped(separator),
         frames_every=frames_every,
+        fps=fps,
         seconds=seconds,
         max_pixels=max_pixels,
     )

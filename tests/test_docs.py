@@ -27,6 +27,7 @@ from tests.contract.test_recipes import small
 from tests.data.sounds import tone, wav
 from tests.data.texts import prose, write_texts
 from tests.forked import Forked
+from tests.tars import jpeg
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -49,7 +50,7 @@ GIVEN = {  # what lies in a page's folder before its first command; the home fol
     "docs/many_gpus.md": ("bucket/train",),
     "docs/objectives.md": ("shards", "labelled"),
     "docs/trackers.md": ("shards",),
-    "docs/video.md": ("videos", "photos"),
+    "docs/video.md": ("videos", "photos", "frames"),
     "docs/text.md": ("texts", "labelled/train", "labelled/test", "runs/demo-text", "runs/bert"),
 }
 REPLACED = (  # in every command and program, by regular expression
@@ -295,6 +296,10 @@ def provide(what: str, photos: Path, shards: Path) -> None:
             shutil.copytree(photos, path)
         case "shards" | "bucket/train":
             shutil.copytree(shards, path)
+        case "frames":
+            (path / "slow").mkdir(parents=True)
+            for number in range(12):
+                (path / "slow" / f"{number}.jpg").write_bytes(jpeg(number))
         case "videos":
             shutil.copytree(clips(shards.parent).parent / "videos", path)
         case "labelled":

@@ -27,6 +27,7 @@ from data_pipeline.build.sources import text_files, video_frames
 from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, safe_name, to_json
 from data_pipeline.build.sources.source_files import Tree
 from data_pipeline.build.sources.text_files import Text
+from data_pipeline.formats.videos import EncodedVideo
 from data_pipeline.shards import index
 from data_pipeline.shards.members import MEMBER_NAME
 from data_pipeline.shards.samples import Samples
@@ -453,6 +454,41 @@ def test_videos(tmp_path: Path):
     assert json.loads(read[3]["json"]) == {"path": "run/a.mp4", "width": 64, "height": 48, "seconds": 0.5}
     picture = Image.open(contact_sheet.sheet(tmp_path / "out", tmp_path / "sheet.png"))
     assert picture.getpixel((8 + 64, 8 + 64))[0] > 200 > 60 > picture.getpixel((8 + 64, 8 + 64))[1]
+
+
+def test_folders_of_frames_are_videos(tmp_path: Path):
+    """The frames of a clip are the files, unchanged, at their times; 2.jpg is before 10.jpg."""
+
+    def frame(grey: int, size: tuple[int, int], form: str) -> bytes:
+        out = io.BytesIO()
+        Image.new("RGB", size, (grey, grey, grey)).save(out, form, quality=95)
+        return out.getvalue()
+
+    for name, form in (("run/a", "JPEG"), ("jump/b", "PNG"), ("jump/odd", "JPEG"), ("jump/bad", "JPEG")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(12):
+            size = (64, 48) if name != "jump/odd" or i < 9 else (48, 64)
+            ending = "png" if form == "PNG" else "jpg"
+            (tmp_path / "in" / name / f"{i}.{ending}").write_bytes(frame(20 * i, size, form))
+    (tmp_path / "in" / "jump" / "bad" / "7.jpg").write_bytes(jpeg(0)[:300])
+    (tmp_path / "in" / "notes.txt").write_text("no frame")
+    with pytest.raises(DataError, match="frames do not state their times; write --fps N"):
+        make(tmp_path / "in", tmp_path / "out", kind="frame-folders")
+    with pytest.raises(DataError, match="--fps 0: write the number of frames in a second"):
+        make(tmp_path / "in", tmp_path / "out", fps=0.0)
+    summary = make(tmp_path / "in", tmp_path / "out", fps=10.0)
+    assert summary["kind"] == "frame-folders" and summary["unread"] == {"txt": 1}
+    assert reasons(summary).keys() == {"jump/odd", "jump/bad"}
+    assert "9.jpg is a mjpeg of 48×64 pixels, but the first frame is a mjpeg of 64×48" in reasons(summary)["jump/odd"]
+    read = samples_of(tmp_path / "out")
+    assert [(s["__key__"].partition("-")[2], s["cls"]) for s in read] == [("b", b"0"), ("a", b"1")]
+    assert json.loads(read[1]["json"]) == {"path": "run/a", "width": 64, "height": 48, "seconds": 1.2}
+    for sample in read:
+        (clip,) = EncodedVideo(sample["mov"]).frames_at(lambda seconds: [[0.0, 0.19, 0.2, 1.0, seconds]])
+        assert [round(float(pixels.mean()) / 20) for pixels in clip] == [0, 1, 2, 10, 11]
+    assert frame(20 * 5, (64, 48), "JPEG") in read[1]["mov"]
+    make(tmp_path / "in", tmp_path / "again", fps=10.0)
+    assert [s["mov"] for s in samples_of(tmp_path / "again")] == [s["mov"] for s in read]
 
 
 def reds(data: bytes) -> list[int]:

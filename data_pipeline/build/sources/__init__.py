@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import fields
 
 from common.errors import DataError, nearest
+from data_pipeline.build.sources.frame_folders import FrameFolders, check_fps
 from data_pipeline.build.sources.media_folders import Images, Videos
 from data_pipeline.build.sources.parquet import ParquetImages, Table
 from data_pipeline.build.sources.recordings import Recordings, check_seconds, names_recordings
@@ -19,7 +20,7 @@ from data_pipeline.shards.members import MAX_MEMBER_BYTES
 from data_pipeline.storage.urls import compressed_tar_hint
 
 KINDS: dict[str, type[Source]] = {
-    k.kind: k for k in (Images, Videos, Frames, Recordings, Text, ImageText, ParquetImages, Tars)
+    k.kind: k for k in (Images, Videos, Frames, FrameFolders, Recordings, Text, ImageText, ParquetImages, Tars)
 }
 _ALL_KINDS = {**KINDS, TarSubset.kind: TarSubset}  # with the one that only `shards split` uses
 
@@ -36,10 +37,13 @@ def find_source(kind: str, url: str, options: Options, limit: int) -> Source:
     check_bits(options.bits)
     check_max_pixels(options.max_pixels)
     check_every(options)
+    check_fps(options)
     check_seconds(options)
     tree, kind_given = Tree(url), bool(kind)
     if kind in ("", Images.kind) and (options.frames_every is not None or (kind and _only_videos(tree))):
         kind = Frames.kind
+    if not kind and options.fps is not None:
+        kind = FrameFolders.kind
     source = _ALL_KINDS[kind or detect(tree, options)](tree, options, limit)
     source.kind_given = kind_given
     for field in fields(Options):

@@ -57,6 +57,7 @@ class Options:
     as_stored: bool = False  # do not apply an EXIF orientation
     separator: str = ""  # .txt: the text between two documents of a file
     frames_every: float | None = None  # interval in seconds between the frames of a video that become images
+    fps: float | None = None  # frames per second of videos that are folders of frames
     seconds: float | None = None  # audio: longest recording; longer ones are cut into pieces
     # Only samples whose key has a hash in [low, high), as a fraction of all hashes, are used: see split.py.
     low: float = 0.0
