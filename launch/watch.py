@@ -28,6 +28,7 @@ from eval.run import by_protocol
 from eval.tiers import tasks
 from launch.due_evaluations import SAMPLES, due, lacks, name_of
 from launch.rank_records import read_record, record
+from pretrain.collapse_monitor import OF_HEALTH, of_health
 from pretrain.interchange import model_card
 from pretrain.recipes.recipe import Recipe, stored
 from pretrain.run_folder.jsonl_rows import read_rows
@@ -71,6 +72,8 @@ def score(
         _check_identity(run, identity)
         if rows and not results.new_rows(run / "results.jsonl", rows):
             continue
+        if name == "health" and step:
+            _note_collapse(run, recipe, rows, step)
         if not baseline:
             for row in rows:
                 board.add_scalar(score_name(row), row["value"], step)
@@ -79,6 +82,23 @@ def score(
     if not baseline:
         model_card.write(Path(model))  # with these rows
     return failed
+
+
+def _note_collapse(run: Path, recipe: Recipe, rows: list[dict[str, Any]], step: int) -> None:
+    """If the numbers of `health` of an export show a collapse, add a note to its rows, and a line to log.txt."""
+    models = ("untrained", rows[0]["model"])  # a student of a distillation has its name at each step
+    known = [
+        row
+        for row in read_rows(run / "results.jsonl")
+        if (row["protocol"], row["step"]) == ("health", 0) and row["model"] in models
+    ]
+    first, values = ({row["metric"]: row["value"] for row in each} for each in (known, rows))
+    if not OF_HEALTH.keys() <= first.keys():  # the export of step 0 has not been measured
+        return
+    if reason := of_health(values, first, recipe.objective.remedies):
+        for row in rows:
+            row["note"] = reason
+        _log(run, f"step {step}: collapse: {reason}")
 
 
 def _generate(run: Path, model: Path, step: int, prompts: list[str], identity: str, board: Any) -> None:
@@ -200,10 +220,14 @@ def _end(path: Path, name: str) -> None:
 def _log_failure(run: Path, job: tuple[str, int, str], protocol: str, error: Exception) -> None:
     """Write why an evaluation has failed to log.txt and to standard error."""
     line = f"evaluation of {job[0]} on {job[2]}{f' by {protocol}' if protocol else ''} failed: {error}"
+    is_ours = not isinstance(error, UserError)
+    _log(run, line, *("".join(traceback.format_exception(error)).split("\n") if is_ours else ()))
+
+
+def _log(run: Path, line: str, *details: str) -> None:
+    """Write a line to standard error and, with the time and with details below it, to log.txt."""
     with (run / "log.txt").open("a") as log:
-        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=log)
-        if not isinstance(error, UserError):
-            say(*"".join(traceback.format_exception(error)).split("\n"), file=log)
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", *details, file=log)
     say(line, file=sys.stderr)
 
 

@@ -3,7 +3,7 @@ same classes.
 
 It reads the logged quantities `feature_std`, `rank` and `teacher_entropy` (`ops/self_distillation.health`). It warns
 once per quantity, with the value at the start of the run and the usual range. The run continues; a person decides
-whether to stop it.
+whether to stop it. `of_health` judges the numbers of an export that the protocol `health` has measured.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ PATIENCE = 20  # number of consecutive rows of metrics that must look collapsed 
 MIN_FEATURE_STD_RATIO = 0.1  # smallest healthy ratio of feature_std to its value at the start of the run
 MIN_RANK = 1.5  # below it, the class tokens lie almost on a line
 MAX_ENTROPY_SHARE = 0.995  # largest healthy share of teacher_entropy in ln K, which it reaches if all images are alike
+OF_HEALTH = {"std": "feature_std", "rankme": "rank"}  # {number of the protocol `health`: its logged quantity}
 GRACE_STEPS = 300  # a high entropy is normal in these first steps, or in the learning rate's warm-up if that is longer
 
 
@@ -90,8 +91,7 @@ class CollapseMonitor:
             )
         return (
             f"the class tokens of all images are becoming alike ({values}; an untrained network has a feature_std of"
-            " 0.1 to 0.9 and a rank of 3 or more); lower optim.lr,"
-            f" {remedy + ', ' if remedy else ''}or train with a larger batch"
+            f" 0.1 to 0.9 and a rank of 3 or more); {_advice(remedy)}"
         )
 
 
@@ -100,6 +100,26 @@ def verdict(rows: list[dict[str, Any]], classes: int | None, warmup: int) -> str
     monitor = CollapseMonitor(classes, lambda _: None, warmup=warmup)
     monitor.read(rows)
     return monitor.verdict()
+
+
+def of_health(values: Mapping[str, float], first: Mapping[str, float], remedies: Mapping[str, str]) -> str:
+    """Why the features of an export look collapsed, and what to change; "" if they do not. `values`, `first`: the numbers
+    of the protocol `health`, of the export and of the untrained network."""
+    looks_collapsed = {
+        "std": values["std"] < MIN_FEATURE_STD_RATIO * first["std"],
+        "rankme": values["rankme"] < MIN_RANK < first["rankme"],
+    }
+    found = [name for name, looks in looks_collapsed.items() if looks]
+    if not found:
+        return ""
+    compared = ", ".join(f"{name} {values[name]:.3g}, untrained {first[name]:.3g}" for name in found)
+    return (
+        f"the features of all images are becoming alike ({compared}); {_advice(remedies.get(OF_HEALTH[found[0]], ''))}"
+    )
+
+
+def _advice(remedy: str) -> str:
+    return f"lower optim.lr, {remedy + ', ' if remedy else ''}or train with a larger batch"
 
 
 def _monitored(row: dict[str, Any]) -> list[str]:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import DataError, UserError
 from eval import health
 from eval.features import Encoder, open_encoder
 from eval.health import Config
 from eval.run import evaluate
+from launch import watch
+from pretrain import collapse_monitor
+from pretrain.interchange import export
+from pretrain.models.build import build_model
 from pretrain.models.layers import Features
+from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.run_folder.recipe_file import write_recipe
+from tests.conftest import tiny_recipe
 from tests.eval.test_dense import patches
 
 
@@ -121,3 +130,47 @@ def test_rows_and_errors(shards: Path):
         evaluate("pixels", ["health"], [], [])
     with pytest.raises(UserError, match="bytes: health measures models that read images, but this one reads texts"):
         health.run(open_encoder("bytes")[0], [], [str(shards)], Config())
+
+
+def test_a_collapse_is_noted_with_what_to_change(shards: Path, tmp_path: Path):
+    """In the rows of the export, and in log.txt: the options that the objective has."""
+    run = tmp_path / "run"
+    recipe = tiny_recipe("ijepa", shards, run, "steps=40", "eval.health=16")
+    run.mkdir()
+    write_recipe(recipe, run)
+    (run / "metrics.jsonl").write_text('{"step": 39, "loss": 1.0}\n')
+    for step in (0, 20, 40):
+        torch.manual_seed(0)
+        encoder = build_model(recipe.model)
+        if step == 40:
+            torch.nn.init.zeros_(encoder.norm.weight)
+            torch.nn.init.ones_(encoder.norm.bias)
+        export.write(
+            run / "export" / str(step),
+            encoder,
+            {"step": step, "objective": "ijepa", "pool": "mean"},
+            [0.5] * 3,
+            [0.5] * 3,
+        )
+        board = SummaryWriter(str(run / "tensorboard"))
+        assert watch.score(run, recipe, str(run / "export" / str(step)), step, "train", board, "cpu") == []
+    notes = {(row["step"], row.get("note", "")) for row in read_rows(run / "results.jsonl")}
+    (reason,) = {note for step, note in notes if note}
+    assert notes == {(0, ""), (20, ""), (40, reason)}
+    assert re.fullmatch(
+        r"the features of all images are becoming alike \(std 0\S*, untrained \S+, rankme 1, untrained \S+\); lower"
+        r" optim\.lr, raise objective\.momentum, or train with a larger batch",
+        reason,
+    )
+    assert (run / "log.txt").read_text().count("step 40: collapse: the features of all images are becoming alike") == 1
+    assert f"Note: {reason}." in (run / "export" / "40" / "README.md").read_text()
+
+
+def test_what_looks_collapsed():
+    healthy, advice = {"std": 0.5, "rankme": 9.0}, {"feature_std": "raise objective.a", "rank": "raise objective.b"}
+    assert collapse_monitor.of_health(healthy, healthy, advice) == ""
+    assert collapse_monitor.of_health({"std": 0.06, "rankme": 1.6}, healthy, advice) == ""
+    assert "raise objective.a" in collapse_monitor.of_health({"std": 0.04, "rankme": 5.0}, healthy, advice)
+    alike = collapse_monitor.of_health({"std": 0.5, "rankme": 1.2}, healthy, advice)
+    assert "rankme 1.2, untrained 9)" in alike and "raise objective.b" in alike and "std" not in alike
+    assert collapse_monitor.of_health({"std": 0.5, "rankme": 1.2}, {"std": 0.5, "rankme": 1.3}, advice) == ""

@@ -4,6 +4,7 @@ written."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,24 @@ def test_a_teacher_and_its_students(
     page = (tmp_path / "a.html").read_text()
     assert "small &lt;b&gt;/40" in page and "small <b>" not in page and page.count("<svg") == 4
     assert page.count("<circle") == 12
+
+
+def test_names_are_escaped_and_plots_show_the_costs(tmp_path: Path):
+    def model(name: str, parameters: int, latency: float, accuracy: float) -> model_comparison.Compared:
+        scores = {"knn": {"accuracy": accuracy}}
+        return model_comparison.Compared(
+            f"<q>{name}", parameters, 1.0, 32, latency, 10.0, 0.5, 48, scores, {"knn": 0.5}, [f"<q>note of {name}"]
+        )
+
+    models = [model("large", 4_000_000, 20.0, 0.8), model("small", 1_000_000, 5.0, 0.6)]
+    page = model_comparison.write_page(models, tmp_path / "a.html", "<q>about").read_text()
+    shown = ("&lt;q&gt;large and 1 more", "&lt;q&gt;about", "&lt;q&gt;note of large", "<th>&lt;q&gt;small</th>")
+    assert "<q>" not in page and all(text in page for text in shown)
+    for cost in ("4 million parameters", "1 million parameters", "20 ms for one sample", "5 ms for one sample"):
+        assert f", {cost}</title>" in page
+    size, latency = page.split('<div class="card"><h3>')[1:]
+    places = [[float(x) for x in re.findall(r'<circle class="s\d" cx="([\d.]+)"', plot)] for plot in (size, latency)]
+    assert all(first > second for first, second in places)  # the large model is to the right
 
 
 @pytest.mark.parametrize(

@@ -378,9 +378,13 @@ def test_names_are_escaped(tmp_path: Path, photos: Path):
     run = make_run(tmp_path / "<i>run", tmp_path / "<s>shards")
     Image.new("RGB", (4, 4)).save(run / "pictures" / '<u>"x-000000001.png')
     (run / "samples.jsonl").write_text('{"step": 1, "prompt": "<q>a", "text": "<q>b"}\n')
+    rows = [row | {'<q>"c': 1.0} for row in read_rows(run / "metrics.jsonl")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = Page(report.write(run))
     assert page.all("h1") == ["<i>run"] and page.all("title")[0] == "<i>run · unlabeled"
     assert '<u>"x' in [attrs.get("alt") for tag, attrs in page.tags if tag == "img"]
+    assert {"<b>", "a&\"'"} <= {attrs.get("alt") for tag, attrs in page.tags if tag == "img"}
+    assert '<q>"c' in page.all("h3") and '<q>"c by step' in [attrs.get("aria-label") for _, attrs in page.tags]
     assert page.all("b").count("<q>a") == 1 and page.all("p").count("<q>b") == 1
     assert not {"i", "u", "s", "q"} & {tag for tag, attrs in page.tags if "style" not in attrs}
     assert {"<b>", "a&\"'"} <= {attrs["title"] for tag, attrs in page.tags if tag == "figcaption" and "title" in attrs}
@@ -402,7 +406,7 @@ def test_without_labels_the_features_of_the_training_images_tell(run: Path, tmp_
 
 
 def test_runs_are_compared(run: Path, tmp_path: Path, shards: Path):
-    other = make_run(tmp_path / "other <run>", shards, "optim.lr.value=0.5", "model.depth=1")
+    other = make_run(tmp_path / "other <run>", shards, "optim.lr.value=0.5", "model.depth=1", "eval.cache=<run>")
     rows = [row | {"value": row["value"] + (0.05 if row["step"] else 0)} for row in read_rows(other / "results.jsonl")]
     (other / "results.jsonl").unlink()
     results.append(other / "results.jsonl", rows)
@@ -424,6 +428,9 @@ def test_runs_are_compared(run: Path, tmp_path: Path, shards: Path):
     assert len(page.images()) == 2 * 3 and "loss of mae" in page.all("h3")
     legend = re.findall(r'<b class="(s\d)">([^<]*)</b>', page.source)
     assert {*legend} == {("s0", "my run"), ("s1", "other &lt;run&gt;")}
+    swapped = report_comparison.write([other, run], tmp_path / "swapped.html").read_text()
+    for source in (page.source, swapped):
+        assert "<run>" not in source and ">&lt;run&gt;</td>" in source  # the cache
     for wrong, message in (([run, run], "is named twice"), ([run], "a page compares 2 to 8"), ([run] * 9, "9 runs")):
         with pytest.raises(UserError, match=message):
             report_comparison.write(wrong, tmp_path / "wrong.html")
