@@ -63,12 +63,6 @@ from pretrain.train import train
 
 RECIPES: dict[str, list[str]] = {  # options over `demo`, of objectives without a recipe NAME_cpu
     "simclr": [],
-    "mae": [
-        "objective.decoder_dim=64",
-        "objective.decoder_depth=1",
-        "objective.decoder_heads=2",
-        "optim.lr.value=3e-3",
-    ],
 }
 # {objective: (option, another objective)}: the option is the export of the other objective's last run
 AFTER = {"beit": ("objective.visual_tokenizer", "vqvae")}

@@ -1,5 +1,5 @@
-"""Parameter groups as {name: (lr, weight decay)}, frozen parameters, the interface of every optimizer, and LARS
-compared with its formula on one process and on two."""
+"""Parameter groups as {name: (lr, weight decay)}, frozen parameters, the interface of every optimizer, LARS compared
+with its formula on one process and on two, and SGD compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from pretrain.ops.parameter_shards import whole
 from pretrain.optim import optimizers
 from pretrain.optim.groups import clip_groups, make_optimizer, parameter_groups, thaw
 from pretrain.optim.lars import LARS
+from pretrain.optim.sgd import SGD
 from pretrain.parallel.engine import Engine
 from pretrain.recipes import parallel_checks
 from pretrain.recipes.sections import Optim
@@ -105,8 +106,8 @@ def test_an_objective_scales_the_learning_rate_of_its_parts(shards: Path, tmp_pa
     assert set(scales.values()) == {0.1, 1.0}
 
 
-@pytest.mark.parametrize("scope", ["global", "module"])
-def test_gradients_are_clipped_together_or_by_module(scope: str, shards: Path, tmp_path: Path):
+@pytest.mark.parametrize("scope", ["global", "module", "tensor"])
+def test_gradients_are_clipped_together_or_by_part(scope: str, shards: Path, tmp_path: Path):
     """The first moments of AdamW hold the clipped gradients, which equal those of a loop. One of the modules is below
     the limit; the norm that a step returns is that of all gradients before clipping."""
     cfg = tiny_recipe("dinov2", shards, tmp_path, "optim.clip=2.0", f"optim.clip_scope={scope}")
@@ -117,17 +118,18 @@ def test_gradients_are_clipped_together_or_by_module(scope: str, shards: Path, t
     for number, (name, p) in enumerate(objective.student.named_parameters()):
         drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
         p.grad = gradients[name] = drawn * sizes[name.partition(".")[0]]
-    squares = dict.fromkeys(sizes, 0.0)
+    part = {name: {"global": "", "module": name.partition(".")[0], "tensor": name}[scope] for name in gradients}
+    squares = dict.fromkeys(part.values(), 0.0)
     for name, gradient in gradients.items():
-        squares[name.partition(".")[0]] += float(gradient.double().square().sum())
+        squares[part[name]] += float(gradient.double().square().sum())
     total = sum(squares.values()) ** 0.5
-    norms = dict.fromkeys(sizes, total) if scope == "global" else {name: s**0.5 for name, s in squares.items()}
-    assert (min(norms.values()) < 2) == (scope == "module") and total > 2
+    norms = {name: s**0.5 for name, s in squares.items()}
+    assert (min(norms.values()) < 2) == (scope != "global") and max(norms.values()) > 2
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
     thaw(engine.optimizer, 0)
     assert float(engine.step(0.01, 0.05)) == pytest.approx(total, rel=1e-6)
     for name, p in objective.student.named_parameters():
-        clipped = gradients[name] * min(1.0, 2 / (norms[name.partition(".")[0]] + 1e-6))
+        clipped = gradients[name] * min(1.0, 2 / (norms[part[name]] + 1e-6))
         torch.testing.assert_close(engine.optimizer.state[p]["exp_avg"], 0.1 * clipped, rtol=1e-5, atol=1e-9)
 
 
@@ -216,8 +218,9 @@ def one_step(optimizer: torch.optim.Optimizer, fill: float | None, found: float)
 
 
 def test_names_are_files():
-    assert optimizers.names() == ["adamw", "lars", "muon"]
-    assert [optimizers.optimizer_class(name).__name__ for name in optimizers.names()] == ["AdamW", "LARS", "MuonAdamW"]
+    assert optimizers.names() == ["adamw", "lars", "muon", "sgd"]
+    classes = [optimizers.optimizer_class(name).__name__ for name in optimizers.names()]
+    assert classes == ["AdamW", "LARS", "MuonAdamW", "SGD"]
 
 
 @pytest.mark.parametrize("name", optimizers.names())
@@ -361,3 +364,26 @@ def test_lars_goes_on_in_another_mode(shards: Path, tmp_path: Path):
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in found] == pytest.approx([row[key] for row in expected[4:]], rel=1e-5)
     assert found[0]["step"] == 4 and found[-1]["step"] == 7
+
+
+# ---------------------------------------------------------------- SGD
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_that_of_pytorch(nesterov: bool):
+    """With a learning rate and a weight decay that change, and without the step that is skipped."""
+    ours, theirs = ([nn.Parameter(numbers(name, -1)) for name in SHAPES] for _ in range(2))
+    decayed = [{"params": ours[:-1], "wd_scale": 1.0}, {"params": ours[-1:], "wd_scale": 0.0}]
+    optimizer = SGD(decayed, MOMENTUM, nesterov)
+    reference = torch.optim.SGD([{"params": theirs[:-1]}, {"params": theirs[-1:]}], 1.0, MOMENTUM, nesterov=nesterov)
+    for step, (lr, wd) in enumerate(RATES):
+        for group, other, scale in zip(optimizer.param_groups, reference.param_groups, (1.0, 0.0), strict=True):
+            group.update(lr=lr, weight_decay=wd * scale)
+            other.update(lr=lr, weight_decay=wd * scale)
+        for parameters in (ours, theirs):
+            for name, p in zip(SHAPES, parameters, strict=True):
+                p.grad = numbers(name, step)
+        optimizer.found_inf = torch.tensor(float(step == SKIPPED))
+        optimizer.step()
+        if step != SKIPPED:
+            reference.step()
+    for p, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, other, rtol=1e-12, atol=1e-12)

@@ -85,10 +85,10 @@ class IJEPA(Objective):
         self.norm = LayerNorm(cfg.predictor_dim, 1e-6)
         self.predict = nn.Linear(cfg.predictor_dim, width)
         self._positions = Tables()  # by grid and device
-        for part in (self.embed, self.predict):
-            trunc_normal(part)
-        self.blocks.apply(trunc_normal)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        std = self.backbone.cfg.initial_std  # as published, that of the encoder
+        for part in (self.embed, *self.blocks.modules(), self.predict):
+            trunc_normal(part, std)
+        nn.init.trunc_normal_(self.mask_token, std=std)
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

@@ -24,7 +24,7 @@ from pretrain.models.positions import Tables, sincos_table
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import MaskedAutoencoder
 from pretrain.ops.image_rows import reconstructions
-from pretrain.ops.init import trunc_normal
+from pretrain.ops.init import xavier
 from pretrain.ops.patchify import complement, patchify, pick
 
 
@@ -45,9 +45,8 @@ class MAE(Objective):
         self.norm = LayerNorm(cfg.decoder_dim, 1e-6)
         self._positions = Tables()  # by grid and device
         self.predict = nn.Linear(cfg.decoder_dim, self.backbone.patch_size**2 * self.backbone.cfg.in_channels)
-        for part in (self.embed, self.predict):
-            trunc_normal(part)
-        self.blocks.apply(trunc_normal)
+        for part in (self.embed, self.blocks, self.predict):
+            xavier(part)
         nn.init.normal_(self.mask_token, std=0.02)
 
     @staticmethod

@@ -24,11 +24,13 @@ def decays(name: str, parameter: Tensor, tokens: bool) -> bool:
 def clip_groups(module: nn.Module, cfg: Optim) -> dict[Tensor, str]:
     """{trained parameter: its clipping group; the gradients of a group share one norm}. With `optim.clip_scope: global`
     the group is "" for all of them. With `module` it is the dotted name of the outermost module that holds the
-    parameter, where the objective itself, a ModuleDict and a ModuleList are not counted: a backbone, or a head."""
+    parameter, where the objective itself, a ModuleDict and a ModuleList are not counted: a backbone, or a head. With
+    `tensor` it is the parameter's own name."""
     names: dict[Tensor, str] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            names[parameter] = "" if cfg.clip_scope == "global" else _outermost_module(module, name)
+            groups = {"global": "", "module": _outermost_module(module, name), "tensor": name}
+            names[parameter] = groups[cfg.clip_scope]
     return names
 
 

@@ -223,7 +223,7 @@ class Zero(Engine):
     def _before_update(self) -> None:
         """Hook before each `optimizer.step`, which DeepSpeed calls once per flat tensor. Before the first of these
         calls in a step, when the norm is known and no parameter has been updated, call `judge` to decide whether the
-        update is skipped. DeepSpeed clips by the norm of all gradients only; with `optim.clip_scope: module`, the
+        update is skipped. DeepSpeed clips by the norm of all gradients only; with another `optim.clip_scope`, the
         gradient of the flat tensor is clipped here."""
         flat, name = self.flat[self.updates], self.flat_clip_groups[self.updates]
         self.updates += 1

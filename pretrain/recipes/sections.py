@@ -188,28 +188,29 @@ class Optim(Section):
     and position tables only with `decay_tokens`."""
 
     shorthand = "name"
-    # a file of pretrain/optim/: adamw; muon, for the matrices in blocks, with AdamW for all other parameters; lars
+    # a file of pretrain/optim/: adamw; muon, for the matrices in blocks, with AdamW for all other parameters; lars; sgd
     name: Optimizer = "adamw"
     lr: Schedule = field(default_factory=lambda: Schedule(1e-3))  # learning rate
-    # decay rate of the weights of matrices, decoupled from the gradient
+    # decay rate of the weights of matrices; with adamw and muon it is decoupled from the gradient
     weight_decay: Schedule = field(default_factory=lambda: Schedule(0.05))
     # whether class token, registers, mask token and position table have weight decay as well; true reproduces DINO,
     # DINOv2, DINOv3 and I-JEPA
     decay_tokens: bool = False
     # decay of the running mean of gradients, for adamw and for the parameters that muon leaves to it
-    beta1: float = option_if(0.9, "name", unless="lars", low=0, below=1)
+    beta1: float = option_if(0.9, "name", "adamw", "muon", low=0, below=1)
     # decay of the running mean of squared gradients
-    beta2: float = option_if(0.999, "name", unless="lars", low=0, below=1)
+    beta2: float = option_if(0.999, "name", "adamw", "muon", low=0, below=1)
     # added to the root of the mean of squared gradients, by which an update is divided
-    eps: float = option_if(1e-8, "name", unless="lars", low=0)
-    momentum: float = option_if(0.95, "name", unless="adamw", low=0, below=1)  # momentum of muon and lars
+    eps: float = option_if(1e-8, "name", "adamw", "muon", low=0)
+    momentum: float = option_if(0.95, "name", unless="adamw", low=0, below=1)  # momentum of muon, lars and sgd
+    nesterov: bool = option_if(False, "name", "sgd")  # whether sgd looks ahead along the momentum
     # trust coefficient of lars: the norm of an update relative to the norm of the weights, at a learning rate of 1
     trust: float = option_if(0.001, "name", "lars", above=0)
     # a gradient is scaled down if its norm exceeds this limit; null: no limit
     clip: float | None = option(None, above=0)
-    # which norm is limited: that of all gradients together, or of each module by itself, that is, of each backbone and
-    # of each head; module reproduces DINOv2 and DINOv3
-    clip_scope: Literal["global", "module"] = option_if("global", "clip", unless=None)
+    # which norm is limited: that of all gradients together; of each module by itself, that is, of each backbone and of
+    # each head, which reproduces DINOv2 and DINOv3; or of the gradient of each tensor, which reproduces DINO
+    clip_scope: Literal["global", "module", "tensor"] = option_if("global", "clip", unless=None)
     # factor of the learning rate from one block to the one below it: that of block i of n is layer_decay^(n − i)
     layer_decay: float = option(1.0, above=0, high=1)
     # further factor of the learning rate of the patch embedding

@@ -25,7 +25,7 @@ from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone
 from pretrain.models.positions import sincos_table
-from pretrain.objectives import finder
+from pretrain.objectives import finder, ijepa
 from pretrain.objectives.barlow_twins import cross_correlation
 from pretrain.objectives.base import Objective
 from pretrain.objectives.byol import distance
@@ -446,6 +446,16 @@ def test_dinos_logits_are_cosines_at_first(unit: bool):
     for head in (model.student["head"], model.teacher["head"]):
         cosines = nn.functional.cosine_similarity(head.mlp(x).unsqueeze(1), head.prototypes.unsqueeze(0), dim=-1)
         torch.testing.assert_close(head(x), cosines)
+
+
+def test_the_predictor_of_ijepa_begins_with_the_std_of_its_encoder():
+    body = families.ViT(image_size=32, patch_size=8, dim=64, depth=1, heads=4, positions="sincos", initial_std=0.07)
+    cfg = ijepa.Config(predictor_dim=48, predictor_depth=1, predictor_heads=4)
+    torch.manual_seed(0)
+    model = ijepa.IJEPA(cfg, lambda **changes: build_model(body, **changes))
+    for layer in (model.backbone.blocks[0].mlp.fc1, model.embed, model.blocks[0].mlp.fc1, model.predict):
+        assert layer.weight.std().item() == pytest.approx(0.07, rel=0.1)
+    assert model.mask_token.std().item() == pytest.approx(0.07, rel=0.4)
 
 
 def test_ijepa_exports_its_target():
