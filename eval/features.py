@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import DataError, UserError
+from common.errors import Damaged, DataError, UserError
 from data_pipeline.formats.decode_budget import Budget
-from data_pipeline.formats.image_formats import IMAGE_MEMBERS
+from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, WrongChannels
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.video_clip import Clip, Clips
 from data_pipeline.shards.samples import Samples
@@ -29,6 +29,8 @@ from eval.audio_features import AudioEncoder, LogMelPart, log_mel_statistics, op
 from eval.text_features import TextEncoder, bytes_of, name_of
 from pretrain.models.layers import Features
 from pretrain.parallel.device import pick_device
+
+MAX_TRIED = 16  # samples from which the number of channels of a set is found
 
 
 class Encoder(feature_cache.Source):
@@ -152,6 +154,35 @@ class Encoder(feature_cache.Source):
         return feature_cache.label_of(samples, number) if self.has_labels else ""
 
 
+class PixelEncoder(Encoder):
+    """The pixels of images of side 32, with as many channels as the images of a set have."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: str = "auto"):
+        super().__init__(_pixels, "pixels", 32, mean, std, device=device)
+
+    def check(self, specs: Sequence[str]) -> Samples:
+        samples = super().check(specs)
+        count = stored_channels(samples)
+        if count != self.channels:
+            self.channels, self.mean, self.std = count, [0.5] * count, [0.5] * count
+            self.part = Image(count, mean=self.mean, std=self.std)
+        return samples
+
+
+def stored_channels(samples: Samples) -> int:
+    """The number of channels of the first image that can be read, if that cannot be converted to three; otherwise 3.
+    Only arrays and TIFFs can have others."""
+    has_others = {ARRAY, "tif", "tiff"} & {*samples.extensions}
+    for number in range(min(len(samples), MAX_TRIED)) if has_others else ():
+        try:
+            return samples.image(number).shape[2]
+        except WrongChannels as error:
+            return error.stored
+        except Damaged:
+            continue
+    return 3
+
+
 class ClipEncoder(Encoder):
     """An encoder of clips: `frames` frames, `fps` in a second, from the middle of a video. An image is a clip of equal
     frames."""
@@ -222,7 +253,7 @@ def open_encoder(model: str, image_size: int | None = None, device: str = "auto"
         return AudioEncoder(log_mel_statistics, "log_mel", LogMelPart(), device=device), {"step": 0}
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     if model == "pixels":
-        return Encoder(_pixels, "pixels", 32, mean, std, device=device), {"step": 0}
+        return PixelEncoder(mean, std, device), {"step": 0}
     if model == "clip_pixels":
         return ClipEncoder(_pixels, "clip_pixels", 16, 8, 4.0, mean, std, device=device), {"step": 0}
     from pretrain.interchange.export import load

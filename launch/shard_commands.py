@@ -28,7 +28,7 @@ def build(
     kind: Annotated[
         str,
         "KIND",
-        "images, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
+        "images, arrays, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
         " files); for a folder that holds only videos, `images` stands for their frames",
     ] = "",
     labels: Annotated[HomePath, "FILE", ".csv, .tsv or .jsonl file with a path and a label for each image"] = NO_FILE,

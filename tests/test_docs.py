@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 import launch.cli
@@ -49,6 +50,7 @@ GIVEN = {  # what lies in a page's folder before its first command; the home fol
     "docs/image_text.md": ("pairs.csv", "labelled"),
     "docs/many_gpus.md": ("bucket/train",),
     "docs/objectives.md": ("shards", "labelled"),
+    "docs/scientific_images.md": ("scenes",),
     "docs/trackers.md": ("shards",),
     "docs/video.md": ("videos", "photos", "frames"),
     "docs/text.md": ("texts", "labelled/train", "labelled/test", "runs/demo-text", "runs/bert"),
@@ -300,6 +302,11 @@ def provide(what: str, photos: Path, shards: Path) -> None:
             (path / "slow").mkdir(parents=True)
             for number in range(12):
                 (path / "slow" / f"{number}.jpg").write_bytes(jpeg(number))
+        case "scenes":
+            for n in range(12):
+                scene = path / ("train" if n < 8 else "test") / ("water" if n % 2 else "forest") / f"{n}.npy"
+                scene.parent.mkdir(parents=True, exist_ok=True)
+                np.save(scene, np.random.default_rng(n).integers(0, 4096, (256, 512, 7), dtype=np.uint16))
         case "videos":
             shutil.copytree(clips(shards.parent).parent / "videos", path)
         case "labelled":
@@ -350,12 +357,18 @@ def sized(args: argparse.Namespace, words: list[str], shards: Path) -> list[str]
     base = (
         [*small(args.recipe, shards), *wide]
         if args.recipe in recipe.names()
-        else [*TINY, "data.batch=16", "data.workers=0"]
+        else [*TINY, *channels_of(args.recipe), "data.batch=16", "data.workers=0"]
     )
     scored = ["eval.final=[knn]"] * any(
         word.startswith("eval.gallery") for word in said
     )  # the page scores more by itself
     return [*own, *base, *(RUN if words[0] == "train" else []), *scored, *said]
+
+
+def channels_of(file: str) -> list[str]:
+    """The override that keeps the number of channels of a page's recipe where a test replaces its model."""
+    count = getattr(recipe.load(file, []).model, "in_channels", None)
+    return [f"model.in_channels={count}"] if count else []
 
 
 def run_command(words: list[str]) -> int | None:

@@ -19,8 +19,9 @@ from PIL import Image
 
 from common.errors import Damaged
 from data_pipeline.build import audio_stats
-from data_pipeline.formats.decode import ImageFacts, inspect
-from data_pipeline.formats.image_formats import IMAGE_MEMBERS, IMAGES
+from data_pipeline.formats.array_images import read_array_header
+from data_pipeline.formats.decode import Encoded, ImageFacts, inspect
+from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, IMAGES
 from data_pipeline.shards.members import AUDIO, VIDEOS, LeftOut
 from data_pipeline.shards.samples import Samples
 
@@ -49,6 +50,8 @@ class Stats:
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # bytes of each sample
     images: list[tuple[int, int, str]] = field(default_factory=list)  # (width, height, mode) of decoded images
     recordings: list[tuple[float, int]] = field(default_factory=list)  # (seconds, sample rate) of decoded recordings
+    # {number of channels: [C, 3], the number of pixels of decoded arrays, the sum and the sum of squares of their values}
+    arrays: dict[int, np.ndarray] = field(default_factory=dict)
     captions: list[int] = field(default_factory=list)  # characters of the texts beside images, videos and recordings
     # (key, reason) of images and recordings that cannot be decoded
     damaged: list[tuple[str, str]] = field(default_factory=list)
@@ -78,7 +81,7 @@ def gather(url: str | Path, max_decoded: int = MAX_DECODED_IMAGES) -> Stats:
                 totals[extension] += int(member_sizes[:, column].sum())
     out.sizes = np.concatenate(sizes)
     out.members, out.member_bytes = dict(counts), dict(totals)
-    if set(samples.extensions) & MEDIA:
+    if set(samples.extensions) & {*MEDIA, ARRAY}:
         for number in spread_over(len(samples), max_decoded):
             _inspect_sample(samples, number, out)
     return out
@@ -98,8 +101,20 @@ def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
             image.pixels(shrink=8)  # to check that it can be decoded
             with Image.open(io.BytesIO(data)) as opened:
                 out.images.append((width, height, opened.mode))
+        if not MEDIA & {*samples.extensions}:  # arrays beside images are annotations
+            for data in samples.read(number, (ARRAY,)).values():
+                _add_array(samples.encoded(number, data, ARRAY), out)
     except Damaged as damage:
         out.damaged.append((samples.name(number)[1], str(damage)))
+
+
+def _add_array(image: Encoded, out: Stats) -> None:
+    """Decode an image of any number of channels, and add it to `out.images` and `out.arrays`."""
+    image.channels = read_array_header(image.data).shape[2]
+    pixels = image.pixels().reshape(-1, image.channels) / 255.0  # [H·W, C]
+    out.images.append((image.shape[1], image.shape[0], f"{image.channels} channels"))
+    sums = np.stack([np.full(image.channels, len(pixels)), pixels.sum(0), np.square(pixels).sum(0)], axis=1)
+    out.arrays[image.channels] = out.arrays.get(image.channels, 0) + sums
 
 
 def caption_of(samples: Samples, number: int) -> str:
@@ -250,6 +265,11 @@ def _describe_images(stats: Stats) -> Iterator[str]:
         return
     widths, heights = (np.array([image[i] for image in stats.images]) for i in (0, 1))
     modes = Counter(mode for _, _, mode in stats.images).most_common()
+    for count, sums in sorted(stats.arrays.items()):
+        mean = sums[:, 1] / sums[:, 0]
+        std = np.sqrt(np.maximum(sums[:, 2] / sums[:, 0] - mean**2, 0))
+        numbers = [",".join(f"{value:.4f}" for value in values) for values in (mean, std)]
+        yield f"mean and deviation of {count} channels, for a recipe: data.mean=[{numbers[0]}] data.std=[{numbers[1]}]"
     yield "modes: " + ", ".join(f"{mode} {count}" for mode, count in modes)
     for name, values in (("width", widths), ("height", heights)):
         low, middle, high = (int(v) for v in np.percentile(values, [0, 50, 100], method="lower"))

@@ -44,7 +44,10 @@ class Image(Part):
         channels = model.in_channels
         for key, values in (("mean", data.mean), ("std", data.std)):
             if len(values) != channels:
-                raise ConfigError(f"data.{key} = {values}: model.in_channels = {channels}, so write {channels} values")
+                raise ConfigError(
+                    f"data.{key} = {values}: model.in_channels = {channels}, so write {channels} values, such as those"
+                    " that `unlabeled shards stats` prints for arrays"
+                )
         return dataclasses.replace(
             self,
             channels=channels,

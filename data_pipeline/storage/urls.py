@@ -204,14 +204,15 @@ def _describe_contents(fs: Any, path: str) -> str:
     for f in files:
         if f.endswith(".tar"):
             return f"holds shards only in sub-folders; name those, for example {f.rsplit('/', 1)[0]}"
-        has_images = f.lower().endswith(tuple(f".{ending}" for ending in IMAGES))
-        if has_images or f.lower().endswith((".txt", ".jsonl", ".parquet")):
+        endings = {"images": IMAGES, "arrays": ("npy",), "text": ("txt", "jsonl", "parquet")}
+        what = next((name for name, known in endings.items() if f.lower().rpartition(".")[2] in known), None)
+        if what and "." in f:
             return (
-                f"holds {'images' if has_images else 'text'} but no shards; make them with `unlabeled shards build"
+                f"holds {what} but no shards; make them with `unlabeled shards build"
                 f" {path} {path.rstrip('/')}-shards` and name that folder"
             )
-    endings = Counter(f".{f.rpartition('.')[2]}" if "." in f.rpartition("/")[2] else "no extension" for f in files)
-    listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
+    others = Counter(f".{f.rpartition('.')[2]}" if "." in f.rpartition("/")[2] else "no extension" for f in files)
+    listed = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
     return f"holds neither shards (.tar) nor images, but {listed}{compressed_tar_hint(files[0])}"
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import Damaged, DataError
-from data_pipeline.build import contact_sheet
+from data_pipeline.build import contact_sheet, stats
 from data_pipeline.build.build_shards import describe
 from data_pipeline.build.sources import text_files, video_frames
 from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, safe_name, to_json
@@ -720,6 +720,32 @@ def test_samples_of_a_tar_without_an_image_are_reported(tmp_path: Path):
     assert "1 samples hold no image, for example a.tar/1; training on images skips them" in describe(summary, "out")
     bad = reasons(summary)
     assert "several dots in the name" in bad["a.tar/2"] and "unpack the tars" in bad["a.tar/2"] and "a.tar/3" in bad
+
+
+def test_a_folder_of_arrays(tmp_path: Path):
+    """Images of seven channels: their labels, what cannot be an image, means and deviations; beside images, arrays are not
+    samples."""
+    rng, images = np.random.default_rng(0), []
+    for n in range(4):
+        images.append(rng.integers(0, 4096, (6, 8, 7), dtype=np.uint16))
+        file = tmp_path / "in" / ("water" if n % 2 else "forest") / f"{n}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, images[-1])
+    np.save(tmp_path / "in" / "water" / "features.npy", np.zeros((3, 5), np.float32))
+    summary = make(tmp_path / "in", tmp_path / "out", bits=12)
+    assert summary["samples"] == 4 and summary["classes"] == ["forest", "water"]
+    assert "holds float32 [3, 5], but uint8 or uint16 [H, W, C] is read" in reasons(summary)["water/features.npy"]
+    samples = Samples([str(tmp_path / "out")])
+    pixels = np.stack([samples.image(n, 7) for n in range(4)])
+    expected = np.round(np.stack([images[n] for n in (0, 2, 1, 3)]) / 4095 * 255)
+    assert np.abs(pixels - expected).max() <= 1 and [samples.label(n) for n in (0, 3)] == ["forest", "water"]
+    lines = stats.describe(stats.gather(tmp_path / "out"))
+    (line,) = [line for line in lines if line.startswith("mean and deviation of 7 channels")]
+    numbers = [[float(x) for x in found.split(",")] for found in re.findall(r"\[(.*?)\]", line)]
+    every = pixels.reshape(-1, 7) / 255
+    np.testing.assert_allclose(numbers, [every.mean(0), every.std(0)], atol=1e-4)
+    (tmp_path / "in" / "a.jpg").write_bytes(jpeg())
+    assert make(tmp_path / "in", tmp_path / "beside")["samples"] == 1
 
 
 def test_long_names(tmp_path: Path):

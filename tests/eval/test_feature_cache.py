@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import resource
@@ -96,6 +97,22 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             members += [label] if missing else [(f"{n:02d}.jpg", image[: 200 if n == 7 else None]), label]
         write_tar(folder / f"{shard}.tar", members)
     return folder
+
+
+def test_the_pixels_of_images_of_other_channels(tmp_path: Path):
+    """The baseline takes the channels that the images have."""
+    images, members = [np.random.default_rng(n).integers(0, 256, (40, 32, 7), dtype=np.uint8) for n in range(3)], []
+    for n, image in enumerate(images):
+        file = io.BytesIO()
+        np.save(file, image)
+        members += [(f"{n}.npy", file.getvalue()), (f"{n}.cls", b"a")]
+    write_tar(tmp_path / "a.tar", [("broken.npy", b"?"), ("broken.cls", b"a"), *members])
+    encoder, _ = open_encoder("pixels", device="cpu")
+    encoder.cache = tmp_path / "features"
+    found = encoder.labelled([str(tmp_path / "a.tar")])
+    assert (len(found), found.left_out) == (3, 1)
+    expected = (images[1][4:36].transpose(2, 0, 1).reshape(-1) / 255 - 0.5) / 0.5
+    np.testing.assert_allclose(found.features[1:2][0].numpy(), expected, atol=1e-5)
 
 
 def test_each_feature_is_that_of_its_image_and_is_extracted_once(data: str, tmp_path: Path):

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from common.errors import DataError, nearest
 from data_pipeline.build.sources.frame_folders import FrameFolders, check_fps
-from data_pipeline.build.sources.media_folders import Images, Videos
+from data_pipeline.build.sources.media_folders import Arrays, Images, Videos
 from data_pipeline.build.sources.parquet import ParquetImages, Table
 from data_pipeline.build.sources.recordings import Recordings, check_seconds, names_recordings
 from data_pipeline.build.sources.source import Options, Source, check_bits, check_max_pixels
@@ -16,11 +16,12 @@ from data_pipeline.build.sources.tables import ImageText, json_row, names_images
 from data_pipeline.build.sources.tars import Tars, TarSubset
 from data_pipeline.build.sources.text_files import CONVERT, Text
 from data_pipeline.build.sources.video_frames import Frames, check_every
+from data_pipeline.formats.image_formats import ARRAY
 from data_pipeline.shards.members import MAX_MEMBER_BYTES
 from data_pipeline.storage.urls import compressed_tar_hint
 
 KINDS: dict[str, type[Source]] = {
-    k.kind: k for k in (Images, Videos, Frames, FrameFolders, Recordings, Text, ImageText, ParquetImages, Tars)
+    k.kind: k for k in (Images, Arrays, Videos, Frames, FrameFolders, Recordings, Text, ImageText, ParquetImages, Tars)
 }
 _ALL_KINDS = {**KINDS, TarSubset.kind: TarSubset}  # with the one that only `shards split` uses
 
@@ -83,9 +84,15 @@ def detect(tree: Tree, options: Options) -> str:
     if not found:  # beside other files, these would be annotations
         found = {
             kind: len(some)
-            for kind, endings in ((Text.kind, ("txt",)), (ImageText.kind, ("csv", "tsv")))
+            for kind, endings in (
+                (Arrays.kind, (ARRAY,)),
+                (Text.kind, ("txt",)),
+                (ImageText.kind, ("csv", "tsv")),
+            )
             if (some := [f for f in files if f.extension in endings])
         }
+        if Arrays.kind in found:
+            found = {Arrays.kind: found[Arrays.kind]}
     if tree.single_file and files[0].extension in ("csv", "tsv"):
         _, first_row = next(read_rows(tree, files[0].path), (0, {}))
         found = {Recordings.kind: 1} if names_recordings(first_row) else found
@@ -107,8 +114,8 @@ def detect(tree: Tree, options: Options) -> str:
                     command = f"zcat {path} | {command.replace(f' < {path}', '')}"
                 raise DataError(f"{tree.url}: holds .{kind} files, which this command converts to text: {command}")
         raise DataError(
-            f"{tree.url}: holds no source of shards (its files have {endings}); those are images, videos, recordings, "
-            ".jsonl, .json, .txt, .parquet, .tar, and .csv or .tsv lists of image and text; --kind text takes any"
+            f"{tree.url}: holds no source of shards (its files have {endings}); those are images, .npy arrays, videos,"
+            " recordings, .jsonl, .json, .txt, .parquet, .tar, and .csv or .tsv lists of image and text; --kind text takes any"
             " text file"
             f"{compressed_tar_hint(files[0].path)}"
         )

@@ -1,4 +1,4 @@
-"""Sources that are folders of images or of videos. Each file becomes a sample; its label is its sub-folder of the first
+"""Sources that are folders of images, of arrays or of videos. Each file becomes a sample; its label is its sub-folder of the first
 level, or comes from a list.
 """
 
@@ -22,7 +22,7 @@ from data_pipeline.build.sources.source import (
 from data_pipeline.build.sources.source_files import File, extension, reason_of
 from data_pipeline.build.sources.tables import Labels
 from data_pipeline.formats.av_files import need_av
-from data_pipeline.formats.image_formats import IMAGES
+from data_pipeline.formats.image_formats import ARRAY, IMAGES
 from data_pipeline.formats.videos import video_facts
 from data_pipeline.shards.members import VIDEOS
 
@@ -101,6 +101,17 @@ class Images(Source):
     def annotation(self, data: bytes) -> dict[str, Any]:
         """Further entries for the json member of a file."""
         return {}
+
+
+class Arrays(Images):
+    """A folder of images as .npy arrays, such as those of many channels. Arrays beside images are annotations of these."""
+
+    kind = "arrays"
+    title = "folder of .npy arrays"
+
+    @classmethod
+    def takes(cls, file: File) -> bool:
+        return file.extension == ARRAY
 
 
 class Videos(Images):
