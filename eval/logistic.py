@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.config import Section, option
 from common.errors import UserError
+from data_pipeline.build.sources.source import class_order
 from eval.feature_rows import FeatureRows, Rows, Subset, chunks
 from eval.features import Encoder
 from eval.knn import accuracies
@@ -73,16 +74,22 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
 
 
 def save(encoder: Encoder, gallery: list[str], names: list[str], weight: Tensor, bias: Tensor, folder: Path) -> None:
-    """Write the encoder's export with this classifier. Its classes are in the order of their numbers in the manifest of
-    the gallery."""
+    """Write the encoder's export with this classifier. Its classes are in the order of their labels."""
     known = [name for manifest in encoder.check(gallery).manifests for name in manifest.manifest.classes]
-    order = sorted(range(len(names)), key=lambda n: known.index(names[n]) if names[n] in known else len(known))
+    order = label_order(names, known)
     classifier = Classifier(weight.T[order].float().cpu(), bias[order].float().cpu(), [names[n] for n in order])
     assert encoder.folder is not None
     backbone, facts = export.load(encoder.folder)
     about = {"step": facts["step"], "objective": facts["objective"], "pool": encoder.pool}
     export.write(folder, backbone, about, encoder.mean, encoder.std, classifier=classifier)
     model_card.write(folder)
+
+
+def label_order(names: list[str], known: list[str]) -> list[int]:
+    """The indices of the classes in the order of their labels: that of the names in the manifests, `known`; without
+    names, the labels are numbers, and are compared by their values."""
+    values = class_order({*names})
+    return sorted(range(len(names)), key=lambda n: (known if names[n] in known else [*known, *values]).index(names[n]))
 
 
 def cost(cfg: Config, gallery: int, query: int, dim: int, classes: int, layers: int = 0) -> tuple[float, float]:

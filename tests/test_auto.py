@@ -100,6 +100,22 @@ def test_a_stage_has_the_prototypes_of_the_run_that_it_starts_from(shards: Path,
     )
 
 
+@pytest.mark.parametrize(
+    ("objective", "values"),
+    [
+        ("dino", {"head_norms": True, "centering": "sinkhorn", "prototypes": 512}),
+        ("swav", {"last_norm": True, "prototypes": 64}),
+    ],
+)
+def test_a_stage_on_more_data_has_the_tensors_of_the_run_that_it_starts_from(objective: str, values: dict):
+    cfg = recipe.load(f"{objective}_cpu", ["init.run=runs/first"])
+    defaults.settle(cfg, 10**6, lambda run: {"objective": {"name": objective, **values}})
+    assert {key: vars(cfg.objective)[key] for key in values} == values
+    alone = recipe.load(f"{objective}_cpu")
+    defaults.settle(alone, 10**6)
+    assert not any(vars(alone.objective)[key] == value for key, value in values.items())
+
+
 def test_a_value_of_auto_keeps_the_limits_of_its_option():
     cfg = recipe.load("finetune_cpu", ["objective.pool=cls"])
     with pytest.raises(

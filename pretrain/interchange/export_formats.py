@@ -36,6 +36,7 @@ MAX_ERROR_LENGTH = 200  # characters of another library's error message that are
 # Largest allowed difference of features, relative to the largest feature. Other libraries have other kernels, and timm
 # has another epsilon in its norms.
 TOLERANCE = 1e-3
+MAX_ONNX_BYTES = 2**31 - 2**24  # of weights in one file, which protobuf limits to 2 GiB; the rest is for the graph
 Outputs = tuple[Tensor, Tensor | None]  # cls [B, D]; tokens [B, N, D], or None if the format has none
 
 
@@ -288,6 +289,12 @@ def write_onnx(encoder: Backbone, images: Tensor, target: Path) -> None:
     the packages are not installed."""
     if _import("onnxscript") is None or _import("onnx") is None:
         raise UserError("onnx: is not installed; run pip install 'unlabeled[onnx]'")
+    size = sum(t.numel() * t.element_size() for t in (*encoder.parameters(), *encoder.buffers()))
+    if size > MAX_ONNX_BYTES:
+        raise UserError(
+            f"onnx: the weights have {size / 1e9:.1f} GB, but a file of this format holds at most 2 GB; export them as"
+            " torch (--also torch)"
+        )
     sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
     if has_free_size(encoder):
         height, width = (torch.export.Dim(name) for name in ("height", "width"))

@@ -253,6 +253,17 @@ def classifier_of(folder: str | Path) -> Classifier:
     return class_head.find(Path(folder), read_fields(Path(folder)), tensors, width, source.about["pool"])
 
 
+def class_names_of(folder: str | Path) -> list[str]:
+    """The names of the classes of the classifier in a folder; [] if it is not there, or has numbers only."""
+    if not (Path(folder) / "config.json").is_file():
+        return []
+    names = read_fields(Path(folder)).get("id2label")
+    if not isinstance(names, dict):
+        return []
+    found = [names.get(str(n), str(n)) for n in range(len(names))]
+    return [] if found == [str(n) for n in range(len(names))] else found
+
+
 def segmenter_of(folder: str | Path) -> Classifier:
     """The linear layer on each patch in an export of `finetune_segmentation`. Raises UserError if there is none."""
     with torch.device("meta"):

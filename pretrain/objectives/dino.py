@@ -30,6 +30,7 @@ from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
 from pretrain.objectives.options import (
     Crops,
     DINOHeadOptions,
+    inherited,
     momentum,
     sinkhorn_temperature,
     small_data,
@@ -66,7 +67,7 @@ class Config(Crops, DINOHeadOptions):
     unit_prototypes: bool = True
     # how the teacher's outputs are kept from collapsing. mean: the centre C is subtracted; sinkhorn: Sinkhorn-Knopp over
     # the batch in place of centre and softmax, as in the paper's §5.1; auto: sinkhorn with fewer than 100,000 samples
-    centering: Literal["mean", "sinkhorn", "auto"] = option("mean", auto=centering)
+    centering: Literal["mean", "sinkhorn", "auto"] = option("mean", auto=(inherited, centering))
     student_temperature: float = option(0.1, above=0)  # τ_s: the student's logits are divided by it before the softmax
     # τ_t, the same for the teacher's logits
     teacher_temperature: Literal["auto"] | Schedule = option(

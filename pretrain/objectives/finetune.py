@@ -33,7 +33,7 @@ from data_pipeline.views.augmentations import MASKS, Augment, Rng, crops
 from data_pipeline.views.mixing import pair_numbers
 from data_pipeline.views.rand_augment import RandAugment, erased
 from pretrain.interchange.load_record import is_loading
-from pretrain.interchange.weight_sources import classifier_of, source_about
+from pretrain.interchange.weight_sources import class_names_of, classifier_of, source_about
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options, pool_of_backbone
 from pretrain.ops.low_rank import add_low_rank, merge_low_rank
@@ -111,6 +111,12 @@ class FineTune(Objective):
             raise ValueError(
                 f"objective.rand_augment = {cfg.rand_augment:g}: changes the colours of three channels, not of"
                 f" {about.channels}; write objective.rand_augment=0"
+            )
+        names = class_names_of(cfg.head_from) if cfg.head_from and about.classes else []
+        if names and names != [*about.classes]:
+            raise ValueError(
+                f"objective.head_from = {cfg.head_from}: its classes are {', '.join(names[:5])} …, but those of the shards"
+                f" are {', '.join(about.classes[:5])} …; name a classifier that was fitted to these classes"
             )
         augment = Augment(about.image_size, (cfg.crop_scale, 1.0), flip=cfg.flip)
         further = RandAugment(cfg.rand_augment, about.mean) if cfg.rand_augment else None

@@ -331,7 +331,7 @@ class DINOHeadOptions(Options):
     head_hidden: int = option(2048, low=1)  # width of the head's hidden layers
     head_bottleneck: int = option(256, low=1)  # width of the layer before the prototypes
     # whether batch norms follow the layers of the head; auto: with fewer than 100,000 samples
-    head_norms: bool | Literal["auto"] = option(False, auto=small_data)
+    head_norms: bool | Literal["auto"] = option(False, auto=(inherited, small_data))
 
     def assignments(self) -> int | None:
         count = vars(self)["prototypes"]

@@ -26,7 +26,7 @@ from common.config import Facts, option, option_if
 from data_pipeline.parts.part import About
 from data_pipeline.views.multicrop import PART_OF, unmasked_crops
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, View
-from pretrain.objectives.options import Crops, small_data
+from pretrain.objectives.options import Crops, inherited, small_data
 from pretrain.ops.gather import world
 from pretrain.ops.heads import MLPHead, Prototypes
 from pretrain.ops.precision import unit, wide
@@ -49,11 +49,11 @@ def code_temperature(facts: Facts) -> float:
 
 @dataclass
 class Config(Crops):
-    prototypes: int | Literal["auto"] = option(3000, low=2, auto=clusters)  # K
+    prototypes: int | Literal["auto"] = option(3000, low=2, auto=(inherited, clusters))  # K
     head_hidden: int = option(2048, low=1)  # width of the head's hidden layer
     head_outputs: int = option(128, low=1)  # P, the width of z
     # whether the head ends with a batch norm without parameters; auto: with fewer than 100,000 samples
-    last_norm: bool | Literal["auto"] = option(False, auto=small_data)
+    last_norm: bool | Literal["auto"] = option(False, auto=(inherited, small_data))
     temperature: float = option(0.1, above=0)  # τ, of the predictions
     # ε, of the assignments; auto: 0.025 with fewer than 100,000 samples, else 0.05
     code_temperature: float | Literal["auto"] = option(0.05, above=0, auto=code_temperature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from data_pipeline.build.build_shards import build
 from data_pipeline.views import rand_augment
 from data_pipeline.views.mixing import pair_numbers
 from data_pipeline.views.rand_augment import OPERATIONS, RandAugment, erased
+from eval import logistic
 from eval.run import evaluate
-from pretrain.build import build_objective
+from pretrain.build import build_objective, open_samples, views
 from pretrain.checkpoint.load import load_model
 from pretrain.checkpoint.open_store import run_store
 from pretrain.checkpoint.store import checkpoint_name
@@ -397,6 +399,24 @@ def test_the_head_starts_from_a_logistic_regression(shards: Path, tmp_path: Path
         cfg = tiny_recipe("finetune", shards, tmp_path / "run", f"objective.head_from={saved}", *wrong.split())
         with pytest.raises(ConfigError, match=f"objective.head_from = .*: {text}"):
             build_objective(cfg, start=True)
+    shutil.copytree(saved, tmp_path / "other")
+    fields = json.loads((tmp_path / "other" / "config.json").read_text())
+    fields["id2label"] = {"0": "flower", "1": "china"}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(fields))
+    cfg = tiny_recipe("finetune", shards, tmp_path / "run", "objective.pool=mean")
+    cfg.objective.head_from = str(tmp_path / "other")
+    samples = open_samples(cfg)
+    with pytest.raises(
+        ConfigError, match="its classes are flower, china …, but those of the shards are china, flower …"
+    ):
+        views(cfg, build_objective(cfg), samples)
+
+
+def test_classes_without_names_are_in_the_order_of_their_numbers():
+    names = sorted(map(str, range(12)))
+    assert [names[n] for n in logistic.label_order(names, [])] == [str(n) for n in range(12)]
+    assert logistic.label_order(["b", "c", "a"], ["c", "b", "a"]) == [1, 0, 2]
+    assert logistic.label_order(["new", "10", "9"], ["9"]) == [2, 1, 0]
 
 
 def test_a_set_of_other_classes_is_refused(shards: Path, tmp_path: Path):

@@ -92,6 +92,13 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
+def test_weights_that_are_too_large_for_a_file_of_onnx(tmp_path: Path):
+    with torch.device("meta"):
+        encoder = vit(dim=4096, depth=4, heads=32)
+    with pytest.raises(UserError, match=r"the weights have 3\.\d GB, but a file of this format holds at most 2 GB"):
+        export_formats.write_onnx(encoder, torch.zeros(2, 3, 32, 32), tmp_path / "model.onnx")
+
+
 def test_a_form_that_fails_leaves_nothing_and_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     export.write(tmp_path / "out", vit(**{**DINOV3, "key_bias": True}), ABOUT, MEAN, STD)
     said: list[str] = []
