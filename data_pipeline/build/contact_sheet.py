@@ -14,7 +14,8 @@ from common.errors import Damaged, DataError
 from common.untrusted import open_binary
 from data_pipeline.build import audio_stats
 from data_pipeline.build.stats import caption_of, spread_over
-from data_pipeline.formats.image_formats import IMAGES
+from data_pipeline.formats.decode import Encoded
+from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, WrongChannels
 from data_pipeline.formats.videos import EncodedVideo
 from data_pipeline.shards.members import AUDIO, VIDEOS
 from data_pipeline.shards.samples import Samples
@@ -91,13 +92,12 @@ def _tile(samples: Samples, number: int, font: Font) -> Image.Image:
     """The thumbnail of a sample, TILE × TILE pixels."""
     try:
         members = samples.read(number)
-        for extension, data in members.items():
-            if extension in (*IMAGES, *VIDEOS, *AUDIO):
+        for extension, data in sorted(members.items(), key=lambda member: member[0] == ARRAY):
+            if extension in (*IMAGE_MEMBERS, *VIDEOS, *AUDIO):
                 if extension in AUDIO:
                     pixels = audio_stats.spectrogram(data)
-                elif extension in IMAGES:
-                    image = samples.encoded(number, data, extension)
-                    pixels = image.pixels(shrink=max(image.shape) / (2 * TILE))
+                elif extension in IMAGE_MEMBERS:
+                    pixels = _colors(samples.encoded(number, data, extension))
                 else:
                     pixels = _strip(data)
                 picture = Image.fromarray(pixels)
@@ -109,6 +109,16 @@ def _tile(samples: Samples, number: int, font: Font) -> Image.Image:
         return _text_tile(text, font, (246, 246, 240))
     except (Damaged, DataError) as problem:
         return _text_tile(str(problem), font, (244, 190, 190))
+
+
+def _colors(image: Encoded) -> np.ndarray:
+    """The pixels of an image [H, W, 3]; of one with other channels the first three, or the first one."""
+    try:
+        return image.pixels(shrink=max(image.shape) / (2 * TILE))
+    except WrongChannels as error:
+        image.channels = error.stored
+        pixels = image.pixels()
+        return pixels[..., :3] if error.stored > 3 else np.repeat(pixels[..., :1], 3, axis=2)
 
 
 def _strip(data: bytes) -> np.ndarray:

@@ -21,7 +21,7 @@ from common.errors import Damaged
 from data_pipeline.build import audio_stats
 from data_pipeline.formats.array_images import read_array_header
 from data_pipeline.formats.decode import Encoded, ImageFacts, inspect
-from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, IMAGES
+from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, IMAGES, WrongChannels
 from data_pipeline.shards.members import AUDIO, VIDEOS, LeftOut
 from data_pipeline.shards.samples import Samples
 
@@ -50,8 +50,9 @@ class Stats:
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # bytes of each sample
     images: list[tuple[int, int, str]] = field(default_factory=list)  # (width, height, mode) of decoded images
     recordings: list[tuple[float, int]] = field(default_factory=list)  # (seconds, sample rate) of decoded recordings
-    # {number of channels: [C, 3], the number of pixels of decoded arrays, the sum and the sum of squares of their values}
-    arrays: dict[int, np.ndarray] = field(default_factory=dict)
+    # {number of channels C: [C, 3], the number of pixels, the sum and the sum of squares of their values}, of arrays and of
+    # images that cannot have three channels
+    channels: dict[int, np.ndarray] = field(default_factory=dict)
     captions: list[int] = field(default_factory=list)  # characters of the texts beside images, videos and recordings
     # (key, reason) of images and recordings that cannot be decoded
     damaged: list[tuple[str, str]] = field(default_factory=list)
@@ -98,23 +99,27 @@ def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
         for extension, data in samples.read(number, IMAGES).items():
             image = samples.encoded(number, data, extension)
             height, width = image.shape
-            image.pixels(shrink=8)  # to check that it can be decoded
+            try:
+                image.pixels(shrink=8)  # to check that it can be decoded
+            except WrongChannels as error:
+                _add_channels(image, error.stored, out)
+                continue
             with Image.open(io.BytesIO(data)) as opened:
                 out.images.append((width, height, opened.mode))
         if not MEDIA & {*samples.extensions}:  # arrays beside images are annotations
             for data in samples.read(number, (ARRAY,)).values():
-                _add_array(samples.encoded(number, data, ARRAY), out)
+                _add_channels(samples.encoded(number, data, ARRAY), read_array_header(data).shape[2], out)
     except Damaged as damage:
         out.damaged.append((samples.name(number)[1], str(damage)))
 
 
-def _add_array(image: Encoded, out: Stats) -> None:
-    """Decode an image of any number of channels, and add it to `out.images` and `out.arrays`."""
-    image.channels = read_array_header(image.data).shape[2]
-    pixels = image.pixels().reshape(-1, image.channels) / 255.0  # [H·W, C]
-    out.images.append((image.shape[1], image.shape[0], f"{image.channels} channels"))
-    sums = np.stack([np.full(image.channels, len(pixels)), pixels.sum(0), np.square(pixels).sum(0)], axis=1)
-    out.arrays[image.channels] = out.arrays.get(image.channels, 0) + sums
+def _add_channels(image: Encoded, channels: int, out: Stats) -> None:
+    """Decode an image of any number of channels, and add it to `out.images` and `out.channels`."""
+    image.channels = channels
+    pixels = image.pixels().reshape(-1, channels) / 255.0  # [H·W, C]
+    out.images.append((image.shape[1], image.shape[0], f"{channels} channels"))
+    sums = np.stack([np.full(channels, len(pixels)), pixels.sum(0), np.square(pixels).sum(0)], axis=1)
+    out.channels[channels] = out.channels.get(channels, 0) + sums
 
 
 def caption_of(samples: Samples, number: int) -> str:
@@ -265,7 +270,7 @@ def _describe_images(stats: Stats) -> Iterator[str]:
         return
     widths, heights = (np.array([image[i] for image in stats.images]) for i in (0, 1))
     modes = Counter(mode for _, _, mode in stats.images).most_common()
-    for count, sums in sorted(stats.arrays.items()):
+    for count, sums in sorted(stats.channels.items()):
         mean = sums[:, 1] / sums[:, 0]
         std = np.sqrt(np.maximum(sums[:, 2] / sums[:, 0] - mean**2, 0))
         numbers = [",".join(f"{value:.4f}" for value in values) for values in (mean, std)]

@@ -46,7 +46,7 @@ class Image(Part):
             if len(values) != channels:
                 raise ConfigError(
                     f"data.{key} = {values}: model.in_channels = {channels}, so write {channels} values, such as those"
-                    " that `unlabeled shards stats` prints for arrays"
+                    " that `unlabeled shards stats` prints for images of many channels"
                 )
         return dataclasses.replace(
             self,

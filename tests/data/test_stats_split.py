@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -14,6 +15,7 @@ from data_pipeline.build.split import split
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.samples import Samples
 from tests.data.building import quiet, samples_of
+from tests.parity.test_decode import tiff
 from tests.tars import jpeg, write_tar
 
 
@@ -39,6 +41,25 @@ def test_stats_and_sheet(tmp_path: Path):
     assert picture.getpixel((8 + 2, 8 + 4 * 164 + 126)) == (244, 190, 190)  # the damaged image is the last one
     with pytest.raises(DataError, match=r"write a name that ends in .png"):
         contact_sheet.sheet(tmp_path / "x", tmp_path / "sheet.tar")
+
+
+def test_images_of_other_channels_are_not_damaged(tmp_path: Path):
+    """A TIFF of four bands, and an array of two channels beside a text."""
+    blue, two = np.zeros((8, 8, 4), np.uint8), io.BytesIO()
+    blue[..., 2:] = 255
+    np.save(two, np.full((8, 8, 2), 51, np.uint8))
+    for name, ending, data, mean, color in (
+        ("bands", "tif", tiff(blue, 2), "0.0000,0.0000,1.0000,1.0000", (0, 0, 255)),
+        ("array", "npy", two.getvalue(), "0.2000,0.2000", (51, 51, 51)),
+    ):
+        write_tar(tmp_path / f"{name}.tar", [(f"0.{ending}", data), ("0.cls", b"0")])
+        found = stats.gather(tmp_path / f"{name}.tar")
+        assert not found.damaged and len(found.images) == 1
+        assert f"data.mean=[{mean}] data.std=[{mean.replace('1', '0').replace('2', '0')}]" in "\n".join(
+            stats.describe(found)
+        )
+        picture = Image.open(contact_sheet.sheet(tmp_path / f"{name}.tar", tmp_path / f"{name}.png"))
+        assert picture.getpixel((8 + 64, 8 + 64)) == color
 
 
 def test_captions_are_counted_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
