@@ -32,7 +32,7 @@ class Pairs:
     """
 
     def __init__(self, encoder: Encoder | None, specs: Sequence[str], member: str, endings: Sequence[str], key: str):
-        protocol = key.partition(".")[0]
+        self.protocol = protocol = key.partition(".")[0]
         if not specs:
             raise DataError(f"no shards are named for {protocol}; write gallery=… and query=…")
         if encoder is not None:

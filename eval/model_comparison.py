@@ -65,7 +65,7 @@ def compare(
 ) -> list[Compared]:
     """One entry for each model; the first one is the teacher. The arguments are those of `eval.run.evaluate`. Raises
     UserError or DataError for a model or data that cannot be scored."""
-    encoders, all_rows = list[Any](), []
+    encoders, scored = list[Any](), list[tuple[int, list[tuple[str, Any, Any]]]]()
     for model in models:
         encoder, facts, chosen = configured(model, names, image_size, options, device, cache)
         refuse_files([(name, cfg) for name, _, cfg in chosen])
@@ -74,18 +74,21 @@ def compare(
                 f"{model}: reads {encoder.unit}, but {models[0]} reads {encoders[0].unit}; compare like models"
             )
         encoders.append(encoder)
-        step = facts.get("step", 0)
-        all_rows.append(
-            [row for each in chosen for row in rows_of(encoder, step, *each, list(gallery), list(query), "custom")]
-        )
+        scored.append((facts.get("step", 0), chosen))
+    # Before the scores, which may take long, because it can fail.
     sets = [_features(encoder, list(query)) for encoder in encoders]
+    similarities = [_similarity(sets[0], each, encoder.device) for each, encoder in zip(sets, encoders, strict=True)]
+    all_rows = [
+        [row for each in chosen for row in rows_of(encoder, step, *each, list(gallery), list(query), "custom")]
+        for encoder, (step, chosen) in zip(encoders, scored, strict=True)
+    ]
     times = measure(encoders)
     out = list[Compared]()
     for n, (model, encoder, rows) in enumerate(zip(models, encoders, all_rows, strict=True)):
         scores: dict[str, dict[str, float]] = {}
         for row in rows:
             scores.setdefault(row["protocol"], {})[row["metric"]] = row["value"]
-        similarity, count = _similarity(sets[0], sets[n], encoder.device)
+        similarity, count = similarities[n]
         tensors = _tensors(encoder.backbone)
         entry = Compared(
             model,

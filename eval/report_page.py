@@ -8,6 +8,8 @@ import hashlib
 from html import escape
 from pathlib import Path
 
+from common.errors import UserError
+
 STYLE = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#171a21;--soft:#626b7a;--line:#e3e6ec;--s0:#4a4ee0;--s1:#d9772b;
   --s2:#1f9d8a;--s3:#b0479b;--s4:#8a8f1c;--s5:#3a8fd0;--s6:#c2453c;--s7:#6b7280;
@@ -101,11 +103,16 @@ details{margin-top:14px}
 code{overflow-wrap:anywhere}
 pre{overflow:auto;font-size:.82rem}
 """
+ENDING = " · unlabeled</title>"  # of the title of each page, by which later commands know it
+MAX_HEAD = 4096  # characters in which it is
 
 
 def page(path: Path, title: str, *parts: str, script: str = "") -> Path:
     """Write a page with the given parts, which are HTML, and return its path. `script`: the only JavaScript that a
-    browser executes in this page, which its policy states by a hash; the policy also forbids to load anything."""
+    browser executes in this page, which its policy states by a hash; the policy also forbids to load anything. Raises
+    UserError if the file exists and is no such page."""
+    if path.exists() and ENDING not in path.read_text(encoding="utf-8", errors="replace")[:MAX_HEAD]:
+        raise UserError(f"{path}: exists already, and this command has not written it; name another file")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     scripts = f"'sha256-{digest}'" if script else "'none'"
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {scripts}"
@@ -115,9 +122,10 @@ def page(path: Path, title: str, *parts: str, script: str = "") -> Path:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)} · unlabeled</title><style>{STYLE}</style>"
+        f"<title>{escape(title)}{ENDING}<style>{STYLE}</style>"
         f"<main>{''.join(parts)}</main>{f'<script>{script}</script>' if script else ''}</html>\n",
         encoding="utf-8",
+        errors="backslashreplace",  # names of files may hold bytes that are not UTF-8
     )
     return partial.replace(path)
 

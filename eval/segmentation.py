@@ -110,8 +110,8 @@ def score(
     return {**scores_of(pairs, confusion), "classes": classes, "size": size, "count": count}
 
 
-def window_size(encoder: Encoder, cfg: Scored) -> int:
-    return whole_patches(cfg.size or encoder.image_size, encoder.patch_size, "segmentation.size")
+def window_size(encoder: Encoder, cfg: Scored, protocol: str = "segmentation") -> int:
+    return whole_patches(cfg.size or encoder.image_size, encoder.patch_size, f"{protocol}.size")
 
 
 def class_map(values: np.ndarray, cfg: Any) -> np.ndarray:
@@ -125,10 +125,13 @@ def count_classes(pairs: Pairs, cfg: Any) -> int:
     for found in pairs.read_all(pairs.numbers, 64):
         largest = max([largest, *(int(class_map(values, cfg).max()) for _, values in found)])
     if largest < 1:
-        raise DataError(f"{pairs.samples.names}: its masks hold {largest + 1} classes, but two or more are needed")
+        raise DataError(
+            f"{pairs.samples.names}: its masks hold {largest + 1} classes, but two or more are needed; the numbers in"
+            f" {pairs.protocol}.ignore = {cfg.ignore} are no classes"
+        )
     if largest >= 4096:
         raise DataError(
-            f"{pairs.samples.names}: its masks hold the class number {largest}; write segmentation.member=…"
+            f"{pairs.samples.names}: its masks hold the class number {largest}; write {pairs.protocol}.member=…"
         )
     return largest + 1
 

@@ -41,5 +41,7 @@ def run(encoder: Encoder, gallery: list[str], query: list[str], cfg: Config) -> 
     assert head.bias is not None
     head.bias.copy_(found.bias)
     pairs = Pairs(encoder, query, cfg.member, MASKS, "segmenter.member")
-    scored = score(encoder, head.to(encoder.device), pairs, len(found.weight), window_size(encoder, cfg), cfg, 1)
+    scored = score(
+        encoder, head.to(encoder.device), pairs, len(found.weight), window_size(encoder, cfg, "segmenter"), cfg, 1
+    )
     return {**scored, "left_out": len(pairs.damaged), "passed_over": pairs.passed_over}

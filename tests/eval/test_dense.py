@@ -235,6 +235,12 @@ def test_masks_without_a_class_have_no_score(tmp_path: Path):
     mask = np.full((8, 8), 255, np.uint8)
     write_tar(tmp_path / "void.tar", [("a.jpg", jpeg(size=8)), ("a.mask.png", png(mask))])
     pairs = Pairs(patches(tmp_path), [str(tmp_path / "void.tar")], "", MASKS, "segmentation.member")
+    with pytest.raises(
+        DataError, match=r"hold 0 classes, but two or more .* in patch_knn.ignore = \[255\] are no classes"
+    ):
+        patch_knn.run(patches(tmp_path), *[[str(tmp_path / "void.tar")]] * 2, patch_knn.Config())
+    with pytest.raises(DataError, match=r"segmenter.size = 30: must be a multiple"):
+        segmentation.window_size(patches(tmp_path), segmenter.Config(size=30), "segmenter")
     head = torch.nn.Conv2d(3, 2, 1)
     with pytest.raises(DataError, match=r"void.tar: no pixel of the masks has a class from 0 to 1"):
         segmentation.score(pairs.encoder, head, pairs, 2, 32, segmentation.Scored(), 1)

@@ -19,6 +19,7 @@ from launch.command_parser import HomePath
 from launch.model_commands import compare
 from pretrain.models.layers import Features
 from tests.eval.test_report import make_run
+from tests.tars import jpeg, write_tar
 
 
 def naive_cka(x: np.ndarray, y: np.ndarray) -> float:
@@ -130,6 +131,13 @@ def test_names_are_escaped_and_plots_show_the_costs(tmp_path: Path):
     size, latency = page.split('<div class="card"><h3>')[1:]
     places = [[float(x) for x in re.findall(r'<circle class="s\d" cx="([\d.]+)"', plot)] for plot in (size, latency)]
     assert all(first > second for first, second in places)  # the large model is to the right
+
+
+def test_samples_that_are_too_few_are_refused_before_the_scores(runs: tuple[Path, Path], tmp_path: Path):
+    write_tar(tmp_path / "a.tar", [(f"{n}.{e}", x) for n in range(3) for e, x in (("jpg", jpeg(n)), ("cls", b"0"))])
+    models = [str(run / "export" / "40") for run in runs]
+    with pytest.raises(DataError, match="3 samples: CKA needs 4 or more"):
+        model_comparison.compare(models, ["knn"], [], [str(tmp_path / "a.tar")], device="cpu", cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

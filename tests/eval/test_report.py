@@ -22,6 +22,7 @@ from data_pipeline.build.build_shards import build
 from data_pipeline.shards.samples import Samples
 from eval import feature_map, pictures, report, report_comparison, results, similarity_maps
 from eval.features import Encoder
+from eval.report_page import page
 from launch import commands
 from launch.command_parser import HomePath
 from pretrain.interchange import export, model_card
@@ -158,6 +159,14 @@ def test_images_whose_store_fails_are_not_replaced_by_others(tmp_path: Path):
         with pytest.raises(DataError):
             pictures.load_some(samples, 2, 8)
         (tmp_path / "gone").rename(tmp_path / f"{gone}.tar")
+
+
+def test_a_page_replaces_no_file_but_a_page(tmp_path: Path):
+    (tmp_path / "a.html").write_text("<title>of the user</title>")
+    with pytest.raises(UserError, match=r"a.html: exists already, and this command has not written it"):
+        page(tmp_path / "a.html", "a")
+    for _ in range(2):
+        assert "<title>b\\udcff · unlabeled</title>" in page(tmp_path / "b.html", "b\udcff").read_text()
 
 
 def test_images_of_other_channels(tmp_path: Path):
