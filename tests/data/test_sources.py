@@ -27,6 +27,7 @@ from data_pipeline.build.sources import text_files, video_frames
 from data_pipeline.build.sources.source import MAX_NAME_BYTES, Options, safe_name, to_json
 from data_pipeline.build.sources.source_files import Tree
 from data_pipeline.build.sources.text_files import Text
+from data_pipeline.formats.pixel_maps import MASKS, read_map
 from data_pipeline.formats.videos import EncodedVideo
 from data_pipeline.shards import index
 from data_pipeline.shards.members import MEMBER_NAME
@@ -720,6 +721,35 @@ def test_samples_of_a_tar_without_an_image_are_reported(tmp_path: Path):
     assert "1 samples hold no image, for example a.tar/1; training on images skips them" in describe(summary, "out")
     bad = reasons(summary)
     assert "several dots in the name" in bad["a.tar/2"] and "unpack the tars" in bad["a.tar/2"] and "a.tar/3" in bad
+
+
+def test_masks_beside_images_are_members_of_their_samples(tmp_path: Path):
+    """And no images themselves, unless they have no image beside them."""
+    for n in range(3):
+        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "a" / f"{n}.jpg").write_bytes(jpeg(n))
+        Image.fromarray(np.full((64, 64), n, np.uint8)).save(tmp_path / "in" / "a" / f"{n}.mask.png")
+    np.save(tmp_path / "in" / "a" / "0.depth.npy", np.ones((64, 64), np.float32))
+    Image.new("RGB", (64, 64)).save(tmp_path / "in" / "a" / "2.mask.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "in" / "a" / "alone.mask.png")
+    summary = make(tmp_path / "in", tmp_path / "out")
+    assert summary["samples"] == 3 and summary["members"] == {
+        "cls": 3,
+        "depth.npy": 1,
+        "jpg": 2,
+        "json": 3,
+        "mask.png": 2,
+        "png": 1,
+    }
+    assert "its map is a picture of RGB" in reasons(summary)["a/2.jpg"] and not summary["unread"]
+    samples = Samples([str(tmp_path / "out")], further=MASKS)
+    masks = [read_map(samples.read(n)["mask.png"], "mask.png") for n in range(2)]
+    assert [int(mask.max()) for mask in masks] == [0, 1] and "mask.png" in samples.extensions
+    assert [json.loads(samples.read(n)["json"])["path"] for n in range(3)] == ["a/0.jpg", "a/1.jpg", "a/alone.mask.png"]
+    assert make(tmp_path / "in", tmp_path / "out")["notes"][-1].endswith("nothing was done")
+    Image.fromarray(np.full((64, 64), 9, np.uint8)).save(tmp_path / "in" / "a" / "0.mask.png", compress_level=0)
+    with pytest.raises(DataError):  # another source than that of the shards
+        make(tmp_path / "in", tmp_path / "out")
 
 
 def test_a_folder_of_arrays(tmp_path: Path):

@@ -1,10 +1,12 @@
 """Sources that are folders of images, of arrays or of videos. Each file becomes a sample; its label is its sub-folder of the first
-level, or comes from a list.
+level, or comes from a list. Masks and depth maps beside an image are members of its sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from common.errors import Damaged, DataError
@@ -23,8 +25,17 @@ from data_pipeline.build.sources.source_files import File, extension, reason_of
 from data_pipeline.build.sources.tables import Labels
 from data_pipeline.formats.av_files import need_av
 from data_pipeline.formats.image_formats import ARRAY, IMAGES
+from data_pipeline.formats.pixel_maps import MASKS, read_map
 from data_pipeline.formats.videos import video_facts
 from data_pipeline.shards.members import VIDEOS
+
+# Endings of maps of numbers that belong to the image NAME beside NAME.ENDING, for segmentation and depth.
+MAPS = (*MASKS, "depth.png", "depth.npy")
+
+
+def map_ending(path: str) -> str:
+    """The one of MAPS that a path ends in; "" for other paths."""
+    return next((ending for ending in MAPS if path.lower().endswith(f".{ending}")), "")
 
 
 class Images(Source):
@@ -34,12 +45,44 @@ class Images(Source):
     title = "folder of images"
     reads: tuple[str, ...] = ("labels", "label_field", *IMAGE_OPTIONS)
     overhead = 3072
+    has_maps = True  # whether NAME.mask.png beside NAME.jpg is a member of this sample, as other `MAPS` are
 
     @classmethod
     def takes(cls, file: File) -> bool:
         return file.extension in IMAGES
 
+    @cached_property
+    def maps(self) -> dict[str, list[File]]:
+        """{path of an image: the masks and depth maps that lie beside it}."""
+        if not self.has_maps:
+            return {}
+        images = {
+            f.path.rpartition(".")[0]: f.path for f in self.tree.files if self.takes(f) and not map_ending(f.path)
+        }
+        found = dict[str, list[File]]()
+        for file in self.tree.files:
+            ending = map_ending(file.path)
+            if ending and (image := images.get(file.path[: -len(ending) - 1])):
+                found.setdefault(image, []).append(file)
+        return found
+
+    @cached_property
+    def files(self) -> list[File]:
+        maps = {*self.extra_files()}
+        return [file for file in self.tree.files if self.takes(file) and file not in maps]
+
+    def extra_files(self) -> list[File]:
+        return [file for files in self.maps.values() for file in files]
+
+    def other_files(self) -> list[File]:
+        maps = {*self.extra_files()}
+        return [file for file in super().other_files() if file not in maps]
+
     def begin(self) -> None:
+        if self.maps:
+            endings = sorted({map_ending(file.path) for file in self.extra_files()})
+            self.options = replace(self.options, further=endings)
+            self.notes.append(f"{len(self.maps)} images have {', '.join(f'.{e}' for e in endings)} beside them")
         self._labels: dict[str, str] = {}
         if self.options.label_field and not self.options.labels:
             raise DataError("--label-field names a column of --labels FILE, which is not given")
@@ -83,17 +126,22 @@ class Images(Source):
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
         numbers = {name: i for i, name in enumerate(self.classes)}
         for file in self.files:
-            label = self._labels.get(file.path)
-            yield Block(file.size + self.overhead, 1, [file.path, None if label is None else numbers[label]])
+            label, maps = self._labels.get(file.path), self.maps.get(file.path, [])
+            size = sum(each.size + self.overhead for each in (file, *maps))
+            yield Block(size, 1, [file.path, None if label is None else numbers[label], *(each.path for each in maps)])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
-        path, label = piece
+        path, label, *maps = piece
         try:
             data = self.tree.read(path)
-        except OSError as error:
+            members = {member_of(extension(path)): data, "json": to_json({"path": path, **self.annotation(data)})}
+            for each in maps:
+                ending = map_ending(each)
+                members[ending] = self.tree.read(each)
+                read_map(members[ending], ending)
+        except (OSError, Damaged) as error:
             yield Entry(path, reason=reason_of(error))
             return
-        members = {member_of(extension(path)): data, "json": to_json({"path": path, **self.annotation(data)})}
         if label is not None:
             members["cls"] = str(label).encode()
         yield Entry(path, stem(path), members)
@@ -120,6 +168,7 @@ class Videos(Images):
     kind = "videos"
     title = "folder of videos"
     reads = ("labels", "label_field")
+    has_maps = False
 
     @classmethod
     def takes(cls, file: File) -> bool:
