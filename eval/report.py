@@ -34,7 +34,6 @@ from pretrain.recipes.recipe import Recipe, stored
 from pretrain.run_folder.export_folders import exports
 from pretrain.run_folder.jsonl_rows import read_rows
 
-MODELS = ("pixels", "clip_pixels", "bytes", "log_mel", "untrained", "pretrained")
 EXPLANATIONS = {
     "knn": f"The {knn.Config().k} nearest gallery images by cosine similarity vote with weight exp(similarity /"
     f" {knn.Config().temperature}).",
@@ -199,7 +198,7 @@ def _test_scores(recipe: Recipe, rows: list[dict]) -> dict[str, dict[tuple[str, 
 
 def _accuracies(table: dict[tuple[str, str], dict]) -> dict[str, float]:
     """{model: accuracy} of a protocol's table."""
-    return {model: table[model, "accuracy"]["value"] for model in MODELS if (model, "accuracy") in table}
+    return {model: table[model, "accuracy"]["value"] for model in results.MODELS if (model, "accuracy") in table}
 
 
 def _score_card(protocol: str, table: dict[tuple[str, str], dict]) -> str:

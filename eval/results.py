@@ -20,6 +20,7 @@ from pretrain.run_folder.jsonl_rows import read_rows
 # label), seconds, and note if there is a remark.
 Row = dict[str, Any]
 
+MODELS = ("pixels", "clip_pixels", "bytes", "log_mel", "untrained", "pretrained")  # in the order of tables
 KEY = ("model", "step", "protocol", "split", "metric")  # of a row: which score it is
 
 
@@ -91,9 +92,8 @@ def table(rows: list[Row], split: str = "test") -> str:
     """
     rows = sorted((r for r in rows if r["metric"] in MAIN_METRICS and r["split"] == split), key=lambda r: r["step"])
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
-    usual = ("pixels", "clip_pixels", "bytes", "log_mel", "untrained", "pretrained")
-    models = [m for m in usual if any(r["model"] == m for r in rows)]
-    models += sorted({r["model"] for r in rows} - set(usual))  # students of a distillation
+    models = [m for m in MODELS if any(r["model"] == m for r in rows)]
+    models += sorted({r["model"] for r in rows} - set(MODELS))  # students of a distillation
     width = max([10, *(len(p) + 2 for p in protocols)])
     cells = [[split, "".join(f"{p:>{width}}" for p in protocols)]]
     used: list[Row] = []

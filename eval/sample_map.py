@@ -15,6 +15,7 @@ from common.errors import Damaged, DataError
 from data_pipeline.shards.samples import Samples
 from eval import feature_map
 from eval.features import open_encoder
+from eval.report_images import checkpoint_name
 from eval.report_page import section
 from pretrain.recipes.recipe import Recipe
 
@@ -35,8 +36,7 @@ def sample_map(recipe: Recipe, exports: Mapping[int, Path], last: Any, device: s
         features, labels = features_of(encoder, samples)
         if len({*labels}) < 2:
             return ""
-        name = f"pretrained, step {step:,}" if step else "untrained"
-        cards.append(feature_map.points(name, feature_map.positions(features), labels))
+        cards.append(feature_map.points(checkpoint_name(step), feature_map.positions(features), labels))
     text = (
         f"t-SNE of the pooled features of {len(labels):,} {last.unit}: those with similar features are close together."
         " Distances between groups, and the directions, have no meaning."

@@ -29,7 +29,7 @@ from data_pipeline.parts.part import About
 from data_pipeline.views.augmentations import Rng
 from data_pipeline.views.dense_views import class_map, random_crop
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
-from pretrain.objectives.options import Options, pool_of_backbone
+from pretrain.objectives.options import Options, check_range, pool_of_backbone
 from pretrain.ops.cross_entropy import IGNORED
 from pretrain.ops.precision import wide
 
@@ -45,6 +45,9 @@ class Config(Options):
     # the feature of a whole image in the export: the class token, or the mean of the patches; auto: what the export of
     # init.backbone says
     pool: Literal["auto", "cls", "mean"] = option("auto", auto=pool_of_backbone)
+
+    def check(self) -> None:
+        check_range("zoom_range", self.zoom_range)
 
     @classmethod
     def tiny(cls) -> list[dict[str, Any]]:
@@ -68,10 +71,6 @@ class FineTuneSegmentation(Objective):
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:
-        if len(cfg.zoom_range) != 2 or cfg.zoom_range[0] > cfg.zoom_range[1]:
-            raise ValueError(
-                f"objective.zoom_range = {cfg.zoom_range}: write the smallest and the largest factor, as in [0.5, 2.0]"
-            )
         size, zoom = (about.image_size, about.image_size), (cfg.zoom_range[0], cfg.zoom_range[1])
 
         def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:

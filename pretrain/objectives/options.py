@@ -113,7 +113,7 @@ def temperature(facts: Facts) -> Schedule:
 
 
 def log_share_of_partners(facts: Facts) -> float:
-    """max(−10, −ln batch): the logit of the share of pairs that are partners; −10 from a batch of 22,026 on.
+    """max(−10, −ln batch): the logarithm of the share of pairs that are partners; −10 from a batch of 22,026 on.
 
     A lower bias makes all pairs too improbable. The loss then draws images and captions to one common direction, in
     which the models are constant, and from there they do not learn: with −10 at a batch of 128, the loss stays at that

@@ -296,7 +296,7 @@ def test_fine_tuned_segmentation_of_scenes(rooms: tuple[list[str], list[str]], t
     with pytest.raises(ConfigError, match=r"objective.classes = null: write objective.classes=NUMBER"):
         build_objective(load("finetune_segmentation_cpu", [*model, *options]))
     with pytest.raises(
-        ConfigError, match=r"objective.zoom_range = \[2.0, 1.0\]: write the smallest and the largest factor"
+        ConfigError, match=r"objective.zoom_range = \[2.0, 1.0\]: write two numbers, the smaller one first"
     ):
         train(
             load("finetune_segmentation_cpu", [*model, *options, "objective.classes=4", "objective.zoom_range=[2,1]"])
