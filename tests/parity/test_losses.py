@@ -608,7 +608,7 @@ def test_mae_loss(norm_pix: bool):
 
 
 def test_the_decoder_of_mae_begins_with_xavier_weights():
-    """As in the published code. With a std of 0.02, a decoder of width 64 learns nothing in hundreds of steps."""
+    """As in the published code. With a std of 0.02, a narrow decoder learns much more slowly."""
     torch.manual_seed(0)
     model = MAE(MAEConfig(decoder_dim=64, decoder_depth=1, decoder_heads=2), backbone)
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith("backbone.")}
