@@ -46,6 +46,9 @@ def backbone(
 
 
 class _Backbone(nn.Module):
+    factor: Tensor
+    offset: Tensor
+
     def __init__(self, encoder: Any, output: str, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.network, self.pool, self.output = encoder.backbone, encoder.pool, output

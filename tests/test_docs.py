@@ -5,6 +5,7 @@ are in GIVEN, REPLACED, SIZES and NOT_RUN."""
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 import shutil
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 
 import launch.cli
+from common.config import fields
 from common.errors import run_main
 from data_pipeline.build.build_shards import build
 from data_pipeline.build.tokenize_text import tokenize
+from eval.protocol_finder import protocols
 from pretrain.objectives import finder
 from pretrain.recipes import recipe
 from tests.conftest import TINY, clips, sampled, tiny_recipe
@@ -245,6 +248,17 @@ def test_table_of_methods_is_whole():
     assert sorted(re.findall(r"^\| `(\w+)` ", table, re.M)) == finder.names()
     named = {name for cell in re.findall(r"([^|]*)\|$", table, re.M) for name in re.findall(r"`([a-z]\w+)`", cell)}
     assert named and named <= set(recipe.names())
+
+
+def test_table_of_protocols_is_whole():
+    """All protocols, and all options of each; the name of another protocol stands for its options."""
+    text = (ROOT / "docs/evaluation.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*?) \|$", text, re.M))
+    options = {name: {*fields(importlib.import_module(f"eval.{name}").Config)} for name in protocols()}
+    for name, known in options.items():
+        said = {*re.findall(r"`([a-z_]+)`", rows[name])}
+        named = (said & options.keys()) - known
+        assert said - named | {each for other in named for each in options[other]} == known, name
 
 
 def test_house_names_files_that_exist():
