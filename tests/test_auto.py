@@ -17,7 +17,7 @@ from common.schedules import warmup
 from pretrain import collapse_monitor
 from pretrain.build import build_objective
 from pretrain.models import families
-from pretrain.objectives import options
+from pretrain.objectives import moco, options
 from pretrain.recipes import defaults, recipe, size_dial
 from pretrain.train import train
 from tests.conftest import tiny_recipe, tokens, unlabeled
@@ -57,6 +57,8 @@ def test_rules_meet_the_published_recipes():
     assert options.sinkhorn_temperature(facts(125_000, 2048, imagenet)) == warm
     assert options.sinkhorn_temperature(facts(1000, 64, 5000))(999) == 0.025
     assert [options.small_data(facts(samples=n)) for n in (99_999, 100_000)] == [True, False]
+    asked = [(10**6, 256, imagenet), (500, 128, 100_000), (240, 128, 4320), (100_000, 4096, lvd), (10, 64, 20)]
+    assert [moco.negatives(facts(*f)) for f in asked] == [64_000, 768, 256, 65_536, 128]
     asked = [(125_000, 2048, imagenet, 1024), (10**6, 4096, lvd, 4096), (1000, 64, 2000, 384), (10**6, 64, 2000, 192)]
     assert [families.drop_path(facts(*one)) for one in asked] == [0.3, 0.0, 0.05, 0.0]
 

@@ -35,11 +35,13 @@ from pretrain.ops.self_distillation import health
 
 
 def negatives(facts: Facts) -> int:
-    """A twentieth of the samples, at least 8 batches and at most 65,536, in whole batches.
+    """In whole batches, of which there are at least 2: as many as make the key encoder with `momentum: auto` change by a
+    quarter, so that all keys are of nearly the same encoder; at most a twentieth of the samples, and 65,536.
 
-    This is 64,000 for ImageNet's 1.28 M images at batch 256; the paper has 65,536.
+    A momentum of 0.999 and batches of 256 give 64,000; the paper has 65,536.
     """
-    return max(8, round(min(65536, facts.samples / 20) / facts.batch)) * facts.batch
+    batches = 0.25 / (1 - momentum(facts).value)
+    return max(2, round(min(batches, facts.samples / 20 / facts.batch, 65536 / facts.batch))) * facts.batch
 
 
 @dataclass
