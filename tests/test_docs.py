@@ -371,7 +371,7 @@ def sized(args: argparse.Namespace, words: list[str], shards: Path) -> list[str]
     base = (
         [*small(args.recipe, shards), *wide]
         if args.recipe in recipe.names()
-        else [*TINY, *channels_of(args.recipe), "data.batch=16", "data.workers=0"]
+        else [*TINY, *channels_of(args.recipe), "data.batch=16", "data.workers=0", "parallel.micro_batch=null"]
     )
     scored = ["eval.final=[knn]"] * any(
         word.startswith("eval.gallery") for word in said
