@@ -6,7 +6,8 @@
         assert browser.value("document.title") == "…"
         assert not browser.problems
 
-`python -m tests.browser` installs it, from Debian's packages.
+`python -m tests.browser` installs it, from Debian's packages. `python -m tests.browser PAGE.html PICTURE.png` takes a
+picture of the beginning of a page, as docs/demo_report.png.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ OPTIONS = (
     "--no-first-run",
     "--hide-scrollbars",
 )
+PICTURE = 1100, 1800  # width and height in pixels of a picture for the docs
 READ, WRITE = 3, 4  # descriptors on which Chromium reads commands and writes answers and events
 
 
@@ -107,9 +110,9 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
-    def screenshot(self, target: Path) -> None:
-        """Write the whole page as a PNG."""
-        found = self._call("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, target: Path, whole: bool = True) -> None:
+        """Write the whole page, or what the window shows of it, as a PNG."""
+        found = self._call("Page.captureScreenshot", captureBeyondViewport=whole)
         target.write_bytes(base64.b64decode(found["data"]))
 
     def _call(self, method: str, **values: Any) -> dict[str, Any]:
@@ -150,6 +153,11 @@ class Browser:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        with Browser() as browser:
+            browser.open(Path(sys.argv[1]), *PICTURE)
+            browser.screenshot(Path(sys.argv[2]), whole=False)
+        sys.exit()
     if missing():
         install_packages(PACKAGES, "tests of reports in a browser")
     if reason := missing():

@@ -19,6 +19,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from common.errors import ConfigError, Damaged, DataError, UserError
 from data_pipeline.formats.pixel_maps import MASKS, read_map
+from data_pipeline.parts.part import About
+from data_pipeline.views.augmentations import generators
 from data_pipeline.views.dense_views import random_crop
 from eval import depth, patch_knn, segmentation, segmenter
 from eval.dense_data import DEPTHS, Pairs
@@ -31,6 +33,8 @@ from pretrain.checkpoint.store import checkpoint_name
 from pretrain.interchange import export
 from pretrain.interchange.weight_sources import segmenter_of
 from pretrain.models.layers import Features
+from pretrain.objectives import finetune_segmentation
+from pretrain.ops.cross_entropy import IGNORED
 from pretrain.recipes.recipe import load
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.train import train
@@ -193,6 +197,25 @@ def test_image_and_map_stay_aligned():
     assert (
         len({np.random.default_rng([seed, 0]).random(4)[3] < 0.5 for seed in range(6)}) == 2
     )  # with and without a flip
+
+
+def test_the_training_views_of_segmentation_stay_aligned():
+    """The gray level of the images is their class: it is also that of the mask's view, at each zoom and place."""
+    mask = np.kron(np.random.default_rng(0).integers(0, 5, (4, 6)), np.ones((15, 15))).astype(np.uint8)
+    image = np.repeat(40 * mask[..., None], 3, 2)
+    cfg = finetune_segmentation.Config(classes=5, void_numbers=[4], zoom_range=[0.75, 1.5])
+    view = finetune_segmentation.FineTuneSegmentation.views(cfg, About(image_size=32, channels=3))
+    sizes = set()
+    for seed in range(12):
+        found = view({"image": image, "mask": mask}, generators((seed, 0)))
+        pixels, classes = found["image"].astype(float)[0], found["mask"]
+        known = classes != IGNORED
+        assert pixels.shape == classes.shape == (32, 32) and classes[known].max() < 4
+        assert (np.round(pixels / 40) == classes)[known].mean() > 0.85  # but for pixels at borders, which are blurred
+        sizes.add(int(known.sum()))
+    assert len(sizes) > 6
+    with pytest.raises(Damaged, match=r"its mask has \(10, 90\) pixels, but its image \(60, 90\)"):
+        view({"image": image, "mask": mask[:10]}, generators((0, 0)))
 
 
 def test_maps_are_read_as_they_are_stored():

@@ -44,7 +44,9 @@ def test_the_layer_with_an_outlier_loses_most():
     with torch.no_grad():  # its product is 0, so that the features do not change
         encoder.blocks[1].norm2.bias[5] = 1000.0
         encoder.blocks[1].mlp.fc1.weight[:, 5] = 0.0
-    first, second, *_ = int8.layer_losses(encoder, images)
+    first, second, *others = int8.layer_losses(encoder, images)
+    errors = [each.features for each in (first, second, *others)]
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) == len(names)
     assert first.layer == "blocks.1.mlp.fc1" and first.features > 3 * second.features
     assert first.own > 0.1 and first.outliers > 5
     assert not any(module._forward_hooks for module in encoder.modules())
