@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from common.errors import UserError
 from launch.model_commands import quantize
@@ -57,6 +59,12 @@ def test_a_model_without_linear_layers(tmp_path: Path):
         int8.quantize(tmp_path, resnet())
 
 
+def largest_weight(path: Path) -> int:
+    """The largest absolute value of the int8 tensors of a file."""
+    tensors = [numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer]
+    return max(int(np.abs(each.astype(int)).max()) for each in tensors if each.dtype == np.int8)
+
+
 @pytest.mark.slow
 def test_the_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = make_run(tmp_path / "run", shards, "model.dim=64") / "export" / "40"
@@ -66,6 +74,7 @@ def test_the_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"{folder}/model.int8.onnx" in out and "largest input / rms" in out and "k-NN" in out
     assert not (folder / int8.PARTIAL).exists() and found["bytes"]["int8"] < found["bytes"]["fp32"]
     assert found["bytes"]["int8"] == (folder / "model.int8.onnx").stat().st_size
+    assert len([*(tmp_path / "cache").rglob("*.npy")]) == 2  # the features of both models are kept, and used, apart
     encoder, _ = weights.load_backbone(folder)
     assert {one["layer"] for one in found["layers"]} == {*int8.linear_layers(encoder)}
     assert 0 < found["features"] < 0.1 and found["latency_ms"].keys() == {"fp32", "int8"}
@@ -81,6 +90,8 @@ def test_the_command(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             assert error > 0 and difference < 0.5 * error  # roundings of ties apart, the arithmetic is the same
     with pytest.raises(UserError, match="several models are scored here"):
         quantize(str(folder), ["logistic", "logistic.save=probe", *words[1:]])
+    assert largest_weight(folder / int8.MODEL) == 127
+    assert largest_weight(int8.quantize(folder, encoder, reduce_range=True)) == 64
     with pytest.raises(UserError, match="no data are named"):
         quantize(str(folder), ["query=[]"])
     with pytest.raises(UserError, match="pixels: int8 files are written of exports"):
