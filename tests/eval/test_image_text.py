@@ -12,9 +12,9 @@ import torch
 
 from common.errors import ConfigError, DataError, UserError
 from data_pipeline.shards import index
-from eval import report
+from eval import report, report_captions
 from eval.periodic_scoring import check
-from eval.retrieval import ranked
+from eval.retrieval import captions, ranked
 from eval.run import evaluate
 from pretrain.train import train
 from tests.conftest import captioned, tiny_recipe
@@ -43,8 +43,12 @@ def test_the_classes_are_those_of_the_names(run: Path, shards: Path):
     assert found["text_to_image_1"] <= found["text_to_image_5"] <= found["text_to_image_10"] <= 1
 
 
-def test_the_report_shows_the_captions_that_are_found(run: Path):
-    page = report.write(run).read_text().partition("<h2>Captions</h2>")[2]
+def test_the_report_shows_the_captions_that_are_found(run: Path, monkeypatch: pytest.MonkeyPatch):
+    marked = [f"<q>{text}" for text in ("a", "b")]  # escaped, in a caption of its own and in those that are found
+    monkeypatch.setattr(report_captions, "captions", lambda *given: [marked[given[2] % 2] + captions(*given)[0]])
+    whole = report.write(run).read_text()
+    page = whole.partition("<h2>Captions</h2>")[2]
+    assert "<q>" not in whole and page.count("<p>&lt;q&gt;") == 8 and page.count("&lt;q&gt;") == 8 * 4
     places = [int(place) for place in re.findall(r"its own caption, place (\d+)", page)]
     assert "Training images" in page and "among those of 48 images" in page and len(places) == 8
     for card, place in zip(page.split('<div class="card captioned">')[1:], places, strict=True):
