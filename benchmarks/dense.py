@@ -1,7 +1,7 @@
 """Segmentation and depth of furnished rooms with true masks and depths: pretrained exports, their untrained networks, and
 what the position of a pixel alone tells.
 
-    python benchmarks/dense.py FOLDER [--pretrain 300] [--steps 200] [--tune 400] [--model NAME=RUN/export/STEP …]
+    python benchmarks/dense.py FOLDER [--pretrain 300] [--steps 150] [--tune 400] [--model NAME=RUN/export/STEP …]
 
 500 rooms for training and 100 with other objects for the test are drawn from the 3-D models of a Debian package
 (`rooms.py`). SimCLR is trained on the pictures alone, by the recipe `demo` with smaller crops, so that objects are seen as
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pretrain", type=int, default=300, help="steps of SimCLR")
-    parser.add_argument("--steps", type=int, default=200, help="steps of each head")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each head")
     parser.add_argument("--tune", type=int, default=400, help="steps of each fine-tuning")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN/export/STEP")
     options = parser.parse_args()

@@ -72,7 +72,7 @@ def score(
         _check_identity(run, identity)
         if rows and not results.new_rows(run / "results.jsonl", rows):
             continue
-        if name == "health" and step:
+        if name == "health":
             _note_collapse(run, recipe, rows, step)
         if not baseline:
             for row in rows:

@@ -154,8 +154,11 @@ def test_videos_are_classified_by_the_mean_of_the_probabilities_of_their_clips(
         head.classify.weight.mul_(500)
         head.classify.bias.sub_(head(torch.cat(all_tokens)).mean(0))
         logits = [head(tokens) for tokens in all_tokens]
+    sizes, tokens_of = set[int](), video.tokens_of
+    monkeypatch.setattr(video, "tokens_of", lambda one, images: sizes.add(len(images)) or tokens_of(one, images))
     monkeypatch.setattr(type(encoder), "batch", 13)  # two videos of six clips at once
     found = video.predict(encoder, samples, numbers, head, video.Config(segments=3, views=2)).tolist()
+    assert sizes == {12}
     assert found == [int(each.softmax(1).mean(0).argmax()) for each in logits]
     for others in ([each[0] for each in logits], [each[3] for each in logits], [each.mean(0) for each in logits]):
         assert found != [int(other.argmax()) for other in others]  # a single clip, and the mean of the logits
