@@ -6,11 +6,13 @@ what the position of a pixel alone tells.
 500 rooms for training and 100 with other objects for the test are drawn from the 3-D models of a Debian package
 (`rooms.py`). SimCLR is trained on the pictures alone, by the recipe `demo` with smaller crops, so that objects are seen as
 large as in the evaluation. `--model` names further exports, beside which the export of step 0 lies. The protocols
-`segmentation` and `depth` train their linear heads on frozen features, `finetune_segmentation` the whole network.
+`segmentation` and `depth` train their linear heads on frozen features, `patch_knn` trains nothing, and
+`finetune_segmentation` trains the whole network.
 
     dense.position.{miou,rmse,delta1}                       mean IoU over 12 kinds of surfaces, error of depths in metres,
                                                             share of pixels whose depth is within 25 %
     dense.NAME.{untrained,pretrained}.{miou,rmse,delta1}    NAME: simclr, and those of `--model`
+    dense.NAME.{untrained,pretrained}.knn.miou              by the nearest patches
     dense.finetuned.{untrained,pretrained}.miou             of SimCLR's network; `--tune 0` leaves it out
 
 position: for each pixel the most frequent class, or the mean depth, at this place of the training pictures.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -39,7 +42,8 @@ from pretrain.recipes import recipe
 from pretrain.train import train
 
 SIZE = 64  # pixels of a window
-RATES = {"segmentation": 1e-2, "depth": 3e-3}  # of heads; the published ones are for 100 times as many steps
+RATES = {"segmentation": 1e-2, "depth": 3e-2}  # of heads; the published ones are for 100 times as many steps
+PATCH_KNN = {"size": SIZE, "k": [10], "patches": 16_384}
 CROPS = "objective.crop_scale=0.2"  # smallest share of a picture
 
 
@@ -94,11 +98,14 @@ def main() -> None:
     models = {"simclr": own_export} | {
         name: Path(path) for name, path in (each.split("=", 1) for each in options.model)
     }
-    heads = {name: {"steps": options.steps, "rate": rate} for name, rate in RATES.items()}
+    heads: dict[str, dict[str, Any]] = {name: {"steps": options.steps, "rate": rate} for name, rate in RATES.items()}
     for name, export in models.items():
         for kind, folder in (("untrained", export.parent / "0"), ("pretrained", export)):
-            rows = evaluate(folder, [*heads], [str(known)], [str(asked)], image_size=SIZE, options=heads, device="cpu")
+            data = {"gallery": [str(known)], "query": [str(asked)], "image_size": SIZE, "device": "cpu"}
+            rows = evaluate(folder, [*heads], options=heads, **data)
             show(f"{name}.{kind}", {row["metric"]: row["value"] for row in rows}, f"heads of {options.steps} steps")
+            rows = evaluate(folder, ["patch_knn"], options={"patch_knn": PATCH_KNN}, **data)
+            show(f"{name}.{kind}.knn", {row["metric"]: row["value"] for row in rows}, "no training")
     for kind, export in (("untrained", own_export.parent / "0"), ("pretrained", own_export)) if options.tune else ():
         tuned = options.folder / "runs" / f"finetune-{kind}-{options.tune}"
         own = [f"steps={options.tune}", f"export={options.tune}", f"objective.classes={len(CLASSES)}"]

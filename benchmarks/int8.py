@@ -28,7 +28,7 @@ from steps import emit
 from eval.int8_scores import compare
 
 SHOWN = 4  # layers
-SAMPLES = 64  # images on which the losses of layers are computed
+SAMPLES = 32  # images on which the losses of layers are computed
 
 
 def main() -> None:
