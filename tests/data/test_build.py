@@ -86,7 +86,8 @@ def test_invalid_sources_targets_and_options_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="exists already"):
         make(empty, tmp_path / "full")
     with pytest.raises(
-        DataError, match="--kind pictures: no such kind of source; known: audio, frames, image-text, images"
+        DataError,
+        match="--kind pictures: no such kind of source; known: arrays, audio, frame-folders, frames, image-text",
     ):
         make(empty, tmp_path / "out", kind="pictures")
     with pytest.raises(

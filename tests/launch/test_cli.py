@@ -70,7 +70,7 @@ def test_help_and_errors_come_at_once(args: tuple[str, ...]):
         (("shards", "build", "/nowhere", "/tmp/x"), "error: /nowhere: no such file or folder"),
         (
             ("shards", "build", ".", "/tmp/x", "--kind", "film"),
-            "error: --kind film: no such kind of source; known: audio, frames, image",
+            "error: --kind film: no such kind of source; known: arrays, audio, frame-folders",
         ),
         (
             ("shards", "verify", "/nowhere"),

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from common.errors import Damaged, DataError
+from common.untrusted import is_number
 from data_pipeline.build.sources.media_folders import Videos
 from data_pipeline.build.sources.source import Block, Entry, Options, to_json
 from data_pipeline.build.sources.source_files import File, reason_of
@@ -93,7 +94,7 @@ class FrameFolders(Videos):
 
 def by_numbers(name: str) -> list[tuple[int, str]]:
     """A key to sort names by, in which numbers are compared by their values: 2.jpg is before 10.jpg."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if is_number(part) else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def muxed(frames: Iterator[tuple[str, bytes]], fps: float) -> bytes:
