@@ -40,7 +40,7 @@ def negatives(facts: Facts) -> int:
 
     A momentum of 0.999 and batches of 256 give 64,000; the paper has 65,536.
     """
-    batches = 0.25 / (1 - momentum(facts).value)
+    batches = 0.25 / (1 - momentum(facts)(0))
     return max(2, round(min(batches, facts.samples / 20 / facts.batch, 65536 / facts.batch))) * facts.batch
 
 
