@@ -40,7 +40,7 @@ LABELLED = 12  # patches of each texture, of sixteen
 COSTS = [1.0]  # C of the regression from which fine-tuning starts; a large one gives too confident logits
 TUNING = {
     "full": ["optim.lr.value=2e-3"],
-    "lora": ["objective.lora=3", "optim.lr.value=1e-2", "optim.layer_decay=1"],
+    "lora": ["objective.lora=3", "optim.lr.value=5e-3", "optim.layer_decay=1"],
 }
 
 
