@@ -1,6 +1,6 @@
 """Fine-tuning and LoRA against probes of the same frozen features, with the same labelled images, on the demo's textures.
 
-    python benchmarks/finetune.py FOLDER [--pretrain 210] [--steps 400]
+    python benchmarks/finetune.py FOLDER [--pretrain 210] [--steps 800]
 
 SimCLR is trained without labels on all training images, by the recipe `demo`. Of each of their textures twelve patches
 are labelled, from which each classifier learns, and four are held out. The demo's test images are of other textures.
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pretrain", type=int, default=210, help="steps of SimCLR")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each fine-tuning")
+    parser.add_argument("--steps", type=int, default=800, help="steps of each fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
