@@ -393,6 +393,8 @@ def test_names_are_escaped(tmp_path: Path, photos: Path):
     assert page.all("h1") == ["<i>run"] and page.all("title")[0] == "<i>run · unlabeled"
     assert '<u>"x' in [attrs.get("alt") for tag, attrs in page.tags if tag == "img"]
     assert {"<b>", "a&\"'"} <= {attrs.get("alt") for tag, attrs in page.tags if tag == "img"}
+    chosen = [n for n, (_, attrs) in enumerate(page.tags) if attrs.get("class") == "picker"]
+    assert {page.tags[n + 1][1]["alt"] for n in chosen} == {"<b>", "a&\"'"}  # the images of similarity maps
     assert '<q>"c' in page.all("h3") and '<q>"c by step' in [attrs.get("aria-label") for _, attrs in page.tags]
     assert page.all("b").count("<q>a") == 1 and page.all("p").count("<q>b") == 1
     assert not {"i", "u", "s", "q"} & {tag for tag, attrs in page.tags if "style" not in attrs}
