@@ -125,6 +125,7 @@ class Facts:
     samples: int  # number of samples in the data; if that is unknown, the number that the run trains on
     model: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the model, such as image_size
     classes: int = 0  # number of names of classes that the manifests of the data list; 0 without them
+    pixels: str = ""  # the dtype that keeps all bits of the images in the data; "": unknown, or there are no images
     key: str = ""  # the option that is set
     section: dict[str, Any] = dataclasses.field(default_factory=dict)  # all options of the section that holds it
     previous_run: Callable[[], dict[str, Any]] = dict  # that section in the run from which this one starts, or {}

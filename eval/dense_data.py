@@ -69,13 +69,14 @@ class Pairs:
         return np.flatnonzero(has_both)
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(image uint8 [H, W, C], map [H, W]) of a sample. Raises Damaged."""
+        """(image [H, W, C] of the encoder's dtype, map [H, W]) of a sample. Raises Damaged."""
         members = self.samples.read(int(number), [*self.images, self.member])
         extension = next((e for e in self.images if e in members), None)
         if extension is None:
             raise Absent("holds no image")
-        encoded = self.samples.encoded(int(number), members[extension], extension, self.encoder.channels)
-        with self.encoder.budget.lease() as take:
+        encoder = self.encoder
+        encoded = self.samples.encoded(int(number), members[extension], extension, encoder.channels, encoder.dtype)
+        with encoder.budget.lease() as take:
             encoded.reserve = take
             image = encoded.pixels()
         values = read_map(members[self.member], self.member)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from common.config import Section, option
 from common.errors import DataError
+from data_pipeline.formats.pixels import rounded
 from data_pipeline.views.augmentations import Rng
 from data_pipeline.views.dense_views import random_crop
 from eval import probe_training
@@ -134,7 +135,7 @@ def fit(encoder: Encoder, pairs: Pairs, cfg: Config) -> LinearHead:
         whole_patches(cfg.height or encoder.image_size, encoder.patch_size, "depth.height"),
         whole_patches(cfg.width or encoder.image_size, encoder.patch_size, "depth.width"),
     )
-    dim = maps_of(encoder, np.zeros((1, encoder.channels, *size), np.uint8), cfg.layers).shape[1]
+    dim = maps_of(encoder, np.zeros((1, encoder.channels, *size), encoder.dtype), cfg.layers).shape[1]
     head = LinearHead(dim, BINS, cfg.seed).to(encoder.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=cfg.rate, betas=(0.9, 0.99), weight_decay=cfg.decay)
     order = Order(pairs.numbers, cfg.seed)
@@ -186,13 +187,13 @@ def augmented(image: np.ndarray, depth: np.ndarray, rng: Rng) -> tuple[np.ndarra
         depth = cv2.warpAffine(depth, turn, (width, height), flags=cv2.INTER_NEAREST)
     if brightens < 0.5:
         factor = BRIGHTNESS[0] + (BRIGHTNESS[1] - BRIGHTNESS[0]) * factor
-        image = np.clip(image.astype(np.float32) * factor, 0, 255).round().astype(np.uint8)
+        image = rounded(image.astype(np.float32) * np.float32(factor), image.dtype)
     return image, depth
 
 
 @torch.no_grad()
 def predict(encoder: Encoder, head: nn.Module, image: np.ndarray, cfg: Config) -> Tensor:
-    """Depths [H, W] in metres, on the CPU, of an image uint8 [H, W, C]: the mean of those of the image and of its mirror
+    """Depths [H, W] in metres, on the CPU, of an image [H, W, C]: the mean of those of the image and of its mirror
     image."""
     height, width = image.shape[:2]
     missing = [-side % encoder.patch_size for side in (height, width)]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.formats.pixels import displayed
 from data_pipeline.views.augmentations import resize
 
 PERPLEXITY = 20.0  # effective number of neighbours of a sample
@@ -110,5 +111,5 @@ def thumbnails(places: np.ndarray, images: np.ndarray) -> np.ndarray:
         found = int(distances.argmin())
         free[found] = False
         top, left = grid[found] * cell
-        canvas[top : top + cell, left : left + cell] = resize(image.transpose(1, 2, 0), (cell, cell))
+        canvas[top : top + cell, left : left + cell] = resize(displayed(image).transpose(1, 2, 0), (cell, cell))
     return canvas

@@ -19,9 +19,10 @@ from torch import Tensor
 from common.errors import Damaged, DataError, UserError
 from data_pipeline.formats.decode_budget import Budget
 from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, WrongChannels
+from data_pipeline.formats.pixels import PIXEL_DTYPES, PixelDtype
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.video_clip import Clip, Clips
-from data_pipeline.shards.samples import Samples
+from data_pipeline.shards.samples import MAX_TRIED, Samples
 from data_pipeline.views.augmentations import Augment, Rng, center, spaced_squares
 from data_pipeline.views.clip_views import clip_crops
 from eval import feature_cache
@@ -30,11 +31,9 @@ from eval.text_features import TextEncoder, bytes_of, name_of
 from pretrain.models.layers import Features
 from pretrain.parallel.device import pick_device
 
-MAX_TRIED = 16  # samples from which the number of channels of a set is found
-
 
 class Encoder(feature_cache.Source):
-    """A frozen backbone with its normalisation of pixels (`mean`, `std`) and its pooling.
+    """A frozen backbone with its normalisation of pixels (`mean`, `std`), their `dtype`, and its pooling.
 
     `backbone` is a `Backbone`, or any function from normalised images [B, C, S, S] to `Features`. `name`: the model's
     name in result rows; it also identifies a function in the cache of features, so that functions need different names.
@@ -55,7 +54,9 @@ class Encoder(feature_cache.Source):
         std: Sequence[float],
         pool: str = "cls",
         device: str = "auto",
+        dtype: PixelDtype = "uint8",
     ):
+        self.dtype = dtype
         self.backbone, self.name, self.image_size, self.pool = backbone, name, image_size, pool
         self.mean, self.std = list(mean), list(std)
         self.part = Image(len(self.mean), mean=self.mean, std=self.std)
@@ -68,7 +69,7 @@ class Encoder(feature_cache.Source):
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Features:
-        """Features of uint8 images [B, C, H, W], on the device."""
+        """Features of images [B, C, H, W] of uint8, uint16 or float32, on the device."""
         return self.backbone(self.part.place(torch.from_numpy(images), self.device))
 
     def pooled(self, images: np.ndarray | list[np.ndarray]) -> Tensor:
@@ -135,20 +136,20 @@ class Encoder(feature_cache.Source):
         decoding = [(each.manifest.pixels, each.manifest.classes) for each in samples.manifests]
         kept = f"last {self.layers}" if self.layers else self.pool
         known = f"{self.model_hash} {kept} {self.image_size} {self.mean} {self.std} {samples.max_pixels} {decoding}"
+        known += "" if self.dtype == "uint8" else f" {self.dtype}"
         return known if self.has_labels else f"{known} without labels"
 
     def read(self, samples: Samples, number: int) -> np.ndarray:
-        """The center crop of an image, uint8 [C, S, S]."""
-        with self.budget.lease() as take:
-            return center(samples.image(number, self.channels, take), self.image_size)
+        """The center crop of an image, `dtype` [C, S, S]."""
+        return center(self.image(samples, number), self.image_size)
 
     def image(self, samples: Samples, number: int) -> np.ndarray:
-        """A whole image, uint8 [H, W, C]."""
+        """A whole image, `dtype` [H, W, C]."""
         with self.budget.lease() as take:
-            return samples.image(number, self.channels, take)
+            return samples.image(number, self.channels, take, self.dtype)
 
     def stand_in(self) -> np.ndarray:
-        return np.zeros((self.channels, self.image_size, self.image_size), np.uint8)
+        return np.zeros((self.channels, self.image_size, self.image_size), self.dtype)
 
     def label(self, samples: Samples, number: int) -> str:
         return feature_cache.label_of(samples, number) if self.has_labels else ""
@@ -162,7 +163,7 @@ class PixelEncoder(Encoder):
 
     def check(self, specs: Sequence[str]) -> Samples:
         samples = super().check(specs)
-        count = stored_channels(samples)
+        count, self.dtype = stored_channels(samples), samples.stored_dtype()
         if count != self.channels:
             self.channels, self.mean, self.std = count, [0.5] * count, [0.5] * count
             self.part = Image(count, mean=self.mean, std=self.std)
@@ -175,7 +176,7 @@ def stored_channels(samples: Samples) -> int:
     has_others = {ARRAY, "tif", "tiff"} & {*samples.extensions}
     for number in range(min(len(samples), MAX_TRIED)) if has_others else ():
         try:
-            return samples.image(number).shape[2]
+            return samples.image(number, dtype="float32").shape[2]
         except WrongChannels as error:
             return error.stored
         except Damaged:
@@ -285,6 +286,9 @@ def open_encoder(model: str, image_size: int | None = None, device: str = "auto"
         pool, frames, fps = facts.get("pool", "mean"), backbone.cfg.frames, facts.get("fps", 4.0)
         encoder = ClipEncoder(backbone, name, size, frames, fps, mean, std, pool, device)
     else:
-        encoder = Encoder(backbone, name, size, mean, std, facts.get("pool", "cls"), device)
+        pool, dtype = facts.get("pool", "cls"), facts.get("pixel_dtype", "uint8")
+        if dtype not in PIXEL_DTYPES:
+            raise DataError(f"{model}: pixel_dtype is {dtype!r}; write one of {', '.join(PIXEL_DTYPES)}")
+        encoder = Encoder(backbone, name, size, mean, std, pool, device, dtype)
     encoder.folder = Path(model)
     return encoder, facts

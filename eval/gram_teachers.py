@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
+from data_pipeline.formats.pixels import rounded
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
 from eval.features import Encoder, open_encoder
@@ -60,16 +61,17 @@ def compare(run: Path, shards: list[str], images: int = 64) -> list[dict[str, An
 
 
 def load(shards: list[str], encoder: Encoder, count: int) -> np.ndarray:
-    """Center crops uint8 [count, C, 2S, 2S] of images that are spread evenly over the shards. S: the encoder's size."""
+    """Center crops [count, C, 2S, 2S] of images that are spread evenly over the shards. S: the encoder's size."""
     samples = Samples(shards)
     numbers = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)
-    return np.stack([center(samples.image(int(n), encoder.channels), 2 * encoder.image_size) for n in numbers])
+    return np.stack([center(encoder.image(samples, int(n)), 2 * encoder.image_size) for n in numbers])
 
 
 def statistics(encoder: Encoder, image: np.ndarray) -> dict[str, float]:
-    """Agreement, coherence and contrast of one image, uint8 [C, 2S, 2S]."""
+    """Agreement, coherence and contrast of one image [C, 2S, 2S]."""
     large = torch.from_numpy(image)[None].float()
-    small = F.interpolate(large, scale_factor=0.5, mode="bicubic", antialias=True).round().clamp(0, 255).byte().numpy()
+    half = F.interpolate(large, scale_factor=0.5, mode="bicubic", antialias=True).numpy()
+    small = rounded(half, image.dtype)
     features, features_large = encoder(small), encoder(image[None])
     map_small = similarities(features.tokens)  # [N, N]
     map_large = similarities(resize_map(features_large.tokens, features_large.grid, features.grid))  # [N, N]

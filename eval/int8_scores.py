@@ -55,7 +55,8 @@ def compare(
             backbone=quantized, layers=0, _sets={}, name="int8", model_hash=xxhash.xxh3_128_hexdigest(path.read_bytes())
         ),
     }
-    images, _, _ = pictures.load_some(encoder.check(list(query)), samples, encoder.image_size, encoder.channels)
+    shards = encoder.check(list(query))
+    images, _, _ = pictures.load_some(shards, samples, encoder.image_size, encoder.channels, encoder.dtype)
     pixels = encoder.part.place(torch.from_numpy(images), encoder.device)
     whole, rounded = (each.pooled(images) for each in both.values())
     scores: dict[str, dict[str, dict[str, float]]] = {}

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import Damaged, DataError
+from data_pipeline.formats.pixels import PixelDtype, displayed
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
 from eval.features import Encoder
@@ -31,13 +32,15 @@ MAX_CHART_POINTS = 400
 Labels = Sequence[str | None]  # None for an image without a label
 
 
-def load_some(samples: Samples, limit: int, size: int, channels: int = 3) -> tuple[np.ndarray, Labels, list[int]]:
-    """(center crops uint8 [N, channels, S, S], labels, numbers of the samples) of up to `limit` images that are evenly
+def load_some(
+    samples: Samples, limit: int, size: int, channels: int = 3, dtype: PixelDtype = "uint8"
+) -> tuple[np.ndarray, Labels, list[int]]:
+    """(center crops `dtype` [N, channels, S, S], labels, numbers of the samples) of up to `limit` images that are evenly
     spaced over the set. Damaged images are left out. Raises DataError if none can be read, or the store cannot."""
     images, labels, numbers = [], list[str | None](), []
     for number in np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int).tolist():
         try:
-            image = center(samples.image(number, channels), size)
+            image = center(samples.image(number, channels, dtype=dtype), size)
         except Damaged:
             continue
         try:
@@ -84,7 +87,7 @@ def mosaic(images: np.ndarray, edge: int = 4) -> np.ndarray:
 
 
 def patch_features(encoder: Encoder, image: np.ndarray) -> np.ndarray:
-    """Features [h, w, D] of the patches of an image uint8 [3, H, W], at its full resolution."""
+    """Features [h, w, D] of the patches of an image [3, H, W], at its full resolution."""
     features = encoder(image[None])
     return features.tokens[0].unflatten(0, features.grid).float().cpu().numpy()
 
@@ -122,9 +125,9 @@ def pooled(encoder: Encoder, images: np.ndarray, batch: int = 64, scaled: bool =
 
 
 def data_url(image: np.ndarray, max_side: int | None = None) -> str:
-    """An image uint8 [3, H, W] or [H, W, 3] as a data: URL. A large image becomes a JPEG, a small one a PNG. If a side
+    """An image [3, H, W] or [H, W, 3] as a data: URL. A large image becomes a JPEG, a small one a PNG. If a side
     is longer than `max_side` pixels, the image is reduced to that size."""
-    picture = Image.fromarray(image if image.shape[2] == 3 else image.transpose(1, 2, 0))
+    picture = Image.fromarray(displayed(image if image.shape[2] == 3 else image.transpose(1, 2, 0)))
     picture.thumbnail((max_side or picture.width, max_side or picture.height))
     kind, file = "png" if picture.width * picture.height < 500_000 else "jpeg", io.BytesIO()
     picture.save(file, kind, quality=90)

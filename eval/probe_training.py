@@ -134,7 +134,7 @@ def cosine(step: int, steps: int, warmup: int = 0, start: float = 0.0) -> float:
 
 
 def tokens_of(encoder: Encoder, images: np.ndarray, layers: int = 1) -> tuple[Tensor, tuple[int, ...]]:
-    """(patch features [B, N, layers · D] in fp32 on the device, their grid) of uint8 images [B, C, H, W], as tensors
+    """(patch features [B, N, layers · D] in fp32 on the device, their grid) of images [B, C, H, W], as tensors
     that a head can be trained on."""
     placed = encoder.part.place(torch.from_numpy(images), encoder.device)
     with torch.inference_mode():

@@ -14,6 +14,7 @@ import numpy as np
 from common import config, yaml_values
 from common.errors import DataError, UserError
 from common.output import mask_secrets
+from data_pipeline.formats.pixels import PIXEL_DTYPES
 from data_pipeline.views.augmentations import center
 from eval import feature_map, pictures
 from eval.features import Encoder, open_encoder
@@ -130,7 +131,8 @@ def _images(runs: list[Run]) -> str:
     if not shown:
         return ""
     size = max(run.encoder.image_size for run in shown)
-    found = load_images(shown[0].recipe, size)
+    dtype = max((run.encoder.dtype for run in shown), key=PIXEL_DTYPES.index)
+    found = load_images(shown[0].recipe, size, dtype)
     groups = pictures.spread(found.labels, 8, 4)
     mosaics = [pictures.mosaic(found.images[np.concatenate(groups[i : i + 4])]) for i in (0, 4)]
     columns: dict[str, list[np.ndarray]] = {}

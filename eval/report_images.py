@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from data_pipeline.formats.pixels import PixelDtype
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
 from eval import feature_map, pictures, similarity_maps
@@ -31,16 +32,17 @@ class Images(NamedTuple):
     """Images that a report shows: labelled test images and gallery images, or only training images."""
 
     samples: Samples
-    images: np.ndarray  # uint8 [N, 3, S, S]
+    images: np.ndarray  # [N, 3, S, S] of the encoder's dtype
     labels: pictures.Labels
     numbers: list[int]  # of these images in `samples`
-    gallery: np.ndarray  # uint8 [G, 3, S, S]; `images` itself, if there is no gallery
+    gallery: np.ndarray  # [G, 3, S, S]; `images` itself, if there is no gallery
     gallery_labels: pictures.Labels
     gallery_count: int  # number of images in the whole gallery
 
     def at_size(self, chosen: list[int], size: int) -> list[np.ndarray]:
-        """Some of the images, read again at another size: uint8 [3, size, size] each."""
-        return [center(self.samples.image(self.numbers[n]), size) for n in chosen]
+        """Some of the images, read again at another size: [3, size, size] each."""
+        dtype = self.images.dtype.name
+        return [center(self.samples.image(self.numbers[n], dtype=dtype), size) for n in chosen]
 
 
 class Seen(NamedTuple):
@@ -51,17 +53,17 @@ class Seen(NamedTuple):
     pooled: Tensor  # [≤ MAX_MAP_IMAGES, D]
 
 
-def load_images(recipe: Recipe, size: int) -> Images:
-    """The images for a report, center crops of side `size`. Raises DataError if they cannot be read."""
+def load_images(recipe: Recipe, size: int, dtype: PixelDtype) -> Images:
+    """The images for a report, center crops of side `size`, with pixels of `dtype`. Raises DataError if they cannot be read."""
     cfg = recipe.eval
     gallery_shards = cfg.test_gallery or cfg.gallery
     if cfg.test and gallery_shards:
         samples, gallery = Samples(cfg.test), Samples(gallery_shards)
-        shown = pictures.load_some(samples, MAX_TEST_IMAGES, size)
-        gallery_images, gallery_labels, _ = pictures.load_some(gallery, MAX_GALLERY_IMAGES, size)
+        shown = pictures.load_some(samples, MAX_TEST_IMAGES, size, dtype=dtype)
+        gallery_images, gallery_labels, _ = pictures.load_some(gallery, MAX_GALLERY_IMAGES, size, dtype=dtype)
         return Images(samples, *shown, gallery_images, gallery_labels, len(gallery))
     samples = Samples(training_shards(recipe))
-    images, _, numbers = pictures.load_some(samples, MAX_TEST_IMAGES, size)
+    images, _, numbers = pictures.load_some(samples, MAX_TEST_IMAGES, size, dtype=dtype)
     labels: pictures.Labels = [None] * len(images)
     return Images(samples, images, labels, numbers, images, labels, len(samples))
 
@@ -79,7 +81,7 @@ def image_sections(recipe: Recipe, exports: Mapping[int, Path], last: Encoder, d
     """All sections on images. `exports`: {step: folder}; `last`: the encoder of the last one."""
     if last.channels != 3:
         return ""  # a web page can show only images of three channels
-    shown = load_images(recipe, last.image_size)
+    shown = load_images(recipe, last.image_size, last.dtype)
     groups = pictures.spread(shown.labels, 12, 4)
     mosaics = [pictures.mosaic(shown.images[np.concatenate(groups[i : i + 4])]) for i in (0, 4, 8)]
     chosen = list(dict.fromkeys(n for (n,) in pictures.spread(shown.labels, SHOWN_IMAGES, 1)))

@@ -64,6 +64,10 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
     count}."""
     if not isinstance(encoder, Encoder) or encoder.unit != "images" or encoder.channels != 3:
         raise UserError(f"{encoder.name}: robustness corrupts images with three channels")
+    if encoder.dtype != "uint8":
+        raise UserError(
+            f"{encoder.name}: reads {encoder.dtype} pixels, but the corruptions of robustness are defined for uint8"
+        )
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
     inputs = linear.inputs_of(encoder, cfg.linear)
     probe = linear.fit(

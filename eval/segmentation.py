@@ -138,7 +138,7 @@ def count_classes(pairs: Pairs, cfg: Any) -> int:
 
 def fit(encoder: Encoder, pairs: Pairs, classes: int, size: int, cfg: Config) -> LinearHead:
     """The head, trained on random crops of the gallery."""
-    dim = maps_of(encoder, np.zeros((1, encoder.channels, size, size), np.uint8), cfg.layers).shape[1]
+    dim = maps_of(encoder, np.zeros((1, encoder.channels, size, size), encoder.dtype), cfg.layers).shape[1]
     head = LinearHead(dim, classes, cfg.seed).to(encoder.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=cfg.rate, weight_decay=cfg.decay)
     order = Order(pairs.numbers, cfg.seed)
@@ -170,14 +170,14 @@ def fit(encoder: Encoder, pairs: Pairs, classes: int, size: int, cfg: Config) ->
 
 
 def maps_of(encoder: Encoder, images: np.ndarray, layers: int) -> Tensor:
-    """Patch features of uint8 images [B, C, S, S] as maps [B, layers · D, h, w]."""
+    """Patch features of images [B, C, S, S] as maps [B, layers · D, h, w]."""
     tokens, grid = tokens_of(encoder, images, layers)
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 @torch.no_grad()
 def segment(encoder: Encoder, head: nn.Module, image: np.ndarray, size: int, stride: int, layers: int) -> Tensor:
-    """Logits [K, H', W'] of an image uint8 [H, W, C] whose short side is resized to `size`: the averages over windows."""
+    """Logits [K, H', W'] of an image [H, W, C] whose short side is resized to `size`: the averages over windows."""
     resized = resize(image, short_side(image, size))
 
     def predict(windows: np.ndarray) -> Tensor:

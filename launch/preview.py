@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 
 from common.errors import DataError
 from data_pipeline.build.contact_sheet import LINE_HEIGHT, Font, save_sheet
+from data_pipeline.formats.pixels import PIXEL_DTYPES, displayed
 from data_pipeline.views import device_color
-from pretrain.build import build_objective, build_stream, open_samples
+from pretrain.build import build_objective, build_stream, open_samples, stored_pixels
 from pretrain.recipes.parallel_checks import micro_batch_size
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.prepare import check_data
@@ -31,12 +32,13 @@ def preview(recipe: Recipe, target: str | Path, rows: int = 8) -> Path:
     """
     target = Path(target)
     check_data(recipe)
+    samples = open_samples(recipe)
+    recipe.data.pixel_dtype = stored_pixels(recipe, samples) or recipe.data.pixel_dtype
     with torch.device("meta"):  # views depend on shapes only, so the weights need no memory
         objective = build_objective(recipe)
     backbone = objective.encoder()
     side = backbone.image_size // (backbone.patch_size or backbone.image_size)  # number of patches along one side
     tubelet = backbone.about().get("tubelet", 0)
-    samples = open_samples(recipe)
     recipe = small(recipe, sum(map(len, samples)))
     size = recipe.data.batch_size
     stream = build_stream(recipe, objective, samples)
@@ -95,12 +97,14 @@ def small(recipe: Recipe, samples: int) -> Recipe:
 
 def _colored(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The batch after the colour augmentations that training applies on the device."""
-    constants = device_color.constants([0.0], [1.0], torch.device("cpu"))  # mean 0 and deviation 1: no normalisation
-    return {
-        key: device_color.apply(value, batch[f"{key}.color"], constants) if f"{key}.color" in batch else value
-        for key, value in batch.items()
-        if not key.endswith(".color")
-    }
+    out = {}
+    for key, value in batch.items():
+        if f"{key}.color" in batch:  # mean 0 and deviation 1: no normalisation
+            constants = device_color.constants([0.0], [1.0], torch.device("cpu"), value.dtype)
+            value = device_color.apply(value, batch[f"{key}.color"], constants)
+        if not key.endswith(".color"):
+            out[key] = value
+    return out
 
 
 def _views(sample: dict[str, Any], side: int, tubelet: int = 0) -> list[np.ndarray]:
@@ -111,9 +115,9 @@ def _views(sample: dict[str, Any], side: int, tubelet: int = 0) -> list[np.ndarr
     """
     out, masked = [], False
     for value in sample.values():
-        if value.dtype != np.uint8 or value.ndim < 3:
+        if value.dtype.name not in PIXEL_DTYPES or value.ndim < 3:
             continue
-        views = value.reshape(-1, *value.shape[-3:])
+        views = displayed(value).reshape(-1, *value.shape[-3:])
         mask = None if masked else _mask(sample, len(views), side, tubelet)
         masked = masked or mask is not None
         for n, view in enumerate(views):

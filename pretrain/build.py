@@ -193,6 +193,14 @@ def open_samples(cfg: Recipe) -> list[Dataset]:
     return datasets
 
 
+def stored_pixels(cfg: Recipe, datasets: Sequence[Dataset]) -> str:
+    """What `data.pixel_dtype: auto` becomes: the dtype that keeps all bits of the first images of the datasets; "" if the
+    option is set, or if the objective reads no images."""
+    if vars(cfg.data)["pixel_dtype"] != "auto":
+        return ""
+    return max((part.stored_pixels(datasets) for part in parts_of(cfg).values()), key=len, default="")
+
+
 def about(cfg: Recipe, objective: Objective, datasets: Sequence[Dataset] | None = None) -> About:
     """What the objective's `views` may have to know. Without `datasets`, as for a plan, a stand-in with the model's
     vocabulary size replaces the vocabulary of the tokenizer."""

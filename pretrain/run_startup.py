@@ -21,7 +21,7 @@ from data_pipeline.parts.label import Label
 from data_pipeline.shards.dataset import Dataset, store_manifests
 from data_pipeline.stream.stream import Stream
 from pretrain import image_folders
-from pretrain.build import build_objective, placed
+from pretrain.build import build_objective, placed, stored_pixels
 from pretrain.checkpoint.load import is_latest, load
 from pretrain.checkpoint.save import Saver
 from pretrain.checkpoint.store import Store
@@ -70,7 +70,8 @@ def settle_auto_values(cfg: Recipe, run: Path, samples: Sequence[Dataset], devic
     """Replace the recipe's `auto` values by those that their rules give for these data and this device, and store the
     recipe."""
     classes = len(Label().about(samples, cfg.model)["classes"])
-    lines = defaults.settle(cfg, sum(map(len, samples)), checkpoint_recipe, source_about, classes)
+    pixels: Any = processes.on_rank_0(lambda: stored_pixels(cfg, samples))
+    lines = defaults.settle(cfg, sum(map(len, samples)), checkpoint_recipe, source_about, classes, pixels)
     for line in lines:
         say(line)
     precision: Any = processes.on_rank_0(lambda: precision_of(device)) if cfg.precision == "auto" else None

@@ -22,6 +22,7 @@ from data_pipeline.build import audio_stats
 from data_pipeline.formats.array_images import read_array_header
 from data_pipeline.formats.decode import Encoded, ImageFacts, inspect
 from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, IMAGES, WrongChannels
+from data_pipeline.formats.pixels import top_level
 from data_pipeline.shards.members import AUDIO, VIDEOS, LeftOut
 from data_pipeline.shards.samples import Samples
 
@@ -99,10 +100,14 @@ def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
         for extension, data in samples.read(number, IMAGES).items():
             image = samples.encoded(number, data, extension)
             height, width = image.shape
+            image.dtype = image.stored_dtype
             try:
-                image.pixels(shrink=8)  # to check that it can be decoded
+                pixels = image.pixels(shrink=8)  # to check that it can be decoded
             except WrongChannels as error:
                 _add_channels(image, error.stored, out)
+                continue
+            if pixels.dtype != np.uint8:
+                _add_channels(image, pixels.shape[2], out)
                 continue
             with Image.open(io.BytesIO(data)) as opened:
                 out.images.append((width, height, opened.mode))
@@ -114,10 +119,12 @@ def _inspect_sample(samples: Samples, number: int, out: Stats) -> None:
 
 
 def _add_channels(image: Encoded, channels: int, out: Stats) -> None:
-    """Decode an image of any number of channels, and add it to `out.images` and `out.channels`."""
-    image.channels = channels
-    pixels = image.pixels().reshape(-1, channels) / 255.0  # [H·W, C]
-    out.images.append((image.shape[1], image.shape[0], f"{channels} channels"))
+    """Decode an image of any number of channels, and add it to `out.images` and `out.channels`: the mean and the
+    deviation of unsigned numbers on a scale from 0 to 1, of others in their own unit."""
+    image.channels, image.dtype = channels, image.stored_dtype
+    pixels = image.pixels().reshape(-1, channels) / np.float64(top_level(image.dtype))  # [H·W, C]
+    deep = "" if image.dtype == "uint8" else f" of {image.dtype}"
+    out.images.append((image.shape[1], image.shape[0], f"{channels} channels{deep}"))
     sums = np.stack([np.full(channels, len(pixels)), pixels.sum(0), np.square(pixels).sum(0)], axis=1)
     out.channels[channels] = out.channels.get(channels, 0) + sums
 
@@ -133,13 +140,13 @@ def caption_of(samples: Samples, number: int) -> str:
 
 
 # ---------------------------------------------------------------- pixels
-class Pixels(dict[str, list[int]]):
+class Pixels(dict[str, list[float]]):
     """Counts of images and ranges of their pixels: {format, bits and channels: [images, lowest value, highest value]}.
 
     `remarks`: {remark on images: [number of images, example]}.
     """
 
-    def __init__(self, kinds: dict[str, list[int]] | None = None, remarks: dict[str, list[Any]] | None = None):
+    def __init__(self, kinds: dict[str, list[float]] | None = None, remarks: dict[str, list[Any]] | None = None):
         super().__init__(kinds or {})
         self.remarks = LeftOut(remarks or {})
 
@@ -147,7 +154,7 @@ class Pixels(dict[str, list[int]]):
         """Count one image. `where`: its name, for the examples."""
         self.merge({facts.kind: [1, facts.low, facts.high]}, {remark: [1, where] for remark in facts.remarks})
 
-    def merge(self, kinds: dict[str, list[int]], remarks: dict[str, list[Any]]) -> None:
+    def merge(self, kinds: dict[str, list[float]], remarks: dict[str, list[Any]]) -> None:
         """Add the content of another `Pixels` and its remarks."""
         for kind, (count, low, high) in kinds.items():
             old = self.get(kind, [0, low, high])
@@ -157,15 +164,16 @@ class Pixels(dict[str, list[int]]):
 
     def lines(self, bits: int = 16) -> list[str]:
         """Lines to print. If 16-bit images use only low values, one of them recommends --bits."""
-        out = [f"images: {n} × {kind}, values from {low} to {high}" for kind, (n, low, high) in sorted(self.items())]
+        out = [
+            f"images: {n} × {kind}, values from {low:g} to {high:g}" for kind, (n, low, high) in sorted(self.items())
+        ]
         out += [f"images: {n} {remark}, for example {where}" for remark, (n, where) in self.remarks.items()]
         highest = max((high for kind, (_, _, high) in self.items() if ", 16 bits, " in kind), default=0)
-        if bits == 16 and 0 < highest < 1 << 15 and not any("colours" in remark for remark in self.remarks):
-            top_level, bits_used = round(highest / 257), max(8, highest.bit_length())
+        if bits == 16 and 0 < highest < 1 << 15:
+            share, bits_used = highest / 65535, max(8, int(highest).bit_length())
             out.append(
-                f"images of 16 bits have values up to {highest} of 65535, so that a model sees the levels 0 to"
-                f" {top_level} of 255; --bits {bits_used} (of `shards build` and `shards index`) scales"
-                f" {(1 << bits_used) - 1} to 255"
+                f"images of 16 bits have values up to {highest} of 65535, so that a model sees {share:.3g} of the range from"
+                f" 0 to 1; --bits {bits_used} (of `shards build` and `shards index`) scales {(1 << bits_used) - 1} to 1"
             )
         return out
 

@@ -1,4 +1,4 @@
-"""Images as numpy arrays: .npy files that hold uint8 or uint16 [H, W, C] or [H, W]."""
+"""Images as numpy arrays: .npy files that hold numbers [H, W, C] or [H, W] of a dtype of `data_pipeline/formats/pixels.py`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from common.errors import Damaged
 from data_pipeline.formats.image_formats import WrongChannels, errors_as_damage
+from data_pipeline.formats.pixels import FLOATS, PixelDtype, converted, with_channels
 
 
 class ArrayHeader(NamedTuple):
@@ -33,35 +33,19 @@ def read_array_header(data: bytes) -> ArrayHeader:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     with errors_as_damage():
         shape, columns_first, dtype = read(stream)
-    supported = dtype.kind == "u" and dtype.itemsize in (1, 2) and len(shape) in (2, 3)
+    supported = dtype.newbyteorder("=").name in ("uint8", "uint16", *FLOATS) and len(shape) in (2, 3)
     if not supported or min(shape) < 0 or shape[2:] == (0,):
-        raise Damaged(f".npy holds {dtype} {list(shape)}, but uint8 or uint16 [H, W, C] is read")
+        raise Damaged(f".npy holds {dtype} {list(shape)}, but [H, W, C] of uint8, uint16, {', '.join(FLOATS)} is read")
     shape = shape if len(shape) == 3 else (*shape, 1)
     return ArrayHeader(shape, dtype, "F" if columns_first else "C", stream.tell())
 
 
-def array_pixels(data: bytes, header: ArrayHeader, channels: int, bits: int) -> np.ndarray:
-    """The pixels of a .npy file, uint8 [H, W, channels]; see `Encoded` for `channels` and `bits`."""
-    shape, dtype, order, start = header
+def array_pixels(data: bytes, header: ArrayHeader, channels: int, bits: int, dtype: PixelDtype) -> np.ndarray:
+    """The pixels of a .npy file, `dtype` [H, W, channels]; see `Encoded` for `channels`, `bits` and `dtype`."""
+    shape, stored, order, start = header
     if shape[2] != channels and (shape[2], channels) not in ((1, 3), (3, 1)):
         raise WrongChannels(shape[2], channels)
-    if len(data) - start != math.prod(shape) * dtype.itemsize:
-        raise Damaged(f".npy holds {len(data) - start} bytes of {dtype} {list(shape)}")
-    pixels = np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
-    pixels = pixels.copy("C") if dtype.itemsize == 1 else to_8_bits(pixels, bits)
-    if shape[2] == channels:
-        return pixels
-    return np.repeat(pixels, 3, axis=2) if channels == 3 else np.array(Image.fromarray(pixels).convert("L"))[..., None]
-
-
-def to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:
-    """round(x · 255 / (2^bits - 1)) of unsigned 16-bit numbers.
-
-    Raises `Damaged` if a number is larger than 2^bits - 1.
-    """
-    if bits == 16:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    top = (1 << bits) - 1
-    if values.max() > top:
-        raise Damaged(f"holds numbers up to {values.max()}, but the {bits} bits of this set end at {top}")
-    return ((values.astype(np.uint32) * 510 + top) // (2 * top)).astype(np.uint8)
+    if len(data) - start != math.prod(shape) * stored.itemsize:
+        raise Damaged(f".npy holds {len(data) - start} bytes of {stored} {list(shape)}")
+    pixels = converted(np.frombuffer(data, stored, offset=start).reshape(shape, order=order), bits, dtype)
+    return pixels if shape[2] == channels else with_channels(pixels, channels)

@@ -3,8 +3,8 @@
 The formats are JPEG, PNG, WebP, TIFF, GIF, BMP and numpy's .npy; of an animation the first picture is read. The decoder
 is chosen by the first bytes of a file, not by its name; only .npy files are recognised by their name. An EXIF
 orientation is applied, unless the manifest says that the pixels are to be read as they are stored. Files that cannot be
-read faithfully are refused: TIFFs of several pages, of 32-bit, signed or floating-point numbers, or of more bands than
-are read.
+read faithfully are refused: TIFFs of several pages, of 32-bit integers, and, if tifffile is not installed, those of
+other numbers or of more bands than Pillow reads.
 
 Strict means: a JPEG is damaged if its decoder gives any warning, the checksums of all chunks of a PNG are verified, and
 a file of any format that ends too early is damaged. Other changes of bytes may remain undetected. A JPEG has no
@@ -36,6 +36,8 @@ from data_pipeline.formats.exif import (
 )
 from data_pipeline.formats.image_formats import ARRAY, IMAGES, JPEG_START, MAX_PIXELS, WrongChannels, errors_as_damage
 from data_pipeline.formats.pillow_images import TIFF_BITS, open_image, pillow_pixels, tiff_tag, unnamed_band
+from data_pipeline.formats.pixels import PixelDtype, converted, stored_as
+from data_pipeline.formats.tiff_images import TIFF_STARTS, read_tiff_header, tiff_pixels
 
 # The number of channels of each colour space that simplejpeg can decode to RGB and to luma.
 _PLAIN_JPEG = {"RGB": 3, "YCbCr": 3, "Gray": 1}
@@ -49,8 +51,8 @@ class ImageFacts(NamedTuple):
     """The result of `inspect`."""
 
     kind: str  # format, bits and channels, as stored
-    low: int  # lowest value of a pixel
-    high: int  # highest value of a pixel
+    low: float  # lowest value of a pixel
+    high: float  # highest value of a pixel
     remarks: tuple[str, ...] = ()  # how the pixels differ from the file, for example "turned by EXIF"
 
 
@@ -59,9 +61,10 @@ class _Header(NamedTuple):
 
     height: int  # of the decoded pixels, with `orientation` applied
     width: int
-    reader: str  # "jpeg", "array" or "pillow"
-    details: Any = None  # the colour space of a JPEG, or an `ArrayHeader`
+    reader: str  # "jpeg", "array", "tiff" or "pillow"
+    details: Any = None  # the colour space of a JPEG, an `ArrayHeader` or a `TiffHeader`
     orientation: int = 1  # the EXIF orientation to apply; 1: none
+    dtype: PixelDtype = "uint8"  # the smallest one that keeps all bits
 
 
 class Encoded:
@@ -70,9 +73,9 @@ class Encoded:
 
     `channels`: of the decoded pixels. 3 gives RGB with transparent pixels blended onto white, 1 gives luma. Any other
     number must be that of the file: 2 or 4 in a PNG, WebP or TIFF (grey or RGB with alpha; CMYK), any number in a .npy
-    file, which holds a uint8 or uint16 array [H, W, C] or [H, W]. 16-bit grey and 16-bit arrays are scaled from
-    0..2^bits - 1 to 0..255 and rounded; larger numbers are refused. `as_stored`: do not apply an EXIF orientation.
-    Every failure raises `Damaged`. `reserve`, if it is set, is called before decoding with the number of bytes that
+    file, which holds an array [H, W, C] or [H, W]. `dtype`: of the decoded pixels, see `data_pipeline/formats/pixels.py`. 16-bit numbers
+    are scaled from 0..2^bits - 1, and larger ones are refused. `as_stored`: do not apply an EXIF orientation. Every
+    failure raises `Damaged`. `reserve`, if it is set, is called before decoding with the number of bytes that
     decoding will use (see `Budget`).
     """
 
@@ -85,10 +88,11 @@ class Encoded:
         as_stored: bool = False,
         max_pixels: int = MAX_PIXELS,
         color: str = "exact",
+        dtype: PixelDtype = "uint8",
     ):
         self.color = color  # how `crops` applies colour operations to the image: see `data_pipeline/views/colors.py`
         self.data, self.extension, self.channels = data, extension.lower(), channels
-        self.bits, self.as_stored, self.max_pixels = bits, as_stored, max_pixels
+        self.bits, self.as_stored, self.max_pixels, self.dtype = bits, as_stored, max_pixels, dtype
         self.reserve: Callable[[int], None] | None = None
         self._header: _Header | None = None
 
@@ -98,8 +102,13 @@ class Encoded:
         header = self._read_header()
         return header.height, header.width
 
+    @property
+    def stored_dtype(self) -> PixelDtype:
+        """The smallest dtype that keeps all bits of the image, from the header alone."""
+        return self._read_header().dtype
+
     def pixels(self, shrink: float = 1.0) -> np.ndarray:
-        """The whole image, uint8 [h, w, channels].
+        """The whole image, `dtype` [h, w, channels].
 
         With `shrink` of 1.6 or more, a JPEG is decoded at the smallest of the scales 1/8 to 5/8 that is at least
         1 / shrink; other formats are decoded at full size. libjpeg averages blocks of pixels, so an image decoded at
@@ -109,10 +118,13 @@ class Encoded:
         if self.reserve:
             self.reserve(self.decode_bytes(shrink))
         if header.reader == "jpeg":
-            return oriented(self._jpeg(header, shrink), header.orientation)
+            return oriented(converted(self._jpeg(header, shrink), 8, self.dtype), header.orientation)
         if header.reader == "array":
-            return array_pixels(self.data, header.details, self.channels, self.bits)
-        return oriented(pillow_pixels(self.data, self.channels, self.bits), header.orientation)
+            return array_pixels(self.data, header.details, self.channels, self.bits, self.dtype)
+        if header.reader == "tiff":
+            pixels = tiff_pixels(self.data, header.details, self.channels, self.bits, self.dtype)
+            return oriented(pixels, header.orientation)
+        return oriented(pillow_pixels(self.data, self.channels, self.bits, self.dtype), header.orientation)
 
     def _read_header(self) -> _Header:
         if self._header is None:
@@ -130,10 +142,11 @@ class Encoded:
         """
         header = self._read_header()
         # bytes per pixel of the file: of the result, and of the decoder's own memory
-        result = self.channels * (_scale(shrink) ** 2 if header.reader == "jpeg" else 1)
-        if header.reader == "array":
+        itemsize = np.dtype(self.dtype).itemsize
+        result = self.channels * itemsize * (_scale(shrink) ** 2 if header.reader == "jpeg" else 1)
+        if header.reader in ("array", "tiff"):
             shape, dtype = header.details.shape, header.details.dtype
-            scratch = shape[2] * (5 if dtype.itemsize > 1 else 1)
+            scratch = shape[2] * (5 if dtype.itemsize > 1 and self.dtype == "uint8" else itemsize)
         elif header.reader == "jpeg":
             scratch = 0
         else:
@@ -155,9 +168,16 @@ class Encoded:
             return simplejpeg.decode_jpeg(self.data, colors, min_height=height, min_width=width, strict=True)
 
 
-def decode_image(data: bytes, extension: str, channels: int = 3, bits: int = 16, as_stored: bool = False) -> np.ndarray:
-    """Decode the bytes of a file to uint8 [H, W, channels]: see `Encoded`. Raises `Damaged`."""
-    return Encoded(data, extension, channels, bits, as_stored).pixels()
+def decode_image(
+    data: bytes,
+    extension: str,
+    channels: int = 3,
+    bits: int = 16,
+    as_stored: bool = False,
+    dtype: PixelDtype = "uint8",
+) -> np.ndarray:
+    """Decode the bytes of a file to `dtype` [H, W, channels]: see `Encoded`. Raises `Damaged`."""
+    return Encoded(data, extension, channels, bits, as_stored, dtype=dtype).pixels()
 
 
 def inspect(
@@ -169,33 +189,34 @@ def inspect(
     """
     encoded = Encoded(data, extension, 3, bits, as_stored, max_pixels)
     header = encoded._read_header()
-    if header.reader == "array":
+    encoded.dtype = encoded.stored_dtype
+    orientation_remark = ("turned by EXIF",) * (header.orientation > 1 and not as_stored)
+    if header.reader in ("array", "tiff"):
         shape, dtype = header.details.shape, header.details.dtype
         encoded.channels = shape[2]
-        encoded.pixels()
-        values = np.frombuffer(data, dtype, offset=header.details.start)
-        return ImageFacts(
-            f"NPY, {8 * dtype.itemsize} bits, {_channels(shape[2])}", int(values.min()), int(values.max())
-        )
-    orientation_remark = ("turned by EXIF",) * (header.orientation > 1 and not as_stored)
+        numbers = f"{8 * dtype.itemsize} bits" if dtype.kind == "u" else dtype.newbyteorder("=").name
+        kind = f"{'NPY' if header.reader == 'array' else 'TIFF'}, {numbers}, {_channels(shape[2])}"
+        return ImageFacts(kind, *_stored_range(encoded), orientation_remark)
     if header.reader == "jpeg":
-        pixels = encoded.pixels()
         kind = f"JPEG, 8 bits, {_channels(_PLAIN_JPEG[header.details])}"
-        return ImageFacts(kind, int(pixels.min()), int(pixels.max()), orientation_remark)
+        return ImageFacts(kind, *_stored_range(encoded), orientation_remark)
     with open_image(data) as image:
-        kind, depth_remark, tiff_orientation = _describe_stored(image, data)
+        kind, tiff_orientation = _describe_stored(image, data)
         orientation_remark = orientation_remark or ("turned by EXIF",) * (not as_stored and tiff_orientation > 1)
         with errors_as_damage():
             animated = image.format != "TIFF" and getattr(image, "is_animated", False)
         encoded.channels = 4 if image.format == "TIFF" and unnamed_band(image) else 3
+    remarks = (*("animation, first picture",) * animated, *orientation_remark)
+    return ImageFacts(kind, *_stored_range(encoded), remarks)
+
+
+def _stored_range(encoded: Encoded) -> tuple[float, float]:
+    """The lowest and the highest number of an image, as stored. Raises `Damaged`."""
+    pixels = encoded.pixels()  # also refuses numbers of too many bits
+    if encoded.bits < 16 and encoded.dtype == "uint16":
+        encoded.bits = 16
         pixels = encoded.pixels()
-        if image.mode.startswith("I"):
-            with errors_as_damage():
-                image.load()
-                pixels = np.asarray(image)
-    animation_remark = ("animation, first picture",) * animated
-    remarks = (*depth_remark, *orientation_remark, *animation_remark)
-    return ImageFacts(kind, int(pixels.min()), int(pixels.max()), remarks)
+    return pixels.min().item(), pixels.max().item()
 
 
 def _scale(shrink: float) -> float:
@@ -207,16 +228,15 @@ def _channels(count: int) -> str:
     return f"{count} channel{'s' * (count > 1)}"
 
 
-def _describe_stored(image: Image.Image, data: bytes) -> tuple[str, tuple[str, ...], int]:
-    """(format, bits and channels as text; remarks if fewer bits are read than stored; the orientation of a TIFF)."""
+def _describe_stored(image: Image.Image, data: bytes) -> tuple[str, int]:
+    """(format, bits and channels as text; the orientation of a TIFF)."""
     bits, tiff_orientation, bands = 8, 1, len(image.getbands())
     if image.format == "PNG":
         bits = data[24]  # of the IHDR chunk
     elif image.format == "TIFF":
         bits, tiff_orientation = max(tiff_tag(image, TIFF_BITS, 1)), tiff_tag(image, ORIENTATION, 1)[0]
     palette = ", palette" if image.mode in ("P", "PA") else ""
-    sixteen_bit = ("16-bit colours, read at 8 bits",) * (bits > 8 and not image.mode.startswith("I"))
-    return f"{image.format}, {bits} bits, {_channels(bands)}{palette}", sixteen_bit, tiff_orientation
+    return f"{image.format}, {bits} bits, {_channels(bands)}{palette}", tiff_orientation
 
 
 def _header(data: bytes, extension: str, as_stored: bool) -> _Header:
@@ -224,7 +244,7 @@ def _header(data: bytes, extension: str, as_stored: bool) -> _Header:
         raise Damaged("is empty: 0 bytes")
     if extension == ARRAY:
         array = read_array_header(data)
-        return _Header(array.shape[0], array.shape[1], "array", array)
+        return _Header(*array.shape[:2], "array", array, 1, stored_as(array.dtype))
     if extension not in IMAGES:
         raise Damaged(
             f".{extension} is not the extension of an image format that is read; these are"
@@ -237,8 +257,16 @@ def _header(data: bytes, extension: str, as_stored: bool) -> _Header:
         if to_apply >= 5:
             height, width = width, height
         return _Header(height, width, "jpeg" if space in _PLAIN_JPEG else "pillow", space, to_apply)
+    tiff = read_tiff_header(data) if data.startswith(TIFF_STARTS) else None
+    if tiff is not None:
+        height, width, _ = tiff.shape
+        to_apply = 1 if as_stored or tiff.orientation not in range(1, 9) else tiff.orientation
+        if to_apply >= 5:
+            height, width = width, height
+        return _Header(height, width, "tiff", tiff, to_apply, stored_as(tiff.dtype))
     with open_image(data) as image:
         height, width = image.height, image.width
+        deep = image.mode.startswith("I") or (image.format == "PNG" and data[24] == 16)  # the bits of the IHDR chunk
         if image.format == "TIFF":  # Pillow applies the orientation when it loads the file
             to_apply = INVERSE_ORIENTATION.get(tiff_tag(image, ORIENTATION, 1)[0], 1) if as_stored else 1
         else:
@@ -246,7 +274,7 @@ def _header(data: bytes, extension: str, as_stored: bool) -> _Header:
             to_apply = 1 if as_stored else orientation(exif.removeprefix(EXIF))
         if to_apply >= 5:
             height, width = width, height
-        return _Header(height, width, "pillow", None, to_apply)
+        return _Header(height, width, "pillow", None, to_apply, "uint16" if deep else "uint8")
 
 
 def _needs_all_coefficients(data: bytes) -> bool:

@@ -15,7 +15,8 @@ MAX_PIXELS = 100_000_000  # default limit; a larger image counts as damaged, or 
 MAX_PIXELS_LIMIT = 1 << 30  # the largest limit that a caller may set
 
 JPEG_START, PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
-WRITE_ARRAY = "write it as a .npy array of uint8 or uint16 [H, W, C]"  # the advice in messages
+# the advice in messages, of a TIFF
+WRITE_ARRAY = "`pip install 'unlabeled[tiff]'` makes it readable; or write it as a .npy array [H, W, C]"
 
 
 @contextmanager
@@ -33,12 +34,22 @@ def errors_as_damage() -> Iterator[None]:
         raise Damaged(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-class WrongChannels(Damaged):
-    """An image with another number of channels than requested.
-
-    If its neighbours have the same number, the recipe is wrong, not the data.
+class Unsuitable(Damaged):
+    """An image that can be read, but not as requested. If its neighbours are like it, the recipe is wrong, not the data.
+    `advice`: what the recipe has to state.
     """
 
+    def __init__(self, reason: str, advice: str):
+        super().__init__(reason)
+        self.advice = advice
+
+
+class WrongChannels(Unsuitable):
+    """An image with another number of channels than requested."""
+
     def __init__(self, stored: int, wanted: int):
-        super().__init__(f"holds {stored} channels, but {wanted} are requested")
+        super().__init__(
+            f"holds {stored} channels, but {wanted} are requested",
+            f"write model.in_channels={stored}, and {stored} values each for data.mean and data.std",
+        )
         self.stored, self.wanted = stored, wanted

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from common.errors import Damaged
-from data_pipeline.formats.array_images import to_8_bits
 from data_pipeline.formats.image_formats import (
     JPEG_START,
     MAX_PIXELS_LIMIT,
@@ -28,6 +28,7 @@ from data_pipeline.formats.image_formats import (
     WrongChannels,
     errors_as_damage,
 )
+from data_pipeline.formats.pixels import PixelDtype, converted, top_level, with_channels
 
 # Pillow can open more formats, but its decoders of some of them start other programs, which is not safe.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -69,8 +70,9 @@ def tiff_tag(image: Any, number: int, default: int) -> tuple[int, ...]:
     return numbers
 
 
-def pillow_pixels(data: bytes, channels: int, bits: int) -> np.ndarray:
-    """Decode the bytes of a file with Pillow to uint8 [H, W, channels]; see `Encoded` for `channels` and `bits`.
+def pillow_pixels(data: bytes, channels: int, bits: int, dtype: PixelDtype) -> np.ndarray:
+    """Decode the bytes of a file with Pillow to `dtype` [H, W, channels]; see `Encoded` for `channels`, `bits` and
+    `dtype`. 16-bit colours of a PNG, of which Pillow keeps 8 bits, are decoded with OpenCV unless `dtype` is uint8.
 
     Pillow applies the EXIF orientation of a TIFF, but not of any other format. Raises `Damaged`, or the exceptions of
     Pillow.
@@ -91,23 +93,47 @@ def pillow_pixels(data: bytes, channels: int, bits: int) -> np.ndarray:
             _check_tiff(image, channels)
             inverted = sixteen_bit and tiff_tag(image, _TIFF_INVERTED, 1)[0] == 0
             bits = min(bits, max(tiff_tag(image, TIFF_BITS, 16))) if sixteen_bit else bits
-        elif bits < 16 and image.format == "PNG" and data[24] == 16 and not sixteen_bit:
-            raise Damaged(
-                f"is a PNG of 16-bit colours: Pillow keeps only their highest 8 bits, so `bits` = {bits} cannot be"
-                f" applied; {WRITE_ARRAY}"
-            )
+        elif image.format == "PNG" and data[24] == 16 and not sixteen_bit:
+            if dtype != "uint8":
+                return _sixteen_bit_colors(data, channels, bits, dtype)
+            if bits < 16:
+                raise Damaged(
+                    f"is a PNG of 16-bit colours: Pillow keeps only their highest 8 bits, so `bits` = {bits} cannot be"
+                    " applied; write data.pixel_dtype=uint16"
+                )
         with errors_as_damage():
             image.load()
         if not sixteen_bit:
-            return _in_strips(image, lambda part: _convert(part, channels))
+            return converted(_in_strips(image, lambda part: _convert(part, channels)), 8, dtype)
         if channels not in (1, 3):
             raise WrongChannels(1, channels)
-        gray = _in_strips(image, lambda part: to_8_bits(np.asarray(part).astype(np.uint16), bits)[..., None])
-        return np.repeat(255 - gray if inverted else gray, channels, axis=2)
+        gray = _in_strips(image, lambda part: converted(np.asarray(part).astype(np.uint16), bits, dtype)[..., None])
+        if inverted:
+            gray = np.asarray(top_level(dtype), dtype) - gray
+        return gray if channels == 1 else with_channels(gray, 3)
+
+
+def _sixteen_bit_colors(data: bytes, channels: int, bits: int, dtype: PixelDtype) -> np.ndarray:
+    """Decode a PNG of 16-bit RGB, or of grey or RGB with transparency. Transparent pixels are drawn on white."""
+    stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # [H, W, 3 or 4], BGR
+    if stored is None or stored.dtype != np.uint16 or stored.ndim != 3:
+        raise Damaged("is a PNG of 16-bit colours that cannot be decoded")
+    has_alpha = stored.shape[2] == 4
+    stored = cv2.cvtColor(stored, cv2.COLOR_BGRA2RGBA if has_alpha else cv2.COLOR_BGR2RGB)
+    count = {2: 3, 4: 2, 6: 4}[data[25]]  # of channels, by the colour type of the IHDR chunk
+    if channels not in (1, 3):
+        if channels != count:
+            raise WrongChannels(count, channels)
+        return converted(stored[..., ::3] if count == 2 else stored, bits, dtype)
+    if has_alpha:
+        alpha = stored[..., 3:].astype(np.float64) / 65535
+        stored = (stored[..., :3] * alpha + ((1 << bits) - 1) * (1 - alpha)).round().astype(np.uint16)
+    pixels = converted(stored, bits, dtype)
+    return pixels if channels == 3 else with_channels(pixels, 1)
 
 
 def _in_strips(image: Image.Image, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """Convert a loaded image with `convert`, which returns an array [H, W, C].
+    """Convert a loaded image with `convert`, which returns an array [H, W, C] of one dtype.
 
     A large image is converted in horizontal strips, to limit memory: a conversion makes several copies of its input.
     """
@@ -118,7 +144,7 @@ def _in_strips(image: Image.Image, convert: Callable[[Image.Image], np.ndarray])
     for top in range(0, image.height, rows):
         part = convert(image.crop((0, top, image.width, min(top + rows, image.height))))
         if out is None:
-            out = np.empty((image.height, *part.shape[1:]), np.uint8)
+            out = np.empty((image.height, *part.shape[1:]), part.dtype)
         out[top : top + len(part)] = part
     assert out is not None
     return out
@@ -144,8 +170,7 @@ def _check_tiff(image: Any, channels: int) -> None:
         if not tiff_tag(image, _TIFF_PAGE, 0)[0] & 5:  # the page is neither a smaller copy (1) nor a mask (4)
             break
     raise Damaged(
-        "is a TIFF of several pages; write each page to a file of its own, or all of them to a .npy array of uint8 or"
-        " uint16 [H, W, C]"
+        "is a TIFF of several pages; write each page to a file of its own, or all of them to a .npy array [H, W, C]"
     )
 
 

@@ -36,6 +36,7 @@ class About:
     channels: int = 0
     mean: tuple[float, ...] = ()  # of the training pixels, for each channel, on a scale from 0 to 1
     std: tuple[float, ...] = ()  # the standard deviation of the same pixels
+    pixel_dtype: str = "uint8"  # of images: see data_pipeline/formats/pixels.py
     frames: int = 0  # of a clip
     tubelet: int = 0  # frames of a clip that one token covers
     length: int = 0  # tokens of a row, or of a caption
@@ -99,6 +100,11 @@ class Part:
     def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
         """The fields of `About` that this part can set. `datasets` is None for `unlabeled plan`, which has no data."""
         return {}
+
+    def stored_pixels(self, datasets: Sequence[Dataset]) -> str:
+        """The dtype of `data_pipeline/formats/pixels.py` that keeps all bits of the images of all datasets, for
+        `data.pixel_dtype: auto`; "" for a part without pixels."""
+        return ""
 
     def facts(self) -> dict[str, Any]:
         """What the config.json of an export states about this part, so that the model can be used without the recipe

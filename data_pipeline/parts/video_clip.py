@@ -15,6 +15,7 @@ from data_pipeline.formats.image_formats import IMAGE_MEMBERS
 from data_pipeline.formats.videos import PIXEL_FORMATS, EncodedVideo
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.part import About
+from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.members import VIDEOS
 
 # Duration in seconds -> for each clip the times of its frames in seconds.
@@ -82,7 +83,14 @@ class Clip(Image):
     def configured(self, data: Any, model: Any) -> Self:
         if model.in_channels not in PIXEL_FORMATS:
             raise ConfigError(f"model.in_channels = {model.in_channels}: frames of videos have 1 or 3 channels")
+        if data.pixel_dtype not in ("auto", "uint8"):
+            raise ConfigError(
+                f"data.pixel_dtype = {data.pixel_dtype}: frames of videos are decoded to uint8; remove it"
+            )
         return dataclasses.replace(super().configured(data, model), frames=model.frames, fps=data.fps)
+
+    def stored_pixels(self, datasets: Sequence[Dataset]) -> str:
+        return "uint8"
 
     def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> Clips:  # type: ignore[override]
         extension = next((e for e in VIDEOS if e in members), None)

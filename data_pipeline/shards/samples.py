@@ -7,6 +7,7 @@ these shards.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,8 @@ from common import output
 from common.errors import Absent, Damaged, DataError
 from common.untrusted import is_number, open_tar, tar_members
 from data_pipeline.formats.decode import Encoded
-from data_pipeline.formats.image_formats import IMAGE_MEMBERS, MAX_PIXELS
+from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, MAX_PIXELS
+from data_pipeline.formats.pixels import PixelDtype
 from data_pipeline.shards.dataset import Part, Piece
 from data_pipeline.shards.indexed_manifest import IndexedManifest, open_manifests
 from data_pipeline.shards.manifest import Manifest, dataset_id
@@ -28,6 +30,8 @@ from data_pipeline.shards.members import MEMBER_NAME, check_extensions, in_order
 from data_pipeline.shards.tar_scan import RECORD
 from data_pipeline.shards.vocabulary import Vocabulary
 from data_pipeline.storage.ranges import RangeReader
+
+MAX_TRIED = 16  # samples from which the dtype and the number of channels of a set are found
 
 
 class Samples:
@@ -234,20 +238,40 @@ class Samples:
         manifest = self._manifest(number)
         return {"pixels": manifest.pixels, "classes": manifest.classes}
 
-    def encoded(self, number: int, data: bytes, extension: str, channels: int = 3) -> Encoded:
+    def encoded(
+        self, number: int, data: bytes, extension: str, channels: int = 3, dtype: PixelDtype = "uint8"
+    ) -> Encoded:
         """An image of a sample, with the options for decoding that its manifest gives."""
-        return Encoded(data, extension, channels, **self._manifest(number).pixels, max_pixels=self.max_pixels)
+        known = self._manifest(number).pixels
+        return Encoded(data, extension, channels, **known, max_pixels=self.max_pixels, dtype=dtype)
 
     def _manifest(self, number: int) -> Manifest:
         return self.manifests[int(self._spec_of[self.locate(number)[0]])].manifest
 
-    def image(self, number: int, channels: int = 3, take: Callable[[int], None] | None = None) -> np.ndarray:
-        """The image of a sample, uint8 [H, W, channels]. Raises `Damaged`. `take`: `reserve` of `Encoded`."""
+    def image(
+        self,
+        number: int,
+        channels: int = 3,
+        take: Callable[[int], None] | None = None,
+        dtype: PixelDtype = "uint8",
+    ) -> np.ndarray:
+        """The image of a sample, `dtype` [H, W, channels]. Raises `Damaged`. `take`: `reserve` of `Encoded`."""
         for extension, data in self.read(number, IMAGE_MEMBERS).items():
-            encoded = self.encoded(number, data, extension, channels)
+            encoded = self.encoded(number, data, extension, channels, dtype)
             encoded.reserve = take
             return encoded.pixels()
         raise Absent(f"holds no image member ({', '.join(IMAGE_MEMBERS)})")
+
+    def stored_dtype(self) -> PixelDtype:
+        """The smallest dtype that keeps all bits of the first image that can be read; uint8 if none of the first MAX_TRIED
+        can."""
+        if not {ARRAY, "png", "tif", "tiff"} & {*self.extensions}:
+            return "uint8"
+        for number in range(min(len(self), MAX_TRIED)):
+            with contextlib.suppress(Damaged):
+                for extension, data in self.read(number, IMAGE_MEMBERS).items():
+                    return self.encoded(number, data, extension).stored_dtype
+        return "uint8"
 
     def label(self, number: int) -> str:
         """The label of a sample: the name of its class if the manifest has names, otherwise the text of its `cls`

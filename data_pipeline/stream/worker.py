@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from common.errors import Absent, Damaged, DataError
 from data_pipeline.formats.decode_budget import Budget
-from data_pipeline.formats.image_formats import WrongChannels
+from data_pipeline.formats.image_formats import Unsuitable
 from data_pipeline.order.budget import AnyPlan
 from data_pipeline.order.permutation import hash_to_key
 from data_pipeline.shards.dataset import Dataset as Source
@@ -177,7 +177,7 @@ class Batches(Dataset):
 
         Appends (shard, key, reason) of each damaged sample to `bad`, and each sample that lacks a part to `absent`.
         """
-        wrong_channels: list[int] = []  # numbers of channels of the samples that were refused for that reason
+        advice: list[str] = []  # of the samples that can be read, but not as requested
         candidates = itertools.islice(self.plan.neighbours(d, global_index), MAX_DAMAGED_IN_A_ROW)
         for tried, candidate in enumerate(candidates):
             if candidate != global_index:
@@ -195,15 +195,11 @@ class Batches(Dataset):
                 )
                 last_reason = str(reason)
                 bad.append((shard, key, last_reason))
-                if isinstance(reason, WrongChannels):
-                    wrong_channels.append(reason.stored)
-                all_agree = tried + 1 == len(wrong_channels) and len(set(wrong_channels)) == 1
-                if all_agree and len(wrong_channels) == MIN_AGREEING_SAMPLES:
-                    count = wrong_channels[0]
-                    raise DataError(
-                        f"{key} in {shard}, like its neighbours, {reason}; write model.in_channels={count},"
-                        f" and {count} values each for data.mean and data.std"
-                    ) from None
+                if isinstance(reason, Unsuitable):
+                    advice.append(reason.advice)
+                all_agree = tried + 1 == len(advice) and len(set(advice)) == 1
+                if all_agree and len(advice) == MIN_AGREEING_SAMPLES:
+                    raise DataError(f"{key} in {shard}, like its neighbours, {reason}; {advice[0]}") from None
         raise DataError(
             f"{self.samples[d].names}: {MAX_DAMAGED_IN_A_ROW} damaged samples in a row, the last"
             f" {key}{f' of {shard}' if shard else ''}: {last_reason}"

@@ -1,11 +1,10 @@
-"""Augmented views of an image on uint8 arrays: torchvision's recipes, with OpenCV's colour operations and torch's
-antialiased uint8 resize.
+"""Augmented views of an image: torchvision's recipes, with OpenCV's colour operations and torch's antialiased resize.
 
     params = augment.draw((H, W), rng(k))        the random parameters of view k, which depend on the image's size only
     view   = augment.apply(pixels, params)       [H, W, C] → [C, size, size]
     crops(sample, {"image": augment}, rng)       both for all views of a sample, with the image decoded once
 
-Views are uint8; normalisation happens on the device. `rng(k)` is the generator of view k of a sample, which the stream
+Views have the dtype of the image: uint8, uint16 or float32 (`data.pixel_dtype`); normalisation happens on the device. `rng(k)` is the generator of view k of a sample, which the stream
 makes for (seed, epoch, sample, k): a view's parameters depend neither on the process that makes it nor on the sample's
 other views.
 
@@ -27,6 +26,7 @@ from numpy.random.bit_generator import ISeedSequence
 
 from common.errors import Damaged
 from data_pipeline.formats.decode import Encoded
+from data_pipeline.formats.pixels import PIXEL_DTYPES, rounded
 from data_pipeline.views import colors
 
 Rng = Callable[[int], np.random.Generator]  # number of a view -> its generator
@@ -121,7 +121,7 @@ class Augment:
     def apply(
         self, pixels: np.ndarray, params: Params, color: str = "exact", out: np.ndarray | None = None
     ) -> np.ndarray:
-        """The view of pixels [H, W, C]: uint8 [C, size, size], written to `out` if it is given.
+        """The view of pixels [H, W, C]: [C, size, size] of the same dtype, written to `out` if it is given.
 
         If the image was decoded at a smaller size than `params.shape`, the box is scaled accordingly.
         """
@@ -129,12 +129,11 @@ class Augment:
         image = resize(pixels[top : top + height, left : left + width], (self.size, self.size))
         if params.flip:
             image = cv2.flip(image, 1)
-        if color == "exact":
-            image = colors.exact(image, params)
-        elif color == "fused":
-            image = colors.fused(image, params)
+        if color != "device":
+            apply = colors.exact if color == "exact" and image.dtype == np.uint8 else colors.fused
+            image = apply(image, params)
         if out is None:
-            out = np.empty((pixels.shape[2], self.size, self.size), np.uint8)
+            out = np.empty((pixels.shape[2], self.size, self.size), pixels.dtype)
         if image.ndim == 2:  # one channel, or grey
             out[:] = image
         else:
@@ -148,11 +147,11 @@ def crops(
     rng: Rng,
     same_crops: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """All views of a sample, by name: uint8 [C, size, size] for a single augment, [n, C, size, size] for a list of n,
+    """All views of a sample, by name: [C, size, size] for a single augment, [n, C, size, size] for a list of n,
     [0, C, 1, 1] for an empty list.
 
-    `sample["image"]` is an `Encoded` or uint8 [H, W, C]; for a video, a list of T such frames of one size. All frames
-    get the same crops and colours, and views have a dimension T before C. `sample["color"]`, or else the image's
+    `sample["image"]` is an `Encoded` or [H, W, C] of uint8, uint16 or float32, which the views have, too; for a video, a
+    list of T such frames of one size. All frames get the same crops and colours, and views have a dimension T before C. `sample["color"]`, or else the image's
     `color`, is "exact" (the default), "fused" or "device". With "device", every entry "name" with colour operations is
     accompanied by their parameters "name.color": float32 [..., 6] with the leading dimensions of the entry, see
     `colors.color_row`. For `rng`, views are numbered in the order of the entries. `same_crops={"b": "a"}` gives the
@@ -167,10 +166,10 @@ def crops(
     color = sample.get("color") or getattr(frames[0] if frames else None, "color", "exact")
     if color not in colors.MODES:
         raise ValueError(f'color is "{color}"; it can be {", ".join(colors.MODES)}')
-    shape, channels = _common_shape(frames)
+    shape, channels, dtype = _common_shape(frames)
     drawn = _draw(views, shape, rng, same_crops or {})
     out = {
-        name: np.empty((len(entry), len(frames), *_size(name, entry, channels)), np.uint8)  # [n, T, C, size, size]
+        name: np.empty((len(entry), len(frames), *_size(name, entry, channels)), dtype)  # [n, T, C, size, size]
         for name, entry in drawn.items()
     }
     shrink = 1.0
@@ -199,20 +198,22 @@ def crops(
 Drawn = dict[str, list[tuple[Augment, Params]]]
 
 
-def _common_shape(frames: Sequence[Any]) -> tuple[tuple[int, int], int]:
-    """((height, width), channels) of the frames. Raises `Damaged` if they differ."""
+def _common_shape(frames: Sequence[Any]) -> tuple[tuple[int, int], int, str]:
+    """((height, width), channels, dtype) of the frames. Raises `Damaged` if they differ."""
     shapes = {_frame_shape(frame) for frame in frames}
     if len(shapes) != 1:
         raise Damaged(f"holds frames of different sizes: {sorted(shapes)}" if shapes else "holds no frames")
     return shapes.pop()
 
 
-def _frame_shape(frame: Any) -> tuple[tuple[int, int], int]:
+def _frame_shape(frame: Any) -> tuple[tuple[int, int], int, str]:
     if isinstance(frame, Encoded):
-        return frame.shape, frame.channels
-    if frame.dtype != np.uint8 or frame.ndim != 3:
-        raise ValueError(f"an image is {frame.dtype} {list(frame.shape)}; it must be uint8 [H, W, C]")
-    return frame.shape[:2], frame.shape[2]
+        return frame.shape, frame.channels, frame.dtype
+    if frame.dtype.name not in PIXEL_DTYPES or frame.ndim != 3:
+        raise ValueError(
+            f"an image is {frame.dtype} {list(frame.shape)}; it must be [H, W, C] of {', '.join(PIXEL_DTYPES)}"
+        )
+    return frame.shape[:2], frame.shape[2], frame.dtype.name
 
 
 def _draw(
@@ -286,7 +287,7 @@ def _box(shape: tuple[int, int], scale: tuple[float, float], u: list[float]) -> 
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize [H, W, C] to [*size, C], bicubic with antialiasing. Equals Pillow's result."""
+    """Resize [H, W, C] to [*size, C] of the same dtype, bicubic with antialiasing. Equals Pillow's result for uint8."""
     if image.shape[:2] == tuple(size):
         return image
     # torch has a fast kernel for interleaved channels, which it uses only for a contiguous array. Therefore reshape,
@@ -294,8 +295,10 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     dense = np.ascontiguousarray(image)
     dense = dense.reshape(1, *dense.shape)  # [1, H, W, C]
     tensor = torch.from_numpy(dense).permute(0, 3, 1, 2)  # [1, C, H, W]
+    if image.dtype == np.uint16:  # which `interpolate` does not support
+        tensor = tensor.float()
     resized = F.interpolate(tensor, size=size, mode="bicubic", antialias=True)
-    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy()[0])
+    return rounded(np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy()[0]), image.dtype)
 
 
 def center(image: np.ndarray, size: int) -> np.ndarray:

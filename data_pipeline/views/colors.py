@@ -1,4 +1,4 @@
-"""Colour operations on uint8 images with OpenCV: jitter, grey, blur and solarize, with torchvision's parameters.
+"""Colour operations on images with OpenCV: jitter, grey, blur and solarize, with torchvision's parameters.
 
 There are three modes (`sample["color"]`), which use the same random numbers:
 
@@ -12,7 +12,9 @@ There are three modes (`sample["color"]`), which use the same random numbers:
     device   as fused, but the matrix, blur and solarize run on the device (`data_pipeline/views/device_color.py`), for
              a whole batch, with parameters that the data workers return beside the views
 
-Images that do not have three channels have no hue, saturation or grey: these operations do not change them.
+Images that do not have three channels have no hue, saturation or grey: these operations do not change them. Images of
+uint16 and float32 are always treated as `fused` does, in float32; float32 has no highest level, so that `solarize` does
+not change it.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from typing import Protocol
 import cv2
 import numpy as np
 
+from data_pipeline.formats.pixels import LUMA, rounded
+
 MODES = ("exact", "fused", "device")
-LUMA = (0.299, 0.587, 0.114)
 
 # The map x → own · rotation(x) + luma · L(x) + constant as a sum of five [3, 4] matrices. Their coefficients are own,
 # own · cos and own · sin of the angle of rotation, luma, and constant.
@@ -180,8 +183,11 @@ def _combined(params: ColorParams, channels: int) -> tuple[float, float, float, 
 
 
 def fused(image: np.ndarray, params: ColorParams) -> np.ndarray:
-    """Apply all operations of a view to uint8 [H, W, C], as one matrix. Returns [H, W] for a grey view."""
-    channels = _channels(image)
+    """Apply all operations of a view to [H, W, C] of uint8, uint16 or float32, as one matrix. Returns [H, W] for a grey
+    view. float32 is neither rounded nor cut off, and `solarize` does not change it."""
+    channels, dtype = _channels(image), image.dtype
+    if dtype == np.uint16:
+        image = image.astype(np.float32)
     if params.jitter or params.gray:
         own, luma, mean, angle = _combined(params, channels)
         constant = mean * _mean_luma(image) if mean else 0.0
@@ -191,7 +197,12 @@ def fused(image: np.ndarray, params: ColorParams) -> np.ndarray:
             image = cv2.extractChannel(cv2.transform(image, _matrix(0, luma, constant, 0)), 0)
         else:
             image = cv2.transform(image, _matrix(own, luma, constant, angle))
-    return _blur_and_solarize(image, params)
+    if dtype == np.uint8:
+        return _blur_and_solarize(image, params)
+    image = rounded(image, dtype)
+    if params.sigma:
+        image = rounded(blur(image.astype(np.float32), params.sigma), dtype)
+    return np.minimum(image, np.uint16(65535) - image) if params.solarize and dtype == np.uint16 else image
 
 
 def _matrix(own: float, luma: float, constant: float, angle: float) -> np.ndarray:

@@ -7,7 +7,8 @@
       → Gaussian blur of 9 taps, mirrored at the edges, with each view's own sigma
       → min(x, 255 − x)                        where the view is solarized
 
-The result of each line is rounded to whole levels, as in the data workers; where a GPU may round the inputs of products
+This is what happens to uint8. uint16 has 65,535 instead of 255, and float32 is not solarized, cut off or rounded. The
+result of each line is rounded to whole levels, as in the data workers; where a GPU may round the inputs of products
 to TF32 (`pretrain.parallel.device.set_tf32`: in all runs but those in fp32), a level may differ by one. No shape and no
 branch depends on values, and `constants` are copied to the device once, so there is no host sync.
 """
@@ -21,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.views.colors import BASIS, LUMA
+from data_pipeline.formats.pixels import LUMA, top_level
+from data_pipeline.views.colors import BASIS
 
 RADIUS = 4  # of the blur, in pixels
 
@@ -29,38 +31,45 @@ RADIUS = 4  # of the blur, in pixels
 class Constants(NamedTuple):
     """The numbers that these operations need, float32 on one device."""
 
-    mean: Tensor  # [C, 1, 1], of each channel, for levels from 0 to 255
+    mean: Tensor  # [C, 1, 1], of each channel, for the levels of the dtype: from 0 to 255 for uint8
     std: Tensor  # [C, 1, 1]
     basis: Tensor  # [4, 3, 3]: the colour matrix of each of the coefficients own, own · cos, own · sin, luma
     luma: Tensor  # [3]
 
 
-def constants(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Constants:
-    """The constants on a device; `mean` and `std` of each channel are for pixels from 0 to 1. Call it once and keep the
-    result, because it copies from the host."""
-    offset, scale = (torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (mean, std))
+def constants(
+    mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype = torch.uint8
+) -> Constants:
+    """The constants on a device for images of `dtype`: uint8, uint16 or float32. `mean` and `std` of each channel are
+    for pixels from 0 to 1, and for float32 in its own unit. Call it once and keep the result, because it copies from the
+    host."""
+    top = top_level(dtype)
+    offset, scale = (torch.tensor(values, device=device).view(-1, 1, 1) * top for values in (mean, std))
     basis = torch.from_numpy(BASIS).float().to(device).unflatten(1, (3, 4))[:4, :, :3]
     return Constants(offset, scale, basis, torch.tensor(LUMA, device=device))
 
 
 def apply(images: Tensor, rows: Tensor, constants: Constants) -> Tensor:
-    """uint8 [..., C, H, W], with the parameters `rows` [..., 6] of `colors.color_row` for each view → uint8 [..., C, H,
-    W]. H and W are 5 or more.
+    """Images [..., C, H, W] of uint8, uint16 or float32, with the parameters `rows` [..., 6] of `colors.color_row` for
+    each view → the same shape and dtype. H and W are 5 or more.
     """
     if not images.numel():
         return images
     flat = images.reshape(-1, *images.shape[-3:])  # [N, C, H, W]
     own, luma, mean, angle, sigma, solarize = rows.reshape(-1, rows.shape[-1]).float().unbind(1)  # [N]
     x = _mix(flat.float(), own, luma, mean, angle, constants)
-    x = _blur(x.clamp_(0, 255).round_(), sigma).round_()
-    x = torch.where(solarize[:, None, None, None] > 0, torch.minimum(x, 255 - x), x)
-    return x.to(torch.uint8).reshape(images.shape)
+    if images.dtype == torch.float32:
+        return _blur(x, sigma).reshape(images.shape)
+    top = top_level(images.dtype)
+    x = _blur(x.clamp_(0, top).round_(), sigma).round_()
+    x = torch.where(solarize[:, None, None, None] > 0, torch.minimum(x, top - x), x)
+    return x.to(images.dtype).reshape(images.shape)
 
 
 def normalize(images: Tensor, constants: Constants) -> Tensor:
-    """uint8 [..., C, H, W] → float32 (x / 255 − mean) / std. Operates in place on one float32 copy, which saves the
-    memory of two."""
-    return images.float().sub_(constants.mean).div_(constants.std)
+    """Images [..., C, H, W] of the dtype of the constants → float32 (x / 255 − mean) / std, where 255 is `top_level` of
+    the dtype. Operates in place on one float32 copy, which saves the memory of two."""
+    return images.to(torch.float32, copy=True).sub_(constants.mean).div_(constants.std)
 
 
 def _mix(x: Tensor, own: Tensor, luma: Tensor, mean: Tensor, angle: Tensor, constants: Constants) -> Tensor:

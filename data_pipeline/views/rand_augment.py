@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from data_pipeline.formats.pixels import rounded, top_level
+
 LAYERS = 2  # operations that are drawn for a view
 PROBABILITY = 0.5  # that a drawn operation is applied
 SPREAD = 0.5  # standard deviation of the magnitude
@@ -108,11 +110,11 @@ class RandAugment:
 def erased(
     view: np.ndarray, probability: float, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator
 ) -> np.ndarray:
-    """A view uint8 [C, S, S], in a copy of which, with this probability, a rectangle is replaced by noise (random
+    """A view [C, S, S] of uint8, uint16 or float32, in a copy of which, with this probability, a rectangle is replaced by noise (random
     erasing, arXiv 1708.04896).
 
     Each number of the noise is normal with the mean and the standard deviation of the training pixels, as in the
-    published recipes, where it replaces normalised pixels; here it is rounded and cut off to uint8.
+    published recipes, where it replaces normalised pixels; here it is rounded and cut off to the dtype of the view.
     """
     side = view.shape[1]
     if rng.random() >= probability:
@@ -126,6 +128,7 @@ def erased(
             noise = rng.standard_normal((len(view), height, width), np.float32)
             center, spread = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (mean, std))
             out = view.copy()
-            out[:, top : top + height, left : left + width] = (255 * (center + spread * noise)).round().clip(0, 255)
+            drawn = top_level(view.dtype) * (center + spread * noise)
+            out[:, top : top + height, left : left + width] = rounded(drawn, view.dtype)
             return out
     return view

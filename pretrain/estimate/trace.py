@@ -239,7 +239,7 @@ def example(cfg: Recipe, objective: Objective, count: int) -> dict[str, Tensor]:
         shape = value.shape if part is None else part.placed_shape(value.shape)
         if shape != value.shape:
             batch[key] = torch.empty(count, *shape)
-        elif value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating):
+        elif value.dtype in (np.uint8, np.uint16) or np.issubdtype(value.dtype, np.floating):
             batch[key] = torch.empty(count, *value.shape)
         else:
             real[key] = np.stack([samples[i % different][key] for i in range(count)])

@@ -90,7 +90,7 @@ def write(
             fields["decoder_start_token_id"] = fields.get("pad_token_id", 0)
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
     if cfg.reads == "image":
-        processor = preprocessors.images(encoder.image_size, mean, std)
+        processor = preprocessors.images(encoder.image_size, mean, std, about.get("pixel_dtype", "uint8"))
         (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     if cfg.reads == "clip":
         processor = preprocessors.videos(fields["model_type"], encoder.image_size, mean, std)

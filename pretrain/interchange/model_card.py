@@ -11,6 +11,7 @@ from common import yaml_values
 from common.errors import UserError
 from common.output import printable
 from common.untrusted import schema_error
+from data_pipeline.formats.pixels import top_level
 from pretrain.interchange import run_facts
 from pretrain.interchange.layouts import transformers_audio
 from pretrain.interchange.layouts import transformers_image_text as image_text
@@ -82,7 +83,9 @@ def _head(fields: dict[str, Any]) -> list[str]:
 def _input(about: dict[str, Any]) -> str:
     """A sentence on how the input of the model was made in training."""
     if "audio" not in about:
-        return f"Pixels: mean {about['mean']}, std {about['std']} after division by 255."
+        dtype = about.get("pixel_dtype", "uint8")
+        scale = "in their own unit" if dtype == "float32" else f"after division by {top_level(dtype):,}"
+        return f"Pixels ({dtype}): mean {about['mean']}, std {about['std']} {scale}."
     audio = about["audio"]
     scaled = f" of mean {audio['mean'][0]:g}, std {audio['std'][0]:g}" if "mean" in audio else ""
     return (

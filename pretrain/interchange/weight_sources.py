@@ -119,6 +119,8 @@ def checkpoint_source(where: str) -> Source:
     recipe = store.run_json(name)["recipe"]
     model = dict(recipe["model"])
     about = {"mean": recipe["data"]["mean"], "std": recipe["data"]["std"], "step": int(name)}
+    if (dtype := recipe["data"].get("pixel_dtype", "auto")) not in ("auto", "uint8"):
+        about["pixel_dtype"] = dtype
     cfg = model_config(model.pop("name"), model, where)
     return Source(where, cfg, "checkpoint", about=_with_defaults(about) | {"objective": recipe["objective"]["name"]})
 

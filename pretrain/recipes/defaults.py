@@ -24,13 +24,15 @@ def settle(
     recipe_of: Callable[[str], dict] | None = None,
     about_of: Callable[[str], dict] | None = None,
     classes: int = 0,
+    pixels: str = "",
 ) -> list[str]:
     """Replace every `auto` that has a rule. Returns a line "key = value (auto: rule)" for each. Raises ConfigError for a
     value outside the limits of its option, such as a single class.
 
     `samples`: number of samples in the data; None: unknown, so that the number of samples that the run trains on is
     used. `recipe_of` reads the recipe of the run that `init.run` names, and `about_of` what the weights that
-    `init.backbone` names state about themselves. `classes`: number of names of classes in the data; 0: unknown.
+    `init.backbone` names state about themselves. `classes`: number of names of classes in the data; 0: unknown. `pixels`:
+    the dtype that keeps all bits of the images; "": unknown.
     """
     stored = vars(cfg)
     steps, batch, start = stored["steps"], stored["data"].batch_size, vars(stored["init"])["run"]
@@ -41,6 +43,7 @@ def settle(
         samples or steps * batch,
         vars(stored["model"]),
         classes,
+        pixels,
         backbone=lambda: about_of(source) if source and about_of is not None else {},
     )
     lines: list[str] = []

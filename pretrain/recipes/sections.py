@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.config import Section, option, option_if
+from common.config import Facts, Section, option, option_if
 from common.schedules import Schedule
 from pretrain.optim import optimizers
 from pretrain.trackers import trackers
@@ -101,6 +101,11 @@ class Fetch(Section):
     stall_seconds: float = option(120.0, above=0)
 
 
+def stored_dtype(facts: Facts) -> str | None:
+    """the dtype that keeps all bits of the images"""
+    return facts.pixels or None
+
+
 @dataclass
 class Data(Section):
     """The data, and how they are read and decoded. `batch` is the global batch: the samples of a step, over all
@@ -148,7 +153,12 @@ class Data(Section):
     # audio: seconds of a cut, which is drawn from a longer recording; a shorter recording is padded, in a batch by budget
     # to the longest one of its group only
     seconds: float = option(10.0, above=0, high=3600)
-    # mean of the training pixels on a scale from 0 to 1, one for each of model.in_channels; the default is ImageNet's
+    # dtype of decoded pixels until they are on the device; auto: the one that keeps all bits of the images
+    pixel_dtype: Literal["auto", "uint8", "uint16", "float32"] = option(
+        "auto", auto=stored_dtype, former_default="uint8"
+    )
+    # mean of the training pixels, one for each of model.in_channels: on a scale from 0 to 1, or for signed and float
+    # images in their own unit; the default is ImageNet's
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # standard deviation of the same pixels
 

@@ -153,10 +153,14 @@ def _check_changes(recipe: Recipe, run: Path, recipe_yaml: Path, store: Store) -
     an option on which the trained steps depend."""
     # The objective's file is executed only if the new recipe names the same file.
     old = stored_recipe(run, recipe.objective.name, recipe_yaml.name)
+    stored = yaml_values.read_yaml(recipe_yaml)
+    data = stored.get("data") or {}
+    if "mean" in data and "pixel_dtype" not in data:  # a run on images of an earlier version
+        old.data.pixel_dtype = "uint8"
     if recipe.precision == "auto":
         recipe.precision = vars(old)["precision"]
     defaults.keep(old, recipe)
-    if "open" not in (yaml_values.read_yaml(recipe_yaml).get("optim") or {}).get("lr", {}):  # an earlier version
+    if "open" not in (stored.get("optim") or {}).get("lr", {}):  # an earlier version
         recipe.optim.lr.open = False
     if changes := changes_of_trained_steps(old, recipe, store):
         raise UserError(refusal(run, changes, store))

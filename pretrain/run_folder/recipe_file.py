@@ -11,7 +11,7 @@ from pretrain.run_folder.written_files import FORMER_RECIPE, RECIPE, write_atomi
 
 HEADER = "# resolved; `unlabeled train"  # the first words of every recipe.yaml that a run writes
 # {section: keys} that a recipe for text does not use; its recipe.yaml omits them
-IMAGES_ONLY = {"data": ("color", "mean", "std", "decode_mb", "max_pixels"), "eval": ("image_size",)}
+IMAGES_ONLY = {"data": ("color", "mean", "std", "pixel_dtype", "decode_mb", "max_pixels"), "eval": ("image_size",)}
 
 
 def write_recipe(recipe: Recipe, run: Path) -> None:

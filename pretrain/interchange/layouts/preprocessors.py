@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_pipeline.formats.pixels import top_level
 
-def images(size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
-    """The content of preprocessor_config.json."""
-    return {"image_processor_type": "BitImageProcessor", **_center_crop(size, mean, std)}
+
+def images(size: int, mean: list[float] | None, std: list[float] | None, dtype: str = "uint8") -> dict[str, Any]:
+    """The content of preprocessor_config.json. `dtype`: of the pixels, see `data_pipeline/formats/pixels.py`."""
+    top = top_level(dtype)
+    scale = {"do_rescale": False} if top == 1 else {"rescale_factor": 1 / top}
+    return {"image_processor_type": "BitImageProcessor", **_center_crop(size, mean, std), **scale}
 
 
 def videos(kind: str, size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
