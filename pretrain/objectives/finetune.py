@@ -107,15 +107,10 @@ class FineTune(Objective):
             raise ValueError(
                 f"objective.classes = {cfg.classes}: the shards have {count}; write objective.classes={count}"
             )
-        if cfg.rand_augment and about.channels != 3:
+        if cfg.rand_augment and (about.channels, about.pixel_dtype) != (3, "uint8"):
             raise ValueError(
-                f"objective.rand_augment = {cfg.rand_augment:g}: changes the colours of three channels, not of"
-                f" {about.channels}; write objective.rand_augment=0"
-            )
-        if cfg.rand_augment and about.pixel_dtype != "uint8":
-            raise ValueError(
-                f"objective.rand_augment = {cfg.rand_augment:g}: changes the colours of uint8 pixels, not of"
-                f" {about.pixel_dtype}; write objective.rand_augment=0, or data.pixel_dtype=uint8"
+                f"objective.rand_augment = {cfg.rand_augment:g}: changes the colours of three channels of uint8, not of"
+                f" {about.channels} of {about.pixel_dtype}; write objective.rand_augment=0"
             )
         names = class_names_of(cfg.head_from) if cfg.head_from and about.classes else []
         if names and names != [*about.classes]:

@@ -124,7 +124,7 @@ def test_the_summary_of_a_build(tmp_path: Path):
     text = "\n".join(describe(summary, "out"))
     assert summary["pixels"]["PNG, 16 bits, 1 channel"] == [1, 0, 4095] and summary["members"]["jpg"] == 2
     assert "images: 1 × PNG, 16 bits, 1 channel, values from 0 to 4095" in text
-    assert "have values up to 4095 of 65535, so that a model sees the levels 0 to 16 of 255; --bits 12" in text
+    assert "have values up to 4095 of 65535, so that a model sees 0.0625 of the range from 0 to 1; --bits 12" in text
     assert "images: 1 turned by EXIF, for example b/z.jfif" in text and "2 classes: a, b" in text
     assert "not part of the source: 1 .md (b/notes.md)" in text
     samples = Samples([str(tmp_path / "out")])

@@ -761,10 +761,10 @@ def test_a_folder_of_arrays(tmp_path: Path):
         file = tmp_path / "in" / ("water" if n % 2 else "forest") / f"{n}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, images[-1])
-    np.save(tmp_path / "in" / "water" / "features.npy", np.zeros((3, 5), np.float32))
+    np.save(tmp_path / "in" / "water" / "features.npy", np.zeros(5, np.float32))
     summary = make(tmp_path / "in", tmp_path / "out", bits=12)
     assert summary["samples"] == 4 and summary["classes"] == ["forest", "water"]
-    assert "holds float32 [3, 5], but uint8 or uint16 [H, W, C] is read" in reasons(summary)["water/features.npy"]
+    assert "holds float32 [5], but [H, W, C] of uint8, uint16, int16" in reasons(summary)["water/features.npy"]
     samples = Samples([str(tmp_path / "out")])
     pixels = np.stack([samples.image(n, 7) for n in range(4)])
     expected = np.round(np.stack([images[n] for n in (0, 2, 1, 3)]) / 4095 * 255)
@@ -772,8 +772,8 @@ def test_a_folder_of_arrays(tmp_path: Path):
     lines = stats.describe(stats.gather(tmp_path / "out"))
     (line,) = [line for line in lines if line.startswith("mean and deviation of 7 channels")]
     numbers = [[float(x) for x in found.split(",")] for found in re.findall(r"\[(.*?)\]", line)]
-    every = pixels.reshape(-1, 7) / 255
-    np.testing.assert_allclose(numbers, [every.mean(0), every.std(0)], atol=1e-4)
+    every = np.stack(images).reshape(-1, 7) / 4095  # of all 12 bits
+    np.testing.assert_allclose(numbers, [every.mean(0), every.std(0)], atol=5.1e-5)
     (tmp_path / "in" / "a.jpg").write_bytes(jpeg())
     assert make(tmp_path / "in", tmp_path / "beside")["samples"] == 1
 

@@ -279,10 +279,11 @@ def test_an_odd_number_of_samples_has_no_pairs(shards: Path, tmp_path: Path):
 
 def test_images_of_other_channels_have_no_rand_augment(shards: Path, tmp_path: Path):
     grey = ["model.in_channels=1", "data.mean=[0.5]", "data.std=[0.25]"]
-    with pytest.raises(
-        ConfigError, match=r"objective.rand_augment = 9: changes the colours of three channels, not of 1"
-    ):
+    refused = "objective.rand_augment = 9: changes the colours of three channels of uint8, not of"
+    with pytest.raises(ConfigError, match=f"{refused} 1 of uint8"):
         train(tiny_recipe("finetune", shards, tmp_path / "run", *grey))
+    with pytest.raises(ConfigError, match=f"{refused} 3 of uint16"):
+        train(tiny_recipe("finetune", shards, tmp_path / "run", "data.pixel_dtype=uint16"))
     train(tiny_recipe("finetune", shards, tmp_path / "run", *grey, "objective.rand_augment=0", "steps=1"))
 
 

@@ -614,7 +614,7 @@ def test_leading_dimensions(photo: np.ndarray):
         crops({"image": photo}, {"x": [FULL, Augment(16, (1, 1))]}, generators())
     with pytest.raises(ValueError, match='color is "bright"; it can be exact, fused, device'):
         crops({"image": photo, "color": "bright"}, {"x": FULL}, generators())
-    with pytest.raises(ValueError, match=r"float64 \[160, 220, 3\]; it must be uint8"):
+    with pytest.raises(ValueError, match=r"float64 \[160, 220, 3\]; it must be \[H, W, C\] of uint8"):
         crops({"image": photo / 255}, {"x": FULL}, generators())
 
 
