@@ -36,7 +36,8 @@ STYLES = {
 }
 TONE = re.compile(r"(light|medium|dark)-skin-tone|-(light|dark|medium)(-|$)")
 NO_CONCEPTS = ("Flags", "Component")  # categories
-HELD_OUT = 0.15  # share of the concepts whose pictures are not trained on
+TEST = (0.0, 0.15)  # the fractions of the concepts whose pictures are not trained on
+TUNE = (0.15, 0.3)  # of those by which options are chosen, in runs that see neither
 CAPTIONS = 16  # captions of a picture
 SIDE = 64  # pixels
 VOCABULARY = 4096  # so many tokens that the frequent words are one token each
@@ -111,19 +112,21 @@ def renderer(folder: Path) -> Any:
     return importlib.import_module("resvg_py")
 
 
-def emoji(folder: Path) -> Path:
+def emoji(folder: Path, tune: bool = False) -> Path:
     """A folder that holds
 
     train, test        shards of pictures with captions, and of pictures of other concepts, labelled by concept
     tokenizer.json     a tokenizer trained on the captions
     descriptions.json  {name of a concept: its name and keywords}, of all concepts
     pictures           {train,test}: the pictures themselves
+
+    `tune`: a folder to choose options by, in which `test` has other concepts, and `train` neither these nor the others.
     """
-    out = folder / "emoji"
+    out = folder / ("emoji_tune" if tune else "emoji")
     if not out.is_dir():
-        partial = folder / "emoji.partial"
+        partial = out.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        _write(folder, partial)
+        _write(folder, partial, tune)
         build(partial / "pictures" / "train", partial / "train", kind="image-text")
         build(partial / "pictures" / "test", partial / "test")
         tokenizer.train(str(partial / "train"), partial / "tokenizer.json", size=VOCABULARY)
@@ -131,10 +134,14 @@ def emoji(folder: Path) -> Path:
     return out
 
 
-def _write(folder: Path, out: Path) -> None:
+def _write(folder: Path, out: Path, tune: bool) -> None:
     drawn, rng, rows, found = renderer(folder), np.random.default_rng(0), list[str](), concepts(folder)
+    first, last = TUNE if tune else TEST
     for number, concept in enumerate(found):
-        is_test = fraction(concept.name) < HELD_OUT
+        place = fraction(concept.name)
+        if place < first:
+            continue
+        is_test = place < last
         for style, svg in concept.drawings.items():
             png = bytes(drawn.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
             picture, file = Image.open(io.BytesIO(png)).convert("RGBA"), f"{number:04d}-{style}.png"

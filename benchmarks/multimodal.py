@@ -1,9 +1,10 @@
 """Whether the methods for image-text pairs, video and audio learn on real data of ordinary packages, on one CPU core.
 
-    python benchmarks/multimodal.py FOLDER [--objectives clip siglip …] [--seconds 240] [--seeds 3]
+    python benchmarks/multimodal.py FOLDER [--objectives clip siglip …] [--seconds 240] [--seeds 3] [--tune]
 
 Each trains by its recipe NAME_cpu in one thread, for as many steps as fit into the CPU seconds of a run; the steps are
-measured first, data included. Data and runs go to FOLDER. Three figures for each metric, means over the seeds:
+measured first, data included, or given by --steps. Data and runs go to FOLDER. Three figures for each metric, means
+over the seeds, and `seed_std`:
 
     multimodal.NAME.METRIC              after the run; `versus`: steps, CPU seconds
     multimodal.NAME.METRIC.untrained    of the network at step 0
@@ -12,7 +13,8 @@ measured first, data included. Data and runs go to FOLDER. Three figures for eac
 clip, siglip: emoji in eight styles with names and keywords (emoji.py). zeroshot: accuracy for pictures of concepts that
 no run has seen, each described by its name and keywords, among all of them. Floor: a linear map from a histogram of
 colours to the words of a description, fitted on the same training pictures, at the ridge that is best for the pictures
-asked for.
+asked for. With --tune, the concepts asked for are others, and neither these nor the reported ones are trained on: the
+options below were chosen by these.
 
 bestrq, audio_mae: words spoken by Debian's espeak-ng. knn, linear: accuracy for words of unseen voices. Floor: mean and
 deviation of the log-mel bands.
@@ -29,6 +31,7 @@ import functools
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -70,8 +73,9 @@ class Task:
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-def image_text(folder: Path, name: str, seconds: float) -> Task:
-    data = emoji(folder)
+def image_text(name: str, asked: argparse.Namespace) -> Task:
+    folder = asked.folder
+    data = emoji(folder, asked.tune)
     test = str(data / "test")
     classes = Samples([test]).manifests[0].manifest.classes
     described = json.loads((data / "descriptions.json").read_text())
@@ -133,7 +137,8 @@ def histogram(path: Path) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- audio
-def audio(folder: Path, name: str, seconds: float) -> Task:
+def audio(name: str, asked: argparse.Namespace) -> Task:
+    folder = asked.folder
     known, unseen = spoken(folder)
 
     def score(model: Path | str) -> Scores:
@@ -155,13 +160,14 @@ MOTION: dict[str, dict[str, Any]] = {"attentive": PROBE, "logistic": {}, "knn": 
 METRIC = {"logistic": "linear"}  # where it is not the name of the protocol
 
 
-def video(folder: Path, name: str, seconds: float) -> Task:
+def video(name: str, asked: argparse.Namespace) -> Task:
+    folder = asked.folder
     data = turntables(folder)
     options = [f"data.train={data / 'train'}", "objective.flip=0", f"data.fps={RATE}"]
     if name == "videomae":  # 64 clips of 16 videos, which are decoded once
         options += ["data.batch=16", "objective.clips_per_video=4"]
         options += ["objective.norm_pix=false"]  # the normalised pixels of even walls are noise
-    floor = functools.partial(single_frames, folder, seconds)
+    floor = functools.partial(single_frames, folder, asked.seconds)
     return Task(options, lambda export: directions(export, folder), floor, "mae on single frames; chance 0.5")
 
 
@@ -180,12 +186,13 @@ def single_frames(folder: Path, seconds: float) -> Scores:
         "objective=mae",
         *SMALL_DECODER,
     ]
-    exports, steps, _ = trained("demo", "mae", 0, seconds, folder, options)
+    steps = steps_in(seconds, "mae", folder, options)
+    exports, _ = trained("mae", 0, steps, folder, options)
     return directions(exports / str(steps), folder, "frames_")
 
 
 SMALL_DECODER = ["objective.decoder_dim=48", "objective.decoder_depth=2", "objective.decoder_heads=3"]
-TASKS: dict[str, Callable[[Path, str, float], Task]] = {
+TASKS: dict[str, Callable[[str, argparse.Namespace], Task]] = {
     **{"clip": image_text, "siglip": image_text},
     **{"bestrq": audio, "audio_mae": audio},
     **{"videomae": video, "vjepa2": video},
@@ -193,35 +200,41 @@ TASKS: dict[str, Callable[[Path, str, float], Task]] = {
 
 
 # ---------------------------------------------------------------- all
-def trained(
-    recipe: str, name: str, seed: int, seconds: float, folder: Path, options: list[str]
-) -> tuple[Path, int, float]:
-    """Run a recipe. Returns (the folder of its exports, steps, CPU seconds)."""
+def recipe_of(name: str, steps: int, folder: Path, options: list[str]) -> Recipe:
+    own = [f"steps={steps}", f"checkpoint={steps}", f"export={steps}", f"run={folder}"]
+    return load("demo" if name == "mae" else f"{name}_cpu", [*options, *CPU, *own])
 
-    def configured(steps: int) -> Recipe:
-        run = folder / "runs" / f"{name}-{seconds:g}-{seed}"
-        own = [f"steps={steps}", f"checkpoint={steps}", f"export={steps}", f"run={run}", f"seed={seed}"]
-        return load(recipe, [*options, *CPU, *own])
 
-    steps = max(20, round(seconds / seconds_of_a_step(configured(100))))
+def steps_in(seconds: float, name: str, folder: Path, options: list[str]) -> int:
+    """The number of steps of a recipe that fit into so many CPU seconds."""
+    return max(20, round(seconds / seconds_of_a_step(recipe_of(name, 100, folder, options))))
+
+
+def trained(name: str, seed: int, steps: int, folder: Path, options: list[str]) -> tuple[Path, float]:
+    """Run a recipe. Returns (the folder of its exports, CPU seconds)."""
     start = time.process_time()
-    return train(configured(steps)) / "export", steps, time.process_time() - start
+    run = folder / "runs" / f"{name}-{steps}-{seed}"
+    exports = train(recipe_of(name, steps, run, [*options, f"seed={seed}"])) / "export"
+    return exports, time.process_time() - start
 
 
-def show(name: str, task: Task, seeds: int, seconds: float, folder: Path, more: list[str]) -> None:
+def show(name: str, task: Task, asked: argparse.Namespace) -> None:
     """Train with each seed, and print the figures."""
-    found, untrained, spent, steps = list[Scores](), list[Scores](), list[float](), 0
-    for seed in range(seeds):
-        exports, steps, used = trained(f"{name}_cpu", name, seed, seconds, folder, [*task.options, *more])
+    found, untrained, spent = list[Scores](), list[Scores](), list[float]()
+    folder, options = asked.folder, [*task.options, *asked.set]
+    steps = asked.steps or steps_in(asked.seconds, name, folder, options)
+    for seed in range(asked.seeds):
+        exports, used = trained(name, seed, steps, folder, options)
         spent.append(used)
         found.append(task.score(exports / str(steps)))
         untrained.append(task.score(exports / "0"))
+        print(f"{name}, seed {seed}: {found[-1]}, untrained {untrained[-1]}", file=sys.stderr, flush=True)
     floor = task.floor()
     for metric in found[0]:
         values = [scores[metric] for scores in found]
         emit(f"multimodal.{name}.{metric}", mean(values), "accuracy", f"{steps} steps, {mean(spent):.0f} CPU s")
-        if seeds > 1:
-            emit(f"multimodal.{name}.{metric}.seed_std", stdev(values), "accuracy", f"{seeds} seeds")
+        if len(values) > 1:
+            emit(f"multimodal.{name}.{metric}.seed_std", stdev(values), "accuracy", f"{len(values)} seeds")
         before = mean(scores[metric] for scores in untrained)
         emit(f"multimodal.{name}.{metric}.untrained", before, "accuracy", "step 0")
         emit(f"multimodal.{name}.{metric}.floor", floor[metric], "accuracy", task.baseline)
@@ -232,15 +245,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--objectives", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seconds", type=float, default=240, help="CPU seconds of each training")
+    parser.add_argument("--steps", type=int, help="steps of each training, in place of --seconds")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], help="options of the recipes, such as optim.lr.value=1e-3")
-    options = parser.parse_args()
+    parser.add_argument("--tune", action="store_true", help="clip, siglip: other concepts, to choose options by")
+    asked = parser.parse_args()
     torch.set_num_threads(1)
-    if any(TASKS[name] is video for name in options.objectives):
-        emit("multimodal.turntables.flow", flow_accuracy(options.folder), "accuracy", "chance 0.5")
-    for name in options.objectives:
-        task = TASKS[name](options.folder, name, options.seconds)
-        show(name, task, options.seeds, options.seconds, options.folder, options.set)
+    if asked.tune and (others := [name for name in asked.objectives if TASKS[name] is not image_text]):
+        parser.error(f"--tune: {others[0]} has no data to choose options by; write --objectives clip siglip")
+    if any(TASKS[name] is video for name in asked.objectives):
+        emit("multimodal.turntables.flow", flow_accuracy(asked.folder), "accuracy", "chance 0.5")
+    for name in asked.objectives:
+        show(name, TASKS[name](name, asked), asked)
 
 
 if __name__ == "__main__":

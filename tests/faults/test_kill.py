@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,25 @@ def test_killed_at_random_steps(name: str, shards: Path, tmp_path: Path):
     assert done.returncode == 0 and kills == 3, done.stderr
     assert [(r["step"], r["loss"]) for r in rows(run)] == [(r["step"], r["loss"]) for r in rows(whole)]
     assert (run / "export" / "60" / "config.json").is_file() and not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["clip", "videomae", "bestrq"])
+def test_each_modality_resumes_after_a_kill(name: str, shards: Path, tmp_path: Path):
+    """Captions, clips and recordings are drawn again as in an undisturbed run: which caption of an image, the beginning
+    of a clip, the spans of a recording."""
+    options = ("steps=40", "checkpoint=6", "data.workers=1", "eval.pixels=false")
+    whole = train(tiny_recipe(name, shards, tmp_path / "whole", *options, "checkpoint=1000"))
+    run = tmp_path / "killed"
+    path = run.with_suffix(".yaml")
+    path.write_text(config.dump(tiny_recipe(name, shards, run, *options)))
+    process = Forked(killer.run, [str(path)], output=(os.devnull, os.devnull))
+    assert wait_for(lambda: len(rows(run)) > 14, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = trainer(path)
+    assert done.returncode == 0, done.stderr
+    assert (resumed := re.search(r"resumes from step (\d+)", done.stdout)) and int(resumed[1]) >= 6, done.stdout
+    assert [(r["step"], r["loss"]) for r in rows(run)] == [(r["step"], r["loss"]) for r in rows(whole)]
 
 
 @pytest.mark.slow
