@@ -12,7 +12,7 @@ from launch.argument_types import NO_FILE, Overrides, RecipeName, ShardMb, Shard
 from launch.command_parser import HomePath
 
 PREVIEW = HomePath("preview.png")
-Bits = Annotated[int, "N", "bits that 16-bit images use: numbers from 0 to 2^N - 1 are scaled to 0 to 255 (default 16)"]
+Bits = Annotated[int, "N", "bits that 16-bit images use: numbers from 0 to 2^N - 1 stand for 0 to 1 (default 16)"]
 AsStored = Annotated[bool, "do not rotate or mirror images as their EXIF orientation says"]
 SpecialTokens = Annotated[
     Sequence[str],
@@ -28,7 +28,7 @@ def build(
     kind: Annotated[
         str,
         "KIND",
-        "images, arrays, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
+        "images, arrays, tiles, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
         " files); for a folder that holds only videos, `images` stands for their frames",
     ] = "",
     labels: Annotated[HomePath, "FILE", ".csv, .tsv or .jsonl file with a path and a label for each image"] = NO_FILE,
@@ -50,6 +50,19 @@ def build(
         "store frames of videos as images, as JPEG of quality 95: the first frame of every interval of this length"
         " (default 1)",
     ] = None,
+    tile: Annotated[
+        int | None,
+        "PIXELS",
+        "cut images into square tiles of this side, stored without loss; slides, TIFFs and .npy arrays are read row by row"
+        " and may be larger than memory",
+    ] = None,
+    tile_min_std: Annotated[
+        float,
+        "STD",
+        "leave out tiles whose standard deviation is lower, such as 0.02 for empty background; for unsigned numbers it is"
+        " a share of their range",
+    ] = 0.0,
+    tile_jpeg: Annotated[int | None, "QUALITY", "store tiles of 8-bit grey or colours as JPEG of this quality"] = None,
     fps: Annotated[
         float | None,
         "N",
@@ -79,6 +92,9 @@ def build(
         _unescaped(separator),
         frames_every=frames_every,
         fps=fps,
+        tile=tile,
+        tile_min_std=tile_min_std,
+        tile_jpeg=tile_jpeg,
         seconds=seconds,
         max_pixels=max_pixels,
     )

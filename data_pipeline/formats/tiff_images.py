@@ -8,6 +8,7 @@ import functools
 import importlib
 import io
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,14 @@ from data_pipeline.formats.image_formats import WrongChannels, errors_as_damage
 from data_pipeline.formats.pixels import FLOATS, PixelDtype, converted, top_level, with_channels
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
-_PALETTE, _INVERTED = 3, 0  # numbers of PhotometricInterpretation
-_COLORS = ("YXS", "SYX", "CYX")  # axes of images of several channels; S: samples of a pixel, C: pages or planes
+PALETTE, INVERTED = 3, 0  # numbers of PhotometricInterpretation
+# {axes of an image: its shape as [H, W, C]}; S: samples of a pixel, C: pages
+COLOR_AXES: dict[str, Callable[[tuple[int, ...]], tuple[int, int, int]]] = {
+    "YX": lambda shape: (shape[0], shape[1], 1),
+    "YXS": lambda shape: (shape[0], shape[1], shape[2]),
+    "SYX": lambda shape: (shape[1], shape[2], shape[0]),
+    "CYX": lambda shape: (shape[1], shape[2], shape[0]),
+}
 
 
 class TiffHeader(NamedTuple):
@@ -33,7 +40,7 @@ class TiffHeader(NamedTuple):
 
 def read_tiff_header(data: bytes) -> TiffHeader | None:
     """The header of a TIFF; None if Pillow reads it, or if tifffile is not installed. Raises `Damaged`."""
-    tifffile = _tifffile()
+    tifffile = import_tifffile()
     if tifffile is None:
         return None
     with errors_as_damage(), tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -42,25 +49,29 @@ def read_tiff_header(data: bytes) -> TiffHeader | None:
         by_channels = len(file.pages) > 1 and file.series[0].axes == "CYX"
         unsigned = dtype is not None and dtype.kind in "ub"
         gray = bands == 1 and bits <= 16
-        if unsigned and not by_channels and (page.photometric == _PALETTE or gray or (bits <= 8 and bands <= 4)):
+        if unsigned and not by_channels and (page.photometric == PALETTE or gray or (bits <= 8 and bands <= 4)):
             return None
         series = file.series[0]
         shape, axes = tuple(series.shape), series.axes
         segments = [s for p in series.pages for s in zip(p.dataoffsets, p.databytecounts, strict=True)]
         header_tags = page.tags
         turned = int(header_tags[274].value) if 274 in header_tags else 1
-        inverted = page.photometric == _INVERTED
-    if dtype is None or dtype.name not in ("uint8", "uint16", *FLOATS):
-        raise Damaged(f"is a TIFF of {dtype} numbers, but uint8, uint16, {', '.join(FLOATS)} are read")
-    if axes != "YX" and axes not in _COLORS:
+        inverted = page.photometric == INVERTED
+    check_dtype(dtype)
+    if axes not in COLOR_AXES:
         raise Damaged(
-            f"is a TIFF with the axes {axes} {list(shape)}, but one image is read, of the axes YX, {', '.join(_COLORS)};"
+            f"is a TIFF with the axes {axes} {list(shape)}, but one image is read, of the axes {', '.join(COLOR_AXES)};"
             " write each image to a file of its own"
         )
     if not segments or any(not size or start + size > len(data) for start, size in segments):
         raise Damaged(f"is a TIFF whose pixels are cut off: it has {len(data)} bytes")
-    shape = (*shape, 1) if axes == "YX" else shape if axes == "YXS" else (*shape[1:], shape[0])
-    return TiffHeader(shape, np.dtype(dtype), bits, turned, inverted)
+    return TiffHeader(COLOR_AXES[axes](shape), np.dtype(dtype), bits, turned, inverted)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise `Damaged` for a dtype of numbers that is not read; None: one that numpy does not have."""
+    if dtype is None or dtype.name not in ("uint8", "uint16", *FLOATS):
+        raise Damaged(f"is a TIFF of {dtype} numbers, but uint8, uint16, {', '.join(FLOATS)} are read")
 
 
 def tiff_pixels(data: bytes, header: TiffHeader, channels: int, bits: int, dtype: PixelDtype) -> np.ndarray:
@@ -68,7 +79,7 @@ def tiff_pixels(data: bytes, header: TiffHeader, channels: int, bits: int, dtype
     count = header.shape[2]
     if count != channels and (count, channels) not in ((1, 3), (3, 1)):
         raise WrongChannels(count, channels)
-    with errors_as_damage(), _tifffile().TiffFile(io.BytesIO(data)) as file:
+    with errors_as_damage(), import_tifffile().TiffFile(io.BytesIO(data)) as file:
         stored = file.series[0].asarray(maxworkers=1)
         axes = file.series[0].axes
     if stored.size != math.prod(header.shape):
@@ -81,7 +92,7 @@ def tiff_pixels(data: bytes, header: TiffHeader, channels: int, bits: int, dtype
 
 
 @functools.cache
-def _tifffile() -> Any:
+def import_tifffile() -> Any:
     """The module tifffile; None if it is not installed."""
     try:
         module = importlib.import_module("tifffile")

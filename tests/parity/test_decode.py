@@ -196,7 +196,7 @@ def test_a_tiff_is_read_faithfully_or_refused(photo: np.ndarray, monkeypatch: py
     for data, reason in with_tifffile:
         with pytest.raises(Damaged, match=reason):
             decode_image(data, "tif")
-    monkeypatch.setattr(tiff_images, "_tifffile", lambda: None)
+    monkeypatch.setattr(tiff_images, "import_tifffile", lambda: None)
     for data, reason in [
         (tiff(gray16.astype(np.int32)), "32-bit or signed numbers"),
         (tiff(gray16.astype(np.uint32)), "32-bit or signed numbers"),

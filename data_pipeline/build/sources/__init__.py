@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from common.errors import DataError, nearest
 from data_pipeline.build.sources.frame_folders import FrameFolders, check_fps
+from data_pipeline.build.sources.image_tiles import Tiles, check_tile
 from data_pipeline.build.sources.media_folders import Arrays, Images, Videos
 from data_pipeline.build.sources.parquet import ParquetImages, Table
 from data_pipeline.build.sources.recordings import Recordings, check_seconds, names_recordings
@@ -17,11 +18,13 @@ from data_pipeline.build.sources.tars import Tars, TarSubset
 from data_pipeline.build.sources.text_files import CONVERT, Text
 from data_pipeline.build.sources.video_frames import Frames, check_every
 from data_pipeline.formats.image_formats import ARRAY
+from data_pipeline.formats.row_reader import SLIDES
 from data_pipeline.shards.members import MAX_MEMBER_BYTES
 from data_pipeline.storage.urls import compressed_tar_hint
 
 KINDS: dict[str, type[Source]] = {
-    k.kind: k for k in (Images, Arrays, Videos, Frames, FrameFolders, Recordings, Text, ImageText, ParquetImages, Tars)
+    k.kind: k
+    for k in (Images, Arrays, Tiles, Videos, Frames, FrameFolders, Recordings, Text, ImageText, ParquetImages, Tars)
 }
 _ALL_KINDS = {**KINDS, TarSubset.kind: TarSubset}  # with the one that only `shards split` uses
 
@@ -40,9 +43,12 @@ def find_source(kind: str, url: str, options: Options, limit: int) -> Source:
     check_every(options)
     check_fps(options)
     check_seconds(options)
+    check_tile(options)
     tree, kind_given = Tree(url), bool(kind)
     if kind in ("", Images.kind) and (options.frames_every is not None or (kind and _only_videos(tree))):
         kind = Frames.kind
+    if not kind and options.tile is not None:
+        kind = Tiles.kind
     if not kind and options.fps is not None:
         kind = FrameFolders.kind
     source = _ALL_KINDS[kind or detect(tree, options)](tree, options, limit)
@@ -106,6 +112,8 @@ def detect(tree: Tree, options: Options) -> str:
     if not found:
         names = Counter(f".{f.extension}" if f.extension else "no extension" for f in files)
         endings = ", ".join(name for name, _ in names.most_common(5))
+        if slides := [file for file in files if file.extension in SLIDES]:
+            raise DataError(f"{tree.url}: holds {len(slides)} slides; --tile 256 cuts them into tiles of 256 pixels")
         for file in files:
             kind, path = file.path.lower().removesuffix(".gz").rpartition(".")[2], tree.full_path(file.path)
             if kind in ("arrow", "wet"):

@@ -53,11 +53,14 @@ class Options:
     text_field: str = ""
     label_field: str = ""
     lines: bool = False  # .txt: each line is a document
-    bits: int = 16  # bits that the values of 16-bit images use: 0 to 2^bits - 1 are scaled to 0 to 255
+    bits: int = 16  # bits that the values of 16-bit images use: 0 to 2^bits - 1 stand for 0 to 1
     as_stored: bool = False  # do not apply an EXIF orientation
     separator: str = ""  # .txt: the text between two documents of a file
     frames_every: float | None = None  # interval in seconds between the frames of a video that become images
     fps: float | None = None  # frames per second of videos that are folders of frames
+    tile: int | None = None  # side in pixels of the tiles into which images are cut
+    tile_min_std: float = 0.0  # standard deviation below which a tile is left out
+    tile_jpeg: int | None = None  # quality of the JPEGs that 8-bit tiles become; None: PNG
     seconds: float | None = None  # audio: longest recording; longer ones are cut into pieces
     # Only samples whose key has a hash in [low, high), as a fraction of all hashes, are used: see split.py.
     low: float = 0.0
