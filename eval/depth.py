@@ -10,8 +10,9 @@ and is resized to the pixels. The loss is that of Eigen et al. (arXiv 1406.2283)
     √( var(g) + 0.15 · mean(g)² ),   g = log(predicted + 0.001) − log(true + 0.001)
 
 with the term of the mean only for the first 100 steps (in trainings of less than 1,000 steps: for the first tenth; this
-term alone fits one number, the scale of all depths). For the score an image is padded to whole patches, and the
-predictions for it and for its mirror image are averaged. Metrics are computed for each image and averaged over images.
+term alone fits one number, the scale of all depths). Training crops and images of the score have the size at which they
+are stored. For the score an image is padded to whole patches, and the predictions for it and for its mirror image are
+averaged. Metrics are computed for each image and averaged over images.
 
 Shapes: B crops, D features, h × w patches, H × W pixels.
 """
@@ -147,8 +148,7 @@ def fit(encoder: Encoder, pairs: Pairs, cfg: Config) -> LinearHead:
 
     def read(number: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
         image, values = pairs.read(number)
-        image, depth = augmented(image, metres(values, cfg), rng)
-        return random_crop(image, depth, size, (1.0, 1.25), 0, rng)
+        return training_view(image, metres(values, cfg), size, rng)
 
     def loss(step: int, found: list[Any]) -> Tensor:
         features = maps_of(encoder, np.stack([image for image, _ in found]), cfg.layers)  # [B, D, h, w]
@@ -175,6 +175,16 @@ def one_cycle(step: int, steps: int, rate: float) -> tuple[float, float]:
     else:
         low, share = END_SHARE, (1 + math.cos(math.pi * (step - peak) / (steps - 1 - peak))) / 2
     return rate * (low + (1 - low) * share), MOMENTUM[0] + (MOMENTUM[1] - MOMENTUM[0]) * share
+
+
+def training_view(
+    image: np.ndarray, depth: np.ndarray, size: tuple[int, int], rng: Rng
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random crop [C, *size] of the augmented image and its depths [*size]. It is not scaled, because images are not
+    scaled for the score either; an image that is smaller than the crop is padded."""
+    image, depth = augmented(image, depth, rng)
+    native = min(depth.shape) / min(size)
+    return random_crop(image, depth, size, (native, native), 0, rng)
 
 
 def augmented(image: np.ndarray, depth: np.ndarray, rng: Rng) -> tuple[np.ndarray, np.ndarray]:

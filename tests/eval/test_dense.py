@@ -349,6 +349,18 @@ def test_a_short_training_of_a_depth_head_is_not_spent_on_the_scale(rooms: tuple
     assert scores["rmse"] < 0.6
 
 
+def test_crops_of_depth_are_not_scaled(monkeypatch: pytest.MonkeyPatch):
+    """As images are not scaled for the score, every pixel of a crop is one of the image, beside its neighbours."""
+    monkeypatch.setattr(depth, "ROTATION", 0.0)
+    number = np.arange(24 * 36, dtype=np.float32).reshape(24, 36) + 1
+    image = np.repeat(number.astype(np.uint8)[..., None], 3, 2)
+    for seed in range(20):
+        _, crop = depth.training_view(image, number, (12, 20), generators((0, seed)))
+        assert (np.diff(crop, axis=0) == 36).all() and (abs(np.diff(crop, axis=1)) == 1).all()
+    view, crop = depth.training_view(image, number, (28, 32), generators((0, 0)))
+    assert view.shape == (3, 28, 32) and (crop > 0).sum() == 24 * 32  # padded below
+
+
 def test_rows(rooms: tuple[list[str], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("eval.features.open_encoder", lambda *_: (patches(tmp_path), {"step": 3}))
     rows = evaluate("any", ["patch_knn"], *rooms)
