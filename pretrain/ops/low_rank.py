@@ -28,7 +28,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] → [..., m]."""
-        return self.base(x) + self.factor * self.up(self.down(x))
+        return self.base(x) + self.up(self.factor * self.down(x))  # the factor on r numbers, not on m
 
 
 def add_low_rank(network: nn.Module, rank: int, alpha: float) -> int:
