@@ -78,14 +78,13 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unlabeled needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 
-# for development: all pinned packages
+# for development: all pinned packages. Modules are compiled to bytecode when they are imported, because many never are.
 $(READY): requirements.txt pyproject.toml | $(BIN)/python
-	$(PIP) -r requirements.txt
+	$(PIP) --no-compile -r requirements.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@ $(READY_DEMO)
 
-# for the demo: only the packages that it needs, with the same pinned versions. Modules are not compiled to bytecode when
-# they are installed, because most of them are never imported.
+# for the demo: only the packages that it needs, with the same pinned versions
 $(READY_DEMO): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "installing what the demo needs into .venv (2 to 3 minutes)"
 	@$(PIP) --no-compile --constraint requirements.txt setuptools
