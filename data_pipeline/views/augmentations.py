@@ -290,6 +290,8 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize [H, W, C] to [*size, C] of the same dtype, bicubic with antialiasing. Equals Pillow's result for uint8."""
     if image.shape[:2] == tuple(size):
         return image
+    if image.dtype == np.uint8 and image.shape[2] > 4:  # torch's fast kernel for bytes takes up to four channels
+        return np.concatenate([resize(image[..., n : n + 4], size) for n in range(0, image.shape[2], 4)], axis=2)
     # torch has a fast kernel for interleaved channels, which it uses only for a contiguous array. Therefore reshape,
     # and not [None], whose stride is 0.
     dense = np.ascontiguousarray(image)
