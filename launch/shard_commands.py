@@ -56,6 +56,9 @@ def build(
         "cut images into square tiles of this side, stored without loss; slides, TIFFs and .npy arrays are read row by row"
         " and may be larger than memory",
     ] = None,
+    tile_level: Annotated[
+        int, "N", "level of a slide from which tiles are cut, such as 1 for the second largest one (default 0)"
+    ] = 0,
     tile_min_std: Annotated[
         float,
         "STD",
@@ -93,6 +96,7 @@ def build(
         frames_every=frames_every,
         fps=fps,
         tile=tile,
+        tile_level=tile_level,
         tile_min_std=tile_min_std,
         tile_jpeg=tile_jpeg,
         seconds=seconds,

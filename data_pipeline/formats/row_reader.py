@@ -39,10 +39,12 @@ class ImageRows(Protocol):
 
 @contextmanager
 def open_rows(
-    file: IO[bytes], extension: str, as_stored: bool = False, max_pixels: int = MAX_PIXELS
+    file: IO[bytes], extension: str, as_stored: bool = False, max_pixels: int = MAX_PIXELS, level: int = 0
 ) -> Iterator[ImageRows]:
     """Open an image. `as_stored`: do not apply an EXIF orientation. `max_pixels`: of an image that has to be decoded as a
-    whole. Raises `Damaged`."""
+    whole. `level`: of a pyramid; 0 is the largest one. Raises `Damaged`."""
+    if level and extension not in TIFFS:
+        raise Damaged(f"is a .{extension} file, which has no level {level}")
     if extension == ARRAY:
         yield _ArrayRows(file, read_array_header(file.read(_MAX_ARRAY_HEADER)))
         return
@@ -57,9 +59,11 @@ def open_rows(
                 with errors_as_damage():
                     is_palette = opened.pages[0].photometric == PALETTE
                 if not is_palette:
-                    yield _TiffRows(opened, as_stored)
+                    yield _TiffRows(opened, as_stored, level)
                     return
             file.seek(0)
+        if level:
+            raise Damaged(f"is decoded as a whole (a palette, or tifffile is missing), so that it has no level {level}")
     yield _WholeImage(file.read(), extension, as_stored, max_pixels)
 
 
@@ -80,12 +84,16 @@ class _ArrayRows:
 
 
 class _TiffRows:
-    """Decodes the tiles or strips that hold the rows, of the largest level of a pyramid."""
+    """Decodes the tiles or strips that hold the rows, of one level of a pyramid."""
 
-    def __init__(self, opened: Any, as_stored: bool):
+    def __init__(self, opened: Any, as_stored: bool, level: int):
         with errors_as_damage():
-            series = opened.series[0]
-            self.pages: list[Any] = list(series.levels[0].pages)
+            levels = opened.series[0].levels
+        if level >= len(levels):
+            raise Damaged(f"has the levels 0 to {len(levels) - 1}, but level {level} is requested")
+        with errors_as_damage():
+            series = levels[level]
+            self.pages: list[Any] = list(series.pages)
             page, axes, shape = self.pages[0], series.axes, tuple(series.shape)
             turned = int(page.tags[274].value) if 274 in page.tags else 1
             self.inverted = page.photometric == INVERTED

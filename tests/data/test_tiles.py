@@ -94,6 +94,11 @@ def test_tiles_of_every_layout_are_those_of_the_image(tmp_path: Path):
     images["a/levels.tif"] = eight
     with pytest.raises(DataError, match="holds 1 slides; --tile 256 cuts them into tiles"):
         make(a / "tiled.svs", tmp_path / "x")
+    summary = make(a / "levels.tif", tmp_path / "second", tile=SIDE, tile_level=1)
+    assert_tiles(tmp_path / "second", {"levels.tif": eight[::2, ::2]})
+    assert json.loads(Samples([str(tmp_path / "second")]).read(0, ["json"])["json"])["level"] == 1
+    with pytest.raises(DataError, match="has the levels 0 to 1, but level 2 is requested"):
+        make(a / "levels.tif", tmp_path / "x", tile=SIDE, tile_level=2)
     (tmp_path / "in" / "b").mkdir()
     Image.fromarray(eight).save(tmp_path / "in" / "b" / "whole.png")
     images["b/whole.png"] = eight
@@ -188,6 +193,8 @@ def test_what_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         make(tmp_path / "in", tmp_path / "x", tile=SIDE, tile_min_std=-1.0)
     with pytest.raises(DataError, match="--tile-jpeg is an option of --tile SIDE, which is not given"):
         make(tmp_path / "in", tmp_path / "x", tile_jpeg=90)
+    with pytest.raises(DataError, match="--tile-level is an option of --tile SIDE, which is not given"):
+        make(tmp_path / "in", tmp_path / "x", tile_level=1)
     with pytest.raises(DataError, match="--kind tiles needs --tile SIDE"):
         make(tmp_path / "in", tmp_path / "x", kind="tiles")
     with pytest.raises(

@@ -37,8 +37,11 @@ def check_tile(options: Options) -> None:
         raise DataError(f"--tile-jpeg {options.tile_jpeg}: write a quality from 1 to 100")
     if not 0 <= options.tile_min_std < float("inf"):
         raise DataError(f"--tile-min-std {options.tile_min_std:g}: write a standard deviation, 0 or more")
+    if options.tile_level < 0:
+        raise DataError(f"--tile-level {options.tile_level}: write the number of a level; 0 is the largest one")
     if options.tile is None:
         for flag, value, default in (
+            ("--tile-level", options.tile_level, 0),
             ("--tile-jpeg", options.tile_jpeg, None),
             ("--tile-min-std", options.tile_min_std, 0.0),
         ):
@@ -51,7 +54,7 @@ class Tiles(Images):
 
     kind = "tiles"
     title = "folder of images that are cut into tiles"
-    reads = ("labels", "label_field", *IMAGE_OPTIONS, "tile", "tile_min_std", "tile_jpeg")
+    reads = ("labels", "label_field", *IMAGE_OPTIONS, "tile", "tile_level", "tile_min_std", "tile_jpeg")
 
     @classmethod
     def takes(cls, file: File) -> bool:
@@ -141,7 +144,8 @@ class Tiles(Images):
             return None
         left, top = place
         ending, data = encoded(pixels, self.options.tile_jpeg)
-        members = {ending: data, "json": to_json({"path": path, "left": left, "top": top})}
+        level = {"level": self.options.tile_level} if self.options.tile_level else {}
+        members = {ending: data, "json": to_json({"path": path, "left": left, "top": top, **level})}
         for map_name, values in maps.items():
             members[map_name] = encoded_map(values, map_name)
         if label is not None:
@@ -150,9 +154,10 @@ class Tiles(Images):
 
     @contextmanager
     def _open(self, path: str) -> Iterator[ImageRows]:
+        options = self.options
         with (
             self.tree.open(path) as file,
-            open_rows(file, extension(path), self.options.as_stored, self.options.max_pixels) as image,
+            open_rows(file, extension(path), options.as_stored, options.max_pixels, options.tile_level) as image,
         ):
             yield image
 

@@ -59,6 +59,7 @@ class Options:
     frames_every: float | None = None  # interval in seconds between the frames of a video that become images
     fps: float | None = None  # frames per second of videos that are folders of frames
     tile: int | None = None  # side in pixels of the tiles into which images are cut
+    tile_level: int = 0  # level of the pyramid of a slide from which tiles are cut; 0 is the largest one
     tile_min_std: float = 0.0  # standard deviation below which a tile is left out
     tile_jpeg: int | None = None  # quality of the JPEGs that 8-bit tiles become; None: PNG
     seconds: float | None = None  # audio: longest recording; longer ones are cut into pieces
