@@ -112,6 +112,8 @@ class VideoViT(Model):
     # drop path rate: the share of the clips whose residual branch is skipped, the same in all blocks
     drop_path: float | Literal["auto"] = option(0.0, low=0, below=1, auto=drop_path)
     norm_eps: float = option(1e-6, above=0)  # added to the variance in LayerNorm
+    # standard deviation of the initial weights of linear layers, as in ViT; VideoMAE has Xavier's weights in their place
+    initial_std: float = option(0.02, above=0, high=1)
 
 
 @dataclass

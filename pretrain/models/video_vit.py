@@ -7,6 +7,7 @@ D features, d the width of an attention head, T tokens of all inputs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class VideoTransformer(Backbone):
         self.norm = LayerNorm(cfg.dim, cfg.norm_eps)
         self._tables = Tables()  # by grid and device
         self._positions(self.full_grid, torch.device("cpu"))  # raises ValueError for a width that does not fit
-        self.apply(trunc_normal)
+        self.apply(partial(trunc_normal, std=cfg.initial_std))
 
     @property
     def full_grid(self) -> Grid:

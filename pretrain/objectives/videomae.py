@@ -14,6 +14,7 @@ Shapes: B samples of n clips, F frames, N cubes, K kept, M = N − K masked, D e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from data_pipeline.views.augmentations import MASKS, Augment, Rng
 from data_pipeline.views.clip_masks import at_all_times
 from data_pipeline.views.clip_views import clip_crops
 from pretrain.models.layers import Block, LayerNorm, apply_blocks
-from pretrain.models.positions import Tables, sequence_table
+from pretrain.models.positions import Tables, clip_table, sequence_table
 from pretrain.objectives.base import Batch, Builder, Exported, Objective, Sample, View
 from pretrain.objectives.options import Options
 from pretrain.ops.image_rows import side_by_side
@@ -73,7 +74,7 @@ class VideoMAE(Objective):
         self.blocks = nn.ModuleList(blocks)
         self.norm = LayerNorm(cfg.decoder_dim, 1e-6)
         self.predict = nn.Linear(cfg.decoder_dim, model.tubelet * model.patch_size**2 * model.in_channels)
-        self._positions = Tables()  # by number of cubes and device
+        self._positions = Tables()  # by grid and device
         for part in (self.embed, self.predict, self.blocks, *([] if self.backbone.loaded else [self.backbone])):
             xavier(part)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -102,16 +103,23 @@ class VideoMAE(Objective):
         features = self.backbone(clips, keep=keep)
         t, h, w = features.grid
         masked = complement(keep, t * h * w)
-        positions = self.positions(t * h * w, clips.device)
+        positions = self.positions((t, h, w), clips.device)
         seen = self.embed(features.tokens)
         seen = seen + positions[keep].to(seen.dtype)  # [B·n, K, E]
         unseen = self.mask_token.to(seen.dtype) + positions[masked].to(seen.dtype)  # [B·n, M, E]
         x = apply_blocks(self.blocks, torch.cat([seen, unseen], dim=1))
         return self.predict(self.norm(x[:, keep.shape[1] :])), masked
 
-    def positions(self, count: int, device: torch.device) -> Tensor:
-        """The decoder's fixed positions [N, E]."""
-        return self._positions.of((count, device), lambda: sequence_table(self.cfg.decoder_dim, count, device))
+    def positions(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """The decoder's fixed positions [N, E]: as published, those of a token's number, if the encoder's positions are of
+        this kind; otherwise those of its time, row and column."""
+
+        def make() -> Tensor:
+            if self.backbone.cfg.positions == "sequence":
+                return sequence_table(self.cfg.decoder_dim, math.prod(grid), device)
+            return clip_table(self.cfg.decoder_dim, grid, device)
+
+        return self._positions.of((grid, device), make)
 
     def target(self, clips: Tensor) -> Tensor:
         """Pixels of every cube [B·n, N, f·p·p·C], each channel normalised per cube with the unbiased variance."""

@@ -96,10 +96,10 @@ class VJEPA2(Objective):
         self.predict = nn.Linear(cfg.predictor_dim, width)
         self.predict_context = nn.Linear(cfg.predictor_dim, width) if cfg.context_loss else None
         self._rotations = Tables()  # by grid and device
-        for part in (self.embed, self.predict, self.predict_context):
+        std = self.backbone.cfg.initial_std  # as published, that of the encoder
+        for part in (self.embed, self.predict, self.predict_context, *self.blocks.modules()):
             if part is not None:
-                trunc_normal(part)
-        self.blocks.apply(trunc_normal)
+                trunc_normal(part, std)
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

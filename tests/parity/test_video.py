@@ -175,10 +175,11 @@ def test_cubes_and_back():
 
 
 # ---------------------------------------------------------------- VideoMAE
-def made_videomae(**options: Any) -> videomae.VideoMAE:
+def made_videomae(positions: str = "sequence", **options: Any) -> videomae.VideoMAE:
     torch.manual_seed(0)
     cfg = videomae.Config(decoder_dim=16, decoder_depth=2, decoder_heads=2, **options)
-    model: Any = noise(videomae.VideoMAE(cfg, lambda **changes: build_model(VIDEOMAE, **changes)), 3)
+    encoder = VIDEOMAE.replace(positions=positions)
+    model: Any = noise(videomae.VideoMAE(cfg, lambda **changes: build_model(encoder, **changes)), 3)
     return model
 
 
@@ -204,6 +205,8 @@ def naive_videomae(model: Any, clips: Tensor, keep: Tensor) -> Tensor:
         table = torch.tensor([[math.cos(a) if j % 2 else math.sin(a) for j, a in enumerate(row)] for row in places]).to(
             clip.dtype
         )  # the tables are fp32
+        if model.backbone.cfg.positions != "sequence":
+            table = clip_table(16, GRID).to(clip.dtype)
         seen = model.backbone(clip[None], keep=kept[None]).tokens[0]
         masked = [n for n in range(TOKENS) if n not in kept.tolist()]
         rows = [model.embed.weight @ row + table[n] for row, n in zip(seen, kept.tolist(), strict=True)]
@@ -231,9 +234,9 @@ def same_gradients(model: Any, one: Tensor, other: Tensor, rtol: float = 1e-8, a
         assert ours.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("norm_pix", [True, False])
-def test_videomae_loss(norm_pix: bool):
-    model: Any = made_videomae(norm_pix=norm_pix).double()
+@pytest.mark.parametrize(("norm_pix", "positions"), [(True, "sequence"), (False, "sequence"), (True, "sincos")])
+def test_videomae_loss(norm_pix: bool, positions: str):
+    model: Any = made_videomae(positions, norm_pix=norm_pix).double()
     clips = normal(2, 4, 3, 32, 32)
     loss, _ = model({"clip": clips.unsqueeze(1), "keep": KEEP.unsqueeze(1)}, 0)
     same_gradients(model, loss, naive_videomae(model, clips, KEEP))
@@ -312,6 +315,16 @@ def made_vjepa2(**options: Any) -> vjepa2.VJEPA2:
     cfg = vjepa2.Config(**sizes, momentum=Schedule(0.9), **options)
     model = noise(vjepa2.VJEPA2(cfg, lambda **changes: build_model(VJEPA2, **changes)), 3)
     return noise(model, 4).eval()  # type: ignore[return-value]
+
+
+def test_the_initial_weights_of_vjepa2_have_the_std_of_its_model():
+    model: Any = vjepa2.VJEPA2(
+        vjepa2.Config(predictor_dim=48, predictor_depth=1, predictor_heads=2),
+        lambda **changes: build_model(VJEPA2.replace(initial_std=0.07), **changes),
+    )
+    encoder, predictor = model.backbone.blocks[0], model.blocks[0]
+    for layer in (model.embed, model.predict, encoder.attn.qkv, encoder.mlp.fc1, predictor.attn.qkv, predictor.mlp.fc1):
+        assert layer.weight.std().item() == pytest.approx(0.07, rel=0.1)
 
 
 MASKS: dict[str, Tensor] = {
