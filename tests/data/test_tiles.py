@@ -102,6 +102,9 @@ def test_tiles_of_every_layout_are_those_of_the_image(tmp_path: Path):
     (tmp_path / "in" / "b").mkdir()
     Image.fromarray(eight).save(tmp_path / "in" / "b" / "whole.png")
     images["b/whole.png"] = eight
+    palette = Image.fromarray(eight).quantize(64)
+    palette.save(tmp_path / "in" / "b" / "palette.tif")
+    images["b/palette.tif"] = np.asarray(palette.convert("RGB"))
     summary = make(tmp_path / "in", tmp_path / "out", tile=SIDE, workers=2)
     assert summary["kind"] == "tiles" and summary["classes"] == ["a", "b"] and not summary["bad"]
     assert_tiles(tmp_path / "out", images)
