@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.formats.pixels import displayed
+from data_pipeline.formats.pixels import picture
 from data_pipeline.views.augmentations import resize
 
 PERPLEXITY = 20.0  # effective number of neighbours of a sample
@@ -99,7 +99,7 @@ def points(title: str, places: np.ndarray, labels: Sequence[str | None]) -> str:
 
 
 def thumbnails(places: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """The map with images [N, 3, S, S] in the place of points, uint8 [H, W, 3]. Each is in the free cell of a grid that
+    """The map with images [N, C, S, S] in the place of points, uint8 [H, W, 3]. Each is in the free cell of a grid that
     is nearest to its place."""
     columns = math.ceil(math.sqrt(2 * len(images)))
     cell = MAP_SIDE // columns
@@ -111,5 +111,5 @@ def thumbnails(places: np.ndarray, images: np.ndarray) -> np.ndarray:
         found = int(distances.argmin())
         free[found] = False
         top, left = grid[found] * cell
-        canvas[top : top + cell, left : left + cell] = resize(displayed(image).transpose(1, 2, 0), (cell, cell))
+        canvas[top : top + cell, left : left + cell] = resize(picture(image.transpose(1, 2, 0)), (cell, cell))
     return canvas

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import Damaged, DataError
-from data_pipeline.formats.pixels import PixelDtype, displayed
+from data_pipeline.formats.pixels import PixelDtype, picture
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views.augmentations import center
 from eval.features import Encoder
@@ -81,13 +81,13 @@ def spread(labels: Labels, groups: int, each: int) -> list[list[int]]:
 
 
 def mosaic(images: np.ndarray, edge: int = 4) -> np.ndarray:
-    """[edge·edge, 3, S, S] → [3, edge·S, edge·S], row by row."""
-    rows = images.reshape(edge, edge, *images.shape[1:]).transpose(2, 0, 3, 1, 4)  # [3, edge, S, edge, S]
+    """[edge·edge, C, S, S] → [C, edge·S, edge·S], row by row."""
+    rows = images.reshape(edge, edge, *images.shape[1:]).transpose(2, 0, 3, 1, 4)  # [C, edge, S, edge, S]
     return rows.reshape(images.shape[1], edge * images.shape[2], edge * images.shape[3])
 
 
 def patch_features(encoder: Encoder, image: np.ndarray) -> np.ndarray:
-    """Features [h, w, D] of the patches of an image [3, H, W], at its full resolution."""
+    """Features [h, w, D] of the patches of an image [C, H, W], at its full resolution."""
     features = encoder(image[None])
     return features.tokens[0].unflatten(0, features.grid).float().cpu().numpy()
 
@@ -119,18 +119,18 @@ def joint_colors(features: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def pooled(encoder: Encoder, images: np.ndarray, batch: int = 64, scaled: bool = True) -> Tensor:
-    """The pooled features [N, D] of images [N, 3, S, S]. `scaled`: to length 1."""
+    """The pooled features [N, D] of images [N, C, S, S]. `scaled`: to length 1."""
     parts = [encoder.pooled(images[i : i + batch]) for i in range(0, len(images), batch)]
     return F.normalize(torch.cat(parts), dim=1) if scaled else torch.cat(parts)
 
 
 def data_url(image: np.ndarray, max_side: int | None = None) -> str:
-    """An image [3, H, W] or [H, W, 3] as a data: URL. A large image becomes a JPEG, a small one a PNG. If a side
+    """An image [C, H, W] or [H, W, 3] of any dtype as a data: URL; see `data_pipeline.formats.pixels.picture`. A large image becomes a JPEG, a small one a PNG. If a side
     is longer than `max_side` pixels, the image is reduced to that size."""
-    picture = Image.fromarray(displayed(image if image.shape[2] == 3 else image.transpose(1, 2, 0)))
-    picture.thumbnail((max_side or picture.width, max_side or picture.height))
-    kind, file = "png" if picture.width * picture.height < 500_000 else "jpeg", io.BytesIO()
-    picture.save(file, kind, quality=90)
+    shown = Image.fromarray(picture(image if image.shape[2] == 3 else image.transpose(1, 2, 0)))
+    shown.thumbnail((max_side or shown.width, max_side or shown.height))
+    kind, file = "png" if shown.width * shown.height < 500_000 else "jpeg", io.BytesIO()
+    shown.save(file, kind, quality=90)
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
 
 

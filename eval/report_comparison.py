@@ -127,12 +127,14 @@ def _score(finding: run_facts.Finding, is_best: bool) -> str:
 
 def _images(runs: list[Run]) -> str:
     """Mosaics of the same images in the colours of each run's patch features, and maps of the features."""
-    shown = [run for run in runs if run.recipe.model.reads == "image" and run.encoder.channels == 3]
+    shown = [run for run in runs if run.recipe.model.reads == "image"]
     if not shown:
         return ""
+    channels = shown[0].encoder.channels
+    shown = [run for run in shown if run.encoder.channels == channels]
     size = max(run.encoder.image_size for run in shown)
     dtype = max((run.encoder.dtype for run in shown), key=PIXEL_DTYPES.index)
-    found = load_images(shown[0].recipe, size, dtype)
+    found = load_images(shown[0].recipe, size, channels, dtype)
     groups = pictures.spread(found.labels, 8, 4)
     mosaics = [pictures.mosaic(found.images[np.concatenate(groups[i : i + 4])]) for i in (0, 4)]
     columns: dict[str, list[np.ndarray]] = {}
@@ -165,7 +167,7 @@ def _images(runs: list[Run]) -> str:
 
 
 def _resized(image: np.ndarray, size: int) -> np.ndarray:
-    """An image [3, S, S] at another size."""
+    """An image [C, S, S] at another size."""
     return image if image.shape[-1] == size else center(image.transpose(1, 2, 0), size)
 
 

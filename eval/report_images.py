@@ -32,17 +32,17 @@ class Images(NamedTuple):
     """Images that a report shows: labelled test images and gallery images, or only training images."""
 
     samples: Samples
-    images: np.ndarray  # [N, 3, S, S] of the encoder's dtype
+    images: np.ndarray  # [N, C, S, S] of the encoder's dtype
     labels: pictures.Labels
     numbers: list[int]  # of these images in `samples`
-    gallery: np.ndarray  # [G, 3, S, S]; `images` itself, if there is no gallery
+    gallery: np.ndarray  # [G, C, S, S]; `images` itself, if there is no gallery
     gallery_labels: pictures.Labels
     gallery_count: int  # number of images in the whole gallery
 
     def at_size(self, chosen: list[int], size: int) -> list[np.ndarray]:
-        """Some of the images, read again at another size: [3, size, size] each."""
-        dtype = self.images.dtype.name
-        return [center(self.samples.image(self.numbers[n], dtype=dtype), size) for n in chosen]
+        """Some of the images, read again at another size: [C, size, size] each."""
+        channels, dtype = self.images.shape[1], self.images.dtype.name
+        return [center(self.samples.image(self.numbers[n], channels, dtype=dtype), size) for n in chosen]
 
 
 class Seen(NamedTuple):
@@ -53,17 +53,17 @@ class Seen(NamedTuple):
     pooled: Tensor  # [≤ MAX_MAP_IMAGES, D]
 
 
-def load_images(recipe: Recipe, size: int, dtype: PixelDtype) -> Images:
-    """The images for a report, center crops of side `size`, with pixels of `dtype`. Raises DataError if they cannot be read."""
+def load_images(recipe: Recipe, size: int, channels: int, dtype: PixelDtype) -> Images:
+    """The images for a report, center crops of side `size`, with `channels` of `dtype`. Raises DataError if they cannot be read."""
     cfg = recipe.eval
     gallery_shards = cfg.test_gallery or cfg.gallery
     if cfg.test and gallery_shards:
         samples, gallery = Samples(cfg.test), Samples(gallery_shards)
-        shown = pictures.load_some(samples, MAX_TEST_IMAGES, size, dtype=dtype)
-        gallery_images, gallery_labels, _ = pictures.load_some(gallery, MAX_GALLERY_IMAGES, size, dtype=dtype)
+        shown = pictures.load_some(samples, MAX_TEST_IMAGES, size, channels, dtype)
+        gallery_images, gallery_labels, _ = pictures.load_some(gallery, MAX_GALLERY_IMAGES, size, channels, dtype)
         return Images(samples, *shown, gallery_images, gallery_labels, len(gallery))
     samples = Samples(training_shards(recipe))
-    images, _, numbers = pictures.load_some(samples, MAX_TEST_IMAGES, size, dtype=dtype)
+    images, _, numbers = pictures.load_some(samples, MAX_TEST_IMAGES, size, channels, dtype)
     labels: pictures.Labels = [None] * len(images)
     return Images(samples, images, labels, numbers, images, labels, len(samples))
 
@@ -79,9 +79,7 @@ def checkpoint_name(step: int) -> str:
 
 def image_sections(recipe: Recipe, exports: Mapping[int, Path], last: Encoder, device: str) -> str:
     """All sections on images. `exports`: {step: folder}; `last`: the encoder of the last one."""
-    if last.channels != 3:
-        return ""  # a web page can show only images of three channels
-    shown = load_images(recipe, last.image_size, last.dtype)
+    shown = load_images(recipe, last.image_size, last.channels, last.dtype)
     groups = pictures.spread(shown.labels, 12, 4)
     mosaics = [pictures.mosaic(shown.images[np.concatenate(groups[i : i + 4])]) for i in (0, 4, 8)]
     chosen = list(dict.fromkeys(n for (n,) in pictures.spread(shown.labels, SHOWN_IMAGES, 1)))
@@ -131,6 +129,8 @@ def _mosaic_section(mosaics: list[np.ndarray], rows: list[list[str]], seen: dict
         " patch features of all mosaics are shown as red, green and blue: patches of similar colour have similar"
         " features. Colours of different checkpoints cannot be compared."
     )
+    channels = mosaics[0].shape[0]
+    text += f" The first three of the {channels} channels of the images are shown." if channels > 3 else ""
     return section("What the patches learned", text, *strips, kind="")
 
 

@@ -80,7 +80,7 @@ def pairs(features: np.ndarray) -> np.ndarray:
 
 
 def map_section(images: list[np.ndarray], names: list[str], maps: dict[str, list[np.ndarray]], side: int) -> str:
-    """`images`: uint8 [3, S, S]; `names`: their labels, or ""; `maps`: {name of a checkpoint: patch features [h, w, D]
+    """`images`: [C, S, S] of any dtype; `names`: their labels, or ""; `maps`: {name of a checkpoint: patch features [h, w, D]
     of each image}; `side`: the side of the images in pixels that the encoder got."""
     if not images:
         return ""

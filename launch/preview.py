@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from common.errors import DataError
 from data_pipeline.build.contact_sheet import LINE_HEIGHT, Font, save_sheet
-from data_pipeline.formats.pixels import PIXEL_DTYPES, displayed
+from data_pipeline.formats.pixels import PIXEL_DTYPES, displayed, picture
 from data_pipeline.views import device_color
 from pretrain.build import build_objective, build_stream, open_samples, stored_pixels
 from pretrain.recipes.parallel_checks import micro_batch_size
@@ -121,8 +121,7 @@ def _views(sample: dict[str, Any], side: int, tubelet: int = 0) -> list[np.ndarr
         mask = None if masked else _mask(sample, len(views), side, tubelet)
         masked = masked or mask is not None
         for n, view in enumerate(views):
-            image = view[:3] if len(view) >= 3 else view[:1].repeat(3, 0)
-            image = np.ascontiguousarray(image.transpose(1, 2, 0))
+            image = picture(view.transpose(1, 2, 0))
             out.append(image if mask is None else _darken(image, mask[n]))
     return out
 

@@ -16,7 +16,7 @@ from data_pipeline.build import audio_stats
 from data_pipeline.build.stats import caption_of, spread_over
 from data_pipeline.formats.decode import Encoded
 from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, WrongChannels
-from data_pipeline.formats.pixels import displayed
+from data_pipeline.formats.pixels import picture
 from data_pipeline.formats.videos import EncodedVideo
 from data_pipeline.shards.members import AUDIO, VIDEOS
 from data_pipeline.shards.samples import Samples
@@ -116,11 +116,10 @@ def _colors(image: Encoded) -> np.ndarray:
     """The pixels of an image, uint8 [H, W, 3]; of one with other channels the first three, or the first one."""
     image.dtype = image.stored_dtype
     try:
-        return displayed(image.pixels(shrink=max(image.shape) / (2 * TILE)))
+        return picture(image.pixels(shrink=max(image.shape) / (2 * TILE)))
     except WrongChannels as error:
         image.channels = error.stored
-        pixels = displayed(image.pixels())
-        return pixels[..., :3] if error.stored > 3 else np.repeat(pixels[..., :1], 3, axis=2)
+        return picture(image.pixels())
 
 
 def _strip(data: bytes) -> np.ndarray:

@@ -91,6 +91,14 @@ def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     return rounded(cv2.transform(pixels.astype(np.float32), np.array([LUMA], np.float32)), pixels.dtype)[..., None]
 
 
+def picture(pixels: np.ndarray) -> np.ndarray:
+    """Pixels [H, W, C] of any dtype and channels as uint8 [H, W, 3]: of more than three channels the first three, and of
+    one or two the first one."""
+    if pixels.shape[2] != 3:
+        pixels = pixels[..., :3] if pixels.shape[2] > 3 else np.repeat(pixels[..., :1], 3, axis=2)
+    return displayed(np.ascontiguousarray(pixels))
+
+
 def displayed(pixels: np.ndarray) -> np.ndarray:
     """Pixels of any dtype as uint8, to be looked at: those of uint16 by their highest 8 bits, float32 from the 1st to the
     99th percentile of the array."""

@@ -15,13 +15,14 @@ import torch
 from common.errors import ConfigError, Damaged, DataError, UserError
 from data_pipeline.build.build_shards import build
 from data_pipeline.formats.decode import decode_image, inspect
-from data_pipeline.formats.pixels import PIXEL_DTYPES, converted, displayed, rounded
+from data_pipeline.formats.pixels import PIXEL_DTYPES, converted, displayed, picture, rounded
 from data_pipeline.parts.image import Image
 from data_pipeline.parts.video_clip import Clip
 from data_pipeline.shards.samples import Samples
 from data_pipeline.views import colors, device_color
 from data_pipeline.views.augmentations import Augment, center, crops, generators, resize
 from data_pipeline.views.rand_augment import erased
+from eval import report
 from eval.features import open_encoder
 from eval.pictures import data_url
 from eval.run import evaluate
@@ -246,6 +247,9 @@ def test_pictures_of_any_dtype():
         assert displayed(image).dtype == np.uint8 and displayed(image).std() > 50
         assert data_url(image).startswith("data:image/png")
     assert np.array_equal(displayed(converted(scene("uint8"), 8, "uint16")), scene("uint8"))
+    for bands, shown in ((1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (7, [0, 1, 2])):
+        image = scene("uint8", bands=bands)
+        assert np.array_equal(picture(image), image[..., shown])
 
 
 # ---------------------------------------------------------------- from shards to scores
@@ -305,6 +309,8 @@ def test_a_run_keeps_sixteen_bits_until_the_device(
     samples = encoder.check([str(shards)])
     assert np.array_equal(encoder.read(samples, 3), center(samples.image(3, BANDS, dtype="uint16"), 16))
     knn = {"knn": {"k": 3}}
+    page = report.write(run).read_text()
+    assert "What the patches learned" in page and "The first three of the 5 channels of the images are shown." in page
     scores = evaluate(export, ["knn"], [str(shards)], [str(shards)], options=knn, device="cpu")
     assert preview(stored, tmp_path / "views.png").is_file()
     assert scores
