@@ -33,6 +33,7 @@ EXTRAS = {
     "pyarrow": "parquet",
     "tokenizers": "text",
     "av": "video",
+    "tifffile": "tiff",
     "submitit": "slurm",
     "trackio": "trackio",
     "wandb": "wandb",
