@@ -1,4 +1,4 @@
-"""Images as numpy arrays: .npy files that hold numbers [H, W, C] or [H, W] of a dtype of `data_pipeline/formats/pixels.py`."""
+"""Images as numpy arrays: .npy files that hold numbers [H, W, C] or [H, W] of a dtype that `pixels.py` names."""
 
 from __future__ import annotations
 

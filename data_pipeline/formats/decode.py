@@ -34,10 +34,19 @@ from data_pipeline.formats.exif import (
     oriented,
     png_exif,
 )
-from data_pipeline.formats.image_formats import ARRAY, IMAGES, JPEG_START, MAX_PIXELS, WrongChannels, errors_as_damage
+from data_pipeline.formats.image_formats import (
+    ARRAY,
+    IMAGES,
+    JPEG_START,
+    MAX_PIXELS,
+    PNG_START,
+    TIFF_STARTS,
+    WrongChannels,
+    errors_as_damage,
+)
 from data_pipeline.formats.pillow_images import TIFF_BITS, open_image, pillow_pixels, tiff_tag, unnamed_band
 from data_pipeline.formats.pixels import PixelDtype, converted, stored_as
-from data_pipeline.formats.tiff_images import TIFF_STARTS, read_tiff_header, tiff_pixels
+from data_pipeline.formats.tiff_images import read_tiff_header, tiff_pixels
 
 # The number of channels of each colour space that simplejpeg can decode to RGB and to luma.
 _PLAIN_JPEG = {"RGB": 3, "YCbCr": 3, "Gray": 1}
@@ -45,6 +54,7 @@ _PLAIN_JPEG = {"RGB": 3, "YCbCr": 3, "Gray": 1}
 # less; other scales take longer to decode than the whole image. Of these, 5/8 takes 1.1 times as long, which resizing
 # fewer pixels makes up for; 6/8 and 7/8 (1.3 and 1.5 times as long) do not pay.
 _FAST_EIGHTHS = (1, 2, 3, 4, 5)
+MAX_BANDS = 4  # of a TIFF of the largest number of pixels; a smaller image may have more
 
 
 class ImageFacts(NamedTuple):
@@ -72,10 +82,10 @@ class Encoded:
     called.
 
     `channels`: of the decoded pixels. 3 gives RGB with transparent pixels blended onto white, 1 gives luma. Any other
-    number must be that of the file: 2 or 4 in a PNG, WebP or TIFF (grey or RGB with alpha; CMYK), any number in a .npy
-    file, which holds an array [H, W, C] or [H, W]. `dtype`: of the decoded pixels, see `data_pipeline/formats/pixels.py`. 16-bit numbers
-    are scaled from 0..2^bits - 1, and larger ones are refused. `as_stored`: do not apply an EXIF orientation. Every
-    failure raises `Damaged`. `reserve`, if it is set, is called before decoding with the number of bytes that
+    number must be that of the file: 2 or 4 in a PNG, WebP or TIFF (grey or RGB with alpha; CMYK), any number in a .npy file [H, W, C]
+    or a TIFF of bands. `dtype`: of the decoded pixels, see `data_pipeline/formats/pixels.py`. 16-bit numbers are scaled
+    from 0..2^bits - 1, and larger ones are refused. `as_stored`: do not apply an EXIF orientation. Every failure raises
+    `Damaged`. `reserve`, if it is set, is called before decoding with the number of bytes that
     decoding will use (see `Budget`).
     """
 
@@ -133,6 +143,13 @@ class Encoded:
             if not 0 < count <= self.max_pixels:
                 more = "; data.max_pixels, and --max-pixels of `shards build`, allow more" if count else ""
                 raise Damaged(f"{header.width}×{header.height} pixels, but 1 to {self.max_pixels} are allowed{more}")
+            # a few bytes of a compressed TIFF can state any number of bands
+            if header.reader == "tiff" and header.details.numbers > MAX_BANDS * self.max_pixels:
+                raise Damaged(
+                    f"{header.width}×{header.height} pixels of {header.details.shape[2]} channels, in strips or tiles of"
+                    f" up to {header.details.numbers} numbers, but {MAX_BANDS * self.max_pixels} are allowed;"
+                    " data.max_pixels, and --max-pixels of `shards build`, allow more"
+                )
             self._header = header
         return self._header
 
@@ -144,11 +161,13 @@ class Encoded:
         # bytes per pixel of the file: of the result, and of the decoder's own memory
         itemsize = np.dtype(self.dtype).itemsize
         result = self.channels * itemsize * (_scale(shrink) ** 2 if header.reader == "jpeg" else 1)
-        if header.reader in ("array", "tiff"):
-            shape, dtype = header.details.shape, header.details.dtype
-            scratch = shape[2] * (5 if dtype.itemsize > 1 and self.dtype == "uint8" else itemsize)
+        if header.reader in ("array", "tiff"):  # a TIFF as stored, its strips; and pixels with the channels of the file
+            count, stored = header.details.shape[2], header.details.dtype.itemsize
+            scratch = count * (2 * stored * (header.reader == "tiff") + itemsize * (count != self.channels))
         elif header.reader == "jpeg":
             scratch = 0
+        elif header.dtype == "uint16" and self.dtype != "uint8" and self.data.startswith(PNG_START) and self.data[25]:
+            scratch = (14 if self.data[25] in (4, 6) else 6) + 3 * itemsize * (self.channels == 1)  # 16-bit colours
         else:
             is_webp = self.data.startswith(b"RIFF")
             scratch = 16 if is_webp else 4  # one RGBA copy; the decoder of WebP makes four
@@ -268,6 +287,7 @@ def _header(data: bytes, extension: str, as_stored: bool) -> _Header:
         height, width = image.height, image.width
         deep = image.mode.startswith("I") or (image.format == "PNG" and data[24] == 16)  # the bits of the IHDR chunk
         if image.format == "TIFF":  # Pillow applies the orientation when it loads the file
+            deep = deep or max(tiff_tag(image, TIFF_BITS, 1)) > 8
             to_apply = INVERSE_ORIENTATION.get(tiff_tag(image, ORIENTATION, 1)[0], 1) if as_stored else 1
         else:
             exif = png_exif(data) if image.format == "PNG" else image.info.get("exif", b"")

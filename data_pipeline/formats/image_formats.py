@@ -15,6 +15,7 @@ MAX_PIXELS = 100_000_000  # default limit; a larger image counts as damaged, or 
 MAX_PIXELS_LIMIT = 1 << 30  # the largest limit that a caller may set
 
 JPEG_START, PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 # the advice in messages, of a TIFF
 WRITE_ARRAY = "`pip install 'unlabeled[tiff]'` makes it readable; or write it as a .npy array [H, W, C]"
 

@@ -24,11 +24,12 @@ from data_pipeline.formats.image_formats import (
     JPEG_START,
     MAX_PIXELS_LIMIT,
     PNG_START,
+    TIFF_STARTS,
     WRITE_ARRAY,
     WrongChannels,
     errors_as_damage,
 )
-from data_pipeline.formats.pixels import PixelDtype, converted, top_level, with_channels
+from data_pipeline.formats.pixels import PixelDtype, converted, on_white, top_level, with_channels
 
 # Pillow can open more formats, but its decoders of some of them start other programs, which is not safe.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -54,6 +55,8 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         try:
             image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
         except UnidentifiedImageError:  # Pillow's message names a Python object, not the reason
+            if data.startswith(TIFF_STARTS):
+                raise Damaged(f"is a TIFF of a kind that is not read; {WRITE_ARRAY}") from None
             formats = ", ".join(PILLOW_FORMATS)
             raise Damaged(f"is not in one of the image formats that are read: {formats}") from None
     with image:
@@ -92,7 +95,10 @@ def pillow_pixels(data: bytes, channels: int, bits: int, dtype: PixelDtype) -> n
         if image.format == "TIFF":
             _check_tiff(image, channels)
             inverted = sixteen_bit and tiff_tag(image, _TIFF_INVERTED, 1)[0] == 0
-            bits = min(bits, max(tiff_tag(image, TIFF_BITS, 16))) if sixteen_bit else bits
+            stored_bits = max(tiff_tag(image, TIFF_BITS, 1))
+            bits = min(bits, stored_bits) if sixteen_bit else bits
+            if stored_bits > 8 and not sixteen_bit and (dtype != "uint8" or bits < 16):
+                raise Damaged(f"is a TIFF of 16-bit colours, of which Pillow keeps only 8 bits; {WRITE_ARRAY}")
         elif image.format == "PNG" and data[24] == 16 and not sixteen_bit:
             if dtype != "uint8":
                 return _sixteen_bit_colors(data, channels, bits, dtype)
@@ -125,10 +131,7 @@ def _sixteen_bit_colors(data: bytes, channels: int, bits: int, dtype: PixelDtype
         if channels != count:
             raise WrongChannels(count, channels)
         return converted(stored[..., ::3] if count == 2 else stored, bits, dtype)
-    if has_alpha:
-        alpha = stored[..., 3:].astype(np.float64) / 65535
-        stored = (stored[..., :3] * alpha + ((1 << bits) - 1) * (1 - alpha)).round().astype(np.uint16)
-    pixels = converted(stored, bits, dtype)
+    pixels = converted(on_white(stored, bits) if has_alpha else stored, bits, dtype)
     return pixels if channels == 3 else with_channels(pixels, 1)
 
 

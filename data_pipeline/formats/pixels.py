@@ -13,6 +13,7 @@ unsigned images, and in the unit of the file for others, such as reflectances or
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import cv2
@@ -24,6 +25,7 @@ from data_pipeline.formats.image_formats import Unsuitable
 
 PixelDtype = Literal["uint8", "uint16", "float32"]
 PIXEL_DTYPES: tuple[PixelDtype, ...] = ("uint8", "uint16", "float32")  # each holds what those before it hold
+PART_NUMBERS = 1 << 18  # numbers that are converted at a time
 LUMA = (0.299, 0.587, 0.114)  # of RGB: ITU-R BT.601, as Pillow has it
 FLOATS = ("int16", "float16", "float32", "float64")  # what can be stored and is not unsigned
 
@@ -58,7 +60,7 @@ def converted(values: np.ndarray, bits: int, dtype: PixelDtype) -> np.ndarray:
             raise WrongDtype(values.dtype, dtype)
         with np.errstate(over="ignore"):
             out = np.array(values, np.float32, order="C")
-        if not np.isfinite(out).all():
+        if not all(np.isfinite(out[part]).all() for part in _parts(out)):
             raise Damaged("holds NaN, infinity or numbers beyond float32; replace them, for example by the mean")
         return out
     if values.dtype.itemsize == 1:
@@ -70,11 +72,12 @@ def converted(values: np.ndarray, bits: int, dtype: PixelDtype) -> np.ndarray:
         raise Damaged(f"holds numbers up to {values.max()}, but the {bits} bits of this set end at {highest}")
     if dtype == "float32":
         return _divided(values, highest)
-    if dtype == "uint16":
-        return np.array(values, np.uint16, order="C") if bits == 16 else _scaled(values, highest, np.uint16)
+    if dtype == "uint16" and bits == 16:
+        return np.array(values, np.uint16, order="C")
+    double, half = np.uint32(2 * top_level(dtype)), np.uint32(highest)
     if bits == 16:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return _scaled(values, highest, np.uint8)
+        return _by_parts(values, dtype, lambda part: (part + np.uint32(128)) // np.uint32(257))
+    return _by_parts(values, dtype, lambda part: (part * double + half) // np.uint32(2 * highest))
 
 
 def rounded(values: np.ndarray, dtype: Any) -> np.ndarray:
@@ -88,7 +91,25 @@ def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
         return np.repeat(pixels, 3, axis=2)
     if pixels.dtype == np.uint8:
         return np.array(Image.fromarray(pixels).convert("L"))[..., None]
-    return rounded(cv2.transform(pixels.astype(np.float32), np.array([LUMA], np.float32)), pixels.dtype)[..., None]
+    out, matrix = np.empty(pixels.shape[:2], pixels.dtype), np.array([LUMA], np.float32)
+    for part in _parts(pixels):
+        out[part] = rounded(cv2.transform(pixels[part].astype(np.float32), matrix), pixels.dtype)
+    return out[..., None]
+
+
+def on_white(pixels: np.ndarray, bits: int, premultiplied: bool = False) -> np.ndarray:
+    """uint16 [H, W, C + 1], whose last channel is transparency (65,535: opaque), drawn on white (2^bits − 1): [H, W, C]."""
+    out = np.empty((*pixels.shape[:2], pixels.shape[2] - 1), np.uint16)
+    white = np.uint32((1 << bits) - 1)
+    for part in _parts(pixels):
+        numbers = pixels[part].astype(np.uint32)  # a product of two of them is below 2^32
+        front, alpha = numbers[..., :-1], numbers[..., -1:]
+        behind = white * (65535 - alpha)
+        if premultiplied:
+            out[part] = np.minimum(front + (behind + 32767) // 65535, white)
+        else:
+            out[part] = (front * alpha + behind + 32767) // 65535
+    return out
 
 
 def picture(pixels: np.ndarray) -> np.ndarray:
@@ -100,8 +121,8 @@ def picture(pixels: np.ndarray) -> np.ndarray:
 
 
 def displayed(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of any dtype as uint8, to be looked at: those of uint16 by their highest 8 bits, float32 from the 1st to the
-    99th percentile of the array."""
+    """Pixels of any dtype as uint8, to be looked at: those of uint16 by their highest 8 bits, float32 from the 1st to
+    the 99th percentile of the array."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.uint16:
@@ -114,7 +135,15 @@ def _divided(values: np.ndarray, highest: int) -> np.ndarray:
     return np.divide(values, np.float32(highest), dtype=np.float32, order="C")
 
 
-def _scaled(values: np.ndarray, highest: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
-    """round(x · top / highest) of numbers of at most 15 bits, exactly."""
-    double = np.uint32(2 * top_level(np.dtype(dtype)))
-    return ((values.astype(np.uint32) * double + np.uint32(highest)) // np.uint32(2 * highest)).astype(dtype)
+def _by_parts(values: np.ndarray, dtype: Any, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """`function`, which maps uint32 to uint32, of all values, as `dtype`."""
+    out = np.empty(values.shape, dtype)
+    for part in _parts(values):
+        out[part] = function(values[part].astype(np.uint32))
+    return out
+
+
+def _parts(values: np.ndarray) -> Iterator[slice]:
+    """Slices of the first dimension that hold about PART_NUMBERS each, which limits the memory of temporary copies."""
+    step = max(1, PART_NUMBERS * max(1, len(values)) // max(1, values.size))
+    return (slice(top, top + step) for top in range(0, len(values), step))

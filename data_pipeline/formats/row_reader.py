@@ -20,7 +20,7 @@ from data_pipeline.formats.array_images import ArrayHeader, read_array_header
 from data_pipeline.formats.decode import Encoded
 from data_pipeline.formats.image_formats import ARRAY, MAX_PIXELS, WrongChannels, errors_as_damage
 from data_pipeline.formats.pixels import top_level
-from data_pipeline.formats.tiff_images import COLOR_AXES, INVERTED, PALETTE, check_dtype, import_tifffile
+from data_pipeline.formats.tiff_images import COLOR_AXES, INVERTED, PALETTE, check_dtype, check_pages, import_tifffile
 
 SLIDES = ("svs", "ndpi", "scn", "btf")  # extensions of TIFFs by the scanners and programs that write them
 TIFFS = ("tif", "tiff", *SLIDES)
@@ -53,6 +53,7 @@ def open_rows(
         if tifffile is None and extension in SLIDES:
             raise Damaged(f"is a .{extension} file, which `pip install 'unlabeled[tiff]'` makes readable")
         if tifffile is not None:
+            check_pages(file)
             with errors_as_damage():
                 opened = tifffile.TiffFile(file, name="image.tif")  # the name of an open file may be a number
             with opened:
@@ -118,6 +119,8 @@ class _TiffRows:
                 high, across = min(high, height), math.ceil(width / wide)
                 of_plane = math.ceil(height / high) * across  # segments of a plane
                 planes = len(page.dataoffsets) // of_plane
+            if not planes:
+                raise Damaged(f"is a TIFF that is cut off: it has {len(page.dataoffsets)} of {of_plane} strips or tiles")
             for plane in range(planes):
                 for n in range(top // high * across, math.ceil((top + count) / high) * across):
                     self._copy(

@@ -4,9 +4,9 @@
     view   = augment.apply(pixels, params)       [H, W, C] → [C, size, size]
     crops(sample, {"image": augment}, rng)       both for all views of a sample, with the image decoded once
 
-Views have the dtype of the image: uint8, uint16 or float32 (`data.pixel_dtype`); normalisation happens on the device. `rng(k)` is the generator of view k of a sample, which the stream
-makes for (seed, epoch, sample, k): a view's parameters depend neither on the process that makes it nor on the sample's
-other views.
+Views have the dtype of the image: uint8, uint16 or float32 (`data.pixel_dtype`); normalisation happens on the device.
+`rng(k)` is the generator of view k of a sample, which the stream makes for (seed, epoch, sample, k): a view's parameters
+depend neither on the process that makes it nor on the sample's other views.
 
 The colour operations are in `data_pipeline/views/colors.py`.
 """
@@ -150,9 +150,9 @@ def crops(
     """All views of a sample, by name: [C, size, size] for a single augment, [n, C, size, size] for a list of n,
     [0, C, 1, 1] for an empty list.
 
-    `sample["image"]` is an `Encoded` or [H, W, C] of uint8, uint16 or float32, which the views have, too; for a video, a
-    list of T such frames of one size. All frames get the same crops and colours, and views have a dimension T before C. `sample["color"]`, or else the image's
-    `color`, is "exact" (the default), "fused" or "device". With "device", every entry "name" with colour operations is
+    `sample["image"]` is an `Encoded` or [H, W, C] of uint8, uint16 or float32, which the views have, too; for a video,
+    a list of T such frames of one size. All frames get the same crops and colours, and views have a dimension T before C.
+    `sample["color"]`, or else the image's `color`, is "exact" (the default), "fused" or "device". With "device", every entry "name" with colour operations is
     accompanied by their parameters "name.color": float32 [..., 6] with the leading dimensions of the entry, see
     `colors.color_row`. For `rng`, views are numbered in the order of the entries. `same_crops={"b": "a"}` gives the
     views of b the same numbers as the views of a, and therefore the same boxes and flips.

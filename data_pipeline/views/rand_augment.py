@@ -110,8 +110,8 @@ class RandAugment:
 def erased(
     view: np.ndarray, probability: float, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator
 ) -> np.ndarray:
-    """A view [C, S, S] of uint8, uint16 or float32, in a copy of which, with this probability, a rectangle is replaced by noise (random
-    erasing, arXiv 1708.04896).
+    """A view [C, S, S] of uint8, uint16 or float32, in a copy of which, with this probability, a rectangle is replaced by
+    noise (random erasing, arXiv 1708.04896).
 
     Each number of the noise is normal with the mean and the standard deviation of the training pixels, as in the
     published recipes, where it replaces normalised pixels; here it is rounded and cut off to the dtype of the view.
