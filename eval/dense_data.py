@@ -38,6 +38,8 @@ class Pairs:
         if encoder is not None:
             self.encoder = encoder
         self.samples = Samples(specs, further=[member] if member else endings)
+        if encoder is not None:
+            encoder.check_pixels(self.samples)
         present = self.samples.extensions
         others = [e for e in ("png", "npy") if e in present and set(IMAGES) & {*present}]
         found = [member] if member in present else [] if member else [e for e in (*endings, *others) if e in present]

@@ -117,7 +117,18 @@ class Encoder(feature_cache.Source):
         return view.apply(pixels, view.draw(pixels.shape[:2], rng(0)))
 
     def check(self, specs: Sequence[str]) -> Samples:
-        return Samples(specs)
+        """The samples. See `check_pixels`."""
+        samples = Samples(specs)
+        self.check_pixels(samples)
+        return samples
+
+    def check_pixels(self, samples: Samples) -> None:
+        """Raises UserError if the samples hold signed or float pixels, and the model reads unsigned ones."""
+        if self.dtype != "float32" and samples.stored_dtype() == "float32":
+            raise UserError(
+                f"{samples.names}: holds signed or float pixels, whose range of values is not known, but {self.name}"
+                f" reads {self.dtype}; scale the images as those that it was trained on"
+            )
 
     def variant(self, **changes: Any) -> Encoder:
         """A copy with other attributes (`image_size`, `has_labels`). `delete_features` deletes the features of both."""
@@ -162,7 +173,7 @@ class PixelEncoder(Encoder):
         super().__init__(_pixels, "pixels", 32, mean, std, device=device)
 
     def check(self, specs: Sequence[str]) -> Samples:
-        samples = super().check(specs)
+        samples = Samples(specs)
         count, self.dtype = stored_channels(samples), samples.stored_dtype()
         if count != self.channels:
             self.channels, self.mean, self.std = count, [0.5] * count, [0.5] * count

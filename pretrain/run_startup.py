@@ -3,22 +3,26 @@ checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common import build_config, output
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, Damaged, UserError
 from common.schedules import Schedule
 from data_pipeline.build.stats import summarize
 from data_pipeline.build.tokenizer import write_folder
 from data_pipeline.parts.label import Label
 from data_pipeline.shards.dataset import Dataset, store_manifests
+from data_pipeline.shards.samples import Samples
 from data_pipeline.stream.stream import Stream
 from pretrain import image_folders
 from pretrain.build import build_objective, placed, stored_pixels
@@ -39,6 +43,10 @@ from pretrain.recipes import defaults
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.recipe_file import write_recipe
 from pretrain.run_log import Log, frozen_parts
+
+MAX_SEEN = 8  # images of a dataset from which `log_normalisation` judges
+# Its normalised pixels have means up to MAX_OFFSET, and the largest deviation is from 1 / MAX_SPREAD to MAX_SPREAD.
+MAX_OFFSET, MAX_SPREAD = 10.0, 100.0
 
 
 def convert_image_folders(cfg: Recipe) -> None:
@@ -64,6 +72,38 @@ def log_datasets(samples: Sequence[Dataset], say: Log) -> None:
     lines = processes.on_rank_0(lambda: [line for dataset in images for line in summarize(dataset)])
     for line in lines:
         say(line)
+
+
+def log_normalisation(cfg: Recipe, samples: Sequence[Dataset], say: Log) -> None:
+    """Log a line for each dataset of images whose pixels, of float32, are far from `data.mean` and `data.std`: the model
+    would see them as nearly equal, or as very large numbers."""
+    data = vars(cfg.data)  # `vars` does not mark the keys as read
+    if data["pixel_dtype"] == "float32":
+        for line in processes.on_rank_0(lambda: [*map(_unfitting, samples, itertools.repeat(data))]):
+            if line:
+                say(line)
+
+
+def _unfitting(dataset: Dataset, data: dict[str, Any]) -> str:
+    """The line of `log_normalisation` for a dataset; "" if its first images fit, or if there are none."""
+    channels = len(data["mean"])
+    sums = np.zeros((3, channels))  # of ones, of the pixels, and of their squares
+    for number in range(min(len(dataset), MAX_SEEN)) if isinstance(dataset, Samples) else ():
+        with contextlib.suppress(Damaged):
+            x = dataset.image(number, channels, dtype="float32").reshape(-1, channels)
+            sums += np.full(channels, len(x)), x.sum(0, np.float64), np.einsum("nc,nc->c", x, x, dtype=np.float64)
+    if not sums[0].any():
+        return ""
+    mean = sums[1] / sums[0]
+    spread = np.sqrt(np.maximum(sums[2] / sums[0] - mean**2, 0)) / data["std"]
+    offset = np.abs((mean - data["mean"]) / data["std"]).max()
+    if offset <= MAX_OFFSET and 1 / MAX_SPREAD <= spread.max() <= MAX_SPREAD:
+        return ""
+    return (
+        f"{dataset.names}: with data.mean and data.std, its pixels have means up to {offset:.3g} and deviations"
+        f" up to {spread.max():.3g}, which should be about 0 and 1; write those that `unlabeled shards"
+        f" stats {dataset.names}` prints, and scale datasets of different units before you mix them"
+    )
 
 
 def settle_auto_values(cfg: Recipe, run: Path, samples: Sequence[Dataset], device: torch.device, say: Log) -> None:

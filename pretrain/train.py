@@ -171,6 +171,7 @@ def _train(
     samples = processes.on_every_rank(lambda: open_samples(cfg))
     run_startup.log_datasets(samples, say)
     run_startup.settle_auto_values(cfg, folder, samples, device, say)
+    run_startup.log_normalisation(cfg, samples, say)
     processes.on_rank_0(lambda: check_checkpoint_owner(cfg, folder))
     found = checkpoint_to_resume(folder, cfg, say)
     objective = run_startup.build_and_log_objective(cfg, found is None, say)

@@ -129,6 +129,11 @@ def _add_channels(image: Encoded, channels: int, out: Stats) -> None:
     out.channels[channels] = out.channels.get(channels, 0) + sums
 
 
+def _number(value: float) -> str:
+    """Four decimals, or four digits of a small number, such as the deviation of images that use few of 16 bits."""
+    return f"{value:.4g}" if 1e-6 < abs(value) < 0.1 else f"{value:.4f}"
+
+
 def caption_of(samples: Samples, number: int) -> str:
     """The text of a sample beside its image, video or recording; "" if it has none."""
     if not any(samples.has(number, extension) for extension in MEDIA & {*samples.extensions}):
@@ -281,7 +286,7 @@ def _describe_images(stats: Stats) -> Iterator[str]:
     for count, sums in sorted(stats.channels.items()):
         mean = sums[:, 1] / sums[:, 0]
         std = np.sqrt(np.maximum(sums[:, 2] / sums[:, 0] - mean**2, 0))
-        numbers = [",".join(f"{value:.4f}" for value in values) for values in (mean, std)]
+        numbers = [",".join(_number(value) for value in values) for values in (mean, std)]
         yield f"mean and deviation of {count} channels, for a recipe: data.mean=[{numbers[0]}] data.std=[{numbers[1]}]"
     yield "modes: " + ", ".join(f"{mode} {count}" for mode, count in modes)
     for name, values in (("width", widths), ("height", heights)):

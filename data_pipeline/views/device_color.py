@@ -9,8 +9,10 @@
 
 This is what happens to uint8. uint16 has 65,535 instead of 255, and float32 is not solarized, cut off or rounded. The
 result of each line is rounded to whole levels, as in the data workers; where a GPU may round the inputs of products
-to TF32 (`pretrain.parallel.device.set_tf32`: in all runs but those in fp32), a level may differ by one. No shape and no
-branch depends on values, and `constants` are copied to the device once, so there is no host sync.
+to TF32 (`pretrain.parallel.device.set_tf32`: in all runs but those in fp32), a level of uint8 may differ by one. TF32 has
+11 bits, which hold all numbers of uint8 but not those of uint16 and float32, so that these are not multiplied as
+matrices. No shape and no branch depends on values, and `constants` are copied to the device once, so there is no host
+sync.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def apply(images: Tensor, rows: Tensor, constants: Constants) -> Tensor:
         return images
     flat = images.reshape(-1, *images.shape[-3:])  # [N, C, H, W]
     own, luma, mean, angle, sigma, solarize = rows.reshape(-1, rows.shape[-1]).float().unbind(1)  # [N]
-    x = _mix(flat.float(), own, luma, mean, angle, constants)
+    mix = _mix if images.dtype == torch.uint8 else _mix_in_fp32
+    x = mix(flat.float(), own, luma, mean, angle, constants)
     if images.dtype == torch.float32:
         return _blur(x, sigma).reshape(images.shape)
     top = top_level(images.dtype)
@@ -80,6 +83,18 @@ def _mix(x: Tensor, own: Tensor, luma: Tensor, mean: Tensor, angle: Tensor, cons
     matrix = torch.einsum("nk,kij->nij", coefficients, constants.basis)  # [N, 3, 3]
     constant = mean * (x.mean((2, 3)) @ constants.luma)  # [N]
     return torch.baddbmm(constant[:, None, None], matrix, x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _mix_in_fp32(x: Tensor, own: Tensor, luma: Tensor, mean: Tensor, angle: Tensor, constants: Constants) -> Tensor:
+    """`_mix` without matrix products, so that no input is rounded to TF32."""
+    if x.shape[1] != 3:
+        return _mix(x, own, luma, mean, angle, constants)
+    coefficients = torch.stack([own, own * angle.cos(), own * angle.sin(), luma], dim=1)  # [N, 4]
+    matrix = (coefficients[:, :, None, None] * constants.basis).sum(1)[..., None, None]  # [N, 3, 3, 1, 1]
+    out = (mean * (x.mean((2, 3)) * constants.luma).sum(1))[:, None, None, None]  # [N, 1, 1, 1]
+    for channel in range(3):
+        out = torch.addcmul(out, matrix[:, :, channel], x[:, channel : channel + 1])
+    return out  # [N, 3, H, W]
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:

@@ -289,6 +289,8 @@ def test_a_run_keeps_sixteen_bits_until_the_device(
     run, shards = tmp_path / "run", hidden["uint16"]
     cfg = recipe.load("mae_cpu", [*SMALL, *options(shards), f"run={run}", "export.every=2"])
     train(cfg)
+    with pytest.raises(UserError, match=r"signed or float pixels, whose range of values is not known, but .* uint16"):
+        evaluate(run / "export" / "2", ["knn"], [str(hidden["float32"])], [str(shards)], device="cpu")
     assert "data.pixel_dtype = uint16 (auto: the dtype that keeps all bits of the images)" in capsys.readouterr().out
     stored = recipe.load(str(run / "recipe.yaml"))
     assert stored.data.pixel_dtype == "uint16"
