@@ -120,7 +120,9 @@ class _TiffRows:
                 of_plane = math.ceil(height / high) * across  # segments of a plane
                 planes = len(page.dataoffsets) // of_plane
             if not planes:
-                raise Damaged(f"is a TIFF that is cut off: it has {len(page.dataoffsets)} of {of_plane} strips or tiles")
+                raise Damaged(
+                    f"is a TIFF that is cut off: it has {len(page.dataoffsets)} of {of_plane} strips or tiles"
+                )
             for plane in range(planes):
                 for n in range(top // high * across, math.ceil((top + count) / high) * across):
                     self._copy(

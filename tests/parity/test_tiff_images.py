@@ -17,6 +17,7 @@ import tifffile
 from common.errors import Damaged
 from data_pipeline.formats import tiff_images
 from data_pipeline.formats.decode import Encoded, decode_image, inspect
+from data_pipeline.formats.row_reader import open_rows
 from tests.parity.test_decode import npy, tiff
 
 
@@ -152,6 +153,17 @@ def test_missing_strips_and_tiles_are_damage(compression: str | None):
                 decode_image(with_tag(data, dict(changes)), "tif", dtype="uint16")
     with pytest.raises(Damaged, match=r"cut off: it has 12 of 1875 strips or tiles"):
         decode_image(with_tag(tiles, {257: 10_000}), "tif")
+
+
+def test_readers_of_rows_refuse_them_too():
+    tiles = written(numbers("uint16", 64, 48, 3), photometric="rgb", compression="zlib", tile=(16, 16))
+    with open_rows(io.BytesIO(tiles), "tif") as rows:
+        assert rows.read(16, 16).shape == (16, 48, 3)
+    with open_rows(io.BytesIO(with_tag(tiles, {257: 10_000})), "tif") as rows:
+        with pytest.raises(Damaged, match="cut off: it has 12 of 1875 strips or tiles"):
+            rows.read(0, 16)
+    with pytest.raises(Damaged, match="pages form a loop"), open_rows(io.BytesIO(chain(150, 8)), "tif"):
+        pass
 
 
 def test_few_bytes_that_state_many_numbers():
