@@ -32,6 +32,8 @@ COLOR_AXES: dict[str, Callable[[tuple[int, ...]], tuple[int, int, int]]] = {
     "CYX": lambda shape: (shape[1], shape[2], shape[0]),
 }
 _BANDS = {0: 1, 1: 1, 2: 3}  # PhotometricInterpretation of grey (0, 1) and RGB (2) → bands that hold colours
+# Numbers of compressions that Pillow does not read: JPEG 2000 of Aperio and of GDAL, JPEG XR, LERC, PNG, WebP, JPEG XL
+_WITHOUT_PILLOW = (33003, 33004, 33005, 34712, 22610, 34934, 34887, 34933, 50001, 34927, 50002, 52546)
 _ALPHA = {(1,): "premultiplied", (2,): "plain"}  # ExtraSamples of one band of transparency
 
 
@@ -62,7 +64,9 @@ def read_tiff_header(data: bytes) -> TiffHeader | None:
         alpha = _ALPHA.get(extra, "") if bands == _BANDS.get(kind, bands) + 1 else ""
         named = bands == _BANDS.get(kind, bands) or alpha or (bands, extra) == (4, ())  # Pillow refuses the last
         gray = bands == 1 and bits <= 16
-        if unsigned and not by_channels and (kind == PALETTE or gray or (bits <= 8 and bands <= 4 and named)):
+        compressed = kind in _BANDS and page.compression in _WITHOUT_PILLOW
+        few = kind == PALETTE or gray or (bits <= 8 and bands <= 4 and named)
+        if unsigned and few and not by_channels and not compressed:
             return None
         series, *others = file.series
         shape, axes = tuple(series.shape), series.axes
@@ -102,7 +106,7 @@ def check_dtype(dtype: Any) -> None:
 def tiff_pixels(data: bytes, header: TiffHeader, channels: int, bits: int, dtype: PixelDtype) -> np.ndarray:
     """The pixels of a TIFF as stored, `dtype` [H, W, channels]; see `Encoded` for `channels`, `bits` and `dtype`."""
     count = header.shape[2]
-    blends = bool(header.alpha) and header.dtype == np.uint16 and channels in (1, 3) and count != channels
+    blends = bool(header.alpha) and header.dtype.kind == "u" and channels in (1, 3) and count != channels
     if count != channels and not blends and (count, channels) not in ((1, 3), (3, 1)):
         raise WrongChannels(count, channels)
     with errors_as_damage(), import_tifffile().TiffFile(io.BytesIO(data)) as file:
@@ -113,6 +117,8 @@ def tiff_pixels(data: bytes, header: TiffHeader, channels: int, bits: int, dtype
     stored = stored[..., None] if axes == "YX" else stored if axes == "YXS" else np.moveaxis(stored, 0, 2)
     bits = min(bits, header.bits)
     if blends:
+        if stored.dtype == np.uint8:
+            stored, bits = converted(stored, 8, "uint16"), 16
         stored = on_white(stored, bits, header.alpha == "premultiplied")
     pixels = converted(stored, bits, dtype)
     if header.inverted and header.dtype.kind == "u":

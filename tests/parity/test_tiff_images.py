@@ -73,6 +73,22 @@ def test_bands_of_eight_bits_that_are_no_colours(bands: int, planar: str):
             decode_image(data, "tif")
 
 
+@pytest.mark.parametrize("compression", ["jpeg2000", "lerc", "png", "zstd", "packbits"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("bands", [1, 3, 4])
+def test_compressions_without_loss(compression: str, dtype: str, bands: int):
+    pixels = numbers(dtype, 20, 30, bands)
+    alpha = {"extrasamples": ["unassalpha"]} if bands == 4 else {}
+    options = {"photometric": "rgb", "planarconfig": "contig"} if bands > 1 else {"photometric": "minisblack"}
+    data = written(pixels.squeeze(), compression=compression, **options, **alpha)
+    assert Encoded(data, "tif").stored_dtype == dtype
+    assert np.array_equal(decode_image(data, "tif", bands, dtype=dtype), pixels)
+    if bands == 4:
+        share = pixels[..., 3:] / np.iinfo(dtype).max
+        on_white = pixels[..., :3] * share + np.iinfo(dtype).max * (1 - share)
+        assert np.abs(decode_image(data, "tif", dtype=dtype) - on_white).max() <= 2
+
+
 @pytest.mark.parametrize(("bands", "colors"), [(4, 3), (2, 1)])
 def test_transparency_of_sixteen_bits_is_drawn_on_white(bands: int, colors: int):
     pixels = numbers("uint16", 20, 30, bands)
