@@ -88,7 +88,9 @@ def image_text(name: str, asked: argparse.Namespace) -> Task:
 
     options = [f"data.train={data / 'train'}", f"data.tokenizer={data / 'tokenizer.json'}", "data.captions=captions"]
     options += ["data.length=24", "model.patch_size=8", "objective.crop_scale=0.6", "objective.flip=0.5"]
-    options += ["objective.text.depth=1", "data.batch=64", "optim.lr.value=3e-3", "optim.beta2=0.98"]
+    options += ["objective.text.depth=1", "data.batch=64"]
+    options += ["optim.lr.value=1.5e-3", "optim.beta2=0.98", "optim.weight_decay=0.5"]
+    options += ["objective.temperature=0.2"] if name == "clip" else []
     floor = f"bag of colours; chance {1 / len(classes):.4f}"
     return Task(options, score, lambda: {"zeroshot": colours(data / "pictures", described, classes)}, floor)
 
