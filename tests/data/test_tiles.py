@@ -88,6 +88,8 @@ def test_tiles_of_every_layout_are_those_of_the_image(tmp_path: Path):
     images["a/channels.tif"] = three
     write_tiff(a / "jpeg.svs", eight, tile=(48, 64), compression="jpeg")
     images["a/jpeg.svs"] = tifffile.imread(a / "jpeg.svs")
+    write_tiff(a / "inverted.tif", deep, photometric="miniswhite")
+    images["a/inverted.tif"] = 65535 - deep
     with tifffile.TiffWriter(a / "levels.tif") as writer:  # a pyramid, of which the largest level is read
         writer.write(eight, tile=(32, 32), photometric="rgb", subifds=1)
         writer.write(eight[::2, ::2], tile=(32, 32), photometric="rgb", subfiletype=1)
@@ -126,9 +128,17 @@ def test_tiles_of_arrays(tmp_path: Path):
         images[path.name] = scene(np.dtype(dtype).newbyteorder("=").name, bands, 70 + n, 65, n)
         np.save(path, images[path.name].astype(dtype))
     np.save(tmp_path / "in" / "columns.npy", np.asfortranarray(scene("uint8", 3)))
+    (tmp_path / "in" / "cut.npy").write_bytes((tmp_path / "in" / "3.npy").read_bytes()[:-3000])
     summary = make(tmp_path / "in", tmp_path / "out", tile=SIDE)
-    assert "stored column by column" in reasons(summary).pop("columns.npy") and len(summary["bad"]) == 1
-    assert_tiles(tmp_path / "out", images)
+    found = reasons(summary)
+    assert "stored column by column" in found.pop("columns.npy")
+    assert found == dict.fromkeys(["cut.npy at 0,32", "cut.npy at 32,32"], ".npy is cut off in the rows 32 to 63")
+    samples = Samples([str(tmp_path / "out")])
+    upper = [n for n in range(len(samples)) if json.loads(samples.read(n, ["json"])["json"])["path"] == "cut.npy"]
+    assert len(upper) == 2 and np.array_equal(samples.image(upper[0]), images["3.npy"][:SIDE, :SIDE])
+    (tmp_path / "in" / "cut.npy").unlink()
+    make(tmp_path / "in", tmp_path / "whole", tile=SIDE)
+    assert_tiles(tmp_path / "whole", images)
 
 
 def test_masks_are_cut_with_their_image(tmp_path: Path):
