@@ -13,8 +13,8 @@ over the seeds, and `seed_std`:
 clip, siglip: emoji in eight styles with names and keywords (emoji.py). zeroshot: accuracy for pictures of concepts that
 no run has seen, each described by its name and keywords, among all of them. Floor: a linear map from a histogram of
 colours to the words of a description, fitted on the same training pictures, at the ridge that is best for the pictures
-asked for. With --tune, the concepts asked for are others, and neither these nor the reported ones are trained on: the
-options below were chosen by these.
+asked for. With --tune, the concepts asked for are others, and neither these nor the reported ones are trained on:
+learning rate, weight decay and temperature below were chosen by these.
 
 bestrq, audio_mae: words spoken by Debian's espeak-ng. knn, linear: accuracy for words of unseen voices. Floor: mean and
 deviation of the log-mel bands.
