@@ -66,7 +66,7 @@ class Config(Section):
     height: int | None = option(None, low=1)  # of training crops in pixels; null: that of the model; DINOv3: 416
     width: int | None = option(None, low=1)  # of training crops in pixels; null: that of the model; DINOv3: 544
     layers: int = option(1, low=1)  # number of last blocks whose patch features are concatenated
-    steps: int = option(38_400, low=1)
+    steps: int = option(38_400, low=4)
     batch: int = option(16, low=1)  # crops in a step
     rate: float = option(3e-4, above=0)  # highest learning rate, which is reached after a third of the steps
     decay: float = option(1e-4, low=0)  # weight decay

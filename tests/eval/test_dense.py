@@ -180,6 +180,8 @@ def test_one_cycle_equals_torch():
         optimizer.step()
         if step < 89:
             theirs.step()
+    least = depth.Config.__dataclass_fields__["steps"].metadata["limits"].low
+    assert all(depth.one_cycle(step, int(least), 1.0)[0] > 0 for step in range(int(least)))
 
 
 # ---------------------------------------------------------------- views
