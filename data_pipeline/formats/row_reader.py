@@ -24,6 +24,7 @@ from data_pipeline.formats.tiff_images import COLOR_AXES, INVERTED, PALETTE, che
 
 SLIDES = ("svs", "ndpi", "scn", "btf")  # extensions of TIFFs by the scanners and programs that write them
 TIFFS = ("tif", "tiff", *SLIDES)
+MAX_BANDS = 4  # times `max_pixels` are the numbers that are decoded at a time
 _MAX_ARRAY_HEADER = 1 << 16  # bytes of the header of a .npy file
 
 
@@ -41,8 +42,8 @@ class ImageRows(Protocol):
 def open_rows(
     file: IO[bytes], extension: str, as_stored: bool = False, max_pixels: int = MAX_PIXELS, level: int = 0
 ) -> Iterator[ImageRows]:
-    """Open an image. `as_stored`: do not apply an EXIF orientation. `max_pixels`: of an image that has to be decoded as a
-    whole. `level`: of a pyramid; 0 is the largest one. Raises `Damaged`."""
+    """Open an image. `as_stored`: do not apply an EXIF orientation. `max_pixels`: of an image, or of a part of a TIFF,
+    that has to be decoded as a whole. `level`: of a pyramid; 0 is the largest one. Raises `Damaged`."""
     if level and extension not in TIFFS:
         raise Damaged(f"is a .{extension} file, which has no level {level}")
     if extension == ARRAY:
@@ -60,7 +61,7 @@ def open_rows(
                 with errors_as_damage():
                     is_palette = opened.pages[0].photometric == PALETTE
                 if not is_palette:
-                    yield _TiffRows(opened, as_stored, level)
+                    yield _TiffRows(opened, as_stored, level, MAX_BANDS * max_pixels)
                     return
             file.seek(0)
         if level:
@@ -85,9 +86,10 @@ class _ArrayRows:
 
 
 class _TiffRows:
-    """Decodes the tiles or strips that hold the rows, of one level of a pyramid."""
+    """Decodes the tiles or strips that hold the rows, of one level of a pyramid. Of strips without compression, which may
+    be as large as the image, only the rows are read."""
 
-    def __init__(self, opened: Any, as_stored: bool, level: int):
+    def __init__(self, opened: Any, as_stored: bool, level: int, max_numbers: int):
         with errors_as_damage():
             levels = opened.series[0].levels
         if level >= len(levels):
@@ -99,6 +101,9 @@ class _TiffRows:
             turned = int(page.tags[274].value) if 274 in page.tags else 1
             self.inverted = page.photometric == INVERTED
             self.file = opened.filehandle
+            self.is_plain = page.compression == 1 and not page.is_tiled and page.bitspersample % 8 == 0
+            largest = math.prod(page.chunks)  # numbers of a strip or tile
+            self.stored_dtype = np.dtype(page.dtype).newbyteorder(opened.byteorder)
         check_dtype(page.dtype)
         if axes not in COLOR_AXES:
             raise Damaged(
@@ -106,6 +111,11 @@ class _TiffRows:
             )
         if turned > 1 and not as_stored:
             raise Damaged(f"has the orientation {turned}; write --as-stored to read it as it is stored")
+        if largest > max_numbers and not self.is_plain:
+            raise Damaged(
+                f"is a TIFF with strips or tiles of {largest} numbers, but at most {max_numbers} are decoded at a time; store"
+                " it in smaller ones, or write a larger --max-pixels"
+            )
         self.shape = COLOR_AXES[axes](shape)
         self.dtype = np.dtype(page.dtype)
 
@@ -123,22 +133,36 @@ class _TiffRows:
                 raise Damaged(
                     f"is a TIFF that is cut off: it has {len(page.dataoffsets)} of {of_plane} strips or tiles"
                 )
+            copy = self._copy_rows if self.is_plain else self._copy
             for plane in range(planes):
+                of_plane_rows = of_page[..., plane : plane + 1] if planes > 1 else of_page
                 for n in range(top // high * across, math.ceil((top + count) / high) * across):
-                    self._copy(
-                        page, plane * of_plane + n, top, of_page[..., plane : plane + 1] if planes > 1 else of_page
-                    )
+                    copy(page, plane * of_plane + n, n // across * high, high, top, of_plane_rows)
         return top_level(self.dtype) - out if self.inverted and self.dtype.kind == "u" else out
 
-    def _copy(self, page: Any, number: int, top: int, out: np.ndarray) -> None:
-        """Decode segment `number` of a page, and copy its rows to `out`, which begins with row `top`."""
+    def _copy_rows(self, page: Any, number: int, y: int, high: int, top: int, out: np.ndarray) -> None:
+        """Copy the rows of strip `number` of a page, which begins with row `y` and has `high` rows, to `out`, which begins
+        with row `top`."""
+        first, last = max(y, top), min(y + high, top + len(out), self.shape[0])
+        row_bytes = out.shape[1] * out.shape[2] * self.dtype.itemsize
+        with errors_as_damage():
+            if not page.databytecounts[number]:
+                return
+            self.file.seek(page.dataoffsets[number] + (first - y) * row_bytes)
+            data = self.file.read((last - first) * row_bytes)
+        if len(data) != (last - first) * row_bytes:
+            raise Damaged(f"is a TIFF that is cut off in the rows from {top} on")
+        out[first - top : last - top] = np.frombuffer(data, self.stored_dtype).reshape(last - first, *out.shape[1:])
+
+    def _copy(self, page: Any, number: int, y: int, high: int, top: int, out: np.ndarray) -> None:
+        """The same for a strip or tile that is decoded as a whole."""
         with errors_as_damage():
             start, size = page.dataoffsets[number], page.databytecounts[number]
             if not size:
                 return
             self.file.seek(start)
             data = self.file.read(size)
-            decoded, (_, _, y, x, _), (_, high, wide, _) = page.decode(data, number, jpegtables=page.jpegtables)
+            decoded, (_, _, _, x, _), (_, high, wide, _) = page.decode(data, number, jpegtables=page.jpegtables)
         if len(data) != size or decoded is None:
             raise Damaged(f"is a TIFF that is cut off in the rows from {top} on")
         first, last, right = max(y, top), min(y + high, top + len(out)), min(x + wide, out.shape[1])

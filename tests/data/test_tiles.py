@@ -198,6 +198,15 @@ def test_what_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert {name.partition(" at ")[0] for name in found} == {"cut.tif"} and len(found) < 12
     turned = make(tmp_path / "in", tmp_path / "stored", tile=SIDE, as_stored=True)
     assert "turned.tif" not in reasons(turned)
+    with pytest.raises(DataError, match="has rows of 110 pixels and 3 channels, too many for 32 rows at a time"):
+        make(tmp_path / "in", tmp_path / "narrow", tile=SIDE, max_pixels=2639)
+    write_tiff(tmp_path / "in" / "strip.tif", pixels, rowsperstrip=150, compression="zlib")
+    coarse = reasons(make(tmp_path / "in", tmp_path / "coarse", tile=SIDE, max_pixels=2640))
+    assert coarse["strip.tif"].startswith(
+        "is a TIFF with strips or tiles of 49500 numbers, but at most 10560 are decoded"
+    )
+    assert not any(name.startswith("good.tif") for name in coarse)  # without compression, rows are read
+    (tmp_path / "in" / "strip.tif").unlink()
     with pytest.raises(DataError, match="--tile 8: write the side of a tile in pixels, at least 16"):
         make(tmp_path / "in", tmp_path / "x", tile=8)
     with pytest.raises(DataError, match="--tile-jpeg 101: write a quality from 1 to 100"):
@@ -227,13 +236,15 @@ def test_tiles_of_a_remote_slide(tmp_path: Path):
     assert_tiles(tmp_path / "out", {"slide.svs": pixels})
 
 
-@pytest.mark.parametrize("ending", ["tif", "npy"])
+@pytest.mark.parametrize("ending", ["tif", "plain.tif", "npy"])
 def test_memory_is_that_of_a_row_of_tiles(tmp_path: Path, ending: str):
     """An image of 61 MB is cut with less than 8 MB."""
     pixels = np.arange(20_000 * 1024 * 3, dtype=np.uint32).astype(np.uint8).reshape(20_000, 1024, 3)
     path = tmp_path / f"long.{ending}"
     if ending == "npy":
         np.save(path, pixels)
+    elif ending == "plain.tif":
+        tifffile.imwrite(path, pixels, photometric="rgb", rowsperstrip=20_000)
     else:
         tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", compression="zlib")
     source = Tiles(Tree(str(path)), Options(tile=256), limit=1 << 30)

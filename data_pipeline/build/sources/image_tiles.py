@@ -24,7 +24,7 @@ from data_pipeline.build.sources.source_files import READ_ERRORS, File, extensio
 from data_pipeline.formats.image_formats import ARRAY, IMAGES
 from data_pipeline.formats.pixel_maps import read_map
 from data_pipeline.formats.pixels import top_level
-from data_pipeline.formats.row_reader import SLIDES, ImageRows, open_rows
+from data_pipeline.formats.row_reader import MAX_BANDS, SLIDES, ImageRows, open_rows
 
 MIN_SIDE = 16  # pixels of a tile
 
@@ -97,6 +97,12 @@ class Tiles(Images):
         if not rows * columns:
             too_small = f"has {width}×{height} pixels, less than a tile of {self.side}×{self.side}"
             return {"blocks": [], "bad": [[path, too_small]]}
+        if self.side * width * channels > MAX_BANDS * self.options.max_pixels:
+            too_wide = (
+                f"has rows of {width} pixels and {channels} channels, too many for {self.side} rows at a time; write a larger"
+                " --max-pixels"
+            )
+            return {"blocks": [], "bad": [[path, too_wide]]}
         row_bytes = columns * (self.side**2 * channels * itemsize + self.overhead)
         rows_per_block = max(1, self.limit // row_bytes)
         blocks = []
