@@ -86,9 +86,11 @@ def log_normalisation(cfg: Recipe, samples: Sequence[Dataset], say: Log) -> None
 
 def _unfitting(dataset: Dataset, data: dict[str, Any]) -> str:
     """The line of `log_normalisation` for a dataset; "" if its first images fit, or if there are none."""
+    if not isinstance(dataset, Samples):
+        return ""
     channels = len(data["mean"])
     sums = np.zeros((3, channels))  # of ones, of the pixels, and of their squares
-    for number in range(min(len(dataset), MAX_SEEN)) if isinstance(dataset, Samples) else ():
+    for number in range(min(len(dataset), MAX_SEEN)):
         with contextlib.suppress(Damaged):
             x = dataset.image(number, channels, dtype="float32").reshape(-1, channels)
             sums += np.full(channels, len(x)), x.sum(0, np.float64), np.einsum("nc,nc->c", x, x, dtype=np.float64)
