@@ -286,8 +286,11 @@ def test_wandb_opens_a_run_again_after_an_error(tracked: Path):
     second.log([(2, {"loss": 0.25})])
     second.close(trackers.STOPPED)
     assert second.id == first.id and second.run is not first.run
-    files = sorted((tracked / "wandb").glob("offline-run-*/*.wandb"))
-    records = [record for path in files for record in wandb_records(path)]
+    records, deadline = [], time.monotonic() + 10
+    while sum(record.HasField("exit") for record in records) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)  # a process of W&B writes the end of its files some milliseconds after `finish` has returned
+        files = sorted((tracked / "wandb").glob("offline-run-*/*.wandb"))
+        records = [record for path in files for record in wandb_records(path)]
     assert sum(record.HasField("history") for record in records) == 2
     (config,) = (record.config for record in records if record.HasField("config"))
     assert [(item.key, item.value_json) for item in config.update] == [("objective.name", '"mae"')]
