@@ -239,7 +239,8 @@ def test_demo_from_digits(tmp_path: Path):
         "export=10",
         "threads=1",
         "model.depth=1",
-        "eval.image_size=16",  # the linear probe of the pixels takes most of the time
+        "eval.image_size=16",
+        "eval.final.options=[linear.steps=60]",  # the linear probe of the pixels takes most of the time
         cwd=tmp_path,
         timeout=500,
     )
