@@ -121,8 +121,8 @@ def picture(pixels: np.ndarray) -> np.ndarray:
 
 
 def displayed(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of any dtype as uint8, to be looked at: those of uint16 by their highest 8 bits, float32 from the 1st to
-    the 99th percentile of the array."""
+    """Pixels of any dtype as uint8, to be looked at: uint16 scaled to 8 bits, and float32 from the 1st to the 99th
+    percentile of the array."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.uint16:

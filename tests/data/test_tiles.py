@@ -145,13 +145,15 @@ def test_masks_are_cut_with_their_image(tmp_path: Path):
     pixels, mask = scene("uint8", 3), np.arange(150 * 110).reshape(150, 110)
     depth = np.linspace(0.5, 9, 150 * 110, dtype=np.float32).reshape(150, 110)
     (tmp_path / "in").mkdir()
-    for name in ("x", "y"):
+    for name in ("x", "y", "z"):
         write_tiff(tmp_path / "in" / f"{name}.tif", pixels)
     Image.fromarray((mask % 251).astype(np.uint8)).save(tmp_path / "in" / "x.mask.png")
     np.save(tmp_path / "in" / "x.depth.npy", depth)
     Image.fromarray((mask[:99] % 251).astype(np.uint8)).save(tmp_path / "in" / "y.mask.png")
+    (tmp_path / "in" / "z.mask.png").write_bytes(b"no picture")
     summary = make(tmp_path / "in", tmp_path / "out", tile=SIDE)
-    assert len(summary["bad"]) == 12
+    assert len(summary["bad"]) == 24
+    assert reasons(summary)["z.tif at 0,0"].startswith("its .mask.png is not in one of the image formats")
     assert reasons(summary)["y.tif at 64,32"] == "its .mask.png has 110×99 pixels, but it has 110×150"
     samples = Samples([str(tmp_path / "out")])
     assert_tiles(tmp_path / "out", {"x.tif": pixels})

@@ -121,26 +121,34 @@ class Tiles(Images):
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
         path, first, count, label, *maps = piece
         with self._open(path) as image:
-            planes = {map_ending(each): read_map(self.tree.read(each), map_ending(each)) for each in maps}
-            height, width, _ = image.shape
-            columns, failed = width // self.side, ""
-            for ending, plane in planes.items():
-                if plane.shape != (height, width):
-                    failed = f"its .{ending} has {plane.shape[1]}×{plane.shape[0]} pixels, but it has {width}×{height}"
+            planes, failed = self._planes(maps, image.shape)
             for top in range(first * self.side, (first + count) * self.side, self.side):
                 strip = np.empty(0)
-                if not failed:
-                    try:
-                        strip = image.read(top, self.side)
-                    except (Damaged, *READ_ERRORS) as reason:
-                        failed = reason_of(reason)
-                for left in range(0, columns * self.side, self.side):
+                try:
+                    strip = strip if failed else image.read(top, self.side)
+                except (Damaged, *READ_ERRORS) as reason:
+                    failed = reason_of(reason)
+                for left in range(0, image.shape[1] - self.side + 1, self.side):
                     if failed:
                         yield Entry(f"{path} at {left},{top}", reason=failed)
-                    else:
-                        part = slice(left, left + self.side)
-                        maps_of_tile = {e: plane[top : top + self.side, part] for e, plane in planes.items()}
-                        yield self._tile(path, strip[:, part], maps_of_tile, (left, top), label)
+                        continue
+                    part = slice(left, left + self.side)
+                    of_tile = {ending: plane[top : top + self.side, part] for ending, plane in planes.items()}
+                    yield self._tile(path, strip[:, part], of_tile, (left, top), label)
+
+    def _planes(self, maps: list[str], shape: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], str]:
+        """({ending: numbers [H, W]} of the masks and depth maps of an image of `shape`, why they cannot be used or "")."""
+        planes = dict[str, np.ndarray]()
+        for path in maps:
+            ending = map_ending(path)
+            try:
+                planes[ending] = read_map(self.tree.read(path), ending)
+            except (Damaged, *READ_ERRORS) as reason:
+                return {}, f"its .{ending} {reason_of(reason)}"
+            if planes[ending].shape != shape[:2]:
+                height, width = planes[ending].shape
+                return {}, f"its .{ending} has {width}×{height} pixels, but it has {shape[1]}×{shape[0]}"
+        return planes, ""
 
     def _tile(
         self, path: str, pixels: np.ndarray, maps: dict[str, np.ndarray], place: tuple[int, int], label: int | None
