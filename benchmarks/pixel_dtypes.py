@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from statistics import median
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,10 +23,10 @@ from data_pipeline.formats.pixels import PIXEL_DTYPES, converted
 from data_pipeline.views.augmentations import Augment, crops, generators
 
 ROUNDS, IMAGES = 9, 4
-COLORS = {"jitter": (0.4, 0.4, 0.2, 0.1), "gray": 0.2, "blur": 0.5}
+COLORS: dict[str, Any] = {"jitter": (0.4, 0.4, 0.2, 0.1), "gray": 0.2, "blur": 0.5}
 VIEWS = {
-    "large": [Augment(224, (0.3, 1.0), **COLORS)] * 2,  # type: ignore[arg-type]
-    "small": [Augment(96, (0.05, 0.3), **COLORS)] * 8,  # type: ignore[arg-type]
+    "large": [Augment(224, (0.3, 1.0), **COLORS)] * 2,
+    "small": [Augment(96, (0.05, 0.3), **COLORS)] * 8,
 }
 
 

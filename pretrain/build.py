@@ -198,7 +198,8 @@ def stored_pixels(cfg: Recipe, datasets: Sequence[Dataset]) -> str:
     option is set, or if the objective reads no images."""
     if vars(cfg.data)["pixel_dtype"] != "auto":
         return ""
-    return max((part.stored_pixels(datasets) for part in parts_of(cfg).values()), key=len, default="")
+    found = (part.stored_pixels(datasets) for part in parts_of(cfg).values())
+    return next(filter(None, found), "")
 
 
 def about(cfg: Recipe, objective: Objective, datasets: Sequence[Dataset] | None = None) -> About:
