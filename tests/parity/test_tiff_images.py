@@ -171,6 +171,18 @@ def test_missing_strips_and_tiles_are_damage(compression: str | None):
         decode_image(with_tag(tiles, {257: 10_000}), "tif")
 
 
+def test_strips_that_are_empty_or_outside_of_the_file_are_damage():
+    data = written(numbers("uint16", 64, 48, 3), photometric="rgb", compression="zlib", tile=(16, 16))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        tags = {name: file.pages[0].tags[name] for name in ("TileByteCounts", "TileOffsets")}
+    for name, value in (("TileByteCounts", 0), ("TileOffsets", len(data) - 1)):
+        size = {3: "<H", 4: "<I"}[int(tags[name].dtype)]
+        at = tags[name].valueoffset
+        changed = data[:at] + struct.pack(size, value) + data[at + struct.calcsize(size) :]
+        with pytest.raises(Damaged, match=f"pixels are cut off: it has {len(data)} bytes"):
+            decode_image(changed, "tif", dtype="uint16")
+
+
 def test_readers_of_rows_refuse_them_too():
     tiles = written(numbers("uint16", 64, 48, 3), photometric="rgb", compression="zlib", tile=(16, 16))
     with open_rows(io.BytesIO(tiles), "tif") as rows:
