@@ -1,6 +1,6 @@
 """Fine-tuning and LoRA against probes of the same frozen features, with the same labelled images, on the demo's textures.
 
-    python benchmarks/finetune.py FOLDER [--pretrain 210] [--steps 800]
+    python benchmarks/finetune.py FOLDER [--pretrain 210] [--steps 800] [--seeds 1]
 
 SimCLR is trained without labels on all training images, by the recipe `demo`. Of each of their textures twelve patches
 are labelled, from which each classifier learns, and four are held out. The demo's test images are of other textures.
@@ -8,6 +8,8 @@ Everything is scored at 64 pixels. Fine-tuning starts from the logistic regressi
 
     finetune.{probe,logistic,full,lora}.accuracy        on the held-out patches of the same textures
     finetune.{probe,logistic,full,lora}.new_textures    on the demo's test images
+    finetune.{full,lora}.….seed_std                     standard deviation over seeds, of two or more
+    finetune.lora.versus_full.{accuracy,new_textures}   mean over seeds of the difference to `full` in points
     finetune.lora.parameters                            trained parameters, as a share of those of `full`
 
 probe: the grid of `linear`, over class tokens of several blocks and the mean of the patches. logistic: of the class token
@@ -17,10 +19,12 @@ of the last block, which the fine-tuned classifiers read, too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -80,9 +84,12 @@ def accuracies(model: Path, name: str, known: Path, asked: dict[str, Path], **op
     return found
 
 
-def show(name: str, scores: dict[str, float], versus: str) -> None:
-    for key, value in scores.items():
-        emit(f"finetune.{name}.{key}", value, "accuracy", versus)
+def show(name: str, found: list[dict[str, float]], versus: str) -> None:
+    for key in found[0]:
+        values = [scores[key] for scores in found]
+        emit(f"finetune.{name}.{key}", mean(values), "accuracy", versus)
+        if len(values) > 1:
+            emit(f"finetune.{name}.{key}.seed_std", stdev(values), "accuracy", f"{len(values)} seeds")
 
 
 def main() -> None:
@@ -90,32 +97,39 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pretrain", type=int, default=210, help="steps of SimCLR")
     parser.add_argument("--steps", type=int, default=800, help="steps of each fine-tuning")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="of each fine-tuning; all start from the same export")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder: Path = options.folder / "materials"
-    runs, seed = folder / "runs", f"seed={options.seed}"
     start = pretrained(folder, options.pretrain)
     split(folder / "images" / "train", folder / "halves")
     known = folder / "halves" / "known"
     asked = {"accuracy": folder / "halves" / "held_out", "new_textures": folder / "shards" / "test"}
-    show("probe", accuracies(start, "linear", known, asked, **PROBE["linear"]), "grid of frozen features")
+    show("probe", [accuracies(start, "linear", known, asked, **PROBE["linear"])], "grid of frozen features")
     heads = folder / f"heads-{time.time_ns()}"
     heads.mkdir()
     head = {"save": str(heads / "{}"), "costs": COSTS}
-    show("logistic", accuracies(start, "logistic", known, asked, **head), "frozen class token, C = 1")
+    show("logistic", [accuracies(start, "logistic", known, asked, **head)], "frozen class token, C = 1")
 
     trained: dict[str, int] = {}
-    for name, own in TUNING.items():
-        run = runs / f"finetune-{name}-{options.steps}-{options.seed}"
-        own = [*own, f"steps={options.steps}", f"export={options.steps}", f"checkpoint={options.steps}", seed]
-        own += [f"data.train={known}", f"init.backbone={start}", f"objective.head_from={heads / 'accuracy'}"]
-        cfg = recipe.load("finetune_cpu", [*ENGINE, *own, f"run={run}", "overwrite=true"])
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in TUNING}
+    spent: dict[str, list[float]] = {name: [] for name in TUNING}
+    for seed, name in itertools.product(range(options.seeds), TUNING):
+        run = folder / "runs" / f"finetune-{name}-{options.steps}-{seed}"
+        own = [*TUNING[name], f"steps={options.steps}", f"export={options.steps}", f"checkpoint={options.steps}"]
+        own += [f"seed={seed}", f"run={run}", "overwrite=true", f"data.train={known}", f"init.backbone={start}"]
+        cfg = recipe.load("finetune_cpu", [*ENGINE, *own, f"objective.head_from={heads / 'accuracy'}"])
         begin = time.process_time()
         train(cfg)
-        spent = f"{options.steps} steps, {time.process_time() - begin:.0f} CPU s"
-        show(name, accuracies(run / "export" / str(options.steps), "classifier", known, asked), spent)
+        spent[name].append(time.process_time() - begin)
+        found[name].append(accuracies(run / "export" / str(options.steps), "classifier", known, asked))
+        print(f"seed {seed}: {name} {found[name][-1]}", file=sys.stderr)
         trained[name] = sum(p.numel() for p in build_objective(cfg).parameters() if p.requires_grad)
+    for name in TUNING:
+        show(name, found[name], f"{options.seeds} seeds, {options.steps} steps, {mean(spent[name]):.0f} CPU s")
+    for key in asked:
+        points = mean(100 * (lora[key] - full[key]) for lora, full in zip(found["lora"], found["full"], strict=True))
+        emit(f"finetune.lora.versus_full.{key}", points, "points", f"full, {options.seeds} seeds")
     emit("finetune.lora.parameters", trained["lora"] / trained["full"], "share", f"{trained['full']} of full")
 
 

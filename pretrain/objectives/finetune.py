@@ -65,6 +65,8 @@ class Config(Options):
     # r, the rank of low-rank updates, with which the backbone itself is frozen; null: the whole backbone is trained
     lora: int | None = option(None, low=1)
     lora_alpha: float = option_if(16.0, "lora", unless=None, above=0)  # α of these updates, which are scaled by α / r
+    # parts of the dotted names of the linear layers that get an update, such as [qkv, mlp] or [blocks.2]; empty: all
+    lora_layers: list[str] = option_if(list, "lora", unless=None)
 
     def mixes(self) -> bool:
         return bool(self.mixup or self.cutmix)
@@ -97,8 +99,8 @@ class FineTune(Objective):
         nn.init.zeros_(self.head.bias)
         if cfg.head_from and is_loading():
             start_head(self.head, cfg)
-        if cfg.lora and not add_low_rank(self.backbone, cfg.lora, cfg.lora_alpha):
-            raise ValueError(f"objective.lora = {cfg.lora}: this model has no linear layers; write objective.lora=null")
+        if cfg.lora:
+            add_low_rank(self.backbone, cfg.lora, cfg.lora_alpha, cfg.lora_layers)
 
     @staticmethod
     def views(cfg: Config, about: About) -> View:

@@ -7,6 +7,7 @@ Shapes: n inputs, m outputs, r the rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -31,15 +32,30 @@ class LowRank(nn.Module):
         return self.base(x) + self.up(self.factor * self.down(x))  # the factor on r numbers, not on m
 
 
-def add_low_rank(network: nn.Module, rank: int, alpha: float) -> int:
-    """Freeze a network, and give each of its linear layers a trained update of rank r. Returns the number of linear
-    layers."""
+def add_low_rank(network: nn.Module, rank: int, alpha: float, parts: Sequence[str] = ()) -> None:
+    """Freeze a network, and give its linear layers a trained update of rank r.
+
+    `parts`: only layers whose dotted name has one of these as whole components get an update: "qkv", "mlp",
+    "blocks.2.attn"; empty: all. Raises ValueError if there are no linear layers, or none with one of these names."""
     network.requires_grad_(False)
     layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    if not layers:
+        raise ValueError(f"objective.lora = {rank}: this model has no linear layers; write objective.lora=null")
+    for part in parts:
+        if not any(_is_part(part, name) for name in layers):
+            known = sorted({component for name in layers for component in name.split(".") if not component.isdigit()})
+            raise ValueError(
+                f"objective.lora_layers = {[*parts]}: no linear layer has {part} in its name; write some of"
+                f" {', '.join(known)}"
+            )
     for name, layer in layers.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(parent), attribute, LowRank(layer, rank, alpha))
-    return len(layers)
+        if not parts or any(_is_part(part, name) for part in parts):
+            parent, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, LowRank(layer, rank, alpha))
+
+
+def _is_part(part: str, name: str) -> bool:
+    return f".{part}." in f".{name}."
 
 
 def merge_low_rank(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -435,7 +435,7 @@ def test_a_low_rank_update_is_that_of_the_paper():
     layer = nn.Linear(6, 4).double()
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     network = nn.Sequential(nn.ModuleDict({"fc": layer})).double()
-    assert add_low_rank(network, rank=2, alpha=6.0) == 1
+    add_low_rank(network, rank=2, alpha=6.0)
     adapted: Any = network[0]["fc"]  # type: ignore[index]
     adapted.double()
     x = normal(3, 6)
@@ -448,6 +448,32 @@ def test_a_low_rank_update_is_that_of_the_paper():
     state = merge_low_rank(network.state_dict(), alpha=6.0)
     assert sorted(state) == ["0.fc.bias", "0.fc.weight"]
     torch.testing.assert_close(x @ state["0.fc.weight"].T + state["0.fc.bias"], naive)
+
+
+@pytest.mark.parametrize(
+    ("parts", "updated"),
+    [
+        ([], {f"blocks.{n}.{name}" for n in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}),
+        (["qkv", "fc2"], {f"blocks.{n}.{name}" for n in (0, 1) for name in ("attn.qkv", "mlp.fc2")}),
+        (["blocks.1.attn"], {"blocks.1.attn.qkv", "blocks.1.attn.proj"}),
+    ],
+)
+def test_updates_are_of_the_layers_that_the_recipe_names(parts: list[str], updated: set[str]):
+    objective = made("finetune", classes=3, lora=2, lora_layers=parts)
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    adapters = {f"backbone.{layer}.{end}.weight" for layer in updated for end in ("down", "up")}
+    assert trained == adapters | {"head.weight", "head.bias"}
+    merged = merge_low_rank(objective.backbone.state_dict(), alpha=16)
+    assert merged.keys() == made("finetune", classes=3).backbone.state_dict().keys()
+
+
+def test_a_name_of_no_layer_is_answered_with_the_names():
+    with pytest.raises(
+        ValueError,
+        match=r"objective.lora_layers = \['attn', 'q'\]: no linear layer has q in its name; write some of attn, blocks, "
+        r"fc1, fc2, mlp, proj, qkv",
+    ):
+        made("finetune", classes=3, lora=2, lora_layers=["attn", "q"])
 
 
 @pytest.mark.slow
