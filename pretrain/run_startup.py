@@ -174,6 +174,13 @@ def resume(
     if found is None:
         return 0
     store, name = found
+    if int(name) > saver.recipe.steps:
+        raise processes.raised_by_all(
+            UserError(
+                f"steps = {saver.recipe.steps}: the run begins at step {int(name)}, from {store.path(name)}; write"
+                f" steps=N with more than {int(name)}, or checkpoint.resume= with an earlier step"
+            )
+        )
     step = load(store, name, engine, stream, guard=guard)
     if store.url == saver.store.url and processes.on_rank_0(lambda: is_latest(store, name)):
         saver.newest = name

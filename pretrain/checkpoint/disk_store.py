@@ -24,6 +24,9 @@ INTERRUPTED = re.compile(r"\.(\d{9})\.(partial|old)")  # folders of an interrupt
 class DiskStore(Store):
     """Checkpoints as folders on a disk that all ranks share."""
 
+    def location(self) -> str:
+        return str(Path(self.url).absolute())
+
     def names(self) -> list[str]:
         root = Path(self.url)
         return sorted(p.name for p in root.iterdir() if is_number(p.name)) if root.is_dir() else []

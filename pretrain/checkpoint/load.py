@@ -37,11 +37,14 @@ def checkpoint_to_resume(run: Path, recipe: Recipe, say: Callable[[str], None]) 
     store, wanted = run_store(run, recipe), recipe.checkpoint.resume
 
     def find() -> tuple[str, str, str | int] | None:
-        has_begun_there = str(wanted) == read_marker(run).resumed_from or (
+        marker = read_marker(run)
+        has_begun_there = str(wanted) == marker.resumed_from or (
             _is_of_another_store(store, wanted) and store.latest() is not None
         )
         chosen = "latest" if has_begun_there else wanted
         found = find_checkpoint(store, chosen)
+        if found is None and chosen == "latest" and marker.saved_in is not None:
+            raise UserError(_lost(run, store, marker.saved_in))
         if chosen != wanted and found is not None:
             by_path = store.path(checkpoint_name(int(wanted))) if is_number(str(wanted)) else ""
             again = f"write checkpoint.resume={by_path}" if by_path else "use a new folder, run=NEW"
@@ -56,6 +59,18 @@ def checkpoint_to_resume(run: Path, recipe: Recipe, say: Callable[[str], None]) 
         return None
     url, name, recipe.checkpoint.resume = found
     return open_checkpoint_store(url, store.retry_seconds), name
+
+
+def _lost(run: Path, store: Store, saved_in: str) -> str:
+    """The error message for a run that has saved checkpoints in the folder `saved_in`, while `store` holds none."""
+    anew = "to train from the first step again, write checkpoint.resume=none"
+    if saved_in == store.location():
+        return f"{run}: has saved checkpoints in {saved_in}, which holds none now; mount or restore that folder; {anew}"
+    return (
+        f"checkpoint.folder = {store.url}: holds no checkpoint of {run}, which has saved its own in {saved_in}; to"
+        f" continue from there, write checkpoint.folder={saved_in}, or checkpoint.resume={saved_in}/STEP to save the"
+        f" further ones in {store.url}; {anew}"
+    )
 
 
 def _is_of_another_store(store: Store, wanted: int | str) -> bool:

@@ -8,6 +8,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import sys
@@ -57,6 +58,7 @@ class Saver:
         self.stager: DefaultStager | None = None
         self.identity: dict[str, str] = self._on_rank_0(lambda: run_identity(run))
         self.newest = ""  # name of the checkpoint that this process has written last, or has resumed from
+        self.remembered = ""  # the folder of which `_remember_folder` has stored that it holds a checkpoint
         self._take_ownership()
 
     def save(self, step: int, engine: Engine, stream: Stream, last: bool = False, **parts: dict[str, Any]) -> None:
@@ -194,6 +196,7 @@ class Saver:
             run_json["digest"] = run_json_digest(run_json)
             self.store.publish(folder, name, json.dumps(run_json, indent=1).encode())
             self.store.set_latest(name)
+            self._remember_folder()
             if self.cfg.resume != "latest":  # the run began at another checkpoint; from now on it resumes from its own
                 update_marker(self.run, resumed_from=str(self.cfg.resume))
                 self.cfg.resume = "latest"
@@ -201,6 +204,13 @@ class Saver:
         except (OSError, UserError) as error:
             return self._reason(error)
         return None
+
+    def _remember_folder(self) -> None:
+        """Store in the run folder where the run has saved a checkpoint. If the disk is full, the next call does."""
+        with contextlib.suppress(OSError):
+            if self.remembered != self.store.location():
+                update_marker(self.run, saved_in=self.store.location())
+                self.remembered = self.store.location()
 
     def _delete_old(self, name: str) -> None:
         """Delete the checkpoints up to `name`, except for the newest `keep`, those whose step is a multiple of

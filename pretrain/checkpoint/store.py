@@ -96,6 +96,10 @@ class Store:
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
 
+    def location(self) -> str:
+        """The URL or, for a folder on a disk, its absolute path."""
+        return self.url
+
     def complete_names(self) -> list[str]:
         """The names of the complete checkpoints, in order of their steps."""
         return [name for name in self.names() if self.size(name, RUN_JSON) is not None]

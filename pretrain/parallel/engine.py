@@ -207,9 +207,12 @@ class Engine:
         return {"model": model, "optimizer": optimizer, "scale": self.scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         set_state_dict(
             self.objective, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # not those of the checkpoint: a new run that begins there may have others
         self.scale.load_state_dict(state["scale"])
 
 

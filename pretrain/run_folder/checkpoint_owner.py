@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from common.errors import UserError
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.jsonl_rows import read_rows
-from pretrain.run_folder.marker import read_marker, update_marker
+from pretrain.run_folder.marker import holds_run, read_marker, update_marker
+from pretrain.run_folder.written_files import MARKER
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import Store
@@ -32,11 +33,32 @@ def check_checkpoint_owner(recipe: Recipe, run: Path) -> None:
     else:  # checkpoints of a version without ids
         is_own = same_folder or marker.checkpoints_without_id == recipe.checkpoint.folder
     if is_own:
+        if not same_folder and _is_copy(run, owner):
+            raise UserError(_of_the_original(store, owner, run))
         return
     if same_folder and not has_results(run) and marker.deleting_id is None:
         update_marker(run, id=owner["id"])
         return
     raise UserError(another_run(store, owner))
+
+
+def _is_copy(run: Path, owner: dict[str, str]) -> bool:
+    """Whether the run folder that `owner` names still exists, so that `run` is a copy of it: it was not moved."""
+    original = Path(owner["folder"])
+    if not owner["id"] or not holds_run(original, owner["id"]):
+        return False
+    # a folder that is mounted at two places has two paths, but one marker
+    return (original / MARKER).stat().st_ino != (run / MARKER).stat().st_ino
+
+
+def _of_the_original(store: Store, owner: dict[str, str], run: Path) -> str:
+    """The error message for a `checkpoint.folder` that holds the checkpoints of the run of which `run` is a copy."""
+    complete = store.complete_names()
+    resume = f" checkpoint.resume={store.path(complete[-1])}" if complete else ""
+    return (
+        f"checkpoint.folder = {store.url}: holds the checkpoints of {owner['folder']}, of which {run} is a copy; in the"
+        f" copy write checkpoint.folder=ANOTHER{resume}"
+    )
 
 
 def another_run(store: Store, owner: dict[str, str]) -> str:

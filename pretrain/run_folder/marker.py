@@ -17,10 +17,10 @@ from pretrain.run_folder.run_lock import process_start
 from pretrain.run_folder.written_files import MARKER, RECIPE, RUN_FILES, write_atomically
 
 MAX_JOBS = 20  # largest number of names of jobs in a marker
-SCHEMA = {"id": str, "writes": [str], "?old": str, "?clearing": str, "?resumed": str, "?launches": [str]}
+SCHEMA = {"id": str, "writes": [str], "?old": str, "?clearing": str, "?resumed": str, "?launches": [str], "?saved": str}
 JSON_NAMES = {  # {field of `Marker`: its name in the file}
     **{"id": "id", "files": "writes", "checkpoints_without_id": "old", "deleting_id": "clearing"},
-    **{"resumed_from": "resumed", "jobs": "launches"},
+    **{"resumed_from": "resumed", "jobs": "launches", "saved_in": "saved"},
 }
 
 
@@ -37,6 +37,9 @@ class Marker:
     # same command then resumes from the run's own checkpoints
     resumed_from: str | None = None
     jobs: list[str] | None = None  # names of the jobs that have trained the run, see `job_names`
+    saved_in: str | None = (
+        None  # the folder, as an absolute path or a URL, in which the run has last saved a checkpoint
+    )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Marker:
@@ -67,6 +70,14 @@ def read_marker(run: Path) -> Marker:
         f"{path}: is damaged or was not written by this program; choose another folder with run=FOLDER, or delete this"
         " file if the folder is a run"
     )
+
+
+def holds_run(folder: Path, run_id: str) -> bool:
+    """Whether a folder is that of the run with this id. Reads only, unlike `read_marker`."""
+    try:
+        return bool(loads((folder / MARKER).read_text())["id"] == run_id)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def update_marker(run: Path, **changes: Any) -> Marker:

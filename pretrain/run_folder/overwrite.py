@@ -34,7 +34,7 @@ def delete_run(recipe: Recipe, run: Path) -> Marker:
             _check_each_owner(each, marker)
     if marker.deleting_id is None:
         ids = {"id": uuid.uuid4().hex, "deleting_id": marker.id}
-        marker = update_marker(run, **ids, files=marker.files, resumed_from=None, jobs=None)
+        marker = update_marker(run, **ids, files=marker.files, resumed_from=None, jobs=None, saved_in=None)
     _delete_checkpoints(run, store, marker)
     # A marker may have been edited: ignore patterns of files that the program never writes.
     patterns = [pattern for pattern in marker.files if pattern in RUN_FILES]

@@ -375,6 +375,43 @@ def test_a_checkpoint_folder_belongs_to_one_run(shards: Path, tmp_path: Path):
     assert "resumes from step 4" in log(second) and files(first) | files(there) == before
 
 
+def test_a_copy_of_a_run_folder_does_not_take_the_checkpoints_of_the_original(shards: Path, tmp_path: Path):
+    """A copied run folder has the id of the original, whose checkpoints lie elsewhere. A moved folder keeps them."""
+    run, there = tmp_path / "run", tmp_path / "there"
+    train(recipe(shards, run, f"checkpoint.folder={there}"))
+    copy, before = shutil.copytree(run, tmp_path / "copy"), files(there)
+    for extra in ([], ["overwrite=true"]):
+        with pytest.raises(UserError, match=rf"holds the checkpoints of {run}, of which {copy} is a copy") as info:
+            train(recipe(shards, copy, f"checkpoint.folder={there}", *extra))
+        assert files(there) == before
+    told = str(info.value).partition("in the copy write ")[2].replace("ANOTHER", str(tmp_path / "another"))
+    train(recipe(shards, copy, *told.split(), "steps=5", "optim.lr=1e-3"))
+    assert "resumes from step 4" in log(copy) and files(there) == before
+    run.rename(tmp_path / "moved")
+    train(recipe(shards, tmp_path / "moved", f"checkpoint.folder={there}", "steps=5"))
+    assert "resumes from step 4" in log(tmp_path / "moved")
+
+
+def test_a_run_whose_checkpoints_are_not_found_does_not_start_again(run: Path, shards: Path, tmp_path: Path):
+    """A disk that is not mounted, or a command with another checkpoint.folder: training again from the first step would
+    delete the rows of metrics."""
+    kept = run / "checkpoints"
+    train(recipe(shards, run, "steps=5"))  # the fixture has copied the folder
+    before = (run / "metrics.jsonl").read_bytes()
+    elsewhere = f"checkpoint.folder={tmp_path / 'empty'}"
+    with pytest.raises(UserError, match=rf"{tmp_path}/empty: holds no checkpoint .* saved its own in {kept};") as info:
+        train(recipe(shards, run, "steps=6", elsewhere))
+    assert (run / "metrics.jsonl").read_bytes() == before and not list((tmp_path / "empty").glob("0*"))
+    resume = str(info.value).partition(", or ")[2].partition(" ")[0].replace("STEP", "5")
+    train(recipe(shards, run, "steps=6", elsewhere, resume))
+    assert "resumes from step 5" in log(run)
+    shutil.rmtree(tmp_path / "empty")
+    with pytest.raises(UserError, match=rf"has saved checkpoints in {tmp_path}/empty, which holds none now"):
+        train(recipe(shards, run, "steps=6", elsewhere))
+    train(recipe(shards, run, "steps=6", elsewhere, "checkpoint.resume=none"))
+    assert [step for step, _ in losses(run)] == [*range(6)]
+
+
 def test_the_folder_inside_of_another_run_is_that_runs(run: Path, shards: Path, tmp_path: Path):
     (run / "checkpoints" / "owner.json").unlink()
     for _ in ("with ids", "of the previous version"):
@@ -683,6 +720,22 @@ def test_the_command_of_a_branch_goes_on(run: Path, shards: Path, tmp_path: Path
     assert "has newer checkpoints, so it resumes from them" in log(branch) and losses(branch) == whole
 
 
+@pytest.mark.slow
+def test_a_branch_has_the_options_of_its_own_recipe(run: Path, shards: Path, tmp_path: Path):
+    """Also those that the optimizer keeps in its parameter groups, which a checkpoint holds, too."""
+    resume, found = f"checkpoint.resume={run / 'checkpoints' / '000000002'}", {}
+    for name, more in {"same": [], "beta1": ["optim.beta1=0.5"], "eps": ["optim.eps=1e-3"]}.items():
+        found[name] = losses(train(tiny_recipe("mae", shards, tmp_path / name, "steps=4", resume, *more)))
+    first, last = ({name: rows[n][1] for name, rows in found.items()} for n in (0, -1))
+    assert len({*first.values()}) == 1 and len({*last.values()}) == 3
+
+
+def test_a_branch_that_would_begin_after_its_last_step_is_refused(run: Path, shards: Path, tmp_path: Path):
+    resume = f"checkpoint.resume={run / 'checkpoints' / '000000004'}"
+    with pytest.raises(UserError, match="steps = 3: the run begins at step 4"):
+        train(tiny_recipe("mae", shards, tmp_path / "branch", "steps=3", resume))
+
+
 def cut(run: Path, step: int) -> None:
     """Change a run into what it would be if it had been stopped at a step."""
     store = DiskStore(str(run / "checkpoints"))
@@ -716,7 +769,7 @@ def test_a_step_is_gone_back_to_once(run: Path, shards: Path, resume: str):
     [
         ("checkpoint.resume=11", "no complete checkpoint there"),
         ("log.every=7", "nothing reads it"),
-        ("checkpoint.folder=/dev/null/x", "no checkpoint can be written"),
+        ("checkpoint.folder=/dev/null/x", "holds no checkpoint of"),
         ("optim.lr=0.5", "another recipe"),
     ],
 )
