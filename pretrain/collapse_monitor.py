@@ -18,6 +18,7 @@ from pretrain.run_folder.jsonl_rows import iterate_rows
 PATIENCE = 20  # number of consecutive rows of metrics that must look collapsed before the warning
 MIN_FEATURE_STD_RATIO = 0.1  # smallest healthy ratio of feature_std to its value at the start of the run
 MIN_RANK = 1.5  # below it, the class tokens lie almost on a line
+MIN_RANK_RATIO = 0.25  # smallest healthy ratio of rank − 1 to its value at the start, which is low in narrow networks
 MAX_ENTROPY_SHARE = 0.995  # largest healthy share of teacher_entropy in ln K, which it reaches if all images are alike
 OF_HEALTH = {"std": "feature_std", "rankme": "rank"}  # {number of the protocol `health`: its logged quantity}
 GRACE_STEPS = 300  # a high entropy is normal in these first steps, or in the learning rate's warm-up if that is longer
@@ -61,7 +62,7 @@ class CollapseMonitor:
         kind = key.rpartition("/")[2]
         looks_collapsed = {
             "feature_std": value < MIN_FEATURE_STD_RATIO * first,
-            "rank": value < MIN_RANK < first,
+            "rank": _low_rank(value, first),
             "teacher_entropy": self.max_entropy is not None
             and value > MAX_ENTROPY_SHARE * self.max_entropy
             and step >= self.grace_steps,
@@ -72,12 +73,16 @@ class CollapseMonitor:
             self.say(f"step {step}: collapse: {self._reason(key, kind, value, first)}")
 
     def verdict(self) -> str:
-        """When the run collapsed, in which quantities, and whether it had recovered by the last row; "" for a healthy
-        run."""
+        """When the run collapsed, in which quantities, which of them recovered by the last row, and what that means for
+        its exports; "" for a healthy run."""
         if not self.warned:
             return ""
         recovered = [key for key in self.warned if self.count[key] < PATIENCE]
-        end = f"and {', '.join(recovered)} recovered" if recovered else "and was still collapsed at the end"
+        if len(recovered) == len(self.warned):
+            end = "and recovered; compare the scores of its exports with those of step 0"
+        else:
+            some = f"of these, {', '.join(recovered)} recovered; " if recovered else ""
+            end = f"and was still collapsed at the end; {some}its exports are of little use"
         return f"collapsed at step {min(self.warned.values())} ({', '.join(self.warned)}), {end}"
 
     def _reason(self, key: str, kind: str, value: float, first: float) -> str:
@@ -90,7 +95,7 @@ class CollapseMonitor:
                 f" {remedy + ', or ' if remedy else ''}start from trained weights (init.backbone)"
             )
         return (
-            f"the class tokens of all images are becoming alike ({values}; an untrained network has a feature_std of"
+            f"the class tokens of all images are becoming alike ({values}; an untrained ViT of usual width has a feature_std of"
             f" 0.1 to 0.9 and a rank of 3 or more); {_advice(remedy)}"
         )
 
@@ -107,7 +112,7 @@ def of_health(values: Mapping[str, float], first: Mapping[str, float], remedies:
     of the protocol `health`, of the export and of the untrained network."""
     looks_collapsed = {
         "std": values["std"] < MIN_FEATURE_STD_RATIO * first["std"],
-        "rankme": values["rankme"] < MIN_RANK < first["rankme"],
+        "rankme": _low_rank(values["rankme"], first["rankme"]),
     }
     found = [name for name, looks in looks_collapsed.items() if looks]
     if not found:
@@ -116,6 +121,11 @@ def of_health(values: Mapping[str, float], first: Mapping[str, float], remedies:
     return (
         f"the features of all images are becoming alike ({compared}); {_advice(remedies.get(OF_HEALTH[found[0]], ''))}"
     )
+
+
+def _low_rank(value: float, first: float) -> bool:
+    """Whether a rank looks collapsed beside the rank at the start."""
+    return value < MIN_RANK and value - 1 < MIN_RANK_RATIO * (first - 1)
 
 
 def _advice(remedy: str) -> str:

@@ -345,10 +345,7 @@ def _finish(run: Run, first: int, end: int, unit: str) -> None:
         rows = read_rows(folder / "metrics.jsonl")
         classes, warmup = cfg.objective.assignments(), cfg.optim.lr.warmup_steps()
         if verdict := collapse_monitor.verdict(rows, classes, warmup):
-            say(
-                f"{folder}: {verdict}; its exports are of little use;"
-                f" see `collapse` in {folder / 'log.txt'} for what to change"
-            )
+            say(f"{folder}: {verdict}; see `collapse` in {folder / 'log.txt'} for what to change")
     if end < cfg.steps:
         say(f"{folder}: stopped as asked, after a checkpoint; the same command resumes the run")
         raise Stopped(run.stop.number)

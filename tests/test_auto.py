@@ -215,10 +215,20 @@ def test_a_run_that_goes_on_remembers_how_it_began(tmp_path: Path):
 def test_the_verdict_on_a_whole_run():
     falling = [0.5 * 0.8**i for i in range(80)]
     assert collapse_monitor.verdict(rows(feature_std=falling, rank=[9.0] * 80), 64, 0) == (
-        "collapsed at step 30 (feature_std), and was still collapsed at the end"
+        "collapsed at step 30 (feature_std), and was still collapsed at the end; its exports are of little use"
     )
     back = collapse_monitor.verdict(rows(feature_std=falling, rank=[9.0] * 5 + [1.1] * 20 + [9.0] * 55), None, 0)
-    assert back == "collapsed at step 24 (rank, feature_std), and rank recovered"
+    assert back == (
+        "collapsed at step 24 (rank, feature_std), and was still collapsed at the end; of these, rank recovered; its"
+        " exports are of little use"
+    )
+    low, high = [1.1] * 20, [9.0] * 55
+    assert collapse_monitor.verdict(rows(rank=[9.0, *low, *high]), None, 0) == (
+        "collapsed at step 20 (rank), and recovered; compare the scores of its exports with those of step 0"
+    )
+    # a narrow network begins with a low rank, of which half is left
+    assert collapse_monitor.verdict(rows(rank=[1.68] + [1.35] * 40), None, 0) == ""
+    assert "collapsed" in collapse_monitor.verdict(rows(rank=[1.68] + [1.1] * 40), None, 0)
     assert collapse_monitor.verdict([*rows(feature_std=[0.5] * 40), {"step": 41, "rank": None}], None, 0) == ""
 
 
