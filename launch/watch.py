@@ -12,6 +12,7 @@ command ends with an error.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 import traceback
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from common import child_signals
+from common.appended_lines import LineFile
 from common.errors import UserError, run_main
-from common.output import say
+from common.output import printable, say
 from eval import results
 from eval.run import by_protocol
 from eval.tiers import tasks
@@ -38,6 +40,7 @@ from pretrain.run_folder.written_files import BEGUN
 from pretrain.signals import EXIT_UNSCORED
 
 MAX_DEATHS = 2  # of the process during one evaluation, after which this one is left out
+_log_file = functools.cache(LineFile)  # keeps the lines that a full disk did not take
 SAMPLE_TOKENS = 100  # number of tokens that a language model generates for each prompt
 
 
@@ -49,7 +52,7 @@ def score(
     generated texts to samples.jsonl. Returns (protocol, error) for those that have failed.
 
     Protocols of which results.jsonl has rows are not computed again, and rows that another process has written in the
-    meantime are not written. `board`: the SummaryWriter of the run. `device`: of a tier that names none.
+    meantime are not written. `board`: the `pretrain.metrics.Board` of the run. `device`: of a tier that names none.
     """
     cfg, identity, task = recipe.eval, run_identity(run)["id"], tasks(recipe)[split]
     names = lacks((model, step, split), task, recipe, results.scored(run / "results.jsonl"))
@@ -75,13 +78,17 @@ def score(
         if name == "health":
             _note_collapse(run, recipe, rows, step)
         if not baseline:
-            for row in rows:
-                board.add_scalar(score_name(row), row["value"], step)
-            board.flush()
+            board.add(functools.partial(_show, [("add_scalar", score_name(row), row["value"]) for row in rows], step))
         results.append_new(run / "results.jsonl", rows)  # last: a protocol of which there are rows is complete
     if not baseline:
         model_card.write(Path(model))  # with these rows
     return failed
+
+
+def _show(entries: list[tuple[str, str, Any]], step: int, writer: Any) -> None:
+    """Write entries (method of a SummaryWriter, tag, value) to TensorBoard."""
+    for method, tag, value in entries:
+        getattr(writer, method)(tag, value, step)
 
 
 def _note_collapse(run: Path, recipe: Recipe, rows: list[dict[str, Any]], step: int) -> None:
@@ -109,9 +116,8 @@ def _generate(run: Path, model: Path, step: int, prompts: list[str], identity: s
         return
     generated = samples(model, step, missing)
     _check_identity(run, identity)
-    for row in generated:
-        board.add_text(f"samples/{row['prompt'] or 'beginning'}", escape(row["text"]), step)
-    board.flush()
+    texts = [("add_text", f"samples/{row['prompt'] or 'beginning'}", escape(row["text"])) for row in generated]
+    board.add(functools.partial(_show, texts, step))
     results.append_new(run / "samples.jsonl", generated, ("step", "prompt"))
 
 
@@ -133,8 +139,8 @@ def evaluate_one(run: Path, model: str, step: int, split: str, identity: str) ->
     """Run one evaluation, as far as results.jsonl lacks its rows. Returns 0. Raises UserError if the run with this
     identity was overwritten, and the error of the first protocol that has failed."""
     import torch
-    from torch.utils.tensorboard import SummaryWriter
 
+    from pretrain.metrics import Board
     from pretrain.parallel.device import threads
 
     recipe = stored(run)
@@ -144,7 +150,7 @@ def evaluate_one(run: Path, model: str, step: int, split: str, identity: str) ->
             model_card.write(Path(model))
         return 0
     torch.set_num_threads(threads(1))
-    board = SummaryWriter(str(run / "tensorboard"))
+    board = Board(run / "tensorboard")
     failed = score(run, recipe, model, step, split, board, recipe.eval.device)
     board.close()
     for name, error in failed[1:]:
@@ -160,12 +166,12 @@ def watch(run: Path) -> int:
     Failed evaluations are then retried once. Returns EXIT_UNSCORED if one has failed again, otherwise 0.
     """
     import torch
-    from torch.utils.tensorboard import SummaryWriter
 
+    from pretrain.metrics import Board
     from pretrain.parallel.device import scoring_device, threads
 
     torch.set_num_threads(threads(2))
-    recipe, board = stored(run), SummaryWriter(str(run / "tensorboard"))
+    recipe, board = stored(run), Board(run / "tensorboard")
     device = scoring_device(recipe.eval.device, recipe.device)
     done: set[tuple[str, int, str]] = set()  # evaluations that were tried
     training_ended, retrying = False, False
@@ -226,8 +232,8 @@ def _log_failure(run: Path, job: tuple[str, int, str], protocol: str, error: Exc
 
 def _log(run: Path, line: str, *details: str) -> None:
     """Write a line to standard error and, with the time and with details below it, to log.txt."""
-    with (run / "log.txt").open("a") as log:
-        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", *details, file=log)
+    lines = (f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", *details)
+    _log_file(run / "log.txt").add("".join(f"{printable(one)}\n" for one in lines))
     say(line, file=sys.stderr)
 
 

@@ -215,12 +215,12 @@ class Writer:
 class Board:
     """TensorBoard's event file. If the disk is full, entries are kept in memory, and written to a new file later.
 
-    TensorBoard ignores the entries of steps from `step` on in earlier files of the folder.
+    TensorBoard ignores the entries of steps from `step` on in earlier files of the folder; with None, none of them.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int | None = None):
         self.folder = folder
-        self.purge_step: int | None = step
+        self.purge_step = step
         self.pending: list[Callable[[Any], None]] = []
         self.writer: Any = None
 

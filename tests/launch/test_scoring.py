@@ -4,15 +4,20 @@ that lacks scores at the end does not look like a success."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from common import config
 from common.errors import UserError
@@ -20,6 +25,7 @@ from data_pipeline.build.build_shards import build
 from eval import results
 from eval.periodic_scoring import MAX_RESTARTS, check
 from eval.tiers import tasks
+from launch import watch
 from launch.due_evaluations import due, lacks
 from pretrain.recipes.recipe import load
 from pretrain.run_folder.jsonl_rows import read_rows
@@ -207,3 +213,44 @@ def test_an_evaluation_that_fails_ends_with_a_code_of_its_own(shards: Path, tmp_
     )
     assert done.returncode == EXIT_UNSCORED and done.stderr.count("evaluation of") == 4  # two exports, each tried again
     assert "gone: no such file or folder" in (run / "log.txt").read_text()
+
+
+def test_scores_are_complete_after_a_disk_was_full(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """While TensorBoard's file cannot be written, and log.txt neither, rows and scalars are kept."""
+    run = train(tiny_recipe("mae", shards, tmp_path / "run", *QUICK, f"eval.gallery={shards}"))
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("test: []", f"test: [{shards}]", 1))
+    (run / "log.txt").rename(run / "log.before")
+    (run / "log.txt").symlink_to("/dev/full")
+    write, failures = RecordWriter.write, iter([True] * 2)
+
+    def sometimes(self: RecordWriter, data: bytes) -> None:
+        if next(failures, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", sometimes)
+    monkeypatch.setattr(watch.child_signals, "input_closed", lambda wait: True)
+    monkeypatch.setattr(results, "append_new", once_refused(results.append_new, run / "log.txt"))
+    assert watch.watch(run) == 0
+    assert {row["step"] for row in read_rows(run / "results.jsonl") if row["protocol"] == "knn"} == {0, 2}
+    files = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert {event.step for event in files.Scalars("test/knn/accuracy")} == {0, 2}
+    assert "evaluation of" in (run / "log.txt").read_text()
+
+
+def once_refused(append: Callable, log: Path) -> Callable:
+    """A function whose first call fails as on a full disk; at the second call, the disk has room for `log`, too."""
+    calls = itertools.count()
+
+    def refused(*arguments: Any) -> bool:
+        if next(calls) == 0:
+            raise UserError("scores cannot be written (the disk is full)")
+        if log.is_symlink():
+            log.unlink()
+            watch._log(log.parent, "there is room again")
+        return append(*arguments)
+
+    return refused
