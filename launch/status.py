@@ -198,11 +198,30 @@ def stop(run: Path, now: bool) -> str:
     if holder["machine"] != machine_id():
         raise UserError(f"{run}: is trained by process {holder['pid']} on {holder['host']}; stop it there")
     try:
-        os.kill(holder["pid"], signal.SIGKILL if now else signal.SIGTERM)
+        if now:
+            _end_at_once(holder["pid"])
+        else:
+            os.kill(holder["pid"], signal.SIGTERM)
     except OSError as error:  # it belongs to another user, or has just ended
         raise UserError(f"{run}: process {holder['pid']} cannot be stopped ({error.strerror})") from None
     how = "is ended" if now else "ends after a checkpoint at the next step"
     return f"{run}: process {holder['pid']} {how}"
+
+
+def _end_at_once(pid: int) -> None:
+    """Kill a process that trains a run, and those that it has started to train and to score: trainers whose launcher was
+    killed would write a checkpoint, and a scoring process would compute all scores that are due."""
+    started = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            parent = stat.read_bytes().rpartition(b")")[2].split()[1]
+            words = stat.with_name("cmdline").read_bytes().split(b"\0")
+            if int(parent) == pid and {b"pretrain.train", b"launch.watch"} & {*words}:
+                started.append(int(stat.parent.name))
+    os.kill(pid, signal.SIGKILL)  # first, so that it starts none of them again
+    for child in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def _cancel_evaluations(run: Path, done: str) -> str:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from common import config
@@ -194,3 +196,23 @@ def test_a_run_on_this_machine_is_followed_and_stopped(shards: Path, tmp_path: P
     assert not follower.is_alive() and any("stopped as asked, after a checkpoint" in line for line in seen)
     assert int(max(complete_checkpoints(run)).name) == last_step(run)
     assert status.of(run, {}).state == "stopped"
+
+
+@pytest.mark.slow
+def test_a_run_on_this_machine_is_ended_at_once(shards: Path, tmp_path: Path):
+    """Neither its trainers nor its scoring process go on, and no checkpoint is written."""
+    run, path = tmp_path / "run", tmp_path / "run.yaml"
+    options = ("steps=100000", "checkpoint=100000", "eval.pixels=false", "parallel.mode=ddp", f"eval.val={shards}")
+    path.write_text(
+        config.dump(tiny_recipe("mae", shards, run, *options, f"eval.gallery={shards}", "eval.quick=[knn]"))
+    )
+    command = [sys.executable, "-m", "launch.cli", "train", str(path), "--processes", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    assert wait_for(lambda: last_step(run) > 3, process)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 3
+    assert call("stop", run, "--now") == 0
+    assert process.wait(60) == -signal.SIGKILL
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] and not complete_checkpoints(run)
+    assert "stopped as asked" not in (run / "log.txt").read_text()
