@@ -288,5 +288,6 @@ def check(cfg: Recipe, cls: type[Objective]) -> None:
         raise ConfigError(
             f"objective.name = {cfg.objective.name}: trains on {', '.join(cls.parts)}, but"
             f" model.name = {cfg.model.name} reads {cfg.model.reads};"
-            " choose a model that fits (`unlabeled recipes` shows pairs that go together)"
+            " choose a model that fits (`unlabeled recipes` shows pairs that go together), or name the part that the model"
+            f" gets {cfg.model.reads!r} in `parts`"
         )

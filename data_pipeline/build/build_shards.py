@@ -43,7 +43,7 @@ from data_pipeline.shards.members import AUDIO, CONTENT_EXTENSIONS, MAX_MEMBER_B
 from data_pipeline.shards.samples import Samples
 from data_pipeline.storage.urls import is_local, stamp
 
-FORMAT = 2  # format of stored plans and task results; a stopped build with another format is not resumed
+FORMAT = 3  # format of stored plans and task results; a stopped build with another format is not resumed
 # If dropped members have more distinct endings (05.jpg) than this, they are counted by their last part (jpg).
 MAX_ENDINGS = 50
 # Default values of keys that the summaries of older versions lack.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import Damaged
+from common.errors import ConfigError, Damaged
 from common.untrusted import is_number
 from data_pipeline.parts.part import About, Part
 from data_pipeline.shards.dataset import Dataset
@@ -17,13 +17,26 @@ from data_pipeline.shards.dataset import Dataset
 @dataclass
 class Label(Part):
     """A label is decoded to an int, the number of its class. `About.classes` has the names of the classes, if the
-    manifests of all shards have the same names."""
+    manifests of all shards have names. A manifest may lack the last ones of another."""
 
     extensions = ("cls",)
 
+    def check(self, datasets: Sequence[Dataset], model: Any) -> None:
+        super().check(datasets, model)
+        pairs = [pair for dataset in datasets for pair in zip(dataset.manifests, dataset.specs, strict=True)]
+        found = [(indexed.manifest.classes, spec) for indexed, spec in pairs]
+        longest, theirs = max(found, key=lambda each: len(each[0]), default=([], ""))
+        for names, ours in found:
+            if differing := [n for n, name in enumerate(names) if name != longest[n]]:
+                n = differing[0]
+                raise ConfigError(
+                    f"{ours}: its label {n} is {names[n]}, but label {n} of {theirs} is {longest[n]}; a number needs"
+                    " one meaning in a run: build these shards together, from one source with all classes"
+                )
+
     def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
         classes = [indexed.manifest.classes for dataset in datasets or () for indexed in dataset.manifests]
-        return {"classes": tuple(classes[0]) if classes and all(names == classes[0] for names in classes) else ()}
+        return {"classes": tuple(max(classes, key=len)) if classes and all(classes) else ()}
 
     def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> int:
         text = members["cls"].decode(errors="replace").strip()

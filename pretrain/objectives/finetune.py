@@ -92,7 +92,7 @@ class FineTune(Objective):
     def __init__(self, cfg: Config, backbone: Builder) -> None:
         super().__init__(cfg, backbone)
         if cfg.classes == "auto":
-            raise ValueError("objective.classes = auto: the shards name no classes; write objective.classes=NUMBER")
+            raise ValueError("objective.classes = auto: not all shards name classes; write objective.classes=NUMBER")
         self.backbone = backbone(local_cls_norm=False)  # there are no local crops
         self.head = nn.Linear(self.backbone.embed_dim, cfg.classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in the published code of both papers

@@ -26,7 +26,7 @@ from pretrain.build import open_samples, parts_of
 from pretrain.models.families import Decoder
 from pretrain.recipes.recipe import load
 from tests.conftest import tokens, unlabeled
-from tests.data.building import quiet
+from tests.data.building import make, quiet
 from tests.tars import jpeg, write_tar
 
 CPU = torch.device("cpu")
@@ -72,7 +72,23 @@ def test_a_sample_without_a_part_is_absent_and_a_set_without_one_an_error(tmp_pa
 def test_the_names_of_classes_reach_the_views(shards: Path, pairs: Samples):
     assert Label().about([Samples([str(shards)])], None) == {"classes": ("china", "flower")}
     assert Label().about([pairs], None) == Label().about(None, None) == {"classes": ()}
-    assert Label().about([pairs, Samples([str(shards)])], None) == {"classes": ()}  # their class names differ
+    assert Label().about([pairs, Samples([str(shards)])], None) == {"classes": ()}  # some have no names
+
+
+def test_a_number_of_a_label_has_one_name_in_a_run(tmp_path: Path):
+    """Shards whose numbers stand for other classes are refused; those that lack only the last classes are not."""
+    for name, classes in {"all": "cat cow dog", "first": "cat cow", "other": "cow dog"}.items():
+        for n, one in enumerate(classes.split()):
+            (tmp_path / "in" / name / one).mkdir(parents=True)
+            (tmp_path / "in" / name / one / "a.jpg").write_bytes(jpeg(n))
+        make(tmp_path / "in" / name, tmp_path / name)
+    everything, first, other = (Samples([str(tmp_path / name)]) for name in ("all", "first", "other"))
+    Label().check([first, everything], None)
+    assert Label().about([first, everything], None) == {"classes": ("cat", "cow", "dog")}
+    says = rf"{tmp_path}/other: its label 0 is cow, but label 0 of {tmp_path}/all is cat; a number needs one meaning"
+    for mixed in ([everything, other], [Samples([str(tmp_path / "all"), str(tmp_path / "other")])]):
+        with pytest.raises(ConfigError, match=says):
+            Label().check(mixed, None)
 
 
 def test_a_caption_becomes_a_row_of_tokens(shards: Path):

@@ -98,6 +98,24 @@ def test_labels_from_a_list(tmp_path: Path, kind: str):
     assert summary["notes"] == [f"1 files have no row in {labels} and get no label: x/c.jpg"]
 
 
+@pytest.mark.parametrize("options", [{}, {"tile": 32}], ids=["images", "tiles"])
+def test_other_columns_of_a_list_of_labels_are_fields(tmp_path: Path, options: dict[str, Any]):
+    """Patients and sites come into the .json member, from which the protocol `group` reads them; empty cells do not."""
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(("a", "b", "c")):
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(jpeg(i, 48))
+    rows = ["path,label,patient,site,top", "a.jpg,cat,7,north,x", "b.jpg,dog,,south,x"]
+    (tmp_path / "l.csv").write_text("\n".join(rows))
+    make(tmp_path / "in", tmp_path / "out", labels=str(tmp_path / "l.csv"), **options)
+    facts = {"left": 0, "top": 0} if options else {}
+    got = [(json.loads(s["json"]), s.get("cls")) for s in samples_of(tmp_path / "out")]
+    assert got == [
+        ({"patient": "7", "site": "north", "top": "x", "path": "a.jpg"} | facts, b"0"),
+        ({"site": "south", "top": "x", "path": "b.jpg"} | facts, b"1"),
+        ({"path": "c.jpg"} | facts, None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

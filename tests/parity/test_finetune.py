@@ -244,7 +244,7 @@ def test_classes_come_from_the_shards_and_the_feature_from_the_export(shards: Pa
 
 def test_shards_that_name_no_classes_need_a_number(shards: Path, tmp_path: Path):
     with pytest.raises(
-        ConfigError, match=r"objective.classes = auto: the shards name no classes; write objective.class"
+        ConfigError, match=r"objective.classes = auto: not all shards name classes; write objective.class"
     ):
         build_objective(tiny_recipe("finetune", shards, tmp_path, "objective.classes=auto"))
 

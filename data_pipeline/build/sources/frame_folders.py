@@ -17,8 +17,8 @@ from typing import Any
 
 from common.errors import Damaged, DataError
 from common.untrusted import is_number
-from data_pipeline.build.sources.media_folders import Videos
-from data_pipeline.build.sources.source import Block, Entry, Options, to_json
+from data_pipeline.build.sources.media_folders import Videos, annotated
+from data_pipeline.build.sources.source import Block, Entry, Options
 from data_pipeline.build.sources.source_files import File, reason_of
 from data_pipeline.formats.av_files import need_av
 from data_pipeline.formats.decode import Encoded
@@ -74,11 +74,11 @@ class FrameFolders(Videos):
         super().begin()
 
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        for size, rows, (folder, label) in super().blocks(surveys):
-            yield Block(size, rows, [folder, [file.path for file in self.frames[folder]], label])
+        for size, rows, (folder, stated) in super().blocks(surveys):
+            yield Block(size, rows, [folder, [file.path for file in self.frames[folder]], stated])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
-        folder, paths, label = piece
+        folder, paths, stated = piece
         fps = self.options.fps
         assert fps is not None
         try:
@@ -86,9 +86,7 @@ class FrameFolders(Videos):
         except (OSError, Damaged) as reason:
             yield Entry(folder, reason=reason_of(reason))
             return
-        members = {"mov": video, "json": to_json({"path": folder, **self.annotation(video)})}
-        if label is not None:
-            members["cls"] = str(label).encode()
+        members = {"mov": video, **annotated(stated, {"path": folder, **self.annotation(video)})}
         yield Entry(folder, folder.rpartition("/")[2], members)
 
 

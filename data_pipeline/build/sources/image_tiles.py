@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 
 from common.errors import Damaged, DataError
-from data_pipeline.build.sources.media_folders import Images, map_ending
-from data_pipeline.build.sources.source import IMAGE_OPTIONS, Block, Entry, Options, stem, to_json
+from data_pipeline.build.sources.media_folders import Images, annotated, map_ending
+from data_pipeline.build.sources.source import IMAGE_OPTIONS, Block, Entry, Options, stem
 from data_pipeline.build.sources.source_files import READ_ERRORS, File, extension, reason_of
 from data_pipeline.formats.image_formats import ARRAY, IMAGES
 from data_pipeline.formats.pixel_maps import read_map
@@ -112,14 +112,13 @@ class Tiles(Images):
         return {"blocks": blocks, "bad": []}
 
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        numbers = {name: i for i, name in enumerate(self.classes)}
         for file in self.files:
-            label, maps = self._labels.get(file.path), [each.path for each in self.maps.get(file.path, [])]
+            maps = [each.path for each in self.maps.get(file.path, [])]
             for size, rows, piece in surveys[file.path]["blocks"]:
-                yield Block(size, rows, [*piece, None if label is None else numbers[label], *maps])
+                yield Block(size, rows, [*piece, self._stated(file.path), *maps])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
-        path, first, count, label, *maps = piece
+        path, first, count, stated, *maps = piece
         with self._open(path) as image:
             planes, failed = self._planes(maps, image.shape)
             for top in range(first * self.side, (first + count) * self.side, self.side):
@@ -134,7 +133,7 @@ class Tiles(Images):
                         continue
                     part = slice(left, left + self.side)
                     of_tile = {ending: plane[top : top + self.side, part] for ending, plane in planes.items()}
-                    yield self._tile(path, strip[:, part], of_tile, (left, top), label)
+                    yield self._tile(path, strip[:, part], of_tile, (left, top), stated)
 
     def _planes(self, maps: list[str], shape: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], str]:
         """({ending: numbers [H, W]} of the masks and depth maps of an image of `shape`, why they cannot be used or "")."""
@@ -151,7 +150,7 @@ class Tiles(Images):
         return planes, ""
 
     def _tile(
-        self, path: str, pixels: np.ndarray, maps: dict[str, np.ndarray], place: tuple[int, int], label: int | None
+        self, path: str, pixels: np.ndarray, maps: dict[str, np.ndarray], place: tuple[int, int], stated: list[Any]
     ) -> Entry | None:
         """The sample of a tile; None for one that is left out."""
         if self.options.tile_min_std and _deviation(pixels) < self.options.tile_min_std:
@@ -159,11 +158,9 @@ class Tiles(Images):
         left, top = place
         ending, data = encoded(pixels, self.options.tile_jpeg)
         level = {"level": self.options.tile_level} if self.options.tile_level else {}
-        members = {ending: data, "json": to_json({"path": path, "left": left, "top": top, **level})}
+        members = {ending: data, **annotated(stated, {"path": path, "left": left, "top": top, **level})}
         for map_name, values in maps.items():
             members[map_name] = encoded_map(values, map_name)
-        if label is not None:
-            members["cls"] = str(label).encode()
         return Entry(f"{path} at {left},{top}", f"{stem(path)}-{left}-{top}", members)
 
     @contextmanager

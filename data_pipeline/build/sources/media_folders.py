@@ -1,5 +1,5 @@
 """Sources that are folders of images, of arrays or of videos. Each file becomes a sample; its label is its sub-folder of the first
-level, or comes from a list. Masks and depth maps beside an image are members of its sample.
+level, or comes from a list, whose other columns become fields of the .json member. Masks and depth maps beside an image are members of its sample.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def map_ending(path: str) -> str:
 
 
 class Images(Source):
-    """A folder of images. Pieces: [path, class number or None]."""
+    """A folder of images. Pieces: [path, what `_stated` returns for it, paths of its maps …]."""
 
     kind = "images"
     title = "folder of images"
@@ -84,6 +84,7 @@ class Images(Source):
             self.options = replace(self.options, further=endings)
             self.notes.append(f"{len(self.maps)} images have {', '.join(f'.{e}' for e in endings)} beside them")
         self._labels: dict[str, str] = {}
+        self._fields: dict[str, dict[str, Any]] = {}
         if self.options.label_field and not self.options.labels:
             raise DataError("--label-field names a column of --labels FILE, which is not given")
         if self.options.labels:
@@ -112,6 +113,7 @@ class Images(Source):
             else:
                 not_found.discard(found[0])
                 self._labels[file.path] = found[1]
+                self._fields[file.path] = labels.fields[found[0]]
         self.bad += [(path, f"is listed in {labels.name}, but does not exist") for path in sorted(not_found)]
         if unlabelled:
             some = ", ".join(unlabelled[:5]) + (", …" if len(unlabelled) > 5 else "")
@@ -123,18 +125,26 @@ class Images(Source):
                 f" its own names are like {example}. Write paths below the source"
             )
 
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.classes)}
+
+    def _stated(self, path: str) -> list[Any]:
+        """[class number or None, fields of its row in a list]: what is stated about a file, for its pieces."""
+        label = self._labels.get(path)
+        return [None if label is None else self._numbers[label], self._fields.get(path, {})]
+
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        numbers = {name: i for i, name in enumerate(self.classes)}
         for file in self.files:
-            label, maps = self._labels.get(file.path), self.maps.get(file.path, [])
+            maps = self.maps.get(file.path, [])
             size = sum(each.size + self.overhead for each in (file, *maps))
-            yield Block(size, 1, [file.path, None if label is None else numbers[label], *(each.path for each in maps)])
+            yield Block(size, 1, [file.path, self._stated(file.path), *(each.path for each in maps)])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
-        path, label, *maps = piece
+        path, stated, *maps = piece
         try:
             data = self.tree.read(path)
-            members = {member_of(extension(path)): data, "json": to_json({"path": path, **self.annotation(data)})}
+            members = {member_of(extension(path)): data, **annotated(stated, {"path": path, **self.annotation(data)})}
             for each in maps:
                 ending = map_ending(each)
                 members[ending] = self.tree.read(each)
@@ -142,13 +152,18 @@ class Images(Source):
         except (OSError, Damaged) as error:
             yield Entry(path, reason=reason_of(error))
             return
-        if label is not None:
-            members["cls"] = str(label).encode()
         yield Entry(path, stem(path), members)
 
     def annotation(self, data: bytes) -> dict[str, Any]:
         """Further entries for the json member of a file."""
         return {}
+
+
+def annotated(stated: list[Any], facts: dict[str, Any]) -> dict[str, bytes]:
+    """The .json member, and the .cls member if there is a label. `stated`: [class number or None, fields of a list];
+    `facts`: what the build knows, which replaces fields of the same name."""
+    label, fields = stated
+    return {"json": to_json(fields | facts)} | ({} if label is None else {"cls": str(label).encode()})
 
 
 class Arrays(Images):
@@ -163,7 +178,7 @@ class Arrays(Images):
 
 
 class Videos(Images):
-    """A folder of videos. Pieces: [path, class number or None]."""
+    """A folder of videos. Pieces: [path, what `_stated` returns for it]."""
 
     kind = "videos"
     title = "folder of videos"

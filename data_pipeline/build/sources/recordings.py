@@ -96,6 +96,7 @@ class Recordings(Images):
             raise DataError(f"{self.tree.url}: has no field {wanted!r}; its fields: {', '.join(first) or 'none'}")
         labels = {path: row.get(field) for path, row in self._rows.items()} if field else {}
         self._labels = {path: str(label) for path, label in labels.items() if label is not None}
+        self._fields = self._rows
         self.classes = class_order(set(self._labels.values()))
 
     def files_to_survey(self) -> list[str]:
@@ -120,13 +121,10 @@ class Recordings(Images):
         return {"blocks": [[(b - a) * size, b - a, [count, total, a, b]] for a, b in spans], "bad": []}
 
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        numbers = {name: i for i, name in enumerate(self.classes)}
         for file in self.files:
-            label = self._labels.get(file.path)
             whole = {"blocks": [[file.size + self.overhead, 1, None]]}
             for size, rows, span in surveys.get(file.path, whole)["blocks"]:
-                number = None if label is None else numbers[label]
-                yield Block(size, rows, [file.path, number, self._rows.get(file.path, {}), span])
+                yield Block(size, rows, [file.path, *self._stated(file.path), span])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
         path, label, row, span = piece

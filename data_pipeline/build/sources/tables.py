@@ -155,7 +155,8 @@ def choose_field(fields: Iterable[str], wanted: str, usual: tuple[str, ...], wha
 
 # ---------------------------------------------------------------- labels of images
 class Labels:
-    """The labels in a list whose rows have a path (or key) and a label: {path: label} in `by_path`."""
+    """The labels in a list whose rows have a path (or key) and a label: {path: label} in `by_path`. `fields` has the
+    other fields of each row, {path: {field: value}}, without those that are empty."""
 
     def __init__(self, url: str, label_field: str = ""):
         tree = Tree(url)
@@ -163,13 +164,14 @@ class Labels:
             raise DataError(f"{url}: is a folder, not a list of labels (.csv, .tsv or .jsonl)")
         self.name = url
         self.by_path: dict[str, str] = {}
+        self.fields: dict[str, Row] = {}
         path_field = ""
         for line, row in read_rows(tree, tree.single_file):
             if not path_field:
                 usual = ("key", *IMAGE_FIELDS, "id")
                 path_field = choose_field(row, "", usual, "the path", url, "one of these names")
                 label_field = choose_field(row, label_field, LABEL_FIELDS, "the label", url, "--label-field")
-            path, label = str(row.get(path_field) or ""), row.get(label_field)
+            path, label = str(row.pop(path_field, None) or ""), row.pop(label_field, None)
             if not path or label is None or not str(label).strip():
                 raise DataError(f"{url}: line {line} has no {label_field if path else path_field}")
             path, label = path.removeprefix("./"), str(label).strip()
@@ -178,6 +180,7 @@ class Labels:
                     f"{url}: line {line} gives {path} the label {label}, but it has {self.by_path[path]};"
                     " write paths below the source if several folders have files of one name"
                 )
+            self.fields.setdefault(path, {key: value for key, value in row.items() if key and value not in ("", None)})
         if not self.by_path:
             raise DataError(f"{url}: is an empty list")
 

@@ -20,8 +20,8 @@ import xxhash
 from PIL import Image
 
 from common.errors import Damaged, DataError
-from data_pipeline.build.sources.media_folders import Images, Videos
-from data_pipeline.build.sources.source import Block, Entry, Options, safe_name, to_json
+from data_pipeline.build.sources.media_folders import Images, Videos, annotated
+from data_pipeline.build.sources.source import Block, Entry, Options, safe_name
 from data_pipeline.build.sources.source_files import READ_ERRORS, Tree, reason_of
 from data_pipeline.formats import videos
 from data_pipeline.formats.av_files import av_failure, need_av
@@ -127,14 +127,12 @@ class Frames(Images):
         return Fraction(str(self.options.frames_every))
 
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        numbers = {name: i for i, name in enumerate(self.classes)}
         for file in self.files:
-            label = self._labels.get(file.path)
             for size, rows, piece in surveys[file.path]["blocks"]:
-                yield Block(size, rows, [*piece, None if label is None else numbers[label]])
+                yield Block(size, rows, [*piece, self._stated(file.path)])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
-        path, begin, first, last, start, count, label = piece
+        path, begin, first, last, start, count, stated = piece
         yielded, last_yielded, reason = 0, first - 1, ""  # frames, the interval of the last one
         # Try to seek to the first frame of the piece. If that yields no frame, decode the video from its beginning.
         for seek in (True, False) if start > begin else (False,):
@@ -147,7 +145,7 @@ class Frames(Images):
                         if interval > last:
                             break
                         if interval > last_yielded:
-                            yield self._frame(path, picture, intervals.seconds(time), label)
+                            yield self._frame(path, picture, intervals.seconds(time), stated)
                             yielded, last_yielded = yielded + 1, interval
                         if yielded == count:
                             break
@@ -160,15 +158,14 @@ class Frames(Images):
             yield Entry(path, reason=reason)
             yield from [None] * (count - yielded - 1)
 
-    def _frame(self, path: str, picture: Any, seconds: Fraction, label: int | None) -> Entry:
+    def _frame(self, path: str, picture: Any, seconds: Fraction, stated: list[Any]) -> Entry:
         if checked(picture).is_corrupt:
             raise Damaged(f"the frame at {float(seconds):.3f} s is damaged")
         pixels = pixels_of(picture, 3, upright=not self.options.as_stored)
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "JPEG", quality=JPEG_QUALITY)
-        members = {"jpg": out.getvalue(), "json": to_json({"path": path, "seconds": round(float(seconds), 3)})}
-        if label is not None:
-            members["cls"] = str(label).encode()
+        facts = {"path": path, "seconds": round(float(seconds), 3)}
+        members = {"jpg": out.getvalue(), **annotated(stated, facts)}
         return Entry(f"{path} at {float(seconds):.3f} s", f"{_video_name(path)}/{int(seconds * 1000):09d}", members)
 
     def key(self, number: int, entry: Entry) -> str:
