@@ -207,7 +207,7 @@ class Saver:
 
     def _remember_folder(self) -> None:
         """Store in the run folder where the run has saved a checkpoint. If the disk is full, the next call does."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(UserError):
             if self.remembered != self.store.location():
                 update_marker(self.run, saved_in=self.store.location())
                 self.remembered = self.store.location()

@@ -102,7 +102,19 @@ def check_data(recipe: Recipe) -> None:
 
 
 def _make_folder(run: Path) -> None:
-    """Create the folder. Raises UserError if the path exists and is neither a run folder nor an empty folder."""
+    """Create the folder. Raises UserError if it cannot be created, or exists and is neither a run folder nor empty."""
+    try:
+        _check_folder(run)
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{run}: cannot be made or read ({error.strerror or error}); choose a folder with write permission with"
+            " run=FOLDER"
+        ) from None
+
+
+def _check_folder(run: Path) -> None:
+    """Raises UserError if the path exists and is neither a run folder nor an empty folder."""
     if run.is_symlink() and not run.exists():
         raise UserError(
             f"{run}: is a link to {os.readlink(run)}, which does not exist; make that folder,"
@@ -112,7 +124,6 @@ def _make_folder(run: Path) -> None:
         raise UserError(f"{run}: is a file; choose another folder with run=FOLDER")
     if run.is_dir() and any(run.iterdir()) and not _is_run(run):
         raise UserError(f"{run}: holds files but no run; choose another folder with run=FOLDER")
-    run.mkdir(parents=True, exist_ok=True)
 
 
 def _is_run(run: Path) -> bool:

@@ -63,10 +63,20 @@ RUN_FILES = (
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file of the run folder to a temporary file, which is then renamed."""
+    """Write a file of the run folder to a temporary file, which is renamed when it is durable: otherwise the file may be
+    empty after a loss of power. Raises UserError if it cannot be written."""
     temporary = path.with_name(".recipe.yaml")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); make room on that disk, or choose another folder"
+            " with run=FOLDER"
+        ) from None
 
 
 def make_empty_folder(folder: Path, files: tuple[str, ...]) -> None:

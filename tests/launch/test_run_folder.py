@@ -3,6 +3,7 @@ program has written; refused commands change nothing."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from pretrain import train as trainer
 from pretrain.checkpoint.disk_store import DiskStore
 from pretrain.checkpoint.integrity import run_json_digest
 from pretrain.recipes.recipe import Recipe, load
-from pretrain.run_folder import overwrite, run_lock
+from pretrain.run_folder import overwrite, run_lock, written_files
 from pretrain.run_folder.checkpoint_owner import check_checkpoint_owner
 from pretrain.run_folder.jsonl_rows import read_rows
 from pretrain.run_folder.marker import run_identity
@@ -102,6 +103,29 @@ def test_a_project_is_no_run(made: Path, shards: Path, tmp_path: Path, extra: li
     with pytest.raises(UserError, match="holds files but no run; choose another folder with run=FOLDER"):
         prepare(load(project / "recipe.yaml", [f"run={project}", *extra]), Lock())
     assert files(project) == before
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(shards: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for run in (tmp_path / "file" / "run", tmp_path / "link" / "run", tmp_path / "loop" / "run", Path("/proc/run")):
+        with pytest.raises(
+            UserError, match=rf"^{run}: cannot be made or read \(.*choose a folder with write permission"
+        ):
+            prepare(recipe(shards, run))
+
+
+def test_a_disk_without_room_for_the_recipe_is_named(run: Path, shards: Path, monkeypatch: pytest.MonkeyPatch):
+    before = files(run)
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(written_files.os, "fsync", full)
+    with pytest.raises(UserError, match=r"recipe\S*yaml: cannot be written \(No space left on device\); make room"):
+        prepare(recipe(shards, run, "log=3"))
+    assert {name: text for name, text in files(run).items() if name != ".recipe.yaml"} == before
 
 
 def test_a_copied_recipe_beside_files_with_names_that_runs_use_is_no_run(made: Path, shards: Path, tmp_path: Path):
