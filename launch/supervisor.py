@@ -21,7 +21,7 @@ from typing import Any
 
 from common import build_config
 from common.appended_lines import LineFile
-from common.errors import ConfigError, UserError, run_main
+from common.errors import UserError, run_main
 from common.output import printable, say
 from eval.periodic_scoring import SCORED_ELSEWHERE
 from launch import batch_script, job_of_run, rendezvous, slurm_client
@@ -288,12 +288,7 @@ class Supervisor:
 def check_world(recipe: Recipe, processes: int) -> None:
     """Raises ConfigError if a recipe cannot run on this number of processes."""
     parallel_checks.check(recipe, processes)
-    micro, batch = recipe.parallel.micro_batch, recipe.data.batch_size
-    if isinstance(micro, int) and batch % (micro * processes):
-        raise ConfigError(
-            f"parallel.micro_batch = {micro}: data.batch = {batch} does not divide into micro-batches of {processes}"
-            " processes; write parallel.micro_batch=null, or one that divides it"
-        )
+    parallel_checks.micro_batches(recipe, processes)
 
 
 def hash_of(objective: str) -> str:

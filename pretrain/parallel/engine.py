@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -30,34 +29,22 @@ from pretrain.optim.groups import clip_groups, make_optimizer
 from pretrain.parallel import blocks, processes
 from pretrain.parallel.device import set_tf32
 from pretrain.parallel.loss_scale import LossScale
+from pretrain.recipes import parallel_checks
 from pretrain.recipes.recipe import Recipe
-from pretrain.recipes.sections import Seconds
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Judge = Callable[[Tensor], Tensor]  # gradient norm → a scalar on the device; 1.0 skips the update
 
 
 def accumulation(recipe: Recipe, coupled: bool, world: int = 1) -> int:
-    """The number of micro-batches per step and rank: data.batch / (world · parallel.micro_batch), rounded up if these are
-    budgets, or 1 if `parallel.micro_batch` is null. `coupled`: `Objective.is_coupled`. Raises ConfigError."""
-    batch, micro, budget = recipe.data.batch_size, recipe.parallel.micro_batch, recipe.data.budget
-    if micro is None:
-        return 1
-    if isinstance(micro, Seconds):
-        assert budget is not None  # `Recipe.check`
-        return math.ceil(budget.seconds / (world * micro.seconds))
-    if micro < 1 or batch % (world * micro):
-        each = max(1, batch // world)
-        fit = next((n for n in range(min(micro, each), 0, -1) if batch % (world * n) == 0), None)
-        raise ConfigError(
-            f"parallel.micro_batch = {micro}: data.batch = {batch} over {world} processes does not divide into"
-            f" micro-batches; write parallel.micro_batch={'null' if micro > each or fit is None else fit}"
-        )
-    count = batch // (world * micro)
-    if count > 1 and coupled and not recipe.parallel.accumulate_coupled:
+    """The number of micro-batches per step and rank. `coupled`: `Objective.is_coupled`. Raises ConfigError if
+    `parallel.micro_batch` does not divide the rank's samples, or if micro-batches would change the loss."""
+    count, micro = parallel_checks.micro_batches(recipe, world), recipe.parallel.micro_batch
+    if isinstance(micro, int) and count > 1 and coupled and not recipe.parallel.accumulate_coupled:
         raise ConfigError(
             f"parallel.micro_batch = {micro}: the loss of {recipe.objective.name} couples the samples of a batch"
-            f" (by the method, or by batch norms), so {count} micro-batches are not equal to one batch of {batch}; write"
+            f" (by the method, or by batch norms), so {count} micro-batches are not equal to one batch of"
+            f" {recipe.data.batch_size}; write"
             " parallel.micro_batch=null, or parallel.accumulate_coupled=true if that is what you want"
         )
     return count

@@ -70,18 +70,36 @@ def micro_batch_size(recipe: Recipe) -> int | None:
     return max(1, int(micro.seconds // recipe.data.seconds)) if isinstance(micro, Seconds) else micro
 
 
+def micro_batches(recipe: Recipe, processes: int) -> int:
+    """The number of micro-batches per step and process: 1 if a process's share of the batch is not larger than
+    `parallel.micro_batch`, or if that is null; else the quotient of the two, rounded up if they are budgets. Raises
+    ConfigError if it is no whole number."""
+    batch, micro, budget = recipe.data.batch_size, recipe.parallel.micro_batch, recipe.data.budget
+    if isinstance(micro, Seconds):
+        assert budget is not None  # `Recipe.check`
+        return math.ceil(budget.seconds / (processes * micro.seconds))
+    share = batch // processes
+    if micro is None or batch % processes or share <= micro:  # `check` refuses the second
+        return 1
+    if share % micro:
+        fit = next(n for n in range(micro, 0, -1) if share % n == 0)
+        raise ConfigError(
+            f"parallel.micro_batch = {micro}: data.batch = {batch} over {processes} processes does not divide into"
+            f" micro-batches; write parallel.micro_batch={fit}"
+        )
+    return share // micro
+
+
 def fitting_batch(recipe: Recipe, processes: int, samples: int) -> str:
     """Overrides that set the largest batch of at most `samples` which can be divided into processes, micro-batches and
-    the objective's groups of samples; overrides that remove micro-batches or groups are added where even one is too
-    large."""
+    the objective's groups of samples; an override that removes the groups is added where even one is too large."""
     micro, (group, without_groups) = micro_batch_size(recipe), recipe.objective.rows()
     further = []
-    if micro is not None and micro * processes > samples:
-        micro, further = None, ["parallel.micro_batch=null"]
-    divisor = processes * micro if micro is not None else math.lcm(processes, group)
+    divided = processes * micro if micro is not None else 0
+    divisor = divided if 0 < divided <= samples else math.lcm(processes, group)
     if divisor > samples:
         divisor = processes
-        further += [without_groups] if without_groups else []
+        further = [without_groups] if without_groups else []
     return " ".join([f"data.batch={max(1, samples // divisor) * divisor}", *further])
 
 
@@ -100,8 +118,8 @@ def _check_rows(recipe: Recipe, processes: int) -> None:
     phase."""
     micro = micro_batch_size(recipe)
     for batch in [recipe.data.batch_size, *(phase.batch for phase in recipe.data.phases if phase.batch)]:
-        rows = batch if micro is None else micro * processes
-        what = f"data.batch = {batch}" if micro is None else f"micro-batches of {micro} on {processes} processes"
+        rows = batch if micro is None else min(batch, micro * processes)
+        what = f"data.batch = {batch}" if rows == batch else f"micro-batches of {micro} on {processes} processes"
         try:
             recipe.objective.check_rows(rows, what)
         except ValueError as error:

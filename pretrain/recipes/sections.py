@@ -278,7 +278,7 @@ class Parallel(Section):
     # seconds that a process waits for the others after the first step, plus `data.fetch.retry_seconds` if shards are
     # remote; before the first step it waits half an hour
     timeout: float = option(300.0, above=0)
-    # number of samples in one forward of a process; null: all samples at once, without gradient accumulation. If
+    # largest number of samples in one forward of a process, above which gradients are accumulated; null: no limit. If
     # data.batch is a budget: {seconds: S}
     micro_batch: int | Seconds | None = option(None, low=1)
     # allow gradient accumulation for an objective whose loss couples the samples of a batch, or whose network has batch

@@ -30,6 +30,7 @@ from launch import (
 from launch.clusters import Cluster
 from launch.file_tails import last_step, tail
 from launch.slurm_rank import distributed
+from pretrain.parallel.engine import accumulation
 from pretrain.recipes.recipe import load
 from tests import slurm as slurm_of_tests
 from tests.conftest import call
@@ -175,8 +176,14 @@ def test_processes_that_do_not_fit_are_refused_before_submission(profiles: Path,
         call("launch", "demo", *words, "parallel.mode=ddp", "--on", "small", "--nodes", "3", "--dry-run")
     call("launch", "demo", *words, "parallel.mode=ddp", "--on", "small", "--nodes", "2-3", "--dry-run")  # 2 of 3
     cfg = load("demo", [*words, "parallel.mode=ddp", "parallel.micro_batch=48"])
-    with pytest.raises(UserError, match=r"parallel\.micro_batch = 48: data\.batch = 128 does not divide"):
+    with pytest.raises(
+        UserError, match=r"parallel\.micro_batch = 48: data\.batch = 128 over 2 processes does not divide"
+    ):
         supervisor.check_world(cfg, 2)
+    recipe = load("mae_vits16", [*words, "parallel.mode=ddp"])  # of the guide, on its profile: 2 nodes of 8 GPUs
+    for processes, micro_batches in ((1, 8), (4, 2), (8, 1), (16, 1), (1024, 1)):
+        supervisor.check_world(recipe, processes)
+        assert accumulation(recipe, False, processes) == micro_batches
 
 
 def test_an_array_has_a_run_for_each_combination(tmp_path: Path):
