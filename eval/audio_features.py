@@ -20,6 +20,7 @@ from eval import feature_cache
 from pretrain.models.layers import Features
 from pretrain.parallel.device import pick_device
 
+VERSION = 2  # of the features of recordings; is increased by every change that can affect them
 Input = tuple[np.ndarray, int]  # the middle of a recording, int16 [≤ S], and its number of frames
 
 
@@ -64,7 +65,7 @@ class AudioEncoder(feature_cache.Source):
 
     def fingerprint(self, samples: Samples) -> str:
         classes = [each.manifest.classes for each in samples.manifests]
-        return f"{self.model_hash} {self.pool} {type(self.part).__name__} {self.part.facts()} {classes}"
+        return f"{VERSION} {self.model_hash} {self.pool} {type(self.part).__name__} {self.part.facts()} {classes}"
 
     def read(self, samples: Samples, number: int) -> Input:
         members = samples.read(number, AUDIO)

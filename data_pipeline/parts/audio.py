@@ -127,8 +127,15 @@ class Spectrogram(Audio):
         return *shape[:-1], 1, self.mels, self.frames
 
     def place(self, tensor: Tensor, device: torch.device, **extras: Tensor) -> Tensor:
-        """Waveforms int16 [B, S] → (log-mel features − mean) / std, fp32 [B, 1, M, T], with time from left to right."""
+        """Waveforms int16 [B, S] → (log-mel features − mean) / std, fp32 [B, 1, M, T], with time from left to right.
+
+        extras["frames"] [B]: the number of frames of each recording; the frames after these are padding, and become 0,
+        because the logarithm of silence is far from all others (−15.9). Without it, all frames count.
+        """
         features = (self.features(tensor, device)[:, : self.frames] - self.mean) / self.std
+        if "frames" in extras:
+            frames = extras["frames"].to(device, non_blocking=True).view(-1, 1, 1)
+            features = features.masked_fill(torch.arange(self.frames, device=device).view(1, -1, 1) >= frames, 0)
         return features.transpose(1, 2).unsqueeze(1)
 
 

@@ -1,6 +1,6 @@
 """Audio-MAE: a masked autoencoder of log-mel spectrograms (arXiv 2207.06405).
 
-    image = (log-mel features of a cut − mean) / std, mel bands × time
+    image = (log-mel features of a cut − mean) / std, mel bands × time; 0 after the end of a shorter recording
     keep, encoder, decoder and loss as in MAE (`mae.py`), with a higher mask ratio; patches are masked at random
 
 The decoder attends to all patches, as in the first row of the paper's comparison of decoders; the paper's best decoder
@@ -46,7 +46,11 @@ class AudioMAE(mae.MAE):
         kept = max(1, int(patches * (1 - cfg.mask_ratio)))
 
         def view(sample: Sample, rng: Rng) -> dict[str, np.ndarray]:
-            waveform, _ = cut(sample["audio"], about.samples, rng(0))
-            return {"image": waveform, "keep": rng(MASKS).random(patches).argsort()[:kept]}  # int16 [S], [K]
+            waveform, length = cut(sample["audio"], about.samples, rng(0))
+            return {
+                "image": waveform,  # int16 [S]
+                "image.frames": np.array(frame_count(length, about.sample_rate)),
+                "keep": rng(MASKS).random(patches).argsort()[:kept],  # [K]
+            }
 
         return view

@@ -131,5 +131,9 @@ def test_audio_states_its_sizes_and_stands_in(tmp_path: Path):
     image = Spectrogram(sample_rate=8000, seconds=2, mels=24, patch=8)
     placed = image.place(torch.zeros(3, 16000, dtype=torch.int16), CPU)
     assert image.placed_shape((16000,)) == placed.shape[1:] == (1, 24, 192)
+    sound = torch.from_numpy(np.random.default_rng(0).normal(0, 3000, (2, 16000)).astype(np.int16))
+    whole, cut_off = image.place(sound, CPU), image.place(sound, CPU, frames=torch.tensor([198, 50]))
+    assert torch.equal(cut_off[0], whole[0]) and torch.equal(cut_off[1, :, :, :50], whole[1, :, :, :50])
+    assert not cut_off[1, :, :, 50:].any() and whole[1, :, :, 50:].all()
     made = part.stand_in("audio", np.random.default_rng(0), about)["audio"]
     assert made.dtype == np.int16 and 8000 <= len(made) < 32000

@@ -118,7 +118,7 @@ def test_an_export_is_opened_again_in_every_format(tmp_path: Path):
         export_formats.release(tmp_path / "1", ["official"])
 
 
-@pytest.mark.parametrize("positions", ["rope", "sincos"])
+@pytest.mark.parametrize("positions", ["rope", "sincos", "learned"])
 def test_a_vit_on_spectrograms_is_opened_by_transformers(positions: str, tmp_path: Path):
     """For spectrograms of any length, and its card names how they are made."""
     cfg = families.SpectrogramViT(image_size=32, patch_size=8, dim=32, depth=2, heads=2, positions=positions)
@@ -314,9 +314,12 @@ def test_audio_mae_predicts_the_patches_of_a_spectrogram(shards: Path, tmp_path:
     cfg = tiny_recipe("audio_mae", shards, tmp_path / "run", "model.image_size=16", "data.seconds=0.5")
     model: Any = build_objective(cfg)
     host = noise_batch(cfg, model, 3)
+    assert host["image.frames"].tolist() == [48] * 3
+    host["image.frames"][1] = 20  # the end of a shorter recording
     batch = placed(model, host, torch.device("cpu"))
     features = Audio(seconds=0.5, mels=16).features(host["image"], torch.device("cpu"))
     image = ((features[:, :48] - 13) / 6).transpose(1, 2)  # 48 of 48.5 frames: 6 patches of 8
+    image[1, :, 20:] = 0
     assert batch["image"].shape == (3, 1, 16, 48) and torch.allclose(batch["image"][:, 0], image)
     assert host["keep"].shape == (3, 2)  # of 2 rows and 6 columns, a fifth
     prediction, dropped = model.reconstruct(batch["image"], batch["keep"])
@@ -329,6 +332,8 @@ def test_audio_mae_predicts_the_patches_of_a_spectrogram(shards: Path, tmp_path:
             patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
             terms.append((guess - patch).square().mean())
     assert model(batch, 0)[0].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+    view = type(model).views(cfg.objective, About(sample_rate=16000, samples=8000, mels=16, patch_size=8))
+    assert view({"audio": np.ones(4800, np.int16)}, np.random.default_rng)["image.frames"] == 28  # 0.3 s
     for wrong, says in (
         ("data.mean=[1, 2, 3]", "a spectrogram has one channel, so write one value"),
         ("model.patch_size=16", "data.seconds = 0.1: is shorter than a patch of the model"),
