@@ -114,6 +114,8 @@ def spoken(folder: Path) -> tuple[Path, Path]:
     accents. Recordings get white noise, because the silence of a synthesizer is exactly zero."""
     out = folder / "words"
     if not out.is_dir():
+        if shutil.which("espeak-ng") is None:
+            raise SystemExit("the words are spoken by espeak-ng, which is not installed: apt-get install espeak-ng")
         partial = folder / "words.partial"
         shutil.rmtree(partial, ignore_errors=True)
         rng, voice_file = np.random.default_rng(0), str(folder / "voice.wav")

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from furniture import HELD_OUT, LARGEST, LIBRARIES, PACKAGE, read_mesh, surface
 from package_data import debian, fraction
-from turntables import HELD_OUT, LARGEST, LIBRARIES, PACKAGE, read_mesh, surface
 
 from data_pipeline.shards import index
 

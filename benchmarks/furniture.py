@@ -1,36 +1,26 @@
-"""Videos of a camera on a turntable among furniture, from the 3-D models of Debian's `sweethome3d-furniture` (CC0 and
-CC-BY 3.0).
+"""Pictures of furniture, from the 3-D models of Debian's `sweethome3d-furniture` (CC0 and CC-BY 3.0).
 
-A model becomes coloured points on its surface, which are painted from far to near. A room is a panorama of such views of
-random models. Each room has a video of a camera that turns to the right, and the same frames in the opposite order: a
-turn to the left. Every frame is encoded by itself. So a single frame says nothing about the direction.
+A model becomes coloured points on its surface, which are painted from far to near, seen from random sides.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pool
 from pathlib import Path
 
-import av
 import numpy as np
 from package_data import debian, fraction
 from PIL import Image
 
-from data_pipeline.build.build_shards import Options, build
-
 PACKAGE, LIBRARIES = "sweethome3d-furniture", "usr/share/sweethome3d/furniture"
 LARGEST = 150_000  # bytes of a model; larger ones take long to read
 POINTS, VIEWS, VIEW = 20_000, 4, 96  # of a model; pixels of a view
-SIDE, FRAMES, RATE = 64, 16, 12  # pixels of a frame; frames of a video, and in a second
-AROUND, SPEED = 6 * SIDE, (2.0, 6.0)  # pixels of a panorama; pixels by which it moves from frame to frame
-ROOMS = {"train": 800, "test": 250}  # of each there are two videos
+SPLITS = ("train", "test")
 HELD_OUT = 0.3  # share of the objects for tests
 
 Picture = Image.Image
@@ -141,41 +131,6 @@ def views(points: np.ndarray, colors: np.ndarray, rng: np.random.Generator) -> l
     return found
 
 
-def panorama(pictures: list[Picture], rng: np.random.Generator) -> np.ndarray:
-    """A room with furniture all around, uint8 [SIDE, AROUND, 3]; its right edge continues at its left one."""
-    floor, place = int(rng.uniform(0.5, 0.8) * SIDE), 0
-    shades = [np.linspace(*rng.uniform(60, 220, (2, 3)), rows) for rows in (floor, SIDE - floor)]
-    room = Image.fromarray(np.concatenate(shades).astype(np.uint8)[:, None].repeat(2 * AROUND, 1)).convert("RGBA")
-    while place < AROUND:
-        picture = pictures[rng.integers(len(pictures))]
-        size = rng.uniform(0.4, 0.9) * SIDE / max(picture.size)
-        width, height = (max(1, round(length * size)) for length in picture.size)
-        small, down = (
-            picture.resize((width, height)),
-            round(rng.uniform(min(floor - height / 2, SIDE - height), SIDE - height)),
-        )
-        for turn in (0, AROUND):  # what crosses the right edge is also drawn at the left one
-            room.alpha_composite(small, (place + turn, max(0, down)))
-        place += width + int(rng.integers(0, SIDE // 4))
-    return np.asarray(room.convert("RGB"))[:, AROUND : 2 * AROUND]
-
-
-def look_around(room: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What a camera sees that turns to the right: uint8 [FRAMES, SIDE, SIDE, 3]."""
-    starts = rng.uniform(0, AROUND) + np.arange(FRAMES) * rng.uniform(*SPEED)
-    return np.stack([room[:, np.arange(int(start), int(start) + SIDE) % AROUND] for start in starts])
-
-
-def write_video(path: Path, frames: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=RATE, options={"g": "1", "crf": "18"})  # all frames are key frames
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
-        for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        out.mux(stream.encode())
-
-
 def pictures_of(model: tuple[Path, str]) -> tuple[str, list[Picture]]:
     """(train or test, the views of a model); none if it has no surface."""
     path, name = model
@@ -188,40 +143,8 @@ def pictures_of(model: tuple[Path, str]) -> tuple[str, list[Picture]]:
         return split, []
 
 
-def turntables(folder: Path, processes: int = 1) -> Path:
-    """A folder that holds the shards `train` and `test`, of different objects, labelled by direction, `frames_train` and
-    `frames_test`, with a frame of each video, and the videos."""
-    out = folder / "turntables"
-    if not out.is_dir():
-        made = folder / "turntables.partial"
-        shutil.rmtree(made, ignore_errors=True)
-        with Pool(processes) as pool:
-            found = pool.map(pictures_of, models(debian(PACKAGE, folder) / LIBRARIES), chunksize=8)
-        rng = np.random.default_rng(0)
-        for split, count in ROOMS.items():
-            pictures = [picture for side, views_of_one in found if side == split for picture in views_of_one]
-            for number in range(count):
-                frames = look_around(panorama(pictures, rng), rng)
-                write_video(made / "videos" / split / "right" / f"{number:04d}.mp4", frames)
-                write_video(made / "videos" / split / "left" / f"{number:04d}.mp4", frames[::-1])
-            build(made / "videos" / split, made / split)
-            every = Options(frames_every=FRAMES / RATE)  # the first frame of each video
-            build(made / "videos" / split, made / f"frames_{split}", kind="frames", options=every)
-        made.rename(out)
-    return out
-
-
-def flow_accuracy(folder: Path) -> float:
-    """The accuracy for the direction of the test videos, from the sign of the motion between their first two frames:
-    that of Σ ∂I/∂t · ∂I/∂x, which is negative where the picture moves to the right, as it does while the camera turns to
-    the left. This shows how well the frames hold the label."""
-    correct, count = 0, 0
-    for direction in ("left", "right"):
-        for path in sorted((turntables(folder) / "videos" / "test" / direction).iterdir()):
-            with av.open(str(path)) as video:
-                decoded = itertools.islice(video.decode(video=0), 2)
-                first, second = (frame.to_ndarray(format="gray").astype(float) for frame in decoded)
-            slope = np.gradient((first + second) / 2, axis=1)
-            correct += ("left" if ((second - first) * slope).sum() < 0 else "right") == direction
-            count += 1
-    return correct / count
+def pictures(folder: Path, processes: int = 1) -> dict[str, list[Picture]]:
+    """{"train", "test": views of different objects}."""
+    with Pool(processes) as pool:
+        found = pool.map(pictures_of, models(debian(PACKAGE, folder) / LIBRARIES), chunksize=8)
+    return {split: [view for side, views_of_one in found if side == split for view in views_of_one] for split in SPLITS}
