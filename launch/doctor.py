@@ -34,6 +34,8 @@ EXTRAS = {
     "tokenizers": "text",
     "av": "video",
     "tifffile": "tiff",
+    "pydicom": "radiology",
+    "nibabel": "radiology",
     "submitit": "slurm",
     "trackio": "trackio",
     "wandb": "wandb",

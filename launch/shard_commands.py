@@ -28,7 +28,7 @@ def build(
     kind: Annotated[
         str,
         "KIND",
-        "images, arrays, tiles, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
+        "images, arrays, tiles, slices, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
         " files); for a folder that holds only videos, `images` stands for their frames",
     ] = "",
     labels: Annotated[HomePath, "FILE", ".csv, .tsv or .jsonl file with a path and a label for each image"] = NO_FILE,
@@ -66,6 +66,17 @@ def build(
         " a share of their range",
     ] = 0.0,
     tile_jpeg: Annotated[int | None, "QUALITY", "store tiles of 8-bit grey or colours as JPEG of this quality"] = None,
+    window: Annotated[
+        str,
+        "LOW,HIGH",
+        "DICOM and NIfTI: store the numbers between these two, such as Hounsfield units, as 16-bit grey; others are cut off",
+    ] = "",
+    dicom_fields: Annotated[
+        str,
+        "NAME,…",
+        "DICOM: keywords whose values each sample states, such as PatientID,SeriesInstanceUID; by default none, because they"
+        " may identify patients",
+    ] = "",
     fps: Annotated[
         float | None,
         "N",
@@ -99,6 +110,8 @@ def build(
         tile_level=tile_level,
         tile_min_std=tile_min_std,
         tile_jpeg=tile_jpeg,
+        window=window,
+        dicom_fields=dicom_fields,
         seconds=seconds,
         max_pixels=max_pixels,
     )

@@ -9,6 +9,7 @@ from common.errors import DataError, nearest
 from data_pipeline.build.sources.frame_folders import FrameFolders, check_fps
 from data_pipeline.build.sources.image_tiles import Tiles, check_tile
 from data_pipeline.build.sources.media_folders import Arrays, Images, Videos
+from data_pipeline.build.sources.medical_slices import MedicalSlices, check_window
 from data_pipeline.build.sources.parquet import ParquetImages, Table
 from data_pipeline.build.sources.recordings import Recordings, check_seconds, names_recordings
 from data_pipeline.build.sources.source import Options, Source, check_bits, check_max_pixels
@@ -24,7 +25,20 @@ from data_pipeline.storage.urls import compressed_tar_hint
 
 KINDS: dict[str, type[Source]] = {
     k.kind: k
-    for k in (Images, Arrays, Tiles, Videos, Frames, FrameFolders, Recordings, Text, ImageText, ParquetImages, Tars)
+    for k in (
+        Images,
+        Arrays,
+        Tiles,
+        MedicalSlices,
+        Videos,
+        Frames,
+        FrameFolders,
+        Recordings,
+        Text,
+        ImageText,
+        ParquetImages,
+        Tars,
+    )
 }
 _ALL_KINDS = {**KINDS, TarSubset.kind: TarSubset}  # with the one that only `shards split` uses
 
@@ -44,6 +58,7 @@ def find_source(kind: str, url: str, options: Options, limit: int) -> Source:
     check_fps(options)
     check_seconds(options)
     check_tile(options)
+    check_window(options)
     tree, kind_given = Tree(url), bool(kind)
     if kind in ("", Images.kind) and (options.frames_every is not None or (kind and _only_videos(tree))):
         kind = Frames.kind
@@ -81,7 +96,8 @@ def detect(tree: Tree, options: Options) -> str:
     if not files:
         raise DataError(f"{tree.url}: is an empty folder")
     files_of = {
-        kind.kind: [f for f in files if kind.takes(f)] for kind in (Images, Videos, Recordings, ParquetImages, Tars)
+        kind.kind: [f for f in files if kind.takes(f)]
+        for kind in (Images, MedicalSlices, Videos, Recordings, ParquetImages, Tars)
     }
     files_of["jsonl"] = [f for f in files if f.extension == "jsonl"]
     if files_of[Tars.kind]:  # tables beside shards are annotations of them
@@ -122,8 +138,8 @@ def detect(tree: Tree, options: Options) -> str:
                     command = f"zcat {path} | {command.replace(f' < {path}', '')}"
                 raise DataError(f"{tree.url}: holds .{kind} files, which this command converts to text: {command}")
         raise DataError(
-            f"{tree.url}: holds no source of shards (its files have {endings}); those are images, .npy arrays, videos,"
-            " recordings, .jsonl, .json, .txt, .parquet, .tar, and .csv or .tsv lists of image and text; --kind text takes any"
+            f"{tree.url}: holds no source of shards (its files have {endings}); those are images, .npy arrays, DICOM, NIfTI,"
+            " videos, recordings, .jsonl, .json, .txt, .parquet, .tar, and .csv or .tsv lists of image and text; --kind text takes any"
             " text file"
             f"{compressed_tar_hint(files[0].path)}"
         )

@@ -62,6 +62,8 @@ class Options:
     tile_level: int = 0  # level of the pyramid of a slide from which tiles are cut; 0 is the largest one
     tile_min_std: float = 0.0  # standard deviation below which a tile is left out
     tile_jpeg: int | None = None  # quality of the JPEGs that 8-bit tiles become; None: PNG
+    window: str = ""  # "LOW,HIGH": numbers of medical images that become the lowest and the highest level of grey
+    dicom_fields: str = ""  # keywords of DICOM, separated by commas, whose values are written to the .json members
     seconds: float | None = None  # audio: longest recording; longer ones are cut into pieces
     # Only samples whose key has a hash in [low, high), as a fraction of all hashes, are used: see split.py.
     low: float = 0.0
