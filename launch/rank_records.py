@@ -36,8 +36,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_new_ends(folder: Path, known: dict[str, Rank]) -> None:
     """Add to `known`, {file name: record}, the records of ranks that have ended since the last call. Each file is read
-    only once."""
-    for name in os.listdir(folder):
+    only once. If the file system does not answer, the next call reads them."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder)
+    for name in names:
         if name.endswith(END) and name not in known and (rank := read_record(folder / name)):
             known[name] = rank
 

@@ -125,7 +125,7 @@ class Supervisor:
     def should_stop(self) -> bool:
         """Whether a signal or `unlabeled stop` has asked this job to stop. `unlabeled stop` sends a signal and writes a
         file, because a signal is lost if it comes before this process handles signals."""
-        return bool(self.signals) or (self.folder / STOP).exists()
+        return bool(self.signals) or os.path.exists(self.folder / STOP)  # False if the file system does not answer
 
     def nodes(self) -> list[str]:
         """The nodes for the next attempt: those that pass the check, in the largest number that divides the batch; []

@@ -18,16 +18,20 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from common.errors import UserError
 from common.untrusted import is_number
+from data_pipeline.storage.urls import is_local
 from pretrain.checkpoint.dcp_format import Reader, fill, read_metadata
 from pretrain.checkpoint.integrity import CHUNK_BYTES, Damaged
 from pretrain.checkpoint.open_store import open_checkpoint_store
 from pretrain.checkpoint.store import RUN_JSON, Store, checkpoint_name
 from pretrain.recipes.sections import batch_text
+from pretrain.run_folder.recipe_file import stored_checkpoint_folder
+from pretrain.run_folder.written_files import RECIPE
 
 
 def locate(path: str) -> tuple[Store, str]:
     """(store, name) of a checkpoint. `path` names the checkpoint (leading zeros may be omitted), a folder of
-    checkpoints, or a run folder; folders stand for their latest checkpoint. Raises UserError if there is none."""
+    checkpoints, or a run folder, whose recipe may name another `checkpoint.folder`; folders stand for their latest
+    checkpoint. Raises UserError if there is none."""
     folder, _, name = path.rstrip("/").rpartition("/")
     store = open_checkpoint_store(folder or ("." if not path.startswith("/") else "/"))
     if store.size(name, RUN_JSON) is not None:
@@ -43,7 +47,9 @@ def locate(path: str) -> tuple[Store, str]:
             return store, full_name  # even if it is incomplete: reading it then says what is missing
         steps = ", ".join(str(int(n)) for n in names) or "none"
         raise UserError(f"{path}: is not a checkpoint; the steps in {store.url} are: {steps}")
-    for url in (path.rstrip("/"), f"{path.rstrip('/')}/checkpoints"):
+    recipe = Path(path, RECIPE)
+    elsewhere = stored_checkpoint_folder(recipe) if is_local(path) and recipe.is_file() else ""
+    for url in filter(None, (elsewhere, path.rstrip("/"), f"{path.rstrip('/')}/checkpoints")):
         store = open_checkpoint_store(url)
         if latest := store.latest():
             return store, latest

@@ -24,7 +24,7 @@ from pretrain.checkpoint.disk_store import DiskStore
 from pretrain.checkpoint.integrity import Damaged, hash_stream, run_json_digest
 from pretrain.checkpoint.load import load
 from pretrain.checkpoint.open_store import open_checkpoint_store, run_store
-from pretrain.checkpoint.tools import consolidate
+from pretrain.checkpoint.tools import consolidate, locate, verify
 from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe
 from pretrain.train import train
@@ -241,6 +241,16 @@ def test_keeps_the_newest_and_every_so_many(shards: Path, tmp_path: Path):
     train(tiny_recipe("mae", shards, tmp_path / "run", "steps=13", "checkpoint=2", "checkpoint.keep_every=6"))
     store = DiskStore(str(tmp_path / "run" / "checkpoints"))
     assert [int(name) for name in store.complete_names()] == [6, 12, 13] and store.latest() == "000000013"
+
+
+def test_a_run_folder_stands_for_its_checkpoints_elsewhere(shards: Path, tmp_path: Path):
+    """For the commands for checkpoints and for `init.run`."""
+    there = tmp_path / "there"
+    run = train(tiny_recipe("mae", shards, tmp_path / "run", "steps=2", f"checkpoint.folder={there}"))
+    store, name = locate(str(run))
+    assert store.path(name) == f"{there}/000000002" and verify(f"{run}/") == []
+    branch = train(tiny_recipe("mae", shards, tmp_path / "branch", "steps=1", f"init.run={run}"))
+    assert (branch / "export" / "1").is_dir()
 
 
 # ---------------------------------------------------------------- faults of the disk

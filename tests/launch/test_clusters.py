@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -328,6 +329,24 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> supervisor.Supervi
 def test_a_job_that_was_stopped_before_it_handled_signals_ends(alone: supervisor.Supervisor):
     (alone.folder / supervisor.STOP).touch()  # as `unlabeled stop` does before it sends its signal, which was lost
     assert alone.supervise() == 0 and alone.state["ended"] == "stopped" and alone.state["attempts"] == 0
+
+
+def test_a_file_system_that_does_not_answer_once_does_not_end_the_job(
+    alone: supervisor.Supervisor, monkeypatch: pytest.MonkeyPatch
+):
+    rank_records.record(alone.folder / "rank-0.end.json", rank=0, code=0)
+    known: dict[str, rank_records.Rank] = {}
+
+    def stale(path: object) -> list[str]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", stale)
+        patch.setattr(os, "stat", stale)
+        rank_records.read_new_ends(alone.folder, known)
+        assert not known and not alone.should_stop()
+    rank_records.read_new_ends(alone.folder, known)
+    assert [*known] == ["rank-0.end.json"]
 
 
 def test_ranks_that_fail_while_a_run_stops_are_no_fault_of_it(
