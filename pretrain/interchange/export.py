@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common import config
@@ -29,7 +30,7 @@ from pretrain.models.text_side import TextSide
 from pretrain.objectives.base import Exported, Objective
 from pretrain.recipes.recipe import Recipe
 from pretrain.run_folder.export_folders import run_of
-from pretrain.run_folder.written_files import EXPORT_FILES, EXPORT_TENSORS, make_empty_folder
+from pretrain.run_folder.written_files import EXPORT_FILES, EXPORT_TENSORS, delete_folder, make_empty_folder
 
 PIXELS = ("image", "clip")  # parts of pixels, which are normalised by a mean and a deviation
 
@@ -65,7 +66,7 @@ def write(
     left_out = [name for name in training_only if vars(cfg).get(name)]
     cfg = cfg.replace(**dict.fromkeys(left_out, False)) if left_out else cfg
     state = {k: v.detach().cpu() for k, v in state.items() if k.partition(".")[0] not in left_out}
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
     make_empty_folder(partial, EXPORT_FILES)
     if text_side is None:
         fields, tensors = transformers.write(cfg, state)
@@ -110,6 +111,11 @@ def write(
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(folder / path.name)
     partial.rmdir()
+
+
+def _partial(folder: Path) -> Path:
+    """The temporary folder in which an export is written."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def _different(state: State, stored: State) -> list[str]:
@@ -174,7 +180,11 @@ def save(
             mean, std = (recipe.data.mean, recipe.data.std) if str(encoder.cfg.reads) in PIXELS else (None, None)
             about |= {"fps": recipe.data.fps} if encoder.cfg.reads == "clip" else {}
             state, classifier = contents(one, states[name] if states else None, run or run_of(target))
-            write(target, encoder, about, mean, std, state, tokenizer, one.tensors, classifier, one.text_side)
+            try:
+                write(target, encoder, about, mean, std, state, tokenizer, one.tensors, classifier, one.text_side)
+            except (OSError, SafetensorError):  # the disk is full, and half an export would keep it full
+                delete_folder(_partial(target), EXPORT_FILES)
+                raise
             model_card.write(target, run)
     return sorted(targets.values(), key=lambda target: target != folder)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import UserError
@@ -25,6 +26,7 @@ from pretrain.checkpoint.integrity import Damaged, hash_stream, run_json_digest
 from pretrain.checkpoint.load import load
 from pretrain.checkpoint.open_store import open_checkpoint_store, run_store
 from pretrain.checkpoint.tools import consolidate, locate, verify
+from pretrain.interchange import export
 from pretrain.parallel.engine import Engine
 from pretrain.recipes.recipe import Recipe
 from pretrain.train import train
@@ -438,6 +440,20 @@ def test_a_full_disk_while_logging(
     said = capfd.readouterr().err
     assert "metrics.jsonl: cannot be written (No space left on device)" in said and "Traceback" not in said
     assert DiskStore(str(store)).latest() == "000000060"
+
+
+def test_an_export_that_a_full_disk_ends_takes_no_room(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save = export.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        save(tensors, path, **options)
+        if path.parent.name == ".2.partial":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    run = train(tiny_recipe("mae", shards, tmp_path / "run", "steps=3", "export=2"))
+    assert "export/2: cannot be written (Error while" in (run / "log.txt").read_text()
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["0", "3"]
 
 
 @pytest.mark.slow
