@@ -1,17 +1,18 @@
 """Segmentation and depth of furnished rooms with true masks and depths: pretrained exports, their untrained networks, and
 what the position of a pixel alone tells.
 
-    python benchmarks/dense.py FOLDER [--pretrain 300] [--steps 500] [--tune 400] [--model NAME=RUN/export/STEP …]
+    python benchmarks/dense.py FOLDER [--methods simclr …] [--pretrain 300] [--steps 500] [--depth-steps 1000] [--tune 400]
+                                      [--model NAME=RUN/export/STEP …]
 
 500 rooms for training and 100 with other objects for the test are drawn from the 3-D models of a Debian package
-(`rooms.py`). SimCLR is trained on the pictures alone, by the recipe `demo` with smaller crops, so that objects are seen as
-large as in the evaluation. `--model` names further exports, beside which the export of step 0 lies. The protocols
+(`rooms.py`). Each method of METHODS is trained on the pictures alone, by its recipe with smaller crops, so that objects
+are seen as large as in the evaluation. `--model` names further exports, beside which the export of step 0 lies. The protocols
 `segmentation` and `depth` train their linear heads on frozen features, `patch_knn` trains nothing, and
 `finetune_segmentation` trains the whole network.
 
     dense.position.{miou,rmse,delta1}                       mean IoU over 12 kinds of surfaces, error of depths in metres,
                                                             share of pixels whose depth is within 25 %
-    dense.NAME.{untrained,pretrained}.{miou,rmse,delta1}    NAME: simclr, and those of `--model`
+    dense.NAME.{untrained,pretrained}.{miou,rmse,delta1}    NAME: a method, and those of `--model`
     dense.NAME.{untrained,pretrained}.knn.miou              by the nearest patches
     dense.finetuned.{untrained,pretrained}.miou             of SimCLR's network; `--tune 0` leaves it out
 
@@ -49,7 +50,11 @@ HEADS = {
     "depth": {"rate": 3e-2, "layers": 3, "height": HEIGHT, "width": WIDTH},
 }
 PATCH_KNN = {"size": SIZE, "k": [10], "patches": 16_384}
-CROPS = "objective.crop_scale=0.2"  # smallest share of a picture
+METHODS = {  # recipe and options; crop_scale: smallest share of a picture
+    "simclr": ("demo", ["objective.crop_scale=0.2"]),
+    "dinov2": ("dinov2_cpu", ["objective.global_scale=0.3"]),
+    "mae": ("mae_cpu", ["objective.crop_scale=0.3", "model.image_size=64"]),
+}
 
 
 def position(known: Path, asked: Path) -> dict[str, float]:
@@ -77,11 +82,23 @@ def position(known: Path, asked: Path) -> dict[str, float]:
     return {"miou": segmentation.scores(confusion)["miou"], **of_depth}
 
 
+def pretrained(folder: Path, name: str, steps: int, shards: Path) -> Path:
+    """The export of a method after `steps` on the pictures."""
+    base, changes = METHODS[name]
+    export = folder / "runs" / f"{name}-{steps}" / "export" / str(steps)
+    if not export.is_dir():
+        own = [f"steps={steps}", f"export={steps}", f"run={export.parents[1]}", "overwrite=true", *changes]
+        train(recipe.load(base, [*ENGINE, *own, f"data.train={shards}"]))
+    return export
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pretrain", type=int, default=300, help="steps of SimCLR")
-    parser.add_argument("--steps", type=int, default=500, help="steps of each head")
+    parser.add_argument("--methods", nargs="*", default=["simclr"], choices=METHODS)
+    parser.add_argument("--pretrain", type=int, default=300, help="steps of each method")
+    parser.add_argument("--steps", type=int, default=500, help="steps of each head for segmentation")
+    parser.add_argument("--depth-steps", type=int, default=1000, help="steps of each head for depth")
     parser.add_argument("--tune", type=int, default=400, help="steps of each fine-tuning")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN/export/STEP")
     options = parser.parse_args()
@@ -95,27 +112,23 @@ def main() -> None:
                 emit(f"dense.{name}.{metric}", scores[metric], unit, versus)
 
     show("position", position(known, asked), "the same for all pictures")
-    run = options.folder / "runs" / f"simclr-{options.pretrain}"
-    own_export = run / "export" / str(options.pretrain)
-    if not own_export.is_dir():
-        own = [f"steps={options.pretrain}", f"export={options.pretrain}", f"run={run}", "overwrite=true", CROPS]
-        train(recipe.load("demo", [*ENGINE, *own, f"data.train={known}"]))
-    models = {"simclr": own_export} | {
-        name: Path(path) for name, path in (each.split("=", 1) for each in options.model)
-    }
-    heads: dict[str, dict[str, Any]] = {name: {"steps": options.steps, **own} for name, own in HEADS.items()}
+    models = {name: pretrained(options.folder, name, options.pretrain, known) for name in options.methods}
+    models |= {name: Path(path) for name, path in (each.split("=", 1) for each in options.model)}
+    steps = {"segmentation": options.steps, "depth": options.depth_steps}
+    heads: dict[str, dict[str, Any]] = {name: {"steps": steps[name], **own} for name, own in HEADS.items()}
     for name, export in models.items():
         for kind, folder in (("untrained", export.parent / "0"), ("pretrained", export)):
             data = {"gallery": [str(known)], "query": [str(asked)], "image_size": SIZE, "device": "cpu"}
             rows = evaluate(folder, [*heads], options=heads, **data)
-            show(f"{name}.{kind}", {row["metric"]: row["value"] for row in rows}, f"heads of {options.steps} steps")
+            show(f"{name}.{kind}", {row["metric"]: row["value"] for row in rows}, f"heads of {steps} steps")
             rows = evaluate(folder, ["patch_knn"], options={"patch_knn": PATCH_KNN}, **data)
             show(f"{name}.{kind}.knn", {row["metric"]: row["value"] for row in rows}, "no training")
-    for kind, export in (("untrained", own_export.parent / "0"), ("pretrained", own_export)) if options.tune else ():
+    own = models.get("simclr")
+    for kind, export in (("untrained", own.parent / "0"), ("pretrained", own)) if options.tune and own else ():
         tuned = options.folder / "runs" / f"finetune-{kind}-{options.tune}"
-        own = [f"steps={options.tune}", f"export={options.tune}", f"objective.classes={len(CLASSES)}"]
-        own += [f"data.train={known}", f"init.backbone={export}", f"run={tuned}", "overwrite=true"]
-        train(recipe.load("finetune_segmentation_cpu", [*ENGINE, *own]))
+        changes = [f"steps={options.tune}", f"export={options.tune}", f"objective.classes={len(CLASSES)}"]
+        changes += [f"data.train={known}", f"init.backbone={export}", f"run={tuned}", "overwrite=true"]
+        train(recipe.load("finetune_segmentation_cpu", [*ENGINE, *changes]))
         rows = evaluate(tuned / "export" / str(options.tune), ["segmenter"], [], [str(asked)], device="cpu")
         show(f"finetuned.{kind}", {row["metric"]: row["value"] for row in rows}, f"{options.tune} steps")
 
