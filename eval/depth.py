@@ -66,6 +66,7 @@ class Config(Section):
     height: int | None = option(None, low=1)  # of training crops in pixels; null: that of the model; DINOv3: 416
     width: int | None = option(None, low=1)  # of training crops in pixels; null: that of the model; DINOv3: 544
     layers: int = option(1, low=1)  # number of last blocks whose patch features are concatenated
+    class_token: bool = False  # concatenate the class token of these blocks to each patch, as DINOv2; DINOv3 does not
     steps: int = option(38_400, low=4)
     batch: int = option(16, low=1)  # crops in a step
     rate: float = option(3e-4, above=0)  # highest learning rate, which is reached after a third of the steps
@@ -137,7 +138,7 @@ def fit(encoder: Encoder, pairs: Pairs, cfg: Config) -> LinearHead:
         whole_patches(cfg.height or encoder.image_size, encoder.patch_size, "depth.height"),
         whole_patches(cfg.width or encoder.image_size, encoder.patch_size, "depth.width"),
     )
-    dim = maps_of(encoder, np.zeros((1, encoder.channels, *size), encoder.dtype), cfg.layers).shape[1]
+    dim = maps_of(encoder, np.zeros((1, encoder.channels, *size), encoder.dtype), cfg.layers, cfg.class_token).shape[1]
     head = LinearHead(dim, BINS, cfg.seed).to(encoder.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=cfg.rate, betas=(0.9, 0.99), weight_decay=cfg.decay)
     order = Order(pairs.numbers, cfg.seed)
@@ -151,7 +152,9 @@ def fit(encoder: Encoder, pairs: Pairs, cfg: Config) -> LinearHead:
         return training_view(image, metres(values, cfg), size, rng)
 
     def loss(step: int, found: list[Any]) -> Tensor:
-        features = maps_of(encoder, np.stack([image for image, _ in found]), cfg.layers)  # [B, D, h, w]
+        features = maps_of(
+            encoder, np.stack([image for image, _ in found]), cfg.layers, cfg.class_token
+        )  # [B, D, h, w]
         truth = torch.from_numpy(np.stack([depth for _, depth in found])).to(encoder.device)  # [B, H, W]
         depth = F.interpolate(depth_of(head(features), cfg), size=size, mode="bilinear", align_corners=False)[:, 0]
         is_known = truth > 0
@@ -212,7 +215,7 @@ def predict(encoder: Encoder, head: nn.Module, image: np.ndarray, cfg: Config) -
     padded = np.pad(image, ((top, missing[0] - top), (left, missing[1] - left), (0, 0))).transpose(2, 0, 1)
     depths = []
     for each in (padded, padded[..., ::-1]):
-        logits = head(maps_of(encoder, np.ascontiguousarray(each)[None], cfg.layers))
+        logits = head(maps_of(encoder, np.ascontiguousarray(each)[None], cfg.layers, cfg.class_token))
         depth = F.interpolate(depth_of(logits, cfg), size=padded.shape[-2:], mode="bilinear", align_corners=False)
         depths.append(depth[0, 0])
     depth = (depths[0] + depths[1].flip(1)) / 2

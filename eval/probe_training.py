@@ -133,13 +133,20 @@ def cosine(step: int, steps: int, warmup: int = 0, start: float = 0.0) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def tokens_of(encoder: Encoder, images: np.ndarray, layers: int = 1) -> tuple[Tensor, tuple[int, ...]]:
+def tokens_of(
+    encoder: Encoder, images: np.ndarray, layers: int = 1, class_token: bool = False
+) -> tuple[Tensor, tuple[int, ...]]:
     """(patch features [B, N, layers · D] in fp32 on the device, their grid) of images [B, C, H, W], as tensors
-    that a head can be trained on."""
+    that a head can be trained on. With `class_token`, the class tokens of the same layers follow the features of each
+    patch: [B, N, 2 · layers · D]."""
     placed = encoder.part.place(torch.from_numpy(images), encoder.device)
     with torch.inference_mode():
         features = encoder.backbone(placed, layers=layers) if layers > 1 else encoder.backbone(placed)
-    return features.tokens.float().clone(), tuple(features.grid)  # an inference tensor takes no part in autograd
+        tokens = features.tokens.float()
+        if class_token:
+            cls = features.cls.float().unsqueeze(1).expand(-1, tokens.shape[1], -1)  # [B, N, layers · D]
+            tokens = torch.cat([tokens, cls], dim=2)
+    return tokens.clone(), tuple(features.grid)  # an inference tensor takes no part in autograd
 
 
 def dropped_channels(shape: tuple[int, int], rate: float, seed: tuple[int, int], device: torch.device) -> Tensor:

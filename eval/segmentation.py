@@ -169,9 +169,9 @@ def fit(encoder: Encoder, pairs: Pairs, classes: int, size: int, cfg: Config) ->
     return head
 
 
-def maps_of(encoder: Encoder, images: np.ndarray, layers: int) -> Tensor:
-    """Patch features of images [B, C, S, S] as maps [B, layers · D, h, w]."""
-    tokens, grid = tokens_of(encoder, images, layers)
+def maps_of(encoder: Encoder, images: np.ndarray, layers: int, class_token: bool = False) -> Tensor:
+    """Patch features of images [B, C, S, S] as maps [B, layers · D, h, w], with class tokens [B, 2 · layers · D, h, w]."""
+    tokens, grid = tokens_of(encoder, images, layers, class_token)
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 

@@ -351,6 +351,28 @@ def test_a_short_training_of_a_depth_head_is_not_spent_on_the_scale(rooms: tuple
     assert scores["rmse"] < 0.6
 
 
+def test_the_class_token_tells_each_patch_what_the_image_is(tmp_path: Path):
+    """The depth of all pixels is that of a corner, which the features of other patches do not show."""
+    members = []
+    for n in range(24):
+        image, metres = np.zeros((32, 32, 3), np.uint8), np.full((32, 32), 1 + 2 * (n % 2), np.float16)
+        image[28:, 28:] = COLORS[1 + n % 2]
+        members += [(f"{n:02d}.webp", _webp(image)), (f"{n:02d}.depth.npy", npy(metres))]
+    write_tar(tmp_path / "0.tar", members)
+    shards = [str(tmp_path / "0.tar")]
+    rmse = {
+        given: depth.run(
+            patches(tmp_path),
+            shards,
+            shards,
+            depth.Config(steps=100, rate=3e-2, batch=8, farthest=5.0, class_token=given),
+        )["rmse"]
+        for given in (False, True)
+    }
+    assert rmse[False] > 0.9
+    assert rmse[True] < 0.3
+
+
 def test_crops_of_depth_are_not_scaled(monkeypatch: pytest.MonkeyPatch):
     """As images are not scaled for the score, every pixel of a crop is one of the image, beside its neighbours."""
     monkeypatch.setattr(depth, "ROTATION", 0.0)
