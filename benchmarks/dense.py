@@ -1,7 +1,7 @@
 """Segmentation and depth of furnished rooms with true masks and depths: pretrained exports, their untrained networks, and
 what the position of a pixel alone tells.
 
-    python benchmarks/dense.py FOLDER [--methods simclr …] [--pretrain 300] [--steps 500] [--depth-steps 1000] [--tune 400]
+    python benchmarks/dense.py FOLDER [--methods simclr …] [--pretrain 300] [--steps 500] [--depth-steps 4000] [--tune 400]
                                       [--model NAME=RUN/export/STEP …]
 
 500 rooms for training and 100 with other objects for the test are drawn from the 3-D models of a Debian package
@@ -44,10 +44,11 @@ from pretrain.train import train
 
 SIZE = 64  # pixels of a window
 # Of heads; the published rates are for 100 times as many steps. Depth is that of whole pictures, by the features of all
-# blocks, as DINOv2 concatenates four: chosen by the error in 100 rooms of training, for which heads learned from the others.
+# blocks, as DINOv2 concatenates four, in steps of few pictures, which are many for the same time: chosen by the error in
+# 100 rooms of training, for which heads learned from the others.
 HEADS = {
     "segmentation": {"rate": 1e-2},
-    "depth": {"rate": 3e-2, "layers": 3, "height": HEIGHT, "width": WIDTH},
+    "depth": {"rate": 2e-2, "batch": 4, "layers": 3, "height": HEIGHT, "width": WIDTH},
 }
 PATCH_KNN = {"size": SIZE, "k": [10], "patches": 16_384}
 METHODS = {  # recipe and options; crop_scale: smallest share of a picture
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["simclr"], choices=METHODS)
     parser.add_argument("--pretrain", type=int, default=300, help="steps of each method")
     parser.add_argument("--steps", type=int, default=500, help="steps of each head for segmentation")
-    parser.add_argument("--depth-steps", type=int, default=1000, help="steps of each head for depth")
+    parser.add_argument("--depth-steps", type=int, default=4000, help="steps of each head for depth")
     parser.add_argument("--tune", type=int, default=400, help="steps of each fine-tuning")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN/export/STEP")
     options = parser.parse_args()
@@ -117,7 +118,7 @@ def main() -> None:
     steps = {"segmentation": options.steps, "depth": options.depth_steps}
     heads: dict[str, dict[str, Any]] = {name: {"steps": steps[name], **own} for name, own in HEADS.items()}
     for name, export in models.items():
-        for kind, folder in (("untrained", export.parent / "0"), ("pretrained", export)):
+        for kind, folder in (("pretrained", export), ("untrained", export.parent / "0")):
             data = {"gallery": [str(known)], "query": [str(asked)], "image_size": SIZE, "device": "cpu"}
             rows = evaluate(folder, [*heads], options=heads, **data)
             show(f"{name}.{kind}", {row["metric"]: row["value"] for row in rows}, f"heads of {steps} steps")
