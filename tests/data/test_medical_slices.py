@@ -173,6 +173,17 @@ def test_frames_state_their_place_and_only_the_fields_that_are_asked_for(tmp_pat
         assert np.array_equal(samples.image(1 + n, 3), frames[n])
 
 
+def test_a_list_states_labels_and_fields_of_scans(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(FILES / "rtdose.dcm", tmp_path / "in")
+    (tmp_path / "labels.csv").write_text("path,label,patient\nrtdose.dcm,dose,p7\n")
+    make(tmp_path / "in", tmp_path / "out", labels=str(tmp_path / "labels.csv"))
+    found = samples_of(tmp_path / "out")
+    assert [(json.loads(s["json"]), s["cls"]) for s in found] == [
+        ({"path": "rtdose.dcm", "slice": n, "patient": "p7"}, b"0") for n in range(15)
+    ]
+
+
 def test_what_is_no_image_is_left_out_with_a_reason(tmp_path: Path):
     (tmp_path / "in").mkdir()
     for name in (

@@ -10,8 +10,8 @@ from typing import Any
 
 from common.errors import Damaged, DataError
 from data_pipeline.build.sources.image_tiles import encoded
-from data_pipeline.build.sources.media_folders import Images
-from data_pipeline.build.sources.source import Block, Entry, Options, stem, to_json
+from data_pipeline.build.sources.media_folders import Images, annotated
+from data_pipeline.build.sources.source import Block, Entry, Options, stem
 from data_pipeline.build.sources.source_files import READ_ERRORS, File, reason_of
 from data_pipeline.formats.medical_images import NIFTI, Window, check_fields, need, open_slices
 
@@ -37,8 +37,8 @@ def parse_window(text: str) -> Window:
 
 
 class MedicalSlices(Images):
-    """Frames of DICOM files and axial slices of NIfTI volumes. Pieces: [path, first slice, number of slices, class number
-    or None]."""
+    """Frames of DICOM files and axial slices of NIfTI volumes. Pieces: [path, first slice, number of slices, what
+    `Images` states]."""
 
     kind = "slices"
     title = "folder of DICOM or NIfTI files"
@@ -55,7 +55,7 @@ class MedicalSlices(Images):
         return [file for file in self.tree.files if self.takes(file) or (self.kind_given and _may_be_dicom(file))]
 
     @property
-    def _fields(self) -> list[str]:
+    def _keywords(self) -> list[str]:
         return [name for name in self.options.dicom_fields.split(",") if name]
 
     def begin(self) -> None:
@@ -64,8 +64,8 @@ class MedicalSlices(Images):
             need("imagecodecs")
         if any(file.path.lower().endswith(NIFTI) for file in self.files):
             need("nibabel")
-        if self._fields:
-            check_fields(self._fields)
+        if self._keywords:
+            check_fields(self._keywords)
         super().begin()
         if self.options.window:
             low, high = parse_window(self.options.window)
@@ -89,24 +89,20 @@ class MedicalSlices(Images):
         return {"blocks": blocks, "bad": []}
 
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        numbers = {name: i for i, name in enumerate(self.classes)}
         for file in self.files:
-            label = self._labels.get(file.path)
             for size, rows, piece in surveys[file.path]["blocks"]:
-                yield Block(size, rows, [*piece, None if label is None else numbers[label]])
+                yield Block(size, rows, [*piece, self._stated(file.path)])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
-        path, first, count, label = piece
+        path, first, count, stated = piece
         done = 0
         try:
             with self._open(path) as image:
-                fields = image.fields(self._fields)
+                fields = image.fields(self._keywords)
                 for number, pixels in enumerate(image.read(first, count), first):
                     place = {"slice": number} if image.count > 1 else {}
                     ending, data = encoded(pixels, None)
-                    members = {ending: data, "json": to_json({"path": path, **place, **fields})}
-                    if label is not None:
-                        members["cls"] = str(label).encode()
+                    members = {ending: data, **annotated(stated, {"path": path, **place, **fields})}
                     yield Entry(f"{path} slice {number}", f"{stem(path)}-{number:04d}", members)
                     done += 1
         except (Damaged, *READ_ERRORS) as reason:
