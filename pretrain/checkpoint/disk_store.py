@@ -60,6 +60,10 @@ class DiskStore(Store):
         if replaced.exists():
             _delete_checkpoint_files(replaced, final)
 
+    def abandon(self, name: str) -> None:
+        if (partial := Path(self.url, f".{name}.partial")).is_dir():
+            _delete_checkpoint_files(partial, Path(self.url, name))
+
     @contextlib.contextmanager
     def read(self, name: str, file: str) -> Iterator[io.RawIOBase]:
         path = Path(self.url, name, file)

@@ -152,6 +152,8 @@ class Saver:
             if now >= first_failure + self.cfg.retry_seconds:
                 if self.rank == 0:
                     self.say(f"{problem}; tried {tries} times")
+                    with contextlib.suppress(OSError):  # half a checkpoint would keep the disk full
+                        self.store.abandon(name)
                 return problem
             if self.rank == 0 and tries == 1:
                 self.say(f"{problem}; trying again for {self.cfg.retry_seconds:g} s")

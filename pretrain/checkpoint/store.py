@@ -71,6 +71,10 @@ class Store:
         """Write run.json, and make the checkpoint in `folder` visible under its name."""
         raise NotImplementedError
 
+    def abandon(self, name: str) -> None:
+        """Delete what an attempt that has failed has written. A remote store, which may not answer, keeps it until the next
+        attempt."""
+
     def read(self, name: str, file: str) -> contextlib.AbstractContextManager[io.RawIOBase]:
         """An unbuffered file to read and seek in: each read requests its range of bytes from the store. Raises
         DataError, and MissingFile if the file does not exist."""

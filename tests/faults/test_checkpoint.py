@@ -308,6 +308,7 @@ def test_a_full_disk_lets_the_run_go_on_when_told(made: Path, shards: Path, tmp_
     with pytest.raises(UserError, match="000000009: cannot write"):  # the last one is not given up in silence
         train(tiny_recipe("mae", shards, tmp_path / "run", *options))
     assert len(losses(tmp_path / "run")) == 9 and DiskStore(str(small_disk)).latest() == "000000003"
+    assert sorted(path.name for path in small_disk.iterdir()) == ["000000003", "latest", "other", "owner.json"]
 
 
 @pytest.mark.slow
