@@ -72,8 +72,8 @@ class Store:
         raise NotImplementedError
 
     def abandon(self, name: str) -> None:
-        """Delete what an attempt that has failed has written. A remote store, which may not answer, keeps it until the next
-        attempt."""
+        """Delete what a failed attempt has written. A remote store, which may not answer, keeps it until the next attempt to
+        write this checkpoint."""
 
     def read(self, name: str, file: str) -> contextlib.AbstractContextManager[io.RawIOBase]:
         """An unbuffered file to read and seek in: each read requests its range of bytes from the store. Raises
