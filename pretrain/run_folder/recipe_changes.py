@@ -57,6 +57,8 @@ def changes_of_trained_steps(old: Recipe, new: Recipe, store: Store) -> list[str
     # without user names and secrets in URLs, which do not change the data
     before, after = (yaml_values.each_text(config.to_dict(recipe), output.drop_secrets) for recipe in (old, new))
     _ignore_unused_datasets(before, after)
+    if (Path(new.run) / "data" / "0.json").is_file():
+        _ignore_places_of_data(before["data"], after["data"])
     if not after["parallel"]["accumulate_coupled"]:  # otherwise the loss depends on the size of the micro-batches
         before["parallel"] = after["parallel"]
     if not _differences(before, after):
@@ -100,6 +102,15 @@ def _ignore_unused_datasets(before: dict[str, Any], after: dict[str, Any]) -> No
     added = new[len(old) :]
     if old and all(source["weight"] is not None and not source["weight"] for source in added):
         after["data"]["mix"] = new[: len(old)]
+
+
+def _ignore_places_of_data(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Copy the paths and URLs of the data to `before`, as they may have been moved. The run folder holds their manifests:
+    `store_manifests` refuses other data before the first step."""
+    if before["train"] and after["train"]:
+        before["train"] = after["train"]
+    for old, new in zip(before["mix"], after["mix"], strict=False):
+        old["shards"] = new["shards"]
 
 
 def _ignore_later_schedules(before: dict[str, Any], after: dict[str, Any], steps: int) -> None:

@@ -67,7 +67,7 @@ def test_train_on_a_folder_of_images(mine: Path, tmp_path: Path):
     (mine / "china" / "00.jpg").unlink()
     changed = unlabeled("train", recipe, f"data.train={mine}", *scored, "steps=4")
     assert changed.returncode == 2 and "its files have changed" in changed.stdout and "47 images" in changed.stdout
-    assert "another recipe (data.train: " in changed.stderr
+    assert "is not the data that this run was started on: " in changed.stderr
     finished = unlabeled("train", tmp_path / "run", "steps=5")  # the run has its own shards, which stay
     assert finished.returncode == 0, finished.stderr
 

@@ -745,6 +745,26 @@ def test_the_command_of_a_branch_goes_on(run: Path, shards: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_data_that_were_moved(run: Path, shards: Path, tmp_path: Path):
+    """By path, or as the same folder by another path. Other data are refused, and change nothing."""
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    train(tiny_recipe("mae", moved, run, *SIZE, "steps=5"))
+    assert "resumes from step 4" in log(run) and load(run).data.train == [str(moved)]
+    whole = train(tiny_recipe("mae", shards, tmp_path / "whole", *SIZE, "steps=5"))
+    assert losses(run) == losses(whole)
+    twice, before = f"data.train=[{moved},{moved}]", (run / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"is not the data that this run was started on: .* is new"):
+        train(tiny_recipe("mae", moved, run, *SIZE, "steps=6", twice))
+    assert (run / "recipe.yaml").read_text() == before
+    mix = ["data.train=[]", f"data.mix=[{{shards: [{shards}], weight: 2}},{{shards: [{moved}], weight: 1}}]"]
+    mixed = train(tiny_recipe("mae", shards, tmp_path / "mixed", *SIZE, *mix))
+    other = [mix[0], mix[1].replace(str(shards), str(moved))]
+    train(tiny_recipe("mae", shards, mixed, *SIZE, *other, "steps=5"))
+    with pytest.raises(UserError, match="another recipe"):
+        train(tiny_recipe("mae", shards, mixed, *SIZE, other[0], other[1].replace("weight: 2", "weight: 3"), "steps=6"))
+
+
+@pytest.mark.slow
 def test_a_branch_has_the_options_of_its_own_recipe(run: Path, shards: Path, tmp_path: Path):
     """Also those that the optimizer keeps in its parameter groups, which a checkpoint holds, too."""
     resume, found = f"checkpoint.resume={run / 'checkpoints' / '000000002'}", {}
