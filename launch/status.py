@@ -117,7 +117,6 @@ def of(run: Path, jobs: Queue) -> Status:
     remaining = duration((steps - done) * batch / speed) if active and speed and done < steps else "-"
     restarts = supervisor_state.get("restarts", 0)
     requeues = supervisor_state.get("attempts", 1) - restarts - 1
-    saved = complete_checkpoints(run)
     return Status(
         str(run),
         _describe_state(run, jobs, done, steps, supervisor_state),
@@ -125,7 +124,7 @@ def of(run: Path, jobs: Queue) -> Status:
         remaining,
         f"{speed:.1f}" if speed else "-",
         f"{row['mfu']:.1%}" if "mfu" in row else "-",
-        str(int(saved[-1].name)) if saved else "-",
+        _checkpoint(run, (recipe.get("checkpoint") or {}).get("folder") or ""),
         _score(run),
         (f"{restarts}" + (f" + {requeues} requeued" if requeues > 0 else "")) if job else "-",
     )
@@ -143,6 +142,14 @@ def _describe_state(run: Path, jobs: Queue, done: int, steps: int, supervisor_st
     if steps and done >= steps:
         return "finished"
     return supervisor_state.get("ended") or ("stopped" if done else "not begun")
+
+
+def _checkpoint(run: Path, folder: str) -> str:
+    """The step of the newest checkpoint, "-" without one. A store is not asked. `folder`: `checkpoint.folder`."""
+    if not is_local(folder):
+        return "in a store"
+    saved = complete_checkpoints(run, folder)
+    return str(int(saved[-1].name)) if saved else "-"
 
 
 def _last_with(run: Path, key: str) -> dict[str, Any]:

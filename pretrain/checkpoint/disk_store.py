@@ -52,11 +52,11 @@ class DiskStore(Store):
         with self.write(folder, RUN_JSON) as file:
             file.write(run_json)
         partial, final, replaced = Path(self.url, folder), Path(self.url, name), Path(self.url, f".{name}.old")
-        fsync_folder(partial)
+        fsync(partial)
         if final.exists():  # the run was resumed from an earlier step, and has reached this step again
             final.rename(replaced)
         partial.rename(final)
-        fsync_folder(final.parent)
+        fsync(final.parent)
         if replaced.exists():
             _delete_checkpoint_files(replaced, final)
 
@@ -88,7 +88,7 @@ class DiskStore(Store):
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(Path(self.url, file))
-        fsync_folder(temporary.parent)
+        fsync(temporary.parent)
 
     def delete_file(self, file: str) -> None:
         Path(self.url, file).unlink(missing_ok=True)
@@ -116,9 +116,9 @@ def _delete_checkpoint_files(folder: Path, visible: Path) -> None:
         folder.rmdir()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable, so that created and renamed files survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make the bytes of a file durable, or the entries of a folder, so that created and renamed files survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

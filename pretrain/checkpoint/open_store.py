@@ -24,7 +24,7 @@ def run_store(run: Path, recipe: Recipe) -> Store:
     return open_checkpoint_store(recipe.checkpoint.folder or run / "checkpoints", recipe.checkpoint.retry_seconds)
 
 
-def complete_checkpoints(run: Path) -> list[Path]:
-    """The folders of the complete checkpoints in RUN/checkpoints, in order of their steps."""
-    store = DiskStore(str(run / "checkpoints"))
-    return [run / "checkpoints" / name for name in store.complete_names()]
+def complete_checkpoints(run: Path, folder: str = "") -> list[Path]:
+    """The folders of the complete checkpoints in RUN/checkpoints, or in `folder` on a disk, in order of their steps."""
+    store = open_checkpoint_store(folder or run / "checkpoints")
+    return [Path(store.path(name)) for name in store.complete_names()]

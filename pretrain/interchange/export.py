@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from common import config
 from common.errors import UserError
 from data_pipeline.shards.manifest import parse_manifest
+from pretrain.checkpoint.disk_store import fsync
 from pretrain.interchange import model_card, text_sides, weights
 from pretrain.interchange.layouts import class_head, preprocessors, transformers
 from pretrain.interchange.layouts import tokenizer_files as tokenizers
@@ -104,6 +105,8 @@ def write(
     changed += [] if text_side is None else _different(side, text_sides.load(partial).state_dict())
     if changed:
         raise RuntimeError(f"{folder}: tensors of the export differ from those of the model: {', '.join(changed[:5])}")
+    for path in (*partial.rglob("*"), partial):  # a loss of power must not leave empty files in a complete folder
+        fsync(path)
     if not folder.is_dir():
         partial.rename(folder)
         return

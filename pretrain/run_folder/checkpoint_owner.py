@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from pretrain.recipes.recipe import Recipe
-from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.run_folder.jsonl_rows import iterate_rows
 from pretrain.run_folder.marker import holds_run, read_marker, update_marker
 from pretrain.run_folder.written_files import MARKER
 
@@ -90,6 +90,6 @@ def external_store(folder: str, run: Path, retry_seconds: float = 60.0) -> Store
 
 def has_results(run: Path) -> bool:
     """Whether the run folder holds rows of metrics or results, checkpoints or exports."""
-    if read_rows(run / "metrics.jsonl") or read_rows(run / "results.jsonl"):
+    if any(True for name in ("metrics.jsonl", "results.jsonl") for _ in iterate_rows(run / name)):
         return True
     return any((run / "checkpoints").glob("[0-9]*")) or any((run / "export").glob("[0-9]*"))

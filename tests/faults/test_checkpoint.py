@@ -443,6 +443,20 @@ def test_a_full_disk_while_logging(
     assert DiskStore(str(store)).latest() == "000000060"
 
 
+def test_an_export_is_durable_before_it_has_its_name(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, durable, sync = tmp_path / "export", list[Path](), os.fsync
+
+    def seen(number: int) -> None:
+        assert not folder.exists()
+        durable.append(Path(os.readlink(f"/proc/self/fd/{number}")))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    body, _ = export.load(made / "export" / "6")
+    export.write(folder, body, {"step": 6, "objective": "mae", "pool": "cls"}, [0.5] * 3, [0.25] * 3)
+    assert {path.name for path in durable} == {".export.partial", *(path.name for path in folder.iterdir())}
+
+
 def test_an_export_that_a_full_disk_ends_takes_no_room(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save = export.save_file
 

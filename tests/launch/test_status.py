@@ -177,6 +177,17 @@ def test_the_status_of_a_url(shards: Path, tmp_path: Path, proxy: FaultProxy, ca
         call("status", f"s3://{BUCKET}/elsewhere")
 
 
+def test_the_newest_checkpoint_is_found_where_the_recipe_says(finished: Path, tmp_path: Path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert status.of(run, {}).checkpoint == "8"
+    recipe = (run / "recipe.yaml").read_text()
+    for folder, shown in ((tmp_path / "elsewhere", "8"), (tmp_path / "empty", "-"), ("s3://bucket/run", "in a store")):
+        (run / "recipe.yaml").write_text(recipe.replace("folder: ''", f"folder: {folder}", 1))
+        if (run / "checkpoints").is_dir():
+            (run / "checkpoints").rename(tmp_path / "elsewhere")
+        assert status.of(run, {}).checkpoint == shown
+
+
 @pytest.mark.slow
 def test_a_run_on_this_machine_is_followed_and_stopped(shards: Path, tmp_path: Path):
     """The run ends after a checkpoint, as after Ctrl-C, and so does the command that follows its log."""
