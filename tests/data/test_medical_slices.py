@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,28 @@ def test_headers_that_state_too_much_are_refused_before_anything_is_read(monkeyp
         slices(gzip.compress(bytes(10_000_000)), "a.nii.gz")
     with pytest.raises(Damaged, match="has 100001 bytes, but at most 100000 are read"):
         slices(bytes(100_001), "a.nii")
+
+
+def test_a_file_that_is_damaged_anywhere_is_damage():
+    """And never another exception, nor the end of the process, which some decoders cause."""
+    names = ["CT_small", "MR_small_RLE", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless", "SC_rgb_jpeg_gdcm"]
+    names += ["SC_rgb_small_odd_jpeg", "rtdose", "examples_palette", "liver_1frame", "JPEGLSNearLossless_16"]
+    files = [((FILES / f"{name}.dcm").read_bytes(), "a.dcm") for name in names]
+    volume = nibabel.Nifti1Image(np.arange(600, dtype=np.int16).reshape(10, 10, 6), np.eye(4)).to_bytes()
+    files += [(volume, "a.nii"), (gzip.compress(volume), "a.nii.gz")]
+    rng, good = random.Random(0), 0
+    for number in range(600):
+        whole, path = files[number % len(files)]
+        data = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.2 else whole)
+        for _ in range(rng.choice((1, 3, 30)) if data else 0):
+            data[rng.randrange(min(len(data), rng.choice((500, 3000, 1 << 20))))] = rng.choice(
+                (0, 255, rng.randrange(256))
+            )
+        try:
+            good += bool(slices(bytes(data), path, max_pixels=1 << 22))
+        except Damaged:
+            continue
+    assert 0 < good < 600
 
 
 @pytest.mark.parametrize("dtype", ["int16", "float32", "float64", "int32", "uint8", "uint16"])
