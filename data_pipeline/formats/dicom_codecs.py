@@ -31,15 +31,27 @@ def decode_frame(data: bytes, runner: Any) -> bytearray:
     """The pixels of a frame, row by row, the samples of a pixel side by side; pydicom calls it."""
     import imagecodecs
 
+    height, width = stated_size(data)
+    if (height, width) != (runner.rows, runner.columns):
+        raise ValueError(f"states {runner.columns}×{runner.rows} pixels, but holds a JPEG of {width}×{height}")
     decode = imagecodecs.jpegls_decode if runner.transfer_syntax in JPEG_LS else imagecodecs.jpeg8_decode
     values = np.ascontiguousarray(decode(data))
-    if values.shape[:2] != (runner.rows, runner.columns):
-        raise ValueError(
-            f"holds a frame of {list(values.shape)}, but states {runner.rows} rows of {runner.columns} pixels"
-        )
     runner.set_option("bits_allocated", 8 * values.dtype.itemsize)
     runner.set_option("planar_configuration", 0)
     return bytearray(values)
+
+
+def stated_size(data: bytes) -> tuple[int, int]:
+    """(height, width) in the first frame header of a JPEG or JPEG-LS, before anything of its size is allocated; (0, 0)
+    without one."""
+    start = 2
+    while data[start : start + 1] == b"\xff":
+        marker = int.from_bytes(data[start + 1 : start + 2], "big")
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
+            height, width = data[start + 5 : start + 7], data[start + 7 : start + 9]
+            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
+        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    return 0, 0
 
 
 def frames(header: Any, first: int, count: int) -> Any:

@@ -15,6 +15,7 @@ import importlib
 import io
 import math
 import warnings
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any, Protocol
 
@@ -27,6 +28,7 @@ from data_pipeline.formats.pixels import converted
 MAX_VOLUME_BYTES = 2 << 30  # of a file, and of the numbers of a volume
 NIFTI = (".nii", ".nii.gz")  # endings of names; all other files are DICOM
 _GREY = ("MONOCHROME1", "MONOCHROME2")
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 Window = tuple[float, float]  # the lowest and the highest number
 
@@ -62,6 +64,7 @@ class Dicom:
         warnings.filterwarnings("ignore", category=UserWarning, module="pydicom")  # of values that are not used
         if data[128:132] != b"DICM":
             raise Damaged("is no DICOM file: it lacks the letters DICM at byte 128")
+        _check_deflated(data)
         with errors_as_damage():
             self.header = header = pydicom.dcmread(io.BytesIO(data))
             if not any(name in header for name in _PIXELS):
@@ -101,18 +104,21 @@ class Dicom:
         return _levels(pixels, int(self.header.BitsStored))
 
     def _grey(self, pixels: np.ndarray, number: int) -> np.ndarray:
+        """Numbers, or levels of which 0 is black, from the stored numbers [H, W] of a frame."""
         pixels, header = pixels[..., None], self.header
         slope, intercept = self._transform(number)
         if "ModalityLUTSequence" in header:
             from pydicom.pixels import apply_modality_lut
 
-            return _numbers(apply_modality_lut(pixels, header), self.window)
-        if (slope, intercept) != (1, 0):
-            return _numbers(pixels * slope + intercept, self.window)
-        if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2 or self.window:
-            return _numbers(pixels, self.window)
-        levels = _levels(pixels, int(header.BitsStored))
-        return levels if header.PhotometricInterpretation == "MONOCHROME2" else np.iinfo(levels.dtype).max - levels
+            out = _numbers(apply_modality_lut(pixels, header), self.window)
+        elif (slope, intercept) != (1, 0):
+            out = _numbers(pixels * slope + intercept, self.window)
+        elif pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2 or self.window:
+            out = _numbers(pixels, self.window)
+        else:
+            out = _levels(pixels, int(header.BitsStored))
+        are_inverted = out.dtype.kind == "u" and header.PhotometricInterpretation == "MONOCHROME1"
+        return np.iinfo(out.dtype).max - out if are_inverted else out
 
     def _transform(self, number: int) -> tuple[float, float]:
         """The slope and the intercept of a frame: its own, those of all frames, or those of an image of one frame."""
@@ -172,6 +178,16 @@ class Nifti:
 
     def fields(self, names: list[str]) -> dict[str, Any]:
         return {}
+
+
+def _check_deflated(data: bytes) -> None:
+    """Raise `Damaged` for a deflated DICOM file that pydicom would inflate to more than MAX_VOLUME_BYTES."""
+    start = 144 + int.from_bytes(data[140:144], "little")  # behind the elements of group 2, whose length stands there
+    if _DEFLATED in data[144:start]:
+        with errors_as_damage():
+            inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], MAX_VOLUME_BYTES + 1)
+        if len(inflated) > MAX_VOLUME_BYTES:
+            raise Damaged(f"has more than {MAX_VOLUME_BYTES} bytes when it is inflated; divide it")
 
 
 def _levels(pixels: np.ndarray, bits: int) -> np.ndarray:

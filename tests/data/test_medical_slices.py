@@ -92,6 +92,8 @@ def test_grey_levels_use_the_whole_scale_and_zero_is_black():
     header.PhotometricInterpretation = "MONOCHROME1"
     (inverted,) = slices(saved(header))
     assert np.array_equal(inverted, 65535 - found)
+    (window,) = slices(saved(header), window=(0.0, 1000.0))
+    assert window.dtype == np.uint16 and np.array_equal(window[..., 0], 65535 - (levels.clip(0, 1000) * 65.535).round())
     (mask,) = slices(FILES / "liver_1frame.dcm")  # of one bit
     assert mask.dtype == np.uint8 and {*np.unique(mask)} == {0, 255}
 
@@ -221,6 +223,11 @@ def test_headers_that_state_too_much_are_refused_before_anything_is_read(monkeyp
     header.Rows = header.Columns = 65535
     with pytest.raises(Damaged, match="65535×65535 pixels, more than the 100000000 that are allowed"):
         slices(saved(header), max_pixels=100_000_000)
+    jpeg = bytearray((FILES / "SC_rgb_jpeg_gdcm.dcm").read_bytes())
+    frame = jpeg.index(b"\xff\xc3")  # the frame header of a lossless JPEG
+    jpeg[frame + 5 : frame + 9] = b"\xff" * 4
+    with pytest.raises(Damaged, match="states 100×100 pixels, but holds a JPEG of 65535×65535"):
+        slices(bytes(jpeg))
     image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
     data = bytearray(image.to_bytes())
     data[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()
@@ -229,6 +236,12 @@ def test_headers_that_state_too_much_are_refused_before_anything_is_read(monkeyp
     monkeypatch.setattr(medical_images, "MAX_VOLUME_BYTES", 100_000)
     with pytest.raises(Damaged, match="more than 100000 bytes when it is decompressed"):
         slices(gzip.compress(bytes(10_000_000)), "a.nii.gz")
+    whole = (FILES / "image_dfl.dcm").read_bytes()
+    assert len(whole) < 262_144  # its pixels have as many bytes
+    monkeypatch.setattr(medical_images, "MAX_VOLUME_BYTES", 262_144)
+    with pytest.raises(Damaged, match="more than 262144 bytes when it is inflated"):
+        slices(whole)
+    monkeypatch.setattr(medical_images, "MAX_VOLUME_BYTES", 100_000)
     with pytest.raises(Damaged, match="has 100001 bytes, but at most 100000 are read"):
         slices(bytes(100_001), "a.nii")
 
