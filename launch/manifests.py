@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def text(recipe: Recipe, cluster: Cluster) -> str:
         "command": [*COMMAND, cluster.python or "python", *ARGUMENTS],
         "env": [
             {"name": key, "value": _Quoted(value)}
-            for key, value in _environment(name, cluster, f"{name}-0.{name}").items()
+            for key, value in _environment(name, cluster, recipe.overwrite).items()
         ],
         # keys of stores and trackers: kubectl create secret generic unlabeled --from-literal=NAME=VALUE
         "envFrom": [{"secretRef": {"name": "unlabeled", "optional": True}}],
@@ -135,10 +136,12 @@ def _name(run: str) -> str:
     return f"{words}-{hashlib.sha256(run.encode()).hexdigest()[:6]}"
 
 
-def _environment(name: str, cluster: Cluster, first_host: str) -> dict[str, str]:
-    """The variables of the processes: those of torchrun, and the profile's own."""
+def _environment(name: str, cluster: Cluster, overwrite: bool) -> dict[str, str]:
+    """The variables of the processes: those of torchrun, and the profile's own. With `overwrite`, each manifest has
+    another id, because pods of the same id never overwrite the run a second time (`marker.is_restart`)."""
+    run_id = f"{name}-{uuid.uuid4().hex[:8]}" if overwrite else name
     out = {"PET_NNODES": str(cluster.max_nodes), "PET_NPROC_PER_NODE": str(cluster.processes_per_node)}
-    out |= {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"{first_host}:{PORT}", "PET_RDZV_ID": name}
+    out |= {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"{name}-0.{name}:{PORT}", "PET_RDZV_ID": run_id}
     out |= {"PET_RDZV_CONF": f"join_timeout={JOIN_SECONDS},read_timeout={CONNECT_SECONDS}"}
     # torchrun also counts restarts after the eviction of a pod; `launch.pod_rank` counts those without a step
     out |= {"PET_MAX_RESTARTS": "1000000", pod_rank.MAX_RESTARTS: str(cluster.max_restarts)}

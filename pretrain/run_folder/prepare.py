@@ -54,7 +54,10 @@ def prepare(recipe: Recipe, lock: Lock | None = None) -> Path:
     marker = read_marker(run)
     overwrite = recipe.overwrite
     if overwrite and is_restart(marker):
-        output.say(f"{run}: this job has been restarted; overwrite=true was done at its start, so it resumes the run")
+        output.say(
+            f"{run}: a job of this id has trained it before and may have been restarted, so overwrite=true is not done"
+            " again, and the run is resumed; to overwrite it, start a job with another id (torchrun --rdzv-id)"
+        )
         overwrite = False
     if overwrite or marker.deleting_id is not None:
         marker = delete_run(recipe, run)

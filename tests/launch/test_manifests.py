@@ -22,6 +22,8 @@ from launch import clusters, manifests, pod_rank
 from launch.clusters import Cluster
 from pretrain.recipes.recipe import Recipe, load
 from pretrain.run_folder.jsonl_rows import read_rows
+from pretrain.run_folder.marker import run_identity
+from pretrain.run_folder.prepare import prepare
 from pretrain.signals import EXIT_UNSCORED
 from pretrain.train import train
 from tests.conftest import call, tiny_recipe
@@ -167,6 +169,23 @@ def test_a_pod_ends_after_restarts_without_a_step(
     assert "more than 1 restarts without a further step" in capsys.readouterr().out
 
 
+def test_a_manifest_that_overwrites_does_it_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A pod that is replaced has the id of its manifest; a new manifest has another one."""
+
+    def prepared(manifest: str) -> str:
+        """The id of the run after a pod of the manifest has started it."""
+        variables = [*yaml.safe_load_all(manifest)][2]["spec"]["template"]["spec"]["containers"][0]["env"]
+        (found,) = (one["value"] for one in variables if one["name"] == "PET_RDZV_ID")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", found)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        return run_identity(prepare(cfg.replace()))["id"]
+
+    cfg = tiny(shards, tmp_path / "run", "overwrite=true")
+    first, second = (manifests.text(cfg, profile(tmp_path)) for _ in range(2))
+    ids = [prepared(manifest) for manifest in (first, first, second, second)]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
 def test_a_pod_counts_restarts_without_a_step(tmp_path: Path):
     """And not those after evictions, between which the run has trained."""
     path = tmp_path / "pod.json"
@@ -222,6 +241,7 @@ def test_the_task_of_the_documentation_trains_on_two_hosts(shards: Path, tmp_pat
     script = task["run"].replace(before, str(path)).replace(":29500", f":{free_port()}")
     script = script.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
     env = {"SKYPILOT_NUM_NODES": str(task["num_nodes"]), "SKYPILOT_NUM_GPUS_PER_NODE": "1"}
+    env["SKYPILOT_TASK_ID"] = "sky-managed-2026-01-02-03-04-05-678901_mine_1-0"  # that of a job and its recoveries
     on_two_hosts(
         ["bash", "-ec", script],
         {**task["envs"], **env, "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1"},
