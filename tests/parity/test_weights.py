@@ -302,6 +302,61 @@ def test_from_transformers(hf, tmp_path: Path, kind: str):
         assert_same_features(ours(y), theirs(y).last_hidden_state, 4)
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
+WIDE = SMALL | {"intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ViT", WIDE | {"hidden_act": "quick_gelu"}),
+        ("Dinov2", SMALL | {"hidden_act": "gelu_pytorch_tanh"}),
+        ("DINOv3ViT", WIDE | {"hidden_act": "gelu_pytorch_tanh"}),
+        ("CLIPVision", WIDE),
+        ("SiglipVision", WIDE | {"hidden_act": "gelu"}),
+        ("Wav2Vec2Bert", {**WIDE, "conv_depthwise_kernel_size": 7, "apply_spec_augment": False}),
+    ],
+)
+@torch.no_grad()
+def test_folders_with_other_values_than_ours(hf, tmp_path: Path, kind: str, options: dict):
+    """Activations; names of tensors without the prefix `vision_model.`, as version 5 writes those of the image models of
+    CLIP and SigLIP; a vocab_size that is null, as in w2v-BERT 2.0."""
+    theirs = getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(**options)).eval()
+    noise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours, _ = weights.load_backbone(tmp_path)
+    x = torch.randn(2, 12, 160) if kind == "Wav2Vec2Bert" else images(32, 32)
+    found = theirs(x)
+    if kind == "CLIPVision":  # whose patches have no norm
+        assert_close(ours(x).cls, found.pooler_output)
+    else:
+        tokens = ours(x).tokens
+        assert_close(tokens, found.last_hidden_state[:, -tokens.shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("ViT", WIDE | {"hidden_act": "relu"}, "hidden_act = 'relu' cannot be read; only gelu, gelu_pytorch_tanh"),
+        ("ViTMAE", WIDE | {"hidden_act": "relu"}, "hidden_act = 'relu' cannot be read"),
+        ("Dinov2", SMALL | {"hidden_act": "relu"}, "hidden_act = 'relu' cannot be read"),
+        ("DINOv3ConvNext", {"hidden_sizes": [8] * 4, "hidden_act": "relu"}, "hidden_act = 'relu' cannot be read"),
+        ("VideoMAE", WIDE | {"hidden_act": "relu"}, "hidden_act = 'relu' cannot be read; only 'gelu' can"),
+        ("VJEPA2", {"hidden_size": 24, "num_attention_heads": 2, "hidden_act": "relu"}, "'relu' cannot be read"),
+        ("ResNet", {"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot be read; only 'relu' can"),
+        ("ResNet", {"downsample_in_bottleneck": True}, "downsample_in_bottleneck = True cannot be read"),
+        ("ResNet", {"downsample_in_first_stage": True}, "downsample_in_first_stage = True cannot be read"),
+        ("Swin", {}, r"num_heads is \[3, .* model_type = 'swin'\); .* take another one"),
+    ],
+)
+def test_models_that_we_do_not_have_are_refused(hf, tmp_path: Path, kind: str, options: dict, says: str):
+    """With these values, our model would compute other features from the same weights."""
+    getattr(hf, f"{kind}Config")(**options).save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=says):
+        weights.load_backbone(tmp_path)
+
+
 def test_shards_of_safetensors(hf, tmp_path: Path):
     theirs = hf.DINOv3ViTModel(
         hf.DINOv3ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)

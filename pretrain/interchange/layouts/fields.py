@@ -55,12 +55,14 @@ SCHEMA: dict[str, Any] = {  # see `schema_error`; further fields are allowed
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The fields of FOLDER/config.json. Raises FileNotFoundError if there is no such file, and UserError if it is not
-    valid."""
+    """The fields of FOLDER/config.json; a size that is null, such as `vocab_size` of w2v-BERT 2.0, is left out. Raises
+    FileNotFoundError if there is no such file, and UserError if it is not valid."""
     path = folder / "config.json"
     fields: dict[str, Any] = {}
     try:
         fields = loads(read_text(path))
+        if isinstance(fields, dict):
+            fields = {key: value for key, value in fields.items() if value is not None or key not in SIZES}
         problem = schema_error(fields, SCHEMA) or _too_small(fields)
     except FileNotFoundError:
         raise
@@ -69,7 +71,15 @@ def read(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         problem = str(error)
     if problem:
-        raise UserError(f"{path}: is no description of a model ({problem}); export or download the model again")
+        kind = (
+            f"; model_type = {short_repr(fields['model_type'])}"
+            if isinstance(fields, dict) and "model_type" in fields
+            else ""
+        )
+        raise UserError(
+            f"{path}: is no description of a model that can be read ({problem}{kind}); export or download the model"
+            " again, or take another one"
+        )
     return fields
 
 

@@ -12,7 +12,9 @@ from pretrain.interchange.layouts import (
     transformers_text_config,
     transformers_video,
 )
+from pretrain.interchange.layouts.transformers_image_text import activation
 from pretrain.interchange.layouts.transformers_text import CLASSES
+from pretrain.interchange.layouts.transformers_text_config import require
 
 
 def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -25,8 +27,10 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     if kind in transformers_image_text.MODEL_TYPES:
         return "vit", transformers_image_text.describe_image(kind, fields, where)
     if kind in ("videomae", "vjepa2"):
+        require(fields, where, hidden_act="gelu")
         return transformers_video.describe(kind, fields)
     if kind == "dinov3_convnext":
+        require(fields, where, hidden_act="gelu")
         return "convnext", {
             "widths": fields.get("hidden_sizes", [96, 192, 384, 768]),
             "depths": fields.get("depths", [3, 3, 9, 3]),
@@ -35,6 +39,8 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
             "image_size": fields.get("image_size", 224),
         }
     if kind == "resnet":
+        strides = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False}
+        require(fields, where, hidden_act="relu", **strides)
         sizes, bottleneck = fields.get("hidden_sizes", [256, 512, 1024, 2048]), fields.get("layer_type") != "basic"
         return "resnet", {
             "widths": [s // 4 for s in sizes] if bottleneck else sizes,
@@ -79,18 +85,14 @@ def _describe_vit(kind: str, fields: dict[str, Any], where: str) -> dict[str, An
     else:
         hidden = dim * f.get("mlp_ratio", 4)
         options["mlp_ratio"] = ((int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden) / dim
-    options["mlp"] = "swiglu" if gated else "gelu"
+    options["mlp"] = "swiglu" if gated else activation(f, "gelu", where)
     if rope:
         parameters = f.get("rope_parameters") or {}
         options["rope_base"] = float(parameters.get("rope_theta", f.get("rope_theta", 100.0)))
         options["key_bias"] = f.get("key_bias", False) if options["qkv_bias"] else True
         options |= {f"rope_{k}": f.get(f"pos_embed_{k}") for k in ("shift", "jitter", "rescale")}
-        required = {
-            "value_bias": options["qkv_bias"],
-            "mlp_bias": True,
-            "proj_bias": True,
-            "hidden_act": "silu" if gated else "gelu",
-        }
+        required = {"value_bias": options["qkv_bias"], "mlp_bias": True, "proj_bias": True}
+        required |= {"hidden_act": "silu"} if gated else {}
         for key, value in required.items():
             if f.get(key, value) != value:
                 raise UserError(

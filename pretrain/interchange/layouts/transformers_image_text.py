@@ -115,6 +115,8 @@ def read_image(cfg: Any, tensors: State, kind: str) -> State:
     """Our image model's state dict, of the tensors that `write` has written, or of a file for one of MODEL_TYPES."""
     if kind.startswith("unlabeled_"):
         return {k.removeprefix(IMAGE): v for k, v in tensors.items() if k.startswith(IMAGE)}
+    if kind in VISION_TYPES and not any(key.startswith("vision_model.") for key in tensors):  # as version 5 writes them
+        tensors = {f"vision_model.{key}": tensor for key, tensor in tensors.items()}
     kind = VISION_TYPES.get(kind, kind)
     return _to_ours(tensors, _image_names(cfg.depth, kind))
 
@@ -140,7 +142,7 @@ def describe_image(kind: str, fields: dict[str, Any], where: str) -> dict[str, A
         "depth": f.get("num_hidden_layers", 12),
         "heads": f.get("num_attention_heads", 12),
         "mlp_ratio": f.get("intermediate_size", 3072) / dim,
-        "mlp": _activation(f, "quick_gelu" if clip else "gelu_pytorch_tanh", where),
+        "mlp": activation(f, "quick_gelu" if clip else "gelu_pytorch_tanh", where),
         "norm_eps": f.get("layer_norm_eps", 1e-5 if clip else 1e-6),
         "embed_norm": clip,
         "patch_bias": not clip,
@@ -161,7 +163,7 @@ def describe_text(kind: str, fields: dict[str, Any], where: str) -> tuple[str, d
         "depth": f.get("num_hidden_layers", 12),
         "heads": f.get("num_attention_heads", 8 if clip else 12),
         "mlp_width": f.get("intermediate_size", 2048 if clip else 3072),
-        "mlp": _activation(f, "quick_gelu" if clip else "gelu_pytorch_tanh", where),
+        "mlp": activation(f, "quick_gelu" if clip else "gelu_pytorch_tanh", where),
         "norm_eps": f.get("layer_norm_eps", 1e-5 if clip else 1e-6),
     }
     width = fields.get("projection_dim", 512) if clip else f.get("projection_size", dim)
@@ -175,7 +177,8 @@ def _check(fields: Any, where: str) -> None:
         raise UserError(f"{where}: {problem or f'{too_small[0]} is below 1'}; download the model again")
 
 
-def _activation(fields: dict[str, Any], default: str, where: str) -> str:
+def activation(fields: dict[str, Any], default: str, where: str) -> str:
+    """Our name of the activation `hidden_act`. Raises UserError for one that our MLPs do not have."""
     ours = {theirs: kind for kind, theirs in ACTIVATIONS.items()}
     found = fields.get("hidden_act", default)
     if found not in ours:

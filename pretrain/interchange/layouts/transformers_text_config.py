@@ -16,7 +16,7 @@ def describe(kind: str, fields: dict[str, Any], where: str) -> Options:
     return {"gpt2": _gpt2, "bert": _bert, "t5": _t5}.get(kind, _llama)(kind, fields, where)
 
 
-def _require(fields: dict[str, Any], where: str, **required: Any) -> None:
+def require(fields: dict[str, Any], where: str, **required: Any) -> None:
     """Raises UserError unless each required field is absent, or has the given value (or one of a tuple of values)."""
     for key, value in required.items():
         allowed = value if isinstance(value, tuple) else (value,)
@@ -54,11 +54,11 @@ def _llama(kind: str, fields: dict[str, Any], where: str) -> Options:
     f = {"num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 32768, **defaults, **fields}
     bias = f.get("attention_bias", False)
     relu2, qk_norm = kind in ("arcee", "apertus"), kind in ("qwen3", "apertus")
-    _require({"hidden_act": "xielu", **f} if kind == "apertus" else f, where, hidden_act="relu2" if relu2 else "silu")
+    require({"hidden_act": "xielu", **f} if kind == "apertus" else f, where, hidden_act="relu2" if relu2 else "silu")
     if qk_norm:
-        _require(f, where, attention_bias=False)
+        require(f, where, attention_bias=False)
     else:
-        _require(f, where, mlp_bias=bias)
+        require(f, where, mlp_bias=bias)
     rope = f.get("rope_parameters") or f.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "llama3" and "factor" not in rope:
@@ -100,7 +100,7 @@ def _llama(kind: str, fields: dict[str, Any], where: str) -> Options:
 def _gpt2(kind: str, fields: dict[str, Any], where: str) -> Options:
     f = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, **fields}
     odd = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False}
-    _require(f, where, activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu"), **odd)
+    require(f, where, activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu"), **odd)
     return "gpt2_124m", {
         "vocab_size": f["vocab_size"],
         "context": f["n_positions"],
@@ -117,7 +117,7 @@ def _gpt2(kind: str, fields: dict[str, Any], where: str) -> Options:
 def _bert(kind: str, fields: dict[str, Any], where: str) -> Options:
     f = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, **fields}
     odd = {"is_decoder": False, "tie_word_embeddings": True}
-    _require(f, where, hidden_act="gelu", position_embedding_type=("absolute", None), **odd)
+    require(f, where, hidden_act="gelu", position_embedding_type=("absolute", None), **odd)
     return "bert_base", {
         "vocab_size": f["vocab_size"],
         "context": f.get("max_position_embeddings", 512),
@@ -132,7 +132,7 @@ def _bert(kind: str, fields: dict[str, Any], where: str) -> Options:
 
 def _t5(kind: str, fields: dict[str, Any], where: str) -> Options:
     f = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8, **fields}
-    _require(f, where, feed_forward_proj=("relu", "gated-gelu"))
+    require(f, where, feed_forward_proj=("relu", "gated-gelu"))
     scaled = f.get("scale_decoder_outputs", f.get("tie_word_embeddings", True) is not False)
     return "t5_small", {
         "vocab_size": f["vocab_size"],
