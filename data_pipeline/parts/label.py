@@ -12,12 +12,13 @@ from common.errors import ConfigError, Damaged
 from common.untrusted import is_number
 from data_pipeline.parts.part import About, Part
 from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.manifest import common_classes
 
 
 @dataclass
 class Label(Part):
-    """A label is decoded to an int, the number of its class. `About.classes` has the names of the classes, if the
-    manifests of all shards have names. A manifest may lack the last ones of another."""
+    """A label is decoded to an int, the number of its class. `About.classes` has the names of the classes, by the
+    manifests of all shards (see `common_classes`)."""
 
     extensions = ("cls",)
 
@@ -36,7 +37,7 @@ class Label(Part):
 
     def about(self, datasets: Sequence[Dataset] | None, model: Any) -> dict[str, Any]:
         classes = [indexed.manifest.classes for dataset in datasets or () for indexed in dataset.manifests]
-        return {"classes": tuple(max(classes, key=len)) if classes and all(classes) else ()}
+        return {"classes": tuple(common_classes(classes))}
 
     def decode(self, members: dict[str, bytes], known: dict[str, Any]) -> int:
         text = members["cls"].decode(errors="replace").strip()

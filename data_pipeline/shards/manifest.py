@@ -103,6 +103,13 @@ class Manifest:
         return "" if self.names == other.names else "the shards are in another order"
 
 
+def common_classes(lists: Sequence[list[str]]) -> list[str]:
+    """The names of classes that hold for the labels of several manifests: the longest list, if every list has names and
+    is its beginning; otherwise []."""
+    longest = max(lists, key=len, default=[])
+    return longest if all(names and names == longest[: len(names)] for names in lists) else []
+
+
 def dataset_id(names: Iterable[str], sizes: Iterable[int], counts: Iterable[int], hashes: Iterable[str]) -> str:
     """A hash of every byte of a shard set and of the order of its samples. It does not depend on the folder."""
     out = xxhash.xxh3_128()

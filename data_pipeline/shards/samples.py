@@ -25,7 +25,7 @@ from data_pipeline.formats.image_formats import ARRAY, IMAGE_MEMBERS, MAX_PIXELS
 from data_pipeline.formats.pixels import PixelDtype
 from data_pipeline.shards.dataset import Part, Piece
 from data_pipeline.shards.indexed_manifest import IndexedManifest, open_manifests
-from data_pipeline.shards.manifest import Manifest, dataset_id
+from data_pipeline.shards.manifest import Manifest, common_classes, dataset_id
 from data_pipeline.shards.members import MEMBER_NAME, check_extensions, in_order, no_samples_message
 from data_pipeline.shards.tar_scan import RECORD
 from data_pipeline.shards.vocabulary import Vocabulary
@@ -100,14 +100,15 @@ class Samples:
 
     def merged(self) -> Manifest:
         """One manifest of all specs. A shard is named N/NAME, where N is the number of its spec, so that the name does
-        not depend on the place where the shard is stored. It has the names of the classes if all specs have the same
-        ones."""
+        not depend on the place where the shard is stored. It has the names of the classes that `common_classes`
+        returns."""
         shards = []
         for n, indexed in enumerate(self.manifests):
             rows = indexed.manifest.shards
             shards += [(f"{n}/{rows[i][0].rpartition('/')[2]}", *rows[i][1:]) for i in indexed.rows]
         names = [indexed.manifest.classes for indexed in self.manifests]
-        classes = {"classes": names[0]} if names[0] and all(each == names[0] for each in names) else {}
+        found = common_classes(names)
+        classes = {"classes": found} if found else {}
         return Manifest.of_shards(shards, self.extensions, {"specs": self.specs, **classes}, id=self.id)
 
     def locate(self, number: int) -> tuple[int, int]:

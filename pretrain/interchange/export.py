@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from common import config
 from common.errors import UserError
-from data_pipeline.shards.manifest import parse_manifest
+from data_pipeline.shards.manifest import common_classes, parse_manifest
 from pretrain.checkpoint.disk_store import fsync
 from pretrain.interchange import model_card, text_sides, weights
 from pretrain.interchange.layouts import class_head, preprocessors, transformers
@@ -140,11 +140,11 @@ def _changed_classifier(folder: Path, classifier: Classifier | None) -> list[str
 
 
 def class_names(run: Path | None, count: int) -> list[str]:
-    """The names of a classifier's classes, from the manifests of a run's data; their numbers if these have no names, or
-    not the same ones."""
+    """The names of a classifier's classes, from the manifests of a run's data (see `common_classes`), and the numbers of
+    those without names."""
     paths = sorted((run / "data").glob("[0-9]*.json")) if run is not None else []
     found = [parse_manifest(path.read_bytes(), str(path.parent), str(path)).classes for path in paths]
-    names = found[0] if found and all(names == found[0] for names in found) else []
+    names = common_classes(found)
     return [*names, *(str(n) for n in range(len(names), count))]
 
 

@@ -174,18 +174,31 @@ def _use(fields: dict[str, Any]) -> list[str]:
         return _use_of_clips(fields)
     if "architecture" in fields:
         return ["    import timm", '    model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()', ""]
+    channels = fields["unlabeled"]["model"].get("in_channels", 3)
+    guessed = channels in (1, 3, 4)  # numbers of channels by which the processor finds their axis
+    inputs = (
+        'image, return_tensors="pt"' if guessed else 'image, input_data_format="channels_last", return_tensors="pt"'
+    )
+    shape = (
+        []
+        if channels == 3
+        else [f"    # image: an array [height, width, {channels}], in the unit of the training data"]
+    )
     if fields["architectures"][0].endswith("ForImageClassification"):
         return [
             "    from transformers import AutoImageProcessor, AutoModelForImageClassification",
             "    processor = AutoImageProcessor.from_pretrained(FOLDER)",
             "    model = AutoModelForImageClassification.from_pretrained(FOLDER).eval()",
-            '    logits = model(**processor(image, return_tensors="pt")).logits  # names: model.config.id2label',
+            *shape,
+            f"    logits = model(**processor({inputs})).logits  # names: model.config.id2label",
             "",
         ]
+    first = "  # [images, channels, rows, columns]" if fields["model_type"] == "resnet" else "  # class token first"
     return [
         "    from transformers import AutoImageProcessor, AutoModel",
         "    processor, model = AutoImageProcessor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()",
-        '    features = model(**processor(image, return_tensors="pt")).last_hidden_state  # class token first',
+        *shape,
+        f"    features = model(**processor({inputs})).last_hidden_state{first}",
         "",
     ]
 

@@ -85,6 +85,8 @@ def test_a_number_of_a_label_has_one_name_in_a_run(tmp_path: Path):
     everything, first, other = (Samples([str(tmp_path / name)]) for name in ("all", "first", "other"))
     Label().check([first, everything], None)
     assert Label().about([first, everything], None) == {"classes": ("cat", "cow", "dog")}
+    assert Samples([*first.specs, *everything.specs]).merged().classes == ["cat", "cow", "dog"]
+    assert Samples([*other.specs, *everything.specs]).merged().classes == []
     says = rf"{tmp_path}/other: its label 0 is cow, but label 0 of {tmp_path}/all is cat; a number needs one meaning"
     for mixed in ([everything, other], [Samples([str(tmp_path / "all"), str(tmp_path / "other")])]):
         with pytest.raises(ConfigError, match=says):

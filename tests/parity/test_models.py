@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.errors import UserError
+from data_pipeline.formats.pixels import PixelDtype
 from data_pipeline.parts import image as parts
 from data_pipeline.views.augmentations import center
-from pretrain.interchange import export
+from pretrain.interchange import export, model_card
 from pretrain.models import families
 from pretrain.models.build import build_model
 from pretrain.models.layers import Backbone, DropPath, Features
@@ -286,6 +287,26 @@ def test_image_processor_sees_what_evaluation_sees(hf, tmp_path: Path):
         assert difference.max() <= levels + 1e-3, (
             shape
         )  # Pillow and torch round differently, as does the order of crop and resize
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_image_processor_keeps_channels_and_units(hf, tmp_path: Path, channels: int, dtype: PixelDtype):
+    """The model card's lines, on an array that needs neither resizing nor cropping."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(100, 300, (32, 32, channels)) if dtype == "float32" else rng.integers(0, 256, (32, 32, channels))
+    image, mean, std = image.astype(dtype), [0.3] * channels, [0.2] * channels
+    about = {**ABOUT, "pixel_dtype": dtype}
+    export.write(tmp_path / "out", vit(in_channels=channels), about, mean, std)
+    card = model_card.write(tmp_path / "out").read_text()
+    lines = [line[4:] for line in card.splitlines() if line.startswith("    ")]
+    known = {"FOLDER": tmp_path / "out", "image": image}
+    with torch.no_grad():
+        exec("\n".join(lines), known)
+        part = parts.Image(channels, mean=mean, std=std)
+        placed = part.place(torch.from_numpy(image.transpose(2, 0, 1)[None].copy()), torch.device("cpu"))
+        ours = export.load(tmp_path / "out")[0](placed)
+    assert_close(known["features"][:, 0], ours.cls)
 
 
 @pytest.mark.slow

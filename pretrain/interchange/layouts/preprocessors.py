@@ -15,7 +15,9 @@ def images(size: int, mean: list[float] | None, std: list[float] | None, dtype: 
     """The content of preprocessor_config.json. `dtype`: of the pixels, see `data_pipeline/formats/pixels.py`."""
     top = top_level(dtype)
     scale = {"do_rescale": False} if top == 1 else {"rescale_factor": 1 / top}
-    return {"image_processor_type": "BitImageProcessor", **_center_crop(size, mean, std), **scale}
+    # without this, the processor makes three channels of one, and fails for two and four
+    channels = {} if mean is None or len(mean) == 3 else {"do_convert_rgb": False}
+    return {"image_processor_type": "BitImageProcessor", **_center_crop(size, mean, std), **scale, **channels}
 
 
 def videos(kind: str, size: int, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
