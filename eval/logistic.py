@@ -26,7 +26,7 @@ from eval.features import Encoder
 from eval.knn import accuracies
 from eval.score_checks import is_at_edge
 from eval.text_features import TextEncoder
-from pretrain.interchange import export, model_card
+from pretrain.interchange import export, model_card, weights
 from pretrain.interchange.layouts.class_head import Classifier
 
 NEEDS = "labels"
@@ -60,6 +60,12 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
         raise UserError(
             f"logistic.save = {cfg.save}: {encoder.name} is no export of an image model; write logistic.save="
         )
+    side = encoder.image_size if cfg.save and isinstance(encoder, Encoder) else 0
+    if side and side != encoder.backbone.image_size and not hasattr(encoder.backbone.cfg, "image_size"):
+        raise UserError(
+            f"logistic.save = {cfg.save}: {encoder.name} cannot store that its images have {side} pixels; write"
+            f" image_size={encoder.backbone.image_size}"
+        )
     if cfg.save and Path(cfg.save).exists():
         raise UserError(f"logistic.save = {cfg.save}: exists already; name a new folder, or delete it")
     gallery_set, query_set = encoder.labelled(gallery), encoder.labelled(query)
@@ -74,12 +80,15 @@ def run(encoder: Encoder | TextEncoder, gallery: list[str], query: list[str], cf
 
 
 def save(encoder: Encoder, gallery: list[str], names: list[str], weight: Tensor, bias: Tensor, folder: Path) -> None:
-    """Write the encoder's export with this classifier. Its classes are in the order of their labels."""
+    """Write the encoder's export with this classifier, for images of the size whose features it has learned. Its classes
+    are in the order of their labels."""
     known = [name for manifest in encoder.check(gallery).manifests for name in manifest.manifest.classes]
     order = label_order(names, known)
     classifier = Classifier(weight.T[order].float().cpu(), bias[order].float().cpu(), [names[n] for n in order])
     assert encoder.folder is not None
-    backbone, facts = export.load(encoder.folder)
+    backbone, facts = weights.load_backbone(encoder.folder)
+    if encoder.image_size != backbone.image_size:
+        backbone, _ = weights.load_backbone(encoder.folder, image_size=encoder.image_size)
     about = {"step": facts["step"], "objective": facts["objective"], "pool": encoder.pool}
     export.write(folder, backbone, about, encoder.mean, encoder.std, classifier=classifier)
     model_card.write(folder)

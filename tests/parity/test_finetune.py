@@ -382,6 +382,11 @@ def test_the_head_starts_from_a_logistic_regression(shards: Path, tmp_path: Path
     assert rows[0]["metric"] == again[0]["metric"] == "accuracy" and rows[0]["value"] == again[0]["value"]
     head = classifier_of(saved)
     assert head.names == ["china", "flower"] and head.weight.std() > 1e-3
+    options["logistic"]["save"] = str(tmp_path / "larger")  # whose features are those of larger images
+    rows = evaluate(start, ["logistic"], [str(shards)], [str(shards)], image_size=64, options=options, device="cpu")
+    again = evaluate(tmp_path / "larger", ["classifier"], [], [str(shards)], device="cpu")
+    assert rows[0]["value"] == again[0]["value"] and export.load(tmp_path / "larger")[0].image_size == 64
+    options["logistic"]["save"] = str(saved)
     cfg = tiny_recipe("finetune", shards, tmp_path / "run", f"objective.head_from={saved}", "objective.pool=mean")
     objective: Any = build_objective(cfg, start=True)
     assert torch.equal(objective.head.weight, head.weight) and torch.equal(objective.head.bias, head.bias)
