@@ -162,7 +162,21 @@ def _use(fields: dict[str, Any]) -> list[str]:
             "    encoder, about = load_backbone(FOLDER)",
             "",
         ]
-    if fields["model_type"] == transformers_audio.KIND:
+    audio = fields["unlabeled"].get("audio")
+    conformer = fields["model_type"] == transformers_audio.KIND
+    if audio and (not conformer or audio["sample_rate"] != transformers_audio.RATE):
+        name, shape = "pixel_values", f"1, {audio['mels']}, frames"
+        if conformer:  # transformers has no extractor for this sample rate
+            stack = fields["unlabeled"]["model"]["stack"]
+            name, shape = "input_features", f"frames / {stack}, {stack * audio['mels']}"
+        return [
+            "    from transformers import AutoModel",
+            "    model = AutoModel.from_pretrained(FOLDER).eval()",
+            f"    # inputs: normalised log-mel features [recordings, {shape}]; transformers cannot compute them",
+            f"    features = model({name}=inputs).last_hidden_state",
+            "",
+        ]
+    if conformer:
         return [
             "    from transformers import AutoFeatureExtractor, AutoModel",
             "    extractor, model = AutoFeatureExtractor.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER).eval()",

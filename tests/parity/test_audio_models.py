@@ -93,6 +93,15 @@ def test_the_conformer_equals_that_of_transformers(stack: int, tmp_path: Path):
     assert several.tokens.shape == (3, 11, 32) and torch.equal(several.tokens[..., 16:], features.tokens)
 
 
+def lines_of_card(folder: Path, inputs: Tensor) -> Tensor:
+    """`features` after the lines of Python of a model card, which read `inputs`."""
+    lines = [line[4:] for line in (folder / "README.md").read_text().splitlines() if line.startswith("    ")]
+    known = {"FOLDER": folder, "inputs": inputs}
+    with torch.no_grad():
+        exec("\n".join(lines), known)
+    return known["features"]
+
+
 def test_a_waveform_gives_the_same_features_in_transformers(tmp_path: Path):
     ours = conformer().eval()
     folder = written(tmp_path / "1", ours)
@@ -108,6 +117,8 @@ def test_a_waveform_gives_the_same_features_in_transformers(tmp_path: Path):
     card = (folder / "README.md").read_text()
     assert "with 8 bands of audio at 16000 Hz" in card and "AutoFeatureExtractor" in card
     assert not (written(tmp_path / "2", ours, sample_rate=8000) / "preprocessor_config.json").exists()
+    found = lines_of_card(tmp_path / "2", torch.randn(1, 5, ours.cfg.stack * 8))
+    assert found.shape == (1, 5, SIZES["dim"])
 
 
 @pytest.mark.slow
@@ -136,6 +147,7 @@ def test_a_vit_on_spectrograms_is_opened_by_transformers(positions: str, tmp_pat
         assert torch.allclose(found[:, 1:], features.tokens, atol=1e-4)
     assert about["audio"] == {"sample_rate": 16000, "seconds": 2.0, "mels": 32, "mean": [16.5], "std": [9.1]}
     assert "mean 16.5, std 9.1" in (folder / "README.md").read_text()
+    assert torch.equal(lines_of_card(folder, x), found)
 
 
 @pytest.mark.slow
