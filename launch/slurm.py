@@ -39,13 +39,16 @@ IN_PATHS = "%\\\n"  # characters that sbatch replaces in the names of files, or 
 # ---------------------------------------------------------------- the runs of a job
 def recipes(name: str, overrides: Sequence[str], array: Sequence[str]) -> list[Recipe]:
     """The recipe of each run: one, or one for each combination of the values in `array` ("seed=0,1,2"). Run folders are
-    made absolute; in an array, their names end with the values."""
+    made absolute; in an array, their names end with the values, and so does `checkpoint.folder`, which each run needs for
+    itself."""
     axes = [_values(entry) for entry in array]
     out = []
     for chosen in itertools.product(*axes):
         recipe = load(name, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen)])
         suffixes = [f"{key.rpartition('.')[2]}-{str(value).replace('/', '-')}" for key, value in chosen]
         recipe.run = str(Path("_".join([str(Path(recipe.run)), *suffixes])).absolute())
+        if recipe.checkpoint.folder and "checkpoint.folder" not in dict(chosen):
+            recipe.checkpoint.folder = "_".join([recipe.checkpoint.folder.rstrip("/"), *suffixes])
         out.append(recipe)
     folders = [recipe.run for recipe in out]
     if repeated := [folder for folder in folders if folders.count(folder) > 1]:

@@ -191,6 +191,10 @@ def test_an_array_has_a_run_for_each_combination(tmp_path: Path):
     made = slurm.recipes("demo", [f"run={tmp_path}/r"], ["seed=0,1", "optim.lr=[1e-3, 2e-3]"])
     assert [(one.seed, one.optim.lr.value) for one in made] == [(0, 1e-3), (0, 2e-3), (1, 1e-3), (1, 2e-3)]
     assert [Path(one.run).name for one in made][:2] == ["r_seed-0_lr-1e-3", "r_seed-0_lr-2e-3"]
+    stored = slurm.recipes("demo", [f"run={tmp_path}/r", "checkpoint.folder=s3://b/c/"], ["seed=0,1"])
+    assert [one.checkpoint.folder for one in stored] == ["s3://b/c_seed-0", "s3://b/c_seed-1"]
+    (alone,) = slurm.recipes("demo", [f"run={tmp_path}/r", "checkpoint.folder=s3://b/c"], [])
+    assert alone.checkpoint.folder == "s3://b/c"
     (alone,) = slurm.recipes("demo", ["run=runs/x"], [])
     assert alone.run == str(Path.cwd() / "runs" / "x")
     for entry, words in (
