@@ -22,9 +22,9 @@ SIDE, FRAMES, RATE = 32, 12, 12  # pixels of a frame; frames of a video, and in 
 FINE = 2  # pixels of a wall for one of a frame
 AROUND, OBJECTS = 256, 70  # pixels of a wall, whose opposite edges continue each other; objects on it
 DIRECTIONS = 8
-SPEED, NOISE = (1.0, 3.0), 20.0  # pixels from frame to frame; standard deviation of grey values
+SPEED, NOISE = (1.0, 3.0), 30.0  # pixels from frame to frame; standard deviation of grey values
 BAND, NEAR, CONTRAST = (2.0, 6.0), 12.0, 45.0  # pixels of a wall: sizes that are kept, surroundings; grey values
-WALLS = {"train": 300, "test": 60}  # of each there are DIRECTIONS videos
+WALLS = {"train": 150, "test": 60}  # of each there are DIRECTIONS videos
 
 
 def wall(views: list[Picture], rng: np.random.Generator) -> np.ndarray:

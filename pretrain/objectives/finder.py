@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -138,10 +139,16 @@ def _once(module: types.ModuleType, source: str, execute: Callable[[], object]) 
 
 
 def attributes(name: str) -> set[str]:
-    """The names of all attributes that an objective's file reads outside of its `Config`. The options among them are
-    read in some step, even if the first step takes another branch."""
-    body = ast.parse(path_of(name).read_text()).body
-    nodes = (node for part in body if getattr(part, "name", "") != "Config" for node in ast.walk(part))
+    """The names of all attributes that an objective's file, and those of the objectives from which it derives, read
+    outside of their `Config`. The options among them are read in some step, even if the first step takes another
+    branch."""
+    from pretrain.objectives.base import Objective
+
+    cls = find(name)
+    bases = (base for base in cls.__mro__[1:] if issubclass(base, Objective) and base is not Objective)
+    files = {path_of(name), *(Path(inspect.getfile(base)) for base in bases)}
+    parts = [part for file in files for part in ast.parse(file.read_text()).body]
+    nodes = (node for part in parts if getattr(part, "name", "") != "Config" for node in ast.walk(part))
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 

@@ -346,6 +346,7 @@ def test_audio_mae_predicts_the_patches_of_a_spectrogram(shards: Path, tmp_path:
     assert model(batch, 0)[0].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
     view = type(model).views(cfg.objective, About(sample_rate=16000, samples=8000, mels=16, patch_size=8))
     assert view({"audio": np.ones(4800, np.int16)}, np.random.default_rng)["image.frames"] == 28  # 0.3 s
+    assert "norm_pix" in finder.attributes("audio_mae")  # the file of MAE reads it, so that a run accepts the option
     for wrong, says in (
         ("data.mean=[1, 2, 3]", "a spectrogram has one channel, so write one value"),
         ("model.patch_size=16", "data.seconds = 0.1: is shorter than a patch of the model"),
