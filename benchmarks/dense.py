@@ -121,7 +121,11 @@ def main() -> None:
         for kind, folder in (("pretrained", export), ("untrained", export.parent / "0")):
             data = {"gallery": [str(known)], "query": [str(asked)], "image_size": SIZE, "device": "cpu"}
             rows = evaluate(folder, [*heads], options=heads, **data)
-            show(f"{name}.{kind}", {row["metric"]: row["value"] for row in rows}, f"heads of {steps} steps")
+            show(
+                f"{name}.{kind}",
+                {row["metric"]: row["value"] for row in rows},
+                f"heads of {options.steps} and {options.depth_steps} steps",
+            )
             rows = evaluate(folder, ["patch_knn"], options={"patch_knn": PATCH_KNN}, **data)
             show(f"{name}.{kind}.knn", {row["metric"]: row["value"] for row in rows}, "no training")
     own = models.get("simclr")
