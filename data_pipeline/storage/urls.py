@@ -140,10 +140,14 @@ def write_atomically(url: str, parts: Iterable[bytes]) -> None:
             return
         temporary = Path(f"{path}.{os.getpid()}-{threading.get_ident()}.partial")
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                for part in parts:
+                    file.write(part)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # it would keep a full disk full
+            raise
     except OSError as error:
         raise DataError(f"{url}: cannot be written ({error.strerror or error})") from None
 

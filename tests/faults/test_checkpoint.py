@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import UserError
+from data_pipeline.storage.urls import write_atomically
 from pretrain.build import build_objective, build_stream, open_samples
 from pretrain.checkpoint.disk_store import DiskStore
 from pretrain.checkpoint.integrity import Damaged, hash_stream, run_json_digest
@@ -330,6 +331,12 @@ def test_a_full_disk_that_is_freed_in_time_loses_nothing(made: Path, shards: Pat
     train(cfg)
     thread.join()
     assert DiskStore(str(small_disk)).latest() == "000000009"
+
+
+def test_a_file_that_a_full_disk_does_not_take_leaves_nothing(small_disk: Path):
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
+        write_atomically(str(small_disk / "metrics.jsonl"), [bytes(1 << 20)] * 4)
+    assert not list(small_disk.iterdir())
 
 
 def test_a_read_only_folder_is_said_before_the_first_step(shards: Path, tmp_path: Path, small_disk: Path):
