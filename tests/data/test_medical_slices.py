@@ -76,6 +76,17 @@ def test_compression_and_byte_order_change_nothing(name: str, plain: str):
         assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("SC_rgb_jpeg_gdcm.dcm", {"PlanarConfiguration": 1}), ("JPEGLSNearLossless_08.dcm", {"BitsAllocated": 16})],
+)
+def test_what_a_jpeg_holds_counts_and_not_how_the_header_would_store_it(name: str, changes: dict[str, int]):
+    header = pydicom.dcmread(FILES / name)
+    for key, value in changes.items():
+        setattr(header, key, value)
+    assert np.array_equal(slices(saved(header))[0], slices(FILES / name)[0])
+
+
 def test_jpeg_of_12_bits():
     """Two libraries decode it to levels up to 264. JPEG 2000 has the same picture, with other losses."""
     (twelve,), (other,) = slices(FILES / "JPGExtended.dcm"), slices(FILES / "JPEG2000.dcm")
@@ -214,6 +225,22 @@ def test_what_is_no_image_is_left_out_with_a_reason(tmp_path: Path):
     )
 
 
+def test_frames_before_damage_are_used(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(FILES / "MR_small.dcm", tmp_path / "in" / "b.dcm")
+    data = bytearray((FILES / "rtdose_rle.dcm").read_bytes())
+    at = 0
+    for _ in range(10):  # items of sequences, of the offset table and of frames
+        at = data.index(b"\xfe\xff\x00\xe0", at + 1)
+    data[at + 8 : at + 12] = b"\xff" * 4  # the number of segments of a frame
+    (tmp_path / "in" / "a.dcm").write_bytes(data)
+    summary = make(tmp_path / "in", tmp_path / "out")
+    places = [json.loads(sample["json"]) for sample in samples_of(tmp_path / "out")]
+    count = len(places) - 1
+    assert places == [*({"path": "a.dcm", "slice": n} for n in range(count)), {"path": "b.dcm"}] and 0 < count < 14
+    assert f"{15 - count} of 15 slices are left out: " in reasons(summary)["a.dcm"]
+
+
 def test_headers_that_state_too_much_are_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch):
     header = pydicom.dcmread(FILES / "MR_small.dcm")
     header.NumberOfFrames = 10**9
@@ -306,6 +333,10 @@ def test_scaled_and_four_dimensional_volumes():
         for height in range(4):
             ours = found[4 * time + height][..., 0]
             assert np.array_equal(ours, expected[::-1, ::-1, height, time].T.astype(np.float32))
+    for least, dtype in ((-32768, np.int16), (-32769, np.float32)):
+        volume = nibabel.Nifti1Image(np.full((2, 2, 1), least, np.int32), np.eye(4)).to_bytes()
+        (units,) = slices(volume, "a.nii")
+        assert units.dtype == dtype and (units == least).all()
     with pytest.raises(Damaged, match="holds NaN"):
         slices(nibabel.Nifti1Image(np.full((2, 2, 2), np.nan, np.float32), np.eye(4)).to_bytes(), "a.nii")
     colors = np.zeros((2, 2, 2), [("R", "u1"), ("G", "u1"), ("B", "u1")])
