@@ -24,8 +24,10 @@ def export(run: Path, recipe: Recipe, target: Path | None, step: int | None, als
     store = run_store(run, recipe)
     name = store.latest() if step is None else checkpoint_name(step)
     if name not in store.complete_names():
-        steps = ", ".join(str(int(saved)) for saved in store.complete_names()) or "none"
-        raise UserError(f"{run}: no checkpoint {'' if step is None else f'of step {step}'}; it has: {steps}")
+        steps = ", ".join(str(int(saved)) for saved in store.complete_names())
+        if not steps:
+            raise UserError(f"{run}: has no checkpoint yet; train it first: unlabeled train {run}")
+        raise UserError(f"{run}: no checkpoint of step {step}; it has: {steps}")
     objective = build_objective(recipe)
     load_model(store, name, objective)
     saved_step = int(name)

@@ -222,8 +222,7 @@ def state_is_complete(case: Case) -> Iterator[str]:
 
 
 def couples_batch_is_correct(case: Case) -> Iterator[str]:
-    """Micro-batches give the gradient of the whole batch, unless `couples_batch` is True for a loss that compares
-    samples, or a network has batch norms."""
+    """Micro-batches give the gradient of the whole batch, unless `couples_batch` is True or a network has batch norms."""
     if case.objective.is_coupled():
         return
     gradients = []

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from common import config
+from common.errors import UserError
 from launch.commands import COMMANDS
+from launch.export_checkpoint import export
+from pretrain.recipes.recipe import load
 from tests.conftest import sampled, tiny_recipe, trainer, unlabeled
 
 
@@ -248,3 +251,11 @@ def test_demo_from_digits(tmp_path: Path):
     for word in ("pixels", "untrained", "pretrained", "knn", "linear", "report: runs/demo/report.html"):
         assert word in done.stdout
     assert (tmp_path / "runs/demo/report.html").stat().st_size > 50_000
+
+
+def test_an_export_of_a_run_without_checkpoints(tmp_path: Path):
+    recipe = load("demo", ["data.train=shards", f"run={tmp_path}"])
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: has no checkpoint yet; train it first: unlabeled train {tmp_path}"
+    ):
+        export(tmp_path, recipe, None, None, [])
