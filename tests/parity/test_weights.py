@@ -241,11 +241,15 @@ def test_folders_as_timm_writes_them_by_default(tmp_path: Path):
 def test_timm_refuses(tmp_path: Path):
     with pytest.raises(UserError, match="timm's ViT with rotary positions has no bias for keys"):
         timm.write(vit(**{**DINOV3, "key_bias": True}).cfg, {}, MEAN, STD)
-    for name, message in [
-        ("resnet18", "is timm's ResNet"),
-        ("vit_base_patch16_clip_quickgelu_224", "its activation is QuickGELU"),
+    for name, options, message in [
+        ("resnet18", {}, "is timm's ResNet"),
+        ("vit_base_patch16_clip_quickgelu_224", {}, "its activation is QuickGELU"),
+        ("convnext_atto", {"act_layer": "relu"}, "its activation is ReLU; only GELU can be read"),
+        ("vit_base_patch16_siglip_224", {}, r"has no class token \(its global_pool is 'map'\)"),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, r"has no last norm \(its global_pool is 'avg'\)"),
     ]:
-        (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": {}}))
+        fields = {"architecture": name, "pretrained_cfg": {}, "model_args": options}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
         with pytest.raises(UserError, match=message):
             find_source(tmp_path)
 

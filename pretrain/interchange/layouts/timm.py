@@ -147,7 +147,9 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     kind = type(model).__name__
     if kind == "ConvNeXt":
         widths = [info["num_chs"] for info in model.feature_info]
-        scaled = model.stages[0].blocks[0].gamma is not None
+        scaled, activation = model.stages[0].blocks[0].gamma is not None, model.stages[0].blocks[0].mlp.act
+        if type(activation).__name__ != "GELU":  # torch's or timm's
+            raise UserError(f"{where}: its activation is {type(activation).__name__}; only GELU can be read")
         return "convnext", {
             "widths": widths,
             "depths": [len(stage.blocks) for stage in model.stages],
@@ -161,6 +163,12 @@ def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
             f"{where}: architecture = {fields['architecture']!r} is timm's {kind};"
             " only its ViTs and ConvNeXts can be read"
         )
+    for what, found in (("class token", model.cls_token is not None), ("last norm", hasattr(model.norm, "eps"))):
+        if not found:
+            raise UserError(
+                f"{where}: has no {what} (its global_pool is {model.global_pool!r}); only timm's ViTs with a class token"
+                " and a last norm of all tokens can be read"
+            )
     block, size = model.blocks[0], model.patch_embed.img_size
     gated = hasattr(block.mlp, "fc1_g") or block.mlp.fc1.out_features == 2 * block.mlp.fc2.in_features
     if not isinstance(block.mlp.act, torch.nn.SiLU if gated else torch.nn.GELU):
