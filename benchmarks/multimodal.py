@@ -167,8 +167,6 @@ def video(name: str, asked: argparse.Namespace) -> Task:
     options = [f"data.train={data / 'train'}", "objective.flip=0", "objective.crop_scale=1", f"data.fps={RATE}"]
     if name == "videomae":  # 16 clips of 4 videos, which are decoded once
         options += ["data.batch=4", "objective.clips_per_video=4", "objective.mask_ratio=0.5"]
-    else:
-        options += ["data.batch=16", "optim.lr.value=2e-3"]
     floor = functools.partial(single_frames, folder, asked.seconds)
     return Task(
         options, lambda export: directions(export, folder), floor, f"mae on single frames; chance {1 / DIRECTIONS}"
