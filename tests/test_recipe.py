@@ -115,7 +115,7 @@ def test_a_batch_that_fits_is_one_answer():
         ]
     ]
     assert [words for words, *_ in said] == [
-        "data.batch=37 parallel.micro_batch=null",
+        "data.batch=37",
         "data.batch=1024",
         "data.batch=32",
         "data.batch=5 objective.koleo_group=null",

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from common.untrusted import is_number
+
 BASE, DOWN, UP = "base", "down", "up"  # names of the sub-modules of `LowRank`
 
 
@@ -43,7 +45,7 @@ def add_low_rank(network: nn.Module, rank: int, alpha: float, parts: Sequence[st
         raise ValueError(f"objective.lora = {rank}: this model has no linear layers; write objective.lora=null")
     for part in parts:
         if not any(_is_part(part, name) for name in layers):
-            known = sorted({component for name in layers for component in name.split(".") if not component.isdigit()})
+            known = sorted({component for name in layers for component in name.split(".") if not is_number(component)})
             raise ValueError(
                 f"objective.lora_layers = {[*parts]}: no linear layer has {part} in its name; write some of"
                 f" {', '.join(known)}"

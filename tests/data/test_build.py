@@ -87,9 +87,9 @@ def test_invalid_sources_targets_and_options_are_refused(tmp_path: Path):
         make(empty, tmp_path / "full")
     with pytest.raises(
         DataError,
-        match="--kind pictures: no such kind of source; known: arrays, audio, frame-folders, frames, image-text",
+        match="--kind xyz: no such kind of source; known: arrays, audio, frame-folders, frames, image-text",
     ):
-        make(empty, tmp_path / "out", kind="pictures")
+        make(empty, tmp_path / "out", kind="xyz")
     with pytest.raises(
         DataError, match="--lines has no effect on a folder of images, only on sources of the kinds text"
     ):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import DataError, UserError
 from eval import health
@@ -19,6 +18,7 @@ from eval.run import evaluate
 from launch import watch
 from pretrain import collapse_monitor
 from pretrain.interchange import export
+from pretrain.metrics import Board
 from pretrain.models.build import build_model
 from pretrain.models.layers import Features
 from pretrain.run_folder.jsonl_rows import read_rows
@@ -152,7 +152,7 @@ def test_a_collapse_is_noted_with_what_to_change(shards: Path, tmp_path: Path):
             [0.5] * 3,
             [0.5] * 3,
         )
-        board = SummaryWriter(str(run / "tensorboard"))
+        board = Board(run / "tensorboard")
         assert watch.score(run, recipe, str(run / "export" / str(step)), step, "train", board, "cpu") == []
     notes = {(row["step"], row.get("note", "")) for row in read_rows(run / "results.jsonl")}
     (reason,) = {note for step, note in notes if note}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import DataError, UserError
 from data_pipeline.build.build_shards import build
@@ -17,6 +16,7 @@ from eval.features import open_encoder
 from eval.run import evaluate
 from eval.text_features import bytes_of, label_of, text_of
 from launch import watch
+from pretrain.metrics import Board
 from pretrain.parallel.device import scoring_device
 from pretrain.recipes.evaluation import FinalTier
 from pretrain.recipes.recipe import stored
@@ -68,7 +68,7 @@ def test_scoring_during_training_does_not_use_the_gpu(
     for key, value in options.items():
         setattr(recipe.eval, key, value)
     recipe.device = "auto"
-    watch.score(run, recipe, str(export), 4, "test", SummaryWriter(str(run / "tensorboard")), "cpu")
+    watch.score(run, recipe, str(export), 4, "test", Board(run / "tensorboard"), "cpu")
     assert read_rows(run / "results.jsonl")[-1]["protocol"] == "knn"
     assert [scoring_device(asked, trainer) for asked, trainer in (("auto", "cpu"), ("cuda:7", "cuda"))] == [
         "auto",

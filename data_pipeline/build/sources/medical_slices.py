@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from common.errors import Damaged, DataError
+from common.untrusted import is_number
 from data_pipeline.build.sources.image_tiles import encoded
 from data_pipeline.build.sources.media_folders import Images, annotated
 from data_pipeline.build.sources.source import Block, Entry, Options, stem
@@ -117,4 +118,4 @@ class MedicalSlices(Images):
 
 
 def _may_be_dicom(file: File) -> bool:
-    return (not file.extension or file.extension.isdecimal()) and file.path.rpartition("/")[2] != "DICOMDIR"
+    return (not file.extension or is_number(file.extension)) and file.path.rpartition("/")[2] != "DICOMDIR"
