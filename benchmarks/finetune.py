@@ -24,14 +24,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from learning import ENGINE, PROBE, SIZE
-from steps import emit
+from steps import emit, emit_means
 
 from data_pipeline.build.build_shards import build
 from data_pipeline.build.demo_images import fetch
@@ -84,14 +84,6 @@ def accuracies(model: Path, name: str, known: Path, asked: dict[str, Path], **op
     return found
 
 
-def show(name: str, found: list[dict[str, float]], versus: str) -> None:
-    for key in found[0]:
-        values = [scores[key] for scores in found]
-        emit(f"finetune.{name}.{key}", mean(values), "accuracy", versus)
-        if len(values) > 1:
-            emit(f"finetune.{name}.{key}.seed_std", stdev(values), "accuracy", f"{len(values)} seeds")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -105,11 +97,13 @@ def main() -> None:
     split(folder / "images" / "train", folder / "halves")
     known = folder / "halves" / "known"
     asked = {"accuracy": folder / "halves" / "held_out", "new_textures": folder / "shards" / "test"}
-    show("probe", [accuracies(start, "linear", known, asked, **PROBE["linear"])], "grid of frozen features")
+    emit_means(
+        "finetune.probe", [accuracies(start, "linear", known, asked, **PROBE["linear"])], "grid of frozen features"
+    )
     heads = folder / f"heads-{time.time_ns()}"
     heads.mkdir()
     head = {"save": str(heads / "{}"), "costs": COSTS}
-    show("logistic", [accuracies(start, "logistic", known, asked, **head)], "frozen class token, C = 1")
+    emit_means("finetune.logistic", [accuracies(start, "logistic", known, asked, **head)], "frozen class token, C = 1")
 
     trained: dict[str, int] = {}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in TUNING}
@@ -126,7 +120,11 @@ def main() -> None:
         print(f"seed {seed}: {name} {found[name][-1]}", file=sys.stderr)
         trained[name] = sum(p.numel() for p in build_objective(cfg).parameters() if p.requires_grad)
     for name in TUNING:
-        show(name, found[name], f"{options.seeds} seeds, {options.steps} steps, {mean(spent[name]):.0f} CPU s")
+        emit_means(
+            f"finetune.{name}",
+            found[name],
+            f"{options.seeds} seeds, {options.steps} steps, {mean(spent[name]):.0f} CPU s",
+        )
     for key in asked:
         points = mean(100 * (lora[key] - full[key]) for lora, full in zip(found["lora"], found["full"], strict=True))
         emit(f"finetune.lora.versus_full.{key}", points, "points", f"full, {options.seeds} seeds")

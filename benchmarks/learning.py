@@ -36,7 +36,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -45,7 +45,7 @@ import torch
 from gram import PATCH, load_images, mosaics
 from package_data import fashion
 from PIL import Image
-from steps import LIGHTLY, emit
+from steps import LIGHTLY, emit, emit_means
 
 from common.errors import ConfigError
 from data_pipeline.build.build_shards import build
@@ -168,14 +168,6 @@ def untrained_name(cfg: recipe.Recipe, export: Path) -> str:
     return f"untrained{pool}" + ("" if positions == "learned" else f"_{positions}")
 
 
-def show(name: str, found: list[dict[str, float]], versus: str) -> None:
-    for protocol in found[0]:
-        values = [scored[protocol] for scored in found]
-        emit(f"learning.{name}.{protocol}", mean(values), "accuracy", versus)
-        if len(values) > 1:
-            emit(f"learning.{name}.{protocol}.seed_std", stdev(values), "accuracy", f"{len(values)} seeds")
-
-
 class Comparison:
     """Trains and scores methods with the same budget."""
 
@@ -206,10 +198,10 @@ class Comparison:
             first = untrained_name(cfg, run / "export" / "0")
             if first not in self.untrained:
                 self.untrained.add(first)
-                show(first, [self.scorer.scores(run / "export" / "0")], f"step 0 of {label}")
+                emit_means(f"learning.{first}", [self.scorer.scores(run / "export" / "0")], f"step 0 of {label}")
             self.exports[label] = run / "export" / str(steps)
             found.append(self.scorer.scores(self.exports[label]))
-        show(label, found, f"{steps} steps, {mean(spent):.0f} CPU s")
+        emit_means(f"learning.{label}", found, f"{steps} steps, {mean(spent):.0f} CPU s")
         return found
 
     def compare(self, name: str) -> None:
@@ -243,7 +235,7 @@ def main() -> None:
             parser.error(f"{name} needs a run of {other}; write --objectives {other} {name}")
     torch.set_num_threads(1)
     comparison = Comparison(options)
-    show("pixels", [comparison.scorer.scores("pixels")], "raw pixels")
+    emit_means("learning.pixels", [comparison.scorer.scores("pixels")], "raw pixels")
     for name in sorted(options.objectives, key=AFTER.__contains__):
         comparison.compare("finetune" if name == "supervised" else name)
 

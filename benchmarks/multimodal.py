@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,7 +48,7 @@ from emoji import emoji
 from learning import seconds_of_a_step
 from package_data import WORDS, spoken
 from PIL import Image
-from steps import emit
+from steps import emit, emit_means
 from walls import DIRECTIONS, RATE, flow_accuracy, walls
 
 from data_pipeline.shards.samples import Samples
@@ -232,11 +232,8 @@ def show(name: str, task: Task, asked: argparse.Namespace) -> None:
         untrained.append(task.score(exports / "0"))
         print(f"{name}, seed {seed}: {found[-1]}, untrained {untrained[-1]}", file=sys.stderr, flush=True)
     floor = task.floor()
+    emit_means(f"multimodal.{name}", found, f"{steps} steps, {mean(spent):.0f} CPU s")
     for metric in found[0]:
-        values = [scores[metric] for scores in found]
-        emit(f"multimodal.{name}.{metric}", mean(values), "accuracy", f"{steps} steps, {mean(spent):.0f} CPU s")
-        if len(values) > 1:
-            emit(f"multimodal.{name}.{metric}.seed_std", stdev(values), "accuracy", f"{len(values)} seeds")
         before = mean(scores[metric] for scores in untrained)
         emit(f"multimodal.{name}.{metric}.untrained", before, "accuracy", "step 0")
         emit(f"multimodal.{name}.{metric}.floor", floor[metric], "accuracy", task.baseline)

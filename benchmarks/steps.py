@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -136,6 +136,16 @@ def linear_flops(step: Callable[[], None]) -> int:
 
 def emit(name: str, value: float, unit: str, versus: str) -> None:
     print(json.dumps({"name": name, "value": float(f"{value:.3g}"), "unit": unit, "versus": versus}), flush=True)
+
+
+def emit_means(prefix: str, found: list[dict[str, float]], versus: str) -> None:
+    """Emit PREFIX.KEY, the mean over seeds, and of several seeds PREFIX.KEY.seed_std. `found`: {key: accuracy} of each
+    seed."""
+    for key in found[0]:
+        values = [scores[key] for scores in found]
+        emit(f"{prefix}.{key}", mean(values), "accuracy", versus)
+        if len(values) > 1:
+            emit(f"{prefix}.{key}.seed_std", stdev(values), "accuracy", f"{len(values)} seeds")
 
 
 def measure(name: str, precision: str, rounds: int) -> None:

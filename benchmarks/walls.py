@@ -33,7 +33,7 @@ def wall(views: list[Picture], rng: np.random.Generator) -> np.ndarray:
     for _ in range(OBJECTS):
         picture = views[rng.integers(len(views))]
         size = rng.uniform(0.4, 0.9) * SIDE * FINE / max(picture.size)
-        small = picture.resize(tuple(max(1, round(length * size)) for length in picture.size))  # type: ignore[arg-type]
+        small = picture.resize((max(1, round(picture.width * size)), max(1, round(picture.height * size))))
         x, y = rng.integers(0, AROUND, 2).tolist()
         for left, top in ((x, y), (x - AROUND, y), (x, y - AROUND), (x - AROUND, y - AROUND)):
             if left + small.width > 0 and top + small.height > 0:

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.errors import Damaged, DataError
 from data_pipeline.build.sources.media_folders import Images, annotated, map_ending
-from data_pipeline.build.sources.source import IMAGE_OPTIONS, Block, Entry, Options, stem
+from data_pipeline.build.sources.source import IMAGE_OPTIONS, Entry, Options, stem
 from data_pipeline.build.sources.source_files import READ_ERRORS, File, extension, reason_of
 from data_pipeline.formats.image_formats import ARRAY, IMAGES
 from data_pipeline.formats.pixel_maps import read_map
@@ -110,12 +110,6 @@ class Tiles(Images):
             count = min(rows_per_block, rows - first)
             blocks.append([count * row_bytes, count * columns, [path, first, count]])
         return {"blocks": blocks, "bad": []}
-
-    def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        for file in self.files:
-            maps = [each.path for each in self.maps.get(file.path, [])]
-            for size, rows, piece in surveys[file.path]["blocks"]:
-                yield Block(size, rows, [*piece, self._stated(file.path), *maps])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
         path, first, count, stated, *maps = piece

@@ -135,10 +135,13 @@ class Images(Source):
         return [None if label is None else self._numbers[label], self._fields.get(path, {})]
 
     def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
+        """A file is one block, or those of its survey. What is stated about it, and the paths of its maps, are added to
+        their pieces."""
         for file in self.files:
             maps = self.maps.get(file.path, [])
-            size = sum(each.size + self.overhead for each in (file, *maps))
-            yield Block(size, 1, [file.path, self._stated(file.path), *(each.path for each in maps)])
+            whole = [sum(each.size + self.overhead for each in (file, *maps)), 1, [file.path]]
+            for size, rows, piece in surveys.get(file.path, {"blocks": [whole]})["blocks"]:
+                yield Block(size, rows, [*piece, self._stated(file.path), *(each.path for each in maps)])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
         path, stated, *maps = piece

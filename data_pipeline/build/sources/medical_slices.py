@@ -12,7 +12,7 @@ from common.errors import Damaged, DataError
 from common.untrusted import is_number
 from data_pipeline.build.sources.image_tiles import encoded
 from data_pipeline.build.sources.media_folders import Images, annotated
-from data_pipeline.build.sources.source import Block, Entry, Options, stem
+from data_pipeline.build.sources.source import Entry, Options, stem
 from data_pipeline.build.sources.source_files import READ_ERRORS, File, reason_of
 from data_pipeline.formats.medical_images import NIFTI, Window, check_fields, need, open_slices
 
@@ -88,11 +88,6 @@ class MedicalSlices(Images):
             part = min(per_block, count - first)
             blocks.append([part * slice_bytes, part, [path, first, part]])
         return {"blocks": blocks, "bad": []}
-
-    def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        for file in self.files:
-            for size, rows, piece in surveys[file.path]["blocks"]:
-                yield Block(size, rows, [*piece, self._stated(file.path)])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
         path, first, count, stated = piece

@@ -21,7 +21,7 @@ from PIL import Image
 
 from common.errors import Damaged, DataError
 from data_pipeline.build.sources.media_folders import Images, Videos, annotated
-from data_pipeline.build.sources.source import Block, Entry, Options, safe_name
+from data_pipeline.build.sources.source import Entry, Options, safe_name
 from data_pipeline.build.sources.source_files import READ_ERRORS, Tree, reason_of
 from data_pipeline.formats import videos
 from data_pipeline.formats.av_files import av_failure, need_av
@@ -51,6 +51,7 @@ class Frames(Images):
     kind = "frames"
     title = "folder of videos, whose frames become images"
     reads = ("labels", "label_field", "as_stored", "frames_every")
+    has_maps = False
     takes = Videos.takes
 
     def begin(self) -> None:
@@ -125,11 +126,6 @@ class Frames(Images):
     @property
     def _every(self) -> Fraction:
         return Fraction(str(self.options.frames_every))
-
-    def blocks(self, surveys: dict[str, dict[str, Any]]) -> Iterator[Block]:
-        for file in self.files:
-            for size, rows, piece in surveys[file.path]["blocks"]:
-                yield Block(size, rows, [*piece, self._stated(file.path)])
 
     def entries(self, piece: list[Any]) -> Iterator[Entry | None]:
         path, begin, first, last, start, count, stated = piece

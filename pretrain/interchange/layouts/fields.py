@@ -83,6 +83,16 @@ def read(folder: Path) -> dict[str, Any]:
     return fields
 
 
+def require(fields: dict[str, Any], where: str, **required: Any) -> None:
+    """Raises UserError unless each required field is absent, or has the given value (or one of a tuple of values)."""
+    for key, value in required.items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        if fields.get(key, allowed[0]) not in allowed:
+            raise UserError(
+                f"{where}: {key} = {fields[key]!r} cannot be read; only {' or '.join(map(repr, allowed))} can"
+            )
+
+
 def _too_small(fields: dict[str, Any]) -> str:
     """Part of an error message about the first size that is not 1 or more; "" if there is none."""
     for name in (*SIZES, *NULLABLE_SIZES):

@@ -12,9 +12,9 @@ from pretrain.interchange.layouts import (
     transformers_text_config,
     transformers_video,
 )
+from pretrain.interchange.layouts.fields import require
 from pretrain.interchange.layouts.transformers_image_text import activation
 from pretrain.interchange.layouts.transformers_text import CLASSES
-from pretrain.interchange.layouts.transformers_text_config import require
 
 
 def describe(fields: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:

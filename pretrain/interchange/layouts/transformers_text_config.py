@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.errors import UserError
+from pretrain.interchange.layouts.fields import require
 
 Options = tuple[str, dict[str, Any]]  # our model's name and its options
 
@@ -14,16 +15,6 @@ def describe(kind: str, fields: dict[str, Any], where: str) -> Options:
     """(our model's name, its options) from the fields of config.json. `kind`: its model_type. Raises UserError if the
     fields describe something that our models do not have."""
     return {"gpt2": _gpt2, "bert": _bert, "t5": _t5}.get(kind, _llama)(kind, fields, where)
-
-
-def require(fields: dict[str, Any], where: str, **required: Any) -> None:
-    """Raises UserError unless each required field is absent, or has the given value (or one of a tuple of values)."""
-    for key, value in required.items():
-        allowed = value if isinstance(value, tuple) else (value,)
-        if fields.get(key, allowed[0]) not in allowed:
-            raise UserError(
-                f"{where}: {key} = {fields[key]!r} cannot be read; only {' or '.join(map(repr, allowed))} can"
-            )
 
 
 def _llama(kind: str, fields: dict[str, Any], where: str) -> Options:
