@@ -552,7 +552,8 @@ def test_frames_of_videos_are_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
     plain = tmp_path / "plain"  # without labels: shards that we built do not get labels from the folders in their keys
     for name in ("a.mp4", "b.mp4"):
         film(plain / name, 2)
-    make(plain, tmp_path / "bare", frames_every=0.1)
+    (plain / "a.mask.png").write_bytes(b"no mask of a video")  # frames have no masks
+    assert not any("mask" in note for note in make(plain, tmp_path / "bare", frames_every=0.1)["notes"])
     assert make(tmp_path / "bare", tmp_path / "copy")["classes"] == [] and len(samples_of(tmp_path / "copy")) == 4
 
 

@@ -46,7 +46,7 @@ def check_every(options: Options) -> None:
 
 
 class Frames(Images):
-    """Frames of videos as images. Pieces: those of `survey`, with the class number or None at the end."""
+    """Frames of videos as images. Pieces: those of `survey`, with what `_stated` returns at the end."""
 
     kind = "frames"
     title = "folder of videos, whose frames become images"
