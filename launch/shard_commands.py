@@ -28,8 +28,8 @@ def build(
     kind: Annotated[
         str,
         "KIND",
-        "images, arrays, tiles, slices, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset (default: detected from the names of the"
-        " files); for a folder that holds only videos, `images` stands for their frames",
+        "images, arrays, tiles, slices, videos, frames, frame-folders, audio, text, image-text, parquet or webdataset"
+        " (default: detected from the names of the files); for a folder that holds only videos, `images` stands for their frames",
     ] = "",
     labels: Annotated[HomePath, "FILE", ".csv, .tsv or .jsonl file with a path and a label for each image"] = NO_FILE,
     image_field: Annotated[str, "NAME", "column that holds the path or the bytes of the image"] = "",

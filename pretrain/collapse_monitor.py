@@ -95,8 +95,8 @@ class CollapseMonitor:
                 f" {remedy + ', or ' if remedy else ''}start from trained weights (init.backbone)"
             )
         return (
-            f"the class tokens of all images are becoming alike ({values}; an untrained ViT of usual width has a feature_std of"
-            f" 0.1 to 0.9 and a rank of 3 or more); {_advice(remedy)}"
+            f"the class tokens of all images are becoming alike ({values}; an untrained ViT of usual width"
+            f" has a feature_std of 0.1 to 0.9 and a rank of 3 or more); {_advice(remedy)}"
         )
 
 

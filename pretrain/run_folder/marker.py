@@ -37,9 +37,8 @@ class Marker:
     # same command then resumes from the run's own checkpoints
     resumed_from: str | None = None
     jobs: list[str] | None = None  # names of the jobs that have trained the run, see `job_names`
-    saved_in: str | None = (
-        None  # the folder, as an absolute path or a URL, in which the run has last saved a checkpoint
-    )
+    # the folder in which the run has last saved a checkpoint, as an absolute path or a URL
+    saved_in: str | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Marker:

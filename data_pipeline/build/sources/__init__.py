@@ -138,9 +138,9 @@ def detect(tree: Tree, options: Options) -> str:
                     command = f"zcat {path} | {command.replace(f' < {path}', '')}"
                 raise DataError(f"{tree.url}: holds .{kind} files, which this command converts to text: {command}")
         raise DataError(
-            f"{tree.url}: holds no source of shards (its files have {endings}); those are images, .npy arrays, DICOM, NIfTI,"
-            " videos, recordings, .jsonl, .json, .txt, .parquet, .tar, and .csv or .tsv lists of image and text; --kind text takes any"
-            " text file"
+            f"{tree.url}: holds no source of shards (its files have {endings}); those are images, .npy arrays,"
+            " DICOM, NIfTI, videos, recordings, .jsonl, .json, .txt, .parquet, .tar, and .csv or .tsv lists of image and"
+            " text; --kind text takes any text file"
             f"{compressed_tar_hint(files[0].path)}"
         )
     return next(iter(found))

@@ -38,8 +38,8 @@ def check_fps(options: Options) -> None:
 
 
 class FrameFolders(Videos):
-    """A folder of folders of frames; `files` has the latter. Pieces: [folder, names of its files, class number or
-    None]."""
+    """A folder of folders of frames; `files` has the latter. Pieces: [folder, names of its files, what
+    `_stated` returns]."""
 
     kind = "frame-folders"
     title = "folder of folders of frames"

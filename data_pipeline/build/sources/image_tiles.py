@@ -50,7 +50,7 @@ def check_tile(options: Options) -> None:
 
 
 class Tiles(Images):
-    """Tiles of images. Pieces: [path, first row of tiles, number of rows, class number or None, maps …]."""
+    """Tiles of images. Pieces: [path, first row of tiles, number of rows, what `_stated` returns, maps …]."""
 
     kind = "tiles"
     title = "folder of images that are cut into tiles"

@@ -1,5 +1,6 @@
-"""Sources that are folders of images, of arrays or of videos. Each file becomes a sample; its label is its sub-folder of the first
-level, or comes from a list, whose other columns become fields of the .json member. Masks and depth maps beside an image are members of its sample.
+"""Sources that are folders of images, of arrays or of videos. Each file becomes a sample; its label is its sub-folder of
+the first level, or comes from a list, whose other columns become fields of the .json member. Masks and depth maps
+beside an image are members of its sample.
 """
 
 from __future__ import annotations

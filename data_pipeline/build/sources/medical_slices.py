@@ -39,7 +39,7 @@ def parse_window(text: str) -> Window:
 
 class MedicalSlices(Images):
     """Frames of DICOM files and axial slices of NIfTI volumes. Pieces: [path, first slice, number of slices, what
-    `Images` states]."""
+    `_stated` returns]."""
 
     kind = "slices"
     title = "folder of DICOM or NIfTI files"
